@@ -1,0 +1,152 @@
+"""What every dynamic convolution has in common: its config, its plain part, and the promise of an exact birth."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Self
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgeon.errors import ConfigError, GeometryError, UnsupportedLayerError
+from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
+from surgeon.layers.source import ConvSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """Options of a dynamic layer. Children are frozen, keyword-only, and check themselves in `__post_init__`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Inverse of `to_dict`; an unknown option is a `ConfigError` that names the known ones."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"{cls.__name__} has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}"
+            )
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def check_at_least(config: LayerConfig, name: str, least: int) -> None:
+    """Raise `ConfigError` unless the named option is an integer of at least `least`."""
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{type(config).__name__}: {name} must be an integer >= {least}, got {value!r}")
+
+
+class DynamicConv2d(nn.Module):
+    """A content-adaptive layer in the place of a convolution.
+
+    It maps (N, C_in, H, W) to what the replaced convolution would give, (N, C_out, H', W'). With `adaptive` off it computes
+    the plain convolution `static_weight()`, whatever its generator has learnt.
+    """
+
+    type_name: ClassVar[str]
+    Config: ClassVar[type[LayerConfig]]
+
+    geometry: ConvGeometry
+    config: LayerConfig
+    adaptive: bool
+    bias: nn.Parameter | None
+
+    def __init__(self, geometry: ConvGeometry, config: LayerConfig) -> None:
+        """Uninitialised in what `from_conv` or a state dict will fill; `geometry` is that of the replaced convolution."""
+        super().__init__()
+        reasons = self.why_not(geometry, config)
+        if reasons:
+            raise UnsupportedLayerError(
+                f"{type(self).__name__} cannot replace this convolution: {'; '.join(reasons)}", tuple(reasons)
+            )
+        self.geometry = geometry
+        self.config = config
+        self.adaptive = True
+
+    # --- what a layer type provides -------------------------------------------------------------------------------
+
+    @classmethod
+    def why_not(cls, geometry: ConvGeometry, config: LayerConfig) -> list[str]:
+        """Reasons why a convolution of this geometry cannot become this layer; empty if it can."""
+        return []
+
+    @classmethod
+    @abstractmethod
+    def from_conv(cls, conv: nn.Module | ConvSource, config: LayerConfig | None = None, **context: Any) -> Self:
+        """Build the layer that computes in eval mode what `conv` computes.
+
+        Device, dtype, training flag and the `requires_grad` of the convolution's parameters are taken over. The layer's
+        `config` has every open choice (`None`) resolved, so that `type(layer)(layer.geometry, layer.config)` has the same
+        parameters and buffers and takes its state dict.
+        """
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def static_weight(self) -> Tensor:
+        """Weight (C_out, C_in/g, h, w) of the plain convolution that remains when the dynamic part is off.
+
+        Differentiable. May be larger than the replaced kernel (h >= k_h, w >= k_w); it is centred on it.
+        """
+
+    @abstractmethod
+    def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that the replaced convolution did not have (generators, selectors, further kernels), by local name."""
+
+    @abstractmethod
+    def macs(self, height: int, width: int) -> int:
+        """Multiply-accumulates for one image of this input size, generator and all (1 MAC = 2 FLOPs)."""
+
+    def regularization(self) -> Tensor | None:
+        """The layer's own loss term, a scalar, or None where its paper has none."""
+        return None
+
+    # --- what all share -------------------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """The static weight, under the name that code written for `nn.Conv2d` looks for."""
+        return self.static_weight()
+
+    def __getattr__(self, name: str) -> Any:
+        # in_channels, out_channels, kernel_size, stride, dilation, groups, padding_mode: as on the convolution.
+        if name in _CONV_ATTRIBUTES:
+            return getattr(self.geometry, name)
+        return super().__getattr__(name)
+
+    @property
+    def padding(self) -> Pair | str:
+        """As `nn.Conv2d.padding` where that can say it: (vertical, horizontal), or "same"."""
+        if self.geometry.padding == "tf_same":
+            return "same"
+        left, right, top, bottom = self.geometry.padding
+        return (top, left) if (left, top) == (right, bottom) else "same"
+
+    def static_conv2d(self, x: Tensor) -> Tensor:
+        """The plain convolution that remains when the dynamic part is off."""
+        weight = self.static_weight()
+        x, padding = pad_for_window(x, self.geometry, (weight.shape[-2], weight.shape[-1]))
+        g = self.geometry
+        return F.conv2d(x, weight, self.bias, g.stride, padding, g.dilation, g.groups)
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise `GeometryError` for an input that is not (N, C_in, H, W)."""
+        if x.dim() != 4 or x.shape[1] != self.geometry.in_channels:
+            raise GeometryError(
+                f"{type(self).__name__} expects an input (N, {self.geometry.in_channels}, H, W), got {tuple(x.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        g = self.geometry
+        options = ", ".join(f"{k}={v}" for k, v in self.config.to_dict().items() if v is not None)
+        return f"{g.in_channels}, {g.out_channels}, kernel_size={g.kernel_size}, stride={g.stride}, groups={g.groups}, {options}"
+
+
+_CONV_ATTRIBUTES = frozenset(
+    {"in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups", "padding_mode"}
+)

@@ -1,0 +1,66 @@
+"""Which implementation of an operator runs: the first in order of preference that has no reason not to.
+
+An operator has one definition (`reference`) and faster backends beside it. Each backend says by `why_not` for what reasons it
+cannot take these inputs; nothing falls through silently.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from surgeon.errors import BackendError
+
+WhyNot = Callable[..., list[str]]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation: `run` computes, `why_not` takes the same arguments and lists reasons against it."""
+
+    name: str
+    run: Callable[..., Tensor]
+    why_not: WhyNot
+
+
+def _always(*args: Any, **kwargs: Any) -> list[str]:
+    return []
+
+
+class Operator:
+    """An operator and its backends, in order of preference."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.backends: dict[str, Backend] = {}
+
+    def backend(self, name: str, why_not: WhyNot = _always) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+        """Decorator: add a backend behind those there are."""
+
+        def add(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            self.backends[name] = Backend(name, run, why_not)
+            return run
+
+        return add
+
+    def why_not(self, name: str, *args: Any, **kwargs: Any) -> list[str]:
+        """Reasons why the named backend cannot take these inputs; empty if it can."""
+        if name not in self.backends:
+            raise BackendError(f"{self.name} has no backend {name!r}; it has {', '.join(self.backends)}")
+        return self.backends[name].why_not(*args, **kwargs)
+
+    def choose(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Backend:
+        """The backend that would run; raises `BackendError` with every reason if there is none."""
+        names = list(self.backends) if backend is None else [backend]
+        against = {}
+        for name in names:
+            reasons = self.why_not(name, *args, **kwargs)
+            if not reasons:
+                return self.backends[name]
+            against[name] = reasons
+        told = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in against.items())
+        raise BackendError(f"no backend can run {self.name} on these inputs ({told})")
+
+    def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Tensor:
+        return self.choose(*args, backend=backend, **kwargs).run(*args, **kwargs)

@@ -1,0 +1,32 @@
+"""The dynamic layers by name. A layer type is one file in this folder and one `@register` line in it."""
+
+import difflib
+
+from surgeon.errors import ConfigError
+from surgeon.layers.base import DynamicConv2d
+
+_TYPES: dict[str, type[DynamicConv2d]] = {}
+
+
+def register(cls: type[DynamicConv2d]) -> type[DynamicConv2d]:
+    """Class decorator: make a layer known under its `type_name`."""
+    if cls.type_name in _TYPES:
+        raise ValueError(
+            f"layer type {cls.type_name!r} is registered twice, by {_TYPES[cls.type_name].__name__} and {cls.__name__}"
+        )
+    _TYPES[cls.type_name] = cls
+    return cls
+
+
+def layer_types() -> list[str]:
+    """Names of all layer types."""
+    return sorted(_TYPES)
+
+
+def layer_class(name: str) -> type[DynamicConv2d]:
+    """The class of a layer type; an unknown name is a `ConfigError` that lists the known ones."""
+    if name not in _TYPES:
+        near = difflib.get_close_matches(name, _TYPES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown layer type {name!r}; there are {', '.join(layer_types())}.{hint}")
+    return _TYPES[name]

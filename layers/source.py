@@ -1,0 +1,169 @@
+"""What a convolution module really computes: its geometry and its effective weight, read off one call.
+
+Subclasses of `nn.Conv2d` may standardise their weight (timm's `StdConv2d`), pad by the size of the input (`Conv2dSame`) or be
+parametrised (`torch.nn.utils.parametrize`). Instead of a table of such classes, the call to `conv2d` is watched.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from surgeon.errors import UnsupportedLayerError
+from surgeon.layers.geometry import ConvGeometry, Quad
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvSource:
+    """A convolution to be replaced: geometry, effective weight (C_out, C_in/g, k_h, k_w) and bias (C_out)."""
+
+    geometry: ConvGeometry
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def read(cls, conv: nn.Module) -> "ConvSource":
+        """Read a convolution; raises `UnsupportedLayerError` with reasons for what cannot be read."""
+        if type(conv) is nn.Conv2d:
+            return cls(geometry=_plain_geometry(conv), weight=conv.weight.detach(), bias=_detached(conv.bias))
+        if not isinstance(conv, nn.Conv2d):
+            raise _unsupported(conv, f"it is a {type(conv).__name__}, not a 2-D convolution")
+        return _read_subclass(conv)
+
+    def conv2d(self, x: Tensor) -> Tensor:
+        """Plain convolution of x with this weight, for checks."""
+        left_right_top_bottom = self.geometry.explicit_padding(x.shape[-2], x.shape[-1])
+        mode = "constant" if self.geometry.padding_mode == "zeros" else self.geometry.padding_mode
+        x = F.pad(x, left_right_top_bottom, mode=mode)
+        g = self.geometry
+        return F.conv2d(x, self.weight, self.bias, g.stride, 0, g.dilation, g.groups)
+
+
+def _detached(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()
+
+
+def _unsupported(conv: nn.Module, reason: str) -> UnsupportedLayerError:
+    return UnsupportedLayerError(f"{type(conv).__name__} cannot be read as a convolution: {reason}", (reason,))
+
+
+def _plain_geometry(conv: nn.Conv2d) -> ConvGeometry:
+    padding: Quad
+    if conv.padding == "valid":
+        padding = (0, 0, 0, 0)
+    elif conv.padding == "same":
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        padding = (left, right, top, bottom)
+    else:
+        vertical, horizontal = (int(p) for p in conv.padding)
+        padding = (horizontal, horizontal, vertical, vertical)
+    return _geometry(conv, padding, conv.bias is not None)
+
+
+def _geometry(conv: nn.Conv2d, padding: Any, bias: bool) -> ConvGeometry:
+    def pair(values: Iterable[int]) -> tuple[int, int]:
+        first, second = values
+        return int(first), int(second)
+
+    return ConvGeometry(
+        in_channels=conv.in_channels,
+        out_channels=conv.out_channels,
+        kernel_size=pair(conv.kernel_size),
+        stride=pair(conv.stride),
+        dilation=pair(conv.dilation),
+        groups=conv.groups,
+        padding=padding,
+        padding_mode=conv.padding_mode,
+        bias=bias,
+    )
+
+
+class _WatchConv2d(TorchFunctionMode):
+    """Records every call of `conv2d` with its bound arguments and its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[dict[str, Any], Tensor]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is F.conv2d:
+            names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+            defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+            self.calls.append((defaults | dict(zip(names, args, strict=False)) | (kwargs or {}), out))
+        return out
+
+
+def _read_subclass(conv: nn.Conv2d) -> ConvSource:
+    """Watch two calls on inputs of different sizes; accept what is one convolution of the (padded) input."""
+    like = conv.weight
+    seen: list[tuple[dict[str, Any], Tensor]] = []
+    was_training = conv.training
+    state = {name: buffer.clone() for name, buffer in conv.named_buffers()}
+    try:
+        conv.eval()
+        for extra in (5, 6):
+            size = [
+                d * (k - 1) + 1 + s + extra
+                for k, d, s in zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
+            ]
+            x = torch.testing.make_tensor(
+                (1, conv.in_channels, *size), dtype=like.dtype, device=like.device, low=-1, high=1
+            )
+            with torch.no_grad(), _WatchConv2d() as watch:
+                out = conv.forward(x)
+            if len(watch.calls) != 1 or watch.calls[0][1] is not out:
+                raise _unsupported(conv, f"its forward is not one conv2d ({len(watch.calls)} calls seen)")
+            seen.append((watch.calls[0][0], x))
+    except UnsupportedLayerError:
+        raise
+    except Exception as error:
+        raise _unsupported(conv, f"its forward fails on a small input ({type(error).__name__}: {error})") from error
+    finally:
+        conv.train(was_training)
+        for name, buffer in conv.named_buffers():
+            buffer.copy_(state[name])
+    (first, x_first), (second, x_second) = seen
+    if not torch.equal(first["weight"], second["weight"]):
+        raise _unsupported(conv, "its effective weight depends on the input")
+    geometry = _captured_geometry(conv, first, x_first)
+    if geometry != _captured_geometry(conv, second, x_second):
+        raise _unsupported(conv, "its padding depends on the input in an unknown way")
+    return ConvSource(geometry=geometry, weight=first["weight"].detach().clone(), bias=_detached(first["bias"]))
+
+
+def _captured_geometry(conv: nn.Conv2d, call: dict[str, Any], x: Tensor) -> ConvGeometry:
+    settings = (_pair(call["stride"]), _pair(call["dilation"]), call["groups"], tuple(call["weight"].shape))
+    expected = (tuple(conv.stride), tuple(conv.dilation), conv.groups, tuple(conv.weight.shape))
+    if settings != expected:
+        raise _unsupported(conv, f"its call of conv2d has other settings than its attributes ({settings}, {expected})")
+    has_bias = call["bias"] is not None
+    given: Tensor = call["input"]
+    if given.shape == x.shape and torch.equal(given, x):
+        if isinstance(call["padding"], str):
+            return _plain_geometry(conv)
+        vertical, horizontal = _pair(call["padding"])
+        return _geometry(conv, (horizontal, horizontal, vertical, vertical), has_bias)
+    if conv.padding_mode != "zeros":
+        plain = _plain_geometry(conv)
+        own = plain.explicit_padding(x.shape[-2], x.shape[-1])
+        if _matches(given, F.pad(x, own, mode=conv.padding_mode)) and _pair(call["padding"]) == (0, 0):
+            return plain
+    same = _geometry(conv, "tf_same", has_bias)
+    if _pair(call["padding"]) == (0, 0) and _matches(given, F.pad(x, same.explicit_padding(x.shape[-2], x.shape[-1]))):
+        return same
+    raise _unsupported(conv, "it changes its input before the convolution by more than padding")
+
+
+def _matches(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
