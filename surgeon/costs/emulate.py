@@ -1,0 +1,221 @@
+"""The meta device made to dispatch like CUDA: autocast, fused dropout, fused attention.
+
+On meta tensors PyTorch knows no autocast and takes the CPU's composite forms, which save other tensors for backward than CUDA's.
+Here kernels with CUDA's policies are registered under a dispatch key that no backend uses, and that key is switched on for the
+duration of a trace. The policies are those of `ATen/autocast_mode.h`; which operators have one is read from the dispatcher.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+_KEY = "AutocastIPU"
+_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastIPU)
+
+_LOW = frozenset(
+    """_cudnn_rnn _scaled_dot_product_flash_attention _thnn_fused_gru_cell _thnn_fused_lstm_cell addbmm addmm addmv addr baddbmm bmm
+    _convolution chain_matmul conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution
+    cudnn_convolution cudnn_convolution_transpose einsum gru_cell linalg_multi_dot linalg_vecdot linear lstm_cell matmul mm mv prelu
+    rnn_relu_cell rnn_tanh_cell scaled_dot_product_attention""".split()
+)
+_PROMOTE = frozenset(
+    "addcdiv addcmul atan2 bilinear cross dot grid_sampler index_put scatter_add tensordot vdot".split()
+)
+_DTYPE_ARGUMENT = frozenset(
+    "prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum".split()
+)
+# Everything else that CUDA registers for autocast runs in float32.
+
+
+class _State:
+    """What is emulated right now: the autocast dtype (None: off), and its casts of weights by identity, until autocast ends."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.dtype: torch.dtype | None = None
+        self.weights: dict[int, tuple[Tensor, Tensor]] = {}
+        self.registered: set[str] = set()
+        self.libraries: dict[str, torch.library.Library] = {}
+
+
+_STATE = _State()
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    if not value.is_floating_point() or value.dtype in (dtype, torch.float64):
+        return value
+    cacheable = dtype is _STATE.dtype and value.dtype is torch.float32 and value.requires_grad and value.is_leaf
+    if not cacheable or value._is_view():
+        return value.to(dtype)
+    key = id(value)
+    if key not in _STATE.weights:
+        _STATE.weights[key] = (value, value.to(dtype))  # the weight itself is held so that its identity stays its own
+    return _STATE.weights[key][1]
+
+
+def _policy(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """How the arguments of an operator are cast under autocast."""
+
+    def low(args: Any, kwargs: Any) -> Any:
+        dtype = _STATE.dtype
+        return tree_map_only(Tensor, lambda t: _cast(t, dtype), (args, kwargs))
+
+    def full(args: Any, kwargs: Any) -> Any:
+        return tree_map_only(Tensor, lambda t: _cast(t, torch.float32), (args, kwargs))
+
+    def promote(args: Any, kwargs: Any) -> Any:
+        found: list[torch.dtype] = []
+        tree_map_only(Tensor, lambda t: found.append(t.dtype), (args, kwargs))
+        return full(args, kwargs) if torch.float32 in found else low(args, kwargs)
+
+    def dtype_argument(args: Any, kwargs: Any) -> Any:
+        given = kwargs.get("dtype") is not None or any(isinstance(a, torch.dtype) for a in args)
+        eligible = args[0].is_floating_point() and args[0].dtype is not torch.float64
+        return (args, {**kwargs, "dtype": torch.float32}) if eligible and not given else (args, kwargs)
+
+    if name in _LOW:
+        return low
+    if name in _PROMOTE:
+        return promote
+    return dtype_argument if name in _DTYPE_ARGUMENT else full
+
+
+def _dropout(x: Tensor, p: float, train: bool) -> Tensor:
+    if train and 0 < p < 1 and x.numel() > 0:
+        return torch.native_dropout(x, p, True)[0]
+    return torch.ops.aten.dropout.default(x, p, train)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """CUDA's choice, simplified: flash for half precision without a mask, else memory-efficient; neither saves the scores."""
+    fits = query.dim() == 4 and not enable_gqa and query.shape[-1] == value.shape[-1] and query.shape[-1] <= 256
+    aten = torch.ops.aten
+    if fits and attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
+        out: Tensor = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        return out
+    if fits:
+        mask = attn_mask
+        if mask is not None and mask.dtype is torch.bool:
+            mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+        if mask is not None:
+            mask = mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
+        out = aten._scaled_dot_product_efficient_attention(
+            query, key, value, mask, True, dropout_p, is_causal, scale=scale
+        )[0]
+        return out
+    kwargs = {"scale": scale, "enable_gqa": enable_gqa}
+    out = aten.scaled_dot_product_attention.default(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+    return out
+
+
+_INSTEAD: dict[str, Callable[..., Any]] = {
+    "aten::dropout": _dropout,
+    "aten::scaled_dot_product_attention": _attention,
+}
+
+
+def _kernel(qualified: str) -> Callable[..., Any]:
+    namespace, name = qualified.split("::")
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+    run = _INSTEAD.get(qualified, op)
+    cast = _policy(packet) if namespace == "aten" else _policy("linear")  # custom operators: as `register_autocast` does
+    has_policy = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "AutocastCUDA")
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_KEYS):
+            if _STATE.dtype is not None and has_policy:
+                args, kwargs = cast(args, kwargs)
+            return run(*args, **kwargs)
+
+    return kernel
+
+
+def _register() -> None:
+    """Give every operator that autocasts on CUDA (and is known by now) its kernel here."""
+    if not _STATE.registered:
+        library = torch.library.Library("_", "IMPL", _KEY)
+        library.fallback(torch.library.fallthrough_kernel)
+        _STATE.libraries["_"] = library
+    for qualified in torch._C._dispatch_get_all_op_names():
+        wanted = qualified in _INSTEAD or torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "AutocastCUDA")
+        if not wanted or qualified in _STATE.registered:
+            continue
+        namespace, name = qualified.split("::")
+        if namespace not in _STATE.libraries:
+            _STATE.libraries[namespace] = torch.library.Library(namespace, "IMPL")
+        _STATE.libraries[namespace].impl(name, _kernel(qualified), _KEY)
+        _STATE.registered.add(qualified)
+
+
+@contextmanager
+def cuda_dispatch(dtype: torch.dtype | None) -> Iterator[None]:
+    """Dispatch meta tensors as CUDA tensors would be, under autocast to `dtype` (None: no autocast).
+
+    `torch.is_autocast_enabled` and `torch.get_autocast_dtype` answer for the meta device meanwhile. May be entered again
+    inside itself; the casts of weights are dropped when the outermost one ends, as autocast does.
+    """
+    _register()
+    outer = (_STATE.active, _STATE.dtype)
+    enabled, lower = torch.is_autocast_enabled, torch.get_autocast_dtype
+
+    def is_autocast_enabled(device_type: str | None = None) -> bool:
+        if device_type in (None, "meta", "cuda"):
+            return _STATE.dtype is not None
+        return bool(enabled(device_type))
+
+    def get_autocast_dtype(device_type: str) -> torch.dtype:
+        return _STATE.dtype or torch.float16 if device_type in ("meta", "cuda") else lower(device_type)
+
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    _STATE.active, _STATE.dtype = True, dtype
+    torch.is_autocast_enabled, torch.get_autocast_dtype = is_autocast_enabled, get_autocast_dtype
+    try:
+        with torch._C._ForceDispatchKeyGuard(include | _KEYS, exclude - _KEYS):
+            yield
+    finally:
+        torch.is_autocast_enabled, torch.get_autocast_dtype = enabled, lower
+        _STATE.active, _STATE.dtype = outer
+        if not _STATE.active:
+            _STATE.weights.clear()
+
+
+class _CopyToMeta(TorchFunctionMode):
+    """Tensors that are neither parameters nor buffers lose their data too when they are deep-copied."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__:
+            return _meta(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model on the meta device, made without copying any of its data; tied parameters stay tied."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        like = _meta(tensor.detach())
+        if isinstance(tensor, nn.Parameter):
+            like = nn.Parameter(like, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = like
+    with _CopyToMeta():
+        return deepcopy(model, memo)

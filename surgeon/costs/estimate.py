@@ -1,0 +1,441 @@
+"""`cost`: FLOPs, parameters and peak GPU memory of a model, without a GPU and without running a kernel."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgeon.costs.emulate import cuda_dispatch, meta_copy
+from surgeon.costs.flops import FlopCounter, UnknownOperatorError
+from surgeon.costs.memory import (
+    BLAS_WORKSPACE,
+    CONTEXT,
+    Timeline,
+    kind_of,
+    phase_ends,
+    reserved_bytes,
+    timeline,
+    workspace_bytes,
+)
+from surgeon.costs.parse import parse_input_size
+from surgeon.costs.trace import Trace, Tracker
+from surgeon.errors import ConfigError, InputError, SurgeonError
+from surgeon.layers.base import DynamicConv2d
+
+Mode = Literal["train", "infer"]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+LossFunction = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """One layer's share: what ran in it, and not in a layer below it. FLOPs for one image, 1 MAC = 2."""
+
+    name: str
+    type: str
+    flops: int
+    backward_flops: int
+    params: int  # its own parameters; a dynamic layer's with all below it
+    saved_bytes: int  # activations it leaves for the backward pass, for the whole batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a model costs. FLOPs for one image (1 MAC = 2 FLOPs), bytes for the whole batch.
+
+    `peak_bytes` is the highest sum of tensors alive in one step of the steady state (optimizer state exists), each rounded as
+    CUDA's allocator rounds. `breakdown` says what it is made of, and beside it `reserve`: what the device must have on top
+    (fragmentation, workspaces, CUDA context; `reserve` itemises it). `total_bytes` is both.
+    """
+
+    flops: int
+    macs: int
+    backward_flops: int
+    params: int
+    peak_bytes: int
+    breakdown: dict[str, int]
+    reserve: dict[str, int]
+    layers: tuple[LayerCost, ...]
+    input_size: tuple[int, ...]
+    batch_size: int
+    mode: str
+    optimizer: str | None
+    amp: str | None
+    channels_last: bool
+    unknown_ops: dict[str, int] = field(default_factory=dict)  # operators without a FLOP formula, and their calls
+    estimated: bool = False  # not traced at this batch size but extrapolated; `notes` says why
+    notes: tuple[str, ...] = ()
+    timeline: Timeline | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def total_bytes(self) -> int:
+        """Device memory that the step needs, bytes: tensors at their peak and the reserve."""
+        return self.peak_bytes + self.breakdown["reserve"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values, without the timeline."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("timeline", "layers")}
+        values["input_size"], values["notes"] = list(self.input_size), list(self.notes)
+        values["total_bytes"] = self.total_bytes
+        values["layers"] = [{name: getattr(x, name) for name in x.__dataclass_fields__} for x in self.layers]
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a step is run: everything but the model."""
+
+    input_size: tuple[int, int, int]
+    batch_size: int
+    mode: Mode = "train"
+    optimizer: str | OptimizerFactory = "sgd"
+    weight_decay: float = 1e-4
+    amp: torch.dtype | None = None
+    channels_last: bool = False
+    accumulate: int = 1
+    checkpointing: bool = False
+    loss: LossFunction | None = None
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
+    "sgd": lambda p, wd: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=wd, foreach=True),
+    "sgd-plain": lambda p, wd: torch.optim.SGD(p, lr=0.1, weight_decay=wd, foreach=True),
+    "adam": lambda p, wd: torch.optim.Adam(p, weight_decay=wd, foreach=True),
+    "adamw": lambda p, wd: torch.optim.AdamW(p, weight_decay=wd, foreach=True),
+}
+_ALIASES = {"momentum": "sgd", "sgd-momentum": "sgd"}
+_AMP = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+
+
+def cost(
+    model: nn.Module,
+    *,
+    input_size: Any = None,
+    batch_size: int = 1,
+    mode: Mode = "train",
+    optimizer: str | OptimizerFactory = "sgd",
+    amp: bool | str = False,
+    channels_last: bool = False,
+    weight_decay: float = 1e-4,
+    accumulate: int = 1,
+    checkpointing: bool = False,
+    loss: LossFunction | None = None,
+    strict: bool = False,
+) -> Cost:
+    """What one training step, or one inference, of the model costs on a GPU. Nothing is allocated, no kernel runs.
+
+    Args:
+        model: stays untouched; its own device and data do not matter.
+        input_size: of one image, `224`, `(H, W)` or `(C, H, W)`; by default what the model says, else 224.
+        batch_size: images a step (a micro-step where gradients are accumulated).
+        mode: "train" (forward, backward, optimizer) or "infer" (forward in eval mode, no gradients).
+        optimizer: "sgd" (momentum 0.9), "sgd-plain", "adam", "adamw", as torch runs them on CUDA (foreach); or a function that
+            makes one from the parameters.
+        amp: autocast: True or "float16", "bfloat16".
+        weight_decay: a coupled one (SGD, Adam) costs a temporary copy of all gradients.
+        accumulate: micro-steps an optimizer step.
+        checkpointing: gradient checkpointing, for models with timm's `set_grad_checkpointing`.
+        loss: function from the model's output to a scalar; by default cross-entropy for (N, K) outputs, else a squared error
+            against a target of the same shape.
+        strict: an operator without a FLOP formula is an `UnknownOperatorError`.
+
+    Raises:
+        ConfigError: an argument has a value that is not allowed.
+        InputError: the model does not take images of this size.
+    """
+    settings = make_settings(
+        model,
+        input_size=input_size,
+        batch_size=batch_size,
+        mode=mode,
+        optimizer=optimizer,
+        amp=amp,
+        channels_last=channels_last,
+        weight_decay=weight_decay,
+        accumulate=accumulate,
+        checkpointing=checkpointing,
+        loss=loss,
+    )
+    counter = FlopCounter(strict)
+    try:
+        copy = meta_copy(model)
+        trace = run_step(copy, settings, counter, "meta")
+    except SurgeonError:
+        raise
+    except Exception as error:
+        return _extrapolated(model, settings, strict, error)
+    return summarize(copy, settings, trace, counter)
+
+
+def make_settings(model: nn.Module, *, input_size: Any, batch_size: int, amp: bool | str, **rest: Any) -> Settings:
+    """Check the arguments of `cost`; raises `ConfigError`."""
+    for name, value in (("batch_size", batch_size), ("accumulate", rest.get("accumulate", 1))):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
+    mode, optimizer = rest.get("mode", "train"), rest.get("optimizer", "sgd")
+    if mode not in ("train", "infer"):
+        raise ConfigError(f"mode must be 'train' or 'infer', got {mode!r}")
+    if isinstance(optimizer, str):
+        rest["optimizer"] = optimizer = _ALIASES.get(optimizer.lower(), optimizer.lower())
+        if optimizer not in OPTIMIZERS:
+            raise ConfigError(
+                f"unknown optimizer {optimizer!r}; there are {', '.join(OPTIMIZERS)}, or give a function "
+                "that makes one from the parameters"
+            )
+    if isinstance(amp, str) and amp.lower() not in _AMP:
+        raise ConfigError(f"amp must be a bool or one of {', '.join(_AMP)}, got {amp!r}")
+    if rest.get("checkpointing") and not hasattr(model, "set_grad_checkpointing"):
+        raise ConfigError(f"{type(model).__name__} has no set_grad_checkpointing; checkpointing cannot be switched on")
+    dtype = _AMP[amp.lower()] if isinstance(amp, str) else torch.float16 if amp else None
+    return Settings(input_size=image_size(model, input_size), batch_size=batch_size, amp=dtype, **rest)
+
+
+def image_size(model: nn.Module, given: Any) -> tuple[int, int, int]:
+    """(C, H, W) of one image: as given, as the model's `pretrained_cfg` says, or 224."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    own = tuple(config.get("input_size") or ())
+    sizes = parse_input_size(given) if given is not None else own or (224,)
+    if len(sizes) == 3:
+        return (sizes[0], sizes[1], sizes[2])
+    first = next((m for m in model.modules() if hasattr(m, "in_channels") and hasattr(m, "kernel_size")), None)
+    channels = int(first.in_channels) if first is not None else own[0] if own else 3
+    return (channels, sizes[0], sizes[-1])
+
+
+# --- one step -----------------------------------------------------------------------------------------------------
+
+
+def run_step(model: nn.Module, settings: Settings, counter: FlopCounter, device: str) -> Trace:
+    """Run one step of the steady state of `model`, which lies on `device` and is used up, and record it."""
+    train = settings.mode == "train"
+    model.train(train)
+    if settings.checkpointing:
+        model.set_grad_checkpointing(True)
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    tracker = Tracker(model, counter, device)
+    autocast = _autocast(settings, device)
+    tracker.recompute = autocast
+    tracker.begin("setup")
+    tracker.own([*model.parameters(), *model.buffers()], "weights")
+    x = torch.empty((settings.batch_size, *settings.input_size), device=device)
+    if device != "meta":
+        x.normal_()
+    if settings.channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    tracker.own([x], "inputs")
+    with warnings.catch_warnings(), tracker.hooked():
+        warnings.simplefilter("ignore")
+        if train:
+            _train_step(model, x, settings, tracker, autocast)
+        else:
+            with tracker, torch.no_grad():
+                tracker.begin("forward")
+                with autocast():
+                    out = model(x)
+                del out
+                tracker.close()
+    return tracker.trace
+
+
+def _autocast(settings: Settings, device: str) -> Callable[[], AbstractContextManager[None]]:
+    if device == "meta":
+        return lambda: cuda_dispatch(settings.amp)
+    if settings.amp is None:
+        return nullcontext
+    return lambda: torch.autocast(device, torch.bfloat16)
+
+
+def _train_step(
+    model: nn.Module,
+    x: Tensor,
+    settings: Settings,
+    tracker: Tracker,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with tracker:
+        optimizer = make_optimizer(settings, parameters)
+        if optimizer is not None:  # one step beforehand makes the optimizer's state
+            for p in parameters:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.zero_grad()
+        for _ in range(min(settings.accumulate, 2)):  # from the second micro-step on nothing new happens
+            tracker.begin("forward")
+            with autocast():
+                out = model(x)
+                tracker.begin("loss")
+                loss = (settings.loss or default_loss)(out)
+            del out
+            tracker.begin("backward")
+            loss.backward()
+            del loss
+            tracker.note_gradients(parameters)
+        tracker.begin("optimizer")
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        tracker.close()
+
+
+def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
+    """The optimizer over these parameters; None where there are none."""
+    if not parameters:
+        return None
+    if isinstance(settings.optimizer, str):
+        return OPTIMIZERS[settings.optimizer](parameters, settings.weight_decay)
+    return settings.optimizer(parameters)
+
+
+def default_loss(out: Any) -> Tensor:
+    """Cross-entropy for (N, K), else the mean square against a target of the same shape; summed over all outputs."""
+    terms = []
+    for tensor in _outputs(out):
+        if tensor.dim() == 2 and tensor.shape[1] > 1:
+            terms.append(F.cross_entropy(tensor, torch.zeros(len(tensor), dtype=torch.long, device=tensor.device)))
+        else:
+            terms.append(F.mse_loss(tensor.float(), torch.zeros_like(tensor, dtype=torch.float32)))
+    if not terms:
+        raise InputError("the model's output holds no floating-point tensor that depends on its parameters; give a loss")
+    return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
+
+
+def _outputs(out: Any) -> Iterator[Tensor]:
+    if isinstance(out, Tensor):
+        if out.is_floating_point() and out.requires_grad:
+            yield out
+    elif isinstance(out, dict):
+        for value in out.values():
+            yield from _outputs(value)
+    elif isinstance(out, list | tuple):
+        for value in out:
+            yield from _outputs(value)
+
+
+# --- the result ---------------------------------------------------------------------------------------------------
+
+
+def summarize(model: nn.Module, settings: Settings, trace: Trace, counter: FlopCounter) -> Cost:
+    """Add up a trace."""
+    times = timeline(trace)
+    steps = min(settings.accumulate, 2) if settings.mode == "train" else 1
+    images = settings.batch_size * steps
+    flops = [[0, 0] for _ in trace.layers]
+    for op in trace.ops:
+        flops[op.layer][op.phase == "backward"] += op.flops
+    saved = [0] * len(trace.layers)
+    ends = phase_ends(trace)
+    for index, storage in enumerate(trace.storages):
+        if kind_of(storage, index, trace, ends) == "saved activations":
+            saved[storage.layer] += storage.nbytes
+    modules = dict(model.named_modules())
+    layers = tuple(
+        LayerCost(
+            name=name,
+            type=type(modules[name]).__name__,
+            flops=round(forward / images),
+            backward_flops=round(backward / images),
+            params=_own_params(modules[name]),
+            saved_bytes=saved[i] // steps,
+        )
+        for i, (name, (forward, backward)) in enumerate(zip(trace.layers, flops, strict=True))
+    )
+    reserve = {
+        "fragmentation": max(reserved_bytes(trace) - times.peak, 0),
+        "workspaces": workspace_bytes(trace, times) + BLAS_WORKSPACE,
+        "context": CONTEXT,
+    }
+    total = sum(forward for forward, _ in flops)
+    notes = (f"operators without a FLOP formula: {', '.join(sorted(counter.unknown))}",) if counter.unknown else ()
+    return Cost(
+        flops=round(total / images),
+        macs=round(total / images / 2),
+        backward_flops=round(sum(backward for _, backward in flops) / images),
+        params=sum(p.numel() for p in model.parameters()),
+        peak_bytes=times.peak,
+        breakdown=times.breakdown() | {"reserve": sum(reserve.values())},
+        reserve=reserve,
+        layers=layers,
+        input_size=settings.input_size,
+        batch_size=settings.batch_size,
+        mode=settings.mode,
+        optimizer=_optimizer_name(settings),
+        amp=None if settings.amp is None else str(settings.amp).removeprefix("torch."),
+        channels_last=settings.channels_last,
+        unknown_ops=dict(counter.unknown),
+        notes=notes,
+        timeline=times,
+    )
+
+
+def _own_params(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters(recurse=isinstance(module, DynamicConv2d)))
+
+
+def _optimizer_name(settings: Settings) -> str | None:
+    if settings.mode == "infer":
+        return None
+    return settings.optimizer if isinstance(settings.optimizer, str) else getattr(settings.optimizer, "__name__", "custom")
+
+
+# --- what cannot be traced without data ---------------------------------------------------------------------------
+
+
+def _extrapolated(model: nn.Module, settings: Settings, strict: bool, why: Exception) -> Cost:
+    """Run two small batches on the CPU instead, and extrapolate to the batch size."""
+    small, large = (2, 4) if settings.mode == "train" else (1, 2)
+    try:
+        two = [_on_cpu(model, replace(settings, batch_size=n), strict) for n in (small, large)]
+    except UnknownOperatorError:
+        raise
+    except Exception as error:
+        size = "x".join(map(str, settings.input_size))
+        raise InputError(
+            f"{type(model).__name__} fails on images of {size}: {_first_line(error)}; give the size that it takes as input_size"
+        ) from error
+    first, second = two
+    steps = (settings.batch_size - small) / (large - small)
+
+    def at(a: int, b: int) -> int:
+        return max(round(a + (b - a) * steps), 0)
+
+    layers = tuple(
+        replace(b, saved_bytes=at(a.saved_bytes, b.saved_bytes))
+        for a, b in zip(first.layers, second.layers, strict=True)
+    )
+    reserve = {key: at(first.reserve[key], second.reserve[key]) for key in first.reserve}
+    parts = {key: at(first.breakdown[key], second.breakdown[key]) for key in first.breakdown if key != "reserve"}
+    note = (
+        f"estimated: the model cannot be traced without data ({_first_line(why)}); batches of {small} and {large} were run on "
+        "the CPU and extrapolated"
+    )
+    return replace(
+        second,
+        peak_bytes=sum(parts.values()),
+        breakdown=parts | {"reserve": sum(reserve.values())},
+        reserve=reserve,
+        layers=layers,
+        batch_size=settings.batch_size,
+        estimated=True,
+        notes=(note, *second.notes),
+        amp=None if settings.amp is None else str(settings.amp).removeprefix("torch."),
+    )
+
+
+def _on_cpu(model: nn.Module, settings: Settings, strict: bool) -> Cost:
+    counter = FlopCounter(strict)
+    copy = deepcopy(model).to("cpu")
+    return summarize(copy, settings, run_step(copy, settings, counter, "cpu"), counter)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,100 @@
+"""From a trace to memory: what lies in it at each moment, its peak, what the peak is made of, and what an allocator reserves."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgeon.costs.allocator import CachingAllocator
+from surgeon.costs.trace import NEVER, Storage, Trace
+
+KINDS = ("weights", "gradients", "optimizer", "inputs", "saved activations", "transient")
+
+# What a CUDA process holds beside its tensors, bytes. Assumptions from documentation, not calibrated on a device:
+CONTEXT = 512 * 2**20  # context, loaded kernels (cuDNN, cuBLAS)
+BLAS_WORKSPACE = 32 * 2**20  # cuBLAS and cuBLASLt, Hopper's default
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Memory over the events of one step. `levels[i]` is after event i, bytes; `parts` the same by kind."""
+
+    levels: NDArray[np.int64]
+    parts: dict[str, NDArray[np.int64]]
+    phases: list[tuple[str, int]]  # (phase, first event), counted from the first event of the timeline
+    first: int  # the trace's event at which it starts
+
+    @property
+    def peak_at(self) -> int:
+        """Index of the event after which most is allocated."""
+        return int(self.levels.argmax())
+
+    @property
+    def peak(self) -> int:
+        """Bytes of tensors at the peak."""
+        return int(self.levels.max())
+
+    def breakdown(self) -> dict[str, int]:
+        """What the peak is made of, bytes by kind."""
+        return {kind: int(values[self.peak_at]) for kind, values in self.parts.items()}
+
+
+def kind_of(storage: Storage, index: int, trace: Trace, ends: dict[str, list[int]]) -> str:
+    """Which of `KINDS` an allocation is; `ends` holds the events at which each phase ended."""
+    if storage.kind is not None:
+        return storage.kind
+    if index in trace.gradients:
+        return "gradients"
+    if storage.phase in ("setup", "optimizer") and storage.died == NEVER:
+        return "optimizer"
+    if storage.phase in ("forward", "loss"):
+        after = [end for end in ends.get("loss", []) if end >= storage.born]
+        if after and storage.died > after[0]:
+            return "saved activations"
+    return "transient"
+
+
+def phase_ends(trace: Trace) -> dict[str, list[int]]:
+    """Events at which each phase ended, in order."""
+    ends: dict[str, list[int]] = {}
+    borders = [*trace.phases[1:], ("", len(trace.events))]
+    for (phase, _), (_, end) in zip(trace.phases, borders, strict=True):
+        ends.setdefault(phase, []).append(end)
+    return ends
+
+
+def timeline(trace: Trace) -> Timeline:
+    """Memory over the steady step of a trace: what its set-up did is only where it starts from."""
+    n = len(trace.events)
+    deltas = {kind: np.zeros(n + 1, dtype=np.int64) for kind in KINDS}
+    ends = phase_ends(trace)
+    for index, storage in enumerate(trace.storages):
+        kind = kind_of(storage, index, trace, ends)
+        deltas[kind][storage.born] += storage.nbytes
+        if storage.died != NEVER:
+            deltas[kind][storage.died] -= storage.nbytes
+    first = next((event for phase, event in trace.phases if phase != "setup"), 0)
+    start = max(first - 1, 0)
+    parts = {kind: values.cumsum()[start:n] for kind, values in deltas.items()}
+    levels: NDArray[np.int64] = np.sum(list(parts.values()), axis=0)
+    phases = [(phase, event - start) for phase, event in trace.phases if phase != "setup"]
+    return Timeline(levels, parts, phases, start)
+
+
+def reserved_bytes(trace: Trace) -> int:
+    """Bytes of the segments that the caching allocator would hold after this trace."""
+    allocator = CachingAllocator()
+    for event in trace.events:
+        if event > 0:
+            allocator.allocate(event, trace.storages[event - 1].nbytes)
+        else:
+            allocator.release(-event)
+    return allocator.reserved
+
+
+def workspace_bytes(trace: Trace, times: Timeline) -> int:
+    """By how much the convolutions' workspaces would raise the peak."""
+    highest = max(
+        (int(times.levels[op.end - 1 - times.first]) + op.workspace for op in trace.ops if op.workspace), default=0
+    )
+    return max(highest - times.peak, 0)

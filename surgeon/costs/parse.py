@@ -1,0 +1,68 @@
+"""Reading and writing quantities as people write them: `4.5G`, `8GiB`, `224x320`."""
+
+import re
+from typing import Any
+
+from surgeon.errors import ConfigError
+
+_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?|\.[0-9]+)\s*([kmgt]?i?)(b|flops?|macs?)?\s*", re.IGNORECASE)
+
+
+def parse_quantity(value: str | int | float, what: str = "quantity") -> int:
+    """A count or a number of bytes: `4.5G` is 4.5e9, `8GiB` 8·2³⁰, `512MB` 512e6, plain numbers as they are.
+
+    A letter alone and `…B` count in powers of ten, `…i` and `…iB` in powers of two. Raises `ConfigError` for anything else,
+    for negative numbers and for zero.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ConfigError(f"{what}: expected a number such as 4.5G or 8GiB, got {value!r}")
+    match = _QUANTITY.fullmatch(str(value))
+    if match is None:
+        raise ConfigError(f"{what}: cannot read {value!r} as a number; expected e.g. 4.5G or 8GiB{_hint(str(value))}")
+    number, prefix = float(match[1]), match[2].lower()
+    if prefix == "i":
+        raise ConfigError(f"{what}: cannot read {value!r} as a number; expected e.g. 4.5G or 8GiB")
+    result = round(number * (_BINARY | _DECIMAL)[prefix])
+    if result < 1:
+        raise ConfigError(f"{what}: must be positive, got {value!r}")
+    return result
+
+
+def _hint(text: str) -> str:
+    if "," in text and _QUANTITY.fullmatch(text.replace(",", ".", 1)):
+        return f" (write a decimal point: {text.replace(',', '.', 1)})"
+    return ""
+
+
+def parse_input_size(value: Any) -> tuple[int, ...]:
+    """Size of one image: `224`, `224x320`, `3x224x320` or a sequence of one to three integers; returned as given, 1 to 3 long.
+
+    Raises `ConfigError` for anything else.
+    """
+    parts: list[Any]
+    if isinstance(value, str):
+        parts = re.split(r"[x×,\s]+", value.strip().lower())
+    else:
+        parts = list(value) if isinstance(value, list | tuple) else [value]
+    sizes = [int(p) for p in parts if _is_size(p)]
+    if len(sizes) != len(parts) or not 1 <= len(sizes) <= 3 or min(sizes) < 1:
+        raise ConfigError(f"input size: expected e.g. 224, 224x320 or 3x224x320 (positive integers), got {value!r}")
+    return tuple(sizes)
+
+
+def _is_size(part: Any) -> bool:
+    if isinstance(part, str):
+        return part.isdecimal()
+    return isinstance(part, int) and not isinstance(part, bool)
+
+
+def mebibytes(count: float) -> str:
+    """Bytes in MiB with one decimal."""
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def giga(count: float) -> str:
+    """A count in 10⁹ with three decimals and its letter, or in 10⁶ where it is smaller."""
+    return f"{count / 1e9:.3f} G" if abs(count) >= 1e8 else f"{count / 1e6:.3f} M"
