@@ -33,18 +33,27 @@ class _Block:
     start: int  # address; segments lie apart, so that only blocks of one segment are neighbours
     size: int
     free: bool
+    segment: list[int]  # [bytes, blocks in use], shared by the blocks of one segment
     before: "_Block | None" = None
     after: "_Block | None" = None
 
 
 class CachingAllocator:
-    """Replays allocations; `reserved` is what the process holds, `allocated` what its tensors hold (bytes)."""
+    """Replays allocations. Bytes: `allocated` by tensors, `reserved` in segments, `pinned` in segments with a tensor in them.
+
+    What is reserved but not pinned is given back before an allocation fails; `peak_pinned` is what the device must have.
+    """
 
     def __init__(self) -> None:
         self.allocated = 0
         self.reserved = 0
+        self.pinned = 0
         self.peak_allocated = 0
-        self._pools: tuple[list[tuple[int, int, _Block]], ...] = ([], [])  # small, large: (size, address, block), sorted
+        self.peak_pinned = 0
+        self._pools: tuple[list[tuple[int, int, _Block]], ...] = (
+            [],
+            [],
+        )  # small, large: (size, address, block), sorted
         self._next_address = 0
         self._used: dict[int, tuple[_Block, int]] = {}
 
@@ -57,15 +66,18 @@ class CachingAllocator:
         block = self._take(pool_index, size)
         remainder = block.size - size
         if remainder >= BLOCK if pool_index == 0 else remainder > SMALL_REQUEST:
-            rest = _Block(block.start + size, remainder, True, block, block.after)
+            rest = _Block(block.start + size, remainder, True, block.segment, block, block.after)
             if block.after is not None:
                 block.after.before = rest
             block.after, block.size = rest, size
             self._put(pool_index, rest)
         block.free = False
+        self.pinned += 0 if block.segment[1] else block.segment[0]
+        block.segment[1] += 1
         self._used[handle] = (block, pool_index)
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
+        self.peak_pinned = max(self.peak_pinned, self.pinned)
 
     def release(self, handle: int) -> None:
         """Free what `handle` holds."""
@@ -74,6 +86,8 @@ class CachingAllocator:
         block, pool_index = self._used.pop(handle)
         self.allocated -= block.size
         block.free = True
+        block.segment[1] -= 1
+        self.pinned -= 0 if block.segment[1] else block.segment[0]
         before, after = block.before, block.after
         if before is not None and before.free:
             self._remove(pool_index, before)
@@ -97,7 +111,7 @@ class CachingAllocator:
             return pool.pop(at)[2]
         fresh = segment_size(size)
         self.reserved += fresh
-        block = _Block(self._next_address, fresh, False)
+        block = _Block(self._next_address, fresh, False, [fresh, 0])
         self._next_address += fresh + BLOCK
         return block
 

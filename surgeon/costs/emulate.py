@@ -27,9 +27,7 @@ _LOW = frozenset(
 _PROMOTE = frozenset(
     "addcdiv addcmul atan2 bilinear cross dot grid_sampler index_put scatter_add tensordot vdot".split()
 )
-_DTYPE_ARGUMENT = frozenset(
-    "prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum".split()
-)
+_DTYPE_ARGUMENT = frozenset("prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum".split())
 # Everything else that CUDA registers for autocast runs in float32.
 
 
@@ -135,7 +133,9 @@ def _kernel(qualified: str) -> Callable[..., Any]:
     packet, _, overload = name.partition(".")
     op = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
     run = _INSTEAD.get(qualified, op)
-    cast = _policy(packet) if namespace == "aten" else _policy("linear")  # custom operators: as `register_autocast` does
+    cast = (
+        _policy(packet) if namespace == "aten" else _policy("linear")
+    )  # custom operators: as `register_autocast` does
     has_policy = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "AutocastCUDA")
 
     def kernel(*args: Any, **kwargs: Any) -> Any:

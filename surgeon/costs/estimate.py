@@ -20,7 +20,7 @@ from surgeon.costs.memory import (
     Timeline,
     kind_of,
     phase_ends,
-    reserved_bytes,
+    replay,
     timeline,
     workspace_bytes,
 )
@@ -52,7 +52,8 @@ class Cost:
 
     `peak_bytes` is the highest sum of tensors alive in one step of the steady state (optimizer state exists), each rounded as
     CUDA's allocator rounds. `breakdown` says what it is made of, and beside it `reserve`: what the device must have on top
-    (fragmentation, workspaces, CUDA context; `reserve` itemises it). `total_bytes` is both.
+    (fragmentation, workspaces, CUDA context; `reserve` itemises it). `total_bytes` is both. `reserved_bytes` is what the allocator
+    would hold after the step if the device had room for it (`torch.cuda.memory_reserved`, part of it given back when short).
     """
 
     flops: int
@@ -60,6 +61,7 @@ class Cost:
     backward_flops: int
     params: int
     peak_bytes: int
+    reserved_bytes: int
     breakdown: dict[str, int]
     reserve: dict[str, int]
     layers: tuple[LayerCost, ...]
@@ -304,7 +306,9 @@ def default_loss(out: Any) -> Tensor:
         else:
             terms.append(F.mse_loss(tensor.float(), torch.zeros_like(tensor, dtype=torch.float32)))
     if not terms:
-        raise InputError("the model's output holds no floating-point tensor that depends on its parameters; give a loss")
+        raise InputError(
+            "the model's output holds no floating-point tensor that depends on its parameters; give a loss"
+        )
     return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
 
@@ -348,8 +352,9 @@ def summarize(model: nn.Module, settings: Settings, trace: Trace, counter: FlopC
         )
         for i, (name, (forward, backward)) in enumerate(zip(trace.layers, flops, strict=True))
     )
+    allocator = replay(trace)
     reserve = {
-        "fragmentation": max(reserved_bytes(trace) - times.peak, 0),
+        "fragmentation": max(allocator.peak_pinned - times.peak, 0),
         "workspaces": workspace_bytes(trace, times) + BLAS_WORKSPACE,
         "context": CONTEXT,
     }
@@ -361,6 +366,7 @@ def summarize(model: nn.Module, settings: Settings, trace: Trace, counter: FlopC
         backward_flops=round(sum(backward for _, backward in flops) / images),
         params=sum(p.numel() for p in model.parameters()),
         peak_bytes=times.peak,
+        reserved_bytes=allocator.reserved,
         breakdown=times.breakdown() | {"reserve": sum(reserve.values())},
         reserve=reserve,
         layers=layers,
@@ -383,7 +389,9 @@ def _own_params(module: nn.Module) -> int:
 def _optimizer_name(settings: Settings) -> str | None:
     if settings.mode == "infer":
         return None
-    return settings.optimizer if isinstance(settings.optimizer, str) else getattr(settings.optimizer, "__name__", "custom")
+    return (
+        settings.optimizer if isinstance(settings.optimizer, str) else getattr(settings.optimizer, "__name__", "custom")
+    )
 
 
 # --- what cannot be traced without data ---------------------------------------------------------------------------
@@ -420,6 +428,7 @@ def _extrapolated(model: nn.Module, settings: Settings, strict: bool, why: Excep
     return replace(
         second,
         peak_bytes=sum(parts.values()),
+        reserved_bytes=at(first.reserved_bytes, second.reserved_bytes),
         breakdown=parts | {"reserve": sum(reserve.values())},
         reserve=reserve,
         layers=layers,

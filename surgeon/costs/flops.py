@@ -46,7 +46,9 @@ def convolution_macs(x: Tensor, weight: Tensor, out: Tensor, transposed: bool = 
     return x.shape[0] * prod(spatial) * weight.numel()
 
 
-@register_formula("aten::convolution", "aten::_convolution", "aten::cudnn_convolution", "aten::convolution_overrideable")
+@register_formula(
+    "aten::convolution", "aten::_convolution", "aten::cudnn_convolution", "aten::convolution_overrideable"
+)
 def _convolution(
     out: Tensor,
     x: Tensor,

@@ -81,15 +81,15 @@ def timeline(trace: Trace) -> Timeline:
     return Timeline(levels, parts, phases, start)
 
 
-def reserved_bytes(trace: Trace) -> int:
-    """Bytes of the segments that the caching allocator would hold after this trace."""
+def replay(trace: Trace) -> CachingAllocator:
+    """Put the trace through a model of the caching allocator."""
     allocator = CachingAllocator()
     for event in trace.events:
         if event > 0:
             allocator.allocate(event, trace.storages[event - 1].nbytes)
         else:
             allocator.release(-event)
-    return allocator.reserved
+    return allocator
 
 
 def workspace_bytes(trace: Trace, times: Timeline) -> int:
