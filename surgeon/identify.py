@@ -45,9 +45,10 @@ def _candidates(model: nn.Module) -> Iterator[BaseModel]:
         channels = _first_channels(model)
         chosen = {"in_chans": channels} if channels not in (None, size[0]) else {}
         shape = (channels or size[0], *size[1:])
-        for name_ in dict.fromkeys((name, str(cfg["architecture"]))):
-            yield BaseModel(source="timm", name=name_, kwargs=classes | chosen, input_size=shape, weights=unset)
-            yield BaseModel(source="timm", name=name_, kwargs=chosen, input_size=shape, weights=unset)
+        features = _features_only(model)
+        for full in dict.fromkeys((name, str(cfg["architecture"]))):
+            for kwargs in (classes | chosen, chosen, features | chosen):
+                yield BaseModel(source="timm", name=full, kwargs=kwargs, input_size=shape, weights=unset)
     home = type(model).__module__
     if home.startswith("torchvision.models"):
         yield from _torchvision_candidates(model, home, unset)
@@ -58,6 +59,14 @@ def _candidates(model: nn.Module) -> Iterator[BaseModel]:
             if zoo.entry(name).factory.__module__ == home:
                 size = tuple(zoo.entry(name).input_size)
                 yield BaseModel(source="zoo", name=name, input_size=size, weights=unset)
+
+
+def _features_only(model: nn.Module) -> dict[str, Any]:
+    """timm's options of a model that gives feature maps instead of classes."""
+    info = getattr(model, "feature_info", None)
+    if not type(model).__name__.startswith("Feature") or not hasattr(info, "out_indices"):
+        return {}
+    return {"features_only": True, "out_indices": list(info.out_indices)}
 
 
 def _torchvision_candidates(model: nn.Module, home: str, unset: Weights) -> Iterator[BaseModel]:

@@ -54,13 +54,18 @@ def build_model(
     kwargs = dict(base.kwargs) | (options or {})
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    if in_chans is None and input_size is not None and input_size[0] != base.input_size[0] and base.source == "timm":
+    if (
+        in_chans is None
+        and input_size is not None
+        and base.source == "timm"
+        and input_size[0] != (*base.input_size, 3)[0]
+    ):
         in_chans = input_size[0]
     if in_chans is not None:
         kwargs["in_chans"] = in_chans
     if input_size is not None and base.source == "timm" and _has_fixed_size(base.name):
         kwargs.setdefault("img_size", list(input_size[1:]))
-    size = input_size or ((in_chans, *base.input_size[1:]) if in_chans else base.input_size)
+    size = input_size or ((in_chans, *base.input_size[1:]) if in_chans and base.input_size else base.input_size)
     model, base = _with_weights(replace(base, kwargs=kwargs, input_size=size), weights, seed)
     return model.eval(), base
 
@@ -129,9 +134,9 @@ def _parse(spec: str) -> BaseModel:
 
     unset = Weights(kind="random")
     if _HUB.fullmatch(spec):
-        return BaseModel(source="timm", name=spec, weights=unset)
+        return BaseModel(source="timm", name=spec, input_size=(), weights=unset)
     if _FACTORY.fullmatch(spec):
-        return BaseModel(source="factory", name=spec, weights=unset)
+        return BaseModel(source="factory", name=spec, input_size=(), weights=unset)
     prefix, _, name = spec.rpartition("/")
     if prefix in ("", "timm") and timm.is_model(name.split(".")[0]):
         _check_tag(name)
@@ -180,16 +185,15 @@ def _torchvision_names() -> list[str]:
 
 
 def torchvision_size(name: str) -> tuple[int, ...]:
-    """(C, H, W), or (C, T, H, W) for video, of what the model's default weights were made for."""
+    """(C, H, W) of what the model's default weights were made for; () for video and optical flow, which take no such images."""
     from torchvision import models
 
-    options = getattr(models.get_model_weights(name)["DEFAULT"].transforms, "keywords", {})
-    crop = options.get("crop_size", 224)
-    height, width = (crop, crop) if isinstance(crop, int) else (crop[0], crop[-1])
     module = models.get_model_builder(name).__module__
-    if module.startswith("torchvision.models.video"):
-        return (3, 16, height, width)
-    return (3, height, width)
+    if module.startswith(("torchvision.models.video", "torchvision.models.optical_flow")):
+        return ()
+    options = getattr(models.get_model_weights(name)["DEFAULT"].transforms, "keywords", {})
+    crop = int(options.get("crop_size", 224))
+    return (3, crop, crop)
 
 
 # --- building -----------------------------------------------------------------------------------------------------
@@ -207,7 +211,7 @@ def _with_weights(base: BaseModel, weights: str, seed: int) -> tuple[nn.Module, 
         except ModelError as error:
             if weights == "pretrained" or _HUB.fullmatch(base.name):
                 raise
-            logger.warning("RANDOM WEIGHTS: %s. Going on with random weights of seed %d.", error, seed)
+            logger.warning("%s. GOING ON WITH RANDOM WEIGHTS of seed %d.", error, seed)
         else:
             return model, _recorded(base, model, base.weights)
     if _HUB.fullmatch(base.name):
@@ -268,7 +272,9 @@ def _telling(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # the libraries' factories and hubs raise anything
         told = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"{what}: {told[:300]}") from error
+        if type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "URLError", "ConnectError"):
+            told = "they are not in the cache, and the network does not answer"
+        raise ModelError(f"{what}: {told[:300].rstrip('.')}") from error
 
 
 def _timm_model(base: BaseModel) -> nn.Module:
@@ -376,7 +382,7 @@ def _resolve_hub(base: BaseModel) -> BaseModel:
     read = load_model_config_from_path if base.name.startswith("local-dir") else load_model_config_from_hf
     with bounded_network(), _telling(f"{base.name} cannot be had"):
         cfg, architecture, arguments = read(found["id"])
-    size = tuple(cfg.get("input_size", base.input_size))
+    size = base.input_size or tuple(cfg.get("input_size", (3, 224, 224)))
     kwargs = {"num_classes": cfg.get("num_classes", 1000), "in_chans": size[0]} | dict(arguments or {}) | base.kwargs
     return replace(base, name=architecture, kwargs=kwargs, input_size=(kwargs["in_chans"], *size[1:]))
 
