@@ -6,13 +6,9 @@ makes the bare architecture again (no downloads, no foreign code) and `restore` 
 
 import contextlib
 import difflib
-import importlib
-import inspect
 import logging
 import re
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +18,11 @@ from torch import nn
 
 from surgeon.errors import ModelError
 from surgeon.recipe import BaseModel, Recipe, Weights
-from surgeon.weights import bounded_network, load_weights, read_weights, state_sha256
+from surgeon.sources import HUB, construct, pretrained, resolve_hub
+from surgeon.weights import load_weights, read_weights, state_sha256
 
 logger = logging.getLogger(__name__)
 
-_HUB = re.compile(r"(hf-hub|hf_hub|local-dir):(?P<id>.+)")
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _NAME = re.compile(r"[\w.\-]+")
 _FORBIDDEN = re.compile(r"pretrained|checkpoint|cache_dir|weights|_file|file$|url")
@@ -45,29 +41,32 @@ def build_model(
     """Build the model that `spec` names, in eval mode, and say how it was built.
 
     `weights` is auto (pretrained where they can be had, otherwise random, with a logged warning), pretrained, random, or a
-    file. Random weights follow from `seed`. `options` go to the model's own factory. The second result is None only for a
-    surgeon folder whose base model is not known. Raises `ModelError`.
+    file. Random weights follow from `seed`. `input_size` is (C, H, W) or (H, W). `options` go to the model's own factory.
+    The second result is None only for a surgeon folder whose base model is not known. Raises `ModelError`.
     """
     if (Path(spec) / "recipe.json").is_file():
         return _from_folder(spec, weights)
     base = _parse(spec)
+    size = _example_size(base.input_size, input_size, in_chans)
     kwargs = dict(base.kwargs) | (options or {})
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    if (
-        in_chans is None
-        and input_size is not None
-        and base.source == "timm"
-        and input_size[0] != (*base.input_size, 3)[0]
-    ):
-        in_chans = input_size[0]
-    if in_chans is not None:
+    if base.source == "timm" and size and size[0] != (*base.input_size, 3)[0]:
+        kwargs["in_chans"] = size[0]
+    elif in_chans is not None:
         kwargs["in_chans"] = in_chans
     if input_size is not None and base.source == "timm" and _has_fixed_size(base.name):
-        kwargs.setdefault("img_size", list(input_size[1:]))
-    size = input_size or ((in_chans, *base.input_size[1:]) if in_chans and base.input_size else base.input_size)
+        kwargs.setdefault("img_size", list(input_size[-2:]))
     model, base = _with_weights(replace(base, kwargs=kwargs, input_size=size), weights, seed)
     return model.eval(), base
+
+
+def _example_size(own: tuple[int, ...], wanted: tuple[int, ...] | None, in_chans: int | None) -> tuple[int, ...]:
+    """(C, H, W) to run the model at: what was asked for, completed by what the model was made for; () if neither is known."""
+    if wanted is not None and len(wanted) == 3:
+        return wanted
+    sides = own[1:] if wanted is None else wanted
+    return (in_chans or (*own, 3)[0], *sides) if sides else ()
 
 
 def build_structure(base: BaseModel, *, trust_factory: bool = False) -> nn.Module:
@@ -75,26 +74,18 @@ def build_structure(base: BaseModel, *, trust_factory: bool = False) -> nn.Modul
 
     Raises `ModelError`, also for factories unless they are trusted: a factory is code that a recipe names.
     """
-    if base.source == "factory" and not trust_factory:
-        raise ModelError(
-            f"the base model is made by the factory {base.name}, which is code: load the folder with base=MODEL, "
-            "or with trust_factory=True if you trust it"
-        )
-    bad = sorted(
-        key for key in base.kwargs if _FORBIDDEN.search(key) and (base.source, key) != ("torchvision", "weights")
-    )
-    if bad or not (base.source == "factory" or _NAME.fullmatch(base.name)):
-        raise ModelError(f"the recipe's base model {base.name!r} may not have {', '.join(bad) or 'such a name'}")
+    _check_base(base, trust_factory=trust_factory)
     with torch.random.fork_rng(devices=[]):
-        return _construct(base)
+        return construct(base)
 
 
-def restore(base: BaseModel, *, weights: str | None = None) -> nn.Module:
+def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool = False) -> nn.Module:
     """The base model with the weights it had when it was converted, in eval mode; their SHA-256 is checked.
 
     `weights` names a file to take them from instead. Raises `ModelError`.
     """
     recorded = base.weights
+    _check_base(base, trust_factory=trust_factory)
     if weights is None and recorded.kind == "given" and base.source != "factory":
         raise ModelError(
             f"the weights of {base.name} were given as a model object and are not recorded; name their file with --weights"
@@ -123,6 +114,20 @@ def model_names(pattern: str = "*") -> list[str]:
     return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
 
 
+def _check_base(base: BaseModel, *, trust_factory: bool) -> None:
+    """Raise `ModelError` for what a stranger's recipe must not make happen: foreign code, downloads, pickles."""
+    if base.source == "factory" and not trust_factory:
+        raise ModelError(
+            f"the base model is made by the factory {base.name}, which is code: load the folder with base=MODEL, "
+            "or with trust_factory=True (--trust-factory) if you trust it"
+        )
+    bad = sorted(
+        key for key in base.kwargs if _FORBIDDEN.search(key) and (base.source, key) != ("torchvision", "weights")
+    )
+    if bad or not (base.source == "factory" or _NAME.fullmatch(base.name)):
+        raise ModelError(f"the recipe's base model {base.name!r} may not have {', '.join(bad) or 'such a name'}")
+
+
 # --- names --------------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +138,7 @@ def _parse(spec: str) -> BaseModel:
     from surgeon import zoo
 
     unset = Weights(kind="random")
-    if _HUB.fullmatch(spec):
+    if HUB.fullmatch(spec):
         return BaseModel(source="timm", name=spec, input_size=(), weights=unset)
     if _FACTORY.fullmatch(spec):
         return BaseModel(source="factory", name=spec, input_size=(), weights=unset)
@@ -148,11 +153,11 @@ def _parse(spec: str) -> BaseModel:
         return BaseModel(source="torchvision", name=name, input_size=torchvision_size(name), weights=unset)
     if Path(spec).is_dir():
         raise ModelError(f"{spec} is a folder, but surgeon did not write it: it has no recipe.json")
-    raise ModelError(f"there is no model {spec!r}{_near(spec)}; `surgeon models PATTERN` lists the names")
+    raise ModelError(f"there is no model {spec!r}{nearest(spec)}; `surgeon models PATTERN` lists the names")
 
 
-def _near(spec: str) -> str:
-    """The nearest known names, for an error."""
+def nearest(spec: str) -> str:
+    """The nearest known names, as the end of an error message."""
     by_tail: dict[str, list[str]] = {}
     for name in model_names():
         by_tail.setdefault(name.rpartition("/")[2], []).append(name)
@@ -173,7 +178,7 @@ def _check_tag(name: str) -> None:
 def _has_fixed_size(name: str) -> bool:
     import timm
 
-    cfg = None if _HUB.fullmatch(name) else timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    cfg = None if HUB.fullmatch(name) else timm.models.get_pretrained_cfg(name, allow_unregistered=True)
     return bool(cfg is not None and cfg.fixed_input_size)
 
 
@@ -203,21 +208,21 @@ def _with_weights(base: BaseModel, weights: str, seed: int) -> tuple[nn.Module, 
     """The model with the weights that were asked for, and the record of both."""
     if base.source == "factory" and weights == "auto":
         with _seeded(seed):
-            model = _construct(base)
+            model = construct(base)
         return model, _recorded(base, model, Weights(kind="given", seed=seed))
     if weights in ("auto", "pretrained"):
         try:
-            model, base = _pretrained(base)
+            model, base = pretrained(base)
         except ModelError as error:
-            if weights == "pretrained" or _HUB.fullmatch(base.name):
+            if weights == "pretrained" or HUB.fullmatch(base.name):
                 raise
             logger.warning("%s. GOING ON WITH RANDOM WEIGHTS of seed %d.", error, seed)
         else:
             return model, _recorded(base, model, base.weights)
-    if _HUB.fullmatch(base.name):
-        base = _resolve_hub(base)
+    if HUB.fullmatch(base.name):
+        base = resolve_hub(base)
     with _seeded(seed):
-        model = _construct(base)
+        model = construct(base)
     if weights in ("auto", "random"):
         return model, _recorded(base, model, Weights(kind="random", seed=seed))
     load_weights(model, _named_for(base, model, read_weights(weights)), weights)
@@ -243,157 +248,6 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def _construct(base: BaseModel) -> nn.Module:
-    """Call the model's factory without weights; raises `ModelError` for options it does not take."""
-    builders: dict[str, Callable[[BaseModel], nn.Module]] = {
-        "timm": _timm_model,
-        "torchvision": _torchvision_model,
-        "zoo": _zoo_model,
-        "factory": _factory_model,
-    }
-    with (
-        _telling(f"{base.source} cannot build {base.name} with {base.kwargs or 'its defaults'}"),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # torchvision's googlenet and inception warn of their own defaults
-        return builders[base.source](base)
-
-
-@contextlib.contextmanager
-def _telling(what: str) -> Iterator[None]:
-    """Turn what a library raises into one `ModelError`."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:  # the libraries' factories and hubs raise anything
-        told = " ".join(str(error).split()) or type(error).__name__
-        if type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "URLError", "ConnectError"):
-            told = "they are not in the cache, and the network does not answer"
-        raise ModelError(f"{what}: {told[:300].rstrip('.')}") from error
-
-
-def _timm_model(base: BaseModel) -> nn.Module:
-    import timm
-
-    model: nn.Module = timm.create_model(base.name, pretrained=False, **base.kwargs)
-    return model
-
-
-def _zoo_model(base: BaseModel) -> nn.Module:
-    from surgeon import zoo
-
-    model: nn.Module = zoo.create(base.name, **base.kwargs)
-    return model
-
-
-def _torchvision_model(base: BaseModel) -> nn.Module:
-    """With the structure that goes with pretrained weights where those are named: frozen norms, no auxiliary heads."""
-    from torchvision import models
-
-    kwargs = _plain(base)
-    builder = models.get_model_builder(base.name)
-    if "weights_backbone" in inspect.signature(builder).parameters:
-        kwargs["weights_backbone"] = None
-    if "weights" not in base.kwargs:
-        kwargs.setdefault("weights", None)
-        return _as_module(builder(**kwargs))
-    with _no_state_dicts():
-        return _as_module(builder(weights=models.get_model_weights(base.name)[base.kwargs["weights"]], **kwargs))
-
-
-@contextlib.contextmanager
-def _no_state_dicts() -> Iterator[None]:
-    """Let torchvision's factories build for given weights, without fetching or loading those."""
-    from torchvision.models import WeightsEnum
-
-    fetch, load = WeightsEnum.get_state_dict, nn.Module.load_state_dict
-    try:
-        WeightsEnum.get_state_dict = lambda self, *args, **kwargs: {}
-        nn.Module.load_state_dict = lambda self, *args, **kwargs: None  # type: ignore[method-assign, assignment, misc]
-        yield
-    finally:
-        WeightsEnum.get_state_dict = fetch
-        nn.Module.load_state_dict = load  # type: ignore[method-assign]
-
-
-def _factory_model(base: BaseModel) -> nn.Module:
-    module_name, _, attribute = base.name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        factory: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            factory = getattr(factory, part)
-    finally:
-        sys.path.pop(0)
-    return _as_module(factory(**base.kwargs))
-
-
-def _as_module(made: Any) -> nn.Module:
-    if not isinstance(made, nn.Module):
-        raise ModelError(f"the factory made a {type(made).__name__}, not a torch.nn.Module")
-    return made
-
-
-def _plain(base: BaseModel) -> dict[str, Any]:
-    """The options without torchvision's record of the weights that decide about the structure."""
-    return {key: value for key, value in base.kwargs.items() if (base.source, key) != ("torchvision", "weights")}
-
-
-def _pretrained(base: BaseModel) -> tuple[nn.Module, BaseModel]:
-    """The model with its published weights; raises `ModelError` where they cannot be had."""
-    failed = f"pretrained weights of {base.name} cannot be had"
-    if base.source == "zoo":
-        raise ModelError(f"{failed}: the zoo publishes none")
-    if base.source == "factory":
-        raise ModelError(f"{failed}: a factory brings its own weights (--weights auto)")
-    with bounded_network(), _telling(failed), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return _timm_pretrained(base) if base.source == "timm" else _torchvision_pretrained(base)
-
-
-def _timm_pretrained(base: BaseModel) -> tuple[nn.Module, BaseModel]:
-    import timm
-
-    hub = base.weights.path if base.weights.kind == "pretrained" else base.name
-    spec = str(hub) if _HUB.fullmatch(str(hub)) else base.name
-    model = timm.create_model(spec, pretrained=True, **base.kwargs)
-    cfg = model.pretrained_cfg
-    if _HUB.fullmatch(spec):
-        weights = Weights(kind="pretrained", path=spec)
-        return model, replace(_resolve_hub(base), weights=weights)
-    name = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg["architecture"]
-    weights = Weights(kind="pretrained", path=cfg.get("hf_hub_id") or cfg.get("url") or cfg.get("file") or None)
-    return model, replace(base, name=name, weights=weights)
-
-
-def _resolve_hub(base: BaseModel) -> BaseModel:
-    """The timm architecture and options behind `hf-hub:...` or `local-dir:...`, so that it can be built without either."""
-    from timm.models import load_model_config_from_hf
-    from timm.models._hub import load_model_config_from_path
-
-    found = _HUB.fullmatch(base.name)
-    if found is None:
-        return base
-    read = load_model_config_from_path if base.name.startswith("local-dir") else load_model_config_from_hf
-    with bounded_network(), _telling(f"{base.name} cannot be had"):
-        cfg, architecture, arguments = read(found["id"])
-    size = base.input_size or tuple(cfg.get("input_size", (3, 224, 224)))
-    kwargs = {"num_classes": cfg.get("num_classes", 1000), "in_chans": size[0]} | dict(arguments or {}) | base.kwargs
-    return replace(base, name=architecture, kwargs=kwargs, input_size=(kwargs["in_chans"], *size[1:]))
-
-
-def _torchvision_pretrained(base: BaseModel) -> tuple[nn.Module, BaseModel]:
-    from torchvision import models
-
-    member = models.get_model_weights(base.name)[base.kwargs.get("weights", "DEFAULT")]
-    model = models.get_model_builder(base.name)(weights=member, **_plain(base))
-    weights = Weights(kind="pretrained", path=str(member))
-    return _as_module(model), replace(base, kwargs=base.kwargs | {"weights": member.name}, weights=weights)
 
 
 def _from_folder(path: str, weights: str) -> tuple[nn.Module, BaseModel | None]:
