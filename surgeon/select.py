@@ -144,6 +144,8 @@ def _comparison(text: str, key: str, op: str, value: str) -> Predicate:
 
 
 def _source(body: str, sites: Sequence[ConvSite]) -> Predicate:
+    if any(body in site.names for site in sites):
+        return lambda site: body in site.names
     if body == "all":
         return lambda site: True
     if body.startswith("re:"):
