@@ -98,9 +98,12 @@ class CARNM(nn.Module):
         self.exit = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, x: Tensor, scale: int | None = None) -> Tensor:
+        factor = scale or self.scale
+        if f"x{factor}" not in self.upsample:
+            raise ConfigError(f"this CARN-M enlarges by {', '.join(self.upsample)}, not x{factor}")
         x = self.entry(x - self.mean)
         x = cascade(x, self.blocks, self.fuse)
-        x = self.upsample[f"x{scale or self.scale}"](x)
+        x = self.upsample[f"x{factor}"](x)
         image: Tensor = self.exit(x) + self.mean
         return image
 

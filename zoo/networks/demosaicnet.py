@@ -5,6 +5,8 @@ features and masks that multiply them; 12 maps made of the product are moved bac
 more convolutions give the image. No convolution pads, so the image is smaller than the mosaic by `border` on each side.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,7 @@ class BayerDemosaic(nn.Module):
         self.border = 2 * depth + 1
         self.pack = nn.Conv2d(3, 4, 2, stride=2)
         widths = [4] + [width] * (depth - 1) + [2 * width]
-        self.chain = nn.ModuleList(nn.Conv2d(a, b, 3) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.chain = nn.ModuleList(nn.Conv2d(a, b, 3) for a, b in pairwise(widths))
         self.residual = nn.Conv2d(width, 12, 1)
         self.unpack = nn.ConvTranspose2d(12, 3, 2, stride=2, groups=3)
         self.full = nn.Conv2d(6, width, 3)

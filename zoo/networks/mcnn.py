@@ -18,7 +18,7 @@ _COLUMNS = {
 
 
 class MCNN(nn.Module):
-    """Grey image (N, 1, H, W), (grey value - 127.5) / 128 -> density map (N, 1, ceil(H/4), ceil(W/4)), not negative."""
+    """Grey image (N, 1, H, W), (grey value - 127.5) / 128 -> density map (N, 1, ceil(H/4), ceil(W/4))."""
 
     def __init__(self, in_chans: int = 1) -> None:
         super().__init__()
@@ -27,7 +27,8 @@ class MCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         maps = torch.cat([self.small(x), self.medium(x), self.large(x)], dim=1)
-        return torch.relu(self.fuse(maps))
+        density: Tensor = self.fuse(maps)
+        return density
 
 
 def _column(c_in: int, first: int, other: int, widths: tuple[int, ...]) -> nn.Sequential:
