@@ -66,6 +66,7 @@ def save(
         }
         values = recipe.to_dict() | {"artefact": artefact}
         _write(folder / RECIPE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        (folder / WEIGHTS).chmod((folder / RECIPE).stat().st_mode)
         if report is not None:
             _write(folder / REPORT, report.to_json())
             _write(folder / TEXT, report.to_text())
@@ -99,7 +100,8 @@ def load(
     apply_rules(model, recipe.rules, str(path))
     _fill(model, path / WEIGHTS)
     for name in artefact.get("static", []):
-        _submodule(model, name, str(path)).adaptive = False
+        layer: Any = _submodule(model, name, str(path))
+        layer.adaptive = False
     set_recipe(model, recipe)
     return model.eval().to(device)
 
@@ -195,7 +197,15 @@ def _fits(model: nn.Module, base: BaseModel, rules: tuple[Rule, ...]) -> bool:
     except SurgeonError:
         return False
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return type(rebuilt) is type(model) and not mismatches(own, rebuilt)
+    return _kinds(rebuilt) == _kinds(model) and not mismatches(own, rebuilt)
+
+
+def _kinds(model: nn.Module) -> dict[str, tuple[type[nn.Module], str]]:
+    """Class of every module, and the settings of convolutions, which shapes do not tell."""
+    return {
+        name: (type(module), module.extra_repr() if isinstance(module, nn.Conv2d) else "")
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
 
 
 def _structure(recipe: Recipe, base: nn.Module | None, path: Path, trust_factory: bool) -> nn.Module:

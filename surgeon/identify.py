@@ -63,7 +63,7 @@ def _candidates(model: nn.Module) -> Iterator[BaseModel]:
 
 def _features_only(model: nn.Module) -> dict[str, Any]:
     """timm's options of a model that gives feature maps instead of classes."""
-    info = getattr(model, "feature_info", None)
+    info: Any = getattr(model, "feature_info", None)
     if not type(model).__name__.startswith("Feature") or not hasattr(info, "out_indices"):
         return {}
     return {"features_only": True, "out_indices": list(info.out_indices)}

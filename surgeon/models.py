@@ -145,8 +145,9 @@ def _parse(spec: str) -> BaseModel:
     prefix, _, name = spec.rpartition("/")
     if prefix in ("", "timm") and timm.is_model(name.split(".")[0]):
         _check_tag(name)
-        size = timm.models.get_pretrained_cfg(name, allow_unregistered=True).input_size
-        return BaseModel(source="timm", name=name, input_size=tuple(size), weights=unset)
+        cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+        size = tuple(cfg.input_size) if cfg is not None else ()
+        return BaseModel(source="timm", name=name, input_size=size, weights=unset)
     if prefix in ("", "zoo") and name in zoo.names():
         return BaseModel(source="zoo", name=name, input_size=tuple(zoo.entry(name).input_size), weights=unset)
     if prefix == "torchvision" and name in _torchvision_names():

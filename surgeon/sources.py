@@ -89,7 +89,7 @@ def _no_state_dicts() -> Iterator[None]:
     fetch, load = WeightsEnum.get_state_dict, nn.Module.load_state_dict
     try:
         WeightsEnum.get_state_dict = lambda self, *args, **kwargs: {}
-        nn.Module.load_state_dict = lambda self, *args, **kwargs: None  # type: ignore[method-assign, assignment, misc]
+        nn.Module.load_state_dict = lambda self, *args, **kwargs: None  # type: ignore[method-assign, misc]
         yield
     finally:
         WeightsEnum.get_state_dict = fetch
@@ -137,7 +137,7 @@ def _timm_pretrained(base: BaseModel) -> tuple[nn.Module, BaseModel]:
     hub = base.weights.path if base.weights.kind == "pretrained" else base.name
     spec = str(hub) if HUB.fullmatch(str(hub)) else base.name
     model = timm.create_model(spec, pretrained=True, **base.kwargs)
-    cfg = model.pretrained_cfg
+    cfg: Any = model.pretrained_cfg
     if HUB.fullmatch(spec):
         weights = Weights(kind="pretrained", path=spec)
         return model, replace(resolve_hub(base), weights=weights)
