@@ -122,7 +122,18 @@ def _install(twin: nn.Module, targets: set[str], stack: list[str], seen: Observa
 
 _HARMLESS_ATTRIBUTES = frozenset(
     {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_meta", "is_sparse", "is_quantized"}
-    | {"is_mkldnn", "is_leaf", "names", "itemsize", "nbytes", "is_cpu", "is_xpu", "is_mps", "_backward_hooks", "grad_fn"}
+    | {
+        "is_mkldnn",
+        "is_leaf",
+        "names",
+        "itemsize",
+        "nbytes",
+        "is_cpu",
+        "is_xpu",
+        "is_mps",
+        "_backward_hooks",
+        "grad_fn",
+    }
 )
 _HARMLESS_METHODS = frozenset(
     {"size", "dim", "numel", "nelement", "element_size", "stride", "is_contiguous", "is_floating_point", "is_complex"}

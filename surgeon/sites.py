@@ -73,9 +73,7 @@ class Sites:
     seen: Observation
 
 
-def find_sites(
-    model: nn.Module, example_inputs: Any = None, input_size: Sequence[int] | int | None = None
-) -> Sites:
+def find_sites(model: nn.Module, example_inputs: Any = None, input_size: Sequence[int] | int | None = None) -> Sites:
     """List every convolution. The model is not touched: copies of it are run and traced.
 
     Raises `InputError` if the model does not run.
