@@ -1,9 +1,9 @@
 """The selector language: which convolutions are meant.
 
-Items are joined by commas, or given as a list. Sources are united: an exact module name or a prefix of names (`layer3`), a
-glob over names (`blocks.*.conv_dw`), `re:` and a regular expression to be found in the name, `stem`, `stageN`, `all`. Filters are
-intersected: `k=3`, `in>=64`, `out<=256`, `stride=1`, `groups!=1`, `dilation=1`, `depthwise`, `dense`, `first-of-stage`. `!` before an
-item excludes what it matches. Filters alone filter `all`.
+Items are joined by commas, or given as a list. Sources are united: an exact module name or a prefix of names (`layer3`),
+a glob over names (`blocks.*.conv_dw`), `re:` and a regular expression to be found in the name, `stem`, `stageN`, `all`.
+Filters are intersected: `k=3`, `in>=64`, `out<=256`, `stride=1`, `groups!=1`, `dilation=1`, `depthwise`, `dense`,
+`first-of-stage`. `!` before an item excludes what it matches. Filters alone filter `all`.
 
 1×1 convolutions are taken only by their full name, or when a filter on `k` is there that 1 satisfies.
 """
