@@ -1,6 +1,6 @@
 """`cost`: FLOPs, parameters and peak GPU memory of a model, without a GPU and without running a kernel."""
 
-import math
+
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.costs.emulate import cuda_dispatch, meta_copy
+from surgeon.costs import operators as operators  # registers its formulas
 from surgeon.costs.flops import FlopCounter, UnknownOperatorError
 from surgeon.costs.memory import (
     BLAS_WORKSPACE,

@@ -143,7 +143,7 @@ def _deform_samples(out: Tensor, x: Tensor, weight: Tensor) -> int:
 _ZERO = frozenset(
     """
     _adaptive_avg_pool2d _adaptive_avg_pool2d_backward _batch_norm_with_update _fused_rms_norm _fused_rms_norm_backward
-    _local_scalar_dense _log_softmax _log_softmax_backward_data _native_batch_norm_legit _native_batch_norm_legit_no_training
+    _local_scalar_dense can_cast promote_types result_type _log_softmax _log_softmax_backward_data _native_batch_norm_legit _native_batch_norm_legit_no_training
     _prelu_kernel _prelu_kernel_backward _reshape_copy _safe_softmax _softmax _softmax_backward_data _to_copy
     _unique2 _unsafe_index _unsafe_index_put _unsafe_view
     adaptive_max_pool2d adaptive_max_pool2d_backward all amax amin any arange argmax argmin argsort as_strided_copy

@@ -1,0 +1,161 @@
+"""The cost of one layer alone, at the shapes it has in its model: what a cost table is made of."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.costs.emulate import cuda_dispatch
+from surgeon.costs.estimate import Settings, make_optimizer
+from surgeon.costs.flops import FlopCounter
+from surgeon.costs.memory import timeline
+from surgeon.costs.trace import Trace, Tracker
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a layer is called: its input's shape, dtype, layout, and whether a gradient flows back through it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One layer, called once. FLOPs for the whole batch; bytes, relative to what is there when the layer starts."""
+
+    flops: int
+    backward_flops: int
+    params: int
+    static: int  # its weights, buffers and optimizer state
+    gradients: int  # of its parameters, after the backward pass
+    saved: int  # held from its forward to its backward pass, beside input and output
+    forward_peak: int
+    backward_peak: int  # relative to the start of its forward pass, gradient of the output included
+    optimizer_peak: int  # temporaries of the optimizer's step for its parameters
+
+
+def profile(layer: nn.Module, call: Call, settings: Settings) -> Profile:
+    """Trace one layer on the meta device, where it must lie; it is used up."""
+    train = settings.mode == "train"
+    layer.train(train)
+    if settings.channels_last:
+        layer.to(memory_format=torch.channels_last)
+    counter = FlopCounter()
+    tracker = Tracker(layer, counter)
+    tracker.begin("setup")
+    tracker.own([*layer.parameters(), *layer.buffers()], "weights")
+    memory_format = torch.channels_last if call.channels_last else torch.contiguous_format
+    x = torch.empty(call.shape, dtype=call.dtype, device="meta", memory_format=memory_format)
+    x.requires_grad_(call.requires_grad and train)
+    with tracker, tracker.hooked():
+        sizes = _train(layer, x, settings, tracker) if train else _infer(layer, x, settings, tracker)
+    return _read(layer, tracker.close(), sizes)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    output: int
+    held: int  # index of the event at which the forward pass is over
+
+
+def _train(layer: nn.Module, x: Tensor, settings: Settings, tracker: Tracker) -> _Sizes:
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    optimizer = make_optimizer(settings, parameters)
+    if optimizer is not None:
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+    tracker.own([x], "inputs")
+    tracker.begin("forward")
+    with cuda_dispatch(settings.amp):
+        y = layer(_Source.apply(x) if x.requires_grad else x)
+        held = len(tracker.trace.events)
+    sizes = _Sizes(_bytes(y, tracker), held)
+    tracker.begin("loss")
+    if y.requires_grad:
+        end = _Sink.apply(y)
+        del y
+        tracker.begin("backward")
+        end.backward()
+    tracker.note_gradients(parameters)
+    tracker.begin("optimizer")
+    if optimizer is not None:
+        optimizer.step()
+    return sizes
+
+
+def _infer(layer: nn.Module, x: Tensor, settings: Settings, tracker: Tracker) -> _Sizes:
+    tracker.own([x], "inputs")
+    tracker.begin("forward")
+    with torch.no_grad(), cuda_dispatch(settings.amp):
+        y = layer(x)
+        held = len(tracker.trace.events)
+    sizes = _Sizes(_bytes(y, tracker), held)
+    tracker.begin("end")
+    return sizes
+
+
+class _Source(torch.autograd.Function):
+    """Where the gradient of the input ends: it is dropped, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None
+
+
+class _Sink(torch.autograd.Function):
+    """Stands for the layers behind: keeps nothing, and sends back a gradient as large as the output."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.like = (y.shape, y.stride(), y.dtype)
+        return y.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        shape, stride, dtype = ctx.like
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+def _bytes(y: Tensor, tracker: Tracker) -> int:
+    index = tracker._live[y.untyped_storage()._cdata]
+    return tracker.trace.storages[index].nbytes
+
+
+def _read(layer: nn.Module, trace: Trace, sizes: _Sizes) -> Profile:
+    times = timeline(trace)
+    first = dict(reversed(trace.phases))  # phase -> its first event
+    levels = times.levels
+    start = int(levels[0])
+
+    def highest(phase: str, until: int) -> int:
+        low, high = first[phase] - times.first, max(until - times.first, first[phase] - times.first + 1)
+        return int(levels[low:high].max(initial=0)) - start
+
+    gradients = sum(trace.storages[i].nbytes for i in trace.gradients)
+    flops = [0, 0]
+    for op in trace.ops:
+        flops[op.phase == "backward"] += op.flops
+    end = len(trace.events)
+    train = "optimizer" in first
+    inputs = sum(s.nbytes for s in trace.storages if s.kind == "inputs")
+    return Profile(
+        flops=flops[0],
+        backward_flops=flops[1],
+        params=sum(p.numel() for p in layer.parameters()),
+        static=start - inputs,
+        gradients=gradients,
+        saved=int(levels[sizes.held - 1 - times.first]) - start - sizes.output,
+        forward_peak=highest("forward", sizes.held),
+        backward_peak=highest("backward", first["optimizer"]) if "backward" in first else 0,
+        optimizer_peak=highest("optimizer", end) - gradients if train and first["optimizer"] < end else 0,
+    )

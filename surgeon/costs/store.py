@@ -1,0 +1,100 @@
+"""Cost tables on disk, by the hash of everything that they depend on."""
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import surgeon
+from surgeon.costs.estimate import Settings
+from surgeon.costs.table import CostTable, Option, Row
+
+
+def folder() -> Path:
+    """Where tables are kept."""
+    return Path(os.environ.get("SURGEON_CACHE") or Path.home() / ".cache" / "surgeon") / "cost"
+
+
+def key(model: nn.Module, options: Sequence[Option], layers: Any, settings: Settings) -> str | None:
+    """Content hash of the question; None where it depends on a function (an own loss or optimizer)."""
+    if settings.loss is not None or not isinstance(settings.optimizer, str):
+        return None
+    text = json.dumps(
+        {
+            "model": _structure(model),
+            "options": [option.label for option in options],
+            "layers": layers if layers is None or isinstance(layers, str) else list(layers),
+            "settings": asdict(settings),
+            "versions": [surgeon.__version__, torch.__version__, _sources()],
+        },
+        sort_keys=True,
+        default=str,
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _structure(model: nn.Module) -> list[str]:
+    modules = [f"{name} {type(m).__module__}.{type(m).__qualname__} {m.extra_repr()}" for name, m in model.named_modules()]
+    values = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return [*modules, *(f"{name} {tuple(t.shape)} {t.dtype} {t.requires_grad} {t.is_contiguous()}" for name, t in values)]
+
+
+@cache
+def _sources() -> str:
+    """Hash of the source of this package and of the layers: a changed formula is a changed table."""
+    import surgeon.layers
+
+    digest = hashlib.sha256()
+    for root in (Path(__file__).parent, *map(Path, surgeon.layers.__path__)):
+        for file in sorted(root.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def load(key: str) -> CostTable | None:
+    """The table of this hash; None if there is none, or it cannot be read."""
+    try:
+        with np.load(folder() / f"{key}.npz", allow_pickle=False) as file:
+            text = json.loads(str(file["text"]))
+            return CostTable(
+                layers=tuple(text["layers"]),
+                options=tuple(text["options"]),
+                rows=tuple(Row(**{**row, "reasons": tuple(row["reasons"])}) for row in text["rows"]),
+                base=text["base"],
+                allowed=file["allowed"],
+                windows=file["windows"],
+                memory=file["memory"],
+            )
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None
+
+
+def save(key: str, table: CostTable) -> None:
+    """Keep a table; without a writable cache folder it is not kept."""
+    text = json.dumps(
+        {
+            "layers": table.layers,
+            "options": table.options,
+            "rows": [asdict(row) for row in table.rows],
+            "base": dict(table.base),
+        }
+    )
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder(), suffix=".tmp", delete=False) as file:
+            np.savez_compressed(
+                file, text=np.array(text), allowed=table.allowed, windows=table.windows, memory=table.memory
+            )
+        Path(file.name).replace(folder() / f"{key}.npz")
+    except OSError:
+        return
