@@ -219,3 +219,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(tensor)] = like
     with _CopyToMeta():
         return deepcopy(model, memo)
+
+
+def to_channels_last(model: nn.Module) -> None:
+    """Lay out all four-dimensional parameters and buffers channels last, in place; others stay as they are."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.costs.emulate import cuda_dispatch, meta_copy
+from surgeon.costs.emulate import cuda_dispatch, meta_copy, to_channels_last
 from surgeon.costs import operators as operators  # registers its formulas
 from surgeon.costs.flops import FlopCounter, UnknownOperatorError
 from surgeon.costs.memory import (
@@ -222,7 +222,7 @@ def run_step(model: nn.Module, settings: Settings, counter: FlopCounter, device:
     if settings.checkpointing:
         model.set_grad_checkpointing(True)
     if settings.channels_last:
-        model.to(memory_format=torch.channels_last)
+        to_channels_last(model)
     tracker = Tracker(model, counter, device)
     autocast = _autocast(settings, device)
     tracker.recompute = autocast

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon.costs.emulate import cuda_dispatch
+from surgeon.costs.emulate import cuda_dispatch, to_channels_last
 from surgeon.costs.estimate import Settings, make_optimizer
 from surgeon.costs.flops import FlopCounter
 from surgeon.costs.memory import timeline
@@ -43,7 +43,7 @@ def profile(layer: nn.Module, call: Call, settings: Settings) -> Profile:
     train = settings.mode == "train"
     layer.train(train)
     if settings.channels_last:
-        layer.to(memory_format=torch.channels_last)
+        to_channels_last(layer)
     counter = FlopCounter()
     tracker = Tracker(layer, counter)
     tracker.begin("setup")

@@ -80,6 +80,7 @@ class Tracker(TorchDispatchMode):
     def begin(self, phase: str) -> None:
         """What follows belongs to this phase."""
         self.phase = phase
+        self._last_layer = 0
         self.trace.phases.append((phase, len(self.trace.events)))
 
     @contextmanager
