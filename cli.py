@@ -84,20 +84,23 @@ def _models(args: argparse.Namespace) -> int:
     names = model_names(args.pattern)
     if not names:
         raise ConfigError(f"no model matches {args.pattern!r}{nearest(args.pattern)}")
-    print(json.dumps(names, indent=2) if args.json else "\n".join(names))
+    if args.json:
+        _print_json(names)
+    else:
+        print("\n".join(names))
     return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
     import surgeon
-    from surgeon.console import inspection_text, width
+    from surgeon.console import inspection_text, inspection_values, width
 
     model, base = _build(args)
-    inspection = surgeon.inspect(model, input_size=_size(args, base))
+    sites = surgeon.inspect(model, input_size=_size(args, base))
     if args.json:
-        print(json.dumps({"model": args.model, **inspection.to_dict()}, indent=2))
+        _print_json({"model": args.model, "convolutions": inspection_values(sites)})
     else:
-        print(inspection_text(inspection, args.model, width()), end="")
+        print(inspection_text(sites, args.model, width()), end="")
     return 0
 
 
@@ -140,7 +143,7 @@ def _convert(args: argparse.Namespace) -> int:
             save(model, output, report=report, base=base, force=args.force)
     written = None if args.dry_run else str(output)
     if args.json:
-        print(json.dumps({"output": written, **report.to_dict()}, indent=2))
+        _print_json({"output": written, **report.to_dict()})
     else:
         print(report.to_text(width()), end="")
         print(f"written to  {written}" if written else "dry run: nothing was written")
@@ -150,44 +153,59 @@ def _convert(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     import surgeon
     from surgeon.checkpoint import load
-    from surgeon.console import Progress, verification_text, width
+    from surgeon.console import Progress, verification_text, verification_values, width
     from surgeon.models import restore
-    from surgeon.recipe import Recipe
+    from surgeon.recipe import get_recipe
 
-    recipe = Recipe.read(args.run) if _is_folder(args.run) else None
-    if recipe is None or recipe.base is None:
-        raise CheckpointError(f"{args.run} does not know its base model, so that there is nothing to compare it with")
     with Progress(enabled=not args.quiet) as progress:
+        progress("load", 0, 2)
         converted = load(args.run, trust_factory=args.trust_factory)
+        recipe = get_recipe(converted)
+        if recipe is None or recipe.base is None:
+            raise CheckpointError(f"{args.run} does not know its base model: there is nothing to compare it with")
+        progress("load", 1, 2)
         original = restore(recipe.base, weights=args.weights, trust_factory=args.trust_factory)
-        size = args.input_size or recipe.base.input_size or None
-        result = surgeon.verify(original, converted, input_size=size, progress=progress)
+        progress("verify", 0, 1)
+        result = surgeon.verify(original, converted, input_size=args.input_size or recipe.base.input_size or None)
     if args.json:
-        print(json.dumps({"run": args.run, **result.to_dict()}, indent=2))
+        _print_json({"run": args.run, **verification_values(result)})
     else:
         print(verification_text(result, args.run, width()), end="")
-    return 0 if result.ok else 1
+    return 0 if result.exact else 1
 
 
 def _revert(args: argparse.Namespace) -> int:
     import surgeon
     from surgeon.checkpoint import check_output, load, save
+    from surgeon.rewrite import dynamic_layers
 
     check_output(args.output, force=args.force)
     model = load(args.run, trust_factory=args.trust_factory)
-    model, names = surgeon.revert(model, args.layers, inplace=True)
-    left = [module for module in model.modules() if hasattr(module, "static_weight")]
+    names = list(dynamic_layers(model, args.layers))
+    model = surgeon.revert(model, args.layers)
+    left = len(dynamic_layers(model))
     save(model, args.output, force=args.force)
-    said = f"{len(left)} dynamic layers remain" if left else "no dynamic layer remains: these are plain model weights"
     if args.json:
-        print(json.dumps({"output": str(args.output), "reverted": names, "remaining": len(left)}, indent=2))
-    else:
-        print("\n".join([f"{len(names)} layers reverted to plain convolutions", *(f"  {name}" for name in names)]))
-        print(f"{said}\nwritten to  {args.output}")
+        _print_json({"output": args.output, "reverted": names, "remaining": left})
+        return 0
+    said = f"dynamic layers that remain: {left}" if left else "no dynamic layer remains: these are plain model weights"
+    print(
+        "\n".join(
+            [
+                f"{len(names)} layer{'s' * (len(names) != 1)} reverted to plain convolutions",
+                *(f"  {name}" for name in names),
+            ]
+        )
+    )
+    print(f"{said}\nwritten to  {args.output}")
     return 0
 
 
 # --- what the commands share --------------------------------------------------------------------------------------
+
+
+def _print_json(values: Any) -> None:
+    print(json.dumps(values, indent=2))
 
 
 def _build(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
@@ -222,8 +240,10 @@ def _check_options(kind: str | None, options: dict[str, Any]) -> None:
     """Refuse wrong types and options before a model is built."""
     if kind is not None:
         from surgeon.layers.registry import layer_class
+        from surgeon.plan import read_config
+        from surgeon.recipe import Rule
 
-        layer_class(kind).Config.from_dict(options)
+        read_config(layer_class(kind), Rule(layers="all", type=kind, options=options))
 
 
 def _calibration(args: argparse.Namespace, model: "nn.Module", base: "BaseModel | None") -> Any:
@@ -240,12 +260,6 @@ def _default_output(model: str, kind: str) -> str:
     """`runs/NAME-TYPE`, the name being the last part of how the model was named."""
     name = model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
     return os.path.join("runs", f"{name}-{kind}")  # noqa: PTH118
-
-
-def _is_folder(run: str) -> bool:
-    if not os.path.isdir(run):  # noqa: PTH112
-        raise CheckpointError(f"there is no surgeon folder {run}")
-    return True
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,11 @@ from tqdm import tqdm
 from benchmarks._machine import ROOT
 
 CHOICE = ROOT / "benchmarks" / "coverage_models.json"
+# Beyond one model a family: what is known to be awkward (standardised weights, TensorFlow's padding, sliced weights, …).
+AWKWARD = (
+    *("convnext_atto", "dm_nfnet_f0", "mobilevitv2_050", "mobilenetv2_100", "resnet50", "resnetv2_50x1_bit"),
+    *("tf_efficientnet_b0", "vit_small_r26_s32_224"),
+)
 SIZES = (64, 96, 128, 160, 192, 224, 256, 299, 384)
 BATCH = 2
 KINDS = ("classification", "segmentation", "detection", "video", "optical_flow")
@@ -46,7 +51,8 @@ def spatial_convolutions(model: nn.Module) -> list[str]:
 def timm_families(cache: Path = CHOICE) -> dict[str, Any]:
     """By module of timm.models: the smallest model (by parameters) that has spatial convolutions, or why there is none.
 
-    Every model is built once, on the meta device; the choice is kept in a small JSON for this version of timm.
+    timm's toys for its own tests (`test_…`) do not count. Every model is built once, on the meta device; the
+    choice is kept in a small JSON for this version of timm.
     """
     if cache.is_file():
         kept = json.loads(cache.read_text())
@@ -65,7 +71,7 @@ def _modules() -> list[str]:
 
 def _smallest(names: list[str]) -> dict[str, Any]:
     sizes: list[tuple[int, str]] = []
-    for name in names:
+    for name in (name for name in names if not name.startswith("test_")):
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = timm.create_model(name)
@@ -87,6 +93,8 @@ def cases(*, every: bool = False) -> list[Case]:
             for module, found in timm_families().items()
             if found["model"]
         ]
+        families = {name: module for module in _modules() for name in timm.list_models(module=module)}
+        chosen += [Case("timm", "classification", families[n], n) for n in AWKWARD if n not in {c.name for c in chosen}]
     return chosen + list(_torchvision_cases())
 
 

@@ -63,8 +63,8 @@ class PAFUConv2d(DynamicConv2d):
 
     In training the selection is a straight-through Gumbel-softmax of the selector's logits (§3.4), in eval mode their
     argmax. Kernel 0 is the replaced weight, in a parameter of its own, `kernel` (O, C/G, k_h, k_w), so that it keeps its
-    learning rate and may stay frozen while the group is learnt. Kernels 1.. are `further_kernels` (n - 1, O, k, l, C/G),
-    channels last as the operator reads them, zero-padded to the largest support. One bias is shared by all kernels.
+    learning rate and may stay frozen while the group is learnt. Kernels 1.. are `further_kernels` (n - 1, O, k·l·C/G), packed
+    as the operator reads them, zero-padded to the largest support. One bias is shared by all kernels.
     """
 
     type_name = "pafu"
@@ -78,7 +78,7 @@ class PAFUConv2d(DynamicConv2d):
         n, (outputs, inputs, k_h, k_w) = config.group_size, geometry.weight_shape
         self.window: Pair = (max(k_h, *config.supports, 1), max(k_w, *config.supports, 1))
         self.kernel = nn.Parameter(torch.zeros(geometry.weight_shape))
-        self.further_kernels = nn.Parameter(torch.zeros(n - 1, outputs, *self.window, inputs))
+        self.further_kernels = nn.Parameter(torch.zeros(n - 1, outputs, math.prod(self.window) * inputs))
         self.selector = PixelGenerator(geometry, config.hidden, n)
         self.bias = nn.Parameter(torch.zeros(outputs)) if geometry.bias else None
         self.temperature = float(config.temperature)
@@ -117,18 +117,18 @@ class PAFUConv2d(DynamicConv2d):
         return [supports[i % len(supports)] for i in range(self.config.group_size - 1)]
 
     def _support_mask(self) -> Tensor | None:
-        """1 inside of each kernel's support, 0 outside, (n - 1, 1, k, l, 1); None if all fill the window."""
+        """1 inside of each kernel's support, 0 outside, (n - 1, k·l); None if all fill the window."""
         if all(size == self.window for size in self._sizes()):
             return None
         masks = [F.pad(torch.ones(size), _margins(size, self.window)) for size in self._sizes()]
-        return torch.stack(masks)[:, None, :, :, None]
+        return torch.stack(masks).flatten(1)
 
     @torch.no_grad()
     def _fill_further_kernels(self, weight: Tensor) -> None:
         noise = torch.randn(self.further_kernels.shape).to(weight)  # on the CPU: the same on every device
         rms = weight.double().square().mean().sqrt().to(weight.dtype)
         centred = F.pad(weight, _margins((weight.shape[-2], weight.shape[-1]), self.window)).movedim(1, -1)
-        self.further_kernels.copy_(centred + self.config.perturbation * rms * noise)
+        self.further_kernels.copy_(centred.flatten(1) + self.config.perturbation * rms * noise)
         self.further_kernels.copy_(self._further_kernels())
 
     def _kernel(self) -> Tensor:
@@ -138,18 +138,20 @@ class PAFUConv2d(DynamicConv2d):
         return F.pad(self.kernel, _margins(self.geometry.kernel_size, self.window))
 
     def _further_kernels(self) -> Tensor:
-        """Kernels 1.., zero outside of their supports, (n - 1, O, k, l, C/G)."""
-        return self.further_kernels if self.support_mask is None else self.further_kernels * self.support_mask
+        """Kernels 1.., zero outside of their supports, (n - 1, O, k·l·C/G)."""
+        if self.support_mask is None:
+            return self.further_kernels
+        taps = self.further_kernels.unflatten(2, (self.support_mask.shape[1], -1))
+        return (taps * self.support_mask[:, None, :, None]).flatten(2)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
         if not self.adaptive:
             return self.static_conv2d(x)
         g = self.geometry
-        g.output_size(x.shape[-2], x.shape[-1])  # raises for what is too small
         index, soft = self._select(self.selector(x))
         x, padding = pad_for_window(x, g, self.window)
-        further = self._further_kernels().movedim(-1, 2)
+        further = self._further_kernels().unflatten(2, (*self.window, -1)).movedim(-1, 2)
         settings: dict[str, Any] = {"stride": g.stride, "dilation": g.dilation, "groups": g.groups}
         y = pafu_conv(x, self._kernel(), further, index, soft, padding=padding, **settings)
         return y if self.bias is None else y.add_(self.bias.to(y.dtype)[:, None, None])
@@ -174,7 +176,7 @@ class PAFUConv2d(DynamicConv2d):
         """The kernel that the selector's last bias prefers, (O, C/G, k, l): at birth the replaced weight."""
         preferred = self.selector.static_output.detach().argmax()
         others = self._further_kernels().index_select(0, (preferred - 1).clamp(min=0)[None])[0]
-        return torch.where(preferred == 0, self._kernel(), others.movedim(-1, 1))
+        return torch.where(preferred == 0, self._kernel(), others.unflatten(1, (*self.window, -1)).movedim(-1, 1))
 
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield "further_kernels", self.further_kernels
@@ -189,7 +191,7 @@ class PAFUConv2d(DynamicConv2d):
 
     def regularization(self) -> Tensor:
         """‖W_f W_fᵀ − I‖²_F, the rows of W_f (n, k·l·C/G·O) being the kernels, padded to the window and normalised (eq. 3)."""
-        kernels = torch.cat([self._kernel().movedim(1, -1)[None], self._further_kernels()]).flatten(1)
+        kernels = torch.cat([self._kernel().movedim(1, -1).flatten(1)[None], self._further_kernels()]).flatten(1)
         with torch.autocast(kernels.device.type, enabled=False):
             rows = F.normalize(kernels.to(torch.promote_types(kernels.dtype, torch.float32)), dim=1)
             eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)

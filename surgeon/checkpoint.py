@@ -31,6 +31,7 @@ from surgeon.models import build_structure
 from surgeon.recipe import FILE as RECIPE
 from surgeon.recipe import BaseModel, Recipe, Rule, get_recipe, parse_json, read_text, set_recipe, versions
 from surgeon.report import Report
+from surgeon.rewrite import Rewrite, dynamic_layers
 from surgeon.weights import mismatches, told_mismatches
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def save(
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "aliases": json.dumps(aliases)})
         artefact = {
             "files": {WEIGHTS: {"sha256": _file_sha256(folder / WEIGHTS), "bytes": (folder / WEIGHTS).stat().st_size}},
-            "static": [name for name, layer in _dynamic_layers(model) if not layer.adaptive],
+            "static": [name for name, layer in dynamic_layers(model).items() if not layer.adaptive],
         }
         values = recipe.to_dict() | {"artefact": artefact}
         _write(folder / RECIPE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
@@ -97,10 +98,10 @@ def load(
         raise CheckpointError(f"{path / RECIPE} is a recipe, but not that of a saved model: it has no artefact section")
     _check_file(path / WEIGHTS, artefact)
     model = _structure(recipe, base, path, trust_factory)
-    apply_rules(model, recipe.rules, str(path))
+    model = apply_rules(model, recipe.rules, str(path))
     _fill(model, path / WEIGHTS)
     for name in artefact.get("static", []):
-        layer: Any = _submodule(model, name, str(path))
+        layer: Any = _submodule(model, str(name), str(path))
         layer.adaptive = False
     set_recipe(model, recipe)
     return model.eval().to(device)
@@ -120,7 +121,7 @@ def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
     carried = get_recipe(model)
     rules = tuple(
         Rule(layers=name, type=layer.type_name, options=layer.config.to_dict())
-        for name, layer in _dynamic_layers(model)
+        for name, layer in dynamic_layers(model).items()
     )
     known = base or (carried.base if carried is not None else None)
     found = known if known is not None and _fits(model, known, rules) else identify(model)
@@ -136,8 +137,12 @@ def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
     return Recipe(rules=rules, base=found, seed=carried.seed if carried is not None else 0, versions=versions())
 
 
-def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> None:
-    """Put empty dynamic layers, shaped by the rules' options, in the places that the rules name. Raises `RecipeError`."""
+def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Module:
+    """Put empty dynamic layers, shaped by the rules' options, in the places that the rules name.
+
+    Returns the model, another object only if the model itself is replaced. Raises `RecipeError`.
+    """
+    layers: dict[str, nn.Module] = {}
     for rule in rules:
         old = _submodule(model, rule.layers, where)
         cls = layer_class(rule.type)
@@ -149,13 +154,10 @@ def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> None:
                 )
             continue
         try:
-            new = cls(ConvSource.read(old).geometry, config)
+            layers[rule.layers] = cls(ConvSource.read(old).geometry, config)
         except SurgeonError as error:
             raise RecipeError(f"{where}: {rule.layers} cannot become {rule.type}: {error}") from error
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if child is old:
-                    setattr(parent, name, new)
+    return Rewrite(model, layers).apply()
 
 
 def check_output(path: str | Path, *, force: bool = False) -> None:
@@ -176,10 +178,6 @@ def check_output(path: str | Path, *, force: bool = False) -> None:
 # --- the model ----------------------------------------------------------------------------------------------------
 
 
-def _dynamic_layers(model: nn.Module) -> list[tuple[str, DynamicConv2d]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, DynamicConv2d)]
-
-
 def _submodule(model: nn.Module, name: str, where: str) -> nn.Module:
     try:
         return model.get_submodule(name)
@@ -192,8 +190,7 @@ def _fits(model: nn.Module, base: BaseModel, rules: tuple[Rule, ...]) -> bool:
     if base.source == "factory":
         return True
     try:
-        rebuilt = build_structure(base)
-        apply_rules(rebuilt, rules, base.name)
+        rebuilt = apply_rules(build_structure(base), rules, base.name)
     except SurgeonError:
         return False
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from surgeon.copying import copy_model, copy_to_meta, evaluating, is_lazy, seeded, strict_float32
 from surgeon.errors import InputError
 from surgeon.inputs import Inputs, candidate_inputs, given_inputs
+from surgeon.reads import HARMLESS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,27 +121,6 @@ def _install(twin: nn.Module, targets: set[str], stack: list[str], seen: Observa
             hook(name, module)
 
 
-_HARMLESS_ATTRIBUTES = frozenset(
-    {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_meta", "is_sparse", "is_quantized"}
-    | {
-        "is_mkldnn",
-        "is_leaf",
-        "names",
-        "itemsize",
-        "nbytes",
-        "is_cpu",
-        "is_xpu",
-        "is_mps",
-        "_backward_hooks",
-        "grad_fn",
-    }
-)
-_HARMLESS_METHODS = frozenset(
-    {"size", "dim", "numel", "nelement", "element_size", "stride", "is_contiguous", "is_floating_point", "is_complex"}
-    | {"get_device", "type", "__len__", "__hash__", "__repr__", "data_ptr", "storage_offset", "ndimension"}
-)
-
-
 class _WatchReads(TorchFunctionMode):
     """Notes functions that take a convolution's parameter while that convolution is not running."""
 
@@ -172,5 +152,5 @@ class _WatchReads(TorchFunctionMode):
 def _is_harmless(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
     if name == "__get__":
-        return getattr(getattr(func, "__self__", None), "__name__", "") in _HARMLESS_ATTRIBUTES
-    return name in _HARMLESS_METHODS
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
+    return name in HARMLESS

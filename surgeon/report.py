@@ -181,16 +181,18 @@ def _skipped_text(skipped: list[Skipped], width: int) -> list[str]:
         chosen = {reason: names for (flag, reason), names in groups.items() if flag is unasked}
         if not chosen:
             continue
-        n = sum(s.selected is not unasked for s in skipped)
+        n = len({name for names in chosen.values() for name in names})
         lines = [f"{heading}: {n}"]
         for reason, names in chosen.items():
-            lines.append(paragraph(f"{reason} ({len(names)}):", width=width, indent="  ", hang="    "))
-            lines.append(paragraph(_name_list(names), width=width, indent="    "))
+            if reason != heading:
+                lines.append(paragraph(f"{reason} ({len(names)}):", width=width, indent="  ", hang="    "))
+            lines.append(paragraph(name_list(names), width=width, indent="    "))
         parts.append("\n".join(lines))
     return parts
 
 
-def _name_list(names: list[str], most: int = 12) -> str:
+def name_list(names: list[str], most: int = 12) -> str:
+    """The names, the middle ones of many only counted."""
     if len(names) <= most:
         return ", ".join(names)
     return f"{', '.join(names[: most - 2])}, ... {len(names) - most + 1} more, {names[-1]}"

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
-GAP = "  "
+GAPS = ("  ", " ")
 
 
 def table(
@@ -11,25 +11,27 @@ def table(
 ) -> str:
     """Columns, the first `left` of them flush left, the others flush right.
 
-    Where the lines would be longer than `width` the column `flexible` is shortened in its middle; all others stay whole.
+    Where the lines would be longer than `width` the columns move together, then the column `flexible` is shortened in its
+    middle; all others stay whole.
     """
     if not rows:
         return ""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    excess = sum(widths) + len(GAP) * (len(widths) - 1) - width
+    room = width - sum(widths)
+    gap = next((gap for gap in GAPS if len(gap) * (len(widths) - 1) <= room), GAPS[-1])
+    excess = len(gap) * (len(widths) - 1) - room
     if excess > 0:
         widths[flexible] = max(widths[flexible] - excess, min(12, widths[flexible]))
-    lines = [_line(header, widths, left, flexible), GAP.join("-" * n for n in widths)]
-    lines += [_line(row, widths, left, flexible) for row in rows]
+    lines = [_line(row, widths, left, flexible, gap) for row in (header, ["-" * n for n in widths], *rows)]
     return "\n".join(lines)
 
 
-def _line(row: Sequence[str], widths: Sequence[int], left: int, flexible: int) -> str:
+def _line(row: Sequence[str], widths: Sequence[int], left: int, flexible: int, gap: str) -> str:
     cells = []
     for i, (cell, n) in enumerate(zip(row, widths, strict=True)):
         text = shorten(cell, n) if i == flexible else cell
         cells.append(text.ljust(n) if i < left else text.rjust(n))
-    return GAP.join(cells).rstrip()
+    return gap.join(cells).rstrip()
 
 
 def shorten(text: str, width: int) -> str:

@@ -1,7 +1,6 @@
 """What the tests share: quiet determinism, tiny models, and the optional data folder."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
+def _seed() -> None:
     torch.manual_seed(0)
-    yield
+    return
 
 
 @pytest.fixture(scope="session")
