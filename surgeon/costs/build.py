@@ -239,11 +239,14 @@ def _row(site: ConvSite, label: str, own: Profile, new: Profile, batch: int) -> 
         backward_flops=(new.backward_flops - own.backward_flops) * calls / batch,
         params=new.params - own.params,
         saved_bytes=(new.saved - own.saved) * calls,
-        transient_bytes=max(
-            new.forward_peak - own.forward_peak, new.backward_peak - new.saved - own.backward_peak + own.saved
-        ),
+        transient_bytes=_transient(new) - _transient(own),
         static_bytes=new.static - own.static,
     )
+
+
+def _transient(layer: Profile) -> int:
+    """The most that is alive while it runs, beside what it saves and its gradients."""
+    return max(layer.forward_peak, layer.backward_peak - layer.saved - layer.gradients)
 
 
 def _differences(windows: Sequence[_Window], site: int, own: Profile, new: Profile) -> list[int]:

@@ -18,16 +18,17 @@ from torch.utils._pytree import tree_map_only
 _KEY = "AutocastIPU"
 _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastIPU)
 
-_LOW = frozenset(
-    """_cudnn_rnn _scaled_dot_product_flash_attention _thnn_fused_gru_cell _thnn_fused_lstm_cell addbmm addmm addmv addr baddbmm bmm
+_LOW_NAMES = """
+_cudnn_rnn _scaled_dot_product_flash_attention _thnn_fused_gru_cell _thnn_fused_lstm_cell addbmm addmm addmv addr baddbmm bmm
     _convolution chain_matmul conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution
     cudnn_convolution cudnn_convolution_transpose einsum gru_cell linalg_multi_dot linalg_vecdot linear lstm_cell matmul mm mv prelu
-    rnn_relu_cell rnn_tanh_cell scaled_dot_product_attention""".split()
-)
-_PROMOTE = frozenset(
-    "addcdiv addcmul atan2 bilinear cross dot grid_sampler index_put scatter_add tensordot vdot".split()
-)
-_DTYPE_ARGUMENT = frozenset("prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum".split())
+    rnn_relu_cell rnn_tanh_cell scaled_dot_product_attention
+"""
+_LOW = frozenset(_LOW_NAMES.split())
+_PROMOTE_NAMES = "addcdiv addcmul atan2 bilinear cross dot grid_sampler index_put scatter_add tensordot vdot"
+_PROMOTE = frozenset(_PROMOTE_NAMES.split())
+_DTYPE_NAMES = "prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum"
+_DTYPE_ARGUMENT = frozenset(_DTYPE_NAMES.split())
 # Everything else that CUDA registers for autocast runs in float32.
 
 
@@ -39,6 +40,7 @@ class _State:
         self.dtype: torch.dtype | None = None
         self.weights: dict[int, tuple[Tensor, Tensor]] = {}
         self.registered: set[str] = set()
+        self.known = 0  # operators that there were when kernels were last registered
         self.libraries: dict[str, torch.library.Library] = {}
 
 
@@ -153,7 +155,11 @@ def _register() -> None:
         library = torch.library.Library("_", "IMPL", _KEY)
         library.fallback(torch.library.fallthrough_kernel)
         _STATE.libraries["_"] = library
-    for qualified in torch._C._dispatch_get_all_op_names():
+    names = torch._C._dispatch_get_all_op_names()
+    if len(names) == _STATE.known:
+        return
+    _STATE.known = len(names)
+    for qualified in names:
         wanted = qualified in _INSTEAD or torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "AutocastCUDA")
         if not wanted or qualified in _STATE.registered:
             continue
@@ -165,32 +171,60 @@ def _register() -> None:
 
 
 @contextmanager
-def cuda_dispatch(dtype: torch.dtype | None) -> Iterator[None]:
-    """Dispatch meta tensors as CUDA tensors would be, under autocast to `dtype` (None: no autocast).
-
-    `torch.is_autocast_enabled` and `torch.get_autocast_dtype` answer for the meta device meanwhile. May be entered again
-    inside itself; the casts of weights are dropped when the outermost one ends, as autocast does.
-    """
-    _register()
-    outer = (_STATE.active, _STATE.dtype)
-    enabled, lower = torch.is_autocast_enabled, torch.get_autocast_dtype
+def _answering_for_meta() -> Iterator[None]:
+    """Let what layers ask about autocast, and regions where they switch it off, be answered for the meta device."""
+    enabled, lower, autocast = torch.is_autocast_enabled, torch.get_autocast_dtype, torch.autocast
+    emulated = ("meta", "cuda")
 
     def is_autocast_enabled(device_type: str | None = None) -> bool:
-        if device_type in (None, "meta", "cuda"):
+        if device_type is None or device_type in emulated:
             return _STATE.dtype is not None
         return bool(enabled(device_type))
 
     def get_autocast_dtype(device_type: str) -> torch.dtype:
-        return _STATE.dtype or torch.float16 if device_type in ("meta", "cuda") else lower(device_type)
+        return _STATE.dtype or torch.float16 if device_type in emulated else lower(device_type)
 
+    def region(device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **rest: Any) -> Any:
+        if device_type not in emulated:
+            return autocast(device_type, dtype=dtype, enabled=enabled, **rest)
+        return _region((dtype or _STATE.dtype or torch.float16) if enabled else None)
+
+    names = {"is_autocast_enabled": is_autocast_enabled, "get_autocast_dtype": get_autocast_dtype, "autocast": region}
+    try:
+        for name, function in names.items():
+            setattr(torch, name, function)
+        setattr(torch.amp, "autocast", region)  # noqa: B010
+        yield
+    finally:
+        for name, function in zip(names, (enabled, lower, autocast), strict=True):
+            setattr(torch, name, function)
+        setattr(torch.amp, "autocast", autocast)  # noqa: B010
+
+
+@contextmanager
+def _region(dtype: torch.dtype | None) -> Iterator[None]:
+    outer, _STATE.dtype = _STATE.dtype, dtype
+    try:
+        yield
+    finally:
+        _STATE.dtype = outer
+
+
+@contextmanager
+def cuda_dispatch(dtype: torch.dtype | None) -> Iterator[None]:
+    """Dispatch meta tensors as CUDA tensors would be, under autocast to `dtype` (None: no autocast).
+
+    torch's own autocast functions answer for the meta device meanwhile. May be entered again inside itself; the casts of
+    weights are dropped when the outermost one ends, as autocast does.
+    """
+    _register()
+    outer = (_STATE.active, _STATE.dtype)
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     _STATE.active, _STATE.dtype = True, dtype
-    torch.is_autocast_enabled, torch.get_autocast_dtype = is_autocast_enabled, get_autocast_dtype
     try:
-        with torch._C._ForceDispatchKeyGuard(include | _KEYS, exclude - _KEYS):
+        with _answering_for_meta(), torch._C._ForceDispatchKeyGuard(include | _KEYS, exclude - _KEYS):
             yield
     finally:
-        torch.is_autocast_enabled, torch.get_autocast_dtype = enabled, lower
         _STATE.active, _STATE.dtype = outer
         if not _STATE.active:
             _STATE.weights.clear()

@@ -1,6 +1,5 @@
 """`cost`: FLOPs, parameters and peak GPU memory of a model, without a GPU and without running a kernel."""
 
-
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext

@@ -140,38 +140,39 @@ def _deform_samples(out: Tensor, x: Tensor, weight: Tensor) -> int:
 
 
 # Names of operators that do no multiply-accumulate. Pointwise operators and views are known by their tags.
-_ZERO = frozenset(
-    """
-    _adaptive_avg_pool2d _adaptive_avg_pool2d_backward _batch_norm_with_update _fused_rms_norm _fused_rms_norm_backward
-    _local_scalar_dense can_cast promote_types result_type _log_softmax _log_softmax_backward_data _native_batch_norm_legit _native_batch_norm_legit_no_training
-    _prelu_kernel _prelu_kernel_backward _reshape_copy _safe_softmax _softmax _softmax_backward_data _to_copy
-    _unique2 _unsafe_index _unsafe_index_put _unsafe_view
-    adaptive_max_pool2d adaptive_max_pool2d_backward all amax amin any arange argmax argmin argsort as_strided_copy
-    avg_pool1d avg_pool2d avg_pool2d_backward avg_pool3d avg_pool3d_backward batch_norm_backward bernoulli_ bincount bucketize
-    cat clone col2im constant_pad_nd copy copy_ count_nonzero cummax cumprod cumsum diag_embed diagonal_backward div_ dropout
-    elu_backward embedding embedding_dense_backward empty empty_like empty_strided exponential_ eye fill fill_ flip full full_like
-    gather gelu_backward glu glu_backward hardsigmoid_backward hardswish_backward hardtanh_backward im2col index index_add index_fill
-    index_put index_put_ index_select index_select_backward isin leaky_relu_backward lift_fresh lift_fresh_copy linspace logsumexp
-    log_sigmoid_backward masked_fill masked_fill_ masked_scatter masked_select max max_pool2d_with_indices
-    max_pool2d_with_indices_backward max_pool3d_with_indices max_pool3d_with_indices_backward max_unpool2d mean median min
-    mish_backward mse_loss mse_loss_backward multinomial native_batch_norm native_batch_norm_backward native_dropout
-    native_dropout_backward native_group_norm native_group_norm_backward native_layer_norm native_layer_norm_backward
-    new_empty new_empty_strided new_full new_ones new_zeros nll_loss2d_backward nll_loss2d_forward nll_loss_backward
-    nll_loss_forward nonzero norm normal normal_ one_hot ones ones_like pixel_shuffle pixel_unshuffle pow prod rand rand_like
-    randint randint_like randn randn_like randperm range reflection_pad1d reflection_pad1d_backward
-    reflection_pad2d reflection_pad2d_backward repeat repeat_interleave replication_pad2d replication_pad2d_backward
-    roll scalar_tensor scatter scatter_ scatter_add scatter_reduce select_backward select_scatter set_ slice_backward
-    slice_scatter softplus_backward sort split_with_sizes_copy stack std std_mean sum tanh_backward threshold_backward topk tril
-    triu unfold_backward uniform_ unsqueeze_copy upsample_bicubic2d upsample_bicubic2d_backward upsample_bilinear2d
-    upsample_bilinear2d_backward upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest2d_backward
-    upsample_trilinear3d value_selecting_reduction_backward var var_mean vector_norm view_copy where zero_ zeros zeros_like
-    linalg_vector_norm smooth_l1_loss smooth_l1_loss_backward huber_loss huber_loss_backward binary_cross_entropy
-    binary_cross_entropy_backward renorm is_same_size native_channel_shuffle channel_shuffle _upsample_bilinear2d_aa
-    _upsample_bilinear2d_aa_backward _upsample_bicubic2d_aa _upsample_bicubic2d_aa_backward aminmax _pdist_forward
-    log_normal_ geometric_ cauchy_ random_ lerp _assert_async _assert_scalar record_stream pad_sequence hardshrink_backward
-    softshrink_backward silu_backward sigmoid_backward logit_backward max_pool2d max_pool1d rrelu_with_noise nansum
-    """.split()
-)
+_ZERO_NAMES = """
+_adaptive_avg_pool2d _adaptive_avg_pool2d_backward _assert_async _assert_scalar _batch_norm_with_update
+_fused_rms_norm _fused_rms_norm_backward _local_scalar_dense _log_softmax _log_softmax_backward_data
+_native_batch_norm_legit _native_batch_norm_legit_no_training _pdist_forward _prelu_kernel _prelu_kernel_backward
+_reshape_copy _safe_softmax _softmax _softmax_backward_data _to_copy _unique2 _unsafe_index _unsafe_index_put
+_unsafe_view _upsample_bicubic2d_aa _upsample_bicubic2d_aa_backward _upsample_bilinear2d_aa
+_upsample_bilinear2d_aa_backward adaptive_max_pool2d adaptive_max_pool2d_backward all amax amin aminmax any arange
+argmax argmin argsort as_strided_copy avg_pool1d avg_pool2d avg_pool2d_backward avg_pool3d avg_pool3d_backward
+batch_norm_backward bernoulli_ binary_cross_entropy binary_cross_entropy_backward bincount bucketize can_cast cat
+cauchy_ channel_shuffle clone col2im constant_pad_nd copy copy_ count_nonzero cummax cumprod cumsum diag_embed
+diagonal_backward div_ dropout elu_backward embedding embedding_dense_backward empty empty_like empty_strided
+exponential_ eye fill fill_ flip full full_like gather gelu_backward geometric_ glu glu_backward hardshrink_backward
+hardsigmoid_backward hardswish_backward hardtanh_backward huber_loss huber_loss_backward im2col index index_add
+index_fill index_put index_put_ index_select index_select_backward is_same_size isin leaky_relu_backward lerp
+lift_fresh lift_fresh_copy linalg_vector_norm linspace log_normal_ log_sigmoid_backward logit_backward logsumexp
+masked_fill masked_fill_ masked_scatter masked_select max max_pool1d max_pool2d max_pool2d_with_indices
+max_pool2d_with_indices_backward max_pool3d_with_indices max_pool3d_with_indices_backward max_unpool2d mean median
+min mish_backward mse_loss mse_loss_backward multinomial nansum native_batch_norm native_batch_norm_backward
+native_channel_shuffle native_dropout native_dropout_backward native_group_norm native_group_norm_backward
+native_layer_norm native_layer_norm_backward new_empty new_empty_strided new_full new_ones new_zeros
+nll_loss2d_backward nll_loss2d_forward nll_loss_backward nll_loss_forward nonzero norm normal normal_ one_hot ones
+ones_like pad_sequence pixel_shuffle pixel_unshuffle pow prod promote_types rand rand_like randint randint_like
+randn randn_like random_ randperm range record_stream reflection_pad1d reflection_pad1d_backward reflection_pad2d
+reflection_pad2d_backward renorm repeat repeat_interleave replication_pad2d replication_pad2d_backward result_type
+roll rrelu_with_noise scalar_tensor scatter scatter_ scatter_add scatter_reduce select_backward select_scatter set_
+sigmoid_backward silu_backward slice_backward slice_scatter smooth_l1_loss smooth_l1_loss_backward softplus_backward
+softshrink_backward sort split_with_sizes_copy stack std std_mean sum tanh_backward threshold_backward topk tril
+triu unfold_backward uniform_ unsqueeze_copy upsample_bicubic2d upsample_bicubic2d_backward upsample_bilinear2d
+upsample_bilinear2d_backward upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest2d_backward
+upsample_trilinear3d value_selecting_reduction_backward var var_mean vector_norm view_copy where zero_ zeros
+zeros_like
+"""
+_ZERO = frozenset(_ZERO_NAMES.split())
 _ZERO_ELSEWHERE = frozenset({"torchvision::nms", "prims::_make_token", "profiler::_record_function_enter_new"})
 
 

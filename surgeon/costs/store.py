@@ -44,9 +44,14 @@ def key(model: nn.Module, options: Sequence[Option], layers: Any, settings: Sett
 
 
 def _structure(model: nn.Module) -> list[str]:
-    modules = [f"{name} {type(m).__module__}.{type(m).__qualname__} {m.extra_repr()}" for name, m in model.named_modules()]
+    modules = [
+        f"{name} {type(m).__module__}.{type(m).__qualname__} {m.extra_repr()}" for name, m in model.named_modules()
+    ]
     values = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return [*modules, *(f"{name} {tuple(t.shape)} {t.dtype} {t.requires_grad} {t.is_contiguous()}" for name, t in values)]
+    return [
+        *modules,
+        *(f"{name} {tuple(t.shape)} {t.dtype} {t.requires_grad} {t.is_contiguous()}" for name, t in values),
+    ]
 
 
 @cache

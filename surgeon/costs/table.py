@@ -45,7 +45,7 @@ class Row:
     backward_flops: float
     params: int
     saved_bytes: int  # activations held for the backward pass
-    transient_bytes: int  # by how much more is alive while the layer runs, forward or backward, beside what it saves
+    transient_bytes: int  # alive while the layer runs, beside what it saves and its gradients
     static_bytes: int  # weights, buffers, optimizer state
     reasons: tuple[str, ...] = ()
 
@@ -87,7 +87,9 @@ class CostTable:
         lean = self._binding()
         table = np.concatenate([self.memory[:, :, lean], *(columns[name][..., None] for name in columns)], axis=2)
         object.__setattr__(self, "_lean", lean)
-        object.__setattr__(self, "_table", np.ascontiguousarray(table.reshape(shape[0] * shape[1], -1), dtype=np.float64))
+        object.__setattr__(
+            self, "_table", np.ascontiguousarray(table.reshape(shape[0] * shape[1], -1), dtype=np.float64)
+        )
         start = np.concatenate([self.windows[lean], [self.base[name] for name in columns]])
         object.__setattr__(self, "_start", start.astype(np.float64))
 
@@ -136,7 +138,9 @@ class CostTable:
         for name, label in chosen.items():
             if name not in self.layers or label not in self.options:
                 unknown = repr(name) if name not in self.layers else repr(label)
-                raise ConfigError(f"the cost table has no {unknown}; it has {len(self.layers)} layers and {self.options}")
+                raise ConfigError(
+                    f"the cost table has no {unknown}; it has {len(self.layers)} layers and {self.options}"
+                )
             result[self.layers.index(name)] = self.options.index(label)
         return result
 

@@ -1,0 +1,133 @@
+"""The real step on a real device: peak memory as the allocator counts it, and interleaved timings."""
+
+import statistics
+import time
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from surgeon.costs.emulate import to_channels_last
+from surgeon.costs.estimate import Settings, default_loss, make_optimizer
+from surgeon.errors import BackendError
+
+
+class NoDeviceError(BackendError):
+    """A measurement needs a CUDA device."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """CUDA's own numbers for a steady step, bytes."""
+
+    peak_bytes: int
+    reserved_bytes: int
+
+
+class Step:
+    """One training step or inference of a model on a device, to be repeated."""
+
+    def __init__(self, model: nn.Module, settings: Settings, device: str) -> None:
+        self.settings = settings
+        self.device = device
+        self.model = deepcopy(model).to(device).train(settings.mode == "train")
+        if settings.checkpointing:
+            self.model.set_grad_checkpointing(True)  # type: ignore[operator]
+        self.x = torch.randn((settings.batch_size, *settings.input_size), device=device)
+        if settings.channels_last:
+            to_channels_last(self.model)
+            self.x = self.x.to(memory_format=torch.channels_last)
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(settings, trainable) if settings.mode == "train" else None
+
+    def __call__(self) -> None:
+        """Run it."""
+        settings = self.settings
+        dtype = torch.bfloat16 if self.device == "cpu" else settings.amp
+        autocast = torch.autocast(self.device, dtype=dtype, enabled=settings.amp is not None)
+        if settings.mode == "infer":
+            with torch.no_grad(), autocast:
+                self.model(self.x)
+            return
+        for _ in range(settings.accumulate):
+            with autocast:
+                out = self.model(self.x)
+                loss = (settings.loss or default_loss)(out)
+            del out
+            loss.backward()
+            del loss
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def has_device() -> bool:
+    """Whether this machine has a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def measure(model: nn.Module, settings: Settings, *, warmup: int = 2) -> Measured:
+    """Peak memory of a steady step on the CUDA device; raises `NoDeviceError` where there is none."""
+    if not has_device():
+        raise NoDeviceError("measuring memory needs a CUDA device, and this machine has none")
+    torch.cuda.empty_cache()
+    step = Step(model, settings, "cuda")
+    for _ in range(warmup):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    result = Measured(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+    del step
+    torch.cuda.empty_cache()
+    return result
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of single steps, interleaved with those of the other models."""
+
+    seconds: tuple[float, ...]
+    batch_size: int
+
+    @property
+    def median(self) -> float:
+        """Median seconds of one step."""
+        return statistics.median(self.seconds)
+
+    @property
+    def throughput(self) -> float:
+        """Images a second."""
+        return self.batch_size / self.median
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range relative to the median; 0 for fewer than four steps."""
+        if len(self.seconds) < 4:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / self.median
+
+
+def interleaved(models: list[nn.Module], settings: Settings, *, rounds: int, device: str) -> list[Timing]:
+    """Time one step of each model in turn, `rounds` times after one warm-up, so that drift of the machine hits all alike."""
+    steps = [Step(model, settings, device) for model in models]
+    seconds: list[list[float]] = [[] for _ in steps]
+    for number in range(rounds + 1):
+        for step, kept in zip(steps, seconds, strict=True):
+            _synchronize(device)
+            start = time.perf_counter()
+            step()
+            _synchronize(device)
+            if number:
+                kept.append(time.perf_counter() - start)
+    return [Timing(tuple(kept), settings.batch_size) for kept in seconds]
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
