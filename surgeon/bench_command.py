@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from surgeon.costs import parse_input_size
-    from surgeon.costs.estimate import make_settings
     from surgeon.costs.measure import NoDeviceError, has_device, interleaved
+    from surgeon.costs.settings import make_settings
 
     if args.rounds < 1:
         raise ConfigError(f"--rounds must be at least 1, got {args.rounds}")

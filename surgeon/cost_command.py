@@ -154,8 +154,8 @@ def _table(model: "nn.Module", args: argparse.Namespace, settings: dict[str, Any
 
 
 def _measured(model: "nn.Module", settings: dict[str, Any], found: "Cost") -> dict[str, float]:
-    from surgeon.costs.estimate import make_settings
     from surgeon.costs.measure import measure
+    from surgeon.costs.settings import make_settings
 
     real = measure(model, make_settings(model, **settings))
     return {

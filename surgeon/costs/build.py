@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from surgeon.costs.emulate import meta_copy
-from surgeon.costs.estimate import Settings, run_step
+from surgeon.costs.estimate import run_step
 from surgeon.costs.flops import FlopCounter
 from surgeon.costs.memory import timeline
 from surgeon.costs.profile import Call, Profile, profile
+from surgeon.costs.settings import Settings
 from surgeon.costs.table import KEEP, CostTable, Option, Row
 from surgeon.costs.trace import Trace
-from surgeon.errors import UnsupportedLayerError
 from surgeon.layers.base import DynamicConv2d, LayerConfig
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.registry import layer_class

@@ -1,18 +1,17 @@
 """`cost`: FLOPs, parameters and peak GPU memory of a model, without a GPU and without running a kernel."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.costs.emulate import cuda_dispatch, meta_copy, to_channels_last
 from surgeon.costs import operators as operators  # registers its formulas
+from surgeon.costs.emulate import cuda_dispatch, meta_copy, to_channels_last
 from surgeon.costs.flops import FlopCounter, UnknownOperatorError
 from surgeon.costs.memory import (
     BLAS_WORKSPACE,
@@ -24,14 +23,19 @@ from surgeon.costs.memory import (
     timeline,
     workspace_bytes,
 )
-from surgeon.costs.parse import parse_input_size
+from surgeon.costs.settings import (
+    LossFunction,
+    Mode,
+    OptimizerFactory,
+    Settings,
+    default_loss,
+    make_optimizer,
+    make_settings,
+    optimizer_name,
+)
 from surgeon.costs.trace import Trace, Tracker
-from surgeon.errors import ConfigError, InputError, SurgeonError
+from surgeon.errors import InputError, SurgeonError
 from surgeon.layers.base import DynamicConv2d
-
-Mode = Literal["train", "infer"]
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-LossFunction = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,32 +92,6 @@ class Cost:
         values["total_bytes"] = self.total_bytes
         values["layers"] = [{name: getattr(x, name) for name in x.__dataclass_fields__} for x in self.layers]
         return values
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a step is run: everything but the model."""
-
-    input_size: tuple[int, int, int]
-    batch_size: int
-    mode: Mode = "train"
-    optimizer: str | OptimizerFactory = "sgd"
-    weight_decay: float = 1e-4
-    amp: torch.dtype | None = None
-    channels_last: bool = False
-    accumulate: int = 1
-    checkpointing: bool = False
-    loss: LossFunction | None = None
-
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
-    "sgd": lambda p, wd: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=wd, foreach=True),
-    "sgd-plain": lambda p, wd: torch.optim.SGD(p, lr=0.1, weight_decay=wd, foreach=True),
-    "adam": lambda p, wd: torch.optim.Adam(p, weight_decay=wd, foreach=True),
-    "adamw": lambda p, wd: torch.optim.AdamW(p, weight_decay=wd, foreach=True),
-}
-_ALIASES = {"momentum": "sgd", "sgd-momentum": "sgd"}
-_AMP = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 
 
 def cost(
@@ -174,41 +152,6 @@ def cost(
     except Exception as error:
         return _extrapolated(model, settings, strict, error)
     return summarize(copy, settings, trace, counter)
-
-
-def make_settings(model: nn.Module, *, input_size: Any, batch_size: int, amp: bool | str, **rest: Any) -> Settings:
-    """Check the arguments of `cost`; raises `ConfigError`."""
-    for name, value in (("batch_size", batch_size), ("accumulate", rest.get("accumulate", 1))):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
-    mode, optimizer = rest.get("mode", "train"), rest.get("optimizer", "sgd")
-    if mode not in ("train", "infer"):
-        raise ConfigError(f"mode must be 'train' or 'infer', got {mode!r}")
-    if isinstance(optimizer, str):
-        rest["optimizer"] = optimizer = _ALIASES.get(optimizer.lower(), optimizer.lower())
-        if optimizer not in OPTIMIZERS:
-            raise ConfigError(
-                f"unknown optimizer {optimizer!r}; there are {', '.join(OPTIMIZERS)}, or give a function "
-                "that makes one from the parameters"
-            )
-    if isinstance(amp, str) and amp.lower() not in _AMP:
-        raise ConfigError(f"amp must be a bool or one of {', '.join(_AMP)}, got {amp!r}")
-    if rest.get("checkpointing") and not hasattr(model, "set_grad_checkpointing"):
-        raise ConfigError(f"{type(model).__name__} has no set_grad_checkpointing; checkpointing cannot be switched on")
-    dtype = _AMP[amp.lower()] if isinstance(amp, str) else torch.float16 if amp else None
-    return Settings(input_size=image_size(model, input_size), batch_size=batch_size, amp=dtype, **rest)
-
-
-def image_size(model: nn.Module, given: Any) -> tuple[int, int, int]:
-    """(C, H, W) of one image: as given, as the model's `pretrained_cfg` says, or 224."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    own = tuple(config.get("input_size") or ())
-    sizes = parse_input_size(given) if given is not None else own or (224,)
-    if len(sizes) == 3:
-        return (sizes[0], sizes[1], sizes[2])
-    first = next((m for m in model.modules() if hasattr(m, "in_channels") and hasattr(m, "kernel_size")), None)
-    channels = int(first.in_channels) if first is not None else own[0] if own else 3
-    return (channels, sizes[0], sizes[-1])
 
 
 # --- one step -----------------------------------------------------------------------------------------------------
@@ -288,42 +231,6 @@ def _train_step(
         tracker.close()
 
 
-def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
-    """The optimizer over these parameters; None where there are none."""
-    if not parameters:
-        return None
-    if isinstance(settings.optimizer, str):
-        return OPTIMIZERS[settings.optimizer](parameters, settings.weight_decay)
-    return settings.optimizer(parameters)
-
-
-def default_loss(out: Any) -> Tensor:
-    """Cross-entropy for (N, K), else the mean square against a target of the same shape; summed over all outputs."""
-    terms = []
-    for tensor in _outputs(out):
-        if tensor.dim() == 2 and tensor.shape[1] > 1:
-            terms.append(F.cross_entropy(tensor, torch.zeros(len(tensor), dtype=torch.long, device=tensor.device)))
-        else:
-            terms.append(F.mse_loss(tensor.float(), torch.zeros_like(tensor, dtype=torch.float32)))
-    if not terms:
-        raise InputError(
-            "the model's output holds no floating-point tensor that depends on its parameters; give a loss"
-        )
-    return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
-
-
-def _outputs(out: Any) -> Iterator[Tensor]:
-    if isinstance(out, Tensor):
-        if out.is_floating_point() and out.requires_grad:
-            yield out
-    elif isinstance(out, dict):
-        for value in out.values():
-            yield from _outputs(value)
-    elif isinstance(out, list | tuple):
-        for value in out:
-            yield from _outputs(value)
-
-
 # --- the result ---------------------------------------------------------------------------------------------------
 
 
@@ -373,7 +280,7 @@ def summarize(model: nn.Module, settings: Settings, trace: Trace, counter: FlopC
         input_size=settings.input_size,
         batch_size=settings.batch_size,
         mode=settings.mode,
-        optimizer=_optimizer_name(settings),
+        optimizer=optimizer_name(settings),
         amp=None if settings.amp is None else str(settings.amp).removeprefix("torch."),
         channels_last=settings.channels_last,
         unknown_ops=dict(counter.unknown),
@@ -384,14 +291,6 @@ def summarize(model: nn.Module, settings: Settings, trace: Trace, counter: FlopC
 
 def _own_params(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters(recurse=isinstance(module, DynamicConv2d)))
-
-
-def _optimizer_name(settings: Settings) -> str | None:
-    if settings.mode == "infer":
-        return None
-    return (
-        settings.optimizer if isinstance(settings.optimizer, str) else getattr(settings.optimizer, "__name__", "custom")
-    )
 
 
 # --- what cannot be traced without data ---------------------------------------------------------------------------

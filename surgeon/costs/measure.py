@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from surgeon.costs.emulate import to_channels_last
-from surgeon.costs.estimate import Settings, default_loss, make_optimizer
+from surgeon.costs.settings import Settings, default_loss, make_optimizer
 from surgeon.errors import BackendError
 
 

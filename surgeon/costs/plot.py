@@ -1,5 +1,6 @@
 """A picture of a cost: memory through the step by what it is made of, and the layers with the largest shares."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ def _columns(times: Timeline, width: int) -> NDArray[np.float64]:
     """Parts (kinds, columns) of each column's highest moment."""
     n = len(times.levels)
     edges = np.linspace(0, n, min(width, n) + 1).astype(np.int64)
-    at = [a + int(times.levels[a:b].argmax()) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    at = [a + int(times.levels[a:b].argmax()) for a, b in pairwise(edges)]
     return np.stack([times.parts[kind][at] for kind in KINDS]).astype(np.float64)
 
 

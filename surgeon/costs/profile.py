@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.costs.emulate import cuda_dispatch, to_channels_last
-from surgeon.costs.estimate import Settings, make_optimizer
 from surgeon.costs.flops import FlopCounter
 from surgeon.costs.memory import timeline
+from surgeon.costs.settings import Settings, make_optimizer
 from surgeon.costs.trace import Trace, Tracker
 
 

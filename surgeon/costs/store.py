@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import surgeon
-from surgeon.costs.estimate import Settings
+from surgeon.costs.settings import Settings
 from surgeon.costs.table import CostTable, Option, Row
 
 

@@ -169,7 +169,7 @@ def cost_table(
     With `cache` the table is kept on disk (`SURGEON_CACHE`, else ~/.cache/surgeon), by the hash of all that it depends on.
     """
     from surgeon.costs import build, store
-    from surgeon.costs.estimate import make_settings
+    from surgeon.costs.settings import make_settings
 
     checked = make_settings(model, input_size=input_size, batch_size=batch_size, amp=amp, **settings)
     wanted = default_options() if options is None else list(options)
