@@ -189,14 +189,8 @@ def _revert(args: argparse.Namespace) -> int:
         _print_json({"output": args.output, "reverted": names, "remaining": left})
         return 0
     said = f"dynamic layers that remain: {left}" if left else "no dynamic layer remains: these are plain model weights"
-    print(
-        "\n".join(
-            [
-                f"{len(names)} layer{'s' * (len(names) != 1)} reverted to plain convolutions",
-                *(f"  {name}" for name in names),
-            ]
-        )
-    )
+    plural = "s" if len(names) != 1 else ""
+    print(f"{len(names)} layer{plural} reverted to plain convolutions: {', '.join(names)}")
     print(f"{said}\nwritten to  {args.output}")
     return 0
 
