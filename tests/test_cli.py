@@ -90,7 +90,11 @@ def test_inspect_lists_every_convolution_at_80_columns(capsys: pytest.CaptureFix
     assert out.startswith("test_resnet: 15 convolutions")
     model = timm.create_model("test_resnet")
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)]
-    assert len([line for line in out.splitlines() if line.startswith(("conv1", "layer"))]) == len(names) == 15
+    assert (
+        len([line for line in out.splitlines() if line.startswith(("conv1.", "layer1", "layer2", "layer3", "layer4"))])
+        == len(names)
+        == 15
+    )
     assert max(map(len, out.splitlines())) <= 80
     assert out.isascii()
 
@@ -178,7 +182,13 @@ def test_a_trained_run_is_found_unequal(capsys: pytest.CaptureFixture[str]) -> N
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("surgeon: error:") == 1
-    assert "does not compute what the original computes" in captured.err
+    assert "layer4.0.conv1.weight" in captured.err
+    model = surgeon.load("run")
+    weight = next(p for name, p in model.layer4[0].conv2.named_parameters() if p.dim() > 2)
+    weight.data += 0.1
+    surgeon.save(model, "layer_trained")
+    assert main(["verify", "layer_trained"]) == 1
+    assert "does not compute what the original computes" in capsys.readouterr().err
 
 
 def test_other_sources_convert_too(capsys: pytest.CaptureFixture[str]) -> None:
