@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from surgeon.errors import CheckpointError, ConfigError, SurgeonError
+from surgeon.errors import CheckpointError, ConfigError, SurgeonError, VerificationError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -156,6 +156,7 @@ def _verify(args: argparse.Namespace) -> int:
     from surgeon.console import Progress, verification_text, verification_values, width
     from surgeon.models import restore
     from surgeon.recipe import get_recipe
+    from surgeon.weights import changed_tensors
 
     with Progress(enabled=not args.quiet) as progress:
         progress("load", 0, 2)
@@ -167,6 +168,10 @@ def _verify(args: argparse.Namespace) -> int:
         original = restore(recipe.base, weights=args.weights, trust_factory=args.trust_factory)
         progress("verify", 0, 1)
         result = surgeon.verify(original, converted, input_size=args.input_size or recipe.base.input_size or None)
+        changed = changed_tensors(original, converted)
+    if changed:
+        shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+        raise VerificationError(f"{args.run} was changed outside its dynamic layers: {len(changed)} tensors ({shown})")
     if args.json:
         _print_json({"run": args.run, **verification_values(result)})
     else:
@@ -189,14 +194,8 @@ def _revert(args: argparse.Namespace) -> int:
         _print_json({"output": args.output, "reverted": names, "remaining": left})
         return 0
     said = f"dynamic layers that remain: {left}" if left else "no dynamic layer remains: these are plain model weights"
-    print(
-        "\n".join(
-            [
-                f"{len(names)} layer{'s' * (len(names) != 1)} reverted to plain convolutions",
-                *(f"  {name}" for name in names),
-            ]
-        )
-    )
+    plural = "s" if len(names) != 1 else ""
+    print(f"{len(names)} layer{plural} reverted to plain convolutions: {', '.join(names)}")
     print(f"{said}\nwritten to  {args.output}")
     return 0
 

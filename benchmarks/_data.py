@@ -30,18 +30,23 @@ def missing(names: tuple[str, ...], folder: Path) -> list[str]:
     return [name for name in names if not (folder / name).exists()]
 
 
-def to_tensor(image: Image.Image) -> Tensor:
+def to_tensor(picture: Image.Image) -> Tensor:
     """(C, H, W) in [0, 1]; grey images have one channel."""
-    array = np.asarray(image, dtype=np.float32) / 255
+    array = np.asarray(picture, dtype=np.float32) / 255
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 
 
+def image(path: Path, mode: str = "RGB") -> Image.Image:
+    """One image in a mode ("RGB" or "L")."""
+    with Image.open(path) as opened:
+        return opened.convert(mode)
+
+
 def images(folder: Path, mode: str = "RGB") -> Iterator[Image.Image]:
-    """All images of a folder, in the mode ("RGB" or "L")."""
+    """All images of a folder."""
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in (".png", ".jpg"):
-            with Image.open(path) as image:
-                yield image.convert(mode)
+            yield image(path, mode)
 
 
 @dataclass(frozen=True)
@@ -80,23 +85,20 @@ def _labelled(x_NHWC: Any, y: Any) -> Labelled:
 def imagenet_sample(folder: Path) -> Labelled:
     """The sample images (one for every other class), centre crop 224x224; the name's first number is the class."""
     paths = sorted(folder.glob("*.jpg"))
-    frames = []
-    for path in paths:
-        with Image.open(path) as image:
-            frames.append(np.asarray(centre_crop(image.convert("RGB"), 224)))
+    frames = [np.asarray(centre_crop(image(path), 224)) for path in paths]
     return _labelled(np.stack(frames), np.array([int(path.name.split("_")[0]) for path in paths]))
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
+def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     """size x size pixels; where the rest is odd, the smaller part of it is left and above."""
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
 
 
-def noisy(image: Tensor, sigma: float, seed: int) -> Tensor:
+def noisy(x: Tensor, sigma: float, seed: int) -> Tensor:
     """The image with Gaussian noise; `sigma` in grey levels of 255. Not clipped."""
-    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
-    return image + noise * (sigma / 255)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    return x + noise * (sigma / 255)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -110,8 +112,8 @@ def luma(x: Tensor) -> Tensor:
     return (x.double() * weights).sum(-3, keepdim=True) + 16 / 255
 
 
-def low_resolution(image: Image.Image, scale: int) -> tuple[Image.Image, Image.Image]:
-    """(large, small): the image cut to a multiple of `scale`, and its bicubic reduction by PIL."""
-    width, height = image.width // scale, image.height // scale
-    large = image.crop((0, 0, width * scale, height * scale))
+def low_resolution(picture: Image.Image, scale: int) -> tuple[Image.Image, Image.Image]:
+    """(large, small): the picture cut to a multiple of `scale`, and its bicubic reduction by PIL."""
+    width, height = picture.width // scale, picture.height // scale
+    large = picture.crop((0, 0, width * scale, height * scale))
     return large, large.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,5 +1,6 @@
 """Which library models the coverage matrix takes, how to build them, and inputs that they accept."""
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator
@@ -173,7 +174,7 @@ def inputs(model: nn.Module, case: Case, size: int, seed: int = 0) -> tuple[Any,
 
 
 def smallest_size(model: nn.Module, case: Case) -> int:
-    """The smallest of `SIZES`, and of its own size, that the model takes."""
+    """The smallest of `SIZES`, and of its own size, that the model takes in eval and in train mode."""
     own = {model.pretrained_cfg["input_size"][-1]} if case.library == "timm" else set()
     errors: list[str] = []
     for size in sorted({*SIZES, *own}):
@@ -181,6 +182,7 @@ def smallest_size(model: nn.Module, case: Case) -> int:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model(*inputs(model, case, size))
+                training_loss(copy.deepcopy(model).train(), case, size)
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
             errors.append(f"{size}: {type(error).__name__} {str(error)[:80]}")
             continue

@@ -14,7 +14,6 @@ import numpy as np
 import timm
 import torch
 import torchvision
-from PIL import Image
 from torch import Tensor, nn
 
 import surgeon.zoo as zoo
@@ -24,6 +23,8 @@ from surgeon.zoo.networks.demosaicnet import grbg_mosaic
 Kind = Literal["top1", "psnr", "count"]
 UNITS: dict[Kind, str] = {"top1": "% top-1", "psnr": "dB", "count": "MAE"}
 Split = Literal["all", "test"]  # "test" leaves out the images that `calibration` may use
+
+Channels = tuple[float, ...]
 
 BATCH = 50
 SIGMA = 25.0  # grey levels
@@ -77,7 +78,7 @@ class Task:
     build: Callable[[Path], nn.Module]
     kind: Kind
     datasets: dict[str, Dataset]
-    calibration: Callable[[Path, int], list[tuple[Any, ...]]]  # (folder, images) -> inputs of several calls
+    calibration: Callable[[Path, int], tuple[Any, ...]]  # (folder, number of images) -> inputs of one call
     needs: tuple[str, ...]
     quick: int  # images a dataset with --quick
     published: dict[str, float]
@@ -136,10 +137,13 @@ def _image_psnr(out: Tensor, sample: Sample) -> float:
 # --- datasets ---------------------------------------------------------------------------------------------------------
 
 
-def _batches(images: data.Labelled, mean: tuple[float, ...], std: tuple[float, ...]) -> Iterator[Sample]:
-    m, s = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+def _normalised(x: Tensor, mean: Channels, std: Channels) -> Tensor:
+    return (x / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def _batches(images: data.Labelled, mean: Channels, std: Channels) -> Iterator[Sample]:
     for x, y in zip(images.x.split(BATCH), images.y.split(BATCH), strict=True):
-        yield Sample(((x / 255 - m) / s,), y)
+        yield Sample((_normalised(x, mean, std),), y)
 
 
 def _cifar(path: str, folder: Path, limit: int | None, split: Split) -> Iterator[Sample]:
@@ -148,9 +152,7 @@ def _cifar(path: str, folder: Path, limit: int | None, split: Split) -> Iterator
     return _batches(images, IMAGENET_MEAN, IMAGENET_STD)
 
 
-def _imagenet(
-    mean: tuple[float, ...], std: tuple[float, ...], folder: Path, limit: int | None, split: Split
-) -> Iterator[Sample]:
+def _imagenet(mean: Channels, std: Channels, folder: Path, limit: int | None, split: Split) -> Iterator[Sample]:
     images = data.imagenet_sample(folder / "imagenet_sample")
     if split == "test":
         kept = torch.arange(len(images.y)) % HELD_OUT != 0
@@ -183,8 +185,7 @@ def _demosaicking(name: str, folder: Path, limit: int | None, split: Split) -> I
 
 
 def _crowd_image(path: Path) -> Tensor:
-    with Image.open(path) as image:
-        return (data.to_tensor(image.convert("L"))[None] * 255 - 127.5) / 128
+    return (data.to_tensor(data.image(path, "L"))[None] * 255 - 127.5) / 128
 
 
 def _crowd(folder: Path, limit: int | None, split: Split) -> Iterator[Sample]:
@@ -198,18 +199,15 @@ def _crowd(folder: Path, limit: int | None, split: Split) -> Iterator[Sample]:
 # --- images for calibration: training images, or such as `split="test"` leaves out --------------------------------------
 
 
-def _calibrate_cifar(folder: Path, count: int) -> list[tuple[Any, ...]]:
+def _calibrate_cifar(folder: Path, count: int) -> tuple[Any, ...]:
     images = data.cifar_jpeg(folder / "cifar10/train_jpeg_20k.npz").every(count)
-    return [sample.inputs for sample in _batches(images, IMAGENET_MEAN, IMAGENET_STD)]
+    return (_normalised(images.x, IMAGENET_MEAN, IMAGENET_STD),)
 
 
-def _calibrate_imagenet(
-    mean: tuple[float, ...], std: tuple[float, ...], folder: Path, count: int
-) -> list[tuple[Any, ...]]:
+def _calibrate_imagenet(mean: Channels, std: Channels, folder: Path, count: int) -> tuple[Any, ...]:
     images = data.imagenet_sample(folder / "imagenet_sample")
     kept = torch.arange(len(images.y)) % HELD_OUT == 0
-    images = data.Labelled(images.x[kept], images.y[kept]).every(count)
-    return [sample.inputs for sample in _batches(images, mean, std)]
+    return (_normalised(data.Labelled(images.x[kept], images.y[kept]).every(count).x, mean, std),)
 
 
 def _crops(folder: Path, mode: str, size: int, count: int) -> Tensor:
@@ -222,28 +220,29 @@ def _crops(folder: Path, mode: str, size: int, count: int) -> Tensor:
     return torch.stack(crops)
 
 
-def _calibrate_denoising(name: str, mode: str, folder: Path, count: int) -> list[tuple[Any, ...]]:
-    return [(data.noisy(_crops(folder / "denoise" / name, mode, 96, count), SIGMA, seed=1000),)]
+def _calibrate_denoising(name: str, mode: str, folder: Path, count: int) -> tuple[Any, ...]:
+    return (data.noisy(_crops(folder / "denoise" / name, mode, 96, count), SIGMA, seed=1000),)
 
 
-def _calibrate_super_resolution(folder: Path, count: int) -> list[tuple[Any, ...]]:
+def _calibrate_super_resolution(folder: Path, count: int) -> tuple[Any, ...]:
+    """For x4: the upsamplers for x2 and x3 do not run on it."""
     small = []
     for image in data.images(folder / "sr" / "T91"):
         if min(image.size) >= 144:
-            large, _ = data.low_resolution(image.crop((0, 0, 144, 144)), 3)
-            small.append(data.to_tensor(large.resize((48, 48), Image.Resampling.BICUBIC)))
+            _, reduced = data.low_resolution(image.crop((0, 0, 144, 144)), 4)
+            small.append(data.to_tensor(reduced))
         if len(small) == count:
             break
-    return [(torch.stack(small), scale) for scale in (2, 3, 4)]
+    return (torch.stack(small), 4)
 
 
-def _calibrate_demosaicking(folder: Path, count: int) -> list[tuple[Any, ...]]:
-    return [(grbg_mosaic(_crops(folder / "denoise/BSDS500train_color", "RGB", 128, count)),)]
+def _calibrate_demosaicking(folder: Path, count: int) -> tuple[Any, ...]:
+    return (grbg_mosaic(_crops(folder / "denoise/BSDS500train_color", "RGB", 128, count)),)
 
 
-def _calibrate_crowd(folder: Path, count: int) -> list[tuple[Any, ...]]:
+def _calibrate_crowd(folder: Path, count: int) -> tuple[Any, ...]:
     paths = sorted((folder / "crowd" / "UCF_CC_50").glob("*.jpg"))[::HELD_OUT]
-    return [(_crowd_image(path)[..., :384, :384],) for path in paths[:count]]
+    return (torch.cat([_crowd_image(path)[..., :256, :256] for path in paths[:count]]),)
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -277,9 +276,7 @@ def _cifar_task(name: str, weights: str, exact: float, jpeg: float) -> Task:
     )
 
 
-def _imagenet_task(
-    name: str, build: Callable[[Path], nn.Module], mean: tuple[float, ...], std: tuple[float, ...], top1: float
-) -> Task:
+def _imagenet_task(name: str, build: Callable[[Path], nn.Module], mean: Channels, std: Channels, top1: float) -> Task:
     return Task(
         name=name,
         build=build,

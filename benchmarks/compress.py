@@ -26,8 +26,6 @@ from benchmarks._machine import RESULTS, Rows, table, write_json
 from benchmarks._tasks import TASKS, Score, Task, evaluate
 from surgeon.layers.base import DynamicConv2d
 
-Calls = list[tuple[Any, ...]]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
@@ -65,7 +63,7 @@ def run_task(task: Task, rows: Rows, args: argparse.Namespace) -> None:
         return
     limit = None if args.every_image else task.quick if args.quick else 4 * task.quick
     model = task.build(args.data)
-    calls = task.calibration(args.data, args.calibration)
+    inputs = task.calibration(args.data, args.calibration)
     original = _summaries(_scored(model, task, args.data, limit, "original"))
     for atoms, aware in wanted:
         label = f"m={atoms} {'aware' if aware else 'plain'}"
@@ -74,12 +72,12 @@ def run_task(task: Task, rows: Rows, args: argparse.Namespace) -> None:
             model,
             layers="all",
             type="acda",
-            example_inputs=calls[0],
+            example_inputs=inputs,
             atoms=atoms,
             static_atoms=0,
-            calibration=calls if aware else None,
+            calibration=inputs if aware else None,
         )
-        layer_error, output_error = errors(model, converted, calls)
+        layer_error, output_error = errors(model, converted, inputs)
         facts = {
             "network": task.name,
             "atoms": atoms,
@@ -93,7 +91,7 @@ def run_task(task: Task, rows: Rows, args: argparse.Namespace) -> None:
             "original": original,
             "scores": _summaries(_scored(converted, task, args.data, limit, label)),
         }
-        if reestimate(converted, calls):
+        if reestimate(converted, inputs):
             facts["reestimated"] = _summaries(_scored(converted, task, args.data, limit, f"{label} re-estimated"))
         rows.add(_key(task, atoms, aware), facts)
 
@@ -111,7 +109,7 @@ def _summaries(scores: dict[str, Score]) -> dict[str, float]:
     return {name: score.summary for name, score in scores.items()}
 
 
-def errors(original: nn.Module, converted: nn.Module, calls: Calls) -> tuple[float, float]:
+def errors(original: nn.Module, converted: nn.Module, inputs: tuple[Any, ...]) -> tuple[float, float]:
     """(layer error, output error) on these inputs; see the module's docstring."""
     sums: dict[str, list[float]] = {}
 
@@ -125,31 +123,28 @@ def errors(original: nn.Module, converted: nn.Module, calls: Calls) -> tuple[flo
 
     layers = {name: m for name, m in converted.named_modules() if isinstance(m, DynamicConv2d)}
     handles = [original.get_submodule(n).register_forward_hook(compare(n, layer)) for n, layer in layers.items()]
-    difference = energy = 0.0
     try:
         with torch.no_grad():
-            for args in calls:
-                out = original.eval()(*args)
-                difference += float((converted.eval()(*args) - out).square().sum())
-                energy += float(out.square().sum())
+            out = original.eval()(*inputs)
+            difference = float((converted.eval()(*inputs) - out).square().sum())
     finally:
         for handle in handles:
             handle.remove()
     relative = [a / b for a, b in sums.values() if b > 0]
-    return math.sqrt(sum(relative) / len(relative)), math.sqrt(difference / energy)
+    return math.sqrt(sum(relative) / len(relative)), math.sqrt(difference / float(out.square().sum()))
 
 
-def reestimate(model: nn.Module, calls: Calls) -> bool:
+def reestimate(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
     """Measure batch-norm statistics again on these inputs, in place; False where the model has none."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over the calls
+        norm.momentum = 1.0  # only what is seen now counts
         norm.train()
-    with torch.no_grad():
-        for args in calls if norms else []:
-            model(*args)
+    if norms:
+        with torch.no_grad():
+            model(*inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

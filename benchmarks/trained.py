@@ -78,9 +78,8 @@ def run_task(task: Task, rows: Rows, args: argparse.Namespace) -> None:
 def convert(model: nn.Module, task: Task, kind: str, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Convert every spatial convolution; what the report says of it."""
     torch.manual_seed(0)
-    example = tuple(x[:2] if isinstance(x, torch.Tensor) else x for x in task.calibration(folder, 2)[0])
     start = time.perf_counter()
-    converted, report = surgeon.convert(model, layers="all", type=kind, example_inputs=example)
+    converted, report = surgeon.convert(model, layers="all", type=kind, example_inputs=task.calibration(folder, 2))
     refused = [{"name": site.name, "reasons": list(site.reasons)} for site in report.skipped if site.selected]
     return converted, {
         "seconds_convert": round(time.perf_counter() - start, 1),

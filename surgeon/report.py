@@ -206,9 +206,10 @@ def _totals(report: Report, width: int) -> str:
         lines.append("error       not measured")
     else:
         kind = "" if report.exact else ", not exact by choice"
+        worst = max((r.max_rel_error for r in report.replaced), default=None)
         lines.append(
             f"error       {error(report.max_rel_error)} relative, {error(report.max_abs_error)} absolute "
-            f"({report.precision}{kind})"
+            f"({report.precision}{kind}), worst layer {error(worst)}"
         )
     lines.append(f"time        {report.seconds:.1f} s")
     notes = [*report.notes, *(f"{r.name}: {note}" for r in report.replaced for note in r.notes)]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from surgeon.errors import ModelError
+from surgeon.layers.base import DynamicConv2d
 
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "params_ema", "params", "net")
 _PREFIXES = ("module.", "_orig_mod.")
@@ -103,6 +104,16 @@ def state_sha256(model: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def changed_tensors(original: nn.Module, converted: nn.Module) -> list[str]:
+    """Names of parameters and buffers outside the dynamic layers that are not the same in both models."""
+    modules = converted.named_modules(remove_duplicate=False)
+    inside = tuple(f"{name}." for name, module in modules if isinstance(module, DynamicConv2d))
+    before = {name: value for name, value in original.state_dict().items() if not name.startswith(inside)}
+    after = {name: value for name, value in converted.state_dict().items() if not name.startswith(inside)}
+    same = {name for name in before if name in after and torch.equal(before[name], after[name])}
+    return [name for name in {**before, **after} if name not in same]
 
 
 @contextlib.contextmanager

@@ -40,8 +40,8 @@ def _toy_images(folder: Path, limit: int | None, split: str) -> Iterator[Sample]
     yield Sample((x,), x)
 
 
-def _calls(folder: Path, count: int) -> list[tuple[Any, ...]]:
-    return [(torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(5)),)]
+def _inputs(folder: Path, count: int) -> tuple[Any, ...]:
+    return (torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(5)),)
 
 
 TOYS = {
@@ -50,7 +50,7 @@ TOYS = {
         build=_toy_network,
         kind="top1",
         datasets={"toy": _toy_classes},
-        calibration=_calls,
+        calibration=_inputs,
         needs=(),
         quick=4,
         published={},
@@ -60,7 +60,7 @@ TOYS = {
         build=_toy_restorer,
         kind="psnr",
         datasets={"toy": _toy_images},
-        calibration=_calls,
+        calibration=_inputs,
         needs=(),
         quick=1,
         published={},
@@ -70,7 +70,7 @@ TOYS = {
         build=_toy_restorer,
         kind="psnr",
         datasets={},
-        calibration=_calls,
+        calibration=_inputs,
         needs=("weights/none.pth",),
         quick=1,
         published={},
@@ -151,10 +151,9 @@ def test_compress(tmp_path: Path) -> None:
 
 def test_reestimate_measures_the_inputs() -> None:
     model = nn.Sequential(nn.BatchNorm2d(2)).eval()
-    first, second = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3) + 5
-    assert compress.reestimate(model, [(first,), (second,)])
-    mean = (first.mean((0, 2, 3)) + second.mean((0, 2, 3))) / 2
-    torch.testing.assert_close(model[0].running_mean, mean)
+    x = torch.randn(4, 2, 3, 3) + 5
+    assert compress.reestimate(model, (x,))
+    torch.testing.assert_close(model[0].running_mean, x.mean((0, 2, 3)))
     assert not model[0].training
     assert model[0].momentum == 0.1
 
@@ -185,6 +184,7 @@ def test_coverage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert coverage.main(arguments) == 0
 
 
+@pytest.mark.slow
 def test_coverage_survives_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = _models.Case("timm", "classification", "none", "no_such_model")
     monkeypatch.setattr(coverage, "cases", lambda every: [case])
