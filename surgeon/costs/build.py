@@ -154,7 +154,7 @@ def _profiles(
                     continue
                 same = (option.label, site.geometry, call, trainable)
                 if same not in done:
-                    layer = _option_layer(site.geometry, option, configs)
+                    layer = option_layer(site.geometry, option, configs)
                     _freeze(layer, module)
                     done[same] = profile(layer, call, settings)
                 row.append(done[same])
@@ -162,17 +162,24 @@ def _profiles(
     return result
 
 
-def _option_layer(geometry: ConvGeometry, option: Option, configs: dict[Any, LayerConfig]) -> DynamicConv2d:
-    """The layer on the meta device, its open choices resolved on random weights (a trained kernel has full rank, too)."""
-    cls = layer_class(option.type)
+def option_layer(geometry: ConvGeometry, option: Option, configs: dict[Any, LayerConfig]) -> DynamicConv2d:
+    """The layer on the meta device; `configs` keeps what was resolved."""
     key = (option.label, geometry)
     if key not in configs:
-        config = cls.Config.from_dict(dict(option.options))
-        if any(value in (None, "auto") for value in config.to_dict().values()):
-            config = cls.from_conv(_random_conv(geometry), config).config
-        configs[key] = config
+        configs[key] = resolved_config(geometry, option)
     with torch.device("meta"):
-        return meta_copy(cls(geometry, configs[key]))  # type: ignore[return-value]
+        layer = meta_copy(layer_class(option.type)(geometry, configs[key]))
+    assert isinstance(layer, DynamicConv2d)
+    return layer
+
+
+def resolved_config(geometry: ConvGeometry, option: Option) -> LayerConfig:
+    """The option's config with its open choices resolved on random weights (a trained kernel has full rank, too)."""
+    cls = layer_class(option.type)
+    config = cls.Config.from_dict(dict(option.options))
+    if any(value in (None, "auto") for value in config.to_dict().values()):
+        return cls.from_conv(_random_conv(geometry), config).config
+    return config
 
 
 def _random_conv(geometry: ConvGeometry) -> Any:
