@@ -9,6 +9,7 @@ where it was (--fresh: starts again).
 """
 
 import argparse
+import copy
 import statistics
 import sys
 import warnings
@@ -20,7 +21,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks._machine import RESULTS, Rows, table, write_json
@@ -142,8 +143,11 @@ def _row(name: str, placement: Placement, batch: int, kind: str) -> dict[str, An
 def _tracked(name: str, placement: Placement, batch: int, kind: dict[str, Any], size: tuple[int, ...]) -> int:
     """Peak of two steps by torch's MemTracker, bytes; no tensor is real."""
     train, amp = kind["mode"] == "train", bool(kind.get("amp"))
-    with FakeTensorMode():
-        model = _build(name, placement).train(train)
+    real = _build(name, placement).train(train)
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        model = copy.deepcopy(real)
+    with mode:
         x = torch.randn(batch, *size)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, foreach=True)
         tracker = MemTracker()
@@ -159,6 +163,7 @@ def _tracked(name: str, placement: Placement, batch: int, kind: dict[str, Any], 
                     del loss
                     optimizer.step()
                     optimizer.zero_grad()
+                tracker.reset_mod_stats()
         return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 
 

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     }
     settings = make_settings(original, **step)
     timings = interleaved([original, converted], settings, rounds=args.rounds, device=device)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, model, timing in zip(("original", "converted"), (original, converted), timings, strict=True):
         memory, how = _memory(model, settings, step, device)
         rows.append(

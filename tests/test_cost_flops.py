@@ -153,7 +153,8 @@ geometries = st.builds(
         bias=bias,
     ),
     st.integers(1, 8), st.integers(1, 8), st.sampled_from([1, 2, 4]),
-    st.sampled_from([(1, 1), (3, 3), (5, 5), (3, 1), (2, 2)]), st.integers(1, 2), st.integers(1, 2), st.integers(0, 2), st.booleans(),
+    st.sampled_from([(1, 1), (3, 3), (5, 5), (3, 1), (2, 2)]), st.integers(1, 2), st.integers(1, 2), st.integers(0, 2),
+    st.booleans(),
 )  # fmt: skip
 
 

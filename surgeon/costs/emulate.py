@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 _KEY = "AutocastIPU"
-_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastIPU)
+_KEYS = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _KEY))
 
 _LOW_NAMES = """
 _cudnn_rnn _scaled_dot_product_flash_attention _thnn_fused_gru_cell _thnn_fused_lstm_cell addbmm addmm addmv addr baddbmm bmm
@@ -64,7 +64,7 @@ def _policy(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[tupl
 
     def low(args: Any, kwargs: Any) -> Any:
         dtype = _STATE.dtype
-        return tree_map_only(Tensor, lambda t: _cast(t, dtype), (args, kwargs))
+        return (args, kwargs) if dtype is None else tree_map_only(Tensor, lambda t: _cast(t, dtype), (args, kwargs))
 
     def full(args: Any, kwargs: Any) -> Any:
         return tree_map_only(Tensor, lambda t: _cast(t, torch.float32), (args, kwargs))
@@ -89,7 +89,8 @@ def _policy(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[tupl
 def _dropout(x: Tensor, p: float, train: bool) -> Tensor:
     if train and 0 < p < 1 and x.numel() > 0:
         return torch.native_dropout(x, p, True)[0]
-    return torch.ops.aten.dropout.default(x, p, train)
+    out: Tensor = torch.ops.aten.dropout.default(x, p, train)
+    return out
 
 
 def _attention(
@@ -189,7 +190,11 @@ def _answering_for_meta() -> Iterator[None]:
             return autocast(device_type, dtype=dtype, enabled=enabled, **rest)
         return _region((dtype or _STATE.dtype or torch.float16) if enabled else None)
 
-    names = {"is_autocast_enabled": is_autocast_enabled, "get_autocast_dtype": get_autocast_dtype, "autocast": region}
+    names: dict[str, Any] = {
+        "is_autocast_enabled": is_autocast_enabled,
+        "get_autocast_dtype": get_autocast_dtype,
+        "autocast": region,
+    }
     try:
         for name, function in names.items():
             setattr(torch, name, function)

@@ -78,7 +78,7 @@ def _areas(canvas: _Canvas, times: Timeline) -> None:
     limit = unit * np.ceil(top / unit)
 
     def y(mib: float) -> float:
-        return bottom - CHART * mib / limit
+        return float(bottom - CHART * mib / limit)
 
     for i in range(round(limit / unit) + 1):
         canvas.line([(LEFT, y(i * unit)), (right, y(i * unit))], GRID)

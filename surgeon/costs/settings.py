@@ -73,7 +73,7 @@ def image_size(model: nn.Module, given: Any) -> tuple[int, int, int]:
     if len(sizes) == 3:
         return (sizes[0], sizes[1], sizes[2])
     first = next((m for m in model.modules() if hasattr(m, "in_channels") and hasattr(m, "kernel_size")), None)
-    channels = int(first.in_channels) if first is not None else own[0] if own else 3
+    channels = int(str(first.in_channels)) if first is not None else own[0] if own else 3
     return (channels, sizes[0], sizes[-1])
 
 
