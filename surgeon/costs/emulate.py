@@ -175,6 +175,7 @@ def _register() -> None:
 def _answering_for_meta() -> Iterator[None]:
     """Let what layers ask about autocast, and regions where they switch it off, be answered for the meta device."""
     enabled, lower, autocast = torch.is_autocast_enabled, torch.get_autocast_dtype, torch.autocast
+    available = torch.amp.is_autocast_available
     emulated = ("meta", "cuda")
 
     def is_autocast_enabled(device_type: str | None = None) -> bool:
@@ -190,20 +191,24 @@ def _answering_for_meta() -> Iterator[None]:
             return autocast(device_type, dtype=dtype, enabled=enabled, **rest)
         return _region((dtype or _STATE.dtype or torch.float16) if enabled else None)
 
-    names: dict[str, Any] = {
-        "is_autocast_enabled": is_autocast_enabled,
-        "get_autocast_dtype": get_autocast_dtype,
-        "autocast": region,
-    }
+    def is_autocast_available(device_type: str) -> bool:
+        return device_type in emulated or available(device_type)
+
+    patches: list[tuple[Any, str, Any]] = [
+        (torch, "is_autocast_enabled", is_autocast_enabled),
+        (torch, "get_autocast_dtype", get_autocast_dtype),
+        (torch, "autocast", region),
+        (torch.amp, "autocast", region),
+        (torch.amp, "is_autocast_available", is_autocast_available),
+    ]
+    before = [getattr(module, name) for module, name, _ in patches]
     try:
-        for name, function in names.items():
-            setattr(torch, name, function)
-        setattr(torch.amp, "autocast", region)  # noqa: B010
+        for module, name, function in patches:
+            setattr(module, name, function)
         yield
     finally:
-        for name, function in zip(names, (enabled, lower, autocast), strict=True):
-            setattr(torch, name, function)
-        setattr(torch.amp, "autocast", autocast)  # noqa: B010
+        for (module, name, _), function in zip(patches, before, strict=True):
+            setattr(module, name, function)
 
 
 @contextmanager
