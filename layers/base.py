@@ -135,11 +135,12 @@ class DynamicConv2d(nn.Module):
         return F.conv2d(x, weight, self.bias, g.stride, padding, g.dilation, g.groups)
 
     def check_input(self, x: Tensor) -> None:
-        """Raise `GeometryError` for an input that is not (N, C_in, H, W)."""
+        """Raise `GeometryError` for an input that is not (N, C_in, H, W), or too small."""
         if x.dim() != 4 or x.shape[1] != self.geometry.in_channels:
             raise GeometryError(
                 f"{type(self).__name__} expects an input (N, {self.geometry.in_channels}, H, W), got {tuple(x.shape)}"
             )
+        self.geometry.output_size(x.shape[-2], x.shape[-1])
 
     def extra_repr(self) -> str:
         g = self.geometry

@@ -1,0 +1,222 @@
+"""The operator of PAFU: every pixel of the output is filtered with the kernel that was selected there.
+
+Three exact ways to compute it, of which `choose_method` takes the cheapest:
+
+- **grouped**: pixels sorted by selected kernel, one product for each kernel; the cost does not depend on n.
+- **taps**, for depthwise convolutions: tap by tap, the weight of the selected kernel is looked up for every pixel.
+- **dense**: one plain convolution for every kernel that is selected anywhere.
+
+Only inputs are kept for the backward pass, everything else is computed again there. Temporaries stay below 32 MB.
+Legend: N batch, C channels, H W input size, P Q output size, n kernels of a group, O output channels, k l kernel size, G groups.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgeon.errors import GeometryError
+from surgeon.layers.geometry import Pair
+from surgeon.layers.kernels import pafu_dense, pafu_grouped, pafu_taps
+from surgeon.layers.kernels.dispatch import Operator
+from surgeon.layers.kernels.pafu_frames import Grads, Problem, Window
+from surgeon.layers.kernels.pafu_reference import pafu_conv_reference
+
+METHODS: dict[str, ModuleType] = {"grouped": pafu_grouped, "taps": pafu_taps, "dense": pafu_dense}
+
+PAFU_CONV = Operator("pafu_conv")
+
+
+def pafu_conv(
+    x: Tensor,
+    kernel: Tensor,
+    further: Tensor,
+    index: Tensor,
+    soft: Tensor | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """Filter every pixel with its selected kernel (PAFU, eq. 2): y[p] = K_index[p] * x at p.
+
+    x (N, C, H, W); kernel 0 (O, C/G, k, l); further, kernels 1.. (n - 1, O, C/G, k, l), fastest if its channels are last in memory;
+    index (N, P, Q) int64 in 0..n-1; soft (N, n, P, Q) or None. Returns (N, O, P, Q) in the memory format of x.
+
+    With `soft` the gradient is the exact straight-through one: d/d soft_i = <g, K_i * x> for all i, those of x and of the kernels
+    go through the selection `index`. Under autocast the products are taken in its dtype. Raises `GeometryError` for shapes that
+    do not fit, `BackendError` where the named backend ("torch", "reference") cannot run.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, kernel, further = x.to(dtype), kernel.to(dtype), further.to(dtype)
+    _check(x, kernel, further, index, soft, Window.of(kernel, stride, padding, dilation, groups))
+    return PAFU_CONV(x, kernel, further, index, soft, stride, padding, dilation, groups, backend=backend)
+
+
+def _check(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, soft: Tensor | None, window: Window) -> None:
+    if x.dim() != 4 or kernel.dim() != 4 or x.shape[1] != kernel.shape[1] * window.groups:
+        raise GeometryError(
+            f"pafu_conv: x {tuple(x.shape)} and kernel {tuple(kernel.shape)} do not fit for {window.groups} groups"
+        )
+    if further.shape[1:] != kernel.shape:
+        raise GeometryError(
+            f"pafu_conv: further kernels {tuple(further.shape)} should be (n - 1, {', '.join(map(str, kernel.shape))})"
+        )
+    expected = (x.shape[0], *window.output_size(x.shape[2], x.shape[3]))
+    if index.shape != expected:
+        raise GeometryError(f"pafu_conv: index {tuple(index.shape)} should be {expected}")
+    if soft is not None and soft.shape != (expected[0], 1 + len(further), *expected[1:]):
+        raise GeometryError(f"pafu_conv: soft {tuple(soft.shape)} should be (N, n, P, Q) for index {expected}")
+
+
+def choose_method(problem: Problem) -> str:
+    """The cheapest way, a key of `METHODS`. The bounds were measured on one CPU core."""
+    kernels = len(problem.present)
+    if problem.is_depthwise:
+        return "taps" if kernels > 2 else "dense"
+    # The products of a group of few channels are too small to be fast.
+    return "dense" if kernels <= max(1, problem.window.groups // 6) else "grouped"
+
+
+def _plain(problem: Problem, i: int) -> Tensor:
+    """The convolution with kernel i alone."""
+    dtype, window, memory_format = problem.compute_dtype, problem.window, _format(problem.x)
+    kernel = (problem.kernel if i == 0 else problem.further[i - 1]).to(dtype).contiguous(memory_format=memory_format)
+    settings = (window.stride, window.padding, window.dilation, window.groups)
+    y = F.conv2d(problem.x.to(dtype), kernel, None, *settings)
+    return y.to(problem.x.dtype).contiguous(memory_format=memory_format)
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+# --- as nodes of a graph: opaque to torch.compile, with shapes and gradients -----------------------------------------
+
+
+@torch.library.custom_op("surgeon::pafu_conv", mutates_args=())
+def _conv(
+    x: Tensor,
+    kernel: Tensor,
+    further: Tensor,
+    index: Tensor,
+    soft: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    method: str,
+) -> Tensor:
+    problem = Problem.of(x, kernel, further, index, Window.of(kernel, stride, padding, dilation, groups))
+    if method == "auto" and len(problem.present) == 1:
+        return _plain(problem, problem.present[0])
+    out = _empty_output(x, kernel, index)
+    if out.numel():
+        METHODS[choose_method(problem) if method == "auto" else method].forward(problem, out)
+    return out
+
+
+def _empty_output(x: Tensor, kernel: Tensor, index: Tensor) -> Tensor:
+    shape = (x.shape[0], kernel.shape[0], index.shape[1], index.shape[2])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
+
+
+@_conv.register_fake
+def _conv_fake(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *_: Any) -> Tensor:
+    return _empty_output(x, kernel, index)
+
+
+@torch.library.custom_op("surgeon::pafu_conv_backward", mutates_args=())
+def _conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernel: Tensor,
+    further: Tensor,
+    index: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    method: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, kernel, further and soft; `wanted` says which of (x, kernels, soft), the others come back empty."""
+    problem = Problem.of(x, kernel, further, index, Window.of(kernel, stride, padding, dilation, groups))
+    grad_x, first, rest, scores = _empty_gradients(x, kernel, further, index, wanted, problem.sum_dtype)
+    for each in (grad_x, first, rest, scores):
+        each.zero_()
+    want_x, want_kernels, want_soft = wanted
+    grads = Grads(
+        grad_x if want_x else None, [first, *rest.unbind()] if want_kernels else None, scores if want_soft else None
+    )
+    if grad.numel():
+        METHODS[choose_method(problem) if method == "auto" else method].backward(problem, grad, grads)
+    return _as_gradients(grad_x, first, rest, scores, x.dtype)
+
+
+@_conv_backward.register_fake
+def _conv_backward_fake(
+    grad: Tensor, x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float32 if x.dtype.itemsize < 4 else x.dtype
+    return _as_gradients(*_empty_gradients(x, kernel, further, index, settings[-1], dtype), x.dtype)
+
+
+def _empty_gradients(
+    x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, wanted: Sequence[bool], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty sums: (N, C, H, W) as x, (O, k, l, C/G), (n - 1, O, k, l, C/G), (N, P, Q, n); without elements if not wanted."""
+    want_x, want_kernels, want_soft = wanted
+    n, (outputs, inputs, *size) = 1 + further.shape[0], kernel.shape
+    like_x = torch.empty(x.shape if want_x else [0] * 4, dtype=dtype, device=x.device, memory_format=_format(x))
+    first = x.new_empty((outputs, *size, inputs) if want_kernels else [0] * 4, dtype=dtype)
+    rest = x.new_empty((n - 1, outputs, *size, inputs) if want_kernels else [0] * 5, dtype=dtype)
+    scores = x.new_empty((*index.shape, n) if want_soft else [0] * 4, dtype=dtype)
+    return like_x, first, rest, scores
+
+
+def _as_gradients(
+    grad_x: Tensor, first: Tensor, rest: Tensor, scores: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sums in the order of dimensions and the dtype of the inputs; `further` keeps its channels last."""
+    return grad_x.to(dtype), first.movedim(-1, 1).to(dtype), rest.movedim(-1, 2).to(dtype), scores.movedim(-1, 1)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, kernel, further, index, soft, *settings = inputs
+    ctx.save_for_backward(x, kernel, further, index)
+    ctx.soft_dtype = None if soft is None else soft.dtype
+    ctx.settings = settings
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, kernel, further, index = ctx.saved_tensors
+    need_x, need_kernel, need_further, _, need_soft = ctx.needs_input_grad[:5]
+    wanted = [need_x, need_kernel or need_further, need_soft]
+    grads = torch.ops.surgeon.pafu_conv_backward(grad, x, kernel, further, index, *ctx.settings, wanted)
+    grad_soft = grads[3].to(ctx.soft_dtype) if need_soft else None
+    asked = (need_x, need_kernel, need_further)
+    by_input = [g if need else None for g, need in zip(grads, asked, strict=False)]
+    return (*by_input, None, grad_soft, *(None for _ in ctx.settings))
+
+
+_conv.register_autograd(_differentiate, setup_context=_save_inputs)
+
+
+# --- backends ------------------------------------------------------------------------------------------------------
+
+
+@PAFU_CONV.backend("torch")
+def _run_lean(*args: Any) -> Tensor:
+    y: Tensor = torch.ops.surgeon.pafu_conv(*args, "auto")
+    return y
+
+
+PAFU_CONV.backend("reference")(pafu_conv_reference)

@@ -1,0 +1,208 @@
+"""PAFU: a selector picks, at every pixel, one kernel of a learnt group (Kokkinos et al., Pixel Adaptive Filtering Units).
+
+Legend: N batch, C channels, H W input size, P Q output size, n kernels of a group, O output channels, k l window, G groups.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgeon.errors import ConfigError
+from surgeon.layers.base import DynamicConv2d, LayerConfig, check_at_least
+from surgeon.layers.generator import PixelGenerator
+from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
+from surgeon.layers.kernels.pafu import pafu_conv
+from surgeon.layers.registry import register
+from surgeon.layers.source import ConvSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class PAFUConfig(LayerConfig):
+    """Options of PAFU.
+
+    group_size: n, kernels to select from, at least 2.
+    hidden: channels inside the selector.
+    temperature: of the Gumbel-softmax in training; the layer's attribute `temperature` starts from it and may be annealed.
+    perturbation: how far kernels 1.. start from the replaced weight, as a part of its root mean square. They must differ: identical
+        kernels are a stationary point of the regulariser and give the selector no gradient.
+    supports: further (square, odd) kernel sizes in the group, dealt out in turn to kernels 1..; kernel 0 keeps its own. Empty: all
+        kernels have the size of the replaced one.
+    """
+
+    group_size: int = 8
+    hidden: int = 32
+    temperature: float = 1.0
+    perturbation: float = 0.02
+    supports: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "group_size", 2)
+        check_at_least(self, "hidden", 1)
+        for name in ("temperature", "perturbation"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ConfigError(f"PAFUConfig: {name} must be a finite number > 0, got {value!r}")
+        sizes = self.supports
+        if not isinstance(sizes, tuple) or any(type(size) is not int or size < 1 or size % 2 == 0 for size in sizes):
+            raise ConfigError(f"PAFUConfig: supports must be a tuple of odd kernel sizes, got {sizes!r}")
+        if len(sizes) >= self.group_size:
+            raise ConfigError(
+                f"PAFUConfig: a group of {self.group_size} kernels has no place for {len(sizes)} further supports {sizes!r}; "
+                f"kernel 0 keeps its own size, so there can be at most {self.group_size - 1}"
+            )
+
+
+@register
+class PAFUConv2d(DynamicConv2d):
+    """A convolution whose kernel is selected anew at every pixel from a group of n (PAFU, eq. 2).
+
+    In training the selection is a straight-through Gumbel-softmax of the selector's logits (§3.4), in eval mode their
+    argmax. Kernel 0 is the replaced weight, in a parameter of its own, `kernel` (O, C/G, k_h, k_w), so that it keeps its
+    learning rate and may stay frozen while the group is learnt. Kernels 1.. are `further_kernels` (n - 1, O, k·l·C/G), packed
+    as the operator reads them, zero-padded to the largest support. One bias is shared by all kernels.
+    """
+
+    type_name = "pafu"
+    Config = PAFUConfig
+
+    config: PAFUConfig
+    support_mask: Tensor | None
+
+    def __init__(self, geometry: ConvGeometry, config: PAFUConfig) -> None:
+        super().__init__(geometry, config)
+        n, (outputs, inputs, k_h, k_w) = config.group_size, geometry.weight_shape
+        self.window: Pair = (max(k_h, *config.supports, 1), max(k_w, *config.supports, 1))
+        self.kernel = nn.Parameter(torch.zeros(geometry.weight_shape))
+        self.further_kernels = nn.Parameter(torch.zeros(n - 1, outputs, math.prod(self.window) * inputs))
+        self.selector = PixelGenerator(geometry, config.hidden, n)
+        self.bias = nn.Parameter(torch.zeros(outputs)) if geometry.bias else None
+        self.temperature = float(config.temperature)
+        self.register_buffer("support_mask", self._support_mask(), persistent=False)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Module | ConvSource, config: LayerConfig | None = None, **context: Any) -> Self:
+        """Kernel 0 is the weight, the others are it plus noise; the selector's last bias prefers kernel 0.
+
+        Its logit is log n where the others' are 0: in eval mode it is selected everywhere, in training about half of the time.
+        """
+        source = conv if isinstance(conv, ConvSource) else ConvSource.read(conv)
+        config = PAFUConfig() if config is None else config
+        if not isinstance(config, PAFUConfig):
+            raise ConfigError(f"PAFUConv2d takes a PAFUConfig, got a {type(config).__name__}")
+        weight = source.weight
+        layer = cls(source.geometry, config).to(device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            layer.kernel.data = weight.clone()
+            layer._fill_further_kernels(weight)
+            preference = torch.zeros(config.group_size)
+            preference[0] = math.log(config.group_size)
+            layer.selector.set_static_output(preference)
+            if layer.bias is not None and source.bias is not None:
+                layer.bias.copy_(source.bias)
+        if isinstance(conv, nn.Module):
+            layer.train(conv.training)
+            layer.kernel.requires_grad_(cast(Tensor, conv.weight).requires_grad)
+            if layer.bias is not None:
+                layer.bias.requires_grad_(cast(Tensor, conv.bias).requires_grad)
+        return layer
+
+    def _sizes(self) -> list[Pair]:
+        """Supports of kernels 1.. ."""
+        supports = [(size, size) for size in self.config.supports] or [self.geometry.kernel_size]
+        return [supports[i % len(supports)] for i in range(self.config.group_size - 1)]
+
+    def _support_mask(self) -> Tensor | None:
+        """1 inside of each kernel's support, 0 outside, (n - 1, k·l); None if all fill the window."""
+        if all(size == self.window for size in self._sizes()):
+            return None
+        masks = [F.pad(torch.ones(size), _margins(size, self.window)) for size in self._sizes()]
+        return torch.stack(masks).flatten(1)
+
+    @torch.no_grad()
+    def _fill_further_kernels(self, weight: Tensor) -> None:
+        noise = torch.randn(self.further_kernels.shape).to(weight)  # on the CPU: the same on every device
+        rms = weight.double().square().mean().sqrt().to(weight.dtype)
+        centred = F.pad(weight, _margins((weight.shape[-2], weight.shape[-1]), self.window)).movedim(1, -1)
+        self.further_kernels.copy_(centred.flatten(1) + self.config.perturbation * rms * noise)
+        self.further_kernels.copy_(self._further_kernels())
+
+    def _kernel(self) -> Tensor:
+        """Kernel 0, zero-padded to the window, (O, C/G, k, l)."""
+        if self.window == self.geometry.kernel_size:
+            return self.kernel
+        return F.pad(self.kernel, _margins(self.geometry.kernel_size, self.window))
+
+    def _further_kernels(self) -> Tensor:
+        """Kernels 1.., zero outside of their supports, (n - 1, O, k·l·C/G)."""
+        if self.support_mask is None:
+            return self.further_kernels
+        taps = self.further_kernels.view(*self.further_kernels.shape[:2], -1, self.geometry.weight_shape[1])
+        return (taps * self.support_mask[:, None, :, None]).flatten(2)
+
+    def _unpacked(self, packed: Tensor) -> Tensor:
+        """(..., O, k·l·C/G) as (..., O, C/G, k, l), without a copy."""
+        return packed.view(*packed.shape[:-1], *self.window, -1).movedim(-1, -3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        if not self.adaptive:
+            return self.static_conv2d(x)
+        g = self.geometry
+        index, soft = self._select(self.selector(x))
+        x, padding = pad_for_window(x, g, self.window)
+        further = self._unpacked(self._further_kernels())
+        settings: dict[str, Any] = {"stride": g.stride, "dilation": g.dilation, "groups": g.groups}
+        y = pafu_conv(x, self._kernel(), further, index, soft, padding=padding, **settings)
+        return y if self.bias is None else y.add_(self.bias.to(y.dtype)[:, None, None])
+
+    def _select(self, logits_NnPQ: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The selected kernel (N, P, Q) and, in training, the soft selection (N, n, P, Q) that carries the gradient."""
+        if not self.training:
+            return logits_NnPQ.argmax(1), None
+        logits_NnPQ = logits_NnPQ.to(torch.promote_types(logits_NnPQ.dtype, torch.float32))
+        gumbel_NnPQ = -torch.empty_like(logits_NnPQ).exponential_().log()
+        soft_NnPQ = ((logits_NnPQ + gumbel_NnPQ) / self.temperature).softmax(1)
+        return soft_NnPQ.detach().argmax(1), soft_NnPQ
+
+    @torch.no_grad()
+    def selection(self, x: Tensor) -> Tensor:
+        """Which kernel each output pixel gets in eval mode, (N, P, Q) int64, for pictures."""
+        self.check_input(x)
+        index: Tensor = self.selector(x).argmax(1)
+        return index
+
+    def static_weight(self) -> Tensor:
+        """The kernel that the selector's last bias prefers, (O, C/G, k, l): at birth the replaced weight."""
+        preferred = self.selector.static_output.detach().argmax()
+        others = self._further_kernels().index_select(0, (preferred - 1).clamp(min=0)[None])[0]
+        return torch.where(preferred == 0, self._kernel(), self._unpacked(others))
+
+    def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield "further_kernels", self.further_kernels
+        for name, parameter in self.selector.named_parameters():
+            yield f"selector.{name}", parameter
+
+    def macs(self, height: int, width: int) -> int:
+        """Every pixel is filtered with one kernel of the window's size, whatever n; the selector comes on top."""
+        rows, columns = self.geometry.output_size(height, width)
+        outputs, inputs, *_ = self.geometry.weight_shape
+        return outputs * inputs * math.prod(self.window) * rows * columns + self.selector.macs(height, width)
+
+    def regularization(self) -> Tensor:
+        """‖W_f W_fᵀ − I‖²_F, the rows of W_f (n, k·l·C/G·O) being the kernels, padded to the window and normalised (eq. 3)."""
+        kernels = torch.cat([self._kernel().movedim(1, -1).flatten(1)[None], self._further_kernels()]).flatten(1)
+        with torch.autocast(kernels.device.type, enabled=False):
+            rows = F.normalize(kernels.to(torch.promote_types(kernels.dtype, torch.float32)), dim=1)
+            eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+            return (rows @ rows.t() - eye).square().sum()
+
+
+def _margins(size: Pair, window: Pair) -> tuple[int, int, int, int]:
+    """Padding (left, right, top, bottom) that centres `size` in `window` as `pad_for_window` does; negative where it is larger."""
+    (down, across) = (w - s for s, w in zip(size, window, strict=True))
+    return (across // 2, across - across // 2, down // 2, down - down // 2)
