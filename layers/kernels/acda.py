@@ -1,0 +1,171 @@
+"""The ACDA operator: the registered lean version, its gradient, and the choice among backends."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgeon.errors import GeometryError
+from surgeon.layers.kernels.acda_lean import Gradients, Problem
+from surgeon.layers.kernels.acda_reference import acda_conv_reference
+from surgeon.layers.kernels.dispatch import Operator
+
+ACDA_CONV = Operator("acda_conv")
+
+
+@torch.library.custom_op("surgeon::acda_conv", mutates_args=())
+def _lean(
+    x: Tensor,
+    alpha: Tensor,
+    psi: Tensor,
+    static: Tensor,
+    coeff: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    return Problem(x, alpha, psi, static, coeff, stride, padding, dilation, groups).run()
+
+
+@_lean.register_fake
+def _(
+    x: Tensor,
+    alpha: Tensor,
+    psi: Tensor,
+    static: Tensor,
+    coeff: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    return x.new_empty(x.shape[0], coeff.shape[0], alpha.shape[2], alpha.shape[3])
+
+
+@torch.library.custom_op("surgeon::acda_conv_backward", mutates_args=())
+def _lean_backward(
+    grad: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    psi: Tensor,
+    static: Tensor,
+    coeff: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    problem = Problem(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
+    grads = Gradients(problem, needs)
+    for chunk in problem.chunks():
+        grads.add(grad, chunk)
+    return grads.results(psi, static, coeff)
+
+
+@_lean_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    psi: Tensor,
+    static: Tensor,
+    coeff: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    return [
+        t.new_empty(t.shape if need else (0,)) for t, need in zip((x, alpha, psi, static, coeff), needs, strict=True)
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.geometry = inputs[5:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:5])
+    grads = torch.ops.surgeon.acda_conv_backward(grad, *ctx.saved_tensors, *ctx.geometry, needs)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
+
+
+_lean.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _why_not_lean(x: Tensor, *args: Any) -> list[str]:
+    return [] if x.is_floating_point() else [f"needs a floating-point input, got {x.dtype}"]
+
+
+ACDA_CONV.backend("lean", why_not=_why_not_lean)(_lean)
+ACDA_CONV.backend("reference")(acda_conv_reference)
+
+
+def acda_conv(
+    x: Tensor,
+    alpha: Tensor,
+    psi: Tensor,
+    static: Tensor,
+    coeff: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolve x (N, C, H, W) with the filters coeff · [alpha·psi; static] of each pixel (ACDA Eq. 4-6).
+
+    alpha (N, m·K, H', W'), psi (K, l_h, l_w), static (r, l_h, l_w) with r >= 0, coeff (C_out, C/g, m + r); stride, padding and
+    dilation are (vertical, horizontal), padding with zeros. Returns (N, C_out, H', W') in the dtype of x; the operands may be
+    of different floating dtypes, computed is in float32 or, for float64, in that. Under autocast x is cast to autocast's dtype,
+    as by a convolution. Raises `GeometryError` where shapes do not fit, `BackendError` where no backend can run it.
+    """
+    _check_shapes(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
+    device = x.device.type
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    if not torch.is_autocast_enabled(device):
+        return ACDA_CONV(x, alpha, psi, static, coeff, *geometry, backend=backend)
+    if x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return ACDA_CONV(x, alpha, psi, static, coeff, *geometry, backend=backend)
+
+
+def _check_shapes(
+    x: Tensor,
+    alpha: Tensor,
+    psi: Tensor,
+    static: Tensor,
+    coeff: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    wrong: list[str] = []
+    if x.dim() != 4 or alpha.dim() != 4 or psi.dim() != 3 or static.dim() != 3 or coeff.dim() != 3:
+        wrong.append("x and alpha must have 4 dimensions, psi, static and coeff 3")
+    else:
+        out = [
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, k, s, p, d in zip(x.shape[2:], psi.shape[1:], stride, padding, dilation, strict=True)
+        ]
+        atoms = alpha.shape[1] // psi.shape[0]
+        expected = {
+            "alpha": (alpha.shape, (x.shape[0], max(atoms, 1) * psi.shape[0], *out)),
+            "static": (static.shape, (static.shape[0], *psi.shape[1:])),
+            "coeff": (coeff.shape, (coeff.shape[0], x.shape[1] // groups, atoms + static.shape[0])),
+        }
+        wrong += [
+            f"{name} must be {want}, got {tuple(got)}" for name, (got, want) in expected.items() if tuple(got) != want
+        ]
+        if x.shape[1] % groups or coeff.shape[0] % groups:
+            wrong.append(f"channels {x.shape[1]} and {coeff.shape[0]} must be multiples of groups {groups}")
+    if wrong:
+        raise GeometryError(f"acda_conv: x {tuple(x.shape)}, psi {tuple(psi.shape)}: {'; '.join(wrong)}")
