@@ -1,6 +1,9 @@
 """The dynamic layers by name. A layer type is one file in this folder and one `@register` line in it."""
 
 import difflib
+import pkgutil
+from functools import cache
+from importlib import import_module
 
 from surgeon.errors import ConfigError
 from surgeon.layers.base import DynamicConv2d
@@ -18,13 +21,24 @@ def register(cls: type[DynamicConv2d]) -> type[DynamicConv2d]:
     return cls
 
 
+@cache
+def _load() -> None:
+    """Import every file of this folder, so that the layers in it register themselves."""
+    import surgeon.layers
+
+    for module in pkgutil.iter_modules(surgeon.layers.__path__, "surgeon.layers."):
+        import_module(module.name)
+
+
 def layer_types() -> list[str]:
     """Names of all layer types."""
+    _load()
     return sorted(_TYPES)
 
 
 def layer_class(name: str) -> type[DynamicConv2d]:
     """The class of a layer type; an unknown name is a `ConfigError` that lists the known ones."""
+    _load()
     if name not in _TYPES:
         near = difflib.get_close_matches(name, _TYPES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -1,7 +1,9 @@
 """surgeon gives trained vision networks content-adaptive convolutions without changing what they compute."""
 
+import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 # A checkout keeps `layers`, `search`, `zoo` and `cli.py` beside this folder; the wheel keeps them inside it.
@@ -12,14 +14,41 @@ if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "layers").is_dir():
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from surgeon.convert import convert as convert
+    from surgeon.convert import inspect as inspect
     from surgeon.errors import SurgeonError as SurgeonError
+    from surgeon.recipe import Recipe as Recipe
+    from surgeon.report import Report as Report
+    from surgeon.rewrite import revert as revert
+    from surgeon.rewrite import static as static
+    from surgeon.sites import ConvSite as ConvSite
+    from surgeon.verify import verify as verify
 
 # Public name -> module that defines it. Nothing is imported before it is used: `surgeon --help` must not load torch.
 _EXPORTS = {
+    "ConvSite": "surgeon.sites",
+    "Recipe": "surgeon.recipe",
+    "Report": "surgeon.report",
     "SurgeonError": "surgeon.errors",
+    "convert": "surgeon.convert",
+    "inspect": "surgeon.convert",
+    "revert": "surgeon.rewrite",
+    "static": "surgeon.rewrite",
+    "verify": "surgeon.verify",
 }
 
-__all__ = ["SurgeonError", "__version__"]
+__all__ = [
+    "ConvSite",
+    "Recipe",
+    "Report",
+    "SurgeonError",
+    "__version__",
+    "convert",
+    "inspect",
+    "revert",
+    "static",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,3 +59,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """`surgeon.convert` is the function, also after the file of the same name was imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _EXPORTS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -4,11 +4,28 @@ Recipes are versioned JSON. The same form serves as input (`rules` select by sta
 conversion (`rules` name single layers, with every option resolved, so that a state dict fits).
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from surgeon.errors import ConfigError, RecipeError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FORMAT = "surgeon-recipe"
 VERSION = 1
+FILE = "recipe.json"
+
+_SOURCES = ("timm", "torchvision", "zoo", "factory")
+_KINDS = ("pretrained", "random", "file", "given")
+_ATTRIBUTE = "_surgeon_recipe"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +34,7 @@ class Weights:
 
     kind: str  # "pretrained" | "random" | "file" | "given" (the caller's own model object)
     seed: int | None = None
-    path: str | None = None
+    path: str | None = None  # the file, or what `pretrained` fetched: a hub id, a torchvision weights name
     sha256: str | None = None
 
 
@@ -49,3 +66,198 @@ class Recipe:
     base: BaseModel | None = None
     seed: int = 0
     versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values, in the order in which a person reads them."""
+        base = None
+        if self.base is not None:
+            base = asdict(self.base)
+            base["input_size"] = list(self.base.input_size)
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "base": base,
+            "seed": self.seed,
+            "versions": dict(self.versions),
+            "rules": [asdict(rule) for rule in self.rules],
+        }
+
+    def to_json(self) -> str:
+        """As the text of a recipe file."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str = "recipe") -> "Recipe":
+        """Inverse of `to_dict`; what a person writes needs only format, version and rules.
+
+        Raises `RecipeError`, which says `where`, for a newer version, unknown keys, layer types and options, and wrong types.
+        """
+        values = _mapping(values, where)
+        _check_version(values, where)
+        _check_keys(values, ("format", "version", "base", "seed", "versions", "rules", "artefact"), where)
+        rules = values.get("rules")
+        if not isinstance(rules, list):
+            raise RecipeError(f"{where}: rules must be a list of {{layers, type, options}}, got {_told(rules)}")
+        base = values.get("base")
+        return cls(
+            rules=tuple(_rule(rule, f"{where}: rule {i}") for i, rule in enumerate(rules, start=1)),
+            base=None if base is None else _base(base, f"{where}: base"),
+            seed=_typed(values, "seed", int, where, default=0),
+            versions=_string_map(values.get("versions", {}), f"{where}: versions"),
+        )
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "recipe") -> "Recipe":
+        """Inverse of `to_json`; raises `RecipeError`."""
+        return cls.from_dict(parse_json(text, where), where)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Recipe":
+        """Read a recipe file, or the recipe of a surgeon folder; raises `RecipeError`."""
+        path = Path(path)
+        if path.is_dir():
+            path = path / FILE
+        return cls.from_json(read_text(path), str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """JSON values of a text; raises `RecipeError` with the line of a mistake."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RecipeError(f"{where} is not valid JSON: {error}") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a recipe file; raises `RecipeError`."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not a recipe: it is not UTF-8 text") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a conversion depends on: surgeon, torch, torchvision, timm, python."""
+    import surgeon
+
+    found = {"surgeon": surgeon.__version__}
+    for name in ("torch", "torchvision", "timm"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    found["python"] = platform.python_version()
+    return found
+
+
+def get_recipe(model: "nn.Module") -> Recipe | None:
+    """The recipe that a converted model carries; None for a model that was never converted."""
+    found = getattr(model, _ATTRIBUTE, None)
+    return found if isinstance(found, Recipe) else None
+
+
+def set_recipe(model: "nn.Module", recipe: Recipe | None) -> None:
+    """Make the model carry this recipe; None removes the one it has."""
+    if recipe is not None:
+        setattr(model, _ATTRIBUTE, recipe)
+    elif hasattr(model, _ATTRIBUTE):
+        delattr(model, _ATTRIBUTE)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def _check_version(values: Mapping[str, Any], where: str) -> None:
+    if values.get("format") != FORMAT:
+        raise RecipeError(f'{where}: format must be "{FORMAT}", got {_told(values.get("format"))}')
+    found = values.get("version")
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise RecipeError(f"{where}: version must be a positive integer, got {_told(found)}")
+    if found > VERSION:
+        raise RecipeError(
+            f"{where} has version {found}, newer than version {VERSION} that this surgeon "
+            f"({versions()['surgeon']}) reads. Install a newer surgeon."
+        )
+
+
+def _rule(values: Any, where: str) -> Rule:
+    from surgeon.layers.registry import layer_class
+
+    values = _mapping(values, where)
+    _check_keys(values, ("layers", "type", "options"), where)
+    layers = values.get("layers")
+    if isinstance(layers, list) and layers and all(isinstance(item, str) for item in layers):
+        layers = ",".join(layers)
+    if not isinstance(layers, str) or not layers.strip():
+        raise RecipeError(f'{where}: layers must be a selection such as "stage3,stage4", got {_told(layers)}')
+    kind = _typed(values, "type", str, where)
+    options = _mapping(values.get("options", {}), f"{where}: options")
+    try:
+        layer_class(kind).Config.from_dict(options)
+    except (ConfigError, TypeError) as error:
+        raise RecipeError(f"{where} ({layers}): {error}") from error
+    return Rule(layers=layers, type=kind, options=options)
+
+
+def _base(values: Any, where: str) -> BaseModel:
+    values = _mapping(values, where)
+    _check_keys(values, ("source", "name", "kwargs", "input_size", "weights"), where)
+    size = values.get("input_size", [3, 224, 224])
+    if not isinstance(size, list) or not size or not all(type(n) is int and n > 0 for n in size):
+        raise RecipeError(f"{where}: input_size must be a list of positive integers, got {_told(size)}")
+    return BaseModel(
+        source=_one_of(values, "source", _SOURCES, where),
+        name=_typed(values, "name", str, where),
+        kwargs=_mapping(values.get("kwargs", {}), f"{where}: kwargs"),
+        input_size=tuple(size),
+        weights=_weights(values.get("weights"), f"{where}: weights"),
+    )
+
+
+def _weights(values: Any, where: str) -> Weights:
+    values = _mapping(values, where)
+    _check_keys(values, ("kind", "seed", "path", "sha256"), where)
+    return Weights(
+        kind=_one_of(values, "kind", _KINDS, where),
+        seed=None if values.get("seed") is None else _typed(values, "seed", int, where),
+        path=None if values.get("path") is None else _typed(values, "path", str, where),
+        sha256=None if values.get("sha256") is None else _typed(values, "sha256", str, where),
+    )
+
+
+def _mapping(values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where} must be a JSON object, got {_told(values)}")
+    return values
+
+
+def _string_map(values: Any, where: str) -> dict[str, str]:
+    values = _mapping(values, where)
+    return {key: _typed(values, key, str, where) for key in values}
+
+
+def _check_keys(values: Iterable[str], known: tuple[str, ...], where: str) -> None:
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise RecipeError(f"{where} has no key {', '.join(map(repr, unknown))}; it may have {', '.join(known)}")
+
+
+def _typed(values: Mapping[str, Any], key: str, kind: type[T], where: str, default: T | None = None) -> T:
+    value = values.get(key, default)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise RecipeError(f"{where}: {key} must be of type {kind.__name__}, got {_told(value)}")
+    return value
+
+
+def _one_of(values: Mapping[str, Any], key: str, allowed: tuple[str, ...], where: str) -> str:
+    value = values.get(key)
+    if value not in allowed:
+        raise RecipeError(f"{where}: {key} must be one of {', '.join(allowed)}, got {_told(value)}")
+    return str(value)
+
+
+def _told(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,7 +1,12 @@
 """The report of a conversion: every convolution of the model is in it, replaced or skipped with reasons."""
 
-from dataclasses import dataclass, field
-from typing import Any
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+from surgeon.errors import CheckpointError
+from surgeon.tables import count, error, paragraph, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,3 +59,161 @@ class Report:
     model: str | None = None
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; numbers that are not finite become the strings "nan", "inf", "-inf"."""
+        values: dict[str, Any] = _jsonable(asdict(self))
+        return values
+
+    def to_json(self) -> str:
+        """As the text of a report.json."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Report":
+        """Inverse of `to_dict`; raises `CheckpointError` for what is not a report."""
+        try:
+            rest = {key: value for key, value in values.items() if key not in ("replaced", "skipped")}
+            report = cls(
+                replaced=[_entry(Replaced, entry) for entry in values["replaced"]],
+                skipped=[_entry(Skipped, entry) for entry in values["skipped"]],
+                **rest,
+            )
+            for name in ("max_abs_error", "max_rel_error"):
+                value = getattr(report, name)
+                setattr(report, name, None if value is None else float(value))
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+            raise CheckpointError(f"this is not a report of surgeon: {type(problem).__name__}: {problem}") from problem
+        return report
+
+    def to_text(self, width: int = 80) -> str:
+        """For people: the table of what was replaced, what was skipped grouped by reason, totals, errors, notes."""
+        title = f"{self.model}: " if self.model else ""
+        n = len(self.replaced) + len(self.skipped)
+        parts = [f"{title}{len(self.replaced)} of {n} convolutions replaced"]
+        if self.replaced:
+            parts.append(_replaced_table(self.replaced, width))
+        parts += _skipped_text(self.skipped, width)
+        parts.append(_totals(self, width))
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+Entry = TypeVar("Entry", Replaced, Skipped)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _entry(kind: type[Entry], values: dict[str, Any]) -> Entry:
+    values = dict(values)
+    for item in fields(kind):
+        if item.name in ("aliases", "reasons", "notes") and item.name in values:
+            values[item.name] = tuple(values[item.name])
+        if item.name.endswith("_error"):
+            values[item.name] = float(values[item.name])
+    return kind(**values)
+
+
+def geometry_text(geometry: dict[str, Any] | None) -> str:
+    """A convolution in a few characters: `256>512 3x3 s2 d2 g32`, or `dw96 7x7` for a depthwise one."""
+    if geometry is None:
+        return "-"
+    c_in, c_out, groups = geometry["in_channels"], geometry["out_channels"], geometry["groups"]
+    depthwise = groups > 1 and groups == c_in
+    text = f"dw{c_out}" if depthwise and c_in == c_out else f"{c_in}>{c_out}"
+    text += " {}x{}".format(*geometry["kernel_size"])
+    for letter, key in (("s", "stride"), ("d", "dilation")):
+        pair = geometry[key]
+        if tuple(pair) != (1, 1):
+            text += f" {letter}{pair[0]}" if pair[0] == pair[1] else f" {letter}{pair[0]}x{pair[1]}"
+    if groups > 1 and not (depthwise and c_in == c_out):
+        text += f" g{groups}"
+    return text
+
+
+def options_text(kind: str, options: dict[str, Any]) -> str:
+    """What a layer became, in a few characters: `acda m6 S3`."""
+    letters = {
+        "acda": (("atoms", "m"), ("scales", "S")),
+        "pafu": (("group_size", "n"),),
+        "sekg": (("kernel_size", "k"), ("kernel_groups", "g")),
+    }
+    told = [f"{letter}{options[key]}" for key, letter in letters.get(kind, ()) if options.get(key) is not None]
+    return " ".join([kind, *told])
+
+
+def flops(macs: int | None) -> str:
+    """FLOPs of so many multiply-accumulates (1 MAC = 2 FLOPs), in three digits."""
+    return count(None if macs is None else 2 * macs)
+
+
+def _replaced_table(replaced: list[Replaced], width: int) -> str:
+    narrow = width < 100
+    rows = []
+    for r in replaced:
+        became = r.type if narrow else options_text(r.type, r.options)
+        params = (count(r.params_before), count(r.params_after))
+        work = (flops(r.macs_before), flops(r.macs_after))
+        rows.append((r.name, r.stage or "-", geometry_text(r.geometry), became, *params, *work, error(r.max_rel_error)))
+    header = ("layer", "stage", "geometry", "became", "params", "after", "FLOPs", "after", "error")
+    text = table(header, rows, width=width, left=4)
+    if narrow:
+        kinds = sorted({options_text(r.type, r.options) for r in replaced})
+        text += "\n" + paragraph(f"became: {'; '.join(kinds)}", width=width, hang="  ")
+    return text
+
+
+def _skipped_text(skipped: list[Skipped], width: int) -> list[str]:
+    """Refused ones first, one paragraph a reason; those that nobody asked for are only counted and named."""
+    groups: dict[tuple[bool, str], list[str]] = {}
+    for s in skipped:
+        for reason in s.reasons or ("no reason given",):
+            groups.setdefault((not s.selected, reason), []).append(s.name)
+    parts = []
+    for heading, unasked in (("refused", False), ("not selected", True)):
+        chosen = {reason: names for (flag, reason), names in groups.items() if flag is unasked}
+        if not chosen:
+            continue
+        n = sum(s.selected is not unasked for s in skipped)
+        lines = [f"{heading}: {n}"]
+        for reason, names in chosen.items():
+            lines.append(paragraph(f"{reason} ({len(names)}):", width=width, indent="  ", hang="    "))
+            lines.append(paragraph(_name_list(names), width=width, indent="    "))
+        parts.append("\n".join(lines))
+    return parts
+
+
+def _name_list(names: list[str], most: int = 12) -> str:
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[: most - 2])}, ... {len(names) - most + 1} more, {names[-1]}"
+
+
+def _totals(report: Report, width: int) -> str:
+    lines = [_change("parameters", report.params_before, report.params_after)]
+    if report.macs_before is not None and report.macs_after is not None:
+        lines.append(_change("FLOPs", 2 * report.macs_before, 2 * report.macs_after) + " (1 MAC = 2 FLOPs)")
+    if report.max_abs_error is None or report.max_rel_error is None:
+        lines.append("error       not measured")
+    else:
+        kind = "" if report.exact else ", not exact by choice"
+        lines.append(
+            f"error       {error(report.max_rel_error)} relative, {error(report.max_abs_error)} absolute "
+            f"({report.precision}{kind})"
+        )
+    lines.append(f"time        {report.seconds:.1f} s")
+    notes = [*report.notes, *(f"{r.name}: {note}" for r in report.replaced for note in r.notes)]
+    lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in notes]
+    return "\n".join(lines)
+
+
+def _change(name: str, before: int, after: int) -> str:
+    factor = f" (x{after / before:.2f})" if before else ""
+    return f"{name:<11} {count(before)} -> {count(after)}{factor}"

@@ -1,0 +1,351 @@
+"""The main operation: give chosen convolutions of a model dynamic layers that compute the same."""
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.compare import Difference, compare
+from surgeon.copying import copy_model
+from surgeon.errors import ConfigError, GeometryError, UnsupportedLayerError, VerificationError
+from surgeon.inputs import given_inputs
+from surgeon.layers.base import DynamicConv2d
+from surgeon.plan import Planned, make_plan, may_compress, nothing_replaced
+from surgeon.recipe import Recipe, Rule, get_recipe, set_recipe, versions
+from surgeon.report import Replaced, Report, Skipped
+from surgeon.rewrite import Rewrite, build_layer
+from surgeon.select import split_items
+from surgeon.sites import ConvSite, Sites, find_sites, macs_of
+from surgeon.trace import trace_graph
+from surgeon.verify import Verification, check_gradients, judge, measure, run, settle_in_double
+
+Progress = Callable[[str, int, int], None]
+
+
+def convert(
+    model: nn.Module,
+    *,
+    layers: str | Sequence[str] | Recipe | None = None,
+    type: str | None = None,
+    example_inputs: Any = None,
+    inplace: bool = False,
+    as_graph: bool = False,
+    recipe: Recipe | None = None,
+    input_size: Sequence[int] | int | None = None,
+    calibration: Any = None,
+    seed: int = 0,
+    check: bool = True,
+    progress: Progress | None = None,
+    **layer_options: Any,
+) -> tuple[nn.Module, Report]:
+    """Replace convolutions by dynamic layers so that the model computes what it computed.
+
+    Args:
+        layers: which convolutions, in the selector language of `surgeon.select`, or a recipe.
+        type: the layer type, "acda", "pafu" or "sekg"; `layer_options` are its options.
+        example_inputs: a tensor, a tuple of arguments, a list (one argument) or a dict of keyword arguments. Without it the
+            model's own input size is used, or `input_size`: (C, H, W), (H, W) or one number.
+        inplace: change the caller's model; otherwise a copy is changed. After an error the model is as it was.
+        as_graph: return a `torch.fx.GraphModule` of the converted model, traced in its current mode.
+        recipe: rules that mix types and options, instead of `layers` and `type`.
+        calibration: model inputs, as `example_inputs`; layers that are compressed are fitted to what they get from it.
+        check: compare with the original, output and layers, and try that new parameters get gradients.
+        progress: called with a stage's name, what is done and how much there is.
+
+    Returns:
+        The converted model, and a report in which every convolution is.
+
+    Raises:
+        SelectionError, ConfigError: the selection matches nothing, the type or an option is wrong.
+        InputError: the model does not run on the inputs.
+        NothingReplacedError: every selected convolution was refused; the message has the reasons.
+        VerificationError: the result does not compute the same.
+    """
+    started = time.perf_counter()
+    order = _read_order(layers, type, recipe, layer_options, seed)
+    tell = progress or _silent
+    work = model if inplace else copy_model(model)
+    tell("trace", 0, 1)
+    sites = find_sites(work, example_inputs, input_size)
+    tell("trace", 1, 1)
+    plans = make_plan(sites.convs, order.rules)
+    surgery = Surgery(work=work, sites=sites, plans=plans, seed=order.seed, tell=tell, earlier=get_recipe(work))
+    if inplace and any(plan.site.name == "" for plan in surgery.plans):
+        raise ConfigError("the model itself is the selected convolution: it cannot be replaced in place")
+    surgery.build(calibration)
+    params_before = count_parameters(work)
+    result, verification = surgery.operate(check=check)
+    try:
+        _remember(result, order, surgery)
+        report = surgery.report(verification)
+        report.params_before, report.params_after = params_before, count_parameters(result)
+        report.model = model.__class__.__name__
+        if as_graph:
+            result = _as_graph(result, surgery, check)
+    except BaseException:
+        surgery.undo()
+        raise
+    report.seconds = time.perf_counter() - started
+    return result, report
+
+
+def inspect(
+    model: nn.Module, example_inputs: Any = None, *, input_size: Sequence[int] | int | None = None
+) -> list[ConvSite]:
+    """Every convolution of a model: names, geometry, stage, shapes, cost, neighbours, and what forbids to replace it.
+
+    The model is not touched. Raises `InputError` if it does not run on the inputs.
+    """
+    return list(find_sites(model, example_inputs, input_size).convs)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters of the whole model, shared ones once."""
+    return sum(p.numel() for p in model.parameters() if not isinstance(p, nn.parameter.UninitializedTensorMixin))
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    return None
+
+
+# --- what was asked -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    rules: tuple[Rule, ...]
+    seed: int
+    recipe: Recipe | None
+
+
+def _read_order(
+    layers: str | Sequence[str] | Recipe | None,
+    type: str | None,
+    recipe: Recipe | None,
+    options: dict[str, Any],
+    seed: int,
+) -> _Order:
+    if isinstance(layers, Recipe):
+        if recipe is not None:
+            raise ConfigError("two recipes were given, as layers and as recipe")
+        layers, recipe = None, layers
+    if recipe is not None:
+        if layers is not None or type is not None or options:
+            extra = ", ".join(
+                [*(["layers"] if layers is not None else []), *(["type"] if type is not None else []), *options]
+            )
+            raise ConfigError(f"a recipe says everything itself: leave out {extra}")
+        if not recipe.rules:
+            raise ConfigError("the recipe has no rules: there is nothing to replace")
+        return _Order(rules=recipe.rules, seed=seed or recipe.seed, recipe=recipe)
+    if layers is None or type is None:
+        missing = "layers" if layers is None else "type"
+        raise ConfigError(f"{missing} is missing: say which layers become which type, or pass a recipe")
+    rule = Rule(layers=",".join(split_items(layers)), type=type, options=options)
+    return _Order(rules=(rule,), seed=seed, recipe=None)
+
+
+def _remember(result: nn.Module, order: _Order, surgery: "Surgery") -> None:
+    """Record the conversion in the model: one rule a layer, after those of earlier conversions."""
+    earlier = surgery.earlier
+    base = order.recipe.base if order.recipe is not None else None
+    rules = earlier.rules if earlier is not None else ()
+    if base is None and earlier is not None:
+        base = earlier.base
+    new = tuple(
+        Rule(layers=name, type=layer.type_name, options=layer.config.to_dict())
+        for name, layer in surgery.layers.items()
+    )
+    set_recipe(result, Recipe(rules=rules + new, base=base, seed=order.seed, versions=versions()))
+
+
+def _as_graph(result: nn.Module, surgery: "Surgery", check: bool) -> nn.Module:
+    graph = trace_graph(result)
+    if check:
+        inputs = surgery.sites.seen.inputs
+        difference = compare(run(result, inputs, surgery.seed), run(graph, inputs, surgery.seed))
+        if difference.max_rel > 1e-6:
+            raise VerificationError(
+                f"the traced graph does not compute what the model computes (relative error {difference.max_rel:.1e}): "
+                f"the model's forward depends on its inputs or mode. Leave as_graph out."
+            )
+    set_recipe(graph, get_recipe(result))
+    return graph
+
+
+# --- the operation ------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Surgery:
+    """One conversion of one model: the plan, the layers that were built, and the way back."""
+
+    work: nn.Module
+    sites: Sites
+    plans: list[Planned]
+    seed: int
+    tell: Progress
+    layers: dict[str, DynamicConv2d] = field(default_factory=dict)
+    refused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    rewrite: Rewrite | None = None
+    earlier: Recipe | None = None
+
+    def build(self, calibration: Any) -> None:
+        """Make every planned layer; raises `NothingReplacedError` if none could be made."""
+        self.refused = {plan.site.name: plan.reasons for plan in self.plans if plan.reasons}
+        wanted = [plan for plan in self.plans if not plan.reasons]
+        if calibration is not None and wanted:
+            self._build_on(calibration, wanted)
+        for done, plan in enumerate(wanted):
+            self.tell("build", done, len(wanted))
+            if plan.site.name not in self.layers and plan.site.name not in self.refused:
+                self._build_one(plan, {})
+        self.tell("build", len(wanted), len(wanted))
+        self.layers = {plan.site.name: self.layers[plan.site.name] for plan in wanted if plan.site.name in self.layers}
+        if not self.layers:
+            raise nothing_replaced([(plan.site, self.refused[plan.site.name]) for plan in self.plans])
+
+    def _build_one(self, plan: Planned, context: dict[str, Any]) -> None:
+        name = plan.site.name
+        conv = self.work.get_submodule(name)
+        try:
+            self.layers[name] = build_layer(conv, plan.layer, plan.config, self.layer_seed(name), context)
+        except UnsupportedLayerError as error:
+            self.refused[name] = error.reasons or (str(error),)
+        except (ConfigError, GeometryError) as error:
+            self.refused[name] = (str(error),)
+
+    def _build_on(self, calibration: Any, wanted: list[Planned]) -> None:
+        """Build layers while the model runs on calibration data, each with the input that its convolution gets first."""
+        inputs = given_inputs(calibration)
+        handles = []
+        for plan in wanted:
+
+            def look(conv: nn.Module, args: Any, kwargs: dict[str, Any], plan: Planned = plan) -> None:
+                name = plan.site.name
+                if name not in self.layers and name not in self.refused:
+                    self.tell("build", len(self.layers), len(wanted))
+                    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+                    self._build_one(plan, {"calibration": x})
+
+            conv = self.work.get_submodule(plan.site.name)
+            handles.append(conv.register_forward_pre_hook(look, with_kwargs=True))
+        try:
+            run(self.work, inputs, self.seed)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for plan in wanted:  # built in eval mode and without gradients
+            if plan.site.name in self.layers:
+                self.layers[plan.site.name].train(self.work.get_submodule(plan.site.name).training)
+
+    def layer_seed(self, name: str) -> int:
+        """Every layer draws its own random numbers, whichever others are replaced."""
+        return (self.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63
+
+    def operate(self, *, check: bool) -> tuple[nn.Module, Verification | None]:
+        """Put the layers in, and check. After any error the model has its own modules again."""
+        inputs = self.sites.seen.inputs
+        if check:
+            self.tell("verify", 0, 3)
+            expected, errors = measure(self.work, self.layers, inputs, self.seed)
+        self.rewrite = Rewrite(self.work, self.layers)
+        try:
+            result = self.rewrite.apply()
+            if not check:
+                return result, None
+            self.tell("verify", 1, 3)
+            output = compare(expected, run(result, inputs, self.seed))
+            compressed = any(may_compress(plan.site.geometry, plan.config) for plan in self.plans if plan.site.geometry)
+            verification = judge(output, errors, self._dtype(), self._settle, compressed=compressed)
+            self.tell("verify", 2, 3)
+            verification.notes += check_gradients(self.layers)
+            self.tell("verify", 3, 3)
+        except BaseException:
+            self.rewrite.undo()
+            raise
+        return result, verification
+
+    def _dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.work.parameters() if p.is_floating_point()), torch.float32)
+
+    def _settle(self) -> tuple[Difference, dict[str, Difference]]:
+        assert self.rewrite is not None
+        build = {plan.site.name: self._builder(plan) for plan in self.plans if plan.site.name in self.layers}
+        self.rewrite.undo()
+        try:
+            return settle_in_double(self.work, build, self.sites.seen.inputs, self.seed)
+        finally:
+            self.rewrite.apply()
+
+    def _builder(self, plan: Planned) -> Callable[[nn.Module], DynamicConv2d]:
+        return lambda conv: build_layer(conv, plan.layer, plan.config, self.layer_seed(plan.site.name))
+
+    def undo(self) -> None:
+        """The model as it was, with the recipe it had."""
+        if self.rewrite is not None:
+            self.rewrite.undo()
+        set_recipe(self.work, self.earlier)
+
+    # --- report -------------------------------------------------------------------------------------------------------
+
+    def report(self, verification: Verification | None) -> Report:
+        """Every convolution: replaced, refused, or not selected."""
+        selected = {plan.site.name for plan in self.plans}
+        replaced, skipped, macs_after = [], [], 0
+        for site in self.sites.convs:
+            if site.name in self.layers:
+                entry = self._replaced(site, verification)
+                replaced.append(entry)
+                macs_after += entry.macs_after or 0
+                continue
+            macs_after += site.macs or 0
+            reasons = self.refused.get(site.name, ("not selected",))
+            skipped.append(_skipped(site, site.name in selected, reasons))
+        report = Report(replaced=replaced, skipped=skipped)
+        report.macs_before, report.macs_after = sum(site.macs or 0 for site in self.sites.convs), macs_after
+        if verification is None:
+            report.notes.append("not verified")
+            return report
+        report.max_abs_error, report.max_rel_error = verification.max_abs_error, verification.max_rel_error
+        report.precision, report.exact = verification.precision, verification.exact
+        report.notes += verification.notes
+        return report
+
+    def _replaced(self, site: ConvSite, verification: Verification | None) -> Replaced:
+        layer = self.layers[site.name]
+        error = Difference(max_abs=float("nan"), max_rel=float("nan"))
+        if verification is not None:
+            error = verification.layers[site.name]
+        return Replaced(
+            name=site.name,
+            aliases=site.aliases,
+            stage=site.stage,
+            type=layer.type_name,
+            options=layer.config.to_dict(),
+            geometry=layer.geometry.to_dict(),
+            calls=len(site.calls),
+            params_before=site.params,
+            params_after=count_parameters(layer),
+            macs_before=site.macs,
+            macs_after=macs_of(layer, site.calls, self.sites.seen.inputs.batch),
+            max_abs_error=error.max_abs,
+            max_rel_error=error.max_rel,
+            notes=site.notes + error.notes,
+        )
+
+
+def _skipped(site: ConvSite, selected: bool, reasons: tuple[str, ...]) -> Skipped:
+    return Skipped(
+        name=site.name,
+        aliases=site.aliases,
+        stage=site.stage,
+        module=site.module,
+        geometry=None if site.geometry is None else site.geometry.to_dict(),
+        selected=selected,
+        reasons=reasons,
+    )

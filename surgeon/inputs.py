@@ -1,0 +1,150 @@
+"""Example inputs: what a model is run on when it is observed and verified."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from surgeon.errors import InputError
+
+BATCH = 2  # one image would hide what mixes images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The arguments of one call of a model, with a word on where they came from."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    given: bool = True  # by the caller, not chosen here
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        """The same arguments with every tensor changed."""
+        args = tuple(map_tensors(arg, change) for arg in self.args)
+        return Inputs(args=args, kwargs=map_tensors(self.kwargs, change), given=self.given)
+
+    def to_dtype(self, dtype: torch.dtype) -> "Inputs":
+        """With the floating point tensors in another dtype."""
+        return self.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+    @property
+    def batch(self) -> int:
+        """Number of images: the length of the first list, or the first dimension of the first tensor."""
+        first = self.args[0] if self.args else next(iter(self.kwargs.values()), None)
+        if isinstance(first, Tensor):
+            return int(first.shape[0]) if first.dim() > 3 else 1
+        if isinstance(first, Sequence) and first:
+            return len(first)
+        return 1
+
+    def shapes(self) -> str:
+        """For messages: the shapes of all tensors."""
+        parts = [*map(_shape_of, self.args), *(f"{key}={_shape_of(value)}" for key, value in self.kwargs.items())]
+        return ", ".join(parts)
+
+
+def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor in nested lists, tuples and dictionaries."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(value, change) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(value, change) for value in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_tensors(value, change) for value in tree)
+    return tree
+
+
+def _shape_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"({', '.join(map(str, value.shape))})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_shape_of(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_shape_of, value)) + "]"
+    return repr(value)
+
+
+def given_inputs(example_inputs: Any) -> Inputs:
+    """Inputs from what a caller passed: a tensor or list is one argument, a tuple all of them, a dict keyword arguments."""
+    if isinstance(example_inputs, Inputs):
+        return example_inputs
+    if isinstance(example_inputs, Tensor | list):
+        return Inputs(args=(example_inputs,))
+    if isinstance(example_inputs, tuple):
+        return Inputs(args=example_inputs)
+    if isinstance(example_inputs, Mapping):
+        return Inputs(kwargs=dict(example_inputs))
+    raise InputError(
+        f"example_inputs must be a tensor, a tuple of arguments, a list (one argument) or a dict of keyword arguments, "
+        f"got {type(example_inputs).__name__}"
+    )
+
+
+def check_input_size(input_size: Sequence[int] | int) -> tuple[int, ...]:
+    """An input size as (C, H, W), (H, W) or one side length; raises `InputError` for anything else."""
+    values = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    if len(values) not in (2, 3) or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+        raise InputError(f"input_size must be (C, H, W), (H, W) or one positive integer, got {input_size!r}")
+    return values
+
+
+def candidate_inputs(model: nn.Module, input_size: Sequence[int] | int | None = None) -> Iterator[Inputs]:
+    """Inputs to try, the likeliest first. Random images, the same at every call."""
+    wanted = None if input_size is None else check_input_size(input_size)
+    convs = [module for module in model.modules() if isinstance(module, _ConvNd)]
+    channels = convs[0].in_channels if convs else 3
+    known = _known_size(model)
+    if wanted is not None:
+        sizes = [wanted if len(wanted) == 3 else ((known or (channels,))[0], *wanted)]
+    elif known is not None:
+        sizes = [known]
+    else:
+        sizes = [(channels, *size) for size in _usual_sizes(model, convs)]
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    for size in sizes:
+        yield Inputs(args=_arguments(model, size), given=False).map(lambda t: t.to(like.device, like.dtype))
+
+
+def _known_size(model: nn.Module) -> tuple[int, ...] | None:
+    """The input size in the model's own configuration (timm)."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
+    if not isinstance(size, list | tuple) or len(size) != 3:
+        return None
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, _ConvNd)), size[0])
+    return (int(channels), int(size[1]), int(size[2]))
+
+
+def _usual_sizes(model: nn.Module, convs: list[Any]) -> list[tuple[int, ...]]:
+    if convs and isinstance(convs[0], nn.Conv3d):
+        return [(16, 112, 112), (16, 224, 224)]
+    if convs and isinstance(convs[0], nn.Conv1d):
+        return [(1024,), (16000,)]
+    if _family(model) == "optical_flow":
+        return [(128, 128)]
+    return [(224, 224), (256, 256), (64, 64), (32, 32)]
+
+
+def _arguments(model: nn.Module, size: tuple[int, ...]) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+    family = _family(model)
+    if family == "detection":  # takes a list of images with values in [0, 1]
+        return ([torch.rand(size, generator=generator) for _ in range(BATCH)],)
+    if family == "optical_flow":  # two images with values in [-1, 1]
+        first, second = (torch.rand((1, *size), generator=generator) * 2 - 1 for _ in range(2))
+        return (first, second)
+    return (torch.randn((BATCH, *size), generator=generator),)
+
+
+def _family(model: nn.Module) -> str | None:
+    """`detection` or `optical_flow` for torchvision's models that take other things than one batch of images."""
+    path = type(model).__module__
+    for family in ("detection", "optical_flow"):
+        if path.startswith(f"torchvision.models.{family}"):
+            return family
+    return None

@@ -1,0 +1,285 @@
+"""Every convolution of a model, what it does there, and what forbids to replace it."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from surgeon.copying import copy_to_meta, is_lazy
+from surgeon.errors import UnsupportedLayerError
+from surgeon.layers.base import DynamicConv2d
+from surgeon.layers.geometry import ConvGeometry
+from surgeon.layers.source import ConvSource
+from surgeon.observe import Call, Observation, observe
+from surgeon.reads import written_reads
+from surgeon.stages import find_stages, find_units
+from surgeon.trace import Neighbours, trace_neighbours
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvSite:
+    """One convolution of a model. `reasons` forbid to replace it, whatever by; `notes` are worth knowing."""
+
+    name: str
+    aliases: tuple[str, ...] = ()  # further names of the same module
+    module: str  # class name
+    geometry: ConvGeometry | None  # None: not a plain 2-D convolution
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    params: int
+    stage: str | None = None
+    first_of_stage: bool = False
+    calls: tuple[Call, ...] = ()
+    macs: int | None = None  # for one image, over all calls; None where the forward pass does not reach it
+    order: int | None = None  # when it is first called
+    traced: bool = False  # torch.fx sees it
+    producer: str | None = None
+    followers: tuple[str, ...] = ()
+    dynamic: str | None = None  # its type, where a dynamic layer is already there
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the module."""
+        return (self.name, *self.aliases)
+
+    @property
+    def is_pointwise(self) -> bool:
+        return all(k == 1 for k in self.kernel_size)
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups > 1 and self.groups == self.in_channels
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self) | {"geometry": None if self.geometry is None else self.geometry.to_dict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sites:
+    """All convolutions of a model in the order of its modules, and the forward pass that showed them."""
+
+    convs: tuple[ConvSite, ...]
+    seen: Observation
+
+
+def find_sites(model: nn.Module, example_inputs: Any = None, input_size: Sequence[int] | int | None = None) -> Sites:
+    """List every convolution. The model is not touched: copies of it are run and traced.
+
+    Raises `InputError` if the model does not run.
+    """
+    names = _conv_names(model)
+    seen = observe(model, list(names), example_inputs, input_size)
+    neighbours = _trace(model)
+    strangers = _shared_parameters(model, names)
+    _add_written_reads(model, names, seen)
+    drafts = [
+        _site(model, name, aliases, seen, neighbours.get(name), strangers.get(name, ()))
+        for name, aliases in names.items()
+    ]
+    return Sites(convs=tuple(_with_stages(model, drafts, seen)), seen=seen)
+
+
+def _conv_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """First name → further names of every convolution and dynamic layer, in module order."""
+    names: dict[int, list[str]] = {}
+    inside: set[int] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, DynamicConv2d):
+            inside.update(id(m) for m in module.modules() if m is not module)
+        if _is_conv(module) and id(module) not in inside:
+            names.setdefault(id(module), []).append(name)
+    return {first: tuple(others) for first, *others in names.values()}
+
+
+def _is_conv(module: nn.Module) -> bool:
+    if isinstance(module, _ConvNd | DynamicConv2d):
+        return True
+    return _is_quantized(module) and "Conv" in type(module).__name__ and hasattr(module, "kernel_size")
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    path = type(module).__module__
+    return path.startswith(("torch.ao.nn.", "torch.nn.quantized", "torch.nn.qat")) or hasattr(
+        module, "weight_fake_quant"
+    )
+
+
+def _add_written_reads(model: nn.Module, names: Iterable[str], seen: Observation) -> None:
+    """Add the readers that the forward pass did not come by."""
+    by_id = {id(model.get_submodule(name)): name for name in names}
+    for key, methods in written_reads(model, by_id.keys()).items():
+        readers = seen.readers.setdefault(by_id[key], [])
+        if not readers:
+            readers += methods
+
+
+def _trace(model: nn.Module) -> dict[str, Neighbours]:
+    """What torch.fx tells; nothing if the model has no copy on the meta device. A failure never forbids anything."""
+    try:
+        twin = copy_to_meta(model)
+    except Exception:
+        return {}
+    for module in twin.modules():
+        module.training = False
+    return trace_neighbours(twin)
+
+
+def _shared_parameters(model: nn.Module, names: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """For every convolution, the parameters of other modules that are, or lie in the memory of, one of its own."""
+
+    def key(tensor: Tensor) -> int:
+        return id(tensor) if is_lazy_tensor(tensor) else int(tensor.untyped_storage()._cdata)
+
+    def is_lazy_tensor(tensor: Tensor) -> bool:
+        return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+
+    users: dict[int, dict[int, str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            users.setdefault(key(parameter), {}).setdefault(id(module), name)
+    shared = {}
+    for name in names:
+        conv = model.get_submodule(name)
+        own = {id(m) for m in conv.modules()}
+        others = [
+            other for p in conv.parameters() for owner, other in users.get(key(p), {}).items() if owner not in own
+        ]
+        if others:
+            shared[name] = tuple(dict.fromkeys(others))
+    return shared
+
+
+# --- one convolution ----------------------------------------------------------------------------------------------
+
+
+def _site(
+    model: nn.Module,
+    name: str,
+    aliases: tuple[str, ...],
+    seen: Observation,
+    neighbours: Neighbours | None,
+    strangers: tuple[str, ...],
+) -> ConvSite:
+    conv: Any = model.get_submodule(name)
+    geometry, reasons = _read_geometry(conv)
+    calls = tuple(seen.calls.get(name, ()))
+    if strangers:
+        reasons.append(f"its parameters are shared with {', '.join(strangers)}")
+    if name in seen.readers:
+        reasons.append(f"its weight is read outside its own forward, by {', '.join(seen.readers[name])}")
+    if any(len(call.input) == 3 for call in calls) and geometry is not None:
+        reasons.append("it is called with an unbatched input (C, H, W)")
+    notes = _notes(conv, called=name in seen.started, calls=len(calls))
+    return ConvSite(
+        name=name,
+        aliases=aliases,
+        module=type(conv).__name__,
+        geometry=geometry,
+        in_channels=int(conv.in_channels),
+        out_channels=int(conv.out_channels),
+        kernel_size=tuple(conv.kernel_size),
+        stride=tuple(conv.stride),
+        dilation=tuple(conv.dilation),
+        groups=int(conv.groups),
+        params=0 if is_lazy(conv) else sum(p.numel() for p in conv.parameters()),
+        calls=calls,
+        macs=macs_of(conv if isinstance(conv, DynamicConv2d) else geometry, calls, seen.inputs.batch),
+        order=seen.started.get(name),
+        traced=neighbours is not None,
+        producer=None if neighbours is None else neighbours.producer,
+        followers=() if neighbours is None else neighbours.followers,
+        dynamic=conv.type_name if isinstance(conv, DynamicConv2d) else None,
+        reasons=tuple(reasons),
+        notes=tuple(notes),
+    )
+
+
+def macs_of(what: ConvGeometry | DynamicConv2d | None, calls: Sequence[Call], batch: int) -> int | None:
+    """Multiply-accumulates of all calls for one image of the example."""
+    if what is None or not calls:
+        return None
+    images = [call.input[0] if len(call.input) == 4 else 1 for call in calls]
+    return sum(n * what.macs(*call.input[-2:]) for n, call in zip(images, calls, strict=True)) // batch
+
+
+def _read_geometry(conv: Any) -> tuple[ConvGeometry | None, list[str]]:
+    """Geometry, and the reasons against a replacement that lie in the module itself."""
+    if isinstance(conv, DynamicConv2d):
+        return conv.geometry, [f"it is already a dynamic layer ({conv.type_name})"]
+    if _is_quantized(conv):
+        return None, ["it is quantised"]
+    if not isinstance(conv, nn.Conv2d):
+        return None, [f"it is a {type(conv).__name__}: only 2-D convolutions are replaced"]
+    if is_lazy(conv):
+        return None, ["its parameters are not initialised yet: run the model once first"]
+    if not conv.weight.is_floating_point():
+        return None, [f"its weight is {str(conv.weight.dtype).removeprefix('torch.')}, not floating point"]
+    reasons = [
+        f"it has an old-style {kind} hook: remove it with torch.nn.utils.remove_{kind}, or use parametrizations"
+        for kind in _old_style_hooks(conv)
+    ]
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng():
+            warnings.simplefilter("ignore")
+            return ConvSource.read(conv).geometry, reasons
+    except UnsupportedLayerError as error:
+        return None, [*reasons, *error.reasons]
+
+
+def _old_style_hooks(conv: nn.Module) -> list[str]:
+    kinds = {"WeightNorm": "weight_norm", "SpectralNorm": "spectral_norm"}
+    found = [kinds.get(type(hook).__name__, "") for hook in conv._forward_pre_hooks.values()]
+    return [kind for kind in found if kind]
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+
+
+def _notes(conv: nn.Module, *, called: bool, calls: int) -> list[str]:
+    notes = []
+    if not called:
+        notes.append("the forward pass never reaches it")
+    if calls > 1:
+        notes.append(f"called {calls} times in one forward pass")
+    if parametrize.is_parametrized(conv):
+        notes.append("parametrised: the new layer starts from the effective weight and is not parametrised")
+    if any(getattr(conv, hooks, None) for hooks in _HOOKS):
+        notes.append("its forward and backward hooks move to the new layer")
+    if any(getattr(conv, hooks, None) for hooks in _STATE_HOOKS) and not isinstance(conv, DynamicConv2d):
+        notes.append("its state-dict hooks are dropped")
+    if any(getattr(p, "_backward_hooks", None) for p in conv.parameters()):
+        notes.append("hooks on its parameters are dropped")
+    return notes
+
+
+# --- stages -------------------------------------------------------------------------------------------------------
+
+
+def _with_stages(model: nn.Module, drafts: Sequence[ConvSite], seen: Observation) -> list[ConvSite]:
+    names = [site.name for site in drafts]
+    stages = find_stages(model, names, seen)
+    units = find_units(names, {})
+    sizes = {unit: sum(units[name] == unit for name in names) for unit in set(units.values())}
+    first: dict[str, ConvSite] = {}
+    for site in sorted((s for s in drafts if s.order is not None and not s.is_pointwise), key=lambda s: s.order or 0):
+        stage = stages[site.name]
+        if stage is None or stage == "stem":
+            continue
+        held = first.setdefault(stage, site)
+        if sizes[units[held.name]] == 1 < sizes[units[site.name]]:
+            first[stage] = site  # a lone convolution is a stem of the stage, not its first unit
+    leaders = {site.name for site in first.values()}
+    return [replace(site, stage=stages[site.name], first_of_stage=site.name in leaders) for site in drafts]

@@ -1,0 +1,286 @@
+"""Does the converted model compute what the original computes? Outputs, every new layer, and gradients of new parameters."""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.compare import Difference, compare, compare_tensors
+from surgeon.copying import copy_model, evaluating, is_lazy, seeded, strict_float32
+from surgeon.errors import InputError, VerificationError
+from surgeon.inputs import Inputs
+from surgeon.layers.base import DynamicConv2d
+from surgeon.observe import observe
+from surgeon.plan import may_compress
+from surgeon.rewrite import Rewrite, build_layer, dynamic_layers, sample_input
+
+TOLERANCE = 1e-5  # of the relative error in float32
+TOLERANCE_DOUBLE = 1e-10  # of the run in float64 that settles what float32 leaves open
+_LAYER_LIMIT = 1e-4  # beyond this a layer is wrong in float32, whatever float64 says
+_MOST_CALLS = 4  # of one convolution that are measured in a forward pass
+
+Build = Callable[[nn.Module], DynamicConv2d]
+
+
+@dataclass(kw_only=True)
+class Verification:
+    """What a check found. Errors are of the float32 run (or whatever dtype the model has) if `precision` names it."""
+
+    output: Difference
+    layers: dict[str, Difference]
+    precision: str
+    exact: bool = True
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def max_abs_error(self) -> float:
+        return self.output.max_abs
+
+    @property
+    def max_rel_error(self) -> float:
+        return self.output.max_rel
+
+    @property
+    def worst_layers(self) -> list[tuple[str, float]]:
+        """Layers by falling relative error."""
+        return sorted(((name, d.max_rel) for name, d in self.layers.items()), key=lambda pair: -pair[1])
+
+
+def run(model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
+    """Output in eval mode, without gradients; stochastic models draw from the given seed. The model stays as it was.
+
+    Raises `InputError` if the model does not run.
+    """
+    model = copy_model(model) if is_lazy(model) else model
+    try:
+        with warnings.catch_warnings(), evaluating(model), seeded(seed), strict_float32():
+            warnings.simplefilter("ignore")
+            return model(*inputs.args, **inputs.kwargs)
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} does not run on {inputs.shapes()}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def measure(
+    model: nn.Module, layers: Mapping[str, DynamicConv2d], inputs: Inputs, seed: int = 0
+) -> tuple[Any, dict[str, Difference]]:
+    """Run a model and compare, at its convolutions, each new layer with what the convolution gives for the same input.
+
+    Nothing is stored but the largest errors. A layer that the forward pass does not reach is compared on a random input.
+    """
+    model = copy_model(model) if is_lazy(model) else model
+    found: dict[str, Difference] = {}
+    calls = dict.fromkeys(layers, 0)
+
+    def hook(name: str, layer: DynamicConv2d) -> Callable[..., None]:
+        def look(conv: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            calls[name] += 1
+            if calls[name] <= _MOST_CALLS:
+                x = args[0] if args else next(iter(kwargs.values()))
+                difference = compare_tensors(output, layer.forward(x), name)
+                found[name] = found[name].worse(difference) if name in found else difference
+
+        return look
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(hook(name, layer), with_kwargs=True, prepend=True)
+        for name, layer in layers.items()
+    ]
+    with evaluating(nn.ModuleList(layers.values())), strict_float32():
+        try:
+            output = run(model, inputs, seed)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, layer in layers.items():
+            if name not in found:
+                with evaluating(model), seeded(seed):
+                    x = sample_input(layer, 2, 5)
+                    found[name] = compare_tensors(model.get_submodule(name).forward(x), layer.forward(x), name)
+    return output, found
+
+
+# --- judging ------------------------------------------------------------------------------------------------------
+
+
+def judge(
+    output: Difference,
+    layers: dict[str, Difference],
+    dtype: torch.dtype,
+    settle: Callable[[], tuple[Difference, dict[str, Difference]]],
+    compressed: bool = False,
+) -> Verification:
+    """Decide whether a conversion is exact.
+
+    Within `TOLERANCE` it is. Beyond, `settle` must tell the errors in float64, and these must be within `TOLERANCE_DOUBLE`.
+    Compressed conversions are not judged. Raises `VerificationError` naming the worst layers.
+    """
+    name = str(dtype).removeprefix("torch.")
+    result = Verification(output=output, layers=layers, precision=name, notes=list(output.notes))
+    worst = max([output.max_rel, *(d.max_rel for d in layers.values())])
+    if worst <= TOLERANCE:
+        return result
+    if compressed:
+        result.exact = False
+        result.notes.append("compressed: the errors are stated, not bounded")
+        return result
+    limit = max(_LAYER_LIMIT, 8 * torch.finfo(dtype).eps)
+    wrong = {layer: d for layer, d in layers.items() if not d.max_rel <= limit}
+    if wrong:
+        raise VerificationError(_failed(output, wrong, f"layers beyond {limit:.0e}"))
+    _settle(result, settle, name)
+    return result
+
+
+def _settle(result: Verification, settle: Callable[[], tuple[Difference, dict[str, Difference]]], name: str) -> None:
+    output = result.output
+    try:
+        double, double_layers = settle()
+    except InputError as error:
+        if output.max_rel <= 100 * TOLERANCE:
+            result.notes.append(
+                f"each layer is exact, but the model does not run in float64, which would settle it ({error})"
+            )
+            return
+        raise VerificationError(
+            _failed(output, result.layers, f"and it cannot be settled in float64 ({error})")
+        ) from error
+    worst = max([double.max_rel, *(d.max_rel for d in double_layers.values())])
+    if not worst <= TOLERANCE_DOUBLE:
+        told = f"in float64 still {double.max_rel:.1e}"
+        raise VerificationError(_failed(output, double_layers, told))
+    result.precision = "float64"
+    result.notes.append(
+        f"{name} rounding is amplified by depth to a relative error of {output.max_rel:.1e}; the same conversion of a "
+        f"float64 copy has {double.max_rel:.1e}"
+    )
+
+
+def _failed(output: Difference, layers: Mapping[str, Difference], told: str) -> str:
+    worst = sorted(layers.items(), key=lambda item: -item[1].max_rel)[:3]
+    names = ", ".join(f"{name} {d.max_rel:.1e}" for name, d in worst)
+    notes = "; ".join(("", *output.notes))
+    return (
+        f"the converted model does not compute what the original computes: relative error {output.max_rel:.1e} "
+        f"(allowed {TOLERANCE:.0e}; {told}). Worst layers: {names}{notes}"
+    )
+
+
+def settle_in_double(
+    model: nn.Module, build: Mapping[str, Build], inputs: Inputs, seed: int
+) -> tuple[Difference, dict[str, Difference]]:
+    """Errors of the same conversion of a float64 copy of the original: outputs, and every layer."""
+    double = copy_model(model).double()
+    wide = inputs.to_dtype(torch.float64)
+    layers = {name: make(double.get_submodule(name)) for name, make in build.items()}
+    expected, errors = measure(double, layers, wide, seed)
+    converted = Rewrite(double, layers).apply()
+    return compare(expected, run(converted, wide, seed)), errors
+
+
+# --- gradients ----------------------------------------------------------------------------------------------------
+
+
+def without_gradient(layer: DynamicConv2d, seed: int = 0) -> list[str]:
+    """New parameters that get no gradient within two training steps on random input; a copy of the layer is trained."""
+    twin = copy.deepcopy(layer).float()
+    for hooks in (twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks, twin._backward_pre_hooks):
+        hooks.clear()
+    twin.train()
+    new = dict(twin.new_parameters())
+    for parameter in new.values():
+        parameter.requires_grad_(True)
+    missing = set(new)
+    with seeded(seed), torch.enable_grad():
+        x = sample_input(twin, 2, 4)
+        for _ in range(2):
+            _descend(twin, x, new)
+            missing -= {name for name, p in new.items() if p.grad is not None and bool((p.grad != 0).any())}
+            if not missing:
+                break
+    return [name for name in new if name in missing]
+
+
+def _descend(twin: DynamicConv2d, x: Tensor, new: Mapping[str, nn.Parameter]) -> None:
+    """One step down a random linear loss, of a length that changes every parameter by about a hundredth."""
+    twin.zero_grad()
+    out = twin(x)
+    loss = (out * torch.randn_like(out)).mean()
+    extra = twin.regularization()
+    (loss if extra is None else loss + extra).backward()
+    with torch.no_grad():
+        for p in new.values():
+            if p.grad is not None and (largest := float(p.grad.abs().max())) > 0 and math.isfinite(largest):
+                p -= 0.01 * p.grad / largest
+
+
+def check_gradients(layers: Mapping[str, DynamicConv2d]) -> list[str]:
+    """Check that new parameters can learn, once for layers that differ only in their numbers of channels (on the smallest).
+
+    Returns notes on layers that were not checked because their weight is zero or not finite. Raises `VerificationError`
+    where a new parameter gets no gradient.
+    """
+    notes = []
+    smallest: dict[tuple[Any, ...], str] = {}
+    for name, layer in layers.items():
+        weight = layer.static_weight().detach()
+        if not weight.isfinite().all() or not weight.any():
+            notes.append(f"{name}: its weight is zero or not finite, whether its new parameters learn was not checked")
+            continue
+        g = layer.geometry
+        kind = (g.kernel_size, g.stride, g.padding, g.dilation, g.padding_mode, g.bias, g.groups == 1, g.is_depthwise)
+        key = (layer.type_name, layer.config, *kind)
+        if key not in smallest or g.in_channels < layers[smallest[key]].geometry.in_channels:
+            smallest[key] = name
+    for name in smallest.values():
+        missing = without_gradient(layers[name])
+        if missing:
+            raise VerificationError(
+                f"{name} ({layers[name].type_name}): no gradient reaches {', '.join(missing)} in two steps"
+            )
+    return notes
+
+
+# --- two given models ---------------------------------------------------------------------------------------------
+
+
+def verify(
+    original: nn.Module,
+    converted: nn.Module,
+    example_inputs: Any = None,
+    *,
+    input_size: Sequence[int] | int | None = None,
+    seed: int = 0,
+) -> Verification:
+    """Check that a converted model computes what its original computes, layer by layer.
+
+    Both run in eval mode on the same inputs. Raises `VerificationError` if they differ, `InputError` if the inputs do not fit.
+    """
+    inputs = observe(original, [], example_inputs, input_size).inputs
+    modules = dict(original.named_modules(remove_duplicate=False))
+    layers = {
+        name: layer
+        for name, layer in dynamic_layers(converted).items()
+        if name in modules and not isinstance(modules[name], DynamicConv2d)
+    }
+    expected, errors = measure(original, layers, inputs, seed)
+    output = compare(expected, run(converted, inputs, seed))
+    build = {name: _rebuild(layer, seed) for name, layer in layers.items()}
+    dtype = next((p.dtype for p in original.parameters() if p.is_floating_point()), torch.float32)
+    return judge(
+        output,
+        errors,
+        dtype,
+        lambda: settle_in_double(original, build, inputs, seed),
+        compressed=any(may_compress(layer.geometry, layer.config) for layer in layers.values()),
+    )
+
+
+def _rebuild(layer: DynamicConv2d, seed: int) -> Build:
+    return lambda conv: build_layer(conv, type(layer), layer.config, seed)
