@@ -1,7 +1,8 @@
-"""The rows of the operator benchmark that belong to PAFU: eval against one convolution, a step against dense selection.
+"""The rows of the operator benchmark that belong to PAFU: eval against one convolution, a training step against dense selection.
 
-`rows()` yields them as dictionaries; run as a program it prints them. Times are process CPU time on one thread, medians of
-interleaved repetitions in one run, in milliseconds. `ratio` is ours / other for eval and other / ours for a step.
+`eval_steps` and `train_steps` give what is compared, "ours" first, each with the tensors it starts from; `rows()` measures them and
+yields dictionaries; run as a program it prints them. Times are process CPU time on one thread, medians of interleaved
+repetitions in one run, in milliseconds. `ratio` is ours / other for eval and other / ours for training.
 """
 
 import statistics
@@ -20,6 +21,8 @@ GROUP_SIZES = (4, 8, 16)
 MOST_OF_A_CONVOLUTION = {"A": 2.6, "B": 1.8, "C": 1.7}
 LEAST_SPEED_UP = {8: 1.35, 16: 1.6}
 
+Step = tuple[Callable[[], Tensor], tuple[Tensor, ...]]
+
 
 def interleaved_ms(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median process CPU time of each, in milliseconds, after one warm-up."""
@@ -34,63 +37,72 @@ def interleaved_ms(runs: dict[str, Callable[[], object]], repeats: int) -> dict[
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
-def _case(shape: tuple[int, int, int], n: int) -> dict[str, Tensor]:
-    images, channels, size = shape
-    torch.manual_seed(0)
+def eval_steps(shape: str, n: int) -> dict[str, Step]:
+    """The selected kernels, drawn evenly at random (the worst case), against one plain 3×3 convolution."""
+    case = _case(shape, n)
+    x, kernel, further, index = case
     return {
-        "x": torch.randn(images, channels, size, size),
-        "kernel": torch.randn(channels, channels, 3, 3) * 0.05,
-        "further": (torch.randn(n - 1, channels, 3, 3, channels) * 0.05).movedim(-1, 2),
-        "index": torch.randint(0, n, (images, size, size)),
+        "ours": (lambda: pafu_conv(*case, padding=(1, 1)), (x, kernel, further, index)),
+        "conv3": (lambda: F.conv2d(x, kernel, padding=1), (x, kernel)),
     }
 
 
-def eval_row(name: str, n: int, repeats: int) -> dict[str, Any]:
-    """The selected kernels, drawn evenly at random (the worst case), against one plain 3×3 convolution."""
-    case = _case(SHAPES[name], n)
-    with torch.no_grad():
-        ms = interleaved_ms(
-            {
-                "ours": lambda: pafu_conv(**case, padding=(1, 1)),
-                "conv 3x3": lambda: F.conv2d(case["x"], case["kernel"], padding=1),
-            },
-            repeats,
-        )
-    return _row("eval", name, n, ms, ms["ours"] / ms["conv 3x3"], MOST_OF_A_CONVOLUTION.get(name))
-
-
-def step_row(name: str, n: int, repeats: int) -> dict[str, Any]:
-    """Forward and backward with the straight-through gradient of every kernel's score, against the better dense way."""
-    case = _case(SHAPES[name], n)
-    leaves = {key: value.requires_grad_() if value.is_floating_point() else value for key, value in case.items()}
-    soft = torch.randn(case["index"].shape[0], n, *case["index"].shape[1:]).softmax(1).requires_grad_()
-    stacked = torch.cat([case["kernel"][None], case["further"]]).detach().flatten(0, 1).requires_grad_()
-    grad = torch.randn_like(case["x"])
+def train_steps(shape: str, n: int) -> dict[str, Step]:
+    """Selection with the straight-through gradient of every kernel's score, against two dense ways to the same gradients."""
+    case = _case(shape, n)
+    x, kernel, further, index = case
+    soft = torch.randn(index.shape[0], n, *index.shape[1:]).softmax(1).requires_grad_()
+    kernels = torch.cat([kernel[None], further]).detach().flatten(0, 1).requires_grad_()
 
     def one_hot() -> Tensor:
-        return F.one_hot(case["index"], n).movedim(-1, 1).float() + soft - soft.detach()
+        return F.one_hot(index, n).movedim(-1, 1).float() + soft - soft.detach()
 
-    def dense_stacked() -> None:
-        y = F.conv2d(case["x"], stacked, padding=1).unflatten(1, (n, -1))
-        (y * one_hot()[:, :, None]).sum(1).backward(grad)
+    def stacked() -> Tensor:
+        y = F.conv2d(x, kernels, padding=1).unflatten(1, (n, -1))
+        return (y * one_hot()[:, :, None]).sum(1)
 
-    def dense_one_by_one() -> None:
+    def one_by_one() -> Tensor:
         z = one_hot()
-        parts = [F.conv2d(case["x"], k, padding=1) * z[:, i : i + 1] for i, k in enumerate(stacked.chunk(n))]
-        sum(parts[1:], parts[0]).backward(grad)
+        parts = [F.conv2d(x, k, padding=1) * z[:, i : i + 1] for i, k in enumerate(kernels.chunk(n))]
+        return sum(parts[1:], parts[0])
 
-    def ours() -> None:
-        pafu_conv(**leaves, soft=soft, padding=(1, 1)).backward(grad)
+    return {
+        "ours": (lambda: pafu_conv(*case, soft, padding=(1, 1)), (x, kernel, further, index, soft)),
+        "dense stacked": (stacked, (x, kernels, soft)),
+        "dense one by one": (one_by_one, (x, kernels, soft)),
+    }
 
-    runs = {"ours": ours, "dense stacked": dense_stacked, "dense one by one": dense_one_by_one}
+
+def _case(shape: str, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images, channels, size = SHAPES[shape]
+    torch.manual_seed(0)
+    x = torch.randn(images, channels, size, size, requires_grad=True)
+    kernel = (torch.randn(channels, channels, 3, 3) * 0.05).requires_grad_()
+    further = (torch.randn(n - 1, channels, 3, 3, channels) * 0.05).movedim(-1, 2).requires_grad_()
+    return x, kernel, further, torch.randint(0, n, (images, size, size))
+
+
+def eval_row(shape: str, n: int, repeats: int) -> dict[str, Any]:
+    """Forward only."""
+    with torch.no_grad():
+        ms = interleaved_ms({name: run for name, (run, _) in eval_steps(shape, n).items()}, repeats)
+    return _row("eval", shape, n, ms, ms["ours"] / ms["conv3"], MOST_OF_A_CONVOLUTION.get(shape))
+
+
+def train_row(shape: str, n: int, repeats: int) -> dict[str, Any]:
+    """Forward and backward, and the bytes that are kept in between beyond the inputs."""
+    steps = train_steps(shape, n)
+    grad = torch.randn(SHAPES[shape][0], SHAPES[shape][1], *(SHAPES[shape][2],) * 2)
+    runs = {name: lambda run=run: run().backward(grad) for name, (run, _) in steps.items()}
     ms = interleaved_ms(runs, repeats)
-    best = min(ms["dense stacked"], ms["dense one by one"])
-    row = _row("step", name, n, ms, best / ms["ours"], LEAST_SPEED_UP.get(n))
-    return row | {"saved_bytes_beyond_inputs": _saved_beyond(leaves | {"soft": soft})}
+    row = _row(
+        "train", shape, n, ms, min(ms[name] for name in ms if name != "ours") / ms["ours"], LEAST_SPEED_UP.get(n)
+    )
+    return row | {"saved_bytes_beyond_inputs": _saved_beyond(*steps["ours"])}
 
 
-def _saved_beyond(inputs: dict[str, Tensor]) -> int:
-    known = {t.untyped_storage().data_ptr() for t in inputs.values()}
+def _saved_beyond(run: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> int:
+    known = {t.untyped_storage().data_ptr() for t in inputs}
     saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -98,7 +110,7 @@ def _saved_beyond(inputs: dict[str, Tensor]) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        pafu_conv(**inputs, padding=(1, 1))
+        run()
     return sum(nbytes for pointer, nbytes in saved.items() if pointer not in known)
 
 
@@ -126,7 +138,7 @@ def rows(repeats: int = 9) -> Iterator[dict[str, Any]]:
             yield eval_row(name, n, repeats)
     for name in SHAPES:
         for n in GROUP_SIZES:
-            yield step_row(name, n, max(repeats // 3, 1))
+            yield train_row(name, n, max(repeats // 3, 1))
 
 
 def main() -> None:
@@ -134,7 +146,7 @@ def main() -> None:
         times = ", ".join(f"{name} {value:.1f}" for name, value in row["ms"].items())
         must = "" if row["must"] is None else f"  must {row['must']}: {'met' if row['met'] else 'MISSED'}"
         print(
-            f"{row['what']:4}  {row['case']:16}  n={row['n']:<2}  ratio {row['ratio']:.2f}  ({times} ms){must}",
+            f"{row['what']:5}  {row['case']:16}  n={row['n']:<2}  ratio {row['ratio']:.2f}  ({times} ms){must}",
             flush=True,
         )
 
