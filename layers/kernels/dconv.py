@@ -279,7 +279,8 @@ def _(
     grad_x, grad_static, grad_bias = lean.static_backward(grad, given, needs)
     grad_features = torch.empty_like(features) if needs[1] else None
     grad_weight = torch.empty_like(weight) if needs[2] else None
-    return lean.filled(x, grad_x, grad_features, grad_weight, grad_static, grad_bias)
+    g1, g2, g3, g4, g5 = (lean.filled(x, part) for part in (grad_x, grad_features, grad_weight, grad_static, grad_bias))
+    return g1, g2, g3, g4, g5
 
 
 def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
