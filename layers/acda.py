@@ -125,6 +125,7 @@ class ACDAConv2d(DynamicConv2d):
         if not self.adaptive:
             return self.static_conv2d(x)
         g = self.geometry
+        g.output_size(x.shape[2], x.shape[3])  # one clear error where the input is too small
         window = (self.psi.shape[1], self.psi.shape[2])
         alpha = self.generator(x)
         padded, padding = pad_for_window(x, g, window)

@@ -72,7 +72,7 @@ def truncate_for_inputs(source: ConvSource, rank: int, x: Tensor) -> Decompositi
     """
     plain = decompose(source.weight, rank)
     patches = list(_sample_patches(source, x, plain.rank))
-    if not patches or plain.rank == 0:
+    if plain.rank == 0 or not any(bool(patch.any()) for patch in patches):
         return plain
     weighted = _weighted(source.weight, patches, plain.rank)
     candidates = [plain, weighted, _refit(source, weighted, patches)]
@@ -149,7 +149,8 @@ def _refit(source: ConvSource, start: Decomposition, patches: list[Tensor]) -> D
         residual = wrong @ patch.reshape(groups, -1, patch.shape[2])
         gram.baddbmm_(z, z.transpose(1, 2))
         target.baddbmm_(z, residual.transpose(1, 2))
-    ridge = _RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
+    energy = gram.diagonal(dim1=1, dim2=2).mean(1)
+    ridge = _RIDGE * torch.maximum(energy, 1e-9 * energy.max())
     gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     change = torch.cholesky_solve(target, torch.linalg.cholesky(gram))
     change = change.transpose(1, 2).reshape(c_out, c_group, rank)
