@@ -23,6 +23,7 @@ BAND_BYTES = 8 << 20  # the x-unfolded input of a band
 LEAST_CHANNELS = 4  # below, the matrix product that makes the kernels of a piece is too thin
 
 Band = tuple[int, int]
+LayerGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _spread(plan: Plan, band: Band, folded: Tensor, grad_CHW: Tensor) -> None:
 
 def _outputs(plan: Plan, band: Band, piece: slice, y_OHW: Tensor) -> Tensor:
     """View (p, Q, R, S, h, W') of one image's output."""
-    return y_OHW.unflatten(0, plan.split)[piece, :, :, :, band[0] : band[1]]
+    return y_OHW.view(*plan.split, *plan.out_size)[piece, :, :, :, band[0] : band[1]]
 
 
 def _output_gradient(plan: Plan, band: Band, piece: slice, grad_OHW: Tensor, space: Workspace) -> Tensor:
@@ -232,7 +233,7 @@ def _apply_plan(x: Tensor, kernels: Tensor, kernel_size: Sequence[int], geometry
 def _given(plan: Plan, band: Band, piece: slice, kernels_GTHW: Tensor) -> Tensor:
     """View (p, 1, R, k_h, k_w, h, W') of one image's kernels."""
     p, _, r, _ = plan.split
-    kernels = kernels_GTHW.unflatten(1, tuple(plan.kernel)).unflatten(0, (p, 1, r))
+    kernels = kernels_GTHW.view(p, 1, r, *plan.kernel, *plan.out_size)
     return kernels[piece, :, :, :, :, band[0] : band[1]]
 
 
@@ -361,7 +362,7 @@ def static_backward(
     return found
 
 
-def layer_backward(grad: Tensor, given: LayerInputs, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+def layer_backward(grad: Tensor, given: LayerInputs, needs: Sequence[bool]) -> LayerGradients:
     """Gradients of `dconv_layer` for x, features, weight, static and bias, empty where `needs` says no."""
     plan, space, x = given.plan(), Workspace(given.x), given.x
     grad_x, grad_static, grad_bias = static_backward(grad, given, needs)
@@ -392,8 +393,11 @@ def layer_backward(grad: Tensor, given: LayerInputs, needs: Sequence[bool]) -> t
             if sums is not None and folded is not None:
                 _spread(plan, band, folded, sums.sums)
             if grad_features is not None and grad_band is not None:
-                grad_features[image, :, band[0] : band[1]].copy_(grad_band.unflatten(1, (-1, plan.out_size[1])))
+                grad_features[image, :, band[0] : band[1]].copy_(
+                    grad_band.view(grad_band.shape[0], -1, plan.out_size[1])
+                )
         if sums is not None:
             sums.keep()
     grad_weight = None if grad_weight is None else grad_weight.to(given.weight.dtype)
-    return tuple(filled(x, part) for part in (grad_x, grad_features, grad_weight, grad_static, grad_bias))
+    found = filled(x, grad_x), filled(x, grad_features), filled(x, grad_weight)
+    return (*found, filled(x, grad_static), filled(x, grad_bias))
