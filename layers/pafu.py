@@ -141,8 +141,12 @@ class PAFUConv2d(DynamicConv2d):
         """Kernels 1.., zero outside of their supports, (n - 1, O, k·l·C/G)."""
         if self.support_mask is None:
             return self.further_kernels
-        taps = self.further_kernels.unflatten(2, (self.support_mask.shape[1], -1))
+        taps = self.further_kernels.view(*self.further_kernels.shape[:2], -1, self.geometry.weight_shape[1])
         return (taps * self.support_mask[:, None, :, None]).flatten(2)
+
+    def _unpacked(self, packed: Tensor) -> Tensor:
+        """(..., O, k·l·C/G) as (..., O, C/G, k, l), without a copy."""
+        return packed.view(*packed.shape[:-1], *self.window, -1).movedim(-1, -3)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -151,7 +155,7 @@ class PAFUConv2d(DynamicConv2d):
         g = self.geometry
         index, soft = self._select(self.selector(x))
         x, padding = pad_for_window(x, g, self.window)
-        further = self._further_kernels().unflatten(2, (*self.window, -1)).movedim(-1, 2)
+        further = self._unpacked(self._further_kernels())
         settings: dict[str, Any] = {"stride": g.stride, "dilation": g.dilation, "groups": g.groups}
         y = pafu_conv(x, self._kernel(), further, index, soft, padding=padding, **settings)
         return y if self.bias is None else y.add_(self.bias.to(y.dtype)[:, None, None])
@@ -176,7 +180,7 @@ class PAFUConv2d(DynamicConv2d):
         """The kernel that the selector's last bias prefers, (O, C/G, k, l): at birth the replaced weight."""
         preferred = self.selector.static_output.detach().argmax()
         others = self._further_kernels().index_select(0, (preferred - 1).clamp(min=0)[None])[0]
-        return torch.where(preferred == 0, self._kernel(), others.unflatten(1, (*self.window, -1)).movedim(-1, 1))
+        return torch.where(preferred == 0, self._kernel(), self._unpacked(others))
 
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield "further_kernels", self.further_kernels

@@ -1,7 +1,7 @@
 """Every convolution of a model, what it does there, and what forbids to replace it."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.source import ConvSource
 from surgeon.observe import Call, Observation, observe
+from surgeon.reads import written_reads
 from surgeon.stages import find_stages, find_units
 from surgeon.trace import Neighbours, trace_neighbours
 
@@ -82,6 +83,7 @@ def find_sites(model: nn.Module, example_inputs: Any = None, input_size: Sequenc
     seen = observe(model, list(names), example_inputs, input_size)
     neighbours = _trace(model)
     strangers = _shared_parameters(model, names)
+    _add_written_reads(model, names, seen)
     drafts = [
         _site(model, name, aliases, seen, neighbours.get(name), strangers.get(name, ()))
         for name, aliases in names.items()
@@ -112,6 +114,15 @@ def _is_quantized(module: nn.Module) -> bool:
     return path.startswith(("torch.ao.nn.", "torch.nn.quantized", "torch.nn.qat")) or hasattr(
         module, "weight_fake_quant"
     )
+
+
+def _add_written_reads(model: nn.Module, names: Iterable[str], seen: Observation) -> None:
+    """Add the readers that the forward pass did not come by."""
+    by_id = {id(model.get_submodule(name)): name for name in names}
+    for key, methods in written_reads(model, by_id.keys()).items():
+        readers = seen.readers.setdefault(by_id[key], [])
+        if not readers:
+            readers += methods
 
 
 def _trace(model: nn.Module) -> dict[str, Neighbours]:

@@ -142,7 +142,7 @@ class Problem:
         """The result, (N, C_out, H', W')."""
         out = self.x.new_empty(self.n, self.c_out, self.out_h, self.out_w)
         for chunk in self.chunks():
-            padded = self.load("padded", chunk)
+            padded = self.channels_last(self.load(chunk))
             for phase in self.phases():
                 patches = self.patches(padded, chunk, phase)
                 z_PMC = self.filtered(self.atoms(self.alphas(chunk, phase)), patches)
@@ -160,25 +160,30 @@ class Problem:
         y0 = min(max(top, 0), self.h)
         return y0, max(y0, min(top + self.rows_in(chunk.rows), self.h)), y0 - top
 
-    def padded(self, name: str, chunk: Chunk, channels_last: bool) -> tuple[Tensor, Tensor]:
-        """A zeroed buffer for the chunk's padded input, and the part of it that is x; both (images, rows, columns, C)."""
-        sizes = (chunk.images, self.rows_in(chunk.rows), self.columns)
-        if channels_last:
-            buffer = self.work.take(name, *sizes, self.c).zero_()
-        else:
-            buffer = self.work.take(name, chunk.images, self.c, *sizes[1:]).zero_().permute(0, 2, 3, 1)
-        y0, y1, at = self.input_rows(chunk)
-        return buffer, buffer[:, at : at + y1 - y0, self.pw : self.pw + self.w]
+    def padded(self, name: str, chunk: Chunk) -> Tensor:
+        """A buffer for what lies under the chunk, padding and all, (images, C, rows, columns)."""
+        return self.work.take(name, chunk.images, self.c, self.rows_in(chunk.rows), self.columns)
 
-    def load(self, name: str, chunk: Chunk, channels_last: bool = True) -> Tensor:
-        """The chunk's input, padded, (images, rows, columns, C), in memory with channels last or first."""
-        buffer, inside = self.padded(name, chunk, channels_last)
-        y0, y1, _ = self.input_rows(chunk)
-        inside.copy_(self.x[chunk.n0 : chunk.n1, :, y0:y1, : inside.shape[2]].permute(0, 2, 3, 1))
-        return buffer
+    def inside(self, padded: Tensor, chunk: Chunk, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of a padded buffer that is not padding, and the part of x (N, C, H, W) that belongs there."""
+        y0, y1, at = self.input_rows(chunk)
+        part = padded[:, :, at : at + y1 - y0, self.pw : self.pw + self.w]
+        return part, x[chunk.n0 : chunk.n1, :, y0:y1, : part.shape[3]]
+
+    def load(self, chunk: Chunk) -> Tensor:
+        """The chunk's input, padded, (images, C, rows, columns)."""
+        padded = self.padded("padded", chunk).zero_()
+        to, part = self.inside(padded, chunk, self.x)
+        to.copy_(part)
+        return padded
+
+    def channels_last(self, padded: Tensor) -> Tensor:
+        """A copy (images, rows, columns, C). Made from a chunk, not from x, whose channels may lie a power of two apart."""
+        n, c, rows, columns = padded.shape
+        return self.work.take("channels_last", n, rows, columns, c).copy_(padded.permute(0, 2, 3, 1))
 
     def windows(self, padded: Tensor, chunk: Chunk, phase: Phase) -> Tensor:
-        """View of a padded input, unfolded in y: (images, output rows, phase columns, l_h, C)."""
+        """View of a padded buffer (images, rows, columns, C), unfolded in y: (images, output rows, phase columns, l_h, C)."""
         image, row, column, channel = padded.stride()
         return padded.as_strided(
             (chunk.images, chunk.rows, phase.width, self.lh, self.c),
@@ -267,29 +272,26 @@ class Gradients:
     def add(self, grad: Tensor, chunk: Chunk) -> None:
         """Add what one chunk gives; `grad` is that of the whole output."""
         p = self.p
-        padded = p.load("padded", chunk) if self.needs_coeff else None
-        gx_padded, gx_inside = p.padded("grad_padded", chunk, channels_last=True)
+        padded = p.load(chunk)
+        by_pixel = p.channels_last(padded)
+        into = p.work.take("into", *by_pixel.shape).zero_()
         for phase in p.phases():
-            self._add_phase(grad, padded, gx_padded, chunk, phase)
+            part = p.rows_of(grad, chunk, phase)
+            g_GOP = p.work.take("grad", *part.shape).copy_(part).view(p.groups, p.c_out // p.groups, -1)
+            alpha_MKP = p.alphas(chunk, phase)
+            d_PMT = p.atoms(alpha_MKP)
+            if self.needs_coeff:
+                z_PMC = p.filtered(d_PMT, p.patches(by_pixel, chunk, phase))
+                self.coeff_GOF.baddbmm_(g_GOP, p.grouped("grouped", z_PMC))
+            gz_PMC = self._filtered(g_GOP)
+            if self.needs_alpha or self.needs_psi or self.needs_static:
+                patches = p.patches_by_channel(padded.permute(0, 2, 3, 1), chunk, phase)
+                self._atoms(patches, alpha_MKP, gz_PMC, chunk, phase)
+            if self.needs_x:
+                self._input(p.windows(into, chunk, phase), d_PMT, gz_PMC, phase)
         if self.x is not None:
-            y0, y1, _ = p.input_rows(chunk)
-            gx = self.x[chunk.n0 : chunk.n1, :, y0:y1, : gx_inside.shape[2]]
-            gx += gx_inside.permute(0, 3, 1, 2)
-
-    def _add_phase(self, grad: Tensor, padded: Tensor | None, gx_padded: Tensor, chunk: Chunk, phase: Phase) -> None:
-        p = self.p
-        part = p.rows_of(grad, chunk, phase)
-        g_GOP = p.work.take("grad", *part.shape).copy_(part).view(p.groups, p.c_out // p.groups, -1)
-        alpha_MKP = p.alphas(chunk, phase)
-        d_PMT = p.atoms(alpha_MKP)
-        if padded is not None:
-            z_PMC = p.filtered(d_PMT, p.patches(padded, chunk, phase))
-            self.coeff_GOF.baddbmm_(g_GOP, p.grouped("grouped", z_PMC))
-        gz_PMC = self._filtered(g_GOP)
-        if self.needs_alpha or self.needs_psi or self.needs_static:
-            self._atoms(alpha_MKP, gz_PMC, chunk, phase)
-        if self.needs_x:
-            self._input(gx_padded, d_PMT, gz_PMC, chunk, phase)
+            part, gx = p.inside(padded.copy_(into.permute(0, 3, 1, 2)), chunk, self.x)
+            gx += part
 
     def _filtered(self, g_GOP: Tensor) -> Tensor:
         """Gradient of Z (pixels, M, C)."""
@@ -306,12 +308,11 @@ class Gradients:
         )
         return gz_PMC
 
-    def _atoms(self, alpha_MKP: Tensor, gz_PMC: Tensor, chunk: Chunk, phase: Phase) -> None:
-        """Gradients of alpha, psi and the static atoms, by way of those of the atoms."""
+    def _atoms(self, patches: Tensor, alpha_MKP: Tensor, gz_PMC: Tensor, chunk: Chunk, phase: Phase) -> None:
+        """Gradients of alpha, psi and the static atoms, by way of those of the atoms; patches (rows, pixels, C, l_w·l_h)."""
         p = self.p
-        padded = p.load("padded_by_channel", chunk, channels_last=False)
         gd_PMT = p.work.take("grad_atoms", gz_PMC.shape[0], p.m_all, p.taps)
-        _bmm_rows(gz_PMC, p.patches_by_channel(padded, chunk, phase), gd_PMT)
+        _bmm_rows(gz_PMC, patches, gd_PMT)
         if self.needs_static:
             self.static_RT += gd_PMT[:, p.m :].sum(0)
         galpha_MKP = p.work.take("grad_alpha", *alpha_MKP.shape)
@@ -324,21 +325,20 @@ class Gradients:
             part = p.rows_of(self.alpha, chunk, phase)
             part.copy_(galpha_MKP.view(part.shape))
 
-    def _input(self, gx_padded: Tensor, d_PMT: Tensor, gz_PMC: Tensor, chunk: Chunk, phase: Phase) -> None:
-        """Add to the chunk's padded gradient of x.
+    def _input(self, into: Tensor, d_PMT: Tensor, gz_PMC: Tensor, phase: Phase) -> None:
+        """Add to the gradient of x, `into` (images, output rows, phase columns, l_h, C), a view as of `Problem.windows`.
 
         The phase's column q·step + s was read by the pixels q - t at the taps s + t·step, t = 0 … turns-1: with their atoms
         brought into the order of these pixels, `skewed`, a column's gradient is one matrix product.
         """
         p = self.p
-        rows = chunk.images * chunk.rows
+        rows = into.shape[0] * into.shape[1]
         margin = -(-p.lw // phase.step) - 1
         wide = p.work.take("wide", rows, phase.count + 2 * margin, p.m_all, p.c)
         wide[:, :margin].zero_()
         wide[:, margin + phase.count :].zero_()
         wide[:, margin : margin + phase.count] = gz_PMC.view(rows, phase.count, p.m_all, p.c)
         atoms = d_PMT.view(rows, phase.count, p.m_all, p.lw, p.lh)
-        into = p.windows(gx_padded, chunk, phase)
         for shift in range(min(phase.step, p.lw)):
             turns = -(-(p.lw - shift) // phase.step)
             columns = phase.count + turns - 1
@@ -353,7 +353,7 @@ class Gradients:
             )
             gu = p.work.take("grad_unfolded", rows * columns, p.lh, p.c)
             _bmm_rows(skewed.view(rows * columns, turns * p.m_all, p.lh).transpose(1, 2), pixels, gu)
-            gu = gu.view(chunk.images, chunk.rows, columns, p.lh, p.c)
+            gu = gu.view(*into.shape[:2], columns, p.lh, p.c)
             for tap in range(p.lh):
                 into[:, :, shift :: phase.step, tap] += gu[:, :, :, tap]
 

@@ -76,7 +76,7 @@ def _check(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, soft: Tens
 
 
 def choose_method(problem: Problem) -> str:
-    """The cheapest way, a key of `METHODS`. The bounds were measured on one CPU core (benchmarks/pafu_rows.py)."""
+    """The cheapest way, a key of `METHODS`. The bounds were measured on one CPU core."""
     kernels = len(problem.present)
     if problem.is_depthwise:
         return "taps" if kernels > 2 else "dense"

@@ -5,6 +5,7 @@ k l kernel size.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -30,8 +31,8 @@ class Window(NamedTuple):
         cls, kernel: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
     ) -> "Window":
         """The window of a kernel (..., k, l)."""
-        size, *settings = ((v[0], v[1]) for v in (kernel.shape[-2:], stride, padding, dilation))
-        return cls(size, *settings, groups)
+        size, stride, padding, dilation = ((v[0], v[1]) for v in (kernel.shape[-2:], stride, padding, dilation))
+        return cls(size, stride, padding, dilation, groups)
 
     def output_size(self, height: int, width: int) -> Pair:
         """(P, Q) for an input of this size."""
@@ -44,7 +45,8 @@ class Window(NamedTuple):
         return rows, columns
 
 
-class Problem(NamedTuple):
+@dataclass(frozen=True)
+class Problem:
     """The arguments of the operator: x (N, C, H, W), kernel 0 (O, C/G, k, l), further ones (n - 1, O, C/G, k, l), index (N, P, Q).
 
     `present` lists the kernels that are selected somewhere.

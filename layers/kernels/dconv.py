@@ -1,0 +1,342 @@
+"""DConv as operators: `dconv` applies given kernels, `dconv_layer` makes them from features and applies them at once.
+
+Both are opaque nodes to `torch.compile` and `torch.export`, save only their arguments for the backward pass, and have first
+derivatives only. Under autocast they run in its dtype; sums are taken in at least float32.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from surgeon.errors import GeometryError
+from surgeon.layers.geometry import Pair
+from surgeon.layers.kernels import dconv_lean as lean
+from surgeon.layers.kernels.dconv_reference import dconv_layer_reference, dconv_reference
+from surgeon.layers.kernels.dispatch import Operator
+
+DCONV = Operator("dconv")
+DCONV_LAYER = Operator("dconv_layer")
+
+ONE: Pair = (1, 1)
+NONE: Pair = (0, 0)
+
+
+def dconv(
+    x: Tensor,
+    kernels: Tensor,
+    kernel_size: Pair,
+    *,
+    stride: Pair = ONE,
+    padding: Pair = NONE,
+    dilation: Pair = ONE,
+    backend: str | None = None,
+) -> Tensor:
+    """Filter every channel with its own kernel at every pixel: y[n, o, p] = Σ_t kernels[n, group(o), t, p] · x[n, c(o), p + t].
+
+    `x` (N, C, H, W); `kernels` (N, G, k_h·k_w, H', W'), where G divides C or is a multiple of it; zero padding. Returns
+    (N, max(C, G), H', W'), output channels in the order of the input channels. Raises `GeometryError` for shapes that do not
+    fit. Definition: `dconv_reference`.
+    """
+    if x.dim() != 4 or kernels.dim() != 5 or kernels.shape[2] != kernel_size[0] * kernel_size[1]:
+        raise GeometryError(
+            f"dconv expects an input (N, C, H, W) and kernels (N, G, {kernel_size[0] * kernel_size[1]}, H', W'), "
+            f"got {tuple(x.shape)} and {tuple(kernels.shape)}"
+        )
+    _check_channels(x.shape[1], kernels.shape[1], max(x.shape[1], kernels.shape[1]))
+    size = _output_size(x, kernel_size, stride, padding, dilation)
+    _check_map("kernels", kernels, x, size)
+    x, kernels = _autocast(x, kernels)
+    return DCONV(x, kernels, kernel_size, stride, padding, dilation, backend=backend)
+
+
+def dconv_layer(
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    static: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Pair = ONE,
+    padding: Pair = NONE,
+    dilation: Pair = ONE,
+    backend: str | None = None,
+) -> Tensor:
+    """`dconv` with the kernels `weight` · `features` + `static`, made, applied and discarded tile by tile.
+
+    `x` (N, C, H, W); `features` (N, Cf, H', W'); `weight` (G·k_h·k_w, Cf), a 1×1 convolution to G kernels; `static`
+    (O, 1, k_h, k_w), one kernel an output channel, with O a multiple of C and of G; `bias` (O). Returns (N, O, H', W').
+    Raises `GeometryError` for shapes that do not fit. Definition: `dconv_layer_reference`.
+    """
+    if x.dim() != 4 or static.dim() != 4 or static.shape[1] != 1:
+        raise GeometryError(
+            f"dconv_layer expects an input (N, C, H, W) and static kernels (O, 1, k_h, k_w), "
+            f"got {tuple(x.shape)} and {tuple(static.shape)}"
+        )
+    kernel_size = (static.shape[2], static.shape[3])
+    taps = kernel_size[0] * kernel_size[1]
+    if features.dim() != 4 or weight.dim() != 2 or weight.shape[1] != features.shape[1] or weight.shape[0] % taps:
+        raise GeometryError(
+            f"dconv_layer expects features (N, Cf, H', W') and a weight (G*{taps}, Cf), "
+            f"got {tuple(features.shape)} and {tuple(weight.shape)}"
+        )
+    _check_channels(x.shape[1], weight.shape[0] // taps, static.shape[0])
+    _check_map("features", features, x, _output_size(x, kernel_size, stride, padding, dilation))
+    x, features, weight, static = _autocast(x, features, weight, static)
+    if bias is not None:
+        (bias,) = _autocast(bias)
+    return DCONV_LAYER(x, features, weight, static, bias, stride, padding, dilation, backend=backend)
+
+
+def channels_fit(channels: int, groups: int, outputs: int) -> bool:
+    """Whether G kernels can serve C input channels with O output channels: G divides C, or C divides G and G divides O."""
+    return outputs % channels == 0 and (channels % groups == 0 or (groups % channels == 0 and outputs % groups == 0))
+
+
+def _check_channels(channels: int, groups: int, outputs: int) -> None:
+    if not channels_fit(channels, groups, outputs):
+        raise GeometryError(
+            f"{groups} kernels do not fit {channels} input and {outputs} output channels: "
+            f"their number must divide {channels}, or be a multiple of it that divides {outputs}"
+        )
+
+
+def _check_map(name: str, given: Tensor, x: Tensor, size: Pair) -> None:
+    if given.shape[0] != x.shape[0] or (given.shape[-2], given.shape[-1]) != size:
+        raise GeometryError(
+            f"{name} of {tuple(given.shape)} do not fit an input of {tuple(x.shape)}: "
+            f"expected {x.shape[0]} images of {size[0]}x{size[1]} pixels"
+        )
+
+
+def _output_size(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+    height, width = (
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(x.shape[-2:], kernel_size, stride, padding, dilation, strict=True)
+    )
+    return height, width
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of an autocast region, if inside one; float64 is left alone, as autocast does."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _one_dtype(*args: Any) -> list[str]:
+    dtypes = sorted({str(a.dtype) for a in args if isinstance(a, Tensor)})
+    return [] if len(dtypes) == 1 else [f"its tensors are of different dtypes ({', '.join(dtypes)})"]
+
+
+@DCONV.backend("lean", why_not=_one_dtype)
+def _lean_apply(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    return _dconv(x, kernels, kernel_size, stride, padding, dilation)
+
+
+@DCONV_LAYER.backend("lean", why_not=_one_dtype)
+def _lean_layer(
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    static: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> Tensor:
+    return _dconv_layer(x, features, weight, static, bias, stride, padding, dilation)
+
+
+DCONV.backend("reference", why_not=_one_dtype)(dconv_reference)
+DCONV_LAYER.backend("reference", why_not=_one_dtype)(dconv_layer_reference)
+
+
+# --- surgeon::dconv -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("surgeon::dconv", mutates_args=())
+def _dconv(
+    x: Tensor,
+    kernels: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    return lean.apply_forward(x, kernels, kernel_size, stride, padding, dilation)
+
+
+@_dconv.register_fake
+def _(x: Tensor, kernels: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    outputs = max(x.shape[1], kernels.shape[1])
+    return x.new_empty((x.shape[0], outputs, kernels.shape[-2], kernels.shape[-1]))
+
+
+@torch.library.custom_op("surgeon::dconv_backward", mutates_args=())
+def _dconv_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernels: Tensor,
+    kernel_size: Sequence[int],
+    needs: Sequence[bool],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    return lean.apply_backward(grad, x, kernels, kernel_size, needs, stride, padding, dilation)
+
+
+@_dconv_backward.register_fake
+def _(grad: Tensor, x: Tensor, kernels: Tensor, kernel_size: Any, needs: Any, *geometry: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if needs[0] else 0), kernels.new_empty(kernels.shape if needs[1] else 0)
+
+
+def _dconv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, kernels, ctx.kernel_size, *ctx.geometry = inputs
+    ctx.save_for_backward(x, kernels)
+
+
+def _dconv_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:2])
+    found = _dconv_backward(grad, *ctx.saved_tensors, ctx.kernel_size, needs, *ctx.geometry)
+    return (*_wanted(found, needs), None, None, None, None)
+
+
+_dconv.register_autograd(_dconv_grad, setup_context=_dconv_setup)
+
+
+def _wanted(found: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+
+
+# --- surgeon::dconv_layer -----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("surgeon::dconv_layer", mutates_args=())
+def _dconv_layer(
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    static: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    return lean.layer_forward(lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation))
+
+
+@_dconv_layer.register_fake
+def _(
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    static: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+) -> Tensor:
+    return F.conv2d(x, static, bias, stride, padding, dilation, x.shape[1])
+
+
+@torch.library.custom_op("surgeon::dconv_layer_backward", mutates_args=())
+def _dconv_layer_backward(
+    grad: Tensor,
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    static: Tensor,
+    bias: Tensor | None,
+    needs: Sequence[bool],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation)
+    return lean.layer_backward(grad, given, needs)
+
+
+@_dconv_layer_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    static: Tensor,
+    bias: Tensor | None,
+    needs: Any,
+    *geometry: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = lean.LayerInputs(x, features, weight, static, bias, *geometry)
+    grad_x, grad_static, grad_bias = lean.static_backward(grad, given, needs)
+    grad_features = torch.empty_like(features) if needs[1] else None
+    grad_weight = torch.empty_like(weight) if needs[2] else None
+    return lean.filled(x, grad_x, grad_features, grad_weight, grad_static, grad_bias)
+
+
+def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, stride, padding, dilation = inputs
+    ctx.geometry = (stride, padding, dilation)
+    ctx.save_for_backward(*tensors)
+
+
+def _layer_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:5])
+    found = _dconv_layer_backward(grad, *ctx.saved_tensors, needs, *ctx.geometry)
+    return (*_wanted(found, needs), None, None, None)
+
+
+_dconv_layer.register_autograd(_layer_grad, setup_context=_layer_setup)
+
+
+# --- FLOPs (1 MAC = 2 FLOPs) --------------------------------------------------------------------------------------
+
+
+@register_flop_formula(torch.ops.surgeon.dconv)
+def _dconv_flops(x: Any, kernels: Any, *rest: Any, out_shape: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(out_shape) * int(kernels[2])
+
+
+@register_flop_formula(torch.ops.surgeon.dconv_backward)
+def _dconv_backward_flops(
+    grad: Any, x: Any, kernels: Any, kernel_size: Any, needs: Any, *rest: Any, out_shape: Any, **kwargs: Any
+) -> int:
+    return 2 * math.prod(grad) * int(kernels[2]) * sum(needs)
+
+
+@register_flop_formula(torch.ops.surgeon.dconv_layer)
+def _dconv_layer_flops(x: Any, features: Any, weight: Any, static: Any, *rest: Any, out_shape: Any, **kw: Any) -> int:
+    generate, apply = _layer_macs(features, weight, static)
+    return 2 * (generate + apply)
+
+
+@register_flop_formula(torch.ops.surgeon.dconv_layer_backward)
+def _dconv_layer_backward_flops(
+    grad: Any,
+    x: Any,
+    features: Any,
+    weight: Any,
+    static: Any,
+    bias: Any,
+    needs: Any,
+    *rest: Any,
+    out_shape: Any,
+    **kw: Any,
+) -> int:
+    """The kernels are generated again for the gradient of x."""
+    generate, apply = _layer_macs(features, weight, static)
+    return 2 * (generate * (needs[0] + needs[1] + needs[2]) + apply * (needs[0] + (needs[1] or needs[2] or needs[3])))
+
+
+def _layer_macs(features: Any, weight: Any, static: Any) -> tuple[int, int]:
+    """Multiply-accumulates to generate kernels and to apply them."""
+    pixels = features[0] * features[2] * features[3]
+    return pixels * math.prod(weight), pixels * math.prod(static)

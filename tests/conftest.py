@@ -1,0 +1,37 @@
+"""What the tests share: quiet determinism, tiny models, and the optional data folder."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("surgeon", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("surgeon")
+
+# No test may wait for a network: the hub clients fail at once instead of trying again.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+    return
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Real evaluation material (`SURGEON_DATA`, or ../shared/data beside the checkout); skips where it is absent."""
+    folder = Path(os.environ.get("SURGEON_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no evaluation data at {folder}")
+    return folder
