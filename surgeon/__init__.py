@@ -14,6 +14,8 @@ if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "layers").is_dir():
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from surgeon.checkpoint import load as load
+    from surgeon.checkpoint import save as save
     from surgeon.convert import convert as convert
     from surgeon.convert import inspect as inspect
     from surgeon.errors import SurgeonError as SurgeonError
@@ -32,7 +34,9 @@ _EXPORTS = {
     "SurgeonError": "surgeon.errors",
     "convert": "surgeon.convert",
     "inspect": "surgeon.convert",
+    "load": "surgeon.checkpoint",
     "revert": "surgeon.rewrite",
+    "save": "surgeon.checkpoint",
     "static": "surgeon.rewrite",
     "verify": "surgeon.verify",
 }
@@ -45,7 +49,9 @@ __all__ = [
     "__version__",
     "convert",
     "inspect",
+    "load",
     "revert",
+    "save",
     "static",
     "verify",
 ]

@@ -40,7 +40,10 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """How to build the base model again: `source` is timm, torchvision, zoo or factory."""
+    """How to build the base model again: `source` is timm, torchvision, zoo or factory.
+
+    `input_size` is the (C, H, W) it is run at, () where a conversion is to find one that fits.
+    """
 
     source: str
     name: str
@@ -205,7 +208,7 @@ def _base(values: Any, where: str) -> BaseModel:
     values = _mapping(values, where)
     _check_keys(values, ("source", "name", "kwargs", "input_size", "weights"), where)
     size = values.get("input_size", [3, 224, 224])
-    if not isinstance(size, list) or not size or not all(type(n) is int and n > 0 for n in size):
+    if not isinstance(size, list) or not all(type(n) is int and n > 0 for n in size):
         raise RecipeError(f"{where}: input_size must be a list of positive integers, got {_told(size)}")
     return BaseModel(
         source=_one_of(values, "source", _SOURCES, where),

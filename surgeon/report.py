@@ -181,16 +181,18 @@ def _skipped_text(skipped: list[Skipped], width: int) -> list[str]:
         chosen = {reason: names for (flag, reason), names in groups.items() if flag is unasked}
         if not chosen:
             continue
-        n = sum(s.selected is not unasked for s in skipped)
+        n = len({name for names in chosen.values() for name in names})
         lines = [f"{heading}: {n}"]
         for reason, names in chosen.items():
-            lines.append(paragraph(f"{reason} ({len(names)}):", width=width, indent="  ", hang="    "))
-            lines.append(paragraph(_name_list(names), width=width, indent="    "))
+            if reason != heading:
+                lines.append(paragraph(f"{reason} ({len(names)}):", width=width, indent="  ", hang="    "))
+            lines.append(paragraph(name_list(names), width=width, indent="    "))
         parts.append("\n".join(lines))
     return parts
 
 
-def _name_list(names: list[str], most: int = 12) -> str:
+def name_list(names: list[str], most: int = 12) -> str:
+    """The names, the middle ones of many only counted."""
     if len(names) <= most:
         return ", ".join(names)
     return f"{', '.join(names[: most - 2])}, ... {len(names) - most + 1} more, {names[-1]}"
@@ -204,13 +206,19 @@ def _totals(report: Report, width: int) -> str:
         lines.append("error       not measured")
     else:
         kind = "" if report.exact else ", not exact by choice"
+        worst = max((r.max_rel_error for r in report.replaced), default=None)
         lines.append(
             f"error       {error(report.max_rel_error)} relative, {error(report.max_abs_error)} absolute "
-            f"({report.precision}{kind})"
+            f"({report.precision}{kind}), worst layer {error(worst)}"
         )
     lines.append(f"time        {report.seconds:.1f} s")
-    notes = [*report.notes, *(f"{r.name}: {note}" for r in report.replaced for note in r.notes)]
-    lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in notes]
+    lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in report.notes]
+    of_layers: dict[str, list[str]] = {}
+    for r in report.replaced:
+        for note in r.notes:
+            of_layers.setdefault(note, []).append(r.name)
+    for note, names in of_layers.items():
+        lines.append(paragraph(f"note: {note}: {name_list(names)}", width=width, hang="  "))
     return "\n".join(lines)
 
 

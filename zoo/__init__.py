@@ -1,2 +1,10 @@
+"""Networks without a library home, by name: `create("resnet20_cifar")`."""
+
 if __name__ != "surgeon.zoo":
     raise ImportError("this folder is a part of surgeon: import surgeon.zoo, not zoo")
+
+from surgeon.zoo import networks as networks  # fills the registry
+from surgeon.zoo.foreign import load_weights, read_state
+from surgeon.zoo.registry import Entry, create, entry, names, register
+
+__all__ = ["Entry", "create", "entry", "load_weights", "names", "read_state", "register"]

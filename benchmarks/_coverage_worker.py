@@ -1,0 +1,220 @@
+"""One model of the coverage matrix in a process of its own: converts it to each type and prints a JSON line for each.
+
+    python -m benchmarks._coverage_worker LIBRARY KIND FAMILY NAME TYPES MEMORY_GIB
+
+A crash or a memory blow-up ends only this process; the lines printed before it count.
+"""
+
+import copy
+import io
+import json
+import resource
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import surgeon
+from benchmarks._models import (
+    Case,
+    build,
+    inputs,
+    smallest_size,
+    spatial_convolutions,
+    tensors,
+    training_loss,
+)
+from surgeon.errors import SurgeonError
+from surgeon.layers.base import DynamicConv2d
+
+FLOAT32_ERROR, FLOAT64_ERROR = 1e-5, 1e-10
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model, what it became, and the size of its inputs."""
+
+    model: nn.Module
+    converted: nn.Module
+    case: Case
+    kind: str
+    size: int
+
+    def inputs(self) -> tuple[Any, ...]:
+        """Others than those that the pass was given."""
+        return inputs(self.model, self.case, self.size, seed=7)
+
+
+def main(argv: Sequence[str]) -> int:
+    *names, types, memory = argv
+    case = Case(*names)
+    limit = int(float(memory) * 2**30)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    warnings.simplefilter("ignore")
+    model = build(case)
+    found = len(spatial_convolutions(model))
+    size = smallest_size(model, case) if found else None
+    for kind in types.split(","):
+        start = time.perf_counter()
+        facts: dict[str, Any] = {"size": size, "found": found}
+        facts |= check(model, case, kind, size) if size else {"status": "none", "failures": []}
+        facts["seconds"] = round(time.perf_counter() - start, 1)
+        print(json.dumps({"type": kind, **facts}), flush=True)
+    return 0
+
+
+def check(model: nn.Module, case: Case, kind: str, size: int) -> dict[str, Any]:
+    """Convert all spatial convolutions to one type and look at everything that a user would."""
+    out: dict[str, Any] = {"status": "ok", "failures": []}
+    try:
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        converted, report = surgeon.convert(model, layers="all", type=kind, example_inputs=inputs(model, case, size))
+        out["seconds_convert"] = round(time.perf_counter() - start, 1)
+    except SurgeonError as error:
+        return out | {"status": "refused" if error.exit_code == 1 else "failed", "failures": [_line(error)]}
+    except Exception as error:
+        traceback.print_exc()
+        return out | {"status": "failed", "failures": [f"convert: {_line(error)}"]}
+    refused = [(site.name, list(site.reasons)) for site in report.skipped if site.selected]
+    out |= {
+        "replaced": len(report.replaced),
+        "refused": [{"name": name, "reasons": reasons} for name, reasons in refused],
+        "unaccounted": _unaccounted(model, report),
+        "max_rel_error": report.max_rel_error,
+        "precision": report.precision,
+        "worst_layer_error": max((site.max_rel_error for site in report.replaced), default=None),
+    }
+    if out["unaccounted"]:
+        out["failures"].append(f"not in the report: {', '.join(out['unaccounted'][:5])}")
+    trial = Trial(model, converted, case, kind, size)
+    for name, probe in (("own_error", _own_error), ("round_trip", _round_trip), ("train_step", _train_step)):
+        try:
+            out[name], failure = probe(trial)
+        except Exception as error:
+            traceback.print_exc()
+            out[name], failure = None, _line(error)
+        if failure:
+            out["failures"].append(f"{name}: {failure}")
+    if out["failures"]:
+        out["status"] = "failed"
+    return out
+
+
+def _unaccounted(model: nn.Module, report: Any) -> list[str]:
+    """Spatial convolutions of the original that the report does not name."""
+    named = {n for site in (*report.replaced, *report.skipped) for n in (site.name, *site.aliases)}
+    return [name for name in spatial_convolutions(model) if name not in named]
+
+
+def _own_error(trial: Trial) -> tuple[dict[str, Any], str | None]:
+    """Relative output error; where float32 does not settle it, of the same conversion done in float64."""
+    error = _relative_error(trial.model, trial.converted, trial.inputs())
+    if error <= FLOAT32_ERROR:
+        return {"rel_error": error, "precision": "float32"}, None
+    model = copy.deepcopy(trial.model).double()
+    example = _double(inputs(trial.model, trial.case, trial.size))
+    converted, _ = surgeon.convert(model, layers="all", type=trial.kind, example_inputs=example, check=False)
+    error64 = _relative_error(model, converted, _double(trial.inputs()))
+    result = {"rel_error": error64, "precision": "float64", "float32": error}
+    return result, None if error64 <= FLOAT64_ERROR else f"relative error {error:.2g}, in float64 {error64:.2g}"
+
+
+def _relative_error(model: nn.Module, converted: nn.Module, args: tuple[Any, ...]) -> float:
+    with torch.no_grad():
+        pairs = list(zip(tensors(model.eval()(*args)), tensors(converted.eval()(*args)), strict=True))
+    worst = 0.0
+    for a, b in pairs:
+        if a.shape != b.shape:
+            raise RuntimeError(f"outputs have the shapes {tuple(a.shape)} and {tuple(b.shape)}")
+        if a.numel():
+            worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))
+    return worst
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double()
+    return type(value)(_double(item) for item in value)
+
+
+def _round_trip(trial: Trial) -> tuple[bool, str | None]:
+    """The state dict goes through a file into a copy with other numbers, and into layers rebuilt from their configs."""
+    args, converted = trial.inputs(), trial.converted
+    buffer = io.BytesIO()
+    torch.save(converted.state_dict(), buffer)
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    other = copy.deepcopy(converted)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.uniform_(-1, 1)
+    other.load_state_dict(state)
+    for layer in converted.modules():
+        if isinstance(layer, DynamicConv2d):
+            rebuilt = type(layer)(layer.geometry, layer.config)
+            rebuilt.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        same = all(
+            torch.equal(a, b)
+            for a, b in zip(tensors(converted.eval()(*args)), tensors(other.eval()(*args)), strict=True)
+        )
+    return same, None if same else "the outputs differ after loading the state dict"
+
+
+def _train_step(trial: Trial) -> tuple[bool, str | None]:
+    """Forward in train mode, backward, one SGD step; everything stays finite and every new parameter is reached."""
+    problem = _step(trial.converted, trial.case, trial.size)
+    if problem is None:
+        return True, None
+    if (own := _step(copy.deepcopy(trial.model), trial.case, trial.size)) is not None:
+        return True, None if own == problem else f"{problem} (the original: {own})"
+    return False, problem
+
+
+def _step(model: nn.Module, case: Case, size: int) -> str | None:
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    try:
+        loss = training_loss(model, case, size)
+        loss.backward()
+    except (RuntimeError, ValueError) as error:
+        return _line(error)
+    if not bool(torch.isfinite(loss)):
+        return f"the loss is {float(loss)}"
+    infinite = [n for n, p in model.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+    if infinite:
+        return f"infinite gradients in {len(infinite)} parameters, as {infinite[0]}"
+    unreached = _unreached(model)
+    if unreached:
+        return f"no gradient reaches {len(unreached)} new parameters, as {unreached[0]}"
+    optimizer.step()
+    broken = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    return f"infinite parameters after the step, as {broken[0]}" if broken else None
+
+
+def _unreached(model: nn.Module) -> list[str]:
+    """New parameters without a gradient, of layers whose other parameters have one."""
+    return [
+        f"{name}.{local}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, DynamicConv2d) and any(p.grad is not None for p in layer.parameters())
+        for local, parameter in layer.new_parameters()
+        if parameter.requires_grad and parameter.grad is None
+    ]
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300] if text else ''}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

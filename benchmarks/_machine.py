@@ -1,0 +1,119 @@
+"""What every benchmark program shares: the machine and versions for its JSON, tables, and rows that survive a kill."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def machine() -> dict[str, Any]:
+    """CPU, cores, threads, memory (bytes), GPU, versions and the commit of this checkout."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {"torch": torch.__version__} | {name: _version(name) for name in ("torchvision", "timm", "numpy")},
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write atomically, with the machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps({"machine": machine()} | content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+class Rows:
+    """Rows of a long run, one JSON line each, appended as they come; a second run finds them and goes on."""
+
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            path.unlink(missing_ok=True)
+        if path.is_file():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:  # the line that was being written when the run was killed
+                    continue
+                self.rows[row["key"]] = row
+            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.rows
+
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        """Keep a row; a later one under the same key wins."""
+        self.rows[key] = {"key": key} | row
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.rows[key]) + "\n")
+
+    def values(self) -> list[dict[str, Any]]:
+        """All rows, in the order they came, without their keys."""
+        return [{name: value for name, value in row.items() if name != "key"} for row in self.rows.values()]
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], file: Any = None) -> None:
+    """Print a table with columns as wide as they need to be; numbers to the right."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]
+    right = [all(isinstance(row[i], int | float) or row[i] is None for row in rows) for i in range(len(headers))]
+    for line in [list(headers), ["-" * width for width in widths], *cells]:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True))
+        print("  ".join(padded).rstrip(), file=file or sys.stdout)
+
+
+def markdown(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """The same as a Markdown table."""
+    lines = [list(headers), ["---"] * len(headers), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

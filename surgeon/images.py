@@ -1,0 +1,64 @@
+"""Calibration images: a folder of pictures as the batch that a model was trained to see."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.errors import InputError
+from surgeon.recipe import BaseModel
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
+IMAGES = 32
+
+
+def read_images(folder: str | Path, model: nn.Module, base: BaseModel, *, limit: int = IMAGES) -> Tensor:
+    """Up to `limit` pictures below a folder as a batch (N, C, H, W), transformed as the model expects.
+
+    They are taken evenly from the sorted list of files, so that a folder with one subfolder a class gives many classes.
+    Raises `InputError` where there is none, or one cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"--calibrate: there is no folder {folder}")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
+        raise InputError(f"--calibrate: {folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+    step = max(len(files) / limit, 1.0)
+    chosen = [files[int(i * step)] for i in range(min(limit, len(files)))]
+    transform = _transform(model, base)
+    return torch.stack([_read(file, transform, channels=_channels(base)) for file in chosen])
+
+
+def _channels(base: BaseModel) -> int:
+    return base.input_size[0] if base.input_size else 3
+
+
+def _read(file: Path, transform: Callable[[Any], Tensor], channels: int) -> Tensor:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return transform(image.convert("L" if channels == 1 else "RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"--calibrate: cannot read the picture {file}: {error}") from error
+
+
+def _transform(model: nn.Module, base: BaseModel) -> Callable[[Any], Tensor]:
+    """The model's own evaluation transform (timm), or ImageNet's, or for other networks plain values in [0, 1]."""
+    from torchvision import transforms
+
+    size = list(base.input_size[1:]) or [224, 224]
+    if base.source == "timm":
+        from timm.data import create_transform, resolve_data_config
+
+        config = resolve_data_config({"input_size": tuple(base.input_size)} if base.input_size else {}, model=model)
+        made: Callable[[Any], Tensor] = create_transform(**config, is_training=False)
+        return made
+    steps: list[Any] = [transforms.Resize(max(size)), transforms.CenterCrop(size), transforms.ToTensor()]
+    if base.source == "torchvision" and ".detection." not in type(model).__module__:
+        steps.append(transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    composed: Callable[[Any], Tensor] = transforms.Compose(steps)
+    return composed

@@ -1,0 +1,203 @@
+"""Bad input: one clear message on stderr, the right exit code, nothing on stdout, nothing written."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import surgeon.checkpoint
+from surgeon.cli import main
+
+CONVERT = ["convert", "test_resnet", "--weights", "random", "--input-size", "64", "--quiet"]
+RULE = {"layers": "stage4", "type": "pafu"}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def fails(argv: list[str], code: int, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The command fails with this code and one message that holds these words; the folder is as it was."""
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    assert main(argv) == code
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line and not line.startswith(("usage:", " "))]
+    assert len(lines) == 1, captured.err
+    assert "error: " in lines[0]
+    assert all(word in lines[0] for word in words), lines[0]
+    assert captured.out == ""
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (["--layers", "stage9", "--type", "pafu"], 2, ["stage9"]),
+        (["--layers", "layer9", "--type", "pafu"], 2, ["layer9", "layer"]),
+        (["--layers", "stage4,k>=9", "--type", "pafu"], 2, ["k>=9"]),
+        (["--layers", "stage4", "--type", "pafo"], 2, ["'pafo'", "pafu", "acda", "sekg"]),
+        (["--layers", "stage4"], 2, ["--type"]),
+        (["--layers", "stage4", "--type", "acda", "-m", "0"], 2, ["atoms", "got 0"]),
+        (["--layers", "stage4", "--type", "acda", "-S", "0"], 2, ["scales", "got 0"]),
+        (["--layers", "stage4", "--type", "pafu", "-n", "1"], 2, ["group_size", "got 1"]),
+        (["--layers", "stage4", "--type", "pafu", "-m", "4"], 2, ["atoms", "group_size"]),
+        (["--layers", "stage4", "--type", "pafu", "--compress"], 2, ["--compress", "pafu"]),
+        (["--layers", "stage4", "--type", "acda", "--option", "hiden=3"], 2, ["hiden", "hidden"]),
+        (["--layers", "stage4", "--type", "acda", "--option", "hidden"], 2, ["KEY=VALUE", "'hidden'"]),
+        (["--layers", "stage4", "--type", "acda", "-m", "four"], 2, ["--atoms", "'four'"]),
+        (
+            ["--layers", "stage4", "--type", "acda", "--compress", "--calibrate", "nowhere"],
+            2,
+            ["--calibrate", "nowhere"],
+        ),
+        (["--layers", "stage4", "--type", "pafu", "--input-size", "0x5"], 2, ["--input-size", "'0x5'"]),
+        (["--layers", "stage4", "--type", "pafu", "--num-classes", "0"], 2, ["--num-classes", "'0'"]),
+        (["--layers", "stage4", "--type", "pafu", "--model-args", "x=1"], 2, ["test_resnet", "'x'"]),
+        (["--recipe", "absent.json"], 2, ["absent.json"]),
+    ],
+)
+def test_wrong_options(more: list[str], code: int, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    fails([*CONVERT, *more], code, words, capsys)
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_unknown_models_have_near_names(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--type", "pafu"] if command == "convert" else []
+    fails([command, "resnet5O", *more], 2, ["'resnet5O'", "resnet50"], capsys)
+    fails(["models", "resnet5O"], 2, ["'resnet5O'", "resnet50"], capsys)
+
+
+def test_a_selection_of_refused_layers_only_is_exit_1(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)\n"
+        "        self.b.weight = self.a.weight\n"
+        "    def forward(self, x):\n"
+        "        return self.b(self.a(x))\n"
+    )
+    argv = ["convert", "mine:Net", "--input-size", "16", "--layers", "all", "--type", "pafu", "--quiet"]
+    fails(argv, 1, ["nothing was replaced", "shared"], capsys)
+
+
+def test_an_input_that_the_model_rejects(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["convert", "zoo/resnet20_cifar", "--weights", "random", "--input-size", "5x32x32", "--layers", "all"]
+    fails([*argv, "--type", "pafu", "--quiet"], 2, ["5", "32"], capsys)
+
+
+def test_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("broken.pth").write_bytes(b"\x80\x02 not a checkpoint")
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), "other.pth")
+    argv = ["convert", "test_resnet", "--type", "pafu", "--layers", "stage4", "--quiet", "--weights"]
+    fails([*argv, "absent.pth"], 2, ["absent.pth", "auto, pretrained, random"], capsys)
+    fails([*argv, "broken.pth"], 2, ["broken.pth"], capsys)
+    fails([*argv, "other.pth"], 2, ["other.pth", "fc.weight has shape (3, 96), expected (1000, 96)"], capsys)
+    fails([*argv, "pretrained"], 2, ["pretrained weights of test_resnet cannot be had"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"format": "surgeon-recipe", "version": 2, "rules": [RULE]}, ["version 2, newer than version 1"]),
+        ({"format": "surgeon-recipe", "version": 1, "rules": [RULE | {"type": "x"}]}, ["rule 1", "'x'"]),
+        ({"format": "surgeon-recipe", "version": 1, "rules": []}, ["no rules"]),
+        ([], ["JSON object"]),
+    ],
+)
+def test_recipes(recipe: Any, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("r.json").write_text(json.dumps(recipe))
+    fails([*CONVERT, "--recipe", "r.json"], 2, words, capsys)
+
+
+def test_a_recipe_says_everything_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("r.json").write_text(json.dumps({"format": "surgeon-recipe", "version": 1, "rules": [RULE]}))
+    for more in (["--layers", "stage3"], ["--type", "pafu"], ["-n", "4"]):
+        fails([*CONVERT, "--recipe", "r.json", *more], 2, ["--recipe", "leave out"], capsys)
+
+
+def test_an_output_that_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    Path("out", "thesis.tex").write_text("years of work")
+    argv = [*CONVERT, "--layers", "layer4.0.conv2", "--type", "pafu", "-o", "out"]
+    fails(argv, 2, ["out", "exists", "--force"], capsys)
+    fails([*argv, "--force"], 2, ["not written by surgeon"], capsys)
+
+
+@pytest.fixture
+def run_folder(capsys: pytest.CaptureFixture[str]) -> Path:
+    assert main([*CONVERT, "--layers", "layer4.0.conv2", "--type", "pafu", "-o", "run"]) == 0
+    capsys.readouterr()
+    return Path("run")
+
+
+def test_damaged_and_absent_runs(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run_folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for argv in (["verify", "run"], ["revert", "run", "-o", "new"], ["inspect", "run"]):
+        fails([*argv, "--quiet"], 2, ["model.safetensors", "SHA-256", "expected"], capsys)
+    file.write_bytes(whole[:1000])
+    fails(["verify", "run", "--quiet"], 2, ["1000 bytes, expected"], capsys)
+    fails(["verify", "absent"], 2, ["no surgeon folder", "absent"], capsys)
+
+
+def test_verify_and_revert_say_what_they_miss(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(["revert", "run", "-o", "run"], 2, ["exists"], capsys)
+    fails(["revert", "run", "--layers", "layer3", "-o", "new"], 2, ["layer3", "layer4.0.conv2"], capsys)
+    fails(["convert", "run", "--type", "pafu", "--weights", "random", "-o", "new"], 2, ["run", "own weights"], capsys)
+    recipe = json.loads((run_folder / "recipe.json").read_text())
+    recipe["base"]["weights"] = {"kind": "given", "sha256": recipe["base"]["weights"]["sha256"]}
+    (run_folder / "recipe.json").write_text(json.dumps(recipe))
+    fails(["verify", "run", "--quiet"], 2, ["given as a model object", "--weights"], capsys)
+    torch.save(timm.create_model("test_resnet").state_dict(), "other.pth")
+    fails(["verify", "run", "--quiet", "--weights", "other.pth"], 2, ["not those that were converted"], capsys)
+    recipe["base"] = None
+    (run_folder / "recipe.json").write_text(json.dumps(recipe))
+    fails(["verify", "run", "--quiet"], 2, ["base"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "surgeon: error: cannot write {}: No space left on device",
+        ),
+        (KeyboardInterrupt(), 130, "surgeon: interrupted, nothing was written"),
+    ],
+)
+def test_a_full_disk_and_ctrl_c(
+    failure: BaseException,
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(surgeon.checkpoint, "_sync", fail)
+    assert main([*CONVERT, "--layers", "layer4.0.conv2", "--type", "pafu", "-o", "run"]) == code
+    captured = capsys.readouterr()
+    assert captured.err == message.format(tmp_path / "run") + "\n"
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "absent", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().err

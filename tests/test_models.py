@@ -1,0 +1,364 @@
+"""Models by name: what is built, with which weights, and what is said when something cannot be had."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from surgeon.errors import ModelError
+from surgeon.identify import identify
+from surgeon.models import build_model, build_structure, model_names, restore
+from surgeon.recipe import BaseModel, Weights
+from surgeon.weights import reachable, read_weights, state_sha256
+
+TINY = "test_resnet"
+
+
+def tiny_model() -> nn.Module:
+    """A factory for the tests."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+
+
+def dangerous() -> nn.Module:
+    """A factory that must not run by itself."""
+    raise AssertionError("foreign code ran")
+
+
+def random_model(name: str, **options: Any) -> tuple[nn.Module, BaseModel]:
+    model, base = build_model(name, weights="random", **options)
+    assert base is not None
+    return model, base
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "source", "name", "size"),
+    [
+        (TINY, "timm", TINY, (3, 160, 160)),
+        (f"timm/{TINY}.r160_in1k", "timm", f"{TINY}.r160_in1k", (3, 160, 160)),
+        ("torchvision/squeezenet1_1", "torchvision", "squeezenet1_1", (3, 224, 224)),
+        ("zoo/resnet20_cifar", "zoo", "resnet20_cifar", (3, 32, 32)),
+        ("resnet20_cifar", "zoo", "resnet20_cifar", (3, 32, 32)),
+        ("torch.nn:Identity", "factory", "torch.nn:Identity", ()),
+    ],
+)
+def test_every_kind_of_name(spec: str, source: str, name: str, size: tuple[int, ...]) -> None:
+    model, base = random_model(spec, seed=3)
+    assert (base.source, base.name, base.input_size) == (source, name, size)
+    assert (base.weights.kind, base.weights.seed) == ("random", 3)
+    assert base.weights.sha256 == state_sha256(model)
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("resnet5O", ["'resnet5O'", "Did you mean resnet50"]),
+        ("torchvision/resnet5", ["Did you mean", "torchvision/resnet50"]),
+        ("googlenet", ["torchvision/googlenet"]),
+        ("resnet20_cifr", ["zoo/resnet20_cifar"]),
+        ("qqqqqqqq", ["there is no model 'qqqqqqqq'", "surgeon models"]),
+        ("resnet50.a9_in1k", ["'a9_in1k'", "a1_in1k"]),
+        ("no_such_package:make", ["no_such_package", "No module named"]),
+        ("torch.nn:Sequentiel", ["Sequentiel"]),
+        ("os:getcwd", ["str", "not a torch.nn.Module"]),
+        ("local-dir:/no/such/folder", ["/no/such/folder"]),
+    ],
+)
+def test_unknown_names_are_one_error_with_the_nearest_ones(spec: str, words: list[str]) -> None:
+    with pytest.raises(ModelError) as caught:
+        build_model(spec, weights="random")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_folder_that_surgeon_did_not_write(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no recipe\.json"):
+        build_model(str(tmp_path))
+
+
+def test_names_are_listed_by_glob_and_by_part() -> None:
+    everything = model_names()
+    assert {"resnet50", "torchvision/resnet50", "zoo/resnet20_cifar"} <= set(everything)
+    assert model_names("test_res*") == [TINY]
+    assert "zoo/resnet56_cifar" in model_names("56_cif")
+    assert not any("quantized" in name for name in everything)
+
+
+# --- options ------------------------------------------------------------------------------------------------------
+
+
+def test_options_reach_the_model_and_the_record() -> None:
+    model, base = random_model(TINY, num_classes=7, input_size=(1, 64, 48), options={"drop_rate": 0.5})
+    assert base.kwargs == {"num_classes": 7, "in_chans": 1, "drop_rate": 0.5}
+    assert base.input_size == (1, 64, 48)
+    assert model(torch.zeros(2, 1, 64, 48)).shape == (2, 7)
+    rebuilt = build_structure(base)
+    assert {n: v.shape for n, v in rebuilt.state_dict().items()} == {n: v.shape for n, v in model.state_dict().items()}
+
+
+def test_an_input_size_of_two_numbers_keeps_the_channels() -> None:
+    assert random_model(TINY, input_size=(64, 48))[1].input_size == (3, 64, 48)
+    assert random_model(TINY, in_chans=1)[1].input_size == (1, 160, 160)
+
+
+def test_networks_of_one_size_are_built_for_the_wanted_one() -> None:
+    model, base = random_model("test_vit", input_size=(3, 96, 96))
+    assert base.kwargs["img_size"] == [96, 96]
+    assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 1000)
+
+
+def test_options_that_a_model_does_not_take() -> None:
+    with pytest.raises(ModelError, match=r"timm cannot build test_resnet with .*no_such_option"):
+        random_model(TINY, options={"no_such_option": 1})
+    with pytest.raises(ModelError, match="zoo cannot build resnet20_cifar"):
+        random_model("resnet20_cifar", options={"no_such_option": 1})
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+
+def test_random_weights_follow_from_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = state_sha256(random_model(TINY, seed=5)[0])
+    before = torch.get_rng_state()
+    torch.manual_seed(2)
+    assert state_sha256(random_model(TINY, seed=5)[0]) == first
+    assert state_sha256(random_model(TINY, seed=6)[0]) != first
+    torch.manual_seed(1)
+    random_model(TINY, seed=5)
+    assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers are his own"
+
+
+def test_auto_goes_on_loudly_without_pretrained_weights(caplog: pytest.LogCaptureFixture) -> None:
+    started = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        _, base = build_model(TINY, weights="auto", seed=4)
+    assert base is not None
+    assert base.weights.kind == "random"
+    assert "RANDOM WEIGHTS of seed 4" in caplog.text
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("spec", [TINY, "torchvision/squeezenet1_1", "zoo/resnet20_cifar", "torch.nn:Identity"])
+def test_pretrained_fails_where_there_are_none(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    with pytest.raises(ModelError, match=r"pretrained weights of .* cannot be had"):
+        build_model(spec, weights="pretrained")
+
+
+def test_a_host_that_does_not_answer_costs_no_time() -> None:
+    started = time.monotonic()
+    assert not reachable("https://localhost:1", patience=1.0)
+    assert not reachable("https://surgeon.invalid", patience=1.0)
+    assert time.monotonic() - started < 3
+
+
+def test_a_local_hub_folder_is_pretrained(tmp_path: Path) -> None:
+    source = timm.create_model(TINY, num_classes=5)
+    from timm.models import save_for_hf
+
+    save_for_hf(source, tmp_path / "hub", model_config={"num_classes": 5}, safe_serialization=True)
+    model, base = build_model(f"local-dir:{tmp_path / 'hub'}", weights="pretrained")
+    assert base is not None
+    assert (base.name, base.weights.kind, base.kwargs["num_classes"]) == (TINY, "pretrained", 5)
+    assert state_sha256(model) == state_sha256(source)
+    assert type(build_structure(base)) is type(source)
+    assert state_sha256(restore(base)) == state_sha256(source)
+
+
+def test_torchvision_keeps_the_structure_that_goes_with_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Detectors have frozen norms only with weights; a rebuilt one must have them too, without any download."""
+    from torchvision.models import WeightsEnum
+
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    bare = torchvision.models.get_model(name, weights=None, weights_backbone=None)
+    state = {k: v for k, v in bare.state_dict().items() if not k.endswith("num_batches_tracked")}
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, *args, **kwargs: state)
+    model, base = build_model(f"torchvision/{name}", weights="pretrained")
+    assert base is not None
+    assert base.kwargs == {"weights": "COCO_V1"}
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, *args, **kwargs: pytest.fail("a download"))
+    assert repr(build_structure(base)) == repr(model)
+    assert "Frozen" in repr(model)
+    found = identify(model)
+    assert found is not None
+    assert found.kwargs == base.kwargs
+    assert nn.Linear(2, 2).load_state_dict({"weight": torch.ones(2, 2), "bias": torch.ones(2)}) is not None
+
+
+def weights_file(folder: Path, name: str, state: dict[str, torch.Tensor]) -> Path:
+    file = folder / name
+    prefixed = {f"module.{key}": value for key, value in state.items()}
+    if file.suffix == ".safetensors":
+        safetensors.torch.save_file(prefixed, file)
+    else:
+        torch.save({"epoch": 3, "state_dict": prefixed}, file)
+    return file
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.pt", "w.bin"])
+def test_weights_from_a_file(tmp_path: Path, name: str) -> None:
+    source = timm.create_model(TINY)
+    file = weights_file(tmp_path, name, source.state_dict())
+    model, base = build_model(TINY, weights=str(file))
+    assert base is not None
+    assert state_sha256(model) == state_sha256(source)
+    assert base.weights == Weights(kind="file", path=str(file), sha256=state_sha256(source))
+    assert state_sha256(restore(base)) == state_sha256(source)
+
+
+def test_weights_of_another_model_list_the_first_mismatches(tmp_path: Path) -> None:
+    state = timm.create_model(TINY, num_classes=10).state_dict()
+    state["extra.weight"] = state.pop("conv1.0.weight")
+    file = weights_file(tmp_path, "w.pth", state)
+    with pytest.raises(ModelError) as caught:
+        build_model(TINY, weights=str(file))
+    for word in (
+        "another model",
+        "missing conv1.0.weight",
+        "unexpected extra.weight",
+        "fc.weight has shape (10, 96), expected (1000, 96)",
+    ):
+        assert word in str(caught.value)
+
+
+class Evil:
+    """Would run code when unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (dangerous, ())
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 truncated"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_unreadable_weights_are_one_error(tmp_path: Path, content: bytes, suffix: str) -> None:
+    file = tmp_path / f"w{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match=r"cannot read .* as weights"):
+        build_model(TINY, weights=str(file))
+
+
+def test_weights_that_need_code_or_are_none(tmp_path: Path) -> None:
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(ModelError, match="cannot read"):
+        read_weights(tmp_path / "evil.pth")
+    torch.save({"epoch": 3}, tmp_path / "none.pth")
+    with pytest.raises(ModelError, match="no state dict"):
+        read_weights(tmp_path / "none.pth")
+    with pytest.raises(ModelError, match="there is no weights file"):
+        read_weights(tmp_path / "absent.pth")
+
+
+def test_restored_weights_must_be_the_recorded_ones(tmp_path: Path) -> None:
+    source = timm.create_model(TINY)
+    file = weights_file(tmp_path, "w.pth", source.state_dict())
+    _, base = build_model(TINY, weights=str(file))
+    assert base is not None
+    weights_file(tmp_path, "w.pth", timm.create_model(TINY).state_dict())
+    with pytest.raises(ModelError, match="not those that were converted: SHA-256"):
+        restore(base)
+    given = BaseModel(source="timm", name=TINY, weights=Weights(kind="given", sha256=state_sha256(source)))
+    with pytest.raises(ModelError, match="given as a model object"):
+        restore(given)
+
+
+# --- factories and foreign recipes --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def factories(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(sys.modules, "my_models", sys.modules[__name__])
+    return "my_models"
+
+
+def test_a_factory_brings_its_own_weights(factories: str) -> None:
+    model, base = build_model(f"{factories}:tiny_model", seed=2)
+    assert base is not None
+    assert (base.source, base.weights.kind, base.weights.seed) == ("factory", "given", 2)
+    assert state_sha256(restore(base, trust_factory=True)) == state_sha256(model)
+
+
+def test_factories_of_recipes_do_not_run_untrusted(factories: str) -> None:
+    base = BaseModel(source="factory", name=f"{factories}:dangerous", weights=Weights(kind="given"))
+    for build in (build_structure, restore):
+        with pytest.raises(ModelError, match="which is code"):
+            build(base)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "kwargs"),
+    [
+        ("timm", TINY, {"checkpoint_path": "/tmp/evil.pth"}),
+        ("timm", TINY, {"pretrained": True}),
+        ("timm", TINY, {"pretrained_cfg": {"file": "/tmp/evil.pth"}}),
+        ("timm", "hf-hub:someone/something", {}),
+        ("timm", "local-dir:/tmp", {}),
+        ("torchvision", "resnet18", {"weights_backbone": "DEFAULT"}),
+    ],
+)
+def test_recipes_cannot_make_loading_fetch_or_unpickle(source: str, name: str, kwargs: dict[str, Any]) -> None:
+    base = BaseModel(source=source, name=name, kwargs=kwargs, weights=Weights(kind="random", seed=0))
+    with pytest.raises(ModelError, match="may not have"):
+        build_structure(base)
+
+
+# --- models given as objects --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "kwargs"),
+    [
+        (lambda: timm.create_model(TINY), f"{TINY}.r160_in1k", {"num_classes": 1000}),
+        (
+            lambda: timm.create_model("test_efficientnet", num_classes=7, in_chans=1),
+            "test_efficientnet.r160_in1k",
+            {"num_classes": 7, "in_chans": 1},
+        ),
+        (
+            lambda: timm.create_model(TINY, features_only=True, out_indices=(1, 2)),
+            f"{TINY}.r160_in1k",
+            {"features_only": True, "out_indices": [1, 2]},
+        ),
+        (lambda: torchvision.models.squeezenet1_1(), "squeezenet1_1", {}),
+        (lambda: torchvision.models.resnet18(num_classes=5), "resnet18", {"num_classes": 5}),
+    ],
+)
+def test_models_given_as_objects_are_identified(make: Any, name: str, kwargs: dict[str, Any]) -> None:
+    model = make()
+    base = identify(model)
+    assert base is not None
+    assert (base.name, base.kwargs, base.weights.kind) == (name, kwargs, "given")
+    assert base.weights.sha256 == state_sha256(model)
+    assert repr(build_structure(base)) == repr(model)
+
+
+def changed_by_hand() -> nn.Module:
+    model: Any = timm.create_model(TINY)
+    model.layer1[0].act1 = nn.GELU()
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        tiny_model,
+        changed_by_hand,
+        lambda: timm.create_model(TINY, output_stride=8),
+        lambda: torchvision.models.resnet18(norm_layer=lambda n: nn.GroupNorm(4, n)),
+    ],
+)
+def test_models_that_are_not_known_for_sure_are_not_identified(make: Any) -> None:
+    assert identify(make()) is None

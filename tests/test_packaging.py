@@ -1,0 +1,90 @@
+"""What installs: one top-level name, the mapped folders below it, and no import of them under their own names."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import surgeon
+
+ROOT = Path(__file__).resolve().parent.parent
+MAPPED = ("layers", "search", "zoo")
+
+
+def project() -> dict[str, object]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_every_folder_of_code_is_packaged() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["poetry"]["packages"]
+    placed = {entry["include"]: entry.get("to") for entry in packages}
+    assert placed == {"surgeon": None, "cli.py": "surgeon"} | dict.fromkeys(MAPPED, "surgeon")
+
+
+def test_versions_agree() -> None:
+    assert project()["version"] == surgeon.__version__
+    assert re.search(rf"^## {re.escape(surgeon.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+def test_the_licence_is_apache() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert project()["license"] == "Apache-2.0"
+    assert "Apache License" in text.splitlines()[0] + text.splitlines()[1]
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_generic_names_cannot_be_imported(name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True)
+    assert f"import surgeon.{name}, not {name}" in done.stderr
+
+
+def test_no_file_imports_the_generic_names() -> None:
+    pattern = re.compile(rf"^\s*(from|import) ({'|'.join(MAPPED)}|cli)\b", re.MULTILINE)
+    folders = [ROOT / name for name in ("surgeon", *MAPPED, "tests", "benchmarks", "examples")]
+    files = [file for folder in folders if folder.is_dir() for file in folder.rglob("*.py")] + [ROOT / "cli.py"]
+    assert files
+    wrong = [str(file) for file in files if pattern.search(file.read_text())]
+    assert wrong == []
+
+
+def test_the_lint_tree_holds_the_whole_package(tmp_path: Path) -> None:
+    """mypy sees the package as it installs: every Python file of it, under its own name."""
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    for part in (".ci", "surgeon", *MAPPED, "cli.py"):
+        (clone / part).symlink_to(ROOT / part)
+    (clone / ".ci").unlink()
+    (clone / ".ci").mkdir()
+    (clone / ".ci" / "lint-tree").write_text((ROOT / ".ci" / "lint-tree").read_text())
+    subprocess.run(["bash", str(clone / ".ci" / "lint-tree")], check=True)
+    tree = clone / ".lint" / "surgeon"
+    expected = {file.name for file in (ROOT / "surgeon").glob("*.py")} | {"py.typed", "cli.py", *MAPPED}
+    assert {path.name for path in tree.iterdir()} == expected
+    assert (tree / "layers" / "base.py").is_file()
+
+
+@pytest.mark.parametrize("script", [".ci/run", ".ci/lint-tree"])
+def test_scripts_are_sound_shell(script: str) -> None:
+    text = (ROOT / script).read_text()
+    assert text.splitlines()[0] == "#!/usr/bin/env bash"
+    assert "set -euo pipefail" in text
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+
+
+def test_ci_stops_at_the_first_failure(tmp_path: Path) -> None:
+    """A shell overlooks what fails in the middle of `a && b && c`; the CI run must not."""
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / ".ci" / "run").write_text((ROOT / ".ci" / "run").read_text())
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "python3").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(tmp_path / ".ci" / "run")], env=os.environ | {"PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 3
+    assert "== style" not in done.stdout

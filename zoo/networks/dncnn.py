@@ -1,0 +1,55 @@
+"""DnCNN: Zhang et al., "Beyond a Gaussian Denoiser: Residual Learning of Deep CNN for Image Denoising" (2017), section III.
+
+A chain of 3x3 convolutions with ReLU between them, batch norm after all but the first and the last. The chain estimates the
+noise; the network returns the image without it. Its noise level is whatever it was trained on.
+"""
+
+from torch import Tensor, nn
+
+from surgeon.errors import ConfigError
+from surgeon.zoo.registry import register
+
+
+class DnCNN(nn.Module):
+    """Noisy image (N, C, H, W) in [0, 1] -> denoised image of the same shape, not clipped.
+
+    Without `batch_norm` the convolutions have biases: the form into which batch norm is folded after training.
+    """
+
+    def __init__(self, channels: int = 1, depth: int = 17, width: int = 64, batch_norm: bool = True) -> None:
+        super().__init__()
+        if depth < 3:
+            raise ConfigError(f"DnCNN has at least 3 convolutions, got depth {depth}")
+        bias = not batch_norm
+        body: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=bias), nn.ReLU()]
+        for _ in range(depth - 2):
+            body.append(nn.Conv2d(width, width, 3, padding=1, bias=bias))
+            if batch_norm:
+                body.append(nn.BatchNorm2d(width))
+            body.append(nn.ReLU())
+        body.append(nn.Conv2d(width, channels, 3, padding=1, bias=bias))
+        self.body = nn.Sequential(*body)
+
+    def noise(self, x: Tensor) -> Tensor:
+        """The noise that the network sees in x."""
+        noise: Tensor = self.body(x)
+        return noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.noise(x)
+
+
+# In circulation: the bare chain, its position as the key ("0.weight"), or the chain in an attribute "dncnn".
+_LAYOUT = ((r"^(\d+)\.", r"body.\1."), (r"^dncnn\.", "body."))
+
+
+@register("dncnn", input_size=(1, 64, 64), layout=_LAYOUT)
+def dncnn(channels: int = 1, depth: int = 17, width: int = 64, batch_norm: bool = True) -> nn.Module:
+    """DnCNN-S for grey images: 17 layers, batch norm, 0.56 M parameters."""
+    return DnCNN(channels, depth, width, batch_norm)
+
+
+@register("dncnn_color", input_size=(3, 64, 64), layout=_LAYOUT)
+def dncnn_color(channels: int = 3, depth: int = 20, width: int = 64, batch_norm: bool = False) -> nn.Module:
+    """CDnCNN for colour images: 20 layers, batch norm folded into the convolutions, 0.67 M parameters."""
+    return DnCNN(channels, depth, width, batch_norm)
