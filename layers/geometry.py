@@ -84,7 +84,9 @@ class ConvGeometry:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ConvGeometry":
         """Inverse of `to_dict`."""
-        typed: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        typed: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
         return cls(**typed)
 
 
