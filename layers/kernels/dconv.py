@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -248,7 +247,7 @@ def _(
     padding: Any,
     dilation: Any,
 ) -> Tensor:
-    return F.conv2d(x, static, bias, stride, padding, dilation, x.shape[1])
+    return lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation).static_conv2d()
 
 
 @torch.library.custom_op("surgeon::dconv_layer_backward", mutates_args=())
@@ -280,7 +279,7 @@ def _(
     *geometry: Any,
 ) -> lean.LayerGradients:
     given = lean.LayerInputs(x, features, weight, static, bias, *geometry)
-    grad_x, grad_static, grad_bias = lean.static_backward(grad, given, needs)
+    grad_x, grad_static, grad_bias = given.static_gradients(grad, needs)
     grad_features = torch.empty_like(features) if needs[1] else None
     grad_weight = torch.empty_like(weight) if needs[2] else None
     found = lean.filled(x, grad_x), lean.filled(x, grad_features), lean.filled(x, grad_weight)
