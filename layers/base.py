@@ -94,6 +94,14 @@ class DynamicConv2d(nn.Module):
         Differentiable. May be larger than the replaced kernel (h >= k_h, w >= k_w); it is centred on it.
         """
 
+    def static_bias(self) -> Tensor | None:
+        """Bias (C_out) of that convolution."""
+        return self.bias
+
+    def static_is_exact(self) -> bool:
+        """Whether that convolution is what `static_conv2d` computes at every pixel, and not only away from the borders."""
+        return True
+
     @abstractmethod
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that the replaced convolution did not have (generators, selectors, further kernels), by local name."""
@@ -132,7 +140,7 @@ class DynamicConv2d(nn.Module):
         weight = self.static_weight()
         x, padding = pad_for_window(x, self.geometry, (weight.shape[-2], weight.shape[-1]))
         g = self.geometry
-        return F.conv2d(x, weight, self.bias, g.stride, padding, g.dilation, g.groups)
+        return F.conv2d(x, weight, self.static_bias(), g.stride, padding, g.dilation, g.groups)
 
     def check_input(self, x: Tensor) -> None:
         """Raise `GeometryError` for an input that is not (N, C_in, H, W), or too small."""

@@ -72,7 +72,7 @@ def truncate_for_inputs(source: ConvSource, rank: int, x: Tensor) -> Decompositi
     """
     plain = decompose(source.weight, rank)
     patches = list(_sample_patches(source, x, plain.rank))
-    if not patches or plain.rank == 0:
+    if plain.rank == 0 or not any(bool(patch.any()) for patch in patches):
         return plain
     weighted = _weighted(source.weight, patches, plain.rank)
     candidates = [plain, weighted, _refit(source, weighted, patches)]
@@ -86,8 +86,11 @@ def output_error(source: ConvSource, weight: Tensor, x: Tensor) -> float:
     dtype = torch.promote_types(x.dtype, torch.float32)
     wrong = replace(source, weight=(source.weight.double() - weight).to(dtype), bias=None)
     right = replace(source, weight=source.weight.to(dtype), bias=None)
-    error = sum(float(wrong.conv2d(image.to(dtype)).double().square().sum()) for image in x.detach().split(1))
-    total = sum(float(right.conv2d(image.to(dtype)).double().square().sum()) for image in x.detach().split(1))
+    error = total = 0.0
+    for i in range(len(x)):
+        image = x[i : i + 1].detach().to(dtype)
+        error += float(wrong.conv2d(image).double().square().sum())
+        total += float(right.conv2d(image).double().square().sum())
     return (error / total) ** 0.5 if total > 0 else 0.0
 
 
@@ -149,7 +152,8 @@ def _refit(source: ConvSource, start: Decomposition, patches: list[Tensor]) -> D
         residual = wrong @ patch.reshape(groups, -1, patch.shape[2])
         gram.baddbmm_(z, z.transpose(1, 2))
         target.baddbmm_(z, residual.transpose(1, 2))
-    ridge = _RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
+    energy = gram.diagonal(dim1=1, dim2=2).mean(1)
+    ridge = _RIDGE * torch.maximum(energy, 1e-9 * energy.max())
     gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     change = torch.cholesky_solve(target, torch.linalg.cholesky(gram))
     change = change.transpose(1, 2).reshape(c_out, c_group, rank)

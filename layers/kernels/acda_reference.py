@@ -33,7 +33,7 @@ def acda_conv_reference(
 
     patches = F.unfold(x, tuple(window), tuple(dilation), tuple(padding), tuple(stride))
     patches = patches.view(n, groups * c_group, window.numel(), out_h * out_w)
-    atoms = torch.einsum("nakp,kt->natp", alpha.reshape(n, -1, k, out_h * out_w), psi.flatten(1))
+    atoms = torch.einsum("nakp,kt->natp", alpha.reshape(n, alpha.shape[1] // k, k, out_h * out_w), psi.flatten(1))
     static = static.flatten(1)[None, :, :, None].expand(n, -1, -1, out_h * out_w)
     filtered = torch.einsum("nctp,natp->ncap", patches, torch.cat([atoms, static], 1))
     filtered = filtered.reshape(n, groups, c_group, m_all, out_h * out_w)
