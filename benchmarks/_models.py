@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks._machine import ROOT
+from benchmarks._results import ROOT
 
 CHOICE = ROOT / "benchmarks" / "coverage_models.json"
 # Beyond one model a family: what is known to be awkward (standardised weights, TensorFlow's padding, sliced weights, …).
