@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks._machine import ROOT
+from benchmarks._results import ROOT
 
 CHOICE = ROOT / "benchmarks" / "coverage_models.json"
 # Beyond one model a family: what is known to be awkward (standardised weights, TensorFlow's padding, sliced weights, …).
@@ -126,7 +126,7 @@ def build(case: Case) -> nn.Module:
 
 def _torchvision_options(case: Case) -> dict[str, Any]:
     if case.kind == "segmentation":
-        return {"weights_backbone": None, "aux_loss": True}
+        return {"weights_backbone": None} | ({} if case.family == "lraspp" else {"aux_loss": True})
     if case.kind == "detection":
         sized = {} if case.name.startswith("ssd") else {"min_size": 128, "max_size": 192}
         return {"weights_backbone": None} | sized

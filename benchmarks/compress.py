@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import surgeon
 from benchmarks import _data as data
-from benchmarks._machine import RESULTS, Rows, table, write_json
+from benchmarks._results import RESULTS, Rows, table, write_json
 from benchmarks._tasks import TASKS, Score, Task, evaluate
 from surgeon.layers.base import DynamicConv2d
 

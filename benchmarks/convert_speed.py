@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import surgeon
-from benchmarks._machine import RESULTS, table, write_json
+from benchmarks._results import RESULTS, table, write_json
 
 TYPES = ("acda", "pafu", "sekg")
 AIM = 10.0  # seconds, 2 cores

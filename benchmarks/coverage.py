@@ -22,8 +22,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks._machine import RESULTS, ROOT, Rows, machine, markdown, write_json
 from benchmarks._models import Case, cases, timm_families
+from benchmarks._results import RESULTS, ROOT, Rows, machine, markdown, write_json
 
 TYPES = ("acda", "pafu", "sekg")
 
@@ -95,7 +95,7 @@ def run_case(case: Case, types: list[str], args: argparse.Namespace) -> dict[str
     with (
         (args.results / f".{args.name}.stderr").open("w+") as errors,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=ROOT
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=ROOT
         ) as process,
     ):
         ended = _collect(process, done, len(types), args.timeout)

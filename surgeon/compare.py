@@ -47,7 +47,7 @@ def compare_tensors(expected: Tensor, found: Tensor, where: str = "output") -> D
         note = f"{where} has the shape {tuple(found.shape)}, not {tuple(expected.shape)}"
         return Difference(max_abs=math.inf, max_rel=math.inf, where=where, notes=(note,))
     if expected.numel() == 0:
-        return Difference(notes=(f"{where} is empty",))
+        return Difference(notes=("parts of the output are empty: they tell nothing",))
     wide = torch.complex128 if expected.is_complex() else torch.float64
     if expected.device.type == "mps" or expected.dtype in (torch.float32, torch.float16, torch.bfloat16):
         wide = torch.float32

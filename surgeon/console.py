@@ -84,6 +84,7 @@ def activation_bytes(site: "ConvSite") -> int | None:
 
 def inspection_text(sites: "list[ConvSite]", model: str, width: int) -> str:
     """The table of `surgeon inspect`, and below it why something cannot become something."""
+    from surgeon.layers.registry import layer_types
     from surgeon.plan import can_become
 
     rows, against = [], dict[str, list[str]]()
@@ -100,7 +101,8 @@ def inspection_text(sites: "list[ConvSite]", model: str, width: int) -> str:
         geometry = geometry_text(None if site.geometry is None else site.geometry.to_dict())
         memory = count(activation_bytes(site), "B")
         cells = (site.name, site.stage or "-", geometry, out, flops(site.macs), count(site.params), memory)
-        rows.append((*cells, site.dynamic or " ".join(fits) or "nothing"))
+        fitting = "any type" if len(fits) == len(possible) else " ".join(fits)
+        rows.append((*cells, site.dynamic or fitting or "nothing"))
     header = ("layer", "stage", "geometry", "output", "FLOPs", "params", "memory", "can become")
     total = [flops(sum(site.macs or 0 for site in sites)), count(sum(site.params for site in sites))]
     parts = [f"{model}: {len(sites)} convolutions, {total[0]} FLOPs, {total[1]} parameters in them"]
@@ -111,7 +113,8 @@ def inspection_text(sites: "list[ConvSite]", model: str, width: int) -> str:
             lines.append(paragraph(f"{reason} ({len(names)}):", width=width, indent="  ", hang="    "))
             lines.append(paragraph(name_list(names), width=width, indent="    "))
         parts.append("\n".join(["why not:", *lines]))
-    parts.append("FLOPs (1 MAC = 2 FLOPs) and memory (of the output, float32) are for one image.")
+    told = f"FLOPs (1 MAC = 2 FLOPs) and memory (of the output, float32) are for one image. Types: {', '.join(layer_types())}."
+    parts.append(paragraph(told, width=width))
     return "\n\n".join(parts) + "\n"
 
 

@@ -88,7 +88,10 @@ def _run_watched(model: nn.Module, targets: Sequence[str], seen: Observation) ->
     else:
         twin, inputs = copy_model(model), seen.inputs
     stack: list[str] = []
-    owners = {id(p): name for name in targets for p in twin.get_submodule(name).parameters()}
+    owners: dict[int, list[str]] = {}
+    for name in targets:
+        for parameter in twin.get_submodule(name).parameters():
+            owners.setdefault(id(parameter), []).append(name)
     _install(twin, set(targets), stack, seen)
     with warnings.catch_warnings(), evaluating(twin), seeded(0), strict_float32(), _WatchReads(owners, stack, seen):
         warnings.simplefilter("ignore")
@@ -124,7 +127,7 @@ def _install(twin: nn.Module, targets: set[str], stack: list[str], seen: Observa
 class _WatchReads(TorchFunctionMode):
     """Notes functions that take a convolution's parameter while that convolution is not running."""
 
-    def __init__(self, owners: dict[int, str], stack: list[str], seen: Observation) -> None:
+    def __init__(self, owners: dict[int, list[str]], stack: list[str], seen: Observation) -> None:
         super().__init__()
         self.owners, self.stack, self.seen = owners, stack, seen
 
@@ -139,14 +142,15 @@ class _WatchReads(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _note(self, func: Callable[..., Any], item: Any) -> None:
-        owner = self.owners.get(id(item)) if isinstance(item, Tensor) else None
-        if owner is None or owner in self.stack:
+        owners = self.owners.get(id(item), []) if isinstance(item, Tensor) else []
+        if not owners or any(owner in self.stack for owner in owners):
             return
         reader = self.stack[-1] if self.stack and self.stack[-1] else "the model itself"
         told = f"{reader} ({getattr(func, '__name__', 'a function')})"
-        readers = self.seen.readers.setdefault(owner, [])
-        if told not in readers:
-            readers.append(told)
+        for owner in owners:
+            readers = self.seen.readers.setdefault(owner, [])
+            if told not in readers:
+                readers.append(told)
 
 
 def _is_harmless(func: Callable[..., Any]) -> bool:

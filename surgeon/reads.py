@@ -6,7 +6,7 @@ show that. So the bytecode of forward methods is searched for `self.<…>.weight
 
 import dis
 from collections.abc import Collection
-from functools import cache, reduce
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -36,7 +36,8 @@ def written_reads(model: nn.Module, targets: Collection[int]) -> dict[int, list[
     """For modules among `targets` (by id): the methods of other modules that read their weight or bias."""
     found: dict[int, list[str]] = {}
     for module in model.modules():
-        for method, path in _reads_of(type(module)):
+        cls: Any = type(module)
+        for method, path in _reads_of(cls):
             owner = _resolve(module, path)
             if owner is not None and owner is not module and id(owner) in targets:
                 readers = found.setdefault(id(owner), [])
@@ -46,12 +47,14 @@ def written_reads(model: nn.Module, targets: Collection[int]) -> dict[int, list[
 
 
 def _resolve(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
-    owner: Any = reduce(lambda parent, name: getattr(parent, name, None), path, module)
+    owner: Any = module
+    for name in path:
+        owner = getattr(owner, name, None)
     return owner if isinstance(owner, nn.Module) else None
 
 
 @cache
-def _reads_of(cls: type[nn.Module]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def _reads_of(cls: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """(method, attribute path) of every read in the forward methods of a class."""
     found = []
     for base in cls.__mro__:

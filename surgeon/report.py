@@ -212,8 +212,13 @@ def _totals(report: Report, width: int) -> str:
             f"({report.precision}{kind}), worst layer {error(worst)}"
         )
     lines.append(f"time        {report.seconds:.1f} s")
-    notes = [*report.notes, *(f"{r.name}: {note}" for r in report.replaced for note in r.notes)]
-    lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in notes]
+    lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in report.notes]
+    of_layers: dict[str, list[str]] = {}
+    for r in report.replaced:
+        for note in r.notes:
+            of_layers.setdefault(note, []).append(r.name)
+    for note, names in of_layers.items():
+        lines.append(paragraph(f"note: {note}: {name_list(names)}", width=width, hang="  "))
     return "\n".join(lines)
 
 

@@ -147,11 +147,14 @@ def plain_convolution(layer: DynamicConv2d, name: str = "") -> nn.Conv2d:
 
     Raises `UnsupportedLayerError` if no single convolution computes the same.
     """
+    if not layer.static_is_exact():
+        raise _not_one_convolution(layer, name, "its static part differs from one convolution near the borders")
     weight, geometry = _cropped(layer.static_weight().detach(), layer.geometry)
-    conv = _make_conv(layer, geometry, weight)
+    bias = layer.static_bias()
+    conv = _make_conv(geometry, weight, bias is not None)
     conv.weight.copy_(weight)
-    if conv.bias is not None and layer.bias is not None:
-        conv.bias.copy_(layer.bias)
+    if conv.bias is not None and bias is not None:
+        conv.bias.copy_(bias)
     new = {id(p) for _, p in layer.new_parameters()}
     conv.requires_grad_(any(p.requires_grad for p in layer.parameters() if id(p) not in new))
     if layer.bias is not None and conv.bias is not None:
@@ -187,7 +190,7 @@ def _cropped(weight: Tensor, geometry: ConvGeometry) -> tuple[Tensor, ConvGeomet
     return weight, ConvGeometry(**values)
 
 
-def _make_conv(layer: DynamicConv2d, geometry: ConvGeometry, weight: Tensor) -> nn.Conv2d:
+def _make_conv(geometry: ConvGeometry, weight: Tensor, bias: bool) -> nn.Conv2d:
     options: dict[str, Any] = {
         "in_channels": geometry.in_channels,
         "out_channels": geometry.out_channels,
@@ -195,7 +198,7 @@ def _make_conv(layer: DynamicConv2d, geometry: ConvGeometry, weight: Tensor) -> 
         "stride": geometry.stride,
         "dilation": geometry.dilation,
         "groups": geometry.groups,
-        "bias": layer.bias is not None,
+        "bias": bias,
         "device": weight.device,
         "dtype": weight.dtype,
     }
@@ -204,14 +207,15 @@ def _make_conv(layer: DynamicConv2d, geometry: ConvGeometry, weight: Tensor) -> 
 
         same: nn.Conv2d = Conv2dSame(**options)
         return same
+    options["padding_mode"] = geometry.padding_mode
     left, right, top, bottom = geometry.padding
     if (left, top) == (right, bottom) and min(left, top) >= 0:
-        return nn.Conv2d(**options, padding=(top, left), padding_mode=geometry.padding_mode)
+        return nn.Conv2d(**options, padding=(top, left))
     if geometry.stride == (1, 1):
-        conv = nn.Conv2d(**options, padding="same", padding_mode=geometry.padding_mode)
+        conv = nn.Conv2d(**options, padding="same")
         if tuple(conv._reversed_padding_repeated_twice) == geometry.padding:
             return conv
-    return PaddedConv2d(geometry.padding, **options, padding_mode=geometry.padding_mode)
+    return PaddedConv2d(geometry.padding, **options)
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -227,7 +231,8 @@ class PaddedConv2d(nn.Conv2d):
         return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sides={self.sides}"
+        plain: str = super().extra_repr()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return f"{plain}, sides={self.sides}"
 
 
 def _static_error(layer: DynamicConv2d, conv: nn.Conv2d) -> float:

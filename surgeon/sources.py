@@ -89,7 +89,7 @@ def _no_state_dicts() -> Iterator[None]:
     fetch, load = WeightsEnum.get_state_dict, nn.Module.load_state_dict
     try:
         WeightsEnum.get_state_dict = lambda self, *args, **kwargs: {}
-        nn.Module.load_state_dict = lambda self, *args, **kwargs: None  # type: ignore[method-assign, misc]
+        nn.Module.load_state_dict = lambda self, *args, **kwargs: None  # type: ignore[method-assign]
         yield
     finally:
         WeightsEnum.get_state_dict = fetch

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 GAPS = ("  ", " ")
 
 
-def table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int = 80, left: int = 1, flexible: int = 0
-) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int = 80, left: int = 1) -> str:
     """Columns, the first `left` of them flush left, the others flush right.
 
-    Where the lines would be longer than `width` the columns move together, then the column `flexible` is shortened in its
-    middle; all others stay whole.
+    Where the lines would be longer than `width` the columns move together, then the first column gets narrower: what does not
+    fit into it stands whole on a line of its own, above the rest of its row.
     """
     if not rows:
         return ""
@@ -21,25 +19,15 @@ def table(
     gap = next((gap for gap in GAPS if len(gap) * (len(widths) - 1) <= room), GAPS[-1])
     excess = len(gap) * (len(widths) - 1) - room
     if excess > 0:
-        widths[flexible] = max(widths[flexible] - excess, min(12, widths[flexible]))
-    lines = [_line(row, widths, left, flexible, gap) for row in (header, ["-" * n for n in widths], *rows)]
+        widths[0] = max(widths[0] - excess, min(12, widths[0]))
+    lines = []
+    for row in (header, ["-" * n for n in widths], *rows):
+        if len(row[0]) > widths[0]:
+            lines.append(row[0])
+            row = ["", *row[1:]]
+        cells = [c.ljust(n) if i < left else c.rjust(n) for i, (c, n) in enumerate(zip(row, widths, strict=True))]
+        lines.append(gap.join(cells).rstrip())
     return "\n".join(lines)
-
-
-def _line(row: Sequence[str], widths: Sequence[int], left: int, flexible: int, gap: str) -> str:
-    cells = []
-    for i, (cell, n) in enumerate(zip(row, widths, strict=True)):
-        text = shorten(cell, n) if i == flexible else cell
-        cells.append(text.ljust(n) if i < left else text.rjust(n))
-    return gap.join(cells).rstrip()
-
-
-def shorten(text: str, width: int) -> str:
-    """At most `width` characters of the text, its middle left out: names of layers differ at their ends."""
-    if len(text) <= width:
-        return text
-    head = (width - 2) // 2
-    return f"{text[:head]}..{text[len(text) - (width - 2 - head) :]}"
 
 
 def paragraph(text: str, *, width: int = 80, indent: str = "", hang: str | None = None) -> str:

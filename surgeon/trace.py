@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
 
 from surgeon.errors import ModelError
 from surgeon.layers.base import DynamicConv2d
@@ -142,6 +143,8 @@ def _collect(graph: fx.Graph, root: nn.Module, first_name: dict[int, str], found
 
 def _producer(node: fx.Node, root: nn.Module) -> str:
     inputs = node.all_input_nodes
+    while inputs and _is_idle(inputs[0], root):
+        inputs = inputs[0].all_input_nodes
     return _told(inputs[0], root) if inputs else "constant"
 
 
@@ -149,10 +152,16 @@ def _followers(node: fx.Node, root: nn.Module) -> tuple[str, ...]:
     told: list[str] = []
     while len(node.users) == 1 and len(told) < _DEPTH:
         node = next(iter(node.users))
-        told.append(_told(node, root))
+        if not _is_idle(node, root):
+            told.append(_told(node, root))
         if node.op == "output" or _is_join(node, root):
             break
     return tuple(told)
+
+
+def _is_idle(node: fx.Node, root: nn.Module) -> bool:
+    """Whether it is a module that passes its input on in eval mode."""
+    return node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), nn.Identity | _DropoutNd)
 
 
 def _is_join(node: fx.Node, root: nn.Module) -> bool:

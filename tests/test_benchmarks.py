@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks import _data, _machine, _models, _tasks, compress, convert_speed, coverage, trained
+from benchmarks import _data, _models, _results, _tasks, compress, convert_speed, coverage, trained
 from benchmarks._tasks import Sample, Score, Task
 
 # --- toy tasks --------------------------------------------------------------------------------------------------------
@@ -200,27 +200,27 @@ def test_coverage_survives_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_rows_survive_a_broken_line(tmp_path: Path) -> None:
-    rows = _machine.Rows(tmp_path / "rows.jsonl")
+    rows = _results.Rows(tmp_path / "rows.jsonl")
     rows.add("a", {"value": 1})
     rows.add("b", {"value": 2})
     rows.add("a", {"value": 3})
     with rows.path.open("a") as file:
         file.write('{"key": "c", "val')
-    again = _machine.Rows(rows.path)
+    again = _results.Rows(rows.path)
     assert again.values() == [{"value": 3}, {"value": 2}]
     again.add("c", {"value": 4})
-    assert "c" in _machine.Rows(rows.path)
-    assert _machine.Rows(rows.path, fresh=True).values() == []
+    assert "c" in _results.Rows(rows.path)
+    assert _results.Rows(rows.path, fresh=True).values() == []
 
 
 def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    _machine.table(("name", "n"), [("a", 1), ("long", None)])
+    _results.table(("name", "n"), [("a", 1), ("long", None)])
     assert capsys.readouterr().out.splitlines() == ["name  n", "----  -", "a     1", "long  -"]
-    assert _machine.markdown(("a|b", "ok"), [(1.23456, False)]) == "| a\\|b | ok |\n| --- | --- |\n| 1.235 | NO |\n"
+    assert _results.markdown(("a|b", "ok"), [(1.23456, False)]) == "| a\\|b | ok |\n| --- | --- |\n| 1.235 | NO |\n"
 
 
 def test_machine_is_named(tmp_path: Path) -> None:
-    _machine.write_json(tmp_path / "x" / "y.json", {"rows": []})
+    _results.write_json(tmp_path / "x" / "y.json", {"rows": []})
     content = _content(tmp_path / "x" / "y.json")
     assert content["rows"] == []
     assert content["machine"]["versions"]["torch"] == torch.__version__

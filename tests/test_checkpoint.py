@@ -412,7 +412,8 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
 
 
 SLOW_SAVE = """
-import sys, time, timm, surgeon, surgeon.checkpoint as checkpoint
+import signal, sys, time, timm, surgeon, surgeon.checkpoint as checkpoint
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
 def slow(path):
     print('writing', flush=True)
     time.sleep(60)

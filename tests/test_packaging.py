@@ -1,5 +1,6 @@
 """What installs: one top-level name, the mapped folders below it, and no import of them under their own names."""
 
+import os
 import re
 import subprocess
 import sys
@@ -73,3 +74,17 @@ def test_scripts_are_sound_shell(script: str) -> None:
     assert text.splitlines()[0] == "#!/usr/bin/env bash"
     assert "set -euo pipefail" in text
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+
+
+def test_ci_stops_at_the_first_failure(tmp_path: Path) -> None:
+    """A shell overlooks what fails in the middle of `a && b && c`; the CI run must not."""
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / ".ci" / "run").write_text((ROOT / ".ci" / "run").read_text())
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "python3").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(tmp_path / ".ci" / "run")], env=os.environ | {"PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 3
+    assert "== style" not in done.stdout

@@ -7,6 +7,7 @@ Legend: B images of a chunk, R pixels of a chunk or block, C channels, G groups,
 of a patch (channels last).
 """
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -57,7 +58,7 @@ class Sorted(NamedTuple):
 
     def blocks(self, patch_bytes: int) -> Iterator[Block]:
         """Consecutive blocks of sorted pixels, cut where kernels end if possible: a cut segment costs a product more."""
-        size = max(BLOCK_BYTES // patch_bytes, 64)
+        size = _block_size(patch_bytes)
         first = last = 0
         segments: list[tuple[int, slice]] = []
         for kernel, (start, stop) in enumerate(pairwise(self.bounds)):
@@ -74,6 +75,18 @@ class Sorted(NamedTuple):
 
     def _block(self, first: int, last: int, segments: list[tuple[int, slice]]) -> Block:
         return Block(slice(first, last), (self.starts[first:last, None] + self.taps).flatten(), segments)
+
+
+def _block_size(patch_bytes: int) -> int:
+    """Most pixels of a block."""
+    return max(BLOCK_BYTES // patch_bytes, 64)
+
+
+def _patch_buffer(problem: Problem) -> Tensor:
+    """Room for the patches of a block, (pixels·k·l, C/G): used again and again it stays in the cache and costs no page faults."""
+    taps, width = math.prod(problem.window.size), problem.kernel.shape[1]
+    pixels = min(_block_size(taps * width * problem.compute_dtype.itemsize), problem.index.numel())
+    return problem.x.new_empty((pixels * taps, width), dtype=problem.compute_dtype)
 
 
 def _matrices(problem: Problem) -> list[Tensor]:
@@ -99,7 +112,7 @@ def _pixel_bytes(problem: Problem, copies: int) -> int:
 def forward(problem: Problem, out: Tensor) -> None:
     """Fill out (N, O, P, Q)."""
     dtype = problem.compute_dtype
-    kernels = _matrices(problem)
+    kernels, buffer = _matrices(problem), _patch_buffer(problem)
     for chunk in problem.chunks(_pixel_bytes(problem, 2)):
         pixels = Sorted.of(problem, chunk)
         frame = chunk.read(problem.x, dtype)
@@ -108,7 +121,8 @@ def forward(problem: Problem, out: Tensor) -> None:
             rows = frame[..., inputs].reshape(-1, problem.kernel.shape[1])
             patch = kernels[0].shape[1]
             for block in pixels.blocks(patch * dtype.itemsize):
-                patches_RU = torch.index_select(rows, 0, block.at).view(-1, patch)
+                patches = torch.index_select(rows, 0, block.at, out=buffer[: len(block.at)])
+                patches_RU = patches.view(-1, patch)
                 y_block = y_RO[block.pixels, outputs]
                 for i, segment in block.segments:
                     torch.mm(patches_RU[segment], kernels[i][outputs].t(), out=y_block[segment])
@@ -119,7 +133,7 @@ def forward(problem: Problem, out: Tensor) -> None:
 def backward(problem: Problem, grad: Tensor, grads: Grads) -> None:
     """Add to the wanted gradients; grad is that of the output, (N, O, P, Q)."""
     dtype = problem.compute_dtype
-    kernels = _matrices(problem)
+    kernels, buffers = _matrices(problem), (_patch_buffer(problem), _patch_buffer(problem))
     kernel_grads = None if grads.kernels is None else [total.flatten(1) for total in grads.kernels]
     for chunk in problem.chunks(_pixel_bytes(problem, 3)):
         pixels = Sorted.of(problem, chunk)
@@ -135,6 +149,7 @@ def backward(problem: Problem, grad: Tensor, grads: Grads) -> None:
                 None if frame_grad is None else torch.zeros_like(rows, dtype=frame_grad.dtype),
                 None if kernel_grads is None else [total[outputs] for total in kernel_grads],
                 scores_Rn,
+                buffers,
             )
             for block in pixels.blocks(rows.shape[1] * len(pixels.taps) * dtype.itemsize):
                 work.add(rows, block)
@@ -155,19 +170,21 @@ class _GroupWork(NamedTuple):
     rows_grad: Tensor | None
     kernel_grads: list[Tensor] | None
     scores_Rn: Tensor | None
+    buffers: tuple[Tensor, Tensor]
 
     def add(self, rows: Tensor, block: Block) -> None:
         """Add the share of a block, whose patches are taken from the frame's rows (B·height·width, C/G)."""
         g_RO = self.g_RO[block.pixels]
         if self.rows_grad is not None:
-            z_RU = rows.new_empty((len(g_RO), self.kernels[0].shape[1]))
+            z = self.buffers[0][: len(block.at)]
+            z_RU = z.view(len(g_RO), -1)
             for i, segment in block.segments:
                 torch.mm(g_RO[segment], self.kernels[i], out=z_RU[segment])
-            z = z_RU.view(-1, rows.shape[1]).to(self.rows_grad.dtype)
-            self.rows_grad.index_add_(0, block.at, z)
+            self.rows_grad.index_add_(0, block.at, z.to(self.rows_grad.dtype))
         if self.kernel_grads is None and self.scores_Rn is None:
             return
-        patches_RU = torch.index_select(rows, 0, block.at).view(len(g_RO), -1)
+        patches = torch.index_select(rows, 0, block.at, out=self.buffers[1][: len(block.at)])
+        patches_RU = patches.view(len(g_RO), -1)
         if self.kernel_grads is not None:
             for i, segment in block.segments:
                 _add_product(self.kernel_grads[i], g_RO[segment].t(), patches_RU[segment])

@@ -1,8 +1,7 @@
-"""What every benchmark program shares: the machine and versions for its JSON, tables, and rows that survive a kill."""
+"""What benchmark programs write: JSON with the machine and versions, tables, and rows that survive a kill."""
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,32 +11,20 @@ from typing import Any
 
 import torch
 
+from benchmarks._bench import machine as hardware
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def machine() -> dict[str, Any]:
-    """CPU, cores, threads, memory (bytes), GPU, versions and the commit of this checkout."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
+    """What `_bench` says of the machine, with memory (bytes), GPU, versions and the commit of this checkout."""
+    return hardware() | {
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
         "versions": {"torch": torch.__version__} | {name: _version(name) for name in ("torchvision", "timm", "numpy")},
         "commit": _commit(),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str | None:

@@ -1,0 +1,557 @@
+"""surgeon.convert: what is replaced, what is kept, and that converted models go on working like their originals."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import surgeon
+from surgeon.errors import (
+    ConfigError,
+    InputError,
+    NothingReplacedError,
+    SelectionError,
+    UnsupportedLayerError,
+    VerificationError,
+)
+from surgeon.layers import registry
+from surgeon.layers.registry import layer_types
+from surgeon.recipe import Recipe, Rule, get_recipe
+from surgeon.rewrite import dynamic_layers
+from tests.fake_layer import FakeConv2d
+
+TYPES = layer_types()
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._TYPES, "fake", FakeConv2d)
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+    )
+
+
+def fakes(model: nn.Module, layers: str = "all", **options: Any) -> tuple[nn.Module, surgeon.Report]:
+    return surgeon.convert(model, layers=layers, type="fake", example_inputs=options.pop("x", X), **options)
+
+
+def evaluated(model: nn.Module, x: Any = X) -> Any:
+    with torch.no_grad():
+        return copy.deepcopy(model).eval()(x)
+
+
+# --- what comes out -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_keeps_what_a_resnet_computes(kind: str) -> None:
+    model = timm.create_model("resnet18", num_classes=10)
+    converted, report = surgeon.convert(model, layers="stage1,stage2", type=kind, example_inputs=X)
+    assert type(converted) is type(model)
+    assert len(report.replaced) == 8
+    assert len(report.replaced) + len(report.skipped) == 20
+    assert torch.allclose(evaluated(model), evaluated(converted), rtol=0, atol=1e-5)
+    assert report.max_rel_error is not None
+    assert report.max_rel_error <= 1e-5
+    assert report.exact
+    assert not dynamic_layers(model)
+    assert [r.name for r in report.replaced] == list(dynamic_layers(converted))
+    assert report.params_after == sum(p.numel() for p in converted.parameters())
+    assert report.params_before == sum(p.numel() for p in model.parameters())
+
+
+def test_the_report_has_every_convolution() -> None:
+    _, report = fakes(
+        nn.Sequential(nn.Conv2d(3, 4, 7), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3)), "0,1"
+    )
+    assert [(r.name, r.calls, r.macs_before) for r in report.replaced] == [("1", 1, 4 * 4 * 9 * 56 * 56)]
+    assert [(s.name, s.selected, s.reasons) for s in report.skipped] == [
+        ("0", True, ("the fake layer wants no 7x7 kernels",)),
+        ("2", False, ("not selected",)),
+        ("3", False, ("not selected",)),
+    ]
+    replaced = report.replaced[0]
+    assert replaced.params_before == 4 * 4 * 9 + 4
+    assert replaced.params_after > replaced.params_before
+    assert replaced.max_abs_error == 0
+    assert report.macs_after is not None
+    assert report.macs_before is not None
+    assert report.macs_after > report.macs_before
+
+
+def test_the_callers_model_is_untouched_and_inplace_changes_it() -> None:
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    converted, _ = fakes(model, "0,2")
+    assert converted is not model
+    assert not dynamic_layers(model)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks and m.training for m in model.modules())
+    same, _ = fakes(model, "0,2", inplace=True)
+    assert same is model
+    assert list(dynamic_layers(model)) == ["0", "2"]
+
+
+def test_a_conversion_is_reproducible_and_leaves_the_random_state_alone() -> None:
+    model, state = small(), torch.random.get_rng_state()
+    first, _ = surgeon.convert(model, layers="all", type="pafu", example_inputs=X, seed=3)
+    alone, _ = surgeon.convert(model, layers="2", type="pafu", example_inputs=X, seed=3)
+    other, _ = surgeon.convert(model, layers="2", type="pafu", example_inputs=X, seed=4)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    kernels = [m.get_submodule("2").further_kernels for m in (first, alone, other)]
+    assert torch.equal(kernels[0], kernels[1])
+    assert not torch.equal(kernels[0], kernels[2])
+
+
+def test_a_recipe_mixes_types_and_is_recorded() -> None:
+    recipe = Recipe(
+        rules=(Rule(layers="all", type="fake"), Rule(layers="2", type="pafu", options={"group_size": 3})), seed=5
+    )
+    model = small()
+    for given in ({"layers": recipe}, {"recipe": recipe}):
+        converted, report = surgeon.convert(model, example_inputs=X, **given)  # type: ignore[arg-type]
+        assert [r.type for r in report.replaced] == ["fake", "pafu"]
+        found = get_recipe(converted)
+        assert found is not None
+        assert found.seed == 5
+        assert [(r.layers, r.type) for r in found.rules] == [("0", "fake"), ("2", "pafu")]
+        assert found.rules[1].options == converted.get_submodule("2").config.to_dict()
+        assert get_recipe(copy.deepcopy(converted)) == found
+    assert get_recipe(model) is None
+
+
+def test_a_second_conversion_adds_to_the_first() -> None:
+    once, _ = fakes(small(), "0")
+    twice, report = surgeon.convert(once, layers="all", type="pafu", example_inputs=X)
+    assert [(s.name, s.reasons) for s in report.skipped if s.selected] == [
+        ("0", ("it is already a dynamic layer (fake)",))
+    ]
+    recipe = get_recipe(twice)
+    assert recipe is not None
+    assert [(r.layers, r.type) for r in recipe.rules] == [("0", "fake"), ("2", "pafu")]
+
+
+def test_a_single_convolution_is_a_model() -> None:
+    converted, report = fakes(nn.Conv2d(3, 4, 3))
+    assert isinstance(converted, FakeConv2d)
+    assert report.replaced[0].name == ""
+    with pytest.raises(ConfigError, match="cannot be replaced in place"):
+        fakes(nn.Conv2d(3, 4, 3), inplace=True)
+
+
+def test_a_graph_module_can_be_had() -> None:
+    model = timm.create_model("resnet18").train()
+    graph, _ = fakes(model, "stage1", as_graph=True)
+    assert isinstance(graph, fx.GraphModule)
+    graph.graph.lint()
+    leaves = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}
+    assert set(dynamic_layers(graph)) <= leaves
+    assert graph.training
+    assert torch.allclose(evaluated(graph), evaluated(model), atol=1e-6)
+    assert get_recipe(graph) is not None
+
+
+def test_progress_and_check_off() -> None:
+    told: list[tuple[str, int, int]] = []
+    _, report = fakes(small(), check=False, progress=lambda *step: told.append(step))
+    assert [stage for stage, done, total in told if done == total] == ["trace", "build"]
+    assert report.max_rel_error is None
+    assert report.notes == ["not verified"]
+    told.clear()
+    fakes(small(), progress=lambda *step: told.append(step))
+    assert told[-1] == ("verify", 3, 3)
+
+
+# --- what is kept -------------------------------------------------------------------------------------------------
+
+
+def test_shared_convolutions_are_replaced_once_at_all_names() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 3, 3, padding=1)
+            self.block = nn.Sequential(nn.ReLU(), self.first)
+            self.listed = nn.ModuleDict({"a": self.first, "b": self.block})
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.block(self.first(x))
+            return out
+
+    converted, report = fakes(Shared())
+    assert converted.first is converted.block[1] is converted.listed["a"]
+    assert isinstance(converted.first, FakeConv2d)
+    assert report.replaced[0].aliases == ("block.1", "listed.a", "listed.b.1")
+    assert report.replaced[0].calls == 2
+
+
+def test_mode_dtype_layout_flags_and_names_are_kept() -> None:
+    model = small().double().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model[3].eval()
+    model[2].requires_grad_(False)
+    model[2].eval()
+    converted, _ = fakes(model, "0,2", x=X.double())
+    assert [m.training for m in converted] == [True, True, False, False, True]
+    assert all(p.dtype == torch.float64 for p in converted.parameters())
+    assert converted[0].kernel.is_contiguous(memory_format=torch.channels_last)
+    assert converted[0].kernel.requires_grad
+    assert not converted[2].kernel.requires_grad
+    untouched = {"3.weight", "3.bias", "3.running_mean", "4.weight", "4.bias"}
+    assert untouched <= set(converted.state_dict())
+
+
+def test_hooks_move_and_their_handles_go_on_working() -> None:
+    model = small()
+    calls: list[str] = []
+    handle = model[0].register_forward_hook(lambda *_: calls.append("after"))
+    model[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    expected = evaluated(model)
+    converted, report = fakes(model, "0", inplace=True)
+    assert torch.equal(evaluated(converted), expected)
+    calls.clear()
+    model.eval()(X)
+    assert calls == ["after"]
+    handle.remove()
+    model(X)
+    assert calls == ["after"]
+    assert "hooks move" in report.replaced[0].notes[0]
+
+
+def test_parametrised_and_same_padded_convolutions() -> None:
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3, padding="same", padding_mode="reflect")),
+        nn.Conv2d(4, 4, (2, 3), padding="same"),
+        timm.layers.Conv2dSame(4, 4, 3, stride=2),
+        timm.layers.StdConv2d(4, 4, 3, bias=False),
+    )
+    for kind in TYPES:
+        converted, report = surgeon.convert(model, layers="all", type=kind, example_inputs=torch.randn(2, 3, 15, 18))
+        assert len(report.replaced) == 4
+        assert list(dynamic_layers(converted)) == ["0", "1", "2", "3"]
+
+
+def test_old_style_weight_norm_elsewhere_does_not_stand_in_the_way() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        normed = nn.utils.weight_norm(nn.Conv2d(3, 3, 3))
+    model = nn.Sequential(normed, nn.Conv2d(3, 3, 3))
+    model(X)
+    _, report = fakes(model)
+    assert [r.name for r in report.replaced] == ["1"]
+    assert "old-style weight_norm" in report.skipped[0].reasons[0]
+
+
+def test_lazy_modules_stay_lazy() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(4, 3))
+    _, report = fakes(model, inplace=True)
+    assert [r.name for r in report.replaced] == ["0"]
+    assert isinstance(model[1], nn.LazyConv2d)
+
+
+def test_layers_that_are_never_reached_are_replaced_and_noted() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.used(x)
+            return out
+
+    _, report = fakes(Unused())
+    unused = report.replaced[1]
+    assert (unused.calls, unused.macs_before, unused.notes) == (0, None, ("the forward pass never reaches it",))
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"layers": "nowhere", "type": "fake"}, SelectionError, "'nowhere' matches no convolution"),
+        ({"layers": "all", "type": "fkae"}, ConfigError, "unknown layer type 'fkae'.*Did you mean 'fake'"),
+        ({"layers": "all", "type": "fake", "hidden": 0}, ConfigError, "hidden must be an integer >= 1"),
+        ({"layers": "all", "type": "fake", "atoms": 3}, ConfigError, "has no option 'atoms'"),
+        ({"layers": "all"}, ConfigError, "type is missing"),
+        ({"type": "fake"}, ConfigError, "layers is missing"),
+        ({"recipe": Recipe(rules=()), "type": "fake"}, ConfigError, "leave out type"),
+        ({"recipe": Recipe(rules=())}, ConfigError, "no rules"),
+        ({"layers": "all", "type": "fake", "x": torch.randn(1, 4, 8, 8)}, InputError, "does not run"),
+        ({"layers": "all", "type": "pafu", "group_size": 1}, ConfigError, "group_size must be an integer >= 2, got 1"),
+        ({"layers": "all", "type": "acda", "atoms": 0}, ConfigError, "atoms must be an integer >= 1, got 0"),
+        ({"layers": "all", "type": "acda", "scales": 0}, ConfigError, "scales must be an integer >= 1, got 0"),
+    ],
+)
+def test_bad_arguments_change_nothing(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = small()
+    given = dict(arguments)
+    with pytest.raises(error, match=message):
+        surgeon.convert(model, example_inputs=given.pop("x", X), inplace=True, **given)
+    assert not dynamic_layers(model)
+
+
+def test_a_selection_of_refused_layers_only_is_an_error_with_the_reasons() -> None:
+    with pytest.raises(NothingReplacedError, match="0: the fake layer wants no 7x7 kernels"):
+        fakes(nn.Sequential(nn.Conv2d(3, 3, 7), nn.Conv2d(3, 3, 3)), "0")
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_failed_check_raises_and_restores(inplace: bool) -> None:
+    model = small()
+    first, third = model[0], model[2]
+    with pytest.raises(VerificationError, match=r"relative error .*Worst layers: "):
+        fakes(model, "0,2", flaw=1e-2, inplace=inplace)
+    assert model[0] is first
+    assert model[2] is third
+    assert get_recipe(model) is None
+    assert model[0].training
+
+
+def test_an_error_after_the_check_restores_too() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.conv(x) if float(x.sum()) > -1e9 else x
+            return out
+
+    model = Branching()
+    with pytest.raises(surgeon.SurgeonError, match=r"torch\.fx cannot trace Branching"):
+        fakes(model, as_graph=True, inplace=True)
+    assert type(model.conv) is nn.Conv2d
+    assert get_recipe(model) is None
+
+
+# --- static and revert --------------------------------------------------------------------------------------------
+
+
+def disturbed(model: nn.Module, kind: str, layers: str = "all", x: Tensor = X, **options: Any) -> nn.Module:
+    """Converted, with all new parameters moved: no longer the original."""
+    converted, _ = surgeon.convert(model, layers=layers, type=kind, example_inputs=x, **options)
+    with torch.no_grad():
+        for layer in dynamic_layers(converted).values():
+            for _, p in layer.new_parameters():
+                p.add_(0.3 * torch.randn_like(p))
+    return converted
+
+
+def test_static_disables_the_dynamic_part_and_comes_back() -> None:
+    converted = disturbed(small(), "fake")
+    dynamic = evaluated(converted)
+    with surgeon.static(converted) as model:
+        plain = evaluated(model)
+        assert not torch.allclose(plain, dynamic)
+        with surgeon.static(converted, "0"):
+            assert torch.equal(evaluated(converted), plain)
+        assert torch.equal(evaluated(converted), plain)
+    assert torch.equal(evaluated(converted), dynamic)
+    with pytest.raises(KeyError), surgeon.static(converted, ["0"]):
+        raise KeyError([layer.adaptive for layer in dynamic_layers(converted).values()])
+    assert all(layer.adaptive for layer in dynamic_layers(converted).values())
+    with (
+        pytest.raises(SelectionError, match="'9' is no dynamic layer of this model; there are: 0, 2"),
+        surgeon.static(converted, "9"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["acda", "pafu", "sekg", "fake"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1},
+        {"padding": 1, "stride": 2, "bias": False},
+        {"padding": "same", "padding_mode": "circular"},
+        {"padding": (2, 0), "groups": 2, "dilation": 2},
+    ],
+)
+def test_revert_gives_the_plain_convolution_back(kind: str, options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, **options), nn.Conv2d(4, 2, 3))
+    x = torch.randn(2, 4, 13, 16)
+    converted, _ = surgeon.convert(model, layers="all", type=kind, example_inputs=x)
+    reverted = surgeon.revert(copy.deepcopy(converted))
+    assert [type(m) for m in reverted] == [nn.Conv2d, nn.Conv2d]
+    assert reverted[0].kernel_size == (3, 3)
+    assert torch.allclose(evaluated(reverted, x), evaluated(model, x), atol=1e-5)
+    recipe = get_recipe(reverted)
+    assert recipe is not None
+    assert recipe.rules == ()
+
+
+@pytest.mark.parametrize("kind", ["acda", "pafu"])
+def test_revert_after_training_keeps_the_static_part(kind: str) -> None:
+    x = torch.randn(2, 4, 13, 16)
+    converted = disturbed(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, stride=2)), kind, x=x)
+    with surgeon.static(converted):
+        expected = evaluated(converted, x)
+    reverted = surgeon.revert(converted)
+    assert isinstance(reverted[0], nn.Conv2d)
+    assert torch.allclose(evaluated(reverted, x), expected, atol=1e-4)
+
+
+def test_revert_takes_names_and_knows_same_padding() -> None:
+    model = nn.Sequential(timm.layers.Conv2dSame(3, 4, 3, stride=2), nn.Conv2d(4, 4, 2, padding="same"))
+    converted, _ = fakes(model)
+    assert surgeon.revert(converted, "0") is converted
+    assert isinstance(converted[0], timm.layers.Conv2dSame)
+    assert isinstance(converted[1], FakeConv2d)
+    recipe = get_recipe(converted)
+    assert recipe is not None
+    assert [r.layers for r in recipe.rules] == ["1"]
+    surgeon.revert(converted)
+    assert converted[1].padding == "same"
+    assert torch.allclose(evaluated(converted), evaluated(model), atol=1e-6)
+    with pytest.raises(SelectionError, match="nothing to revert"):
+        surgeon.revert(converted)
+
+
+def test_a_reverted_standardised_convolution_has_no_recipe() -> None:
+    model = nn.Sequential(timm.layers.StdConv2d(3, 4, 3))
+    converted, _ = fakes(model)
+    assert get_recipe(surgeon.revert(converted)) is None  # the base model would standardise the weight again
+    assert torch.allclose(evaluated(converted), evaluated(model), atol=1e-6)
+
+
+def test_what_is_not_one_convolution_does_not_revert(monkeypatch: pytest.MonkeyPatch) -> None:
+    converted, _ = fakes(small(), "0,2")
+    monkeypatch.setattr(FakeConv2d, "static_conv2d", lambda self, x: F.conv2d(x, self.kernel).abs())
+    with pytest.raises(UnsupportedLayerError, match=r"0 \(fake\) does not revert to one convolution"):
+        surgeon.revert(converted)
+    assert list(dynamic_layers(converted)) == ["0", "2"]
+
+
+# --- a converted timm model works like one ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=TYPES)
+def resnet(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=7, zero_init_last=False)
+    converted, _ = surgeon.convert(model, layers="stage1,stage2", type=request.param, example_inputs=X)
+    return model, converted
+
+
+def test_timm_methods_work(resnet: tuple[Any, Any]) -> None:
+    model, converted = (copy.deepcopy(m).eval() for m in resnet)
+    with torch.no_grad():
+        assert torch.allclose(converted.forward_features(X), model.forward_features(X), atol=1e-4)
+        assert converted.feature_info == model.feature_info
+        assert converted.get_classifier().out_features == 7
+        converted.reset_classifier(3)
+        assert converted(X).shape == (2, 3)
+        finals, taps = converted.forward_intermediates(X)
+        assert len(taps) == 5
+        assert finals.shape[1] == converted.num_features
+
+
+def test_grad_checkpointing_trains(resnet: tuple[Any, Any]) -> None:
+    converted = copy.deepcopy(resnet[1])
+    converted.set_grad_checkpointing(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted.train()(X).sum().backward()
+    assert all(p.grad is not None for p in converted.layer1.parameters())
+
+
+def test_two_steps_change_every_new_parameter(resnet: tuple[Any, Any]) -> None:
+    converted = copy.deepcopy(resnet[1]).train()
+    new = {
+        f"{name}.{local}": p for name, layer in dynamic_layers(converted).items() for local, p in layer.new_parameters()
+    }
+    before = {name: p.detach().clone() for name, p in new.items()}
+    optimizer = torch.optim.Adam(converted.parameters(), 1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(converted(X), torch.tensor([1, 5]))
+        extras = [extra for m in dynamic_layers(converted).values() if (extra := m.regularization()) is not None]
+        (loss + sum(extras, torch.zeros(()))).backward()
+        optimizer.step()
+    assert [name for name, p in new.items() if torch.equal(p, before[name])] == []
+
+
+def test_ema_deepcopy_channels_last_and_autocast(resnet: tuple[Any, Any]) -> None:
+    _, converted = (copy.deepcopy(m).eval() for m in resnet)
+    expected = evaluated(converted)
+    ema = timm.utils.ModelEmaV3(converted, decay=0.9)
+    ema.update(converted)
+    assert torch.allclose(evaluated(ema.module), expected, atol=1e-6)
+    last = copy.deepcopy(converted).to(memory_format=torch.channels_last)
+    assert torch.allclose(evaluated(last, X.contiguous(memory_format=torch.channels_last)), expected, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = evaluated(converted)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_state_dict_goes_round(resnet: tuple[Any, Any]) -> None:
+    _, converted = resnet
+    twin = copy.deepcopy(converted)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    twin.load_state_dict(converted.state_dict())
+    assert torch.equal(evaluated(twin), evaluated(converted))
+
+
+def test_ddp_trains(resnet: tuple[Any, Any], tmp_path: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(resnet[1]).train())
+            wrapped(X).sum().backward()
+        assert all(p.grad is not None for p in wrapped.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_compiled_models_compute_the_same(kind: str) -> None:
+    converted, _ = surgeon.convert(small(), layers="2", type=kind, example_inputs=X)
+    converted.eval()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(converted, backend="aot_eager", fullgraph=True)
+        assert torch.allclose(compiled(X), converted(X), atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_features_only_models() -> None:
+    model = timm.create_model("resnet10t", features_only=True, out_indices=(1, 2))
+    converted, report = fakes(model, "stage2")
+    assert [r.name for r in report.replaced] == ["layer2.0.conv1", "layer2.0.conv2"]
+    assert converted.feature_info.channels() == model.feature_info.channels()
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(evaluated(model), evaluated(converted), strict=True))
+
+
+FAMILIES = {  # name → all convolutions, how many of them are spatial, and a type (the slow tier has every type)
+    "coat_tiny": (21, 20, "pafu"),
+    "mobilevitv2_050": (64, 10, "acda"),
+    "tf_efficientnet_b0": (81, 17, "sekg"),
+    "convnext_atto": (40, 16, "acda"),
+    "efficientvit_b0": (50, 16, "pafu"),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str) -> None:
+    convolutions, spatial, kind = FAMILIES[name]
+    options: dict[str, Any] = {"img_size": 64} if name.startswith("coat") else {}
+    model = timm.create_model(name, num_classes=5, **options)
+    converted, report = surgeon.convert(model, layers="all", type=kind, input_size=64)
+    assert len(report.replaced) == spatial
+    assert len(report.replaced) + len(report.skipped) == convolutions
+    assert type(converted) is type(model)
+    assert report.max_rel_error is not None
+    assert report.max_rel_error <= 1e-5 or report.precision == "float64"

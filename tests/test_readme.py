@@ -1,0 +1,120 @@
+"""What the documents show is true: code runs, commands parse, links lead somewhere, and CI runs the README's own command."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import surgeon.cli
+from surgeon.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MAIN_JOB = (
+    "python3 -m venv .venv && .venv/bin/pip install -e . && "
+    ".venv/bin/surgeon convert resnet50 --layers stage3,stage4 --type acda"
+)
+TESTS = 'python3 -m venv .venv && .venv/bin/pip install -e ".[dev]" && .venv/bin/python -m pytest'
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_two_commands_do_all_the_set_up() -> None:
+    assert [block.strip() for block in blocks(ROOT / "README.md", "sh")] == [MAIN_JOB, TESTS]
+
+
+def test_ci_runs_the_very_test_command_of_the_readme() -> None:
+    assert TESTS in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def commands() -> list[str]:
+    found = set()
+    for document in DOCUMENTS:
+        text = document.read_text()
+        found |= set(re.findall(r"`(surgeon [a-z]+ [^`\n]+)`", text))
+        found |= {
+            line[line.index("surgeon") :] for line in text.splitlines() if re.match(r"(\S*/)?surgeon [a-z]+ ", line)
+        }
+    return sorted(command for command in found if "MODEL" not in command and "surgeon gives" not in command)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_in_the_documents_parses(command: str) -> None:
+    args = surgeon.cli._parser().parse_args(shlex.split(command)[1:])
+    assert args.command == shlex.split(command)[1]
+
+
+def test_the_documents_show_commands() -> None:
+    assert len(commands()) >= 5
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(ROOT / "README.md", "python")
+    scope: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), scope)
+    assert scope["report"].max_rel_error <= 1e-5
+    assert (tmp_path / "runs" / "mine" / "recipe.json").is_file()
+
+
+def test_the_recipe_of_the_documents_is_valid() -> None:
+    (block,) = blocks(ROOT / "docs" / "recipes.md", "json")
+    assert len(Recipe.from_json(block).rules) == 3
+
+
+def test_the_options_of_the_documents_are_the_layers_options() -> None:
+    from dataclasses import fields
+
+    from surgeon.layers.registry import layer_class, layer_types
+
+    table: dict[str, set[str]] = {}
+    kind = ""
+    for line in (ROOT / "docs" / "recipes.md").read_text().splitlines():
+        found = re.match(r"\| (?:`(\w+)`)? ?\| `(\w+)` \|", line)
+        if found:
+            kind = found[1] or kind
+            table.setdefault(kind, set()).add(found[2])
+    assert table == {name: {field.name for field in fields(layer_class(name).Config)} for name in layer_types()}
+
+
+def test_the_selections_of_the_documents_are_understood() -> None:
+    from surgeon.select import parse_item, split_items
+
+    (block,) = [b for b in blocks(ROOT / "docs" / "selecting.md", "text") if "stage3" in b]
+    for line in block.splitlines():
+        for item in split_items(line.split("  ")[0]):
+            parse_item(item)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["convert_timm", "mixed_recipe"])
+def test_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"]("test_resnet")
+    out = capsys.readouterr().out
+    assert "layer4.0.conv2" in out
+
+
+@pytest.mark.slow
+def test_the_output_in_the_readme_is_what_the_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but the errors' digits and the time, which depend on the machine."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert (
+        surgeon.cli.main(["convert", "resnet50", "--layers", "stage3,stage4", "--type", "acda", "--weights", "random"])
+        == 0
+    )
+    (shown,) = blocks(ROOT / "README.md", "text")
+    unstable = re.compile(r"\d\.\de-\d\d|^time .*$", re.MULTILINE)
+    assert unstable.sub("~", capsys.readouterr().out) == unstable.sub("~", shown)
