@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from surgeon.checkpoint import save as save
     from surgeon.convert import convert as convert
     from surgeon.convert import inspect as inspect
+    from surgeon.costs import Cost as Cost
+    from surgeon.costs import cost as cost
+    from surgeon.costs import cost_table as cost_table
     from surgeon.errors import SurgeonError as SurgeonError
     from surgeon.recipe import Recipe as Recipe
     from surgeon.report import Report as Report
@@ -29,10 +32,13 @@ if TYPE_CHECKING:
 # Public name -> module that defines it. Nothing is imported before it is used: `surgeon --help` must not load torch.
 _EXPORTS = {
     "ConvSite": "surgeon.sites",
+    "Cost": "surgeon.costs",
     "Recipe": "surgeon.recipe",
     "Report": "surgeon.report",
     "SurgeonError": "surgeon.errors",
     "convert": "surgeon.convert",
+    "cost": "surgeon.costs",
+    "cost_table": "surgeon.costs",
     "inspect": "surgeon.convert",
     "load": "surgeon.checkpoint",
     "revert": "surgeon.rewrite",
@@ -43,11 +49,14 @@ _EXPORTS = {
 
 __all__ = [
     "ConvSite",
+    "Cost",
     "Recipe",
     "Report",
     "SurgeonError",
     "__version__",
     "convert",
+    "cost",
+    "cost_table",
     "inspect",
     "load",
     "revert",
