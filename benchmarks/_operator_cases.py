@@ -76,7 +76,7 @@ def _acda_steps(shape: str, window: int) -> dict[str, Step]:
         run = partial(acda_conv, x, alpha, psi, static, coeff, *geometry, backend=backend)
         return Step(run, (x, alpha, coeff, psi, static))
 
-    return {"ours": operator("lean"), "unfold": operator("reference")} | _convolutions(x, 3, 7)
+    return {"ours": operator("torch"), "unfold": operator("reference")} | _convolutions(x, 3, 7)
 
 
 # --- DConv ---------------------------------------------------------------------------------------------------------

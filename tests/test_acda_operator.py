@@ -59,7 +59,7 @@ def gradients(operands: tuple[Tensor, ...], geometry: tuple[Any, ...], backend: 
 
 
 def check_against_reference(operands: tuple[Tensor, ...], geometry: tuple[Any, ...]) -> None:
-    got, expected = (gradients(operands, geometry, backend) for backend in ("lean", "reference"))
+    got, expected = (gradients(operands, geometry, backend) for backend in ("torch", "reference"))
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b)
@@ -156,7 +156,7 @@ def test_registration() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
     operands, geometry = problem(dtype=dtype)
-    got = gradients(operands, geometry, "lean")
+    got = gradients(operands, geometry, "torch")
     exact = gradients(tuple(t.detach().double().requires_grad_() for t in operands), geometry, "reference")
     for a, b in zip(got, exact, strict=True):
         assert a.dtype == dtype
@@ -167,12 +167,12 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(dtype: torch.dty
 def test_operands_of_different_precision_keep_theirs() -> None:
     (x, *others), geometry = problem(dtype=torch.float32)
     half = x.detach().bfloat16().requires_grad_()
-    y, gx, *grads = gradients((half, *others), geometry, "lean")
+    y, gx, *grads = gradients((half, *others), geometry, "torch")
     assert (y.dtype, gx.dtype) == (torch.bfloat16, torch.bfloat16)
     assert all(g.dtype == torch.float32 for g in grads)
 
 
-@pytest.mark.parametrize("backend", ["lean", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_autocast_casts_the_input_as_for_a_convolution(backend: str) -> None:
     operands, geometry = problem(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -198,7 +198,7 @@ def test_channels_last_and_sliced_inputs() -> None:
 
 def test_no_images_give_no_output() -> None:
     operands, geometry = problem(images=0)
-    for backend in ("lean", "reference"):
+    for backend in ("torch", "reference"):
         y, *grads = gradients(operands, geometry, backend)
         assert tuple(y.shape) == (0, 8, 7, 8)
         assert all(not g.any() for g in grads)
@@ -234,11 +234,11 @@ def test_shapes_that_do_not_fit_are_named(which: int, change: Any, message: str)
 
 def test_backends_say_why_not() -> None:
     operands, geometry = problem()
-    assert ACDA_CONV.choose(*operands, *geometry).name == "lean"
+    assert ACDA_CONV.choose(*operands, *geometry).name == "torch"
     integers = [t.long() for t in operands]
-    assert ACDA_CONV.why_not("lean", *integers, *geometry) == ["needs a floating-point input, got torch.int64"]
+    assert ACDA_CONV.why_not("torch", *integers, *geometry) == ["needs a floating-point input, got torch.int64"]
     with pytest.raises(BackendError, match="floating-point"):
-        acda_conv(*integers, *geometry, backend="lean")
+        acda_conv(*integers, *geometry, backend="torch")
     with pytest.raises(BackendError, match="no backend 'cuda'"):
         acda_conv(*operands, *geometry, backend="cuda")
 

@@ -76,7 +76,7 @@ def result_and_gradients(call: Callable[..., Tensor], tensors: list[Tensor | Non
 
 
 def assert_backends_agree(call: Callable[..., Tensor], tensors: list[Tensor | None]) -> None:
-    lean, reference = (result_and_gradients(call, tensors, backend) for backend in ("lean", "reference"))
+    lean, reference = (result_and_gradients(call, tensors, backend) for backend in ("torch", "reference"))
     for ours, theirs in zip(lean, reference, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
@@ -138,7 +138,7 @@ def test_gradcheck_apply() -> None:
 @pytest.mark.parametrize("missing", range(5))
 def test_a_tensor_without_gradient_leaves_the_others_alone(missing: int) -> None:
     tensors = small()
-    full = result_and_gradients(lambda *t, backend: dconv_layer(*t, padding=(1, 1)), tensors, "lean")[1:]
+    full = result_and_gradients(lambda *t, backend: dconv_layer(*t, padding=(1, 1)), tensors, "torch")[1:]
     tensors[missing] = tensors[missing].detach()  # type: ignore[union-attr]
     y = dconv_layer(*tensors, padding=(1, 1))
     torch.manual_seed(1)
@@ -199,7 +199,7 @@ def test_half_precision_sums_in_float32(dtype: torch.dtype) -> None:
     tensors = small(torch.float32)
     half = [t.detach().to(dtype).requires_grad_() for t in tensors if t is not None]
     exact = [t.detach().float().requires_grad_() for t in half]
-    ours = result_and_gradients(lambda *t, backend: dconv_layer(*t, padding=(1, 1)), [*half], "lean")
+    ours = result_and_gradients(lambda *t, backend: dconv_layer(*t, padding=(1, 1)), [*half], "torch")
     theirs = result_and_gradients(lambda *t, backend: dconv_layer(*t, padding=(1, 1)), [*exact], "reference")
     for got, expected in zip(ours, theirs, strict=True):
         assert got.dtype == dtype
@@ -274,9 +274,9 @@ class TestErrors:
 
     def test_mixed_dtypes_and_unknown_backends_have_reasons(self) -> None:
         x, kernels = small_kernels()
-        reasons = DCONV.why_not("lean", x, kernels.float(), (3, 3), (1, 1), (1, 1), (1, 1))
+        reasons = DCONV.why_not("torch", x, kernels.float(), (3, 3), (1, 1), (1, 1), (1, 1))
         assert reasons == ["its tensors are of different dtypes (torch.float32, torch.float64)"]
         with pytest.raises(BackendError, match="different dtypes"):
             dconv(x, kernels.float(), (3, 3), padding=(1, 1))
-        with pytest.raises(BackendError, match="no backend 'cuda'; it has lean, reference"):
+        with pytest.raises(BackendError, match="no backend 'cuda'; it has torch, reference"):
             dconv(x, kernels, (3, 3), padding=(1, 1), backend="cuda")

@@ -1,6 +1,6 @@
 """The ACDA operator: the registered lean version, its gradient, and the choice among backends."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,21 +10,12 @@ from surgeon.errors import GeometryError
 from surgeon.layers.kernels.acda_lean import Gradients, Problem
 from surgeon.layers.kernels.acda_reference import acda_conv_reference
 from surgeon.layers.kernels.dispatch import Operator
+from surgeon.layers.kernels.library import autocast_dtype, define, shapes_of
 
 ACDA_CONV = Operator("acda_conv")
 
 
-def _define(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register an operator for every device.
-
-    As `torch.library.custom_op` does, but that one loads the whole of torch._dynamo (2 s, 150 MB) at the first eager call.
-    """
-    schema = torch.library.infer_schema(kernel, mutates_args=())
-    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(name, "default", kernel)
-    torch.library.register_fake(name, fake)
-
-
+@define("surgeon::acda_conv")
 def _lean(
     x: Tensor,
     alpha: Tensor,
@@ -39,6 +30,7 @@ def _lean(
     return Problem(x, alpha, psi, static, coeff, stride, padding, dilation, groups).run()
 
 
+@shapes_of("surgeon::acda_conv")
 def _lean_fake(
     x: Tensor,
     alpha: Tensor,
@@ -53,6 +45,7 @@ def _lean_fake(
     return x.new_empty(x.shape[0], coeff.shape[0], alpha.shape[2], alpha.shape[3])
 
 
+@define("surgeon::acda_conv_backward")
 def _lean_backward(
     grad: Tensor,
     x: Tensor,
@@ -73,6 +66,7 @@ def _lean_backward(
     return grads.results(psi, static, coeff)
 
 
+@shapes_of("surgeon::acda_conv_backward")
 def _lean_backward_fake(
     grad: Tensor,
     x: Tensor,
@@ -98,12 +92,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:5])
-    grads = torch.ops.surgeon.acda_conv_backward(grad, *ctx.saved_tensors, *ctx.geometry, needs)
+    grads = _lean_backward(grad, *ctx.saved_tensors, *ctx.geometry, needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
 
 
-_define("surgeon::acda_conv", _lean, _lean_fake)
-_define("surgeon::acda_conv_backward", _lean_backward, _lean_backward_fake)
 torch.library.register_autograd("surgeon::acda_conv", _backward, setup_context=_setup_context)
 
 
@@ -111,7 +103,7 @@ def _why_not_lean(x: Tensor, *args: Any) -> list[str]:
     return [] if x.is_floating_point() else [f"needs a floating-point input, got {x.dtype}"]
 
 
-ACDA_CONV.backend("lean", why_not=_why_not_lean)(torch.ops.surgeon.acda_conv)
+ACDA_CONV.backend("torch", why_not=_why_not_lean)(_lean)
 ACDA_CONV.backend("reference")(acda_conv_reference)
 
 
@@ -138,10 +130,11 @@ def acda_conv(
     _check_shapes(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
     device = x.device.type
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(device)
+    if dtype is None:
         return ACDA_CONV(x, alpha, psi, static, coeff, *geometry, backend=backend)
     if x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+        x = x.to(dtype)
     with torch.autocast(device, enabled=False):
         return ACDA_CONV(x, alpha, psi, static, coeff, *geometry, backend=backend)
 

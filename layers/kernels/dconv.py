@@ -17,6 +17,7 @@ from surgeon.layers.geometry import Pair
 from surgeon.layers.kernels import dconv_lean as lean
 from surgeon.layers.kernels.dconv_reference import dconv_layer_reference, dconv_reference
 from surgeon.layers.kernels.dispatch import Operator
+from surgeon.layers.kernels.library import autocast_dtype, define, shapes_of
 
 DCONV = Operator("dconv")
 DCONV_LAYER = Operator("dconv_layer")
@@ -124,10 +125,9 @@ def _output_size(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dila
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of an autocast region, if inside one; float64 is left alone, as autocast does."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
@@ -136,13 +136,13 @@ def _one_dtype(*args: Any) -> list[str]:
     return [] if len(dtypes) == 1 else [f"its tensors are of different dtypes ({', '.join(dtypes)})"]
 
 
-@DCONV.backend("lean", why_not=_one_dtype)
+@DCONV.backend("torch", why_not=_one_dtype)
 def _lean_apply(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     y: Tensor = _dconv(x, kernels, kernel_size, stride, padding, dilation)
     return y
 
 
-@DCONV_LAYER.backend("lean", why_not=_one_dtype)
+@DCONV_LAYER.backend("torch", why_not=_one_dtype)
 def _lean_layer(
     x: Tensor,
     features: Tensor,
@@ -164,7 +164,7 @@ DCONV_LAYER.backend("reference", why_not=_one_dtype)(dconv_layer_reference)
 # --- surgeon::dconv -----------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("surgeon::dconv", mutates_args=())
+@define("surgeon::dconv")
 def _dconv(
     x: Tensor,
     kernels: Tensor,
@@ -176,13 +176,13 @@ def _dconv(
     return lean.apply_forward(x, kernels, kernel_size, stride, padding, dilation)
 
 
-@_dconv.register_fake
+@shapes_of("surgeon::dconv")
 def _(x: Tensor, kernels: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
     outputs = max(x.shape[1], kernels.shape[1])
     return x.new_empty((x.shape[0], outputs, kernels.shape[-2], kernels.shape[-1]))
 
 
-@torch.library.custom_op("surgeon::dconv_backward", mutates_args=())
+@define("surgeon::dconv_backward")
 def _dconv_backward(
     grad: Tensor,
     x: Tensor,
@@ -196,7 +196,7 @@ def _dconv_backward(
     return lean.apply_backward(grad, x, kernels, kernel_size, needs, stride, padding, dilation)
 
 
-@_dconv_backward.register_fake
+@shapes_of("surgeon::dconv_backward")
 def _(grad: Tensor, x: Tensor, kernels: Tensor, kernel_size: Any, needs: Any, *geometry: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if needs[0] else 0), kernels.new_empty(kernels.shape if needs[1] else 0)
 
@@ -212,7 +212,7 @@ def _dconv_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*_wanted(found, needs), None, None, None, None)
 
 
-_dconv.register_autograd(_dconv_grad, setup_context=_dconv_setup)
+torch.library.register_autograd("surgeon::dconv", _dconv_grad, setup_context=_dconv_setup)
 
 
 def _wanted(found: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -222,7 +222,7 @@ def _wanted(found: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | Non
 # --- surgeon::dconv_layer -----------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("surgeon::dconv_layer", mutates_args=())
+@define("surgeon::dconv_layer")
 def _dconv_layer(
     x: Tensor,
     features: Tensor,
@@ -236,7 +236,7 @@ def _dconv_layer(
     return lean.layer_forward(lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation))
 
 
-@_dconv_layer.register_fake
+@shapes_of("surgeon::dconv_layer")
 def _(
     x: Tensor,
     features: Tensor,
@@ -250,7 +250,7 @@ def _(
     return lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation).static_conv2d()
 
 
-@torch.library.custom_op("surgeon::dconv_layer_backward", mutates_args=())
+@define("surgeon::dconv_layer_backward")
 def _dconv_layer_backward(
     grad: Tensor,
     x: Tensor,
@@ -267,7 +267,7 @@ def _dconv_layer_backward(
     return lean.layer_backward(grad, given, needs)
 
 
-@_dconv_layer_backward.register_fake
+@shapes_of("surgeon::dconv_layer_backward")
 def _(
     grad: Tensor,
     x: Tensor,
@@ -298,7 +298,7 @@ def _layer_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*_wanted(found, needs), None, None, None)
 
 
-_dconv_layer.register_autograd(_layer_grad, setup_context=_layer_setup)
+torch.library.register_autograd("surgeon::dconv_layer", _layer_grad, setup_context=_layer_setup)
 
 
 # --- FLOPs (1 MAC = 2 FLOPs) --------------------------------------------------------------------------------------

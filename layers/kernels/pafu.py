@@ -22,6 +22,7 @@ from surgeon.errors import GeometryError
 from surgeon.layers.geometry import Pair
 from surgeon.layers.kernels import pafu_dense, pafu_grouped, pafu_taps
 from surgeon.layers.kernels.dispatch import Operator
+from surgeon.layers.kernels.library import autocast_dtype, define, shapes_of
 from surgeon.layers.kernels.pafu_frames import Grads, Problem, Window
 from surgeon.layers.kernels.pafu_reference import pafu_conv_reference
 
@@ -52,8 +53,8 @@ def pafu_conv(
     go through the selection `index`. Under autocast the products are taken in its dtype. Raises `GeometryError` for shapes that
     do not fit, `BackendError` where the named backend ("torch", "reference") cannot run.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None and x.dtype != torch.float64:
         x, kernel, further = x.to(dtype), kernel.to(dtype), further.to(dtype)
     _check(x, kernel, further, index, soft, Window.of(kernel, stride, padding, dilation, groups))
     return PAFU_CONV(x, kernel, further, index, soft, stride, padding, dilation, groups, backend=backend)
@@ -101,7 +102,7 @@ def _format(x: Tensor) -> torch.memory_format:
 # --- as nodes of a graph: opaque to torch.compile, with shapes and gradients -----------------------------------------
 
 
-@torch.library.custom_op("surgeon::pafu_conv", mutates_args=())
+@define("surgeon::pafu_conv")
 def _conv(
     x: Tensor,
     kernel: Tensor,
@@ -128,12 +129,12 @@ def _empty_output(x: Tensor, kernel: Tensor, index: Tensor) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
 
 
-@_conv.register_fake
+@shapes_of("surgeon::pafu_conv")
 def _conv_fake(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *_: Any) -> Tensor:
     return _empty_output(x, kernel, index)
 
 
-@torch.library.custom_op("surgeon::pafu_conv_backward", mutates_args=())
+@define("surgeon::pafu_conv_backward")
 def _conv_backward(
     grad: Tensor,
     x: Tensor,
@@ -161,7 +162,7 @@ def _conv_backward(
     return _as_gradients(grad_x, first, rest, scores, x.dtype)
 
 
-@_conv_backward.register_fake
+@shapes_of("surgeon::pafu_conv_backward")
 def _conv_backward_fake(
     grad: Tensor, x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -200,14 +201,14 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, kernel, further, index = ctx.saved_tensors
     need_x, need_kernel, need_further, _, need_soft = ctx.needs_input_grad[:5]
     wanted = [need_x, need_kernel or need_further, need_soft]
-    grads = torch.ops.surgeon.pafu_conv_backward(grad, x, kernel, further, index, *ctx.settings, wanted)
+    grads = _conv_backward(grad, x, kernel, further, index, *ctx.settings, wanted)
     grad_soft = grads[3].to(ctx.soft_dtype) if need_soft else None
     asked = (need_x, need_kernel, need_further)
     by_input = [g if need else None for g, need in zip(grads, asked, strict=False)]
     return (*by_input, None, grad_soft, *(None for _ in ctx.settings))
 
 
-_conv.register_autograd(_differentiate, setup_context=_save_inputs)
+torch.library.register_autograd("surgeon::pafu_conv", _differentiate, setup_context=_save_inputs)
 
 
 # --- backends ------------------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ _conv.register_autograd(_differentiate, setup_context=_save_inputs)
 
 @PAFU_CONV.backend("torch")
 def _run_lean(*args: Any) -> Tensor:
-    y: Tensor = torch.ops.surgeon.pafu_conv(*args, "auto")
+    y: Tensor = _conv(*args, "auto")
     return y
 
 

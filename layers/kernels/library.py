@@ -1,0 +1,43 @@
+"""Operators as nodes of a graph: opaque to `torch.compile` and `torch.export`, with shapes and gradients of their own."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def define(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: register a function of tensors as the operator `name` ("surgeon::…") for every device; returns the operator.
+
+    As `torch.library.custom_op` does, but that one loads the whole of torch._dynamo (2 s, 150 MB) at the first eager call. The
+    schema comes from the annotations. Shapes are added by `shapes_of(name)`, gradients by
+    `torch.library.register_autograd(name, …)`.
+    """
+
+    def register(kernel: Callable[..., Any]) -> Any:
+        schema = torch.library.infer_schema(kernel, mutates_args=())
+        torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(name, "default", kernel)
+        namespace, operator = name.split("::")
+        return getattr(getattr(torch.ops, namespace), operator)
+
+    return register
+
+
+def shapes_of(name: str) -> Callable[[Function], Function]:
+    """Decorator: register what makes empty results of the right shapes (`torch.library.register_fake`, with types)."""
+
+    def register(fake: Function) -> Function:
+        torch.library.register_fake(name, fake)
+        return fake
+
+    return register
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of the autocast region we are in, or None outside of one (and on devices without autocast, as meta)."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
