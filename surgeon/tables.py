@@ -30,6 +30,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int = 
     return "\n".join(lines)
 
 
+def shorten(text: str, width: int) -> str:
+    """At most `width` characters of the text, its middle left out: names of layers differ at their ends."""
+    if len(text) <= width:
+        return text
+    head = (width - 2) // 2
+    return f"{text[:head]}..{text[len(text) - (width - 2 - head) :]}"
+
+
 def paragraph(text: str, *, width: int = 80, indent: str = "", hang: str | None = None) -> str:
     """The text wrapped at `width`; `hang` indents what follows the first line (default: as `indent`)."""
     return textwrap.fill(
