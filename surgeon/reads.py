@@ -6,7 +6,7 @@ show that. So the bytecode of forward methods is searched for `self.<…>.weight
 
 import dis
 from collections.abc import Collection
-from functools import cache, reduce
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -46,12 +46,14 @@ def written_reads(model: nn.Module, targets: Collection[int]) -> dict[int, list[
 
 
 def _resolve(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
-    owner: Any = reduce(lambda parent, name: getattr(parent, name, None), path, module)
+    owner: Any = module
+    for name in path:
+        owner = getattr(owner, name, None)
     return owner if isinstance(owner, nn.Module) else None
 
 
 @cache
-def _reads_of(cls: type[nn.Module]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def _reads_of(cls: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """(method, attribute path) of every read in the forward methods of a class."""
     found = []
     for base in cls.__mro__:

@@ -191,6 +191,7 @@ def _cropped(weight: Tensor, geometry: ConvGeometry) -> tuple[Tensor, ConvGeomet
 
 
 def _make_conv(geometry: ConvGeometry, weight: Tensor, bias: bool) -> nn.Conv2d:
+    mode: Any = geometry.padding_mode
     options: dict[str, Any] = {
         "in_channels": geometry.in_channels,
         "out_channels": geometry.out_channels,
@@ -209,12 +210,12 @@ def _make_conv(geometry: ConvGeometry, weight: Tensor, bias: bool) -> nn.Conv2d:
         return same
     left, right, top, bottom = geometry.padding
     if (left, top) == (right, bottom) and min(left, top) >= 0:
-        return nn.Conv2d(**options, padding=(top, left), padding_mode=geometry.padding_mode)
+        return nn.Conv2d(**options, padding=(top, left), padding_mode=mode)
     if geometry.stride == (1, 1):
-        conv = nn.Conv2d(**options, padding="same", padding_mode=geometry.padding_mode)
+        conv = nn.Conv2d(**options, padding="same", padding_mode=mode)
         if tuple(conv._reversed_padding_repeated_twice) == geometry.padding:
             return conv
-    return PaddedConv2d(geometry.padding, **options, padding_mode=geometry.padding_mode)
+    return PaddedConv2d(geometry.padding, **options, padding_mode=mode)
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -230,7 +231,8 @@ class PaddedConv2d(nn.Conv2d):
         return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sides={self.sides}"
+        own: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{own}, sides={self.sides}"
 
 
 def _static_error(layer: DynamicConv2d, conv: nn.Conv2d) -> float:

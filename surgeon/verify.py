@@ -217,7 +217,7 @@ def _descend(twin: DynamicConv2d, x: Tensor, new: Mapping[str, nn.Parameter]) ->
     with torch.no_grad():
         for p in new.values():
             if p.grad is not None and (largest := float(p.grad.abs().max())) > 0 and math.isfinite(largest):
-                p -= 0.01 * p.grad / largest
+                p.add_(p.grad, alpha=-0.01 / largest)
 
 
 def check_gradients(layers: Mapping[str, DynamicConv2d]) -> list[str]:
