@@ -49,7 +49,8 @@ class SEKG(nn.Module):
             padded, spatial.weight, spatial.bias, spatial.stride, padding, spatial.dilation, spatial.groups
         )
         average = x.mean(dim=(2, 3)).unsqueeze(1)
-        return around + self.channel(average).transpose(1, 2).unsqueeze(3)
+        channel: Tensor = self.channel(average)
+        return around + channel.transpose(1, 2).unsqueeze(3)
 
     def forward(self, x: Tensor) -> Tensor:
         """The generated kernels, (N, maps, H', W')."""

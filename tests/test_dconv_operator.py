@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from surgeon.errors import BackendError, GeometryError
-from surgeon.layers.kernels import dconv_lean
+from surgeon.layers.kernels import dconv_tiles
 from surgeon.layers.kernels.dconv import DCONV, dconv, dconv_layer
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
@@ -22,8 +22,8 @@ pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 @pytest.fixture(params=["one piece", "many pieces"])
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many pieces":
-        monkeypatch.setitem(dconv_lean.PIECE_BYTES, "cpu", 1500)
-        monkeypatch.setattr(dconv_lean, "BAND_BYTES", 1500)
+        monkeypatch.setitem(dconv_tiles.PIECE_BYTES, "cpu", 1500)
+        monkeypatch.setattr(dconv_tiles, "BAND_BYTES", 1500)
 
 
 @st.composite

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -21,6 +20,8 @@ from surgeon.layers.kernels.dispatch import Operator
 
 DCONV = Operator("dconv")
 DCONV_LAYER = Operator("dconv_layer")
+
+Shape = Sequence[int]
 
 ONE: Pair = (1, 1)
 NONE: Pair = (0, 0)
@@ -137,7 +138,8 @@ def _one_dtype(*args: Any) -> list[str]:
 
 @DCONV.backend("lean", why_not=_one_dtype)
 def _lean_apply(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    return _dconv(x, kernels, kernel_size, stride, padding, dilation)
+    y: Tensor = _dconv(x, kernels, kernel_size, stride, padding, dilation)
+    return y
 
 
 @DCONV_LAYER.backend("lean", why_not=_one_dtype)
@@ -151,7 +153,8 @@ def _lean_layer(
     padding: Pair,
     dilation: Pair,
 ) -> Tensor:
-    return _dconv_layer(x, features, weight, static, bias, stride, padding, dilation)
+    y: Tensor = _dconv_layer(x, features, weight, static, bias, stride, padding, dilation)
+    return y
 
 
 DCONV.backend("reference", why_not=_one_dtype)(dconv_reference)
@@ -244,7 +247,7 @@ def _(
     padding: Any,
     dilation: Any,
 ) -> Tensor:
-    return F.conv2d(x, static, bias, stride, padding, dilation, x.shape[1])
+    return lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation).static_conv2d()
 
 
 @torch.library.custom_op("surgeon::dconv_layer_backward", mutates_args=())
@@ -259,7 +262,7 @@ def _dconv_layer_backward(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> lean.LayerGradients:
     given = lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation)
     return lean.layer_backward(grad, given, needs)
 
@@ -274,13 +277,13 @@ def _(
     bias: Tensor | None,
     needs: Any,
     *geometry: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> lean.LayerGradients:
     given = lean.LayerInputs(x, features, weight, static, bias, *geometry)
-    grad_x, grad_static, grad_bias = lean.static_backward(grad, given, needs)
+    grad_x, grad_static, grad_bias = given.static_gradients(grad, needs)
     grad_features = torch.empty_like(features) if needs[1] else None
     grad_weight = torch.empty_like(weight) if needs[2] else None
-    g1, g2, g3, g4, g5 = (lean.filled(x, part) for part in (grad_x, grad_features, grad_weight, grad_static, grad_bias))
-    return g1, g2, g3, g4, g5
+    found = lean.filled(x, grad_x), lean.filled(x, grad_features), lean.filled(x, grad_weight)
+    return (*found, lean.filled(x, grad_static), lean.filled(x, grad_bias))
 
 
 def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -301,43 +304,54 @@ _dconv_layer.register_autograd(_layer_grad, setup_context=_layer_setup)
 # --- FLOPs (1 MAC = 2 FLOPs) --------------------------------------------------------------------------------------
 
 
+# torch hands the arguments over with the shape of each tensor in its place.
+
+
 @register_flop_formula(torch.ops.surgeon.dconv)
-def _dconv_flops(x: Any, kernels: Any, *rest: Any, out_shape: Any, **kwargs: Any) -> int:
-    return 2 * math.prod(out_shape) * int(kernels[2])
+def _dconv_flops(x: Shape, kernels: Shape, *rest: object, out_shape: Shape, **kwargs: object) -> int:
+    return 2 * math.prod(out_shape) * kernels[2]
 
 
 @register_flop_formula(torch.ops.surgeon.dconv_backward)
 def _dconv_backward_flops(
-    grad: Any, x: Any, kernels: Any, kernel_size: Any, needs: Any, *rest: Any, out_shape: Any, **kwargs: Any
+    grad: Shape,
+    x: Shape,
+    kernels: Shape,
+    kernel_size: Shape,
+    needs: Sequence[bool],
+    *rest: object,
+    out_shape: object,
+    **kwargs: object,
 ) -> int:
-    return 2 * math.prod(grad) * int(kernels[2]) * sum(needs)
+    return 2 * math.prod(grad) * kernels[2] * sum(needs)
 
 
 @register_flop_formula(torch.ops.surgeon.dconv_layer)
-def _dconv_layer_flops(x: Any, features: Any, weight: Any, static: Any, *rest: Any, out_shape: Any, **kw: Any) -> int:
-    generate, apply = _layer_macs(features, weight, static)
-    return 2 * (generate + apply)
+def _dconv_layer_flops(
+    x: Shape, features: Shape, weight: Shape, static: Shape, *rest: object, out_shape: Shape, **kwargs: object
+) -> int:
+    return 2 * sum(_layer_macs(features, weight, static))
 
 
 @register_flop_formula(torch.ops.surgeon.dconv_layer_backward)
 def _dconv_layer_backward_flops(
-    grad: Any,
-    x: Any,
-    features: Any,
-    weight: Any,
-    static: Any,
-    bias: Any,
-    needs: Any,
-    *rest: Any,
-    out_shape: Any,
-    **kw: Any,
+    grad: Shape,
+    x: Shape,
+    features: Shape,
+    weight: Shape,
+    static: Shape,
+    bias: Shape | None,
+    needs: Sequence[bool],
+    *rest: object,
+    out_shape: object,
+    **kwargs: object,
 ) -> int:
     """The kernels are generated again for the gradient of x."""
     generate, apply = _layer_macs(features, weight, static)
-    return 2 * (generate * (needs[0] + needs[1] + needs[2]) + apply * (needs[0] + (needs[1] or needs[2] or needs[3])))
+    return 2 * (generate * sum(needs[:3]) + apply * (needs[0] + any(needs[1:4])))
 
 
-def _layer_macs(features: Any, weight: Any, static: Any) -> tuple[int, int]:
+def _layer_macs(features: Shape, weight: Shape, static: Shape) -> tuple[int, int]:
     """Multiply-accumulates to generate kernels and to apply them."""
     pixels = features[0] * features[2] * features[3]
     return pixels * math.prod(weight), pixels * math.prod(static)
