@@ -50,9 +50,15 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -> int:
 
 
 def peak_rss() -> int:
-    """The highest resident memory of this process so far, in bytes (Linux counts in KiB, macOS in bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """The highest resident memory of this process so far, in bytes.
+
+    Linux: VmHWM, because `ru_maxrss` of a new process starts at its parent's. macOS counts `ru_maxrss` in bytes.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def in_subprocess(script: Path, args: Sequence[str], threads: int) -> Any:

@@ -115,7 +115,7 @@ class ACDAConv2d(DynamicConv2d):
             layer.static_atoms.copy_(parts.atoms[m:])
             if layer.bias is not None and source.bias is not None:
                 layer.bias.copy_(source.bias)
-        if isinstance(conv, nn.Module):
+        if isinstance(conv, nn.Conv2d):
             _take_over_flags(layer, conv)
         return layer
 
@@ -130,7 +130,8 @@ class ACDAConv2d(DynamicConv2d):
         alpha = self.generator(x)
         padded, padding = pad_for_window(x, g, window)
         dynamic = self.config.atoms
-        static, coeff = centred(self.static_atoms, window), self.coeff
+        static: Tensor = centred(self.static_atoms, window)
+        coeff: Tensor = self.coeff
         if self.folds_static:
             static, coeff = static[:0], coeff[:, :, :dynamic]
         y = acda_conv(padded, alpha, self.psi, static, coeff, g.stride, padding, g.dilation, g.groups)
@@ -201,10 +202,10 @@ def _decompose(source: ConvSource, config: ACDAConfig, calibration: Tensor | Non
     return truncate_for_inputs(source, allowed, calibration.cpu())
 
 
-def _take_over_flags(layer: ACDAConv2d, conv: nn.Module) -> None:
+def _take_over_flags(layer: ACDAConv2d, conv: nn.Conv2d) -> None:
     """Training mode, and whether what was the weight and the bias is trained."""
     layer.train(conv.training)
     for parameter in (layer.coeff, layer.static_atoms):
         parameter.requires_grad_(conv.weight.requires_grad)
-    if layer.bias is not None:
+    if layer.bias is not None and conv.bias is not None:
         layer.bias.requires_grad_(conv.bias.requires_grad)

@@ -86,8 +86,11 @@ def output_error(source: ConvSource, weight: Tensor, x: Tensor) -> float:
     dtype = torch.promote_types(x.dtype, torch.float32)
     wrong = replace(source, weight=(source.weight.double() - weight).to(dtype), bias=None)
     right = replace(source, weight=source.weight.to(dtype), bias=None)
-    error = sum(float(wrong.conv2d(image.to(dtype)).double().square().sum()) for image in x.detach().split(1))
-    total = sum(float(right.conv2d(image.to(dtype)).double().square().sum()) for image in x.detach().split(1))
+    error = total = 0.0
+    for i in range(len(x)):
+        image = x[i : i + 1].detach().to(dtype)
+        error += float(wrong.conv2d(image).double().square().sum())
+        total += float(right.conv2d(image).double().square().sum())
     return (error / total) ** 0.5 if total > 0 else 0.0
 
 

@@ -22,12 +22,13 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    return float(((got - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).detach())
 
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> tuple[nn.Conv2d, tuple[int, int]]:
     """A random convolution and an input size for it, odd or even."""
+    torch.manual_seed(draw(st.integers(0, 1000)))
     groups = draw(st.sampled_from([1, 2, 4]))
     kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
     dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
@@ -235,7 +236,7 @@ def test_built_from_scratch_it_is_the_papers_layer() -> None:
     assert (layer.config.static_atoms, layer.config.extra_elements) == (0, 0)
     assert tuple(layer.psi.shape) == (18, 7, 7)
     y = layer(torch.randn(2, 16, 9, 9))
-    assert 0.1 < float(y.std()) < 3
+    assert 0.1 < float(y.detach().std()) < 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -35,6 +35,7 @@ def problem(
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
     """Operands that require gradients, and the geometry."""
+    torch.manual_seed(0)
     out = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(size, window, stride, padding, dilation, strict=True)

@@ -1,6 +1,6 @@
 """The ACDA operator: the registered lean version, its gradient, and the choice among backends."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,17 @@ from surgeon.layers.kernels.dispatch import Operator
 ACDA_CONV = Operator("acda_conv")
 
 
-@torch.library.custom_op("surgeon::acda_conv", mutates_args=())
+def _define(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register an operator for every device.
+
+    As `torch.library.custom_op` does, but that one loads the whole of torch._dynamo (2 s, 150 MB) at the first eager call.
+    """
+    schema = torch.library.infer_schema(kernel, mutates_args=())
+    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(name, "default", kernel)
+    torch.library.register_fake(name, fake)
+
+
 def _lean(
     x: Tensor,
     alpha: Tensor,
@@ -29,8 +39,7 @@ def _lean(
     return Problem(x, alpha, psi, static, coeff, stride, padding, dilation, groups).run()
 
 
-@_lean.register_fake
-def _(
+def _lean_fake(
     x: Tensor,
     alpha: Tensor,
     psi: Tensor,
@@ -44,7 +53,6 @@ def _(
     return x.new_empty(x.shape[0], coeff.shape[0], alpha.shape[2], alpha.shape[3])
 
 
-@torch.library.custom_op("surgeon::acda_conv_backward", mutates_args=())
 def _lean_backward(
     grad: Tensor,
     x: Tensor,
@@ -65,8 +73,7 @@ def _lean_backward(
     return grads.results(psi, static, coeff)
 
 
-@_lean_backward.register_fake
-def _(
+def _lean_backward_fake(
     grad: Tensor,
     x: Tensor,
     alpha: Tensor,
@@ -95,14 +102,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
 
 
-_lean.register_autograd(_backward, setup_context=_setup_context)
+_define("surgeon::acda_conv", _lean, _lean_fake)
+_define("surgeon::acda_conv_backward", _lean_backward, _lean_backward_fake)
+torch.library.register_autograd("surgeon::acda_conv", _backward, setup_context=_setup_context)
 
 
 def _why_not_lean(x: Tensor, *args: Any) -> list[str]:
     return [] if x.is_floating_point() else [f"needs a floating-point input, got {x.dtype}"]
 
 
-ACDA_CONV.backend("lean", why_not=_why_not_lean)(_lean)
+ACDA_CONV.backend("lean", why_not=_why_not_lean)(torch.ops.surgeon.acda_conv)
 ACDA_CONV.backend("reference")(acda_conv_reference)
 
 
