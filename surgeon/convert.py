@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy as is_uninitialised
+from torch.nn.parameter import is_lazy as is_lazy_tensor
 
 from surgeon.compare import Difference, compare
 from surgeon.copying import copy_model
@@ -106,7 +106,7 @@ def inspect(
 
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters of the whole model, shared ones once."""
-    return sum(p.numel() for p in model.parameters() if not is_uninitialised(p))
+    return sum(p.numel() for p in model.parameters() if not is_lazy_tensor(p))
 
 
 def _silent(stage: str, done: int, total: int) -> None:

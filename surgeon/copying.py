@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy as is_uninitialised
+from torch.nn.parameter import is_lazy as is_lazy_tensor
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -23,7 +23,7 @@ def copy_to_meta(model: nn.Module) -> nn.Module:
     """Copy with the same structure whose tensors have shapes but no data."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers(), *_plain_tensors(model)]:
-        if not is_uninitialised(tensor):
+        if not is_lazy_tensor(tensor):
             memo[id(tensor)] = _to_meta(tensor)
     return copy.deepcopy(model, memo)
 
@@ -41,14 +41,14 @@ def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 def is_lazy(module: nn.Module) -> bool:
     """Whether a parameter or buffer below has no shape yet."""
-    return any(is_uninitialised(t) for t in [*module.parameters(), *module.buffers()])
+    return any(is_lazy_tensor(t) for t in [*module.parameters(), *module.buffers()])
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode and without gradients; afterwards every module's mode and every buffer is as before."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(b, b.clone()) for b in model.buffers() if not is_uninitialised(b)]
+    buffers = [(b, b.clone()) for b in model.buffers() if not is_lazy_tensor(b)]
     for module, _ in modes:
         module.training = False
     try:

@@ -191,6 +191,7 @@ def _cropped(weight: Tensor, geometry: ConvGeometry) -> tuple[Tensor, ConvGeomet
 
 
 def _make_conv(geometry: ConvGeometry, weight: Tensor, bias: bool) -> nn.Conv2d:
+    mode: Any = geometry.padding_mode
     options: dict[str, Any] = {
         "in_channels": geometry.in_channels,
         "out_channels": geometry.out_channels,
@@ -207,15 +208,14 @@ def _make_conv(geometry: ConvGeometry, weight: Tensor, bias: bool) -> nn.Conv2d:
 
         same: nn.Conv2d = Conv2dSame(**options)
         return same
-    options["padding_mode"] = geometry.padding_mode
     left, right, top, bottom = geometry.padding
     if (left, top) == (right, bottom) and min(left, top) >= 0:
-        return nn.Conv2d(**options, padding=(top, left))
+        return nn.Conv2d(**options, padding=(top, left), padding_mode=mode)
     if geometry.stride == (1, 1):
-        conv = nn.Conv2d(**options, padding="same")
+        conv = nn.Conv2d(**options, padding="same", padding_mode=mode)
         if tuple(conv._reversed_padding_repeated_twice) == geometry.padding:
             return conv
-    return PaddedConv2d(geometry.padding, **options)
+    return PaddedConv2d(geometry.padding, **options, padding_mode=mode)
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -231,8 +231,8 @@ class PaddedConv2d(nn.Conv2d):
         return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
-        plain: str = super().extra_repr()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return f"{plain}, sides={self.sides}"
+        own: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{own}, sides={self.sides}"
 
 
 def _static_error(layer: DynamicConv2d, conv: nn.Conv2d) -> float:

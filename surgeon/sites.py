@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import is_lazy as is_uninitialised
+from torch.nn.parameter import is_lazy as is_lazy_tensor
 from torch.nn.utils import parametrize
 
 from surgeon.copying import copy_to_meta, is_lazy
@@ -141,7 +141,7 @@ def _shared_parameters(model: nn.Module, names: dict[str, tuple[str, ...]]) -> d
     """For every convolution, the parameters of other modules that are, or lie in the memory of, one of its own."""
 
     def key(tensor: Tensor) -> int:
-        return id(tensor) if is_uninitialised(tensor) else int(tensor.untyped_storage()._cdata)
+        return id(tensor) if is_lazy_tensor(tensor) else int(tensor.untyped_storage()._cdata)
 
     users: dict[int, dict[int, str]] = {}
     for prefix, module in model.named_modules():

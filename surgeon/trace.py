@@ -8,6 +8,7 @@ import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from torch import fx, nn
@@ -106,18 +107,18 @@ class RobustTracer(fx.Tracer):
 
 def _timm_modules() -> tuple[type[nn.Module], ...]:
     try:
-        from timm.layers import get_notrace_modules
+        timm_layers: Any = import_module("timm.layers")
     except ImportError:
         return ()
-    return tuple(get_notrace_modules())
+    return tuple(timm_layers.get_notrace_modules())
 
 
 def _timm_functions() -> tuple[Callable[..., Any], ...]:
     try:
-        from timm.layers import get_notrace_functions
+        timm_layers: Any = import_module("timm.layers")
     except ImportError:
         return ()
-    return tuple(f for f in get_notrace_functions() if callable(f))
+    return tuple(f for f in timm_layers.get_notrace_functions() if callable(f))
 
 
 def _join(prefix: str, name: str) -> str:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from surgeon.compare import Difference, compare, compare_tensors
 from surgeon.copying import copy_model, evaluating, is_lazy, seeded, strict_float32
-from surgeon.errors import InputError, VerificationError
+from surgeon.errors import GeometryError, InputError, VerificationError
 from surgeon.inputs import Inputs
 from surgeon.layers.base import DynamicConv2d
+from surgeon.layers.geometry import ConvGeometry
 from surgeon.observe import observe
 from surgeon.plan import may_compress
 from surgeon.rewrite import Rewrite, build_layer, dynamic_layers, sample_input
@@ -198,13 +199,28 @@ def without_gradient(layer: DynamicConv2d, seed: int = 0) -> list[str]:
         parameter.requires_grad_(True)
     missing = set(new)
     with seeded(seed), torch.enable_grad():
-        x = sample_input(twin, 2, 4)
+        side = _small_side(twin.geometry)
+        like = next(twin.parameters())
+        x = torch.randn((2, twin.geometry.in_channels, side, side), dtype=like.dtype, device=like.device)
         for _ in range(2):
             _descend(twin, x, new)
             missing -= {name for name, p in new.items() if p.grad is not None and bool((p.grad != 0).any())}
             if not missing:
                 break
     return [name for name in new if name in missing]
+
+
+def _small_side(geometry: ConvGeometry) -> int:
+    """Side of the smallest square input with an output of at least 3×3: dilated kernels may reach beyond it."""
+    padding = (0, 0, 0, 0) if geometry.padding == "tf_same" else geometry.padding
+    side = 4 if geometry.padding_mode == "zeros" else max(4, 1 + max(padding))
+    while True:
+        try:
+            if min(geometry.output_size(side, side)) >= 3:
+                return side
+        except GeometryError:
+            pass
+        side += 1
 
 
 def _descend(twin: DynamicConv2d, x: Tensor, new: Mapping[str, nn.Parameter]) -> None:
@@ -217,7 +233,7 @@ def _descend(twin: DynamicConv2d, x: Tensor, new: Mapping[str, nn.Parameter]) ->
     with torch.no_grad():
         for p in new.values():
             if p.grad is not None and (largest := float(p.grad.abs().max())) > 0 and math.isfinite(largest):
-                p.sub_(0.01 * p.grad / largest)
+                p.add_(p.grad, alpha=-0.01 / largest)
 
 
 def check_gradients(layers: Mapping[str, DynamicConv2d]) -> list[str]:

@@ -280,3 +280,18 @@ class TestErrors:
             dconv(x, kernels.float(), (3, 3), padding=(1, 1))
         with pytest.raises(BackendError, match="no backend 'cuda'; it has torch, reference"):
             dconv(x, kernels, (3, 3), padding=(1, 1), backend="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("groups", "outputs"), [(4, 4), (2, 8), (8, 8)])
+def test_cuda_equals_cpu(groups: int, outputs: int) -> None:
+    tensors = small(groups=groups, outputs=outputs)
+    on_cuda = [None if t is None else t.detach().cuda().requires_grad_() for t in tensors]
+
+    def both(call_on: list[Tensor | None]) -> list[Tensor]:
+        y = dconv_layer(*call_on, padding=(1, 1))
+        return [y, *torch.autograd.grad(y.square().sum(), [t for t in call_on if t is not None])]
+
+    for ours, expected in zip(both(on_cuda), both(tensors), strict=True):
+        torch.testing.assert_close(ours.cpu(), expected)

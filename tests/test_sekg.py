@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -196,12 +197,12 @@ class TestFactorisation:
     def test_full_rank_is_exact_and_lower_rank_is_the_best_approximation(self) -> None:
         torch.manual_seed(0)
         weight = torch.randn(8, 3, 3, 3, dtype=torch.float64)
-        geometry = ConvGeometry(in_channels=3, out_channels=8, kernel_size=(3, 3))
+        geometry = geometry_of(weight.shape)
         assert full_rank(geometry) == 8
         errors = []
         for rank in (2, 5, 8):
             layer = SEKGConv2d.from_conv(
-                ConvSource(geometry=replace_bias(geometry), weight=weight, bias=None),
+                ConvSource(geometry=geometry, weight=weight, bias=None),
                 SEKGConfig(mode="factorised", multiplier=rank),
             )
             errors.append(float((layer.static_weight().detach() - weight).norm()))
@@ -212,14 +213,25 @@ class TestFactorisation:
     def test_a_multiplier_beyond_the_rank_is_cut(self) -> None:
         assert make("factorised", multiplier=50)[1].config.multiplier == 9
 
+    @pytest.mark.parametrize("shape", [(8, 3, 3, 3), (12, 3, 3, 3)])
+    def test_weights_of_low_rank_and_of_nothing_are_exact(self, shape: tuple[int, ...]) -> None:
+        torch.manual_seed(0)
+        weight = torch.zeros(shape, dtype=torch.float64)
+        weight[:, 1] = torch.randn(shape[0], 1, 1) * torch.randn(3, 3)
+        weight[:, 2] = torch.randn(shape[0], 3, 3) * torch.logspace(-14, 0, 9).view(3, 3)
+        source = ConvSource(geometry=geometry_of(shape), weight=weight, bias=None)
+        layer = SEKGConv2d.from_conv(source, SEKGConfig(mode="factorised"))
+        torch.testing.assert_close(layer.static_weight().detach(), weight, rtol=0, atol=1e-14)
+        assert all(bool(p.isfinite().all()) for p in layer.parameters())
+
     def test_factors_have_the_stated_shapes(self) -> None:
         depthwise, pointwise = factorise(torch.randn(8, 3, 3, 2), groups=2, multiplier=4)
         assert depthwise.shape == (24, 1, 3, 2)
         assert pointwise.shape == (8, 12, 1, 1)
 
 
-def replace_bias(geometry: ConvGeometry) -> ConvGeometry:
-    return ConvGeometry.from_dict({**geometry.to_dict(), "bias": False})
+def geometry_of(shape: Sequence[int]) -> ConvGeometry:
+    return ConvGeometry(in_channels=shape[1], out_channels=shape[0], kernel_size=(shape[2], shape[3]), bias=False)
 
 
 class TestStaticWeight:
