@@ -61,11 +61,13 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def in_subprocess(script: Path, args: Sequence[str], threads: int) -> Any:
+def in_subprocess(module: str, args: Sequence[str], threads: int) -> Any:
     """Run a program of this folder in a fresh process and read the JSON document it prints."""
-    root = script.resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent
     env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, str(script), *args], env=env, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", module, *args], env=env, check=True, capture_output=True, text=True
+    )
     return json.loads(done.stdout)
 
 

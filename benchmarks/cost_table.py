@@ -18,7 +18,7 @@ import numpy as np
 import timm
 import torch
 
-from benchmarks._machine import RESULTS, table, write_json
+from benchmarks._results import RESULTS, table, write_json
 from surgeon.costs import CostTable, Option, cost, cost_table
 from surgeon.costs.build import option_layer
 from surgeon.layers.base import LayerConfig

@@ -24,7 +24,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from benchmarks._machine import RESULTS, Rows, table, write_json
+from benchmarks._results import RESULTS, Rows, table, write_json
 from surgeon.costs import Option, cost
 from surgeon.costs.build import resolved_config
 from surgeon.costs.measure import has_device, measure

@@ -1,7 +1,7 @@
 """Our operators against the published way (unfold) and against plain convolutions, with the targets beside the ratios.
 
-    python benchmarks/operators.py                      # every case, about 20 minutes on one core
-    python benchmarks/operators.py --op acda --quick    # fewer repeats, no memory measurement
+    python -m benchmarks.operators                      # every case, about 20 minutes on one core
+    python -m benchmarks.operators --op acda --quick    # fewer repeats, no memory measurement
 
 What is compared, and what it is held to, stands in `_operator_cases.py`.
 """
@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _bench import in_subprocess, interleaved, machine, peak_rss, saved_bytes
-from _operator_cases import OPERATORS, SHAPES, TARGETS, Case, Step, Target
+
+from benchmarks._bench import in_subprocess, interleaved, peak_rss, saved_bytes
+from benchmarks._operator_cases import OPERATORS, SHAPES, TARGETS, Case, Step, Target
+from benchmarks._results import write_json
 
 
 def measure(case: Case, repeats: int, memory: bool, threads: int) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def measure(case: Case, repeats: int, memory: bool, threads: int) -> dict[str, A
         result[name]["saved_bytes"] = saved_bytes(step.forward, step.inputs)
         if memory:
             arguments = ["--peak-of", case.name, name, "--threads", str(threads)]
-            result[name]["peak_bytes"] = in_subprocess(Path(__file__), arguments, threads)
+            result[name]["peak_bytes"] = in_subprocess("benchmarks.operators", arguments, threads)
     return result
 
 
@@ -142,9 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"CPU ms of the process, {args.threads} thread(s), interleaved medians\n")
     print(table(results), comparison_table(rows), sep="\n\n")
     if args.json:
-        document = {"machine": machine(), "shapes": SHAPES, "results": results, "targets": rows}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(document, indent=1))
+        write_json(args.json, {"shapes": SHAPES, "results": results, "targets": rows})
     return 0
 
 

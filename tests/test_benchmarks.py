@@ -1,5 +1,6 @@
 """The benchmark programs run, resume and count right, on toy networks and tiny inputs."""
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks import _data, _models, _results, _tasks, compress, convert_speed, coverage, trained
+from benchmarks import _data, _models, _results, _tasks, compress, convert_speed, coverage, operators, trained
+from benchmarks._operator_cases import SHAPES, TARGETS
 from benchmarks._tasks import Sample, Score, Task
 
 # --- toy tasks --------------------------------------------------------------------------------------------------------
@@ -164,6 +166,32 @@ def test_convert_speed(tmp_path: Path) -> None:
     (row,) = _content(tmp_path / "convert_speed.json")["rows"]
     assert row["replaced"] > 5
     assert sum(row["stages"].values()) == pytest.approx(row["seconds"], rel=0.2)
+
+
+def test_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for shape in SHAPES:
+        monkeypatch.setitem(SHAPES, shape, (1, 4, 8))
+    assert operators.main(["--quick", "--json", str(tmp_path / "operators.json")]) == 0
+    rows = json.loads((tmp_path / "operators.json").read_text())["targets"]
+    measured = [target for target in TARGETS if target.measure != "peak"]  # which --quick leaves out
+    assert len(rows) == sum(len(target.must | target.aim) for target in measured)
+    saved = [row for row in rows if ": saved" in row["what"]]
+    assert saved
+    assert all(row["ratio"] == 0 and row["met"] for row in saved)
+    printed = capsys.readouterr().out
+    assert all(row["what"] in printed for row in rows)
+
+
+@pytest.mark.parametrize(("ratio", "sign", "holds"), [(2.0, ">=", True), (1.9, ">=", False), (2.1, "<=", False)])
+def test_operator_targets_compare(ratio: float, sign: str, holds: bool) -> None:
+    assert operators._holds(ratio, sign, 2.0) is holds
+
+
+@pytest.mark.parametrize("program", ["cost_table", "memory_accuracy", "operators"])
+def test_programs_say_what_they_do(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(f"benchmarks.{program}").main(["--help"])
+    assert f"python -m benchmarks.{program}" in capsys.readouterr().out
 
 
 def test_coverage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
