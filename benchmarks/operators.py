@@ -1,7 +1,7 @@
 """Our operators against the published way (unfold) and against plain convolutions, with the targets beside the ratios.
 
     python -m benchmarks.operators                      # every case, about 20 minutes on one core
-    python -m benchmarks.operators --op acda --quick    # fewer repeats, no memory measurement
+    python -m benchmarks.operators --op acda --quick    # fewer repeats, in one process, no memory measurement
 
 What is compared, and what it is held to, stands in `_operator_cases.py`.
 """
@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--quick", action="store_true", help="few repeats, no memory measurement")
+    parser.add_argument("--case", metavar="NAME", help="measure one case here, and print its JSON")
     parser.add_argument("--peak-of", nargs=2, metavar=("CASE", "STEP"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -135,11 +136,19 @@ def main(argv: list[str] | None = None) -> int:
         case = next(case for case in cases if case.name == args.peak_of[0])
         print(json.dumps(peak_of(case, args.peak_of[1])))
         return 0
+    repeats = 3 if args.quick else 7
+    if args.case:
+        case = next(case for case in cases if case.name == args.case)
+        print(json.dumps(measure(case, repeats, memory=not args.quick, threads=args.threads)))
+        return 0
     results = {}
     for i, case in enumerate(cases):
         print(f"[{i + 1}/{len(cases)}] {case.name}", file=sys.stderr, flush=True)
-        repeats = 3 if args.quick else 7
-        results[case.name] = measure(case, repeats, memory=not args.quick, threads=args.threads)
+        if args.quick:
+            results[case.name] = measure(case, repeats, memory=False, threads=args.threads)
+        else:  # in a process of its own: what the allocator has kept from an earlier case decides about page faults
+            arguments = ["--case", case.name, "--threads", str(args.threads)]
+            results[case.name] = in_subprocess("benchmarks.operators", arguments, args.threads)
     rows = compare(results)
     print(f"CPU ms of the process, {args.threads} thread(s), interleaved medians\n")
     print(table(results), comparison_table(rows), sep="\n\n")
