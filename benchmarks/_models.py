@@ -134,7 +134,7 @@ def _torchvision_options(case: Case) -> dict[str, Any]:
 
 
 def awaken(model: nn.Module) -> None:
-    """Give weight to what starts at nothing: zero-initialised norms, gates and layer scales, neutral statistics.
+    """Give weight to what starts at nothing: zero-initialised norms, gates and layer scales.
 
     A fresh residual network is often the identity in every block, so that an error in a block would not be seen.
     """
@@ -147,10 +147,52 @@ def awaken(model: nn.Module) -> None:
             else:
                 level = abs(float(parameter.flatten()[0]))
                 parameter.uniform_(0.5, 1.5).mul_(level if level > 0.1 else 0.2)
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 1.5)
+
+
+def settle_norms(model: nn.Module, case: Case, size: int) -> None:
+    """Give every batch norm the statistics of what it gets, its variance evened out over the channels; ends in eval mode.
+
+    With the neutral ones of a fresh network the signal of many architectures dies on its way, and with it any error. Variances
+    by channel, of so few values, would now and then be next to nothing and magnify rounding.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # only what is seen now counts
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        training_loss(model.train(), case, size)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            spread = torch.empty_like(norm.running_var).uniform_(0.5, 1.5)
+            norm.running_var.copy_(norm.running_var.mean() * spread)
+    model.eval()
+
+
+def sensitivity(model: nn.Module, case: Case, size: int) -> float:
+    """Relative change of the output where the weights of all spatial convolutions change by a tenth.
+
+    Far below 0.1 the output says little about the convolutions; then only the errors of the layers do.
+    """
+    args = inputs(model, case, size)
+    names = spatial_convolutions(model)
+    state = {name: model.get_submodule(name).weight.detach().clone() for name in names}
+    with torch.no_grad():
+        before = tensors(model(*args))
+        for name in names:
+            weight = model.get_submodule(name).weight
+            weight.mul_(1 + 0.1 * torch.randn_like(weight))
+        after = tensors(model(*args))
+        for name, weight in state.items():
+            model.get_submodule(name).weight.copy_(weight)
+    return max((relative_change(a, b) for a, b in zip(before, after, strict=False)), default=0.0)
+
+
+def relative_change(a: Tensor, b: Tensor) -> float:
+    """Largest difference over the largest value of a; 1 where the shapes differ (another number of detections)."""
+    if a.shape != b.shape:
+        return 1.0
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) if a.numel() else 0.0
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------

@@ -145,7 +145,9 @@ def report(rows: list[dict[str, Any]]) -> str:
         "",
         "Written by `python -m benchmarks.coverage`: do not edit. Every spatial convolution (k >= 2) of each model is asked to",
         "become each layer type, from random weights in which nothing is switched off. *Error* is the largest relative",
-        "difference of the outputs in eval mode (float64, marked ᵈ, where depth amplifies float32 rounding beyond 1e-5).",
+        "difference of the outputs in eval mode (float64, marked ᵈ, where depth amplifies float32 rounding beyond 1e-5), then",
+        "that of a layer's output, each on the inputs it really got. *Sensitivity* is the relative change of the output where",
+        "every weight of those convolutions changes by a tenth: where it is small, the errors of the layers are the evidence.",
         f"Made with {versions}.",
         "",
         "## Summary",
@@ -155,8 +157,9 @@ def report(rows: list[dict[str, Any]]) -> str:
         ),
         "## Models",
         "",
-        markdown(("model", "family", "found", *TYPES), _lines(rows)),
-        "A cell: replaced (refused), error, `s` the training step ran, `r` the state dict went round.",
+        markdown(("model", "family", "found", "sensitivity", *TYPES), _lines(rows)),
+        "A cell: replaced (refused), error of the output, largest of a layer, `s` the training step ran, `r` the state dict went",
+        "round.",
         "",
         "## Reasons for refusals",
         "",
@@ -185,7 +188,11 @@ def _lines(rows: list[dict[str, Any]]) -> list[list[Any]]:
     for row in rows:
         models.setdefault((f"{row['library']}/{row['model']}", row["family"]), {})[row["type"]] = row
     return [
-        [name, family, max((row.get("found", 0) for row in by_type.values()), default=0)]
+        [
+            name,
+            family,
+            *(max((row.get(fact) or 0 for row in by_type.values()), default=0) for fact in ("found", "sensitivity")),
+        ]
         + [_result(by_type.get(kind)) for kind in TYPES]
         for (name, family), by_type in models.items()
     ]
@@ -200,7 +207,7 @@ def _result(row: dict[str, Any] | None) -> str:
     precision = "ᵈ" if error["precision"] == "float64" else ""
     marks = ("s" if row["train_step"] else "") + ("r" if row["round_trip"] else "")
     refused = f" ({len(row['refused'])})" if row["refused"] else ""
-    return f"{row['replaced']}{refused}, {error['rel_error']:.0e}{precision}, {marks}"
+    return f"{row['replaced']}{refused}, {error['rel_error']:.0e}{precision}, {row['worst_layer_error']:.0e}, {marks}"
 
 
 def _reasons(rows: list[dict[str, Any]]) -> list[list[Any]]:

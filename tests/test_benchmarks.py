@@ -284,16 +284,35 @@ def test_even_choice_of_images() -> None:
     assert images.every(None).y.tolist() == list(range(10))
 
 
-def test_awaken_leaves_nothing_switched_off() -> None:
+def test_nothing_is_switched_off() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     nn.init.zeros_(model[1].weight)
     kept = model[0].weight.clone()
     _models.awaken(model)
     assert torch.equal(model[0].weight, kept)
-    weights: Tensor = model[1].weight
-    assert float(weights.detach().min()) > 0.05
+    weights: Tensor = model[1].weight.detach()
+    assert float(weights.min()) > 0.05
     assert len(weights.unique()) == 4
-    assert not torch.equal(model[1].running_var, torch.ones(4))
+
+
+def test_norms_take_the_statistics_of_what_they_get() -> None:
+    case = _models.Case("torchvision", "classification", "toy", "toy")
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    model = nn.Sequential(*layers).eval()
+    with torch.no_grad():
+        model[0].bias.zero_()
+        model[0].weight.mul_(1e-2)
+    before = _models.sensitivity(model, case, 16)
+    state = {key: value.clone() for key, value in model.state_dict().items() if "running" not in key}
+    _models.settle_norms(model, case, 16)
+    assert before < 1e-3
+    assert _models.sensitivity(model, case, 16) > 10 * before
+    batches = state.pop("1.num_batches_tracked")
+    assert not model.training
+    assert model[1].momentum == 0.1
+    assert model[1].num_batches_tracked == batches + 1
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
 
 
 def test_spatial_convolutions() -> None:
