@@ -72,7 +72,7 @@ def run_task(task: Task, rows: Rows, args: argparse.Namespace) -> None:
             model,
             layers="all",
             type="acda",
-            example_inputs=inputs,
+            example_inputs=task.calibration(args.data, 2),
             atoms=atoms,
             static_atoms=0,
             calibration=inputs if aware else None,
