@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "--every-image", action="store_true", help="all test images (default: a part of the large sets)"
     )
     parser.add_argument("--quick", action="store_true", help="very few test images")
-    parser.add_argument("--calibration", type=int, default=32, help="images for calibration (default: %(default)s)")
+    parser.add_argument("--calibration", type=int, help="images for calibration (default: 256 for CIFAR, otherwise 32)")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of an interrupted run")
     parser.add_argument("--data", type=Path, default=data.data_folder(), help="default: %(default)s")
     parser.add_argument("--name", default="compress", help="of the results (default: %(default)s)")
@@ -63,7 +63,7 @@ def run_task(task: Task, rows: Rows, args: argparse.Namespace) -> None:
         return
     limit = None if args.every_image else task.quick if args.quick else 4 * task.quick
     model = task.build(args.data)
-    inputs = task.calibration(args.data, args.calibration)
+    inputs = task.calibration(args.data, args.calibration or task.calibrate)
     original = _summaries(_scored(model, task, args.data, limit, "original"))
     for atoms, aware in wanted:
         label = f"m={atoms} {'aware' if aware else 'plain'}"
@@ -72,7 +72,7 @@ def run_task(task: Task, rows: Rows, args: argparse.Namespace) -> None:
             model,
             layers="all",
             type="acda",
-            example_inputs=inputs,
+            example_inputs=task.calibration(args.data, 2),
             atoms=atoms,
             static_atoms=0,
             calibration=inputs if aware else None,
