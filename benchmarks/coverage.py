@@ -188,14 +188,15 @@ def _lines(rows: list[dict[str, Any]]) -> list[list[Any]]:
     for row in rows:
         models.setdefault((f"{row['library']}/{row['model']}", row["family"]), {})[row["type"]] = row
     return [
-        [
-            name,
-            family,
-            *(max((row.get(fact) or 0 for row in by_type.values()), default=0) for fact in ("found", "sensitivity")),
-        ]
+        [name, family, _largest(by_type, "found"), _largest(by_type, "sensitivity")]
         + [_result(by_type.get(kind)) for kind in TYPES]
         for (name, family), by_type in models.items()
     ]
+
+
+def _largest(by_type: dict[str, dict[str, Any]], fact: str) -> Any:
+    """The largest over the types; "-" where none was measured."""
+    return max((row[fact] for row in by_type.values() if row.get(fact) is not None), default="-")
 
 
 def _result(row: dict[str, Any] | None) -> str:
