@@ -68,10 +68,10 @@ def _start_logging(args: argparse.Namespace) -> None:
     import logging
 
     logger = logging.getLogger("surgeon")
-    for old in [handler for handler in logger.handlers if getattr(handler, "of_surgeon_cli", False)]:
+    for old in [handler for handler in logger.handlers if handler.name == "surgeon-cli"]:
         logger.removeHandler(old)
     handler = logging.StreamHandler(sys.stderr)
-    handler.of_surgeon_cli = True  # type: ignore[attr-defined]
+    handler.name = "surgeon-cli"
     handler.setFormatter(logging.Formatter("surgeon: %(levelname)s: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if args.debug else logging.WARNING)
@@ -260,7 +260,7 @@ def _calibration(args: argparse.Namespace, model: "nn.Module", base: "BaseModel 
 def _default_output(model: str, kind: str) -> str:
     """`runs/NAME-TYPE`, the name being the last part of how the model was named."""
     name = model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
-    return os.path.join("runs", f"{name}-{kind}")  # noqa: PTH118
+    return f"runs/{name}-{kind}"
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------

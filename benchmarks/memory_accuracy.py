@@ -120,7 +120,8 @@ def _build(name: str, placement: Placement) -> nn.Module:
 def _row(name: str, placement: Placement, batch: int, kind: str) -> dict[str, Any]:
     with torch.device("meta"):
         model = _build(name, placement)
-    predicted = cost(model, batch_size=batch, **KINDS[kind])  # type: ignore[arg-type]
+    options: dict[str, Any] = dict(KINDS[kind])
+    predicted = cost(model, batch_size=batch, **options)
     if has_device():
         real = _build(name, placement)
         settings = make_settings(real, input_size=None, batch_size=batch, **({"amp": False} | KINDS[kind]))

@@ -2,8 +2,8 @@
 
 import argparse
 import json
-import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.errors import ConfigError
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 def build(spec: str, *, trust_factory: bool = False) -> "nn.Module":
     """A model for its shapes: the weights do not matter, so that none are fetched."""
-    if os.path.isfile(os.path.join(spec, "recipe.json")):  # noqa: PTH118, PTH113
+    if Path(spec, "recipe.json").is_file():
         from surgeon.checkpoint import load
 
         return load(spec, trust_factory=trust_factory)
@@ -107,7 +107,7 @@ def original_of(args: argparse.Namespace) -> "nn.Module":
     from surgeon.recipe import Recipe
 
     folder = getattr(args, "run", None) or args.model
-    if not os.path.isfile(os.path.join(folder, "recipe.json")):  # noqa: PTH118, PTH113
+    if not Path(folder, "recipe.json").is_file():
         raise ConfigError(
             f"{folder} is no folder that surgeon wrote; name the model to compare with: --compare ORIGINAL"
         )

@@ -231,7 +231,7 @@ class PaddedConv2d(nn.Conv2d):
         return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
-        own: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        own: str = super().extra_repr()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return f"{own}, sides={self.sides}"
 
 

@@ -89,11 +89,11 @@ def _no_state_dicts() -> Iterator[None]:
     fetch, load = WeightsEnum.get_state_dict, nn.Module.load_state_dict
     try:
         WeightsEnum.get_state_dict = lambda self, *args, **kwargs: {}
-        nn.Module.load_state_dict = lambda self, *args, **kwargs: None  # type: ignore[method-assign]
+        nn.Module.load_state_dict = lambda self, *args, **kwargs: None  # type: ignore[method-assign]  # for this block
         yield
     finally:
         WeightsEnum.get_state_dict = fetch
-        nn.Module.load_state_dict = load  # type: ignore[method-assign]
+        nn.Module.load_state_dict = load  # type: ignore[method-assign]  # and back again
 
 
 def _factory_model(base: BaseModel) -> nn.Module:

@@ -162,7 +162,7 @@ def run_step(model: nn.Module, settings: Settings, counter: FlopCounter, device:
     train = settings.mode == "train"
     model.train(train)
     if settings.checkpointing:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+        model.set_grad_checkpointing(True)  # type: ignore[operator]  # a method of timm models, which nn.Module cannot know
     if settings.channels_last:
         to_channels_last(model)
     tracker = Tracker(model, counter, device)

@@ -35,7 +35,7 @@ class Step:
         self.device = device
         self.model = deepcopy(model).to(device).train(settings.mode == "train")
         if settings.checkpointing:
-            self.model.set_grad_checkpointing(True)  # type: ignore[operator]
+            self.model.set_grad_checkpointing(True)  # type: ignore[operator]  # a method of timm models, which nn.Module cannot know
         self.x = torch.randn((settings.batch_size, *settings.input_size), device=device)
         if settings.channels_last:
             to_channels_last(self.model)
