@@ -43,6 +43,16 @@ class InputError(SurgeonError, ValueError):
     """Example inputs do not fit the model."""
 
 
+class DataError(SurgeonError, ValueError):
+    """A data set is missing, empty, or has files that cannot be used."""
+
+
+class TrainingError(SurgeonError, RuntimeError):
+    """A training run cannot go on, or cannot be taken up again."""
+
+    exit_code = 1
+
+
 class RecipeError(SurgeonError, ValueError):
     """A recipe cannot be read, or does not fit the model."""
 

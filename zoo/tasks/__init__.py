@@ -1,0 +1,18 @@
+"""Tasks: what a network is trained and judged on. `create_task("denoising", data=folder, sigma=25)`."""
+
+from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset, better
+from surgeon.zoo.tasks.registry import create_task, register, task_class, task_names
+
+__all__ = [
+    "Batch",
+    "Sample",
+    "Split",
+    "Task",
+    "TaskConfig",
+    "TaskDataset",
+    "better",
+    "create_task",
+    "register",
+    "task_class",
+    "task_names",
+]

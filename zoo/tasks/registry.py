@@ -1,0 +1,58 @@
+"""The tasks by name. A task is one file in this folder and one `@register` line in it."""
+
+import dataclasses
+import difflib
+import pkgutil
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from surgeon.errors import ConfigError
+from surgeon.zoo.tasks.base import Task
+
+_TASKS: dict[str, type[Task]] = {}
+
+
+def register(cls: type[Task]) -> type[Task]:
+    """Class decorator: make a task known under its `name`."""
+    if cls.name in _TASKS:
+        raise ValueError(f"task {cls.name!r} is registered twice, by {_TASKS[cls.name].__name__} and {cls.__name__}")
+    _TASKS[cls.name] = cls
+    return cls
+
+
+@cache
+def _load() -> None:
+    """Import every file of this folder, so that the tasks in it register themselves."""
+    import surgeon.zoo.tasks
+
+    for module in pkgutil.iter_modules(surgeon.zoo.tasks.__path__, "surgeon.zoo.tasks."):
+        import_module(module.name)
+
+
+def task_names() -> list[str]:
+    """Names of all tasks."""
+    _load()
+    return sorted(_TASKS)
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of a task; an unknown name is a `ConfigError` that lists the known ones."""
+    _load()
+    if name not in _TASKS:
+        near = difflib.get_close_matches(name, _TASKS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown task {name!r}; there are {', '.join(task_names())}.{hint}")
+    return _TASKS[name]
+
+
+def create_task(name: str, *, seed: int = 0, **options: Any) -> Task:
+    """A task with its options; unknown options are a `ConfigError` that lists the task's own."""
+    cls = task_class(name)
+    known = [field.name for field in dataclasses.fields(cls.config_class)]
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"task {name} has no option {option!r}; it has {', '.join(known)}.{hint}")
+    return cls(cls.config_class(**options), seed=seed)
