@@ -17,7 +17,7 @@ from surgeon.inputs import given_inputs
 from surgeon.layers.base import DynamicConv2d
 from surgeon.plan import Planned, make_plan, may_compress, nothing_replaced
 from surgeon.recipe import Recipe, Rule, get_recipe, set_recipe, versions
-from surgeon.report import Replaced, Report, Skipped
+from surgeon.report import Replaced, Report, Skipped, growth_notes
 from surgeon.rewrite import Rewrite, build_layer
 from surgeon.select import split_items
 from surgeon.sites import ConvSite, Sites, find_sites, macs_of
@@ -85,6 +85,7 @@ def convert(
         report = surgery.report(verification)
         report.params_before, report.params_after = params_before, count_parameters(result)
         report.model = model.__class__.__name__
+        report.notes += growth_notes(report)
         if as_graph:
             result = _as_graph(result, surgery, check)
     except BaseException:
