@@ -155,6 +155,33 @@ def _arguments(model: nn.Module, size: tuple[int, ...]) -> tuple[Any, ...]:
     return (torch.randn((BATCH, *size), generator=generator),)
 
 
+def call_arguments(model: nn.Module, images: Tensor, *, train: bool) -> tuple[Any, ...]:
+    """Arguments of a call of the model on a batch (N, C, H, W): with made-up targets for a detection model in training.
+
+    Those hold one object an image, half its size: what a step costs depends on the objects only a little.
+    """
+    family = _family(model)
+    if family == "optical_flow":
+        return (images, images.flip(-1))
+    if family != "detection":
+        return (images,)
+    if not train:
+        return (list(images.unbind()),)
+    n, _, height, width = images.shape
+    mask = torch.zeros(1, height, width, dtype=torch.uint8, device=images.device)
+    mask[:, height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 1
+    points = torch.tensor([width / 2, height / 2, 1.0], device=images.device).expand(
+        1, 17, 3
+    )  # COCO's number of keypoints
+    target = {
+        "boxes": torch.tensor([[width / 4, height / 4, 3 * width / 4, 3 * height / 4]], device=images.device),
+        "labels": torch.ones(1, dtype=torch.long, device=images.device),
+        "masks": mask,
+        "keypoints": points,
+    }
+    return (list(images.unbind()), [target] * n)
+
+
 def _family(model: nn.Module) -> str | None:
     """`detection` or `optical_flow` for torchvision's models that take other things than one batch of images."""
     path = type(model).__module__

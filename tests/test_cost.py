@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -291,3 +292,21 @@ def test_traces_leave_nothing_behind() -> None:
     before = tensors()
     cost(small(), input_size=32, amp=True)
     assert tensors() <= before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_detection_models_are_estimated_with_made_up_targets(mode: Any) -> None:
+    model = torchvision.models.get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None)
+    found = cost(model, input_size=320, batch_size=8, mode=mode)
+    assert found.estimated
+    assert not found.unknown_ops
+    assert found.flops > 8e8  # 0.58 GMAC published
+    assert (found.backward_flops > found.flops) is (mode == "train")
+
+
+def test_flow_models_are_given_two_images() -> None:
+    model = torchvision.models.get_model("raft_small", weights=None)
+    found = cost(model, input_size=128, batch_size=1, mode="infer")
+    assert not found.estimated
+    assert not found.unknown_ops

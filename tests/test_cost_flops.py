@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from surgeon.costs import FlopCounter, UnknownOperatorError, operators, register_formula
 from surgeon.costs.build import option_layer
 from surgeon.costs.emulate import cuda_dispatch
+from surgeon.costs.flops import is_zero
 from surgeon.costs.table import Option
 from surgeon.costs.trace import Tracker
 from surgeon.errors import GeometryError
@@ -186,3 +187,21 @@ def test_table_6_of_the_acda_paper(size: int, conv: float, acda: float) -> None:
     assert round((filtering + mixing + bias) / 1e6, 1) == acda
     whole = counted(lambda: torch.ops.surgeon.acda_conv(x, *tensors, [1, 1], [size // 2] * 2, [1, 1], 1))[0]
     assert whole == 2 * (filtering + mixing + 100 * 100 * 6 * 6 * size**2)
+
+
+@pytest.mark.parametrize(
+    "name", ["relu6", "hardswish", "mish", "gelu", "rrelu", "threshold", "abs", "add", "floor_divide"]
+)
+def test_pointwise_operators_are_known_in_place_too(name: str) -> None:
+    for form in (name, f"{name}_"):
+        packet = getattr(torch.ops.aten, form)
+        tensor_forms = [o for o in packet.overloads() if "Tensor" in str(getattr(packet, o)._schema).split(")")[0]]
+        assert tensor_forms
+        assert all(is_zero(getattr(packet, o)) for o in tensor_forms if "out" not in o)
+
+
+def test_regions_are_four_taps_a_sample() -> None:
+    x, rois = torch.empty(1, 5, 16, 16, device=META), torch.empty(3, 5, device=META)
+    x.requires_grad_()
+    forward, backward = counted(lambda: torchvision.ops.roi_align(x, rois, (7, 6), sampling_ratio=3), backward=True)
+    assert forward == backward == 2 * 4 * (3 * 5 * 7 * 6) * 9

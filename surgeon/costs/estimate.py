@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from surgeon.costs.settings import (
 )
 from surgeon.costs.trace import Trace, Tracker
 from surgeon.errors import InputError, SurgeonError
+from surgeon.inputs import call_arguments
 from surgeon.layers.base import DynamicConv2d
 
 
@@ -184,7 +186,7 @@ def run_step(model: nn.Module, settings: Settings, counter: FlopCounter, device:
             with tracker, torch.no_grad():
                 tracker.begin("forward")
                 with autocast():
-                    out = model(x)
+                    out = model(*call_arguments(model, x, train=False))
                 del out
                 tracker.close()
     return tracker.trace
@@ -216,7 +218,7 @@ def _train_step(
         for _ in range(min(settings.accumulate, 2)):  # from the second micro-step on nothing new happens
             tracker.begin("forward")
             with autocast():
-                out = model(x)
+                out = model(*call_arguments(model, x, train=True))
                 tracker.begin("loss")
                 loss = (settings.loss or default_loss)(out)
             del out
@@ -346,4 +348,4 @@ def _on_cpu(model: nn.Module, settings: Settings, strict: bool) -> Cost:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {shorten(lines[0], 120)}" if lines else type(error).__name__

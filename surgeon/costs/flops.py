@@ -139,6 +139,22 @@ def _deform_samples(out: Tensor, x: Tensor, weight: Tensor) -> int:
     return x.shape[0] * x.shape[1] * prod(weight.shape[2:]) * prod(out.shape[2:])
 
 
+_ADAPTIVE_SAMPLES = 2  # samples a side of a bin, assumed where each region chooses its own number
+
+
+@register_formula("torchvision::roi_align")
+def _roi_align(
+    out: Tensor, x: Tensor, rois: Tensor, scale: float, height: Any, width: Any, samples: int, *rest: Any
+) -> int:
+    return 2 * 4 * out.numel() * (samples if samples > 0 else _ADAPTIVE_SAMPLES) ** 2
+
+
+@register_formula("torchvision::_roi_align_backward")
+def _roi_align_backward(out: Tensor, grad: Tensor, *rest: Any) -> int:
+    samples = int(rest[-2])
+    return 2 * 4 * grad.numel() * (samples if samples > 0 else _ADAPTIVE_SAMPLES) ** 2
+
+
 # Names of operators that do no multiply-accumulate. Pointwise operators and views are known by their tags.
 _ZERO_NAMES = """
 _adaptive_avg_pool2d _adaptive_avg_pool2d_backward _assert_async _assert_scalar _batch_norm_with_update
@@ -148,11 +164,12 @@ _reshape_copy _safe_softmax _softmax _softmax_backward_data _to_copy _unique2 _u
 _unsafe_view _upsample_bicubic2d_aa _upsample_bicubic2d_aa_backward _upsample_bilinear2d_aa
 _upsample_bilinear2d_aa_backward adaptive_max_pool2d adaptive_max_pool2d_backward all amax amin aminmax any arange
 argmax argmin argsort as_strided_copy avg_pool1d avg_pool2d avg_pool2d_backward avg_pool3d avg_pool3d_backward
-batch_norm_backward bernoulli_ binary_cross_entropy binary_cross_entropy_backward bincount bucketize can_cast cat
+batch_norm_backward bernoulli_ binary_cross_entropy binary_cross_entropy_backward
+binary_cross_entropy_with_logits bincount bucketize can_cast cat
 cauchy_ channel_shuffle clone col2im constant_pad_nd copy copy_ count_nonzero cummax cumprod cumsum diag_embed
 diagonal_backward div_ dropout elu_backward embedding embedding_dense_backward empty empty_like empty_strided
-exponential_ eye fill fill_ flip full full_like gather gelu_backward geometric_ glu glu_backward hardshrink_backward
-hardsigmoid_backward hardswish_backward hardtanh_backward huber_loss huber_loss_backward im2col index index_add
+exponential_ eye fill fill_ flip floor_divide full full_like gather gelu_backward geometric_ glu glu_backward hardshrink_backward
+hardsigmoid_backward hardswish hardswish_backward hardtanh_backward huber_loss huber_loss_backward im2col index index_add
 index_fill index_put index_put_ index_select index_select_backward is_same_size isin leaky_relu_backward lerp
 lift_fresh lift_fresh_copy linalg_vector_norm linspace log_normal_ log_sigmoid_backward logit_backward logsumexp
 masked_fill masked_fill_ masked_scatter masked_select max max_pool1d max_pool2d max_pool2d_with_indices
@@ -181,9 +198,13 @@ def is_zero(op: OpOverload) -> bool:
     if op.is_view or torch.Tag.pointwise in op.tags:
         return True
     namespace, name = op._schema.name.split("::")
-    if namespace == "aten":
-        return name in _ZERO or name.removesuffix("_") in _ZERO or name.startswith("_foreach_")
-    return op._schema.name in _ZERO_ELSEWHERE
+    if namespace != "aten":
+        return op._schema.name in _ZERO_ELSEWHERE
+    plain = name.removesuffix("_")  # some in-place operators lack the tag that their functional form has
+    if name in _ZERO or plain in _ZERO or name.startswith("_foreach_"):
+        return True
+    form = getattr(torch.ops.aten, plain, None)
+    return form is not None and any(torch.Tag.pointwise in getattr(form, o).tags for o in form.overloads())
 
 
 class FlopCounter:

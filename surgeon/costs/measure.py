@@ -11,6 +11,7 @@ from torch import nn
 from surgeon.costs.emulate import to_channels_last
 from surgeon.costs.settings import Settings, default_loss, make_optimizer
 from surgeon.errors import BackendError
+from surgeon.inputs import call_arguments
 
 
 class NoDeviceError(BackendError):
@@ -50,11 +51,11 @@ class Step:
         autocast = torch.autocast(self.device, dtype=dtype, enabled=settings.amp is not None)
         if settings.mode == "infer":
             with torch.no_grad(), autocast:
-                self.model(self.x)
+                self.model(*call_arguments(self.model, self.x, train=False))
             return
         for _ in range(settings.accumulate):
             with autocast:
-                out = self.model(self.x)
+                out = self.model(*call_arguments(self.model, self.x, train=True))
                 loss = (settings.loss or default_loss)(out)
             del out
             loss.backward()
