@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from surgeon import bench_command, cost_command
+from surgeon import bench_command, collapse_command, cost_command
 from surgeon.errors import CheckpointError, ConfigError, SurgeonError, VerificationError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ EPILOG = """examples:
   surgeon convert resnet50 --layers stage3,stage4 --type acda
   surgeon verify runs/resnet50-acda
   surgeon revert runs/resnet50-acda --layers stage3 -o runs/resnet50-stage4
+  surgeon collapse runs/resnet50-pafu --images photos/ -o runs/resnet50-lean
   surgeon cost runs/resnet50-acda --batch-size 32 --optimizer sgd --amp
 
 exit codes: 0 done; 1 a check failed, or nothing could be replaced; 2 wrong usage or input; 130 interrupted
@@ -283,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_verify(commands)
     _add_revert(commands)
-    for name, module in (("cost", cost_command), ("bench", bench_command)):
+    for name, module in (("collapse", collapse_command), ("cost", cost_command), ("bench", bench_command)):
         module.add_arguments(_command(commands, name, module.run, module.DESCRIPTION, module.EXAMPLES))
     return parser
 
