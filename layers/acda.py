@@ -85,12 +85,13 @@ class ACDAConv2d(DynamicConv2d):
     def from_conv(cls, conv: nn.Module | ConvSource, config: LayerConfig | None = None, **context: Any) -> Self:
         """Exact unless the config asks for fewer static atoms or extra elements than that takes.
 
-        Then, with `calibration` (N, C, H, W) in the context, atoms and coefficients are chosen for that input.
+        Then, with `calibration` (N, C, H, W) in the context, atoms and coefficients are chosen for that input; with
+        `calibration_exact` for the output that the convolution would have made of that.
         """
         source = conv if isinstance(conv, ConvSource) else ConvSource.read(conv)
         config = config or ACDAConfig()
         assert isinstance(config, ACDAConfig)
-        parts = _decompose(source, config, context.get("calibration"))
+        parts = _decompose(source, config, context.get("calibration"), context.get("calibration_exact"))
         kernel, m = source.geometry.kernel_size, config.atoms
         basis = basis_elements(kernel, config.scales, config.basis_size)
         fitting = fitting_elements(kernel, config.scales, config.basis_size)
@@ -217,7 +218,9 @@ def _one_element_each(atoms: int, elements: int, width: int) -> Tensor:
     return alpha
 
 
-def _decompose(source: ConvSource, config: ACDAConfig, calibration: Tensor | None) -> Decomposition:
+def _decompose(
+    source: ConvSource, config: ACDAConfig, calibration: Tensor | None, exact_calibration: Tensor | None
+) -> Decomposition:
     """Exact, or cut to the atoms that the config allows; on the CPU."""
     exact = decompose(source.weight.cpu())
     allowed = exact.rank if config.static_atoms is None else config.atoms + config.static_atoms
@@ -226,7 +229,9 @@ def _decompose(source: ConvSource, config: ACDAConfig, calibration: Tensor | Non
     if calibration is None:
         return decompose(source.weight.cpu(), allowed)
     source = replace(source, weight=source.weight.cpu())
-    return truncate_for_inputs(source, allowed, calibration.cpu())
+    return truncate_for_inputs(
+        source, allowed, calibration.cpu(), None if exact_calibration is None else exact_calibration.cpu()
+    )
 
 
 def _take_over_flags(layer: ACDAConv2d, conv: nn.Conv2d) -> None:

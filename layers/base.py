@@ -48,6 +48,7 @@ class DynamicConv2d(nn.Module):
     """
 
     type_name: ClassVar[str]
+    fewer_parameters: ClassVar[str] = ""  # the option that makes the layer smaller, for hints
     Config: ClassVar[type[LayerConfig]]
 
     geometry: ConvGeometry

@@ -68,6 +68,7 @@ class PAFUConv2d(DynamicConv2d):
     """
 
     type_name = "pafu"
+    fewer_parameters = "a smaller group_size makes fewer kernels"
     Config = PAFUConfig
 
     config: PAFUConfig

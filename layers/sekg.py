@@ -212,6 +212,7 @@ class SEKGConv2d(DynamicConv2d):
     """
 
     type_name: ClassVar[str] = "sekg"
+    fewer_parameters: ClassVar[str] = "kernel_groups shares kernels among channels"
     Config: ClassVar[type[LayerConfig]] = SEKGConfig
     config: SEKGConfig
     kernel: nn.Parameter | None

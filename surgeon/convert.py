@@ -17,12 +17,12 @@ from surgeon.inputs import given_inputs
 from surgeon.layers.base import DynamicConv2d
 from surgeon.plan import Planned, make_plan, may_compress, nothing_replaced
 from surgeon.recipe import CONVOLUTION, Recipe, Rule, get_recipe, set_recipe, versions
-from surgeon.report import Replaced, Report, Skipped
+from surgeon.report import Replaced, Report, Skipped, growth_notes
 from surgeon.rewrite import Rewrite, build_layer
 from surgeon.select import split_items
 from surgeon.sites import ConvSite, Sites, find_sites, macs_of
 from surgeon.trace import trace_graph
-from surgeon.verify import Verification, check_gradients, judge, measure, run, settle_in_double
+from surgeon.verify import Verification, check_gradients, halves_agree, judge, measure, run, settle_in_double
 
 Progress = Callable[[str, int, int], None]
 
@@ -85,6 +85,7 @@ def convert(
         report = surgery.report(verification)
         report.params_before, report.params_after = params_before, count_parameters(result)
         report.model = model.__class__.__name__
+        report.notes += growth_notes(report)
         if as_graph:
             result = _as_graph(result, surgery, check)
     except BaseException:
@@ -223,22 +224,36 @@ class Surgery:
             self.refused[name] = (str(error),)
 
     def _build_on(self, calibration: Any, wanted: list[Planned]) -> None:
-        """Build layers while the model runs on calibration data, each with the input that its convolution gets first."""
-        inputs = given_inputs(calibration)
-        handles = []
-        for plan in wanted:
+        """Build layers while the model runs on calibration data, each for the input that its convolution gets first.
 
-            def look(conv: nn.Module, args: Any, kwargs: dict[str, Any], plan: Planned = plan) -> None:
-                name = plan.site.name
+        Where the images of a batch are independent of each other, the data run through the model twice at once: as they
+        are, and through the layers built so far, so that a layer can make good what earlier ones lost.
+        """
+        inputs = given_inputs(calibration)
+        pairs = inputs.twice()
+        paired = pairs is not None and halves_agree(self.work, [p.site.name for p in wanted], pairs, self.seed)
+
+        def hook(plan: Planned) -> Callable[..., Tensor | None]:
+            name = plan.site.name
+
+            def build(conv: nn.Module, args: Any, kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
+                x: Tensor = args[0] if args else next(iter(kwargs.values()))
+                exact, lossy = x.chunk(2) if paired else (None, x)
                 if name not in self.layers and name not in self.refused:
                     self.tell("build", len(self.layers), len(wanted))
-                    x: Tensor = args[0] if args else next(iter(kwargs.values()))
-                    self._build_one(plan, {"calibration": x})
+                    self._build_one(plan, {"calibration": lossy, "calibration_exact": exact})
+                if not paired or name not in self.layers:
+                    return None
+                return torch.cat([out.chunk(2)[0], self.layers[name].eval()(lossy)])
 
-            conv = self.work.get_submodule(plan.site.name)
-            handles.append(conv.register_forward_pre_hook(look, with_kwargs=True))
+            return build
+
+        handles = [
+            self.work.get_submodule(plan.site.name).register_forward_hook(hook(plan), with_kwargs=True)
+            for plan in wanted
+        ]
         try:
-            run(self.work, inputs, self.seed)
+            run(self.work, pairs if paired and pairs is not None else inputs, self.seed)
         finally:
             for handle in handles:
                 handle.remove()

@@ -30,6 +30,20 @@ class Inputs:
         """With the floating point tensors in another dtype."""
         return self.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
 
+    def twice(self) -> "Inputs | None":
+        """The same images two times in one batch, all of them and then all again; None where there is no batch to double."""
+        if self.kwargs or not all(isinstance(arg, Tensor | list) for arg in self.args[:1]):
+            return None
+        args = tuple(
+            torch.cat([arg, arg])
+            if isinstance(arg, Tensor) and arg.dim() > 3
+            else arg * 2
+            if isinstance(arg, list)
+            else arg
+            for arg in self.args
+        )
+        return Inputs(args=args, given=self.given)
+
     @property
     def batch(self) -> int:
         """Number of images: the length of the first list, or the first dimension of the first tensor."""

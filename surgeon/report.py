@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from surgeon.errors import CheckpointError
+from surgeon.layers.registry import layer_class
 from surgeon.tables import count, error, paragraph, table
 
 
@@ -96,6 +97,20 @@ class Report:
         parts += _skipped_text(self.skipped, width)
         parts.append(_totals(self, width))
         return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_GROWTH = 3  # times the parameters, from which a report says what makes them fewer
+
+
+def growth_notes(report: Report) -> list[str]:
+    """A hint for each layer type where a conversion multiplies the parameters of the model."""
+    if report.params_after < _GROWTH * report.params_before:
+        return []
+    grown: dict[str, int] = {}
+    for r in report.replaced:
+        grown[r.type] = grown.get(r.type, 0) + r.params_after - r.params_before
+    hints = ((kind, more, layer_class(kind).fewer_parameters) for kind, more in grown.items() if more > 0)
+    return [f"{kind} layers add {count(more)} parameters; {hint}" for kind, more, hint in hints if hint]
 
 
 Entry = TypeVar("Entry")

@@ -76,6 +76,30 @@ def run(model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
         ) from error
 
 
+def halves_agree(model: nn.Module, names: Sequence[str], pairs: Inputs, seed: int = 0) -> bool:
+    """Whether these convolutions get the same in both halves of a batch that holds every image twice (see `Inputs.twice`)."""
+    agree = True
+
+    def look(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal agree
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if x.dim() != 4 or len(x) % 2:
+            agree = False
+        elif agree:
+            first, second = x.chunk(2)
+            agree = torch.allclose(first, second, rtol=1e-3, atol=1e-5 * float(first.abs().max()) + 1e-12)
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(look, with_kwargs=True) for name in names]
+    try:
+        run(model, pairs, seed)
+    except InputError:  # takes no batch of that length
+        return False
+    finally:
+        for handle in handles:
+            handle.remove()
+    return agree
+
+
 def measure(
     model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs, seed: int = 0
 ) -> tuple[Any, dict[str, Difference]]:

@@ -110,3 +110,16 @@ def test_a_limit_keeps_the_extra_elements_that_carry_most() -> None:
         errors.append(float((torch.einsum("mk,khw->mhw", alpha, torch.cat([psi, extra])) - atoms).norm()))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-12 < errors[-2]
+
+
+def test_a_layer_makes_good_what_earlier_ones_lost() -> None:
+    torch.manual_seed(0)
+    source = ConvSource.read(nn.Conv2d(12, 16, 3, padding=1))
+    for make in (smooth_inputs, lambda channels, seed: smooth_inputs(channels, seed)[:, :, ::2, ::2]):
+        exact, unseen = make(12, 1), make(12, 2)
+        lossy, lossy_unseen = (0.8 * x + 0.3 * x.roll(1, 1) for x in (exact, unseen))
+        plain = decompose(source.weight, 6)
+        unaware, aware = truncate_for_inputs(source, 6, lossy), truncate_for_inputs(source, 6, lossy, exact)
+        for x, x_exact in ((lossy, exact), (lossy_unseen, unseen)):
+            errors = [output_error(source, d.weight(), x, x_exact) for d in (plain, unaware, aware)]
+            assert errors[2] < 0.9 * min(errors[:2])
