@@ -46,7 +46,7 @@ def sheet(title: str, rows: Sequence[Sequence[Panel | None]], *, note: str = "")
 
 def side_of(values: NDArray[Any]) -> float:
     """Height in inches of a map that is `SIDE` wide."""
-    return SIDE * min(max(values.shape[0] / values.shape[1], 0.4), 2.0)
+    return float(SIDE * min(max(values.shape[0] / values.shape[1], 0.4), 2.0))
 
 
 def figure_of(width: float, height: float, title: str, note: str = "") -> Figure:
