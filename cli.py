@@ -12,7 +12,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from surgeon import bench_command, cost_command
+from surgeon import bench_command, collapse_command, cost_command, evaluate_command, visualize_command
+from surgeon.arguments import assignment, positive
 from surgeon.errors import CheckpointError, ConfigError, SurgeonError, VerificationError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ EPILOG = """examples:
   surgeon convert resnet50 --layers stage3,stage4 --type acda
   surgeon verify runs/resnet50-acda
   surgeon revert runs/resnet50-acda --layers stage3 -o runs/resnet50-stage4
+  surgeon collapse runs/resnet50-pafu --images photos/ -o runs/resnet50-lean
   surgeon cost runs/resnet50-acda --batch-size 32 --optimizer sgd --amp
 
 exit codes: 0 done; 1 a check failed, or nothing could be replaced; 2 wrong usage or input; 130 interrupted
@@ -283,7 +285,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_verify(commands)
     _add_revert(commands)
-    for name, module in (("cost", cost_command), ("bench", bench_command)):
+    modules = {
+        "evaluate": evaluate_command,
+        "collapse": collapse_command,
+        "visualize": visualize_command,
+        "cost": cost_command,
+        "bench": bench_command,
+    }
+    for name, module in modules.items():
         module.add_arguments(_command(commands, name, module.run, module.DESCRIPTION, module.EXAMPLES))
     return parser
 
@@ -321,11 +330,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
     group.add_argument("--seed", type=int, default=0, help="of random weights and of the conversion (default: 0)")
-    group.add_argument("--num-classes", type=_positive, metavar="N", help="classes of the model's head")
+    group.add_argument("--num-classes", type=positive, metavar="N", help="classes of the model's head")
     group.add_argument("--input-size", type=_input_size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
     group.add_argument(
         "--model-args",
-        type=_assignment,
+        type=assignment,
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
@@ -363,7 +372,7 @@ def _add_convert(commands: Any) -> None:
     group.add_argument("--calibrate", metavar="DIR", help="pictures for an activation-aware --compress")
     group.add_argument(
         "--option",
-        type=_assignment,
+        type=assignment,
         dest="options",
         nargs="+",
         default=[],
@@ -408,20 +417,10 @@ def _add_output(parser: argparse.ArgumentParser, *, required: bool, help_: str) 
     parser.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")
 
 
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return value
-
-
 def _input_size(text: str) -> tuple[int, ...]:
     parts = text.lower().replace(",", "x").split("x")
     try:
-        values = tuple(_positive(part) for part in parts)
+        values = tuple(positive(part) for part in parts)
     except argparse.ArgumentTypeError:
         values = ()
     if len(values) == 1:
@@ -429,14 +428,3 @@ def _input_size(text: str) -> tuple[int, ...]:
     if len(values) not in (2, 3):
         raise argparse.ArgumentTypeError(f"expected SIZE, HxW or CxHxW, got {text!r}")
     return values
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    """KEY=VALUE, the value as JSON where it is that, otherwise as text."""
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value

@@ -157,6 +157,33 @@ class ACDAConv2d(DynamicConv2d):
         static = centred(self.static_atoms, (self.psi.shape[1], self.psi.shape[2]))
         return torch.einsum("oca,ahw->ochw", self.coeff, torch.cat([dynamic, static]))
 
+    def code(self, x: Tensor) -> Tensor:
+        """alpha, (N, m·K, H', W')."""
+        alpha: Tensor = self.generator(x)
+        return alpha
+
+    @torch.no_grad()
+    def constant_code(self) -> Tensor | None:
+        """Where the generator's last weight is zero, for every atom that has a coefficient."""
+        used = self.coeff[:, :, : self.config.atoms].flatten(0, 1).any(0)
+        if self.generator.expand.weight.view(self.config.atoms, -1)[used].any():
+            return None
+        return self.generator.static_output.detach()
+
+    @torch.no_grad()
+    def energy_of(self, difference: Tensor) -> Tensor:
+        """‖A δ ψ‖², from the Gram matrices of the coefficients and of the basis."""
+        m = self.config.atoms
+        coeff, psi = self.coeff[:, :, :m].flatten(0, 1).double(), self.psi.flatten(1).double()
+        delta = difference.unflatten(-1, (m, -1))
+        weighted = (coeff.T @ coeff).to(delta) @ delta @ (psi @ psi.T).to(delta)
+        energy: Tensor = (weighted * delta).sum((-2, -1))
+        return energy.clamp_min(0)
+
+    @torch.no_grad()
+    def fix(self, code: Tensor) -> None:
+        self.generator.set_static_output(code)
+
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The generator's; `coeff` and `static_atoms` are the old weight, factorised."""
         yield from self.generator.named_parameters(prefix="generator")

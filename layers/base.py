@@ -115,6 +115,36 @@ class DynamicConv2d(nn.Module):
         """The layer's own loss term, a scalar, or None where its paper has none."""
         return None
 
+    # --- what varies, for collapse and pictures; a type that does not say it is never collapsed ----------------------
+
+    def code(self, x: Tensor) -> Tensor | None:
+        """What fixes the filter at each output pixel in eval mode, (N, V, H', W'): the filter is an affine function of it."""
+        return None
+
+    def constant_code(self) -> Tensor | None:
+        """That code, (V,), where the parameters alone make it the same at every pixel of every input; None where they do not."""
+        return None
+
+    def nearest_constant(self, mean: Tensor) -> Tensor:
+        """The code (V,) to fold at, given the mean over pixels: one that the layer can take everywhere."""
+        return mean
+
+    def code_text(self, mean: Tensor) -> str:
+        """What the mean code says to people; may be empty."""
+        return ""
+
+    def energy_of(self, difference: Tensor) -> Tensor:
+        """Squared norm of the change of the filter that goes with changes (..., V) of the code, (...)."""
+        raise NotImplementedError
+
+    def static_energy(self) -> Tensor:
+        """Squared norm of the static filter, a scalar in the units of `energy_of`."""
+        return self.static_weight().detach().square().sum()
+
+    def fix(self, code: Tensor) -> None:
+        """Make the filter of this code (V,) the static one."""
+        raise NotImplementedError
+
     # --- what all share -------------------------------------------------------------------------------------------
 
     @property

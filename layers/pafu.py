@@ -86,6 +86,16 @@ class PAFUConv2d(DynamicConv2d):
         self.register_buffer("support_mask", self._support_mask(), persistent=False)
 
     @classmethod
+    def why_not(cls, geometry: ConvGeometry, config: LayerConfig) -> list[str]:
+        """A window of the other parity than the kernel has its taps between those of a dilated kernel."""
+        assert isinstance(config, PAFUConfig)
+        return [
+            f"supports {config.supports} cannot be centred on a kernel of size {k} at dilation {d}: the parity differs"
+            for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)
+            if d > 1 and (max(k, *config.supports, 1) - k) % 2
+        ][:1]
+
+    @classmethod
     def from_conv(cls, conv: nn.Module | ConvSource, config: LayerConfig | None = None, **context: Any) -> Self:
         """Kernel 0 is the weight, the others are it plus noise; the selector's last bias prefers kernel 0.
 
@@ -176,6 +186,45 @@ class PAFUConv2d(DynamicConv2d):
         self.check_input(x)
         index: Tensor = self.selector(x).argmax(1)
         return index
+
+    def code(self, x: Tensor) -> Tensor:
+        """The selection, one channel a kernel, 1 where it is selected and 0 elsewhere, (N, n, P, Q)."""
+        return F.one_hot(self.selection(x), self.config.group_size).movedim(-1, 1).to(self.kernel.dtype)
+
+    @torch.no_grad()
+    def constant_code(self) -> Tensor | None:
+        """Where one logit is the largest whatever the hidden map, whose values tanh keeps within [-1, 1] (padding included)."""
+        expand = self.selector.expand
+        weight, bias = expand.weight.double().flatten(1), self.selector.static_output.double()
+        best = int(bias.argmax())
+        if weight.any():
+            lead = bias[best] - bias - (weight[best] - weight).abs().sum(1)
+            rounding = 16 * torch.finfo(expand.weight.dtype).eps * (bias.abs().max() + weight.abs().sum(1).max())
+            others = torch.arange(len(bias), device=bias.device) != best
+            if not bool((lead[others] > rounding).all()):
+                return None
+        return self._chosen(best)
+
+    def nearest_constant(self, mean: Tensor) -> Tensor:
+        """The kernel that is selected most often."""
+        return self._chosen(int(mean.argmax()))
+
+    def code_text(self, mean: Tensor) -> str:
+        share, kernel = mean.max(0)
+        return f"kernel {int(kernel)} at {100 * float(share):.4g} % of the pixels"
+
+    def _chosen(self, kernel: int) -> Tensor:
+        return F.one_hot(torch.tensor(kernel), self.config.group_size).to(self.kernel)
+
+    @torch.no_grad()
+    def energy_of(self, difference: Tensor) -> Tensor:
+        kernels = torch.cat([self._kernel().movedim(1, -1).flatten(1)[None], self._further_kernels()]).flatten(1)
+        gram = (kernels.double() @ kernels.double().T).to(difference)
+        return torch.einsum("...i,ij,...j->...", difference, gram, difference).clamp_min(0)
+
+    @torch.no_grad()
+    def fix(self, code: Tensor) -> None:
+        self.selector.set_static_output(code)
 
     def static_weight(self) -> Tensor:
         """The kernel that the selector's last bias prefers, (O, C/G, k, l): at birth the replaced weight."""

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.errors import ConfigError, GeometryError, UnsupportedLayerError
+from surgeon.errors import ConfigError, GeometryError
 from surgeon.layers.base import DynamicConv2d, LayerConfig, check_at_least
+from surgeon.layers.factors import compose, composes, factorise
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.kernels.dconv import channels_fit, dconv_layer
 from surgeon.layers.registry import register
@@ -284,12 +285,10 @@ class SEKGConv2d(DynamicConv2d):
         return self._compute(x, self.dconv.static_conv2d)
 
     def _compute(self, x: Tensor, dconv: Callable[..., Tensor]) -> Tensor:
-        g = self.geometry
         if self.kernel is not None:
-            x, padding = pad_for_window(x, g, g.kernel_size)
-            return dconv(F.conv2d(x, self.kernel, self.bias, g.stride, padding, g.dilation, g.groups))
+            return dconv(self.dconv_input(x))
         if self.pointwise is not None:
-            return F.conv2d(dconv(x), self.pointwise, self.bias, groups=g.groups)
+            return F.conv2d(dconv(x), self.pointwise, self.bias, groups=self.geometry.groups)
         return dconv(x, self.bias)
 
     def static_weight(self) -> Tensor:
@@ -301,10 +300,10 @@ class SEKGConv2d(DynamicConv2d):
         """
         g, static = self.geometry, self.dconv.static
         if self.kernel is not None:
-            if self.static_is_exact():
+            if self._static_is_centred():
                 row, column = self.dconv.centre
                 return self.kernel * static[:, :, row : row + 1, column : column + 1]
-            return _compose(self.kernel, static, g)
+            return compose(self.kernel, static, g)
         if self.pointwise is not None:
             inputs, taps = g.in_channels // g.groups, g.kernel_size
             depthwise = static.view(g.groups, inputs, -1, *taps)
@@ -312,15 +311,51 @@ class SEKGConv2d(DynamicConv2d):
             return torch.einsum("gocr,gcryx->gocyx", pointwise, depthwise).reshape(g.weight_shape)
         return static
 
+    def dconv_input(self, x: Tensor) -> Tensor:
+        """What the DConv gets: in "dense" mode the convolution's output, otherwise x itself."""
+        if self.kernel is None:
+            return x
+        g = self.geometry
+        x, padding = pad_for_window(x, g, g.kernel_size)
+        return F.conv2d(x, self.kernel, self.bias, g.stride, padding, g.dilation, g.groups)
+
+    def code(self, x: Tensor) -> Tensor:
+        """The generated kernels, (N, kernel_groups·k_h·k_w, H', W')."""
+        generated: Tensor = self.dconv.generator(self.dconv_input(x))
+        return generated
+
+    def constant_code(self) -> Tensor | None:
+        """Zero, where the generator's last weight is."""
+        weight = self.dconv.generator.weight.detach()
+        return None if weight.any() else weight.new_zeros(len(weight))
+
+    def energy_of(self, difference: Tensor) -> Tensor:
+        """Of the DConv's kernels; one that several channels share counts for each."""
+        return difference.square().sum(-1) * (len(self.dconv.static) // self.dconv.kernel_groups)
+
+    def static_energy(self) -> Tensor:
+        return self.dconv.static.detach().square().sum()
+
+    @torch.no_grad()
+    def fix(self, code: Tensor) -> None:
+        kernels = code.view(self.dconv.kernel_groups, 1, 1, *self.dconv.geometry.kernel_size)
+        static = self.dconv.static
+        static.add_(kernels.expand(-1, len(static) // len(kernels), -1, -1, -1).reshape(static.shape))
+        self.dconv.generator.weight.zero_()
+
     def static_bias(self) -> Tensor | None:
         if self.kernel is None or self.bias is None:
             return self.bias
         return self.bias * self.dconv.static.sum(dim=(1, 2, 3))
 
     def static_is_exact(self) -> bool:
-        """False only in "dense" mode with static kernels that have elements off their centre."""
-        if self.kernel is None:
+        """False only in "dense" mode, for static kernels with elements off their centre that see the zero padding in between."""
+        if self.kernel is None or self._static_is_centred():
             return True
+        no_bias = self.bias is None or not self.bias.detach().any()
+        return no_bias and composes(self.geometry)
+
+    def _static_is_centred(self) -> bool:
         row, column = self.dconv.centre
         return int(self.dconv.static.count_nonzero()) == int(self.dconv.static[:, :, row, column].count_nonzero())
 
@@ -353,50 +388,3 @@ def _dconv_geometry(geometry: ConvGeometry, options: SEKGConfig) -> ConvGeometry
         return replace(geometry, out_channels=outputs, groups=channels, bias=False)
     channels = geometry.out_channels
     return replace(geometry, in_channels=channels, groups=channels, bias=False)
-
-
-@torch.no_grad()
-def factorise(weight: Tensor, groups: int, multiplier: int) -> tuple[Tensor, Tensor]:
-    """Best depthwise (C_in·r, 1, k_h, k_w) and pointwise (C_out, r·C_in/groups, 1, 1) factors of a weight, r = `multiplier`.
-
-    For every input channel the truncated SVD of its (C_out/groups, k_h·k_w) slice, in float64, the singular values shared
-    evenly. It is taken from the eigenvectors of the smaller Gram matrix: fast for many channels, and exact at full rank, as
-    they are an orthonormal basis whatever the rounding of small eigenvalues.
-    """
-    outputs, inputs, kernel_h, kernel_w = weight.shape
-    slices = weight.double().reshape(groups, outputs // groups, inputs, -1).transpose(1, 2)
-    tall = slices.shape[-2] >= slices.shape[-1]
-    gram = slices.mT @ slices if tall else slices @ slices.mT
-    squares, basis = torch.linalg.eigh(gram)
-    squares, basis = squares.flip(-1)[..., :multiplier], basis.flip(-1)[..., :multiplier]
-    singular = squares.clamp_min(0).sqrt()
-    root = singular.clamp_min(1e-6 * singular[..., :1]).sqrt()
-    root = torch.where(root > 0, root, 1.0)
-    if tall:
-        depthwise, pointwise = basis.mT * root[..., :, None], slices @ basis / root[..., None, :]
-    else:
-        depthwise, pointwise = basis.mT @ slices / root[..., :, None], basis * root[..., None, :]
-    return (
-        depthwise.reshape(groups * inputs * multiplier, 1, kernel_h, kernel_w).to(weight.dtype),
-        pointwise.transpose(1, 2).reshape(outputs, inputs * multiplier, 1, 1).to(weight.dtype),
-    )
-
-
-def _compose(kernel: Tensor, static: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Weight of the convolution with `kernel` followed by the depthwise one with `static`, centred on `kernel`."""
-    steps = []
-    for stride, dilation in zip(geometry.stride, geometry.dilation, strict=True):
-        if stride % dilation:
-            reason = f"a static kernel cannot be merged into a convolution of stride {stride} and dilation {dilation}"
-            raise UnsupportedLayerError(reason, (reason,))
-        steps.append(stride // dilation)
-    size = static.shape[-1]
-    before = (size - 1) // 2
-    most = size - 1 - before
-    parts = []
-    for row in range(size):
-        for column in range(size):
-            up, left = (most + row - before) * steps[0], (most + column - before) * steps[1]
-            margins = (left, 2 * most * steps[1] - left, up, 2 * most * steps[0] - up)
-            parts.append(F.pad(kernel * static[:, :, row : row + 1, column : column + 1], margins))
-    return torch.stack(parts).sum(dim=0)

@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from surgeon.checkpoint import load as load
     from surgeon.checkpoint import save as save
+    from surgeon.collapse import collapse as collapse
+    from surgeon.collapse_report import CollapseReport as CollapseReport
     from surgeon.convert import convert as convert
     from surgeon.convert import inspect as inspect
     from surgeon.costs import Cost as Cost
@@ -31,11 +33,13 @@ if TYPE_CHECKING:
 
 # Public name -> module that defines it. Nothing is imported before it is used: `surgeon --help` must not load torch.
 _EXPORTS = {
+    "CollapseReport": "surgeon.collapse_report",
     "ConvSite": "surgeon.sites",
     "Cost": "surgeon.costs",
     "Recipe": "surgeon.recipe",
     "Report": "surgeon.report",
     "SurgeonError": "surgeon.errors",
+    "collapse": "surgeon.collapse",
     "convert": "surgeon.convert",
     "cost": "surgeon.costs",
     "cost_table": "surgeon.costs",
@@ -48,12 +52,14 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "CollapseReport",
     "ConvSite",
     "Cost",
     "Recipe",
     "Report",
     "SurgeonError",
     "__version__",
+    "collapse",
     "convert",
     "cost",
     "cost_table",

@@ -22,16 +22,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from surgeon.collapse_report import CollapseReport, read
 from surgeon.errors import CheckpointError, RecipeError, SurgeonError
 from surgeon.identify import identify
 from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.registry import layer_class
 from surgeon.layers.source import ConvSource
 from surgeon.models import build_structure
+from surgeon.recipe import CONVOLUTION, BaseModel, Recipe, Rule, get_recipe, parse_json, read_text, set_recipe, versions
 from surgeon.recipe import FILE as RECIPE
-from surgeon.recipe import BaseModel, Recipe, Rule, get_recipe, parse_json, read_text, set_recipe, versions
 from surgeon.report import Report
-from surgeon.rewrite import Rewrite, dynamic_layers
+from surgeon.rewrite import Rewrite, convolution_rule, dynamic_layers, folded_from, folded_windows
 from surgeon.weights import mismatches, told_mismatches
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def save(
     model: nn.Module,
     path: str | Path,
     *,
-    report: Report | None = None,
+    report: Report | CollapseReport | None = None,
     base: BaseModel | None = None,
     force: bool = False,
 ) -> None:
@@ -107,22 +108,23 @@ def load(
     return model.eval().to(device)
 
 
-def read_report(path: str | Path) -> Report | None:
-    """The report in a surgeon folder; None if it has none."""
+def read_report(path: str | Path) -> Report | CollapseReport | None:
+    """The report in a surgeon folder, of a conversion or a collapse; None if it has none."""
     file = Path(path) / REPORT
     if not file.is_file():
         return None
     values = parse_json(read_text(file), str(file))
-    return Report.from_dict(values if isinstance(values, dict) else {})
+    return read(values if isinstance(values, dict) else {})
 
 
 def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
-    """The recipe of a model as it is now: one rule for each dynamic layer, with the options it has."""
+    """The recipe of a model as it is now: a rule for each dynamic layer, and each convolution folded to another window."""
     carried = get_recipe(model)
     rules = tuple(
         Rule(layers=name, type=layer.type_name, options=layer.config.to_dict())
         for name, layer in dynamic_layers(model).items()
     )
+    rules += tuple(convolution_rule(name, window) for name, window in folded_windows(model).items())
     known = base or (carried.base if carried is not None else None)
     found = known if known is not None and _fits(model, known, rules) else identify(model)
     if found is not None and known is not None:
@@ -145,6 +147,9 @@ def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Mod
     layers: dict[str, nn.Module] = {}
     for rule in rules:
         old = _submodule(model, rule.layers, where)
+        if rule.type == CONVOLUTION:
+            layers[rule.layers] = _folded(old, rule, where)
+            continue
         cls = layer_class(rule.type)
         config = cls.Config.from_dict(rule.options)
         if isinstance(old, DynamicConv2d):
@@ -158,6 +163,14 @@ def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Mod
         except SurgeonError as error:
             raise RecipeError(f"{where}: {rule.layers} cannot become {rule.type}: {error}") from error
     return Rewrite(model, layers).apply()
+
+
+def _folded(old: nn.Module, rule: Rule, where: str) -> nn.Module:
+    height, width = rule.options["window"]
+    try:
+        return folded_from(old, (height, width))
+    except SurgeonError as error:
+        raise RecipeError(f"{where}: {rule.layers} cannot become a {height}x{width} convolution: {error}") from error
 
 
 def check_output(path: str | Path, *, force: bool = False) -> None:

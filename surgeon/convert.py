@@ -16,7 +16,7 @@ from surgeon.errors import ConfigError, GeometryError, UnsupportedLayerError, Ve
 from surgeon.inputs import given_inputs
 from surgeon.layers.base import DynamicConv2d
 from surgeon.plan import Planned, make_plan, may_compress, nothing_replaced
-from surgeon.recipe import Recipe, Rule, get_recipe, set_recipe, versions
+from surgeon.recipe import CONVOLUTION, Recipe, Rule, get_recipe, set_recipe, versions
 from surgeon.report import Replaced, Report, Skipped, growth_notes
 from surgeon.rewrite import Rewrite, build_layer
 from surgeon.select import split_items
@@ -141,6 +141,8 @@ def _read_order(
                 [*(["layers"] if layers is not None else []), *(["type"] if type is not None else []), *options]
             )
             raise ConfigError(f"a recipe says everything itself: leave out {extra}")
+        if any(rule.type == CONVOLUTION for rule in recipe.rules):
+            raise ConfigError("the recipe is that of a collapsed model: its convolutions cannot be made by converting")
         if not recipe.rules:
             raise ConfigError("the recipe has no rules: there is nothing to replace")
         return _Order(rules=recipe.rules, seed=seed or recipe.seed, recipe=recipe)

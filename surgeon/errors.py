@@ -35,6 +35,16 @@ class NothingReplacedError(SurgeonError):
     exit_code = 1
 
 
+class NothingFoldedError(SurgeonError):
+    """No dynamic layer could be folded back into a convolution; `report` says why, layer by layer."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
 class ModelError(SurgeonError, LookupError):
     """A model name, a factory or its weights cannot be found or do not fit."""
 

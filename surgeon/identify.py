@@ -10,6 +10,7 @@ from surgeon.errors import ModelError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.models import build_structure
 from surgeon.recipe import BaseModel, Weights
+from surgeon.rewrite import folded_window
 from surgeon.weights import state_sha256
 
 _IGNORED = {"training", "pretrained_cfg", "default_cfg", "feature_info", "grad_checkpointing"}
@@ -27,7 +28,7 @@ def identify(model: nn.Module) -> BaseModel | None:
         except ModelError:
             continue
         if _agree(model, twin):
-            converted = any(isinstance(module, DynamicConv2d) for module in model.modules())
+            converted = any(_is_replaced(module) for module in model.modules())
             weights = Weights(kind="given", sha256=None if converted else state_sha256(model))
             return BaseModel(
                 source=base.source, name=base.name, kwargs=base.kwargs, input_size=base.input_size, weights=weights
@@ -101,16 +102,20 @@ def _first_channels(model: nn.Module) -> int | None:
 
 def _agree(model: nn.Module, twin: nn.Module) -> bool:
     """Whether both have the same tree: classes, plain attributes, and shapes of parameters and buffers."""
+    if _is_replaced(model):
+        return True
     if type(model) is not type(twin):
         return False
-    if isinstance(model, DynamicConv2d):
-        return True
     if _shapes(model) != _shapes(twin) or _attributes(model) != _attributes(twin):
         return False
     mine, other = dict(model.named_children()), dict(twin.named_children())
     if list(mine) != list(other):
         return False
-    return all(isinstance(mine[name], DynamicConv2d) or _agree(mine[name], other[name]) for name in mine)
+    return all(_agree(mine[name], other[name]) for name in mine)
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    return isinstance(module, DynamicConv2d) or folded_window(module) is not None
 
 
 def _shapes(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:

@@ -14,39 +14,39 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff",
 IMAGES = 32
 
 
-def read_images(folder: str | Path, model: nn.Module, base: BaseModel, *, limit: int = IMAGES) -> Tensor:
+def read_images(
+    folder: str | Path, model: nn.Module, base: BaseModel, *, limit: int = IMAGES, option: str = "--calibrate"
+) -> Tensor:
     """Up to `limit` pictures below a folder as a batch (N, C, H, W), transformed as the model expects.
 
     They are taken evenly from the sorted list of files, so that a folder with one subfolder a class gives many classes.
-    Raises `InputError` where there is none, or one cannot be read.
+    `option` is what messages call them. Raises `InputError` where there is none, or one cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"--calibrate: there is no folder {folder}")
+        raise InputError(f"{option}: there is no folder {folder}")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
-        raise InputError(f"--calibrate: {folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+        raise InputError(f"{option}: {folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
     step = max(len(files) / limit, 1.0)
     chosen = [files[int(i * step)] for i in range(min(limit, len(files)))]
-    transform = _transform(model, base)
-    return torch.stack([_read(file, transform, channels=_channels(base)) for file in chosen])
+    transform = evaluation_transform(model, base)
+    return torch.stack([read_image(file, transform, base, option=option) for file in chosen])
 
 
-def _channels(base: BaseModel) -> int:
-    return base.input_size[0] if base.input_size else 3
-
-
-def _read(file: Path, transform: Callable[[Any], Tensor], channels: int) -> Tensor:
+def read_image(file: Path, transform: Callable[[Any], Tensor], base: BaseModel, *, option: str) -> Tensor:
+    """One picture (C, H, W) as the model gets it, grey where the model takes one channel; raises `InputError`."""
     from PIL import Image
 
+    channels = base.input_size[0] if base.input_size else 3
     try:
         with Image.open(file) as image:
             return transform(image.convert("L" if channels == 1 else "RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"--calibrate: cannot read the picture {file}: {error}") from error
+        raise InputError(f"{option}: cannot read the picture {file}: {error}") from error
 
 
-def _transform(model: nn.Module, base: BaseModel) -> Callable[[Any], Tensor]:
+def evaluation_transform(model: nn.Module, base: BaseModel) -> Callable[[Any], Tensor]:
     """The model's own evaluation transform (timm), or ImageNet's, or for other networks plain values in [0, 1]."""
     from torchvision import transforms
 

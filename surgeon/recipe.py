@@ -21,6 +21,10 @@ FORMAT = "surgeon-recipe"
 VERSION = 1
 FILE = "recipe.json"
 
+CONVOLUTION = (
+    "conv"  # type of a rule that describes a plain convolution of another window, left by `revert` or `collapse`
+)
+
 _SOURCES = ("timm", "torchvision", "zoo", "factory")
 _KINDS = ("pretrained", "random", "file", "given")
 _ATTRIBUTE = "_surgeon_recipe"
@@ -54,7 +58,10 @@ class BaseModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Layers (a selection, see `surgeon.select`) that become one type with these options. Of two rules the later wins."""
+    """Layers (a selection, see `surgeon.select`) that become one type with these options. Of two rules the later wins.
+
+    In the recipe of a model that was collapsed or reverted, type "conv" is a plain convolution with another `window`.
+    """
 
     layers: str
     type: str
@@ -197,11 +204,21 @@ def _rule(values: Any, where: str) -> Rule:
         raise RecipeError(f'{where}: layers must be a selection such as "stage3,stage4", got {_told(layers)}')
     kind = _typed(values, "type", str, where)
     options = _mapping(values.get("options", {}), f"{where}: options")
+    if kind == CONVOLUTION:
+        _check_window(options, f"{where} ({layers})")
+        return Rule(layers=layers, type=kind, options=options)
     try:
         layer_class(kind).Config.from_dict(options)
     except (ConfigError, TypeError) as error:
         raise RecipeError(f"{where} ({layers}): {error}") from error
     return Rule(layers=layers, type=kind, options=options)
+
+
+def _check_window(options: Mapping[str, Any], where: str) -> None:
+    _check_keys(options, ("window",), f"{where}: options")
+    window = options.get("window")
+    if not isinstance(window, list) or len(window) != 2 or not all(type(n) is int and 0 < n < 256 for n in window):
+        raise RecipeError(f"{where}: window must be a kernel size [height, width], got {_told(window)}")
 
 
 def _base(values: Any, where: str) -> BaseModel:

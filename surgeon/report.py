@@ -63,7 +63,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; numbers that are not finite become the strings "nan", "inf", "-inf"."""
-        values: dict[str, Any] = _jsonable(asdict(self))
+        values: dict[str, Any] = jsonable(asdict(self))
         return values
 
     def to_json(self) -> str:
@@ -76,8 +76,8 @@ class Report:
         try:
             rest = {key: value for key, value in values.items() if key not in ("replaced", "skipped")}
             report = cls(
-                replaced=[_entry(Replaced, entry) for entry in values["replaced"]],
-                skipped=[_entry(Skipped, entry) for entry in values["skipped"]],
+                replaced=[entry(Replaced, item) for item in values["replaced"]],
+                skipped=[entry(Skipped, item) for item in values["skipped"]],
                 **rest,
             )
             for name in ("max_abs_error", "max_rel_error"):
@@ -113,25 +113,27 @@ def growth_notes(report: Report) -> list[str]:
     return [f"{kind} layers add {count(more)} parameters; {hint}" for kind, more, hint in hints if hint]
 
 
-Entry = TypeVar("Entry", Replaced, Skipped)
+Entry = TypeVar("Entry")
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """The value with numbers that are not finite as strings."""
     if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
 
 
-def _entry(kind: type[Entry], values: dict[str, Any]) -> Entry:
+def entry(kind: type[Entry], values: dict[str, Any]) -> Entry:
+    """One dataclass of a report from its JSON values."""
     values = dict(values)
-    for item in fields(kind):
-        if item.name in ("aliases", "reasons", "notes") and item.name in values:
+    for item in fields(kind):  # type: ignore[arg-type]  # every kind of entry is a dataclass
+        if isinstance(values.get(item.name), list):
             values[item.name] = tuple(values[item.name])
-        if item.name.endswith("_error"):
+        if item.name.endswith("_error") and values[item.name] is not None:
             values[item.name] = float(values[item.name])
     return kind(**values)
 
@@ -214,9 +216,9 @@ def name_list(names: list[str], most: int = 12) -> str:
 
 
 def _totals(report: Report, width: int) -> str:
-    lines = [_change("parameters", report.params_before, report.params_after)]
+    lines = [change("parameters", report.params_before, report.params_after)]
     if report.macs_before is not None and report.macs_after is not None:
-        lines.append(_change("FLOPs", 2 * report.macs_before, 2 * report.macs_after) + " (1 MAC = 2 FLOPs)")
+        lines.append(change("FLOPs", 2 * report.macs_before, 2 * report.macs_after) + " (1 MAC = 2 FLOPs)")
     if report.max_abs_error is None or report.max_rel_error is None:
         lines.append("error       not measured")
     else:
@@ -237,6 +239,7 @@ def _totals(report: Report, width: int) -> str:
     return "\n".join(lines)
 
 
-def _change(name: str, before: int, after: int) -> str:
+def change(name: str, before: int, after: int) -> str:
+    """A line of totals: before, after, and the factor."""
     factor = f" (x{after / before:.2f})" if before else ""
     return f"{name:<11} {count(before)} -> {count(after)}{factor}"

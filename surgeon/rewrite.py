@@ -1,7 +1,8 @@
 """Surgery on the module tree: put layers in the place of others at all their names, and back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from surgeon.copying import evaluating, seeded
 from surgeon.errors import SelectionError, UnsupportedLayerError
 from surgeon.layers.base import DynamicConv2d
-from surgeon.layers.geometry import ConvGeometry, Quad
-from surgeon.recipe import Recipe, get_recipe, set_recipe
+from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
+from surgeon.layers.source import ConvSource
+from surgeon.recipe import CONVOLUTION, Recipe, Rule, get_recipe, set_recipe
 from surgeon.select import Selector, is_below, split_items
 
 _HOOKS = (
@@ -26,6 +28,7 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 _ORIGIN = "_surgeon_origin"  # class name of the replaced module
+_WINDOW = "_surgeon_window"  # kernel size of a folded convolution that its base model would build otherwise
 _PLAIN = ("Conv2d", "Conv2dSame")  # modules that a reverted layer equals in class and parameters
 
 
@@ -128,17 +131,23 @@ def revert(model: nn.Module, names: Selector | None = None) -> nn.Module:
     if not layers:
         raise SelectionError("there is nothing to revert: the model has no dynamic layer")
     rewrite = Rewrite(model, {name: plain_convolution(layer, name) for name, layer in layers.items()})
-    origins = {getattr(layer, _ORIGIN, "Conv2d") for layer in layers.values()}
     result = rewrite.apply()
-    recipe = get_recipe(model)
-    if recipe is not None:
-        set_recipe(result, _without(recipe, layers) if origins <= set(_PLAIN) else None)
+    drop_rules(result, get_recipe(model), layers)
     return result
 
 
-def _without(recipe: Recipe, names: Mapping[str, Any]) -> Recipe:
-    rules = tuple(rule for rule in recipe.rules if rule.layers not in names)
-    return Recipe(rules=rules, base=recipe.base, seed=recipe.seed, versions=recipe.versions)
+def drop_rules(model: nn.Module, recipe: Recipe | None, names: Iterable[str]) -> None:
+    """Make the model carry the recipe without the rules of these layers, which are plain convolutions now."""
+    if recipe is not None:
+        gone = set(names)
+        rules = [rule for rule in recipe.rules if rule.layers not in gone]
+        rules += [convolution_rule(name, window) for name, window in folded_windows(model).items() if name in gone]
+        set_recipe(model, replace(recipe, rules=tuple(rules)))
+
+
+def convolution_rule(name: str, window: Pair) -> Rule:
+    """What a recipe says of a folded convolution."""
+    return Rule(layers=name, type=CONVOLUTION, options={"window": list(window)})
 
 
 @torch.no_grad()
@@ -149,12 +158,10 @@ def plain_convolution(layer: DynamicConv2d, name: str = "") -> nn.Conv2d:
     """
     if not layer.static_is_exact():
         raise _not_one_convolution(layer, name, "its static part differs from one convolution near the borders")
-    weight, geometry = _cropped(layer.static_weight().detach(), layer.geometry)
-    bias = layer.static_bias()
-    conv = _make_conv(geometry, weight, bias is not None)
-    conv.weight.copy_(weight)
-    if conv.bias is not None and bias is not None:
-        conv.bias.copy_(bias)
+    weight = _cropped(layer.static_weight().detach(), layer.geometry)
+    conv = convolution_from(layer.geometry, weight, layer.static_bias())
+    if weight.shape[2:] != layer.geometry.kernel_size or getattr(layer, _ORIGIN, "Conv2d") not in _PLAIN:
+        setattr(conv, _WINDOW, (weight.shape[2], weight.shape[3]))
     new = {id(p) for _, p in layer.new_parameters()}
     conv.requires_grad_(any(p.requires_grad for p in layer.parameters() if id(p) not in new))
     if layer.bias is not None and conv.bias is not None:
@@ -172,67 +179,98 @@ def _not_one_convolution(layer: DynamicConv2d, name: str, reason: str) -> Unsupp
     )
 
 
-def _cropped(weight: Tensor, geometry: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
-    """Weight and geometry of the whole window, or of the replaced kernel alone where the rest of the window is zero."""
-    window, kernel = (weight.shape[-2], weight.shape[-1]), geometry.kernel_size
-    if window == kernel:
-        return weight, geometry
-    top, left = ((w - k) // 2 for w, k in zip(window, kernel, strict=True))
+def folded_windows(model: nn.Module) -> dict[str, Pair]:
+    """Plain convolutions by first name that are not as their base model makes them, and their kernel sizes."""
+    found = ((name, folded_window(module)) for name, module in model.named_modules())
+    return {name: window for name, window in found if window is not None}
+
+
+def folded_window(module: nn.Module) -> Pair | None:
+    """Kernel size of a plain convolution that its base model would build otherwise; None for every other module."""
+    window: Pair | None = getattr(module, _WINDOW, None)
+    return window
+
+
+def folded_from(conv: nn.Module, window: Pair) -> nn.Conv2d:
+    """A plain convolution with the kernel of this one, zero-padded to a window, to stand in its place."""
+    source = ConvSource.read(conv)
+    extra = [w - k for w, k in zip(window, source.geometry.kernel_size, strict=True)]
+    sides = (extra[1] // 2, extra[1] - extra[1] // 2, extra[0] // 2, extra[0] - extra[0] // 2)
+    folded = convolution_from(source.geometry, F.pad(source.weight, sides), source.bias)
+    setattr(folded, _WINDOW, window)
+    return folded
+
+
+def _cropped(weight: Tensor, geometry: ConvGeometry) -> Tensor:
+    """The weight of the whole window, or of the replaced kernel alone where the rest of the window is zero."""
+    kernel = geometry.kernel_size
+    top, left = ((w - k) // 2 for w, k in zip(weight.shape[2:], kernel, strict=True))
     inner = weight[..., top : top + kernel[0], left : left + kernel[1]]
-    if torch.count_nonzero(inner) == torch.count_nonzero(weight):
-        return inner, geometry
-    padding: Any = geometry.padding
-    if padding != "tf_same":
-        extra_h, extra_w = (d * (w - k) for w, k, d in zip(window, kernel, geometry.dilation, strict=True))
-        extra = (extra_w // 2, extra_w - extra_w // 2, extra_h // 2, extra_h - extra_h // 2)
-        padding = tuple(a + b for a, b in zip(padding, extra, strict=True))
-    values = {**vars(geometry), "kernel_size": window, "padding": padding}
-    return weight, ConvGeometry(**values)
+    return inner if torch.count_nonzero(inner) == torch.count_nonzero(weight) else weight
 
 
-def _make_conv(geometry: ConvGeometry, weight: Tensor, bias: bool) -> nn.Conv2d:
-    mode: Any = geometry.padding_mode
+@torch.no_grad()
+def convolution_from(geometry: ConvGeometry, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    """The plain convolution with this weight (C_out, C_in/g, h, w), its window centred where the geometry's kernel is."""
+    conv = _empty_convolution(geometry, (weight.shape[2], weight.shape[3]), weight, bias is not None)
+    conv.weight.copy_(weight)
+    if conv.bias is not None and bias is not None:
+        conv.bias.copy_(bias)
+    return conv
+
+
+def _empty_convolution(geometry: ConvGeometry, window: Pair, like: Tensor, bias: bool) -> nn.Conv2d:
     options: dict[str, Any] = {
         "in_channels": geometry.in_channels,
         "out_channels": geometry.out_channels,
-        "kernel_size": geometry.kernel_size,
+        "kernel_size": window,
         "stride": geometry.stride,
         "dilation": geometry.dilation,
         "groups": geometry.groups,
         "bias": bias,
-        "device": weight.device,
-        "dtype": weight.dtype,
+        "device": like.device,
+        "dtype": like.dtype,
     }
+    larger = window != geometry.kernel_size
     if geometry.padding == "tf_same":
         from timm.layers.conv2d_same import Conv2dSame
 
-        same: nn.Conv2d = Conv2dSame(**options)
+        same: nn.Conv2d = PaddedConv2d(geometry, **options) if larger else Conv2dSame(**options)
         return same
-    left, right, top, bottom = geometry.padding
+    mode: Any = geometry.padding_mode
+    if larger and mode != "zeros":
+        if any(geometry.padding):  # its own padding first, then zeros
+            return PaddedConv2d(geometry, **options)
+        mode = "zeros"
+    extra_h, extra_w = (d * (w - k) for w, k, d in zip(window, geometry.kernel_size, geometry.dilation, strict=True))
+    extra = (extra_w // 2, extra_w - extra_w // 2, extra_h // 2, extra_h - extra_h // 2)
+    left, right, top, bottom = sides = tuple(a + b for a, b in zip(geometry.padding, extra, strict=True))
     if (left, top) == (right, bottom) and min(left, top) >= 0:
         return nn.Conv2d(**options, padding=(top, left), padding_mode=mode)
     if geometry.stride == (1, 1):
         conv = nn.Conv2d(**options, padding="same", padding_mode=mode)
-        if tuple(conv._reversed_padding_repeated_twice) == geometry.padding:
+        if tuple(conv._reversed_padding_repeated_twice) == sides:
             return conv
-    return PaddedConv2d(geometry.padding, **options, padding_mode=mode)
+    return PaddedConv2d(geometry, **options)
 
 
 class PaddedConv2d(nn.Conv2d):
-    """Convolution with its own amount of padding (or cropping) on each side."""
+    """Convolution in the place of one of another geometry: padded as that one, its window centred where that kernel is."""
 
-    def __init__(self, sides: Quad, **options: Any) -> None:
+    def __init__(self, geometry: ConvGeometry, **options: Any) -> None:
         super().__init__(**options)
-        self.sides = sides
+        self.geometry = geometry
 
     def forward(self, input: Tensor) -> Tensor:
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        padded = F.pad(input, self.sides, mode=mode)
-        return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        window = (self.kernel_size[0], self.kernel_size[1])
+        padded, padding = pad_for_window(input, self.geometry, window)
+        return F.conv2d(padded, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         own: str = super().extra_repr()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return f"{own}, sides={self.sides}"
+        return (
+            f"{own}, instead of {self.geometry.kernel_size} with {self.geometry.padding_mode} {self.geometry.padding}"
+        )
 
 
 def _static_error(layer: DynamicConv2d, conv: nn.Conv2d) -> float:
@@ -254,9 +292,9 @@ def _static_error(layer: DynamicConv2d, conv: nn.Conv2d) -> float:
     return worst
 
 
-def sample_input(layer: DynamicConv2d, batch: int, extra: int) -> Tensor:
-    """Random input a little larger than the layer's kernel, (batch, C, H, W)."""
-    g = layer.geometry
+def sample_input(layer: nn.Module, batch: int, extra: int) -> Tensor:
+    """Random input a little larger than the kernel of a dynamic layer, or of a convolution, (batch, C, H, W)."""
+    g: Any = layer.geometry if isinstance(layer, DynamicConv2d) else layer
     size = [d * (k - 1) + 1 + s + extra for k, d, s in zip(g.kernel_size, g.dilation, g.stride, strict=True)]
     like = next(layer.parameters())
     return torch.randn((batch, g.in_channels, *size), dtype=like.dtype, device=like.device)

@@ -18,14 +18,22 @@ from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.observe import observe
 from surgeon.plan import may_compress
-from surgeon.rewrite import Rewrite, build_layer, dynamic_layers, sample_input
+from surgeon.rewrite import (
+    Rewrite,
+    build_layer,
+    dynamic_layers,
+    folded_from,
+    folded_window,
+    folded_windows,
+    sample_input,
+)
 
 TOLERANCE = 1e-5  # of the relative error in float32
 TOLERANCE_DOUBLE = 1e-10  # of the run in float64 that settles what float32 leaves open
 _LAYER_LIMIT = 1e-4  # beyond this a layer is wrong in float32, whatever float64 says
 _MOST_CALLS = 4  # of one convolution that are measured in a forward pass
 
-Build = Callable[[nn.Module], DynamicConv2d]
+Build = Callable[[nn.Module], nn.Module]
 
 
 @dataclass(kw_only=True)
@@ -93,9 +101,9 @@ def halves_agree(model: nn.Module, names: Sequence[str], pairs: Inputs, seed: in
 
 
 def measure(
-    model: nn.Module, layers: Mapping[str, DynamicConv2d], inputs: Inputs, seed: int = 0
+    model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs, seed: int = 0
 ) -> tuple[Any, dict[str, Difference]]:
-    """Run a model and compare, at its convolutions, each new layer with what the convolution gives for the same input.
+    """Run a model and compare, at the replaced layers, each new layer with what the old one gives for the same input.
 
     Nothing is stored but the largest errors. A layer that the forward pass does not reach is compared on a random input.
     """
@@ -103,7 +111,7 @@ def measure(
     found: dict[str, Difference] = {}
     calls = dict.fromkeys(layers, 0)
 
-    def hook(name: str, layer: DynamicConv2d) -> Callable[..., None]:
+    def hook(name: str, layer: nn.Module) -> Callable[..., None]:
         def look(conv: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             calls[name] += 1
             if calls[name] <= _MOST_CALLS:
@@ -125,9 +133,10 @@ def measure(
                 handle.remove()
         for name, layer in layers.items():
             if name not in found:
+                old = model.get_submodule(name)
                 with evaluating(model), seeded(seed):
-                    x = sample_input(layer, 2, 5)
-                    found[name] = compare_tensors(model.get_submodule(name).forward(x), layer.forward(x), name)
+                    x = sample_input(layer if isinstance(layer, DynamicConv2d) else old, 2, 5)
+                    found[name] = compare_tensors(old.forward(x), layer.forward(x), name)
     return output, found
 
 
@@ -305,11 +314,13 @@ def verify(
     """
     inputs = observe(original, [], example_inputs, input_size).inputs
     modules = dict(original.named_modules(remove_duplicate=False))
-    layers = {
+    layers: dict[str, nn.Module] = {
         name: layer
         for name, layer in dynamic_layers(converted).items()
         if name in modules and not isinstance(modules[name], DynamicConv2d)
     }
+    folded = {name: converted.get_submodule(name) for name in folded_windows(converted) if name in modules}
+    layers |= {name: conv for name, conv in folded.items() if folded_window(modules[name]) is None}
     expected, errors = measure(original, layers, inputs, seed)
     output = compare(expected, run(converted, inputs, seed))
     build = {name: _rebuild(layer, seed) for name, layer in layers.items()}
@@ -319,9 +330,16 @@ def verify(
         errors,
         dtype,
         lambda: settle_in_double(original, build, inputs, seed),
-        compressed=any(may_compress(layer.geometry, layer.config) for layer in layers.values()),
+        compressed=any(
+            may_compress(layer.geometry, layer.config) for layer in layers.values() if isinstance(layer, DynamicConv2d)
+        ),
     )
 
 
-def _rebuild(layer: DynamicConv2d, seed: int) -> Build:
-    return lambda conv: build_layer(conv, type(layer), layer.config, seed)
+def _rebuild(layer: nn.Module, seed: int) -> Build:
+    if isinstance(layer, DynamicConv2d):
+        kind, config = type(layer), layer.config
+        return lambda conv: build_layer(conv, kind, config, seed)
+    window = folded_window(layer)
+    assert window is not None
+    return lambda conv: folded_from(conv, window)

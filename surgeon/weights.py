@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import ModelError
 from surgeon.layers.base import DynamicConv2d
+from surgeon.rewrite import folded_window
 
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "params_ema", "params", "net")
 _PREFIXES = ("module.", "_orig_mod.")
@@ -109,10 +110,11 @@ def state_sha256(model: nn.Module) -> str:
 def changed_tensors(original: nn.Module, converted: nn.Module) -> list[str]:
     """Names of parameters and buffers outside the dynamic layers that are not the same in both models.
 
-    A layer that was converted and reverted has its weight back up to rounding; that counts as the same.
+    Convolutions that were folded to another window are left out, too: their tensors cannot be the same. A layer that was
+    converted and reverted has its weight back up to rounding; that counts as the same.
     """
     modules = converted.named_modules(remove_duplicate=False)
-    inside = tuple(f"{name}." for name, module in modules if isinstance(module, DynamicConv2d))
+    inside = tuple(f"{name}." for name, module in modules if isinstance(module, DynamicConv2d) or folded_window(module))
     before = {name: value for name, value in original.state_dict().items() if not name.startswith(inside)}
     after = {name: value for name, value in converted.state_dict().items() if not name.startswith(inside)}
     return [name for name in {**before, **after} if not _same(before.get(name), after.get(name))]

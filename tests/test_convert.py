@@ -429,10 +429,12 @@ def test_revert_takes_names_and_knows_same_padding() -> None:
         surgeon.revert(converted)
 
 
-def test_a_reverted_standardised_convolution_has_no_recipe() -> None:
+def test_a_reverted_standardised_convolution_is_in_the_recipe() -> None:
     model = nn.Sequential(timm.layers.StdConv2d(3, 4, 3))
     converted, _ = fakes(model)
-    assert get_recipe(surgeon.revert(converted)) is None  # the base model would standardise the weight again
+    recipe = get_recipe(surgeon.revert(converted))  # the base model alone would standardise the weight again
+    assert recipe is not None
+    assert recipe.rules == (Rule(layers="0", type="conv", options={"window": [3, 3]}),)
     assert torch.allclose(evaluated(converted), evaluated(model), atol=1e-6)
 
 

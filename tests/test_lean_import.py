@@ -34,12 +34,14 @@ def test_help_loads_no_heavy_library() -> None:
 def test_the_public_list_is_sorted_and_complete() -> None:
     assert surgeon.__all__ == sorted(surgeon.__all__)
     assert surgeon.__all__ == [
+        "CollapseReport",
         "ConvSite",
         "Cost",
         "Recipe",
         "Report",
         "SurgeonError",
         "__version__",
+        "collapse",
         "convert",
         "cost",
         "cost_table",

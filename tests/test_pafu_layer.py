@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.errors import ConfigError
+from surgeon.errors import ConfigError, UnsupportedLayerError
 from surgeon.layers import PAFUConfig, PAFUConv2d, regularization
 from tests.layer_contract import awaken, plain_conv, relative_error
 
@@ -266,3 +266,13 @@ def test_the_same_seed_gives_the_same_kernels() -> None:
         torch.manual_seed(7)
         layers.append(make())
     assert all(torch.equal(a, b) for a, b in zip(*(layer.state_dict().values() for layer in layers), strict=True))
+
+
+def test_supports_between_the_taps_of_a_dilated_even_kernel_are_refused() -> None:
+    with pytest.raises(UnsupportedLayerError, match="at dilation 2"):
+        PAFUConv2d.from_conv(nn.Conv2d(3, 4, 2, dilation=2), PAFUConfig(group_size=3, supports=(3,)))
+    for kernel, dilation in ((2, 1), (3, 2), (4, 2)):
+        conv = nn.Conv2d(3, 4, kernel, dilation=dilation, padding=1)
+        layer = PAFUConv2d.from_conv(conv, PAFUConfig(group_size=3, supports=(3,))).eval()
+        x = torch.randn(1, 3, 12, 12)
+        assert torch.allclose(layer(x), conv(x), atol=1e-5)

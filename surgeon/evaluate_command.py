@@ -1,0 +1,234 @@
+"""`surgeon evaluate`: a model's metrics on a task, beside those of its original. Imports torch when it runs."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgeon.arguments import assignment, positive
+from surgeon.errors import ConfigError, DataError, ModelError, SurgeonError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgeon.recipe import BaseModel
+    from surgeon.zoo.tasks import Task
+
+DESCRIPTION = "metrics of a model on a task, beside those of its original"
+EXAMPLES = """  surgeon evaluate runs/resnet50-acda --task classification --data imagenet/
+  surgeon evaluate runs/dncnn-sekg --task denoising --data photos/ --task-option sigma=25
+  surgeon evaluate resnet50 --task classification --data imagenet/ --original none --limit 500
+  surgeon evaluate runs/mine --task classification --data cifar/ --original zoo/resnet20_cifar \\
+      --original-weights resnet20.pth
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `surgeon evaluate`, beside --json, --quiet and --debug."""
+    parser.add_argument("model", metavar="RUN|MODEL", help="a folder that surgeon wrote, or a model's name")
+    group = parser.add_argument_group("task")
+    group.add_argument("--task", required=True, metavar="NAME", help="what the model is judged on")
+    group.add_argument("--data", metavar="DIR", help="the task's data; its layout is in the task's description")
+    group.add_argument(
+        "--task-option",
+        type=assignment,
+        dest="task_options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any option of the task",
+    )
+    group.add_argument("--split", choices=("val", "train"), default="val", help="default: val")
+    group.add_argument("--limit", type=positive, metavar="N", help="only N samples, spread evenly over the split")
+    group = parser.add_argument_group("what it is compared with")
+    group.add_argument(
+        "--original",
+        default="auto",
+        metavar="auto|none|MODEL",
+        help="auto: the base model of a run, with the weights it was converted with (default)",
+    )
+    group.add_argument("--original-weights", metavar="FILE", help="its weights, where they cannot be found")
+    group = parser.add_argument_group("how it is run")
+    group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="of a MODEL")
+    group.add_argument("--num-classes", type=positive, metavar="N", help="classes of a MODEL's head")
+    group.add_argument("--seed", type=int, default=0, help="of the task and of random weights (default: 0)")
+    group.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
+    group.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load data (default: 0)")
+    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N (default: cuda where there is one)")
+    group.add_argument("--amp", nargs="?", const="float16", metavar="DTYPE", help="float16 or bfloat16")
+    group.add_argument("--trust-factory", action="store_true", help="run the factory that a run's recipe names")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    from surgeon.console import Progress, width
+    from surgeon.report import jsonable
+
+    task = _task(args)
+    model, base = _model(args)
+    notes: list[str] = []
+    original, name = _original(args, base, notes)
+    task.check()
+    device = args.device or _default_device()
+    with Progress(enabled=not args.quiet) as progress:
+        found = _measure(model, args.model, task, args, device, progress, notes)
+        beside = None
+        if original is not None:
+            beside = {"model": name, **_measure(original, name, task, args, device, progress, notes)}
+    document = {
+        "model": args.model,
+        "task": task.name,
+        "split": args.split,
+        "samples": len(task.dataset(args.split)),
+        "device": device,
+        "amp": args.amp,
+        "primary": task.primary,
+        "higher_is_better": task.higher_is_better,
+        **found,
+        "original": beside,
+        "notes": notes,
+    }
+    print(json.dumps(jsonable(document), indent=2) if args.json else text(document, width()))
+    return 0
+
+
+def _task(args: argparse.Namespace) -> "Task":
+    from surgeon.zoo.tasks import create_task
+
+    options: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in args.task_options
+    }
+    if args.data is not None:
+        if not Path(args.data).is_dir():
+            raise DataError(f"--data: there is no folder {args.data}")
+        options["data"] = Path(args.data)
+    if args.limit is not None:
+        options[f"{args.split}_limit"] = args.limit
+    try:
+        return create_task(args.task, seed=args.seed, **options)
+    except TypeError as error:
+        raise ConfigError(f"task {args.task} cannot be made with these options: {error}") from error
+
+
+def _model(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
+    if Path(args.model, "recipe.json").is_file():
+        from surgeon.checkpoint import load
+        from surgeon.recipe import get_recipe
+
+        model = load(args.model, trust_factory=args.trust_factory)
+        recipe = get_recipe(model)
+        return model, None if recipe is None else recipe.base
+    from surgeon.models import build_model
+
+    if args.original == "auto":
+        args.original = "none"  # a model by its name is an original
+    return build_model(args.model, weights=args.weights, seed=args.seed, num_classes=args.num_classes)
+
+
+def _original(args: argparse.Namespace, base: "BaseModel | None", notes: list[str]) -> "tuple[nn.Module | None, str]":
+    from surgeon.models import build_model, restore
+
+    if args.original == "none":
+        return None, ""
+    if args.original != "auto":
+        weights = args.original_weights or "auto"
+        return build_model(args.original, weights=weights, seed=args.seed)[0], args.original
+    if base is None:
+        notes.append("no original: the run does not know its base model (name one with --original MODEL)")
+        return None, ""
+    try:
+        return restore(base, weights=args.original_weights, trust_factory=args.trust_factory), base.name
+    except ModelError as error:
+        if args.original_weights:
+            raise
+        notes.append(f"no original: {error} (here --original-weights FILE)")
+        return None, ""
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _measure(
+    model: "nn.Module",
+    name: str,
+    task: "Task",
+    args: argparse.Namespace,
+    device: str,
+    progress: Any,
+    notes: list[str],
+) -> dict[str, Any]:
+    """Metrics, parameters and FLOPs of one model; the model is made to fit the task first."""
+    from surgeon.zoo.evaluate import evaluate
+
+    before = {id(parameter) for parameter in model.parameters()}
+    model = task.bind(model)
+    new = [key for key, parameter in model.named_parameters() if id(parameter) not in before]
+    if new:
+        shown = ", ".join(new[:3]) + (", ..." if len(new) > 3 else "")
+        notes.append(f"{name} was given new, untrained parameters to fit the task: {shown}")
+    flops, size = _flops(model, task, args.split, name, notes)
+    metrics = evaluate(
+        model,
+        task,
+        split=args.split,
+        batch_size=args.batch_size,
+        device=device,
+        amp=args.amp,
+        workers=args.workers,
+        progress=lambda stage, done, total: progress(name.rstrip("/").rpartition("/")[2], done, total),
+    )
+    params = sum(p.numel() for p in model.parameters())
+    return {"metrics": metrics, "params": params, "flops": flops, "input_size": size}
+
+
+def _flops(model: "nn.Module", task: "Task", split: Any, name: str, notes: list[str]) -> tuple[int | None, list[int]]:
+    """FLOPs of one forward pass of the split's first input, and that input's shape."""
+    from surgeon.costs import cost
+
+    size = tuple(task.dataset(split)[0]["input"].shape)
+    try:
+        return cost(model, input_size=size, mode="infer").flops, list(size)
+    except SurgeonError as error:
+        notes.append(f"the FLOPs of {name} cannot be counted: {error}")
+        return None, list(size)
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+def text(document: dict[str, Any], width: int) -> str:
+    """The result for people: metrics, parameters and FLOPs, one or two models and the difference."""
+    from surgeon.tables import count, paragraph, shorten, table
+
+    beside = document["original"]
+    head = f"{document['model']}: {document['task']}, {document['samples']} samples of {document['split']}"
+    columns = [document] + ([beside] if beside else [])
+    rows = []
+    for name, value in document["metrics"].items():
+        mark = "*" if name == document["primary"] else ""
+        cells = [_number(column["metrics"].get(name)) for column in columns]
+        rows.append([name + mark, *cells, *([_difference(value, beside["metrics"].get(name))] if beside else [])])
+    for title, key in (("parameters", "params"), ("FLOPs", "flops")):
+        cells = [count(column[key]) for column in columns]
+        factor = f"x{document[key] / beside[key]:.2f}" if beside and document[key] and beside[key] else "-"
+        rows.append([title, *cells, *([factor] if beside else [])])
+    header = ["", "this model", *([shorten(beside["model"], 24), "change"] if beside else [])]
+    way = "higher" if document["higher_is_better"] else "lower"
+    size = "x".join(map(str, document["input_size"]))
+    lines = [paragraph(head, width=width), "", table(header, rows, width=width), ""]
+    told = f"* decides, {way} is better. FLOPs (1 MAC = 2 FLOPs) are those of one input of {size}."
+    lines.append(paragraph(told, width=width))
+    lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in document["notes"]]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 1000 else f"{value:.1f}"
+
+
+def _difference(value: float, other: float | None) -> str:
+    return "-" if other is None else f"{value - other:+.4f}" if abs(value) < 1000 else f"{value - other:+.1f}"

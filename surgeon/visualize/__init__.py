@@ -1,0 +1,1 @@
+"""Pictures and numbers of what varies in a model: captured with hooks, measured, drawn."""

@@ -1,0 +1,86 @@
+"""Numbers that say how much a layer varies over one picture."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgeon.layers import ACDAConv2d, PAFUConv2d, SEKGConv2d
+from surgeon.layers.bases import fourier_bessel, scale_boxes
+from surgeon.visualize.capture import Seen
+
+FROM_WEIGHTS = "weights"
+
+
+def numbers(seen: Seen) -> dict[str, Any]:
+    """What is measured of a layer, as JSON values; which numbers depends on its type."""
+    found: dict[str, Any] = {"name": seen.name, "type": seen.layer.type_name, "variation": seen.variation}
+    if seen.code is None:
+        return found
+    if isinstance(seen.layer, ACDAConv2d):
+        scales = alpha_by_scale(seen.layer, seen.code)
+        distances = {name: cosine_distance(alpha.flatten(0, 1).flatten(1)) for name, alpha in scales.items()}
+        told = [d for name, d in distances.items() if name != FROM_WEIGHTS and d is not None]
+        found |= {"cosine_distance": sum(told) / len(told) if told else None, "cosine_distance_by_scale": distances}
+    if isinstance(seen.layer, PAFUConv2d):
+        shares = seen.code.mean((1, 2))
+        entropy = -(shares * shares.clamp_min(1e-12).log()).sum()
+        found |= {"shares": [round(float(s), 6) for s in shares], "effective_kernels": float(entropy.exp())}
+    if isinstance(seen.layer, SEKGConv2d):
+        about_static, about_mean = kernel_energy(seen.layer, seen.code)
+        found |= {"energy_about_static": float(about_static.mean()), "energy_about_mean": float(about_mean.mean())}
+    return found
+
+
+def alpha_by_scale(layer: ACDAConv2d, code: Tensor) -> dict[str, Tensor]:
+    """The coefficients (m, elements, H, W) of each scale, by the size of its box; those of the extra elements as "weights"."""
+    alpha = code.unflatten(0, (layer.config.atoms, -1))
+    found: dict[str, Tensor] = {}
+    first = 0
+    for height, width in scale_boxes(layer.geometry.kernel_size, layer.config.scales):
+        elements = len(fourier_bessel((height, width), layer.config.basis_size))
+        found[f"{height}x{width}"] = alpha[:, first : first + elements]
+        first += elements
+    if first < alpha.shape[1]:
+        found[FROM_WEIGHTS] = alpha[:, first:]
+    return found
+
+
+def cosine_distance(vectors: Tensor) -> float | None:
+    """Average of 1 - cos over all pairs of different columns of (V, P): ACDA, appendix A.5, for one scale of one image.
+
+    The sum over all pairs follows from the sum of the unit vectors, so that no pair is left out. Zero vectors have no direction;
+    None where fewer than two columns have one.
+    """
+    columns = vectors.double()
+    lengths = columns.norm(dim=0)
+    units = columns[:, lengths > 0] / lengths[lengths > 0]
+    n = units.shape[1]
+    if n < 2:
+        return None
+    pairs: float = float(units.sum(1).square().sum()) - n
+    distance: float = 1 - pairs / (n * (n - 1))
+    return max(0.0, distance)
+
+
+def kernel_energy(layer: SEKGConv2d, code: Tensor) -> tuple[Tensor, Tensor]:
+    """Energy (H, W) of the DConv's kernels less their static part, and less their mean over the picture.
+
+    Both are summed over channels, as parts of the energy of the static kernels.
+    """
+    with torch.no_grad():
+        scale = layer.static_energy().float().clamp_min(torch.finfo(torch.float32).tiny)
+        rows = code.movedim(0, -1)
+        mean = rows.mean((0, 1))
+        return layer.energy_of(rows) / scale, layer.energy_of(rows - mean) / scale
+
+
+def told(values: dict[str, Any]) -> str:
+    """The number that matters most, for a table."""
+    if values.get("cosine_distance") is not None:
+        return f"cosine distance {values['cosine_distance']:.3f}"
+    if "effective_kernels" in values:
+        return f"{values['effective_kernels']:.2f} of {len(values['shares'])} kernels"
+    if "energy_about_mean" in values:
+        return f"kernel energy {values['energy_about_mean']:.2g}"
+    return "-"

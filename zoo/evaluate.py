@@ -1,0 +1,106 @@
+"""What a model is worth on a task: its metrics over a split, the same at every call."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from surgeon.copying import evaluating, seeded
+from surgeon.errors import ConfigError, DataError, InputError, SurgeonError
+from surgeon.zoo.tasks.base import Batch, Sample, Split, Task
+
+Progress = Callable[[str, int, int], None]
+AMP = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    *,
+    split: Split = "val",
+    batch_size: int = 32,
+    device: str | torch.device | None = None,
+    amp: str | None = None,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Metrics of a model on a split of a task, by name, the task's `primary` among them.
+
+    The model must fit the task already (`task.bind`). It runs in eval mode without gradients; mode, buffers and random state
+    are afterwards as before. Two calls give the same numbers on the same device.
+
+    Args:
+        device: where to evaluate; the model is moved there and stays. None is where it is.
+        amp: autocast to "float16" or "bfloat16".
+        workers: processes that load data; 0 loads in this one.
+        progress: called with ("evaluate", batches done, batches in all).
+
+    Raises:
+        DataError: the split is empty.
+        InputError: the model does not run on the task's data.
+    """
+    if amp is not None and amp not in AMP:
+        raise ConfigError(f"amp must be one of {', '.join(AMP)}, got {amp!r}")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    where = _device(model, device)
+    model.to(where)
+    samples = task.dataset(split)
+    if not len(samples):
+        raise DataError(f"task {task.name}: the {split} split has no samples")
+    # A generator of its own: a loader draws one number from the global one at every start.
+    loader: DataLoader[Sample] = DataLoader(
+        samples, batch_size, collate_fn=task.collate, num_workers=workers, generator=torch.Generator().manual_seed(0)
+    )
+    metrics = {name: metric.to(where) for name, metric in task.metrics().items()}
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    if amp is not None:
+        autocast = lambda: torch.autocast(where.type, dtype=AMP[amp])  # noqa: E731  # a name for a partial call
+    with evaluating(model), seeded(0):
+        for done, batch in enumerate(loader):
+            if progress is not None:
+                progress("evaluate", done, len(loader))
+            batch = to_device(batch, where)
+            with autocast():
+                output = _predict(task, model, batch)
+            task.update(metrics, output, batch)
+    if progress is not None:
+        progress("evaluate", len(loader), len(loader))
+    return {name: float(metric.compute()) for name, metric in metrics.items()}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
+    }
+
+
+def _predict(task: Task, model: nn.Module, batch: Batch) -> Any:
+    try:
+        return task.predict(model, batch)
+    except (SurgeonError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        shape = tuple(batch["input"].shape)
+        raise InputError(
+            f"{type(model).__name__} does not run on a batch {shape} of task {task.name}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _device(model: nn.Module, wanted: str | torch.device | None) -> torch.device:
+    if wanted is None:
+        first = next((p for p in model.parameters()), None)
+        return torch.device("cpu") if first is None else first.device
+    try:
+        found = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigError(f"there is no device {str(wanted)!r}: cpu, cuda, cuda:N or mps") from error
+    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"the device {found} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("the device mps is not there")
+    return found
