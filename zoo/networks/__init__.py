@@ -1,5 +1,5 @@
 """One file a network; importing them registers their names."""
 
-from surgeon.zoo.networks import carn, demosaicnet, dncnn, mcnn, resnet_cifar
+from surgeon.zoo.networks import ad_resnet, adfnet, carn, crowd, demosaicnet, dncnn, lenet, mcnn, resnet_cifar
 
-__all__ = ["carn", "demosaicnet", "dncnn", "mcnn", "resnet_cifar"]
+__all__ = ["ad_resnet", "adfnet", "carn", "crowd", "demosaicnet", "dncnn", "lenet", "mcnn", "resnet_cifar"]
