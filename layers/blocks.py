@@ -64,7 +64,9 @@ class ModulatedDeformConv2d(nn.Module):
     def __init__(self, channels: int, features: int = OFFSET_FEATURES, groups: int = OFFSET_GROUPS) -> None:
         super().__init__()
         if channels % groups:
-            raise GeometryError(f"a deformable convolution with {groups} offset groups needs a multiple of {groups} channels, got {channels}")
+            raise GeometryError(
+                f"a deformable convolution with {groups} offset groups needs a multiple of {groups} channels, got {channels}"
+            )
         bound = (9 * channels) ** -0.5
         self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
