@@ -4,6 +4,8 @@
 `DynamicFilterConv2d` (Jia et al. 2016, DFN) generates a filter for every pixel.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,7 +61,7 @@ class MixedConv2d(nn.Module):
 class CondConv2d(MixedConv2d):
     """CondConv: sigmoid weights from one linear layer on the average (Yang et al. 2019, Eq. 2-3)."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, **options: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, **options: Any) -> None:
         super().__init__(in_channels, out_channels, kernel_size, **options)
         self.route = nn.Linear(in_channels, len(self.kernels))
 
@@ -74,7 +76,7 @@ class DyConv2d(MixedConv2d):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, *, temperature: float = 30.0, **options: int
+        self, in_channels: int, out_channels: int, kernel_size: int, *, temperature: float = 30.0, **options: Any
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, **({"experts": 4} | options))
         self.squeeze = nn.Linear(in_channels, max(1, in_channels // 4))

@@ -63,14 +63,18 @@ def zero_based(template: str) -> Callable[[re.Match[str]], str]:
     return lambda match: template.format(*(int(group) - 1 for group in match.groups()))
 
 
-def register(name: str, *, input_size: Size, **about: Any) -> Callable[[Factory], Factory]:
-    """Decorator: make a factory (keyword options -> module) known under a name. `about` are fields of `Entry`."""
+def register(name: str, *, input_size: Size, source: str | None = None, **about: Any) -> Callable[[Factory], Factory]:
+    """Decorator: make a factory (keyword options -> module) known under a name.
+
+    `source` is the text that says where the network is from, by default that of the factory's module; `about` are fields of
+    `Entry`.
+    """
 
     def decorate(factory: Factory) -> Factory:
         if name in _ENTRIES:
             raise ValueError(f"the zoo already has a network {name!r}")
         text = inspect.cleandoc(factory.__doc__ or "")
-        module = inspect.cleandoc(getattr(inspect.getmodule(factory), "__doc__", None) or "")
+        module = inspect.cleandoc(source or getattr(inspect.getmodule(factory), "__doc__", None) or "")
         _ENTRIES[name] = Entry(
             name=name,
             factory=factory,

@@ -114,7 +114,7 @@ _LEFT_OUT = (
     "({deform} parameters, which are no module's, {deform_macs} G of the multiply-accumulates) and counts the transposed "
     "convolutions at their output size, 4 times too much (+{up_macs} G)"
 )
-_PAPER = {"layout": _LAYOUT, "reshaped": _RESHAPED, "uncounted": _DEFORM}
+_PAPER: dict[str, Any] = {"layout": _LAYOUT, "reshaped": _RESHAPED, "uncounted": _DEFORM}
 _COLOUR = _LEFT_OUT.format(deform="977,600", deform_macs="1.06", up_macs="2.72")
 _AT = (3, 128, 128)
 

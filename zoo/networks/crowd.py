@@ -26,7 +26,7 @@ class CrowdNet(nn.Module):
     def __init__(self, size: str, **options: Any) -> None:
         super().__init__()
         self.trunk = trunk(size, num_classes=0, global_pool="", **options)
-        self.trunk.maxpool = nn.Identity()
+        self.trunk.maxpool = nn.Sequential()  # A.4: removed
         layers: list[nn.Module] = []
         for a, b in pairwise((self.trunk.num_features, *_WIDTHS)):
             layers += [nn.ConvTranspose2d(a, b, 3, 2, 1, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]

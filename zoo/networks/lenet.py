@@ -52,7 +52,13 @@ class LeNet(SmallClassifier):
         return F.relu(self.fc2(F.relu(self.fc1(x.flatten(1)))))
 
 
-_ABOUT: dict[str, Any] = {"input_size": (3, 32, 32), "num_classes": 10, "head": "fc3", "stages": (0, 1)}
+_ABOUT: dict[str, Any] = {
+    "input_size": (3, 32, 32),
+    "num_classes": 10,
+    "head": "fc3",
+    "stages": (0, 1),
+    "source": __doc__,
+}
 
 classifier("lenet", LeNet, "LeNet for CIFAR: two 5×5 convolutions, three linear layers, 62 k parameters.", **_ABOUT)
 classifier(

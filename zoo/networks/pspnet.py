@@ -5,6 +5,8 @@ cells, each reduced to a quarter of the channels by a 1×1 convolution, enlarged
 fuses them and a 1×1 convolution gives the classes. PAFU replaces the 3×3 convolution, with 8 kernels.
 """
 
+from typing import Any
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -35,10 +37,11 @@ class PSPNet(nn.Module):
         in_chans: int = 3,
     ) -> None:
         super().__init__()
-        self.backbone = timm.create_model(
+        features: Any = timm.create_model(
             backbone, features_only=True, output_stride=8, out_indices=(-2, -1), in_chans=in_chans
         )
-        before, last = self.backbone.feature_info.channels()
+        before, last = features.feature_info.channels()
+        self.backbone: nn.Module = features
         self.bins = tuple(bins)
         each = last // len(bins)
         self.pyramid = nn.ModuleList(_unit(last, each, 1) for _ in bins)

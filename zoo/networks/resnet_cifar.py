@@ -17,7 +17,7 @@ from surgeon.zoo.classifiers import SmallClassifier, classifier
 from surgeon.zoo.registry import Published
 
 _WIDTHS = (16, 32, 64)
-_NOTE = {"difference": "the table rounds 1.73 M to 1.7 M"}
+_NOTE: dict[str, Any] = {"difference": "the table rounds 1.73 M to 1.7 M"}
 
 
 class BasicBlock(nn.Module):
@@ -79,7 +79,13 @@ def _stage(c_in: int, c_out: int, blocks: int, stride: int) -> nn.Sequential:
 
 
 _LAYOUT = ((r"^fc\.", "linear."), (r"^classifier\.", "linear."))
-_ABOUT: dict[str, Any] = {"input_size": (3, 32, 32), "num_classes": 10, "head": "linear", "stages": (0, 1, 2)}
+_ABOUT: dict[str, Any] = {
+    "input_size": (3, 32, 32),
+    "num_classes": 10,
+    "head": "linear",
+    "stages": (0, 1, 2),
+    "source": __doc__,
+}
 _PARAMS = {20: 0.27e6, 32: 0.46e6, 44: 0.66e6, 56: 0.85e6, 110: 1.7e6}
 
 for _depth, _params in _PARAMS.items():

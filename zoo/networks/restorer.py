@@ -118,12 +118,12 @@ class KPN(nn.Module):
 
 
 _BASELINE = Published(where="ACDA Table 5", params=2.28e6)
-_PLAIN = {
+_PLAIN: dict[str, Any] = {
     "published": _BASELINE,
     "difference": "the paper gives no widths: ours are those that make the ACDA network 1.95 M. Eight blocks of 256-128-256 with "
     "3×3 convolutions have 1.78 M; 2.28 M would take 12.8 weights for each pair of channels, between 3×3 and 5×5",
 }
-_ACDA = {
+_ACDA: dict[str, Any] = {
     "rules": RULES,
     "published": Published(where="ACDA Table 5", params=1.97e6),
 }

@@ -151,7 +151,7 @@ for _scale in (2, 3, 4):
         _sr.__doc__ = (
             f"Linear super-resolution ×{_scale} with {_told} (PAFU Table 2); `ensemble`: its self-ensemble variant."
         )
-        _plain = {} if _options is None else {"plain": f"linear_sr_x{_scale}", "rules": _rules}
+        _plain: dict[str, Any] = {} if _options is None else {"plain": f"linear_sr_x{_scale}", "rules": _rules}
         register(f"{_name}_x{_scale}", input_size=_SIZE, **_plain)(_sr)
 
 
