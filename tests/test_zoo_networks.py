@@ -46,8 +46,8 @@ _RESTORER = {"width": 32, "inner": 8, "blocks": 2}
 # Options that make a small network of the same blocks, for what need not be run at full size.
 SMALL: dict[str, dict[str, Any]] = {
     **{name: _ADFNET for name in zoo.names() if name.startswith("adfnet")},
-    **{name: _RESTORER for name in ("acda_sidd", "sidd_conv", "acda_realsr", "realsr_conv", "acda_vdn", "vdn_conv")},
-    **{name: _RESTORER for name in ("dfn_realsr", "condconv_realsr", "dyconv_realsr", "kpn", "kpn_l19")},
+    **dict.fromkeys(("acda_sidd", "sidd_conv", "acda_realsr", "realsr_conv", "acda_vdn", "vdn_conv"), _RESTORER),
+    **dict.fromkeys(("dfn_realsr", "condconv_realsr", "dyconv_realsr", "kpn", "kpn_l19"), _RESTORER),
     **{name: {"blocks": 3, "width": 8, "layers": 2} for name in ("rdn", "rdn_mdcb")},
     **{name: {"steps": 2, "depth": 2, "width": 8} for name in ("iterative_demosaic", "pafu_iterative_demosaic")},
     **{name: {"backbone": "resnet10t", "width": 16} for name in ("pspnet", "pafu_pspnet")},

@@ -8,6 +8,7 @@ from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from surgeon.errors import ConfigError
 from surgeon.recipe import Rule
 from surgeon.zoo.registry import Size, register
 from surgeon.zoo.surgery import operate
@@ -80,14 +81,19 @@ class SmallClassifier(nn.Module):
     head_hidden_size: int
     feature_info: list[dict[str, Any]]
 
-    def __init__(self, drop_rate: float = 0.0) -> None:
+    def __init__(self, drop_rate: float = 0.0, global_pool: str = "avg") -> None:
         super().__init__()
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
-        self.global_pool = "avg"
+        self.global_pool = global_pool
 
     def set_head(self, features: int, num_classes: int) -> None:
-        """Make the linear layer; none where `num_classes` is 0."""
+        """Make the linear layer; none where `num_classes` is 0. Without pooling there can be none."""
+        if self.global_pool not in ("", "avg") or (num_classes and not self.global_pool):
+            raise ConfigError(
+                f"{type(self).__name__} pools by 'avg', or not at all ('') and then has no classes; got "
+                f"global_pool={self.global_pool!r} with {num_classes} classes"
+            )
         self.num_features = self.head_hidden_size = features
         self.num_classes = num_classes
         self.add_module(self.head_name, nn.Linear(features, num_classes) if num_classes > 0 else nn.Identity())
@@ -98,12 +104,7 @@ class SmallClassifier(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new linear layer; `global_pool` "avg" or "" (none: the features come out unpooled)."""
-        if global_pool is not None:
-            if global_pool not in ("", "avg"):
-                raise ValueError(f"{type(self).__name__} pools by 'avg' or not at all (''), got {global_pool!r}")
-            if not global_pool and num_classes:
-                raise ValueError("a classifier without pooling has no classes: reset_classifier(0, '')")
-            self.global_pool = global_pool
+        self.global_pool = self.global_pool if global_pool is None else global_pool
         like = next(self.parameters())
         self.set_head(self.num_features, num_classes)
         self.get_submodule(self.head_name).to(like.device, like.dtype).train(self.training)

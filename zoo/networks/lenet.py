@@ -7,10 +7,10 @@ a third, 7×7, would not fit into the unpadded window.
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.errors import GeometryError
 from surgeon.recipe import Rule
 from surgeon.zoo.classifiers import SmallClassifier, classifier
 
@@ -24,8 +24,10 @@ class LeNet(SmallClassifier):
     stages = ()
     head_name = "fc3"
 
-    def __init__(self, num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0) -> None:
-        super().__init__(drop_rate)
+    def __init__(
+        self, num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0, global_pool: str = "avg"
+    ) -> None:
+        super().__init__(drop_rate, global_pool)
         self.conv1 = nn.Conv2d(in_chans, 6, 5)
         self.act1 = nn.ReLU()
         self.pool1 = nn.MaxPool2d(2)
@@ -47,8 +49,7 @@ class LeNet(SmallClassifier):
 
     def pool(self, x: Tensor) -> Tensor:
         """Flattened, and through the two hidden linear layers: (N, 84)."""
-        if x.shape[1:] != (16, 5, 5):
-            raise GeometryError(f"LeNet takes images of 32×32 pixels, got maps of {tuple(x.shape[2:])} in place of 5×5")
+        torch._assert(x[0, 0].numel() == 25, "LeNet takes images of 32×32 pixels")
         return F.relu(self.fc2(F.relu(self.fc1(x.flatten(1)))))
 
 

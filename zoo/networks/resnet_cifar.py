@@ -52,8 +52,10 @@ class CifarResNet(SmallClassifier):
     stages = ("layer1", "layer2", "layer3")
     head_name = "linear"
 
-    def __init__(self, depth: int, num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0) -> None:
-        super().__init__(drop_rate)
+    def __init__(
+        self, depth: int, num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0, global_pool: str = "avg"
+    ) -> None:
+        super().__init__(drop_rate, global_pool)
         if depth < 8 or (depth - 2) % 6:
             raise ConfigError(f"a CIFAR ResNet has 6n + 2 layers (8, 14, 20, …), got depth {depth}")
         blocks = (depth - 2) // 6
