@@ -304,3 +304,13 @@ def test_the_variational_loss_trains_both_networks() -> None:
 def test_layers_of_the_zoo_are_the_libraries() -> None:
     net = zoo.create("lenet_acda")
     assert all(isinstance(layer, DynamicConv2d) for layer in (net.conv1, net.conv2))
+
+
+@pytest.mark.parametrize("name", ["adfnet_wo_dcb", "acda_sidd", "pafu_espcnn", "rdn_mdcb", "pafu_linear_sr_7x7_x2"])
+def test_a_network_made_in_python_is_known_again(name: str, tmp_path: Path) -> None:
+    """Saved without being told what it is; its class and its shapes tell."""
+    model = zoo.create(name).eval()
+    surgeon.save(model, tmp_path / "run")
+    again = surgeon.load(tmp_path / "run")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key])

@@ -171,3 +171,17 @@ def test_loads_in_another_process(tmp_path: Any) -> None:
     code = "import timm, surgeon.zoo, json; print(json.dumps(timm.list_models('ad_resnet_?')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == ["ad_resnet_l", "ad_resnet_m", "ad_resnet_s"]
+
+
+@pytest.mark.parametrize("name", ["lenet_acda", "resnet20_cifar", pytest.param("ad_resnet_s", marks=pytest.mark.slow)])
+def test_a_timm_made_model_is_known_again(name: str, tmp_path: Any) -> None:
+    """Saved without being told what it is."""
+    import surgeon
+
+    model = timm.create_model(name, num_classes=5).eval()
+    surgeon.save(model, tmp_path / "run")
+    base = json.loads((tmp_path / "run" / "recipe.json").read_text())["base"]
+    assert (base["source"], base["name"]) == ("zoo", name)
+    x = torch.rand(1, 3, side(name), side(name))
+    with torch.no_grad():
+        assert torch.equal(surgeon.load(tmp_path / "run")(x), model(x))

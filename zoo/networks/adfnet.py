@@ -112,10 +112,10 @@ _DEFORM = r"\.deform\.(weight|bias)$"
 _LEFT_OUT = (
     "the published numbers are those of a counter of modules: it leaves out the weights of the seven deformable convolutions "
     "({deform} parameters, which are no module's, {deform_macs} G of the multiply-accumulates) and counts the transposed "
-    "convolutions at their output size, 4 times too much (+{up_macs} G)"
+    "convolutions at their output size, 4 times too much (+{up_macs} G): {sum}"
 )
 _PAPER: dict[str, Any] = {"layout": _LAYOUT, "reshaped": _RESHAPED, "uncounted": _DEFORM}
-_COLOUR = _LEFT_OUT.format(deform="977,600", deform_macs="1.06", up_macs="2.72")
+_COLOUR = _LEFT_OUT.format(deform="977,600", deform_macs="1.06", up_macs="2.72", sum="12.29 - 1.06 + 2.72 = 13.95 G")
 _AT = (3, 128, 128)
 
 
@@ -153,7 +153,9 @@ def adfnet_real(channels: int = 3, widths: tuple[int, ...] = WIDTHS) -> nn.Modul
     "adfnet_l",
     input_size=_AT,
     published=Published(where="Table 2", macs=46.2e9, at=_AT),
-    difference=_LEFT_OUT.format(deform="3,908,992", deform_macs="4.23", up_macs="10.87"),
+    difference=_LEFT_OUT.format(
+        deform="3,908,992", deform_macs="4.23", up_macs="10.87", sum="39.66 - 4.23 + 10.87 = 46.30 G"
+    ),
     **_PAPER,
 )
 def adfnet_l(channels: int = 3, widths: tuple[int, ...] = (64, 128, 256, 512)) -> nn.Module:
