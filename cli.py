@@ -12,7 +12,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from surgeon import bench_command, collapse_command, cost_command, evaluate_command, visualize_command
+from surgeon import (
+    bench_command,
+    collapse_command,
+    cost_command,
+    evaluate_command,
+    visualize_command,
+    zoo_command,
+)
 from surgeon.arguments import assignment, positive
 from surgeon.errors import CheckpointError, ConfigError, SurgeonError, VerificationError
 
@@ -291,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
         "visualize": visualize_command,
         "cost": cost_command,
         "bench": bench_command,
+        "zoo": zoo_command,
     }
     for name, module in modules.items():
         module.add_arguments(_command(commands, name, module.run, module.DESCRIPTION, module.EXAMPLES))

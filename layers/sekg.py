@@ -71,8 +71,11 @@ class DConv2d(nn.Module):
     at a pixel is `static` (O, 1, k_h, k_w), one for each output channel, plus a generated part, which is zero at the start.
     `kernel_groups` is the number of generated kernels at a pixel: O (the default), a divisor of C, or a multiple of C that
     divides O; neighbouring channels share one. `static` starts at the identity; in the paper it is the bias of the 1×1
-    convolution. Raises `GeometryError` for another geometry or number.
+    convolution. Raises `GeometryError` for another geometry or number. `backend` names the operator's implementation, for
+    comparisons; None is the fastest that can run.
     """
+
+    backend: str | None = None
 
     def __init__(self, geometry: ConvGeometry, kernel_groups: int | None = None, *, channel_bias: bool = False) -> None:
         super().__init__()
@@ -125,7 +128,15 @@ class DConv2d(nn.Module):
         features = self.generator.features(x)
         x, padding = pad_for_window(x, g, g.kernel_size)
         return dconv_layer(
-            x, features, self.generator.weight, self.static, bias, stride=g.stride, padding=padding, dilation=g.dilation
+            x,
+            features,
+            self.generator.weight,
+            self.static,
+            bias,
+            stride=g.stride,
+            padding=padding,
+            dilation=g.dilation,
+            backend=self.backend,
         )
 
     def static_conv2d(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -37,6 +37,8 @@ def identify(model: nn.Module) -> BaseModel | None:
 
 
 def _candidates(model: nn.Module) -> Iterator[BaseModel]:
+    from surgeon import zoo
+
     unset = Weights(kind="given")
     cfg = getattr(model, "pretrained_cfg", None)
     if isinstance(cfg, dict) and cfg.get("architecture"):
@@ -47,15 +49,14 @@ def _candidates(model: nn.Module) -> Iterator[BaseModel]:
         chosen = {"in_chans": channels} if channels not in (None, size[0]) else {}
         shape = (channels or size[0], *size[1:])
         features = _features_only(model)
+        source = "zoo" if cfg["architecture"] in zoo.names() else "timm"
         for full in dict.fromkeys((name, str(cfg["architecture"]))):
             for kwargs in (classes | chosen, chosen, features | chosen):
-                yield BaseModel(source="timm", name=full, kwargs=kwargs, input_size=shape, weights=unset)
+                yield BaseModel(source=source, name=full, kwargs=kwargs, input_size=shape, weights=unset)
     home = type(model).__module__
     if home.startswith("torchvision.models"):
         yield from _torchvision_candidates(model, home, unset)
     if home.startswith("surgeon.zoo"):
-        from surgeon import zoo
-
         for name in zoo.names():
             if zoo.entry(name).factory.__module__ == home:
                 size = tuple(zoo.entry(name).input_size)

@@ -108,7 +108,9 @@ def model_names(pattern: str = "*") -> list[str]:
 
     from surgeon import zoo
 
-    names = timm.list_models() + [f"torchvision/{n}" for n in _torchvision_names()] + [f"zoo/{n}" for n in zoo.names()]
+    own = set(zoo.names())  # the zoo's classifiers are timm's as well
+    listed = [name for name in timm.list_models() if name not in own]
+    names = listed + [f"torchvision/{n}" for n in _torchvision_names()] + [f"zoo/{n}" for n in zoo.names()]
     if not any(c in pattern for c in "*?["):
         pattern = f"*{pattern}*"
     return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
@@ -143,13 +145,13 @@ def _parse(spec: str) -> BaseModel:
     if _FACTORY.fullmatch(spec):
         return BaseModel(source="factory", name=spec, input_size=(), weights=unset)
     prefix, _, name = spec.rpartition("/")
+    if prefix in ("", "zoo") and name in zoo.names():
+        return BaseModel(source="zoo", name=name, input_size=tuple(zoo.entry(name).input_size), weights=unset)
     if prefix in ("", "timm") and timm.is_model(name.split(".")[0]):
         _check_tag(name)
         cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
         size = tuple(cfg.input_size) if cfg is not None else ()
         return BaseModel(source="timm", name=name, input_size=size, weights=unset)
-    if prefix in ("", "zoo") and name in zoo.names():
-        return BaseModel(source="zoo", name=name, input_size=tuple(zoo.entry(name).input_size), weights=unset)
     if prefix == "torchvision" and name in _torchvision_names():
         return BaseModel(source="torchvision", name=name, input_size=torchvision_size(name), weights=unset)
     if Path(spec).is_dir():
@@ -236,12 +238,12 @@ def _recorded(base: BaseModel, model: nn.Module, weights: Weights) -> BaseModel:
 
 def _named_for(base: BaseModel, model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights in circulation for a zoo network, under that network's names."""
-    if base.source != "zoo" or set(state) <= set(model.state_dict()):
+    if base.source != "zoo":
         return state
     from surgeon.zoo import entry
-    from surgeon.zoo.foreign import translate
+    from surgeon.zoo.foreign import adapt
 
-    return translate(state, entry(base.name).layout)
+    return adapt(state, entry(base.name), model)
 
 
 @contextlib.contextmanager

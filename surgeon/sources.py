@@ -55,6 +55,8 @@ def _telling(what: str) -> Iterator[None]:
 def _timm_model(base: BaseModel) -> nn.Module:
     import timm
 
+    from surgeon import zoo as zoo  # registers its classifiers with timm
+
     model: nn.Module = timm.create_model(base.name, pretrained=False, **base.kwargs)
     return model
 

@@ -5,6 +5,6 @@ if __name__ != "surgeon.zoo":
 
 from surgeon.zoo import networks as networks  # fills the registry
 from surgeon.zoo.foreign import load_weights, read_state
-from surgeon.zoo.registry import Entry, create, entry, names, register
+from surgeon.zoo.registry import Entry, Published, create, entry, names, register
 
-__all__ = ["Entry", "create", "entry", "load_weights", "names", "read_state", "register"]
+__all__ = ["Entry", "Published", "create", "entry", "load_weights", "names", "read_state", "register"]

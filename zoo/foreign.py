@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from surgeon import weights
-from surgeon.zoo.registry import Layout, entry
+from surgeon.zoo.registry import Entry, Layout, entry
 
 read_state = weights.read_weights
 
@@ -24,6 +24,21 @@ def translate(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     return out
 
 
+def adapt(state: Mapping[str, Tensor], found: Entry, model: nn.Module) -> dict[str, Tensor]:
+    """A state dict in circulation as `model`, a network of the entry `found`, takes it.
+
+    The model's own keys are understood as they are. Tensors that the entry names as `reshaped` get the model's shape.
+    """
+    own = model.state_dict()
+    if set(state) <= set(own):
+        return dict(state)
+    out = translate(state, found.layout)
+    for name, value in out.items():
+        fits = found.reshaped and name in own and re.search(found.reshaped, name) and value.numel() == own[name].numel()
+        out[name] = value.reshape(own[name].shape) if fits else value
+    return out
+
+
 def load_weights(model: nn.Module, path: str | Path, *, network: str | None = None) -> nn.Module:
     """Load a weights file into `model` and return it.
 
@@ -31,7 +46,7 @@ def load_weights(model: nn.Module, path: str | Path, *, network: str | None = No
     batches that a batch norm keeps may be missing. Raises `ModelError` with the first mismatches.
     """
     state = read_state(path)
-    if network is not None and not set(state) <= set(model.state_dict()):
-        state = translate(state, entry(network).layout)
+    if network is not None:
+        state = adapt(state, entry(network), model)
     weights.load_weights(model, state, str(path))
     return model

@@ -1,32 +1,58 @@
 """The networks of the zoo by name. A network is one file in `networks/` and one `@register` line a name."""
 
 import difflib
+import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from surgeon.errors import ConfigError, ModelError
+from surgeon.recipe import Rule
 
 Layout = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 """(regular expression, replacement) pairs, applied in order to the keys of a public state dict; "" drops the tensor."""
 
 Factory = Callable[..., nn.Module]
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What a paper says that a network has.
+
+    `params` parameters; `macs` multiply-accumulates of one image of size `at` (C, H, W), where the paper says so in whatever
+    unit; `where` is the table or the sentence.
+    """
+
+    where: str
+    params: float | None = None
+    macs: float | None = None
+    at: Size | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One name of the zoo."""
+    """One name of the zoo.
+
+    `plain` is the name of the network that `rules` turn into this one. `uncounted` is a regular expression of parameters that
+    the published number leaves out; `difference` says why ours differs from what was published.
+    """
 
     name: str
     factory: Factory
-    input_size: tuple[
-        int, int, int
-    ]  # (C, H, W) of an example input; H and W are free unless the docstring says otherwise
+    input_size: Size  # (C, H, W) of an example input; H and W are free unless the docstring says otherwise
     layout: Layout = ()  # how the keys of the weights that are in circulation map to this network's
+    reshaped: str = ""  # regular expression of the tensors that are in circulation in another shape, in the same order
     summary: str = ""
+    description: str = field(default="", repr=False)
+    published: Published | None = None
+    difference: str = ""
+    uncounted: str = ""
+    plain: str | None = None
+    rules: tuple[Rule, ...] = ()
 
 
 _ENTRIES: dict[str, Entry] = {}
@@ -37,14 +63,26 @@ def zero_based(template: str) -> Callable[[re.Match[str]], str]:
     return lambda match: template.format(*(int(group) - 1 for group in match.groups()))
 
 
-def register(name: str, *, input_size: tuple[int, int, int], layout: Layout = ()) -> Callable[[Factory], Factory]:
-    """Decorator: make a factory (keyword options -> module) known under a name."""
+def register(name: str, *, input_size: Size, source: str | None = None, **about: Any) -> Callable[[Factory], Factory]:
+    """Decorator: make a factory (keyword options -> module) known under a name.
+
+    `source` is the text that says where the network is from, by default that of the factory's module; `about` are fields of
+    `Entry`.
+    """
 
     def decorate(factory: Factory) -> Factory:
         if name in _ENTRIES:
             raise ValueError(f"the zoo already has a network {name!r}")
-        summary = (factory.__doc__ or "").strip().splitlines()[0] if factory.__doc__ else ""
-        _ENTRIES[name] = Entry(name=name, factory=factory, input_size=input_size, layout=layout, summary=summary)
+        text = inspect.cleandoc(factory.__doc__ or "")
+        module = inspect.cleandoc(source or getattr(inspect.getmodule(factory), "__doc__", None) or "")
+        _ENTRIES[name] = Entry(
+            name=name,
+            factory=factory,
+            input_size=input_size,
+            summary=text.partition("\n")[0],
+            description=f"{text}\n\n{module}",
+            **about,
+        )
         return factory
 
     return decorate

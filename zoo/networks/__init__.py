@@ -1,5 +1,39 @@
 """One file a network; importing them registers their names."""
 
-from surgeon.zoo.networks import carn, demosaicnet, dncnn, mcnn, resnet_cifar
+from surgeon.zoo.networks import (
+    ad_resnet,
+    adfnet,
+    carn,
+    crowd,
+    demosaicnet,
+    dncnn,
+    lenet,
+    mcnn,
+    pspnet,
+    rdn,
+    resdnet,
+    resnet_cifar,
+    resnet_pafu,
+    restorer,
+    superres,
+    vdn,
+)
 
-__all__ = ["carn", "demosaicnet", "dncnn", "mcnn", "resnet_cifar"]
+__all__ = [
+    "ad_resnet",
+    "adfnet",
+    "carn",
+    "crowd",
+    "demosaicnet",
+    "dncnn",
+    "lenet",
+    "mcnn",
+    "pspnet",
+    "rdn",
+    "resdnet",
+    "resnet_cifar",
+    "resnet_pafu",
+    "restorer",
+    "superres",
+    "vdn",
+]

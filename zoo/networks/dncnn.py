@@ -2,28 +2,36 @@
 
 A chain of 3x3 convolutions with ReLU between them, batch norm after all but the first and the last. The chain estimates the
 noise; the network returns the image without it. Its noise level is whatever it was trained on.
+
+The variant of Shen et al., "Adaptive Dynamic Filtering Network for Image Denoising" (Figure 7), has one DConv in place of the
+convolution in the middle; there `depth` is 5, 10 or 15 and `width` 32 or 64.
 """
 
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
+from surgeon.layers.sekg import DConv2d
 from surgeon.zoo.registry import register
 
 
 class DnCNN(nn.Module):
     """Noisy image (N, C, H, W) in [0, 1] -> denoised image of the same shape, not clipped.
 
-    Without `batch_norm` the convolutions have biases: the form into which batch norm is folded after training.
+    Without `batch_norm` the convolutions have biases: the form into which batch norm is folded after training. With `dconv`
+    the convolution in the middle is dynamic.
     """
 
-    def __init__(self, channels: int = 1, depth: int = 17, width: int = 64, batch_norm: bool = True) -> None:
+    def __init__(
+        self, channels: int = 1, depth: int = 17, width: int = 64, batch_norm: bool = True, dconv: bool = False
+    ) -> None:
         super().__init__()
         if depth < 3:
             raise ConfigError(f"DnCNN has at least 3 convolutions, got depth {depth}")
         bias = not batch_norm
         body: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=bias), nn.ReLU()]
-        for _ in range(depth - 2):
-            body.append(nn.Conv2d(width, width, 3, padding=1, bias=bias))
+        for layer in range(1, depth - 1):
+            dynamic = dconv and layer == depth // 2
+            body.append(DConv2d.same(width) if dynamic else nn.Conv2d(width, width, 3, padding=1, bias=bias))
             if batch_norm:
                 body.append(nn.BatchNorm2d(width))
             body.append(nn.ReLU())
@@ -53,3 +61,9 @@ def dncnn(channels: int = 1, depth: int = 17, width: int = 64, batch_norm: bool 
 def dncnn_color(channels: int = 3, depth: int = 20, width: int = 64, batch_norm: bool = False) -> nn.Module:
     """CDnCNN for colour images: 20 layers, batch norm folded into the convolutions, 0.67 M parameters."""
     return DnCNN(channels, depth, width, batch_norm)
+
+
+@register("dncnn_dconv", input_size=(3, 64, 64))
+def dncnn_dconv(channels: int = 3, depth: int = 15, width: int = 64, batch_norm: bool = True) -> nn.Module:
+    """DnCNN for colour images with one DConv in the middle (ADFNet Figure 7: depth=5, 10, 15 and width=32, 64)."""
+    return DnCNN(channels, depth, width, batch_norm, dconv=True)

@@ -5,14 +5,19 @@ and one linear layer: 6n + 2 layers. Shortcuts have no parameters (option A): wh
 taken and the new channels are zero.
 """
 
-import torch
+from functools import partial
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.zoo.registry import register
+from surgeon.recipe import Rule
+from surgeon.zoo.classifiers import SmallClassifier, classifier
+from surgeon.zoo.registry import Published
 
 _WIDTHS = (16, 32, 64)
+_NOTE: dict[str, Any] = {"difference": "the table rounds 1.73 M to 1.7 M"}
 
 
 class BasicBlock(nn.Module):
@@ -40,34 +45,34 @@ class BasicBlock(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.grown - before))
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(SmallClassifier):
     """(N, 3, 32, 32) -> (N, classes) logits. `depth` is 6n + 2."""
 
-    def __init__(self, depth: int, num_classes: int = 10, in_chans: int = 3) -> None:
-        super().__init__()
+    body = ("conv1", "bn1", "act1", "layer1", "layer2", "layer3")
+    stages = ("layer1", "layer2", "layer3")
+    head_name = "linear"
+
+    def __init__(
+        self, depth: int, num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0, global_pool: str = "avg"
+    ) -> None:
+        super().__init__(drop_rate, global_pool)
         if depth < 8 or (depth - 2) % 6:
             raise ConfigError(f"a CIFAR ResNet has 6n + 2 layers (8, 14, 20, …), got depth {depth}")
         blocks = (depth - 2) // 6
-        self.num_classes = num_classes
         self.conv1 = nn.Conv2d(in_chans, _WIDTHS[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(_WIDTHS[0])
+        self.act1 = nn.ReLU()
         self.layer1 = _stage(_WIDTHS[0], _WIDTHS[0], blocks, stride=1)
         self.layer2 = _stage(_WIDTHS[0], _WIDTHS[1], blocks, stride=2)
         self.layer3 = _stage(_WIDTHS[1], _WIDTHS[2], blocks, stride=2)
-        self.linear = nn.Linear(_WIDTHS[2], num_classes)
+        self.feature_info = [
+            {"num_chs": width, "reduction": 2**i, "module": name}
+            for i, (width, name) in enumerate(zip(_WIDTHS, self.stages, strict=True))
+        ]
+        self.set_head(_WIDTHS[-1], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, 64, H/4, W/4)."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.linear(torch.mean(self.forward_features(x), dim=(2, 3)))
-        return logits
 
 
 def _stage(c_in: int, c_out: int, blocks: int, stride: int) -> nn.Sequential:
@@ -76,34 +81,35 @@ def _stage(c_in: int, c_out: int, blocks: int, stride: int) -> nn.Sequential:
 
 
 _LAYOUT = ((r"^fc\.", "linear."), (r"^classifier\.", "linear."))
-_SIZE = (3, 32, 32)
+_ABOUT: dict[str, Any] = {
+    "input_size": (3, 32, 32),
+    "num_classes": 10,
+    "head": "linear",
+    "stages": (0, 1, 2),
+    "source": __doc__,
+}
+_PARAMS = {20: 0.27e6, 32: 0.46e6, 44: 0.66e6, 56: 0.85e6, 110: 1.7e6}
 
+for _depth, _params in _PARAMS.items():
+    classifier(
+        f"resnet{_depth}_cifar",
+        partial(CifarResNet, _depth),
+        f"CIFAR ResNet-{_depth}, {_params / 1e6:.2g} M parameters (He et al. 2016, table 6).",
+        layout=_LAYOUT,
+        published=Published(where="He et al. (2016), Table 6", params=_params),
+        **_ABOUT,
+        **(_NOTE if _depth == 110 else {}),
+    )
 
-@register("resnet20_cifar", input_size=_SIZE, layout=_LAYOUT)
-def resnet20_cifar(num_classes: int = 10, in_chans: int = 3) -> nn.Module:
-    """CIFAR ResNet-20, 0.27 M parameters (He et al. 2016, table 6)."""
-    return CifarResNet(20, num_classes, in_chans)
+# PAFU §5.3: a unit in the first convolution of each of the three stacks, 16 kernels.
+RULES = (Rule(layers="re:layer[123]\\.0\\.conv1$", type="pafu", options={"group_size": 16}),)
 
-
-@register("resnet32_cifar", input_size=_SIZE, layout=_LAYOUT)
-def resnet32_cifar(num_classes: int = 10, in_chans: int = 3) -> nn.Module:
-    """CIFAR ResNet-32, 0.46 M parameters (He et al. 2016, table 6)."""
-    return CifarResNet(32, num_classes, in_chans)
-
-
-@register("resnet44_cifar", input_size=_SIZE, layout=_LAYOUT)
-def resnet44_cifar(num_classes: int = 10, in_chans: int = 3) -> nn.Module:
-    """CIFAR ResNet-44, 0.66 M parameters (He et al. 2016, table 6)."""
-    return CifarResNet(44, num_classes, in_chans)
-
-
-@register("resnet56_cifar", input_size=_SIZE, layout=_LAYOUT)
-def resnet56_cifar(num_classes: int = 10, in_chans: int = 3) -> nn.Module:
-    """CIFAR ResNet-56, 0.85 M parameters (He et al. 2016, table 6)."""
-    return CifarResNet(56, num_classes, in_chans)
-
-
-@register("resnet110_cifar", input_size=_SIZE, layout=_LAYOUT)
-def resnet110_cifar(num_classes: int = 10, in_chans: int = 3) -> nn.Module:
-    """CIFAR ResNet-110, 1.7 M parameters (He et al. 2016, table 6)."""
-    return CifarResNet(110, num_classes, in_chans)
+for _name, _classes in (("pafu_resnet110_cifar", 10), ("pafu_resnet110_cifar100", 100)):
+    classifier(
+        _name,
+        partial(CifarResNet, 110),
+        f"CIFAR ResNet-110 with a PAFU of 16 kernels in the first convolution of each stack, {_classes} classes (PAFU Table 5).",
+        plain="resnet110_cifar",
+        rules=RULES,
+        **(_ABOUT | {"num_classes": _classes}),
+    )

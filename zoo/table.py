@@ -1,0 +1,161 @@
+"""Published against ours: parameters and multiply-accumulates of every network of the zoo, and why they differ."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgeon.zoo.registry import Entry, Size, create, entry
+
+TOLERANCE = 0.01  # above it a difference needs its reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One network. `compared_params` are those that the published number counts; MACs are of one image of size `at`."""
+
+    name: str
+    params: int
+    compared_params: int
+    macs: int
+    at: Size
+    published_params: float | None
+    published_macs: float | None
+    where: str
+    difference: str
+    plain: str | None
+
+    @property
+    def params_off(self) -> float | None:
+        """Relative difference of the parameters from what was published; None where nothing was."""
+        return None if self.published_params is None else self.compared_params / self.published_params - 1
+
+    @property
+    def macs_off(self) -> float | None:
+        """The same of the multiply-accumulates."""
+        return None if self.published_macs is None else self.macs / self.published_macs - 1
+
+    @property
+    def unexplained(self) -> bool:
+        """Whether a number is off by more than 1 % and no reason is given."""
+        off = max(abs(self.params_off or 0), abs(self.macs_off or 0), abs(self._whole_off))
+        return off > TOLERANCE and not self.difference
+
+    @property
+    def _whole_off(self) -> float:
+        return 0 if self.published_params is None else self.params / self.published_params - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "name": self.name,
+            "params": self.params,
+            "compared_params": self.compared_params,
+            "macs": self.macs,
+            "at": list(self.at),
+            "published": {"params": self.published_params, "macs": self.published_macs, "where": self.where},
+            "params_off": self.params_off,
+            "macs_off": self.macs_off,
+            "difference": self.difference,
+            "plain": self.plain,
+        }
+
+
+def make_row(name: str) -> Row:
+    """Build a network and count it; nothing is run but on the meta device."""
+    found = entry(name)
+    published = found.published
+    at = (published.at if published is not None else None) or found.input_size
+    model = create(name)
+    return Row(
+        name=name,
+        params=count_parameters(model),
+        compared_params=count_parameters(model, without=found.uncounted),
+        macs=count_macs(model, at),
+        at=at,
+        published_params=published.params if published is not None else None,
+        published_macs=published.macs if published is not None else None,
+        where=published.where if published is not None else "",
+        difference=found.difference,
+        plain=found.plain,
+    )
+
+
+def count_parameters(model: nn.Module, *, without: str = "") -> int:
+    """Parameters, but for those whose name the regular expression `without` finds."""
+    return sum(p.numel() for name, p in model.named_parameters() if not (without and re.search(without, name)))
+
+
+def count_macs(model: nn.Module, size: Size) -> int:
+    """Multiply-accumulates of one image in inference."""
+    from surgeon.costs import cost
+
+    return round(cost(model.eval(), input_size=size, batch_size=1, mode="infer").macs)
+
+
+def make_table(names: Sequence[str], tell: Callable[[str, int, int], None] | None = None) -> list[Row]:
+    """Rows of the named networks; `tell(stage, done, total)` hears of the progress."""
+    rows = []
+    for done, name in enumerate(names):
+        if tell is not None:
+            tell("count", done, len(names))
+        with torch.random.fork_rng(devices=[]):
+            rows.append(make_row(name))
+    if tell is not None:
+        tell("count", len(names), len(names))
+    return rows
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table and the reasons as a part of a document."""
+    head = (
+        "| network | parameters | published | off | GMAC | at | published | off | where |\n| --- |"
+        + " ---: |" * 7
+        + " --- |"
+    )
+    lines = [head, *(_markdown_line(row) for row in rows)]
+    reasons = [f"- `{row.name}`: {row.difference}." for row in rows if row.difference]
+    return "\n".join([*lines, "", "Why numbers differ:", "", *reasons, ""])
+
+
+def _markdown_line(row: Row) -> str:
+    star = "*" if row.compared_params != row.params else ""
+    cells = [
+        f"`{row.name}`",
+        f"{row.params:,}",
+        "" if row.published_params is None else f"{row.published_params / 1e6:.2f} M{star}",
+        percent(row.params_off),
+        f"{row.macs / 1e9:.3f}",
+        "×".join(map(str, row.at)),
+        "" if row.published_macs is None else f"{row.published_macs / 1e9:.1f}",
+        percent(row.macs_off),
+        row.where,
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def percent(value: float | None) -> str:
+    """+1.2%, or nothing."""
+    return "" if value is None or math.isnan(value) else f"{100 * value:+.1f}%"
+
+
+def describe(found: Entry) -> dict[str, Any]:
+    """What is known about an entry without building it, as plain JSON values."""
+    published = found.published
+    return {
+        "name": found.name,
+        "summary": found.summary,
+        "description": found.description.strip(),
+        "input_size": list(found.input_size),
+        "plain": found.plain,
+        "recipe": [{"layers": r.layers, "type": r.type, "options": r.options} for r in found.rules],
+        "published": None
+        if published is None
+        else {"params": published.params, "macs": published.macs, "where": published.where},
+        "difference": found.difference,
+        "loads_foreign_weights": bool(found.layout),
+    }
