@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from surgeon import bench_command, cost_command
+from surgeon import bench_command, cost_command, finetune_command
 from surgeon.errors import CheckpointError, ConfigError, SurgeonError, VerificationError
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_verify(commands)
     _add_revert(commands)
-    for name, module in (("cost", cost_command), ("bench", bench_command)):
+    for name, module in (("cost", cost_command), ("bench", bench_command), ("finetune", finetune_command)):
         module.add_arguments(_command(commands, name, module.run, module.DESCRIPTION, module.EXAMPLES))
     return parser
 
