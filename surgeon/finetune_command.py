@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
-    from surgeon.zoo.finetune import DryRun, FinetuneConfig
+    from surgeon.zoo.finetune import FinetuneConfig
+    from surgeon.zoo.finetune.run import DryRun
     from surgeon.zoo.tasks import Task
 
 DESCRIPTION = "train a converted network on a task; crash-safe, resumable"

@@ -55,7 +55,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def _train(folder: Path) -> None:
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     resume = (folder / "training" / "run.json").is_file()
     finetune(converted("pafu"), regression(), KILLED, folder, resume=resume)
 

@@ -52,5 +52,7 @@ def prepare(
 
 def release(accelerator: "Accelerator", model: nn.Module) -> None:
     """Give the model its own `forward` back, and forget it."""
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+        vars(plain).pop(name, None)  # what is left of the wrapper: the class has its own `forward`
     accelerator.free_memory()

@@ -93,7 +93,7 @@ def finetune(
     with _random_state_kept(), contextlib.ExitStack() as stack:
         work, start_hash = _bound(model, task)
         original, notes = _original(work, task, original, config)
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory())) if folder is None else folder.training
+        place = folder.training if folder is not None else _shared_place(stack)
         session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet)
         try:
             if folder is not None:
@@ -163,6 +163,7 @@ class _Session:
             run.trainer.load(state)
             if self.accelerator.is_main_process:
                 run.store.drop_after(run.progress.step)
+            self.accelerator.wait_for_everyone()
             limit = self.config.max_time
             if run.progress.stopped == "time" and (limit is None or run.progress.seconds < limit):
                 run.progress.stopped = None
@@ -243,6 +244,13 @@ def _bound(model: nn.Module, task: Task) -> tuple[nn.Module, str]:
     if recipe is not None:
         set_recipe(bound, recipe)
     return bound, state_sha256(bound)
+
+
+def _shared_place(stack: contextlib.ExitStack) -> Path:
+    """A folder for the checkpoints of a run that leaves nothing: that of the first process, for all on the machine."""
+    from accelerate.utils import broadcast_object_list
+
+    return Path(broadcast_object_list([stack.enter_context(tempfile.TemporaryDirectory())])[0])
 
 
 def _with_recipe(model: nn.Module, carrier: nn.Module) -> nn.Module:

@@ -91,12 +91,13 @@ class Rates:
             "step"
             if config.sched == "constant"
             else config.sched,  # a decay by 1: as constant, in every version of timm
-            num_epochs=plan.total,
-            decay_epochs=max(plan.total // 3, 1),
+            num_epochs=plan.total - plan.warmup,
+            decay_epochs=max((plan.total - plan.warmup) // 3, 1),
             decay_rate=decay,
             min_lr=config.min_lr,
             warmup_lr=config.lr / (plan.warmup + 1),
             warmup_epochs=plan.warmup,
+            warmup_prefix=True,  # the schedule begins at its top, where the warm-up ends
             step_on_epochs=False,
             updates_per_epoch=1,
         )
