@@ -401,14 +401,14 @@ def test_changed_options_are_named(tmp_path: Path) -> None:
     finetune(converted("pafu"), regression(), QUICK, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"batch_size was 4 and is 6; lr was 0\.01 and is 0\.5"):
         finetune(converted("pafu"), regression(), with_(batch_size=6, lr=0.5), tmp_path / "run", resume=True)
-    with pytest.raises(ConfigError, match="noise was 0.1 and is 0.3"):
+    with pytest.raises(ConfigError, match=r"noise was 0\.1 and is 0\.3"):
         finetune(converted("pafu"), regression(noise=0.3), QUICK, tmp_path / "run", resume=True)
     with pytest.raises(ConfigError, match="task was 'tiny-regression' and is 'tiny-classification'"):
         finetune(converted("pafu"), classification(), QUICK, tmp_path / "run", resume=True)
     other = converted("pafu")
     with torch.no_grad():
         other.get_parameter("first.bias").add_(1)
-    with pytest.raises(ConfigError, match="the weights of model are not those that the run in .* began with"):
+    with pytest.raises(ConfigError, match=r"the weights of model are not those that the run in .* began with"):
         finetune(other, regression(), QUICK, tmp_path / "run", resume=True)
     finetune(converted("pafu"), regression(), with_(log_every=7, workers=1), tmp_path / "run", resume=True)
 

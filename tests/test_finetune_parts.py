@@ -141,7 +141,7 @@ def test_groups_tell_the_optimizer() -> None:
     for group, setting in zip(groups, optimizer.param_groups, strict=True):
         assert setting["lr_scale"] == (1.0 if group.role == "other" else 0.2)
         assert setting["weight_decay"] == (0.3 if group.decays else 0.0)
-    with pytest.raises(ConfigError, match="no optimizer 'adamv'. Did you mean"):
+    with pytest.raises(ConfigError, match=r"no optimizer 'adamv'\. Did you mean"):
         make_optimizer(optimizer_groups(groups, config), FinetuneConfig(opt="adamv"))
 
 
@@ -325,7 +325,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogC
     assert found[1].step == 10
     assert "step-000000020.safetensors is damaged" in caplog.text
     store.path("step", 10).write_bytes(b"")
-    with pytest.raises(CheckpointError, match="every checkpoint .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* is damaged"):
         store.newest()
     assert Store(tmp_path / "none", every=10).folder.exists() is False
 
@@ -372,7 +372,7 @@ def test_returns_are_counted() -> None:
     for count in (1, 2):
         progress = guard.rolled_back(NotFiniteError("bad"), 8, progress, Progress(step=5))
         assert (progress.step, progress.rollbacks, progress.lr_factor) == (5, count, 0.5**count)
-    with pytest.raises(TrainingError, match="step 8: bad, after 2 returns .* times 0.25"):
+    with pytest.raises(TrainingError, match=r"step 8: bad, after 2 returns .* times 0.25"):
         guard.rolled_back(NotFiniteError("bad"), 8, progress, Progress(step=5))
 
 
