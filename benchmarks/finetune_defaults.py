@@ -217,7 +217,7 @@ def one(
 def network(folder: Path) -> nn.Module:
     """The trained ResNet-20."""
     model = create("resnet20_cifar")
-    load_weights(model, folder / WEIGHTS)
+    load_weights(model, folder / WEIGHTS, network="resnet20_cifar")
     return model.eval()
 
 
