@@ -66,12 +66,12 @@ FULL = Size(
 )
 QUICK = Size(
     layers="layer2,layer3",
-    steps=30,
+    steps=16,
     batch=32,
-    test=500,
-    rates=(1e-3,),
-    scales=(0.1, 0.3, 1.0, 3.0),
-    warmups=("0", "5%", "20%"),
+    test=400,
+    rates=(3e-4,),
+    scales=(0.1, 0.3, 1.0),
+    warmups=("0", "20%"),
     seeds=1,
     options={"acda": {"scales": 1}, "pafu": {"group_size": 4}, "sekg": {}},
 )
