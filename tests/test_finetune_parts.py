@@ -177,7 +177,7 @@ def test_others_warm_up_after_a_first_phase() -> None:
     assert plan.active(30) == set(ROLES)
     assert rates[30]["other"] == pytest.approx(0.5 / 11)
     assert rates[40]["other"] == rates[60]["other"] == 0.5
-    assert rates[30]["new"] == pytest.approx(0.3 * 0.5)
+    assert rates[30]["new"] == pytest.approx(0.1 * 0.5)
 
 
 def test_alternate_one_to_three() -> None:

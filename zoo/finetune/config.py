@@ -59,7 +59,7 @@ class FinetuneConfig:
     sched: str = "cosine"
     warmup: str = "5%"
     min_lr: float = 0.0
-    new_lr_scale: float = 0.3
+    new_lr_scale: float = 0.1
     new_first: str = "0"
     clip: float | None = 5.0
     regularization: float = 1e-3
