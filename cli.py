@@ -17,6 +17,7 @@ from surgeon import (
     collapse_command,
     cost_command,
     evaluate_command,
+    finetune_command,
     visualize_command,
     zoo_command,
 )
@@ -293,6 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_revert(commands)
     modules = {
+        "finetune": finetune_command,
         "evaluate": evaluate_command,
         "collapse": collapse_command,
         "visualize": visualize_command,

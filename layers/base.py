@@ -107,6 +107,14 @@ class DynamicConv2d(nn.Module):
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that the replaced convolution did not have (generators, selectors, further kernels), by local name."""
 
+    def selector_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of the new parameters that only choose, for alternate training (PAFU, §4.1); none where nothing is chosen."""
+        return iter(())
+
+    def no_weight_decay(self) -> set[str]:
+        """Local names of parameters that weight decay must not pull to zero, beside biases and norms (timm's convention)."""
+        return set()
+
     @abstractmethod
     def macs(self, height: int, width: int) -> int:
         """Multiply-accumulates for one image of this input size, generator and all (1 MAC = 2 FLOPs)."""

@@ -234,8 +234,10 @@ class PAFUConv2d(DynamicConv2d):
 
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield "further_kernels", self.further_kernels
-        for name, parameter in self.selector.named_parameters():
-            yield f"selector.{name}", parameter
+        yield from self.selector_parameters()
+
+    def selector_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.selector.named_parameters(prefix="selector")
 
     def macs(self, height: int, width: int) -> int:
         """Every pixel is filtered with one kernel of the window's size, whatever n; the selector comes on top."""

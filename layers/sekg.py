@@ -375,6 +375,10 @@ class SEKGConv2d(DynamicConv2d):
             if self.kernel is not None or name != "dconv.static":
                 yield name, parameter
 
+    def no_weight_decay(self) -> set[str]:
+        """In "dense" mode the static kernels, which start at the identity: they are a gain, as that of a norm."""
+        return {"dconv.static"} if self.kernel is not None else set()
+
     def macs(self, height: int, width: int) -> int:
         out_h, out_w = self.geometry.output_size(height, width)
         if self.kernel is not None:

@@ -1,0 +1,241 @@
+"""How fast should new parameters learn, and how long should the rates warm up? The defaults of `surgeon finetune` come from here.
+
+    python -m benchmarks.finetune_defaults [--quick] [--types acda …] [--fresh]
+
+The trained CIFAR ResNet-20 is converted and all of it fine-tuned on CIFAR-10 images (kept as JPEG, on which it loses ten points),
+with every combination of `new_lr_scale` and `warmup`; beside it the unconverted network with the same steps. The last weights
+are judged, not the best. Writes benchmarks/results/finetune_defaults.json; interrupted, it goes on where it was.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+from tqdm import tqdm
+
+import surgeon
+from benchmarks import _data as data
+from benchmarks._results import RESULTS, Rows, table, write_json
+from surgeon.errors import TrainingError
+from surgeon.zoo import create, load_weights
+from surgeon.zoo.finetune import FinetuneConfig, finetune
+from surgeon.zoo.tasks import Batch, Sample, Split, Task, TaskConfig, TaskDataset
+
+WEIGHTS, TRAIN, TEST = "weights/resnet20_cifar10.pth", "cifar10/train_jpeg_20k.npz", "cifar10/test_jpeg_5k.npz"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NEEDS = (WEIGHTS, TRAIN, TEST)
+CONV = "conv"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of a study is run."""
+
+    layers: str
+    steps: int
+    batch: int
+    test: int
+    rates: tuple[float, ...]
+    scales: tuple[float, ...]
+    warmups: tuple[str, ...]
+    seeds: int
+    options: dict[str, dict[str, Any]]
+
+
+FULL = Size(
+    layers="layer1,layer2,layer3",
+    steps=320,
+    batch=64,
+    test=5000,
+    rates=(3e-4, 1e-3),
+    scales=(0.03, 0.1, 0.3, 1.0, 3.0),
+    warmups=("0", "5%", "20%"),
+    seeds=3,
+    options={"acda": {}, "pafu": {}, "sekg": {}},
+)
+QUICK = Size(
+    layers="layer2,layer3",
+    steps=16,
+    batch=32,
+    test=400,
+    rates=(3e-4,),
+    scales=(0.1, 0.3, 1.0),
+    warmups=("0", "20%"),
+    seeds=1,
+    options={"acda": {"scales": 1}, "pafu": {"group_size": 4}, "sekg": {}},
+)
+
+
+# --- the task -----------------------------------------------------------------------------------------------------
+
+
+class Cifar(TaskDataset):
+    """Images normalised as the network wants them; in training flipped and moved by up to four pixels."""
+
+    def __init__(self, images: data.Labelled, seed: int, *, train: bool) -> None:
+        self.images, self.seed, self.train = images, seed, train
+        self.mean, self.std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.images.y)
+
+    def __getitem__(self, draw: int) -> Sample:
+        index = draw % len(self)
+        image = (self.images.x[index].float() / 255 - self.mean) / self.std
+        if self.train:
+            generator = self.generator_for(draw)
+            down, right, flip = (int(torch.randint(n, (), generator=generator)) for n in (9, 9, 2))
+            image = F.pad(image, (4, 4, 4, 4))[:, down : down + 32, right : right + 32]
+            image = image.flip(-1) if flip else image
+        return {"input": image, "target": self.images.y[index]}
+
+
+class CifarTask(Task):
+    """Ten classes; judged by the cross-entropy, which tells more than the accuracy on so few images."""
+
+    name: ClassVar[str] = "cifar-study"
+    config_class: ClassVar[type[TaskConfig]] = TaskConfig
+    primary: ClassVar[str] = "loss"
+    higher_is_better: ClassVar[bool] = False
+
+    def __init__(self, config: TaskConfig, *, seed: int = 0) -> None:
+        super().__init__(config, seed=seed)
+        folder = config.data or data.data_folder()
+        self.sets = {
+            "train": Cifar(data.cifar_jpeg(folder / TRAIN).every(config.train_limit), seed, train=True),
+            "val": Cifar(data.cifar_jpeg(folder / TEST).every(config.val_limit), seed, train=False),
+        }
+
+    def check(self) -> None:
+        """The images were read when the task was made."""
+
+    def dataset(self, split: Split) -> TaskDataset:
+        return self.sets[split]
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        return F.cross_entropy(output, batch["target"])
+
+    def metrics(self) -> dict[str, Metric]:
+        return {"loss": MeanMetric(), "top1": MulticlassAccuracy(num_classes=10, average="micro")}
+
+    def update(self, metrics: Mapping[str, Metric], output: Any, batch: Batch) -> None:
+        metrics["loss"].update(F.cross_entropy(output, batch["target"], reduction="none"))
+        metrics["top1"].update(output.argmax(1), batch["target"])
+
+    def picture(self, batch: Batch, output: Any) -> Image.Image:
+        pixels = batch["input"][:8].cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+        row = torch.cat(list(pixels), dim=2).clamp(0, 1)
+        return Image.fromarray((row * 255).byte().permute(1, 2, 0).numpy())
+
+
+# --- the study ----------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    lacking = data.missing(NEEDS, args.data)
+    if lacking:
+        print(f"not in {args.data}: {', '.join(lacking)}", file=sys.stderr)
+        return 2
+    name = "finetune_defaults-quick" if args.quick else "finetune_defaults"
+    size = QUICK if args.quick else FULL
+    rows = Rows(args.results / f"{name}.jsonl", fresh=args.fresh)
+    task = CifarTask(TaskConfig(data=args.data, val_limit=size.test))
+    for settings in tqdm(list(combinations(size, args.types)), desc="runs", disable=None):
+        key = "/".join(map(str, settings.values()))
+        if key not in rows:
+            rows.add(key, settings | one(task, size, args.data, **settings))
+    finish(rows, size, args.results / f"{name}.json")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer steps, settings and images")
+    parser.add_argument("--types", nargs="+", choices=tuple(FULL.options), default=tuple(FULL.options))
+    parser.add_argument("--fresh", action="store_true", help="forget the rows of an interrupted run")
+    parser.add_argument("--data", type=Path, default=data.data_folder(), help="default: %(default)s")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
+    return parser
+
+
+def combinations(size: Size, types: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Settings of every run; for the unconverted network the scale has no meaning."""
+    for seed, rate, warmup in product(range(size.seeds), size.rates, size.warmups):
+        yield {"type": CONV, "lr": rate, "scale": 1.0, "warmup": warmup, "seed": seed}
+        for kind, scale in product(types, size.scales):
+            yield {"type": kind, "lr": rate, "scale": scale, "warmup": warmup, "seed": seed}
+
+
+def one(
+    task: Task, size: Size, folder: Path, *, type: str, lr: float, scale: float, warmup: str, seed: int
+) -> dict[str, Any]:
+    """One run: metrics before and after it."""
+    model = network(folder)
+    if type != CONV:
+        model, _ = surgeon.convert(model, layers=size.layers, type=type, input_size=(3, 32, 32), **size.options[type])
+    config = FinetuneConfig(
+        max_steps=size.steps,
+        epochs=1000.0,
+        batch_size=size.batch,
+        eval_batch_size=250,
+        lr=lr,
+        new_lr_scale=scale,
+        warmup=warmup,
+        seed=seed,
+        keep="last",
+        recalibrate=0,
+        eval_every="100%",
+        checkpoint_every="25%",
+    )
+    try:
+        summary = finetune(model, task, config).summary
+    except TrainingError as error:
+        return {"loss": None, "top1": None, "failed": str(error)}
+    before, after = summary.start.metrics, summary.result.metrics
+    return {
+        "loss": after["loss"],
+        "top1": 100 * after["top1"],
+        "loss_before": before["loss"],
+        "top1_before": 100 * before["top1"],
+        "rollbacks": summary.rollbacks,
+        "seconds": round(summary.seconds, 1),
+    }
+
+
+def network(folder: Path) -> nn.Module:
+    """The trained ResNet-20."""
+    model = create("resnet20_cifar")
+    load_weights(model, folder / WEIGHTS, network="resnet20_cifar")
+    return model.eval()
+
+
+def finish(rows: Rows, size: Size, path: Path) -> None:
+    """Write the rows, and print the means over the seeds."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows.values():
+        groups.setdefault((row["type"], row["lr"], row["warmup"], row["scale"]), []).append(row)
+    lines = []
+    for (kind, rate, warmup, scale), found in sorted(groups.items()):
+        good = [row for row in found if row["loss"] is not None]
+        loss = mean(row["loss"] for row in good) if good else None
+        top1 = mean(row["top1"] for row in good) if good else None
+        lines.append((kind, rate, warmup, scale, loss, top1, len(found) - len(good)))
+    table(("type", "lr", "warmup", "new x", "test loss", "top-1 %", "failed"), lines)
+    settings = {key: value for key, value in vars(size).items() if key != "options"}
+    write_json(path, {"settings": settings | {"options": size.options}, "rows": rows.values()})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

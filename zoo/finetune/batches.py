@@ -1,0 +1,101 @@
+"""Which samples a step gets, and everything random in it: functions of the seed, the step and the process alone.
+
+So a run that was killed needs no more than the number of its next step to go on exactly as it would have.
+"""
+
+import hashlib
+import random
+import signal
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from surgeon.zoo.tasks import Batch, Task, TaskDataset
+
+
+def mixed(*numbers: int | str) -> int:
+    """A number of 63 bits that depends on all of these."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def seed_everything(*numbers: int | str) -> None:
+    """Seed the global generators of Python, numpy and torch (all devices), from which layers draw (dropout, Gumbel noise)."""
+    seed = mixed(*numbers)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class Draws(Sampler[list[int]]):
+    """Numbers of draws (see `TaskDataset`) of one process's micro-batches, from micro-step `start` on, without end.
+
+    Every epoch is a permutation of its own. Batches run on over the border of an epoch: none is short, no sample is left out.
+    """
+
+    def __init__(self, samples: int, batch: int, *, seed: int, start: int, rank: int = 0, processes: int = 1) -> None:
+        self.samples, self.batch, self.seed, self.start = samples, batch, seed, start
+        self.rank, self.part = rank, batch // processes
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        micro = self.start
+        while True:
+            first = micro * self.batch + self.rank * self.part
+            yield [self.draw(position) for position in range(first, first + self.part)]
+            micro += 1
+
+    def draw(self, position: int) -> int:
+        """The draw at a position of the endless row of samples."""
+        epoch, place = divmod(position, self.samples)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(mixed(self.seed, "epoch", epoch))
+            self._epoch, self._order = epoch, torch.randperm(self.samples, generator=generator)
+        return epoch * self.samples + int(self._order[place])
+
+
+def training_batches(task: Task, dataset: TaskDataset, draws: Draws, workers: int) -> Iterator[Batch]:
+    """This process's micro-batches, collated, on the CPU, from the sampler's start on."""
+    yield from _loader(dataset, task, workers, draws)
+
+
+def validation_batches(
+    task: Task, dataset: TaskDataset, batch: int, workers: int, *, rank: int = 0, processes: int = 1
+) -> Iterator[Batch]:
+    """Every sample of the set once, in order; with several processes each takes its share."""
+    mine = range(rank, len(dataset), processes)
+    parts = [list(mine[first : first + batch]) for first in range(0, len(mine), batch)]
+    yield from _loader(dataset, task, workers, parts)
+
+
+def _loader(dataset: TaskDataset, task: Task, workers: int, batches: Iterable[list[int]]) -> DataLoader[Batch]:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=task.collate,
+        worker_init_fn=_leave_interrupts_to_parent if workers else None,
+        generator=torch.Generator(),  # its own: a loader otherwise draws from the global one
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _leave_interrupts_to_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def to_device(batch: Batch, device: torch.device, *, channels_last: bool) -> Batch:
+    """The batch on a device; images in the model's memory format."""
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if channels_last and value.dim() == 4:
+            return value.to(device, non_blocking=True, memory_format=torch.channels_last)
+        return value.to(device, non_blocking=True)
+
+    return {name: moved(value) for name, value in batch.items()}

@@ -1,0 +1,157 @@
+"""The options of a fine-tuning run."""
+
+import math
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from surgeon.errors import ConfigError
+
+SCHEDULES = ("cosine", "poly", "step", "tanh", "constant")
+PRECISIONS = ("no", "fp16", "bf16")
+DEVICES = ("auto", "cpu")
+KEEP = ("best", "last")
+# Options that may differ when a run is taken up again: none of them changes the weights it ends with.
+FREE = ("max_time", "workers", "log_every")
+
+_SPAN = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(|ep|%)")
+_TIME = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([smhd]?)")
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """How a network is fine-tuned. Wrong values are a `ConfigError`.
+
+    A *span* is a text: optimizer steps ("200"), epochs ("1.5ep"), or a part of the whole run ("5%"; of the steps planned).
+
+    Length: `epochs` passes over the training data, at most `max_steps` optimizer steps (the schedule is planned over the shorter
+    of the two), at most `max_time` seconds of training over all sittings (which cuts the schedule off).
+    Batches: `batch_size` samples a micro-step over all processes, `accumulate` micro-steps an optimizer step; evaluation takes
+    `eval_batch_size` (None: the same).
+    Optimizer: names of timm; `lr` at the top of the schedule `sched`, `new_lr_scale` times that for new parameters (those that
+    the replaced convolutions did not have); `warmup` is a span; no weight decay on norms and biases; `clip` bounds the norm
+    of the gradient (None: off).
+    New layers: `new_first` is a span in which only new parameters are trained; `regularization` weighs the layers' own loss
+    terms; PAFU's temperature falls exponentially from each layer's own to `temperature_end` times it; `alternate` k trains in
+    turn the selectors for one step and everything else for k (PAFU, §4.1: 3).
+    `distill`: weight of the distance to the original network's outputs.
+    `ema`: decay of an average of the weights, which then is what is evaluated and kept (None: off).
+    BatchNorm: `freeze_bn` keeps its statistics; `recalibrate` is over how many training batches they are measured again at the
+    end (0: not), with every other layer in eval mode.
+    Evaluation: every span `eval_every` and at the end; `patience` evaluations without a better primary metric stop the run
+    (None: never); `keep` says whether the best or the last weights make the result.
+    Safety: `checkpoint_every` is a span; loss or gradients that are not finite set the run back to the last checkpoint, with
+    rates times `rollback_factor`, at most `max_rollbacks` times.
+    """
+
+    epochs: float = 10.0
+    max_steps: int | None = None
+    max_time: float | None = None
+    batch_size: int = 32
+    accumulate: int = 1
+    eval_batch_size: int | None = None
+    workers: int = 0
+    opt: str = "adamw"
+    lr: float = 3e-4
+    weight_decay: float = 0.01
+    momentum: float = 0.9
+    sched: str = "cosine"
+    warmup: str = "5%"
+    min_lr: float = 0.0
+    new_lr_scale: float = 0.1
+    new_first: str = "0"
+    clip: float | None = 5.0
+    regularization: float = 1e-3
+    temperature_end: float = 0.5
+    alternate: int | None = None
+    distill: float = 0.0
+    ema: float | None = None
+    freeze_bn: bool = False
+    recalibrate: int = 32
+    eval_every: str = "1ep"
+    patience: int | None = None
+    keep: str = "best"
+    checkpoint_every: str = "200"
+    max_rollbacks: int = 3
+    rollback_factor: float = 0.5
+    log_every: int = 10
+    amp: str = "no"
+    device: str = "auto"
+    channels_last: bool = False
+    checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "log_every"):
+            self._check_integer(name, 1)
+        for name in ("workers", "recalibrate", "max_rollbacks", "seed"):
+            self._check_integer(name, 0)
+        for name in ("max_steps", "eval_batch_size", "alternate", "patience"):
+            if getattr(self, name) is not None:
+                self._check_integer(name, 1)
+        for name in ("epochs", "lr", "new_lr_scale", "temperature_end"):
+            self._check_number(name, above=True)
+        for name in ("max_time", "clip"):
+            if getattr(self, name) is not None:
+                self._check_number(name, above=True)
+        for name in ("weight_decay", "momentum", "min_lr", "regularization", "distill"):
+            self._check_number(name, above=False)
+        for name, values in (("sched", SCHEDULES), ("amp", PRECISIONS), ("device", DEVICES), ("keep", KEEP)):
+            if getattr(self, name) not in values:
+                raise ConfigError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+        if self.ema is not None and not (isinstance(self.ema, float) and 0 < self.ema < 1):
+            raise ConfigError(f"ema, the decay of the average, must be between 0 and 1, got {self.ema!r}")
+        if not 0 < self.rollback_factor < 1:
+            raise ConfigError(f"rollback_factor must be between 0 and 1, got {self.rollback_factor!r}")
+        for name in ("warmup", "new_first", "eval_every", "checkpoint_every"):
+            number, _ = parse_span(getattr(self, name), name)
+            if number == 0 and name.endswith("_every"):
+                raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)!r}")
+
+    def _check_integer(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
+
+    def _check_number(self, name: str, *, above: bool) -> None:
+        value = getattr(self, name)
+        fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not fine or value < 0 or (above and value == 0):
+            raise ConfigError(f"{name} must be a number {'>' if above else '>='} 0, got {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Inverse of `to_dict`; an unknown option is a `ConfigError`."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ConfigError(f"a fine-tuning run has no option {', '.join(unknown)}; it has {', '.join(known)}")
+        return cls(**values)
+
+
+def parse_span(text: str, what: str = "span") -> tuple[float, str]:
+    """(number, unit): the unit is "" for optimizer steps, "ep" for epochs, "%" of the run. Raises `ConfigError`."""
+    match = _SPAN.fullmatch(str(text).strip())
+    if match is None or (not match[2] and not float(match[1]).is_integer()):
+        raise ConfigError(f"{what}: expected steps (200), epochs (1.5ep) or a part of the run (5%), got {text!r}")
+    return float(match[1]), match[2]
+
+
+def span_steps(text: str, steps_per_epoch: float, total: int, what: str = "span") -> int:
+    """A span in optimizer steps, rounded; 0 only where it says 0."""
+    number, unit = parse_span(text, what)
+    steps = number * {"": 1.0, "ep": steps_per_epoch, "%": total / 100}[unit]
+    return max(round(steps), 1) if steps > 0 else 0
+
+
+def parse_time(text: str | float, what: str = "time") -> float:
+    """Seconds of "90", "45s", "30m", "1.5h", "2d". Raises `ConfigError`."""
+    match = _TIME.fullmatch(str(text).strip())
+    if match is None or float(match[1]) == 0:
+        raise ConfigError(f"{what}: expected a time such as 90s, 30m or 1.5h, got {text!r}")
+    return float(match[1]) * _SECONDS[match[2]]

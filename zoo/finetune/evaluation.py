@@ -1,0 +1,99 @@
+"""Metrics of a network on a task's validation samples, and what its BatchNorms measure."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from surgeon.copying import evaluating
+from surgeon.zoo.finetune.batches import to_device, validation_batches
+from surgeon.zoo.finetune.config import FinetuneConfig
+from surgeon.zoo.tasks import Batch, Task, TaskDataset
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from PIL.Image import Image
+
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics by name; seconds for the pass over all samples, data included; a picture of the first batch if one was wanted."""
+
+    metrics: dict[str, float]
+    seconds: float
+    picture: "Image | None" = field(default=None, compare=False)
+
+
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    dataset: TaskDataset,
+    config: FinetuneConfig,
+    accelerator: "Accelerator",
+    *,
+    picture: bool = False,
+) -> Evaluation:
+    """Every validation sample once, shared out over the processes, in eval mode; leaves the global random state as it was."""
+    from accelerate.utils import convert_to_fp32
+
+    started = time.perf_counter()
+    metrics = {name: metric.to(accelerator.device) for name, metric in task.metrics().items()}
+    drawn = None
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    if len(dataset) < processes:  # too few to share: every process takes them all
+        processes, rank = 1, 0
+    size = config.eval_batch_size or config.batch_size
+    batches = validation_batches(task, dataset, size, config.workers, rank=rank, processes=processes)
+    cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices=cuda):
+        for batch in batches:
+            batch = to_device(batch, accelerator.device, channels_last=config.channels_last)
+            with accelerator.autocast():
+                output = task.predict(model, batch)
+            output = convert_to_fp32(output)
+            task.update(metrics, output, batch)
+            if picture and drawn is None:
+                drawn = task.picture(batch, output)
+    values = {name: float(metric.compute()) for name, metric in metrics.items()}
+    return Evaluation(values, time.perf_counter() - started, drawn)
+
+
+def freeze_batch_norms(model: nn.Module) -> None:
+    """Make BatchNorms use and keep the statistics they have, until the next `train()`."""
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS):
+            module.eval()
+
+
+def measures_statistics(model: nn.Module) -> bool:
+    """Whether a BatchNorm in the model keeps statistics."""
+    return any(isinstance(module, BATCH_NORMS) and module.track_running_stats for module in model.modules())
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, task: Task, batches: Iterator[Batch], count: int, forward: Any) -> None:
+    """Measure the statistics of all BatchNorms anew, as plain averages over `count` batches.
+
+    Everything else is in eval mode: where layers behave otherwise in training (PAFU samples its selection), the statistics
+    gathered there are not those of the network that is used. `forward` runs the model on a batch.
+    """
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average
+        norm.train()
+    try:
+        for batch in itertools.islice(batches, count):
+            forward(model, batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.eval()

@@ -1,0 +1,50 @@
+"""What keeps a run from going on with numbers that are none."""
+
+import math
+
+import torch
+from torch import nn
+
+from surgeon.errors import TrainingError
+from surgeon.zoo.finetune.state import Progress
+
+# A loss scaler in float16 starts at 2**16 and halves at every overflow: so many in a row are not its search for a scale.
+_MOST_SKIPPED = 20
+
+
+class NotFiniteError(Exception):
+    """A step gave numbers that are not finite; the message says which."""
+
+
+class Guard:
+    """Raises `NotFiniteError` for a step that must not count, and says how the run goes on after it."""
+
+    def __init__(self, *, most: int, factor: float) -> None:
+        self.most, self.factor = most, factor
+        self.skipped = 0
+
+    def check(self, loss: float, norm: float, *, scaled: bool) -> None:
+        """Look at a step's mean loss and the norm of its gradient. A loss scaler (`scaled`) skips infinite gradients itself."""
+        if not math.isfinite(loss):
+            raise NotFiniteError(f"the loss is {loss}")
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.skipped > (_MOST_SKIPPED if scaled else 0):
+            raise NotFiniteError(f"the norm of the gradient is {norm}")
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Look at all parameters, before they become the state to which a run would be set back."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+            bad = [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
+            raise NotFiniteError(f"the weights of {', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''} are not finite")
+
+    def rolled_back(self, error: NotFiniteError, failed: int, before: Progress, state: Progress) -> Progress:
+        """The progress with which a run goes on from `state` after `failed`; raises `TrainingError` after too many times."""
+        rollbacks = before.rollbacks + 1
+        if rollbacks > self.most:
+            raise TrainingError(
+                f"step {failed}: {error}, after {before.rollbacks} returns to earlier checkpoints with lower rates (the last: "
+                f"times {before.lr_factor:g}). Lower --lr or --new-lr-scale, lengthen --warmup, or look at the data"
+            )
+        self.skipped = 0
+        state.rollbacks, state.lr_factor, state.seconds = rollbacks, before.lr_factor * self.factor, before.seconds
+        return state

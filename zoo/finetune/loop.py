@@ -1,0 +1,383 @@
+"""Training: one optimizer step, and the run of them with evaluations, checkpoints and returns."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.errors import ConfigError, TrainingError
+from surgeon.layers.regularizer import regularization
+from surgeon.zoo.finetune.batches import Draws, mixed, seed_everything, to_device, training_batches
+from surgeon.zoo.finetune.config import FinetuneConfig
+from surgeon.zoo.finetune.devices import prepare
+from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, freeze_batch_norms
+from surgeon.zoo.finetune.guard import Guard, NotFiniteError
+from surgeon.zoo.finetune.journal import Journal
+from surgeon.zoo.finetune.parameters import group_parameters, optimizer_groups
+from surgeon.zoo.finetune.schedule import Plan, Rates, Temperature
+from surgeon.zoo.finetune.state import Progress, Store
+from surgeon.zoo.tasks import Batch, Task, TaskDataset, better
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop, and has left a checkpoint of the step it names."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"interrupted after step {step}")
+        self.step = step
+
+
+@dataclass
+class Data:
+    """The two sets of a task."""
+
+    train: TaskDataset
+    val: TaskDataset
+
+
+class Trainer:
+    """A model in training: everything that one optimizer step needs, and what a checkpoint holds of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        data: Data,
+        config: FinetuneConfig,
+        accelerator: "Accelerator",
+        teacher: nn.Module | None = None,
+    ) -> None:
+        self.task, self.data, self.config, self.accelerator = task, data, config, accelerator
+        self.model = _placed(model, config, accelerator.device)
+        self.teacher = None if teacher is None else _placed(teacher, config, accelerator.device).eval()
+        if config.checkpointing:
+            _switch_on_checkpointing(self.model)
+        self.groups = group_parameters(self.model)
+        self.plan = Plan.make(config, len(data.train), self.groups)
+        self.ema = _average(self.model, config)
+        self.train_mode()
+        unused = accelerator.num_processes > 1 and self._has_unused_parameters()
+        optimizer = make_optimizer(optimizer_groups(self.groups, config), config)
+        self.wrapped, self.optimizer = prepare(accelerator, self.model, optimizer, unused)
+        self.rates = Rates(self.optimizer, config, self.plan)
+        self.temperature = Temperature(self.model, config.temperature_end, self.plan.total)
+
+    @property
+    def result(self) -> nn.Module:
+        """The model that is evaluated and kept: the averaged one where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def train_mode(self) -> None:
+        """Training mode, BatchNorms frozen if asked for."""
+        self.model.train()
+        if self.config.freeze_bn:
+            freeze_batch_norms(self.model)
+
+    # --- a step ---------------------------------------------------------------------------------------------------
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """This process's training micro-batches from a step on, augmented, on the device."""
+        config, accelerator = self.config, self.accelerator
+        start, rank = step * config.accumulate, accelerator.process_index
+        draws = Draws(
+            len(self.data.train),
+            config.batch_size,
+            seed=config.seed,
+            start=start,
+            rank=rank,
+            processes=accelerator.num_processes,
+        )
+        for micro, batch in enumerate(training_batches(self.task, self.data.train, draws, config.workers), start):
+            generator = torch.Generator().manual_seed(mixed(config.seed, "augment", micro, rank))
+            batch = to_device(batch, accelerator.device, channels_last=config.channels_last)
+            yield self.task.augment(batch, generator)
+
+    def backward(self, step: int, batches: Iterator[Batch]) -> Tensor:
+        """Gradients of a step; returns its mean (loss, the task's part of it) in this process, (2,)."""
+        seed_everything(self.config.seed, "step", step, self.accelerator.process_index)
+        losses = torch.zeros(2, device=self.accelerator.device)
+        for _ in range(self.config.accumulate):
+            batch = next(batches)
+            with self.accelerator.accumulate(self.wrapped):
+                loss, task_loss = self._losses(self.wrapped, batch)
+                self.accelerator.backward(loss)
+            losses += torch.stack([loss.detach(), task_loss.detach()]) / self.config.accumulate
+        return losses
+
+    def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        output = self.task.forward(model, batch)
+        task_loss = self.task.loss(output, batch).float()
+        loss = task_loss
+        if self.config.regularization:
+            loss = loss + self.config.regularization * regularization(self.model)
+        if self.teacher is not None and self.config.distill:
+            with torch.no_grad(), self.accelerator.autocast():
+                taught = self.task.forward(self.teacher, batch)
+            loss = loss + self.config.distill * self.task.distillation_loss(output, taught).float()
+        return loss, task_loss
+
+    def drop_inactive(self, step: int) -> list[nn.Parameter]:
+        """Forget the gradients of what does not move in this step; returns what does.
+
+        Without a gradient an optimizer leaves a parameter, its averages and its decay alone. (Taking `requires_grad` away
+        instead would leave DistributedDataParallel waiting for gradients that never come.)
+        """
+        active = self.plan.active(step)
+        moving = []
+        for group in self.groups:
+            for parameter in group.parameters.values():
+                if group.role not in active:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    moving.append(parameter)
+        return moving
+
+    def _has_unused_parameters(self) -> bool:
+        """Whether a trial step leaves parameters without a gradient, for which DistributedDataParallel must look."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        seed_everything(self.config.seed, "trial")
+        self._losses(self.model, next(self.batches(0)))[0].backward()
+        unused = any(p.requires_grad and p.grad is None for p in self.model.parameters())
+        self.model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        return unused
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the progress."""
+        scaler = self.accelerator.scaler
+        return {
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.zero_grad()
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def make_optimizer(groups: Any, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """By timm's name; an unknown one is a `ConfigError`."""
+    import difflib
+
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    known = [str(name) for name in list_optimizers(with_description=False)]
+    if config.opt not in known:
+        near = difflib.get_close_matches(config.opt, known, n=3)
+        hint = f" Did you mean {', '.join(near)}?" if near else ""
+        raise ConfigError(f"timm has no optimizer {config.opt!r}.{hint}")
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+    )
+    return optimizer
+
+
+def _placed(model: nn.Module, config: FinetuneConfig, device: torch.device) -> nn.Module:
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model
+
+
+def _switch_on_checkpointing(model: nn.Module) -> None:
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no set_grad_checkpointing: gradient checkpointing is for models that have it (timm's)"
+        )
+    try:
+        switch(True)
+    except (AssertionError, RuntimeError) as error:  # how timm says that a network does not support it
+        raise ConfigError(f"{type(model).__name__} does not support gradient checkpointing: {error}") from error
+
+
+def _average(model: nn.Module, config: FinetuneConfig) -> Any:
+    from timm.utils import ModelEmaV3
+
+    return None if config.ema is None else ModelEmaV3(model, decay=config.ema, use_warmup=True)
+
+
+# --- the run of steps ---------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A trainer's way through its plan."""
+
+    def __init__(self, trainer: Trainer, store: Store, journal: Journal, progress: Progress) -> None:
+        self.trainer, self.store, self.journal, self.progress = trainer, store, journal, progress
+        self.config, self.plan, self.accelerator = trainer.config, trainer.plan, trainer.accelerator
+        self.guard = Guard(most=self.config.max_rollbacks, factor=self.config.rollback_factor)
+
+    def train(self) -> None:
+        """Up to the end. Raises `Interrupted` after a first SIGINT or SIGTERM, `TrainingError` where it cannot go on."""
+        batches = self.trainer.batches(self.progress.step)
+        with _listening() as asked:
+            while self.progress.stopped is None:
+                try:
+                    _, stop = self._step(batches, asked)
+                    self._after_step(stop)
+                except NotFiniteError as error:
+                    self._return_from(error)
+                    batches = self.trainer.batches(self.progress.step)
+                    continue
+                if stop == "signal" and self.progress.stopped is None:
+                    raise Interrupted(self.progress.step)
+
+    def once(self) -> float:
+        """One step alone, to see whether it can be done; returns its loss."""
+        return self._step(self.trainer.batches(0), threading.Event())[0]
+
+    def _step(self, batches: Iterator[Batch], asked: threading.Event) -> tuple[float, str | None]:
+        """One optimizer step; returns its loss and why the run should stop after it, the same in every process."""
+        trainer, progress, accelerator = self.trainer, self.progress, self.accelerator
+        started, step = time.perf_counter(), progress.step
+        rates = trainer.rates.set(step, progress.lr_factor)
+        temperature = trainer.temperature.set(step)
+        trainer.train_mode()
+        losses = trainer.backward(step, batches)
+        moving = trainer.drop_inactive(step)
+        norm = accelerator.clip_grad_norm_(moving, self.config.clip or float("inf")) if moving else losses.new_zeros(())
+        over = self.config.max_time is not None and progress.seconds >= self.config.max_time
+        flags = losses.new_tensor([float(asked.is_set()), float(over and accelerator.is_main_process)])
+        shared = accelerator.reduce(torch.cat([losses, flags]), reduction="mean")
+        loss, task_loss, signalled, over_time = shared.tolist()
+        self.guard.check(loss, float(norm), scaled=accelerator.scaler is not None)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        progress.step += 1
+        if trainer.ema is not None:
+            trainer.ema.update(trainer.model, step=progress.step)
+        took = time.perf_counter() - started
+        progress.seconds += took
+        self.journal.advance(loss)
+        if progress.step % self.config.log_every == 0 or progress.step == self.plan.total:
+            self._log(loss, task_loss, float(norm), rates, temperature, took)
+        return loss, "signal" if signalled else "time" if over_time else None
+
+    def _log(
+        self,
+        loss: float,
+        task_loss: float,
+        norm: float,
+        rates: dict[str, float],
+        temperature: float | None,
+        seconds: float,
+    ) -> None:
+        row = {"step": self.progress.step, "epoch": round(self.plan.epoch(self.progress.step), 4)}
+        row |= {"loss": loss, "task_loss": task_loss, "gradient_norm": norm, "seconds": seconds}
+        row |= {f"lr_{role}": rate for role, rate in rates.items()}
+        self.journal.step(row if temperature is None else row | {"temperature": temperature})
+
+    def _after_step(self, stop: str | None) -> None:
+        progress, plan = self.progress, self.plan
+        if progress.step >= plan.total:
+            progress.stopped = "steps"
+        elif stop == "time":
+            progress.stopped = "time"
+        if progress.stopped or progress.step % plan.eval_every == 0:
+            self.guard.check_weights(self.trainer.model)
+            self.note(self.evaluate())
+            if progress.stopped is None and self.config.patience and progress.stale >= self.config.patience:
+                progress.stopped = "patience"
+        if progress.stopped or stop or progress.step % plan.checkpoint_every == 0:
+            self.guard.check_weights(self.trainer.model)
+            self.save()
+
+    def evaluate(self) -> Evaluation:
+        """The kept model on the validation samples."""
+        trainer = self.trainer
+        return evaluate(
+            trainer.result,
+            trainer.task,
+            trainer.data.val,
+            self.config,
+            self.accelerator,
+            picture=self.journal.log is not None,
+        )
+
+    def note(self, found: Evaluation) -> None:
+        """Enter an evaluation: is it the best?"""
+        progress, task = self.progress, self.trainer.task
+        value = found.metrics[task.primary]
+        first = progress.best is None and value == value
+        progress.last = found.metrics
+        if first or (progress.best is not None and better(task, value, progress.best)):
+            progress.best, progress.best_step, progress.stale = value, progress.step, 0
+            if self.config.keep == "best" and self.accelerator.is_main_process:
+                self.store.save_best(self.trainer.result.state_dict(), progress.step)
+        else:
+            progress.stale += 1
+        row = {"step": progress.step, "epoch": round(self.plan.epoch(progress.step), 4), "metrics": found.metrics}
+        self.journal.evaluation(row | {"best": progress.best_step == progress.step}, found.picture)
+        told = ", ".join(f"{name} {number:.4g}" for name, number in found.metrics.items())
+        self.journal.tell(f"step {progress.step}/{self.plan.total}: {told}")
+
+    def save(self) -> None:
+        """A checkpoint of now."""
+        if self.accelerator.is_main_process:
+            self.store.save(self.trainer.state(), self.progress)
+        self.accelerator.wait_for_everyone()
+
+    def _return_from(self, error: NotFiniteError) -> None:
+        """Go back to the last regular checkpoint, with lower rates."""
+        failed = self.progress.step + 1
+        self.trainer.optimizer.zero_grad()
+        found = self.store.newest(regular=True)
+        if found is None:
+            raise TrainingError(f"step {failed}: {error}, and there is no checkpoint to go back to")
+        state, progress = found
+        self.progress = self.guard.rolled_back(error, failed, self.progress, progress)
+        self.trainer.load(state)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.store.drop_after(self.progress.step)
+        self.accelerator.wait_for_everyone()
+        self.journal.start(self.progress.step, self.plan.total)
+        self.journal.event(
+            {"step": self.progress.step, "failed": failed, "reason": str(error), "lr_factor": self.progress.lr_factor}
+        )
+        self.journal.tell(
+            f"step {failed}: {error}; back to step {self.progress.step} with rates times {self.progress.lr_factor:g}"
+        )
+
+
+@contextmanager
+def _listening() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second one does what it always does."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

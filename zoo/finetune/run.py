@@ -1,0 +1,389 @@
+"""A fine-tuning run from beginning to end: check the data, measure, train, measure again, write."""
+
+import contextlib
+import logging
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from surgeon.copying import copy_model
+from surgeon.errors import ConfigError, ModelError, SurgeonError
+from surgeon.recipe import BaseModel, get_recipe, set_recipe
+from surgeon.report import Report
+from surgeon.rewrite import dynamic_layers
+from surgeon.weights import state_sha256
+from surgeon.zoo.finetune.config import FinetuneConfig
+from surgeon.zoo.finetune.devices import make_accelerator, release
+from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, measures_statistics, recalibrate
+from surgeon.zoo.finetune.folder import RunFolder, record
+from surgeon.zoo.finetune.journal import Journal
+from surgeon.zoo.finetune.loop import Data, Run, Trainer, make_optimizer
+from surgeon.zoo.finetune.schedule import describe
+from surgeon.zoo.finetune.state import Progress, Store
+from surgeon.zoo.finetune.summary import Measured, Summary, measured
+from surgeon.zoo.tasks import Task, better
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from surgeon.costs import Cost
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the model comes from: its name for the record, how to build it, the report of its conversion."""
+
+    name: str = "model"
+    base: BaseModel | None = None
+    report: Report | None = None
+
+
+@dataclass(kw_only=True)
+class FinetuneResult:
+    """The fine-tuned model, in eval mode on the device it was trained on, and what is to be said about it."""
+
+    model: nn.Module
+    summary: Summary
+    output: Path | None
+    main: bool = field(default=True, repr=False)  # False in all processes but the first, which write nothing
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the fine-tuned model."""
+        return self.summary.result.metrics
+
+
+def finetune(
+    model: nn.Module,
+    task: Task,
+    config: FinetuneConfig | None = None,
+    output: str | Path | None = None,
+    *,
+    original: nn.Module | None = None,
+    source: Source | None = None,
+    resume: bool = False,
+    force: bool = False,
+    quiet: bool = True,
+) -> FinetuneResult:
+    """Train a model on a task; the caller's model stays as it is.
+
+    `output` becomes a surgeon folder with `training/` in it; None keeps nothing on disk. `original` is the network before its
+    conversion, for the comparison and for distillation; by default it is rebuilt from the model's recipe where that can be done.
+    `resume` goes on with the run in `output`, which must have been started with the same model, task and options. Random state
+    and the result do not depend on what was drawn before. Raises `DataError`, `ConfigError`, `TrainingError`, and `Interrupted`
+    (a `KeyboardInterrupt`) when asked to stop.
+    """
+    config, source = config or FinetuneConfig(), source or Source()
+    folder = None if output is None else RunFolder(Path(output))
+    if folder is None and (resume or force):
+        raise ConfigError("without an output there is nothing to resume or to replace")
+    if folder is not None:
+        folder.check(resume=resume, force=force)
+    task.check()
+    accelerator = make_accelerator(config)
+    with _random_state_kept(), contextlib.ExitStack() as stack:
+        work, start_hash = _bound(model, task)
+        original, notes = _original(work, task, original, config)
+        place = folder.training if folder is not None else _shared_place(stack)
+        session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet)
+        try:
+            if folder is not None:
+                session.open(record(source.name, start_hash, task, config, accelerator.num_processes), resume=resume)
+            return session.run(work, original, place)
+        finally:
+            session.journal.stop()
+
+
+class _Session:
+    """One sitting of a run."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: FinetuneConfig,
+        source: Source,
+        folder: RunFolder | None,
+        accelerator: "Accelerator",
+        notes: list[str],
+        *,
+        quiet: bool,
+    ) -> None:
+        self.task, self.config, self.source, self.folder = task, config, source, folder
+        self.accelerator, self.notes = accelerator, notes
+        main = accelerator.is_main_process
+        self.journal = Journal(folder.training if folder is not None and main else None, quiet=quiet or not main)
+        self.data = Data(task.dataset("train"), task.dataset("val"))
+
+    def open(self, values: dict[str, Any], *, resume: bool) -> None:
+        """Write the record of a new run, or compare it with that of the run that goes on."""
+        assert self.folder is not None
+        if resume:
+            self.notes += self.folder.compare(values)
+        elif self.accelerator.is_main_process:
+            self.folder.create(values)
+        self.accelerator.wait_for_everyone()
+
+    def run(self, work: nn.Module, original: nn.Module | None, place: Path) -> FinetuneResult:
+        teacher = original if self.config.distill else None
+        trainer = Trainer(work, self.task, self.data, self.config, self.accelerator, teacher)
+        keeps_best = self.config.keep == "best"
+        store = Store(place / "checkpoints", trainer.plan.checkpoint_every, keeps_best=keeps_best)
+        if self.accelerator.is_main_process:
+            store.create()
+        self.accelerator.wait_for_everyone()
+        run = Run(trainer, store, self.journal, Progress())
+        self._begin(run, original)
+        if run.progress.stopped is None:
+            run.train()
+        summary = self._end(run)
+        release(self.accelerator, trainer.wrapped)
+        model = _with_recipe(trainer.result, work).eval()
+        if self.folder is not None and self.accelerator.is_main_process:
+            self.folder.finish(model, self.source.base, self.source.report, summary.to_json())
+        self.accelerator.wait_for_everyone()
+        output = None if self.folder is None else self.folder.output
+        return FinetuneResult(model=model, summary=summary, output=output, main=self.accelerator.is_main_process)
+
+    # --- before and after -----------------------------------------------------------------------------------------
+
+    def _begin(self, run: Run, original: nn.Module | None) -> None:
+        """Load the newest checkpoint, or measure the start and write the first one."""
+        found = run.store.newest()
+        if found is not None:
+            state, run.progress = found
+            run.trainer.load(state)
+            if self.accelerator.is_main_process:
+                run.store.drop_after(run.progress.step)
+            self.accelerator.wait_for_everyone()
+            limit = self.config.max_time
+            if run.progress.stopped == "time" and (limit is None or run.progress.seconds < limit):
+                run.progress.stopped = None
+            self.journal.start(run.progress.step, run.plan.total)
+            self.journal.tell(f"going on after step {run.progress.step}/{run.plan.total}")
+            return
+        self.journal.start(0, run.plan.total)
+        size = self._input_size()
+        if original is not None:
+            placed = original.to(self.accelerator.device).eval()
+            before = evaluate(placed, self.task, self.data.val, self.config, self.accelerator)
+            run.progress.start["original"] = asdict(measured(placed, before.metrics, before.seconds, size))
+        start = run.evaluate()
+        run.progress.start["start"] = asdict(measured(run.trainer.model, start.metrics, start.seconds, size))
+        run.note(start)
+        run.save()
+
+    def _end(self, run: Run) -> Summary:
+        """Take the weights to keep, measure BatchNorm statistics and metrics, and sum up."""
+        trainer, progress = run.trainer, run.progress
+        best = progress.best_step if self.config.keep == "best" else None
+        if best is not None:
+            trainer.result.load_state_dict(run.store.best(best))
+        final = evaluate(trainer.result, self.task, self.data.val, self.config, self.accelerator)
+        final, recalibrated = self._recalibrated(trainer, final)
+        start = progress.start
+        summary = Summary(
+            task=self.task.name,
+            primary=self.task.primary,
+            higher_is_better=self.task.higher_is_better,
+            original=Measured(**start["original"]) if "original" in start else None,
+            start=Measured(**start["start"]),
+            result=measured(trainer.result, final.metrics, final.seconds, self._input_size()),
+            steps=progress.step,
+            epochs=run.plan.epoch(progress.step),
+            stopped=progress.stopped or "steps",
+            kept_step=progress.step if best is None else best,
+            recalibrated=recalibrated,
+            rollbacks=progress.rollbacks,
+            seconds=progress.seconds,
+            groups=describe(trainer.optimizer, trainer.groups),
+            notes=self.notes,
+        )
+        self.journal.hparams(self.config.to_dict() | {"task": self.task.name}, final.metrics)
+        return summary
+
+    def _recalibrated(self, trainer: Trainer, before: Evaluation) -> tuple[Evaluation, bool]:
+        """BatchNorm statistics measured anew, unless the network is worse for it."""
+        config, model = self.config, trainer.result
+        if not config.recalibrate or config.freeze_bn or not measures_statistics(model):
+            return before, False
+        kept = {name: value.clone() for name, value in model.state_dict().items()}
+
+        def forward(network: nn.Module, batch: Any) -> None:
+            with self.accelerator.autocast():
+                self.task.forward(network, batch)
+
+        recalibrate(model, self.task, trainer.batches(trainer.plan.total), config.recalibrate, forward)
+        after = evaluate(model, self.task, self.data.val, config, self.accelerator)
+        if better(self.task, before.metrics[self.task.primary], after.metrics[self.task.primary]):
+            model.load_state_dict(kept)
+            return before, False
+        return after, True
+
+    def _input_size(self) -> tuple[int, ...]:
+        return tuple(self.data.train[0]["input"].shape)
+
+
+# --- the parts ----------------------------------------------------------------------------------------------------
+
+
+def _bound(model: nn.Module, task: Task) -> tuple[nn.Module, str]:
+    """A copy that fits the task, and the hash of its weights."""
+    work = copy_model(model)
+    recipe = get_recipe(model)
+    torch.manual_seed(task.seed)  # of a new head
+    bound = task.bind(work)
+    if recipe is not None:
+        set_recipe(bound, recipe)
+    return bound, state_sha256(bound)
+
+
+def _shared_place(stack: contextlib.ExitStack) -> Path:
+    """A folder for the checkpoints of a run that leaves nothing: that of the first process, for all on the machine."""
+    from accelerate.utils import broadcast_object_list
+
+    return Path(broadcast_object_list([stack.enter_context(tempfile.TemporaryDirectory())])[0])
+
+
+def _with_recipe(model: nn.Module, carrier: nn.Module) -> nn.Module:
+    """The model with the recipe that another carries."""
+    recipe = get_recipe(carrier)
+    if recipe is not None:
+        set_recipe(model, recipe)
+    return model
+
+
+def _original(
+    work: nn.Module, task: Task, given: nn.Module | None, config: FinetuneConfig
+) -> tuple[nn.Module | None, list[str]]:
+    """The network before its conversion, bound to the task, and a note where it cannot be had.
+
+    Raises `ConfigError` where it is to teach and cannot be had.
+    """
+    note = None
+    original: nn.Module | None = None
+    if given is not None:
+        original = copy_model(given)
+    elif not dynamic_layers(work):
+        if config.distill:
+            return copy_model(work), []
+    else:
+        recipe = get_recipe(work)
+        if recipe is None or recipe.base is None:
+            note = "the original network is not known: the model's recipe does not name it"
+        else:
+            from surgeon.models import restore
+
+            try:
+                original = restore(recipe.base)
+            except ModelError as error:
+                note = f"the original network cannot be had: {error}"
+    if original is None:
+        if config.distill:
+            raise ConfigError(f"distill needs the original network. {note}")
+        return None, [] if note is None else [note]
+    torch.manual_seed(task.seed)  # a new head is the same as that of the converted network
+    return task.bind(original), []
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Afterwards the global generators of Python, numpy and torch are as before."""
+    python, legacy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+
+
+# --- without training ---------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class DryRun:
+    """What a run would be: its length, its groups of parameters, one step tried on a copy, the cost of a step."""
+
+    steps: int
+    epochs: float
+    train_samples: int
+    val_samples: int
+    loss: float
+    seconds: float
+    groups: list[dict[str, Any]]
+    cost: "Cost | None"
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        values = {key: value for key, value in vars(self).items() if key != "cost"}
+        return values | {"cost": None if self.cost is None else self.cost.to_dict()}
+
+
+def dry_run(
+    model: nn.Module, task: Task, config: FinetuneConfig | None = None, *, original: nn.Module | None = None
+) -> DryRun:
+    """Check the data, try one step in a copy, and predict what a step costs on a GPU; nothing is written."""
+    config = config or FinetuneConfig()
+    task.check()
+    accelerator = make_accelerator(config)
+    with _random_state_kept(), tempfile.TemporaryDirectory() as place:
+        work, _ = _bound(model, task)
+        original, notes = _original(work, task, original, config)
+        data = Data(task.dataset("train"), task.dataset("val"))
+        found, note = _predicted(work, tuple(data.train[0]["input"].shape), config)
+        teacher = original if config.distill else None
+        trainer = Trainer(work, task, data, config, accelerator, teacher)
+        store = Store(Path(place), trainer.plan.checkpoint_every)
+        run = Run(trainer, store, Journal(None, quiet=True), Progress())
+        loss = run.once()
+        groups = describe(trainer.optimizer, trainer.groups)
+        release(accelerator, trainer.wrapped)
+    return DryRun(
+        steps=trainer.plan.total,
+        epochs=trainer.plan.epoch(trainer.plan.total),
+        train_samples=len(data.train),
+        val_samples=len(data.val),
+        loss=loss,
+        seconds=run.progress.seconds,
+        groups=groups,
+        cost=found,
+        notes=[*notes, *note],
+    )
+
+
+def _predicted(model: nn.Module, size: tuple[int, ...], config: FinetuneConfig) -> "tuple[Cost | None, list[str]]":
+    """The cost of a training step for one process, or a note why it cannot be told."""
+    from surgeon.costs import cost
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return make_optimizer([{"params": list(parameters)}], config)
+
+    optimizer.__name__ = config.opt
+    amp: dict[str, bool | str] = {"no": False, "fp16": "float16", "bf16": "bfloat16"}
+    try:
+        found = cost(
+            model,
+            input_size=size,
+            batch_size=config.batch_size,
+            optimizer=optimizer,
+            amp=amp[config.amp],
+            channels_last=config.channels_last,
+            weight_decay=config.weight_decay,
+            accumulate=config.accumulate,
+            checkpointing=config.checkpointing,
+        )
+    except SurgeonError as error:
+        return None, [f"the cost of a step cannot be predicted: {error}"]
+    notes = ["the predicted memory is that of the model and the optimizer; averages (ema) and a teacher come on top"]
+    return found, notes if config.ema or config.distill else []

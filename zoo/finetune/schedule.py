@@ -1,0 +1,143 @@
+"""What happens at which step: rates, phases, temperature. All of it follows from the number of the step alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgeon.errors import ConfigError
+from surgeon.layers.pafu import PAFUConv2d
+from surgeon.zoo.finetune.config import FinetuneConfig, span_steps
+from surgeon.zoo.finetune.parameters import ROLES, Group, Role, dynamic_modules
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Length and cadence of a run, in optimizer steps; step numbers count from 0 before, from 1 after the step."""
+
+    samples: int  # in an epoch
+    per_step: int  # samples an optimizer step
+    total: int
+    warmup: int
+    new_first: int
+    eval_every: int
+    checkpoint_every: int
+    alternate: int | None
+
+    @classmethod
+    def make(cls, config: FinetuneConfig, samples: int, groups: list[Group]) -> "Plan":
+        """Raises `ConfigError` for phases that the model's parameters cannot fill, or that leave nothing of the run."""
+        per_step = config.batch_size * config.accumulate
+        steps_per_epoch = samples / per_step
+        total = max(round(config.epochs * steps_per_epoch), 1)
+        total = min(total, config.max_steps or total)
+
+        def steps(name: str) -> int:
+            return span_steps(getattr(config, name), steps_per_epoch, total, name)
+
+        plan = cls(
+            samples=samples,
+            per_step=per_step,
+            total=total,
+            warmup=min(steps("warmup"), total - 1),
+            new_first=steps("new_first"),
+            eval_every=steps("eval_every"),
+            checkpoint_every=steps("checkpoint_every"),
+            alternate=config.alternate,
+        )
+        plan._check_phases({group.role for group in groups})
+        return plan
+
+    def _check_phases(self, roles: set[Role]) -> None:
+        if self.new_first and not roles & {"new", "selector"}:
+            raise ConfigError("new_first trains new parameters first, and the model has none that require a gradient")
+        if self.new_first >= self.total and "other" in roles and self.new_first:
+            raise ConfigError(f"new_first ({self.new_first} steps) leaves nothing of the run ({self.total} steps)")
+        if self.alternate is not None and not ("selector" in roles and roles - {"selector"}):
+            raise ConfigError("alternate training takes turns with selectors, and the model has none (they are PAFU's)")
+
+    def epoch(self, step: int) -> float:
+        """Passes over the training data after so many steps."""
+        return step * self.per_step / self.samples
+
+    def active(self, step: int) -> frozenset[Role]:
+        """The roles whose parameters move in the step with this number, counted from 0."""
+        roles: set[Role] = set(ROLES)
+        if step < self.new_first:
+            roles.discard("other")
+        if self.alternate is not None:
+            selecting = step % (self.alternate + 1) == 0
+            roles &= {"selector"} if selecting else {"new", "other"}
+        return frozenset(roles)
+
+    def warm(self, step: int) -> float:
+        """Factor on the rate of the other parameters: their own linear warm-up after a first phase without them."""
+        if not self.new_first or step < self.new_first:
+            return 1.0
+        return min((step - self.new_first + 1) / (self.warmup + 1), 1.0)
+
+
+class Rates:
+    """The learning rates of an optimizer's groups at every step, by timm's schedules."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: FinetuneConfig, plan: Plan) -> None:
+        from timm.scheduler import create_scheduler_v2
+
+        self.optimizer, self.plan = optimizer, plan
+        decay = {"poly": 1.0, "constant": 1.0}.get(config.sched, 0.1)  # of "poly" it is the power
+        self.schedule, _ = create_scheduler_v2(
+            optimizer,
+            "step"
+            if config.sched == "constant"
+            else config.sched,  # a decay by 1: as constant, in every version of timm
+            num_epochs=plan.total - plan.warmup,
+            decay_epochs=max((plan.total - plan.warmup) // 3, 1),
+            decay_rate=decay,
+            min_lr=config.min_lr,
+            warmup_lr=config.lr / (plan.warmup + 1),
+            warmup_epochs=plan.warmup,
+            warmup_prefix=True,  # the schedule begins at its top, where the warm-up ends
+            step_on_epochs=False,
+            updates_per_epoch=1,
+        )
+
+    def set(self, step: int, factor: float = 1.0) -> dict[str, float]:
+        """Set the rates for the step with this number, counted from 0, all times `factor`; returns them by role."""
+        self.schedule.step_update(step)
+        rates: dict[str, float] = {}
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor * (self.plan.warm(step) if group["role"] == "other" else 1.0)
+            rates[group["role"]] = group["lr"]
+        return rates
+
+
+class Temperature:
+    """PAFU's temperature over a run: from each layer's own, exponentially, to `end` times it."""
+
+    def __init__(self, model: nn.Module, end: float, total: int) -> None:
+        self.layers = [layer for _, layer in dynamic_modules(model) if isinstance(layer, PAFUConv2d)]
+        self.end, self.total = end, total
+
+    def set(self, step: int) -> float | None:
+        """Set it for a step; returns the factor on the layers' own temperatures, None where there are no such layers."""
+        if not self.layers:
+            return None
+        factor = float(self.end ** (step / max(self.total - 1, 1)))
+        for layer in self.layers:
+            layer.temperature = layer.config.temperature * factor
+        return factor
+
+
+def describe(optimizer: torch.optim.Optimizer, groups: list[Group]) -> list[dict[str, Any]]:
+    """The optimizer's groups for people: role, whether they decay, tensors, parameters, scale of the rate."""
+    return [
+        {
+            "role": group.role,
+            "weight_decay": setting["weight_decay"],
+            "lr_scale": setting["lr_scale"],
+            "tensors": len(group.parameters),
+            "parameters": sum(p.numel() for p in group.parameters.values()),
+        }
+        for group, setting in zip(groups, optimizer.param_groups, strict=True)
+    ]

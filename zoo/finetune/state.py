@@ -1,0 +1,276 @@
+"""Checkpoints of a training run: one safetensors file each, checked by a digest, written atomically. No pickles.
+
+A checkpoint is a tree of dictionaries, lists, numbers, texts and tensors. Random numbers, the order of the samples, rates and
+temperatures are not in it: they follow from the seed and the step (`batches.py`, `schedule.py`).
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from surgeon.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+_STEP = re.compile(r"(step|best)-([0-9]{9})\.safetensors")
+_KEPT = 2  # newest checkpoints, and as many of the regular ones
+
+
+@dataclass
+class Progress:
+    """How far a run is; with the tensors it is what a checkpoint holds."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training, over all sittings
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0  # evaluations since the best
+    rollbacks: int = 0
+    lr_factor: float = 1.0
+    stopped: str | None = None  # why the run is at its end: "steps", "time", "patience"
+    start: dict[str, Any] = field(default_factory=dict)  # what was measured before training
+    last: dict[str, float] = field(default_factory=dict)  # metrics of the newest evaluation
+
+
+# --- one file -----------------------------------------------------------------------------------------------------
+
+
+def write_tree(file: Path, tree: Any) -> None:
+    """Write a tree under a temporary name, sync it, and rename it. Raises `CheckpointError`."""
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(_pack(tree, "", tensors))
+    tensors = _unshared(tensors)
+    temporary = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata={"tree": text, "sha256": _digest(text, tensors)})
+        sync(temporary)
+        temporary.replace(file)
+        sync(file.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {file}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tree(file: Path) -> Any:
+    """Read what `write_tree` wrote; raises `CheckpointError` for anything else, also for a single changed bit."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata() or {}
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
+        text = metadata["tree"]
+        if _digest(text, tensors) != metadata["sha256"]:
+            raise CheckpointError(f"{file} is damaged: its SHA-256 is not that of its content")
+        return _unpack(json.loads(text), tensors)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file} is damaged or no checkpoint ({type(error).__name__}: {error})") from error
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file atomically."""
+    temporary = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(file)
+        sync(file.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {file}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file, or a folder's list of files, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON values in which tensors and what JSON lacks (tuples, keys that are no texts) stand as one-key dictionaries."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach()
+        return {"tensor": path}
+    if isinstance(value, dict):
+        items = [[key, _pack(inner, f"{path}/{key}", tensors)] for key, inner in value.items()]
+        return {"dict": items}
+    if isinstance(value, list | tuple):
+        inner = [_pack(part, f"{path}/{i}", tensors) for i, part in enumerate(value)]
+        return {"tuple": inner} if isinstance(value, tuple) else inner
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise CheckpointError(f"{path} in the state of the run is a {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(part, tensors) for part in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "tuple":
+        return tuple(_unpack(part, tensors) for part in inner)
+    return {key: _unpack(part, tensors) for key, part in inner}
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, none sharing memory with another: as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        value = tensor.to("cpu").contiguous()
+        shares = value.numel() and value.untyped_storage().data_ptr() in seen
+        if shares or value.untyped_storage().nbytes() != value.numel() * value.element_size():
+            value = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+        result[name] = value
+    return result
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# --- all files of a run -------------------------------------------------------------------------------------------
+
+
+class Store:
+    """The checkpoints in a folder: `step-….safetensors` with everything, `best-….safetensors` with the weights to keep.
+
+    Kept are the newest two, the newest two of the regular cadence (to which a run is set back), and the best weights they name.
+    """
+
+    def __init__(self, folder: Path, every: int, *, keeps_best: bool = True) -> None:
+        self.folder, self.every, self.keeps_best = folder, every, keeps_best
+
+    def create(self) -> None:
+        """Make the folder, and remove what a killed process was writing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".*.partial-*"):
+            left.unlink(missing_ok=True)
+
+    def save(self, tree: dict[str, Any], progress: Progress) -> None:
+        """Write the checkpoint of a step, and remove those that are not needed any more."""
+        write_tree(self.path("step", progress.step), tree | {"progress": vars(progress)})
+        steps = self.steps()
+        keep = {*steps[-_KEPT:], *[step for step in steps if step % self.every == 0][-_KEPT:]}
+        for step in steps:
+            if step not in keep:
+                self.path("step", step).unlink(missing_ok=True)
+        oldest = self._best_of(min(keep))
+        for step in self.steps("best"):
+            if step != progress.best_step and (oldest is None or step < oldest):
+                self.path("best", step).unlink(missing_ok=True)
+
+    def save_best(self, weights: dict[str, Tensor], step: int) -> None:
+        """Keep weights that are better than all before."""
+        write_tree(self.path("best", step), {"weights": weights})
+
+    def best(self, step: int) -> dict[str, Tensor]:
+        """The weights that were the best at this step."""
+        weights: dict[str, Tensor] = read_tree(self.path("best", step))["weights"]
+        return weights
+
+    def newest(self, regular: bool = False) -> tuple[dict[str, Any], Progress] | None:
+        """The newest checkpoint that can be read; damaged ones are logged and passed over. None where there is none.
+
+        Raises `CheckpointError` where there are checkpoints and all are damaged.
+        """
+        steps = [step for step in self.steps() if not regular or step % self.every == 0]
+        for step in reversed(steps):
+            try:
+                tree: dict[str, Any] = read_tree(self.path("step", step))
+                progress = Progress(**tree.pop("progress"))
+                if self.keeps_best and progress.best_step is not None:
+                    self.best(progress.best_step)
+            except (CheckpointError, TypeError) as error:
+                logger.warning("%s: going back to the checkpoint before it", error)
+                continue
+            return tree, progress
+        if steps:
+            raise CheckpointError(f"every checkpoint in {self.folder} is damaged; start anew with --force")
+        return None
+
+    def drop_after(self, step: int) -> None:
+        """Forget what a run that was set back to `step` will do again."""
+        for kind in ("step", "best"):
+            for later in self.steps(kind):
+                if later > step:
+                    self.path(kind, later).unlink(missing_ok=True)
+
+    def steps(self, kind: str = "step") -> list[int]:
+        """Steps of which there is a file, ascending."""
+        found = (_STEP.fullmatch(file.name) for file in self.folder.iterdir())
+        return sorted(int(match[2]) for match in found if match is not None and match[1] == kind)
+
+    def path(self, kind: str, step: int) -> Path:
+        """Where a checkpoint lies."""
+        return self.folder / f"{kind}-{step:09d}.safetensors"
+
+    def _best_of(self, step: int) -> int | None:
+        """Which best weights the checkpoint of a step names; None where it names none or cannot be read."""
+        with contextlib.suppress(CheckpointError, OSError, SafetensorError, KeyError, ValueError):
+            with safe_open(self.path("step", step), framework="pt") as content:
+                tree = _unpack(json.loads(content.metadata()["tree"]), _Nothing())
+            best: int | None = tree["progress"]["best_step"]
+            return best
+        return None
+
+
+class _Nothing(dict[str, Tensor]):
+    """Stands for the tensors where only the rest of a tree is wanted."""
+
+    def __missing__(self, name: str) -> Tensor:
+        return torch.empty(0)
+
+
+# --- the log ------------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """`log.jsonl`: one row a line. Rows after the step at which a run is taken up again are dropped: they come once more."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def cut(self, step: int) -> None:
+        """Keep the rows up to a step."""
+        rows = [row for row in read_log(self.file) if row.get("step", 0) <= step]
+        write_text(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row."""
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+
+def read_log(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows; a line that a kill cut short is passed over."""
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                yield json.loads(line)

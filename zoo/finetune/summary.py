@@ -1,0 +1,104 @@
+"""What a run came to: the original, the network it started from, and what it became, side by side."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from surgeon.tables import count, paragraph, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One network on the task. FLOPs are for one input of the training size (1 MAC = 2 FLOPs), seconds for one evaluation."""
+
+    metrics: dict[str, float]
+    parameters: int
+    flops: float | None
+    seconds: float
+
+
+@dataclass(kw_only=True)
+class Summary:
+    """Everything that is said at the end of a run."""
+
+    task: str
+    primary: str
+    higher_is_better: bool
+    original: Measured | None
+    start: Measured
+    result: Measured
+    steps: int
+    epochs: float
+    stopped: str  # "steps", "time" or "patience"
+    kept_step: int  # of which the weights are
+    recalibrated: bool  # whether the BatchNorm statistics measured at the end are the ones kept
+    rollbacks: int
+    seconds: float  # of training
+    groups: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; numbers that are not finite become null."""
+        values: dict[str, Any] = _finite(asdict(self))
+        return values
+
+    def to_json(self) -> str:
+        """As the text of summary.json."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def to_text(self, width: int = 80) -> str:
+        """As a table and a few lines for people."""
+        rows = []
+        names = [self.primary, *(name for name in self.start.metrics if name != self.primary)]
+        for label, found in (("original", self.original), ("at the start", self.start), ("fine-tuned", self.result)):
+            if found is not None:
+                metrics = [f"{found.metrics[name]:.5g}" for name in names]
+                flops = "-" if found.flops is None else count(round(found.flops))
+                rows.append((label, *metrics, count(found.parameters), flops, f"{found.seconds:.1f}"))
+        arrow = "higher" if self.higher_is_better else "lower"
+        why = {"steps": "all steps done", "time": "out of time", "patience": "no better for too long"}[self.stopped]
+        lines = [
+            f"{self.task}: {self.steps} steps, {self.epochs:.2f} epochs, {self.seconds:.1f} s of training ({why})",
+            f"kept: the weights of step {self.kept_step} ({self.primary}: {arrow} is better)",
+        ]
+        if self.recalibrated:
+            lines.append("BatchNorm statistics were measured anew at the end")
+        if self.rollbacks:
+            lines.append(f"set back {self.rollbacks} times after numbers that were not finite; see training/log.jsonl")
+        lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in self.notes]
+        header = ("", *names, "params", "FLOPs", "eval s")
+        return "\n".join([table(header, rows, width=width), "", *lines]) + "\n"
+
+
+def measured(model: nn.Module, metrics: dict[str, float], seconds: float, input_size: tuple[int, ...]) -> Measured:
+    """Metrics with what the network costs."""
+    return Measured(
+        metrics=metrics,
+        parameters=sum(p.numel() for p in model.parameters()),
+        flops=_flops(model, input_size),
+        seconds=seconds,
+    )
+
+
+def _flops(model: nn.Module, input_size: tuple[int, ...]) -> float | None:
+    """FLOPs of one input, None where the model cannot be traced with one image tensor."""
+    from surgeon.costs import cost
+    from surgeon.errors import SurgeonError
+
+    if len(input_size) != 3:
+        return None
+    try:
+        return float(cost(model, input_size=input_size, mode="infer").flops)
+    except SurgeonError:
+        return None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
