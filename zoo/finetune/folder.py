@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from surgeon.checkpoint import save
+from surgeon.collapse_report import CollapseReport
 from surgeon.errors import CheckpointError, ConfigError
 from surgeon.recipe import FILE as RECIPE
 from surgeon.recipe import BaseModel, parse_json, read_text, versions
@@ -103,7 +104,7 @@ class RunFolder:
             notes.append("begun with other versions of the libraries: no longer bit for bit the same")
         return notes
 
-    def finish(self, model: nn.Module, base: BaseModel | None, report: Report | None, summary: str) -> None:
+    def finish(self, model: nn.Module, base: BaseModel | None, report: Report | CollapseReport | None, summary: str) -> None:
         """Make the folder a surgeon folder: the recipe comes last, and with it the folder is complete."""
         fresh = self.training / ".model"
         save(model, fresh, base=base, report=report, force=True)

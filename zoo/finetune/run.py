@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from surgeon.collapse_report import CollapseReport
 from surgeon.copying import copy_model
 from surgeon.errors import ConfigError, ModelError, SurgeonError
 from surgeon.recipe import BaseModel, get_recipe, set_recipe
@@ -44,7 +45,7 @@ class Source:
 
     name: str = "model"
     base: BaseModel | None = None
-    report: Report | None = None
+    report: Report | CollapseReport | None = None
 
 
 @dataclass(kw_only=True)
