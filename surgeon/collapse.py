@@ -22,7 +22,7 @@ from surgeon.recipe import get_recipe
 from surgeon.rewrite import Rewrite, drop_rules, dynamic_layers, plain_convolution
 from surgeon.select import Selector
 from surgeon.sites import macs_of
-from surgeon.verify import Verification, judge, measure, run
+from surgeon.verify import Settled, Verification, judge, measure, run
 
 CHUNK = 8  # images a forward pass
 
@@ -189,7 +189,7 @@ class _Folding:
     def _dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.work.parameters() if p.is_floating_point()), torch.float32)
 
-    def _settle(self, names: list[str], rewrite: Rewrite) -> tuple[Difference, dict[str, Difference]]:
+    def _settle(self, names: list[str], rewrite: Rewrite) -> Settled:
         """Errors of the same folding of a float64 copy."""
         rewrite.undo()
         try:
@@ -210,7 +210,7 @@ class _Folding:
         difference = Difference()
         for inputs, output in zip(batches, expected, strict=True):
             difference = difference.worse(compare(output, run(folded, inputs, self.seed)))
-        return difference, errors
+        return Settled(difference, errors)
 
 
 def _has_code(layer: DynamicConv2d) -> bool:

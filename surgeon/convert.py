@@ -22,7 +22,7 @@ from surgeon.rewrite import Rewrite, build_layer
 from surgeon.select import split_items
 from surgeon.sites import ConvSite, Sites, find_sites, macs_of
 from surgeon.trace import trace_graph
-from surgeon.verify import Verification, check_gradients, halves_agree, judge, measure, run, settle_in_double
+from surgeon.verify import Settled, Verification, check_gradients, halves_agree, judge, measure, run, settle_in_double
 
 Progress = Callable[[str, int, int], None]
 
@@ -291,7 +291,7 @@ class Surgery:
     def _dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.work.parameters() if p.is_floating_point()), torch.float32)
 
-    def _settle(self) -> tuple[Difference, dict[str, Difference]]:
+    def _settle(self) -> Settled:
         assert self.rewrite is not None
         build = {plan.site.name: self._builder(plan) for plan in self.plans if plan.site.name in self.layers}
         self.rewrite.undo()

@@ -18,7 +18,7 @@ from surgeon.inputs import Inputs, candidate_inputs, given_inputs
 from surgeon.layers import registry
 from surgeon.layers.registry import layer_types
 from surgeon.rewrite import build_layer, dynamic_layers
-from surgeon.verify import check_gradients, judge, measure, run, without_gradient
+from surgeon.verify import Settled, check_gradients, judge, measure, run, without_gradient
 from tests.fake_layer import FakeConfig, FakeConv2d
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -180,7 +180,7 @@ def test_within_the_tolerance_nothing_is_settled() -> None:
 
 def test_beyond_it_float64_settles() -> None:
     layers = {"a": difference(1e-6)}
-    found = judge(difference(3e-4), layers, torch.float32, lambda: (difference(1e-13), {"a": difference(1e-14)}))
+    found = judge(difference(3e-4), layers, torch.float32, lambda: Settled(difference(1e-13), {"a": difference(1e-14)}))
     assert found.precision == "float64"
     assert found.exact
     assert found.max_rel_error == 1e-13
@@ -188,9 +188,47 @@ def test_beyond_it_float64_settles() -> None:
     with pytest.raises(
         VerificationError, match=r"relative error 3\.0e-04 .*in float64 still 1\.0e-09.*Worst layers: a"
     ):
-        judge(difference(3e-4), layers, torch.float32, lambda: (difference(1e-9), {"a": difference(1e-9)}))
+        judge(difference(3e-4), layers, torch.float32, lambda: Settled(difference(1e-9), {"a": difference(1e-9)}))
     with pytest.raises(VerificationError):
-        judge(difference(math.inf), layers, torch.float32, lambda: (difference(math.inf), {}))
+        judge(difference(math.inf), layers, torch.float32, lambda: Settled(difference(math.inf), {}))
+
+
+def test_a_network_that_amplifies_even_float64_rounding() -> None:
+    exact, inexact = {"a": difference(4e-15)}, {"a": difference(1e-11)}
+    found = judge(
+        difference(0.2), {"a": difference(1e-6)}, torch.float32, lambda: Settled(difference(6e-9), exact, 2e-9)
+    )
+    assert found.precision == "float64"
+    assert "amplifies even float64 rounding" in found.notes[1]
+    for settled in (
+        Settled(difference(6e-9), exact, 2e-10),  # more than rounding explains
+        Settled(difference(6e-9), inexact, 2e-9),  # a layer that is off by more than rounding
+        Settled(difference(6e-5), exact, 1e-3),  # so chaotic that nothing can be said
+    ):
+        with pytest.raises(VerificationError, match="in float64 still"):
+            judge(difference(0.2), {"a": difference(1e-6)}, torch.float32, lambda settled=settled: settled)
+
+
+def test_chaos_is_measured_on_the_network_itself() -> None:
+    torch.manual_seed(0)
+
+    class Chaos(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.sigmoid(self.conv(x))
+            for _ in range(26):
+                x = 4 * x * (1 - x)  # the logistic map doubles differences
+            return x
+
+    model = Chaos()
+    converted, report = surgeon.convert(model, layers="all", type="acda", example_inputs=torch.rand(2, 3, 8, 8))
+    assert report.precision == "float64"
+    assert 1e-10 < report.max_rel_error < 1e-5
+    assert any("amplifies even float64 rounding" in note for note in report.notes)
+    assert surgeon.verify(model, converted, torch.rand(2, 3, 8, 8)).exact
 
 
 def test_a_wrong_layer_fails_whatever_float64_says() -> None:

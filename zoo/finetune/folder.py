@@ -104,7 +104,9 @@ class RunFolder:
             notes.append("begun with other versions of the libraries: no longer bit for bit the same")
         return notes
 
-    def finish(self, model: nn.Module, base: BaseModel | None, report: Report | CollapseReport | None, summary: str) -> None:
+    def finish(
+        self, model: nn.Module, base: BaseModel | None, report: Report | CollapseReport | None, summary: str
+    ) -> None:
         """Make the folder a surgeon folder: the recipe comes last, and with it the folder is complete."""
         fresh = self.training / ".model"
         save(model, fresh, base=base, report=report, force=True)
