@@ -128,7 +128,9 @@ class SuperResolution(RestorationTask):
     def run_whole(self, model: nn.Module, x: Tensor) -> Tensor:
         if not self.config.self_ensemble:
             return super().run_whole(model, x)
-        outputs = [turned_back(super(SuperResolution, self).run_whole(model, turned(x, turn)), turn) for turn in range(8)]
+        outputs = [
+            turned_back(super(SuperResolution, self).run_whole(model, turned(x, turn)), turn) for turn in range(8)
+        ]
         return torch.stack(outputs).mean(0)
 
     def measured(self, image: Tensor) -> Tensor:

@@ -112,11 +112,13 @@ def limited(indices: Sequence[int], limit: int | None) -> list[int]:
     return [value for position, value in enumerate(indices) if _steps(position, limit, len(indices))]
 
 
-def chosen(samples: Sequence[T], split: Split, config: FolderConfig, divided: bool) -> list[tuple[int, T]]:
-    """(index, sample) of those that a split uses: its part of a divided set, thinned to the limit."""
+def chosen(
+    samples: Sequence[T], split: Split, config: FolderConfig, divided: bool, groups: Sequence[int] | None = None
+) -> list[tuple[int, T]]:
+    """(index, sample) of those that a split uses: its part of a divided set (see `divide`), thinned to the limit."""
     indices: Sequence[int] = range(len(samples))
     if divided:
-        indices = divide(len(samples), split, config.val_fraction, config.val_seed)
+        indices = divide(len(samples), split, config.val_fraction, config.val_seed, groups)
     limit = config.train_limit if split == "train" else config.val_limit
     return [(index, samples[index]) for index in limited(indices, limit)]
 

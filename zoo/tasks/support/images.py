@@ -122,10 +122,12 @@ def by_size(run: Callable[[Tensor], Tensor], x: Tensor, sizes: Tensor | None) ->
     return torch.stack([F.pad(o, (0, width - o.shape[-1], 0, height - o.shape[-2])) for o in ordered])
 
 
+def continued(run: Callable[[Tensor], Tensor], x: Tensor, multiple: int) -> Tensor:
+    """`run` on x with its right and bottom edge continued to a multiple of `multiple`."""
+    bottom, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
+    return run(F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x)
+
+
 def on_multiple(run: Callable[[Tensor], Tensor], x: Tensor, multiple: int, scale: int = 1) -> Tensor:
-    """`run` on x continued at the right and bottom edge to a multiple of `multiple`; the output, `scale` times as large, is cut."""
-    h, w = x.shape[-2:]
-    bottom, right = -h % multiple, -w % multiple
-    if not (bottom or right):
-        return run(x)
-    return run(F.pad(x, (0, right, 0, bottom), mode="replicate"))[..., : h * scale, : w * scale]
+    """As `continued`; of the output, which is `scale` times as large, the part that was added is cut off."""
+    return continued(run, x, multiple)[..., : x.shape[-2] * scale, : x.shape[-1] * scale]

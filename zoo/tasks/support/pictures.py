@@ -54,7 +54,7 @@ def sheet(
     captions: Sequence[Sequence[str]] = (),
     side: int = SIDE,
 ) -> Image.Image:
-    """One picture out of rows of pictures, each enlarged or reduced to `side`; `header` over the columns, `captions` below cells."""
+    """One picture out of rows of pictures, each brought to `side`; `header` over columns, `captions` below cells."""
     cells = [[_fitted(image, side) for image in row] for row in rows]
     columns = max(len(row) for row in cells)
     head = _LINE if header else 0

@@ -57,7 +57,7 @@ def with_outputs(module: nn.Module, outputs: int, seed: int) -> nn.Module:
             )
         else:
             raise InputError(f"cannot give a {type(module).__name__} another number of outputs")
-    return new.to(module.weight.device, module.weight.dtype).train(module.training)  # type: ignore[arg-type]
+    return new.to(module.weight.device, module.weight.dtype).train(module.training)
 
 
 def outputs_of(module: nn.Module) -> int | None:
