@@ -227,7 +227,7 @@ class CrowdCounting(Task):
         return by_size(lambda x: continued(whole, x, self._multiple), batch["input"], batch.get("input_size"))
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
-        difference = output.float() - batch["target"] * self.config.density_scale
+        difference: Tensor = output.float() - batch["target"] * self.config.density_scale
         return difference.square().sum((1, 2, 3)).mean()
 
     def metrics(self) -> "dict[str, Metric]":
@@ -237,7 +237,8 @@ class CrowdCounting(Task):
 
     def counts(self, output: Tensor) -> Tensor:
         """People in every picture (N)."""
-        return output.float().sum((1, 2, 3)) / self.config.density_scale
+        people: Tensor = output.float().sum((1, 2, 3)) / self.config.density_scale
+        return people
 
     def update(self, metrics: "Mapping[str, Metric]", output: Any, batch: Batch) -> None:
         for metric in metrics.values():
