@@ -16,7 +16,7 @@ def first_channels(model: nn.Module) -> int | None:
     return next((int(m.in_channels) for m in model.modules() if isinstance(m, nn.Conv2d | DynamicConv2d)), None)
 
 
-def trial(task: str, model: nn.Module, run: Callable[[Tensor], Any], *size: int) -> Any:
+def trial(task: str, model: nn.Module, run: Callable[[Tensor], Any], *size: int, hint: str = "") -> Any:
     """Output of `run` for two random images of size (C, H, W), in eval mode, without a trace in the model.
 
     Raises `InputError` where the model cannot take them.
@@ -29,7 +29,7 @@ def trial(task: str, model: nn.Module, run: Callable[[Tensor], Any], *size: int)
     except Exception as error:  # a stranger's forward may raise anything
         shape = ", ".join(map(str, x.shape))
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"task {task}: the model does not run on an input of ({shape}): {text}") from error
+        raise InputError(f"task {task}: the model does not run on an input of ({shape}): {text}{hint}") from error
 
 
 def describe(output: Any) -> str:

@@ -138,9 +138,16 @@ class RestorationTask(Task):
     def bind(self, model: nn.Module) -> nn.Module:
         if self.config.color is None and self.config.input_size is None:
             self.color = first_channels(model) != 1
-        side, out = self.input_side(), self.patch_side()
+        frame = self._frame(model, 1)
+        if frame and self._frame(model, 2) != frame:
+            raise InputError(f"task {self.name}: the model's output does not grow with its input as it should{self.hint()}")
+        return model
+
+    def _frame(self, model: nn.Module, times: int) -> int:
+        """Pixels that the output lacks in each direction, for an input `times` as large as in training; an odd number is refused."""
+        side, out = times * self.input_side(), times * self.patch_side()
         size = (self.input_channels(), side, side)
-        output = trial(self.name, model, lambda x: self.forward(model, {"input": x}), *size)
+        output = trial(self.name, model, lambda x: self.forward(model, {"input": x}), *size, hint=self.hint())
         wanted = (2, self.target_channels(), out, out)
         fits = isinstance(output, Tensor) and output.dim() == 4 and output.shape[:2] == wanted[:2]
         if not fits or output.shape[2] != output.shape[3] or output.shape[2] > out or (out - output.shape[2]) % 2:
@@ -148,7 +155,7 @@ class RestorationTask(Task):
                 f"task {self.name}: the model gives {describe(output)} for an input of {(2, *size)}, "
                 f"but the task needs {wanted} (or a frame less on all four sides){self.hint()}"
             )
-        return model
+        return out - int(output.shape[2])
 
     def hint(self) -> str:
         """What to try where the model does not fit."""
