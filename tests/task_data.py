@@ -103,7 +103,12 @@ class Case:
 
 CASES = [
     Case("classification", class_folders, _classifier),
-    Case("classification", class_folders, _classifier, {"input_size": (3, 80, 80), "auto_augment": "rand-m5", "erase": 0.5}),
+    Case(
+        "classification",
+        class_folders,
+        _classifier,
+        {"input_size": (3, 80, 80), "auto_augment": "rand-m5", "erase": 0.5},
+    ),
     Case("denoising", image_folders, lambda: _conv(3, 3), {"patch": 16}),
     Case("denoising", image_folders, lambda: _conv(1, 1), {"patch": 16, "sigma": "0-55", "predicts": "noise"}),
     Case("real-denoising", noisy_pairs, lambda: _conv(3, 3), {"patch": 16}),

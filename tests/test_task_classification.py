@@ -113,7 +113,7 @@ def test_problems_of_folders_are_named(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="only in train: none; only in val: dog"):
         task_of(folders).check()
     (folders / "val/dog/0.png").unlink()
-    with pytest.raises(DataError, match="classes without an image.*dog"):
+    with pytest.raises(DataError, match=r"classes without an image.*dog"):
         task_of(folders).check()
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no folders"):
@@ -164,7 +164,9 @@ def batch_of(count: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("count", [1, 4, 5])
-@pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1}]
+)
 def test_mixing_follows_the_generator_and_mixes_targets_as_pictures(
     folders: Path, count: int, options: dict[str, Any]
 ) -> None:

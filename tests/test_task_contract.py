@@ -1,5 +1,6 @@
 """What every task promises (zoo/tasks/base.py), run over all of them on tiny data."""
 
+import dataclasses
 import pickle
 import random
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from surgeon.errors import ConfigError
-from surgeon.zoo.tasks import Batch, Task, create_task, task_names
+from surgeon.zoo.tasks import Batch, Task, create_task, task_class, task_names
 from tests.task_data import CASES, Case, scramble_global_state
 
 
@@ -36,7 +37,9 @@ def test_every_task_has_a_case() -> None:
     assert {case.task for case in CASES} == set(task_names())
 
 
-def test_draws_depend_on_their_number_and_the_seed_alone(case: Case, bound: tuple[Task, nn.Module], tmp_path: Path) -> None:
+def test_draws_depend_on_their_number_and_the_seed_alone(
+    case: Case, bound: tuple[Task, nn.Module], tmp_path: Path
+) -> None:
     task, _ = bound
     train = task.dataset("train")
     draws = [0, len(train) + 1, 5 * len(train)]
@@ -160,3 +163,14 @@ def test_metrics_of_two_processes_merge(bound: tuple[Task, nn.Module]) -> None:
 def test_unknown_options_are_named(case: Case) -> None:
     with pytest.raises(ConfigError, match="has no option 'sigmar'"):
         create_task(case.task, sigmar=1)
+
+
+def test_every_option_is_documented(root: Path) -> None:
+    text = (root / "docs/tasks.md").read_text()
+    common, *sections = text.split("\n## ")[1:]
+    by_name = {section.split("\n")[0]: section for section in sections}
+    assert set(by_name) == set(task_names())
+    for name in task_names():
+        options = [field.name for field in dataclasses.fields(task_class(name).config_class)]
+        missing = [option for option in options if f"`{option}`" not in common + by_name[name]]
+        assert missing == [], name

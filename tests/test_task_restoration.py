@@ -44,7 +44,8 @@ def test_noise_of_a_training_patch_has_the_level(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "sigma"), [({"sigma": 15}, 15), ({"sigma": "0-55"}, 25), ({"sigma": "30-50"}, 40), ({"val_sigma": 50}, 50)]
+    ("options", "sigma"),
+    [({"sigma": 15}, 15), ({"sigma": "0-55"}, 25), ({"sigma": "30-50"}, 40), ({"val_sigma": 50}, 50)],
 )
 def test_noise_of_validation(folders: Path, options: dict[str, Any], sigma: float) -> None:
     task = create_task("denoising", data=folders, **options)
@@ -116,7 +117,9 @@ def test_one_folder_is_divided_and_validation_alone_is_enough(folders: Path) -> 
         alone.dataset("train")
 
 
-@pytest.mark.parametrize("options", [{"sigma": "x"}, {"predicts": "both"}, {"loss": "l3"}, {"patch": 0}, {"val_sigma": -1}])
+@pytest.mark.parametrize(
+    "options", [{"sigma": "x"}, {"predicts": "both"}, {"loss": "l3"}, {"patch": 0}, {"val_sigma": -1}]
+)
 def test_wrong_options(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         create_task("denoising", data=".", **options)
@@ -138,7 +141,9 @@ def test_pairs_by_folder_and_by_suffix(tmp_path: Path) -> None:
     for name in "ab":
         photo(tmp_path / f"flat/{name}_real.JPG", 40, 40, 1)
         photo(tmp_path / f"flat/{name}_mean.JPG", 40, 40, 2)
-    flat = create_task("real-denoising", data=tmp_path / "flat", noisy="*_real", clean="*_mean", patch=16, val_fraction=0.5)
+    flat = create_task(
+        "real-denoising", data=tmp_path / "flat", noisy="*_real", clean="*_mean", patch=16, val_fraction=0.5
+    )
     flat.check()
     pairs = [pair for split in ("train", "val") for _, pair in flat.items(split)]
     assert sorted((a.name, b.name) for a, b in pairs) == [(f"{n}_real.JPG", f"{n}_mean.JPG") for n in "ab"]
@@ -157,7 +162,7 @@ def test_pairs_that_do_not_match_are_named(tmp_path: Path) -> None:
     noisy_pairs(tmp_path)
     (tmp_path / "val/noisy/0.png").unlink()
     photo(tmp_path / "val/noisy/extra.png", 40, 44)
-    with pytest.raises(DataError, match="extra.png has no clean partner") as caught:
+    with pytest.raises(DataError, match=r"extra\.png has no clean partner") as caught:
         create_task("real-denoising", data=tmp_path, patch=16).check()
     assert "clean/0.png has no noisy partner" in str(caught.value)
     (tmp_path / "val/noisy/extra.png").rename(tmp_path / "val/noisy/0.png")
@@ -190,18 +195,15 @@ def test_patches_are_cut_from_the_degraded_image(tmp_path: Path, scale: int, lay
     assert torch.equal(val["input"], x)
     assert torch.equal(val["target"], y)
     train = task.dataset("train")
-    places = {
-        (i * step, j * step)
-        for i in range(y.shape[1] // scale - 5)
-        for j in range(y.shape[2] // scale - 5)
-    }
+    places = {(i * step, j * step) for i in range(y.shape[1] // scale - 5) for j in range(y.shape[2] // scale - 5)}
     for draw in range(6):
         sample = train[draw]
         h = sample["input"].shape[-1]
         at = [(i, j) for i, j in places if torch.equal(x[:, i : i + h, j : j + h], sample["input"])]
         assert at
         assert any(
-            torch.equal(y[:, i * scale // step :, j * scale // step :][:, :side, :side], sample["target"]) for i, j in at
+            torch.equal(y[:, i * scale // step :, j * scale // step :][:, :side, :side], sample["target"])
+            for i, j in at
         )
 
 

@@ -281,7 +281,7 @@ def test_a_sheet_holds_its_pictures_in_rows() -> None:
     colours = {colour for _, colour in out.getcolors(out.width * out.height)}
     assert {(255, 0, 0), (0, 0, 255), (255, 255, 255)} <= colours
     assert out.width >= 200
-    count = dict((colour, n) for n, colour in out.getcolors(out.width * out.height))
+    count = {colour: n for n, colour in out.getcolors(out.width * out.height)}
     assert count[255, 0, 0] == 100 * 50
     assert count[0, 0, 255] == 2 * 100 * 50
 

@@ -140,11 +140,13 @@ class RestorationTask(Task):
             self.color = first_channels(model) != 1
         frame = self._frame(model, 1)
         if frame and self._frame(model, 2) != frame:
-            raise InputError(f"task {self.name}: the model's output does not grow with its input as it should{self.hint()}")
+            raise InputError(
+                f"task {self.name}: the model's output does not grow with its input as it should{self.hint()}"
+            )
         return model
 
     def _frame(self, model: nn.Module, times: int) -> int:
-        """Pixels that the output lacks in each direction, for an input `times` as large as in training; an odd number is refused."""
+        """Pixels that the output lacks in each direction, for an input `times` as large as in training; always even."""
         side, out = times * self.input_side(), times * self.patch_side()
         size = (self.input_channels(), side, side)
         output = trial(self.name, model, lambda x: self.forward(model, {"input": x}), *size, hint=self.hint())
