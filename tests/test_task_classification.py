@@ -256,6 +256,14 @@ def test_the_head_follows_the_classes(folders: Path, model: Any, head: str) -> N
     assert torch.equal(net.get_submodule(head).weight, weight)  # nothing is reset where the classes agree
 
 
+def test_a_new_head_of_timm_takes_over_dtype_and_mode(folders: Path) -> None:
+    model = timm.create_model("resnet10t").double().eval()
+    model.layer1.train()
+    task_of(folders, input_size=(3, 64, 64)).bind(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert (model.fc.training, model.layer1.training) == (False, True)
+
+
 def test_auxiliary_heads_follow_too(folders: Path) -> None:
     model = torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False)
     task_of(folders, input_size=(3, 64, 64)).bind(model)

@@ -240,7 +240,7 @@ def test_a_folder_can_be_divided_and_small_pictures_are_named(tmp_path: Path) ->
     task = create_task("crowd-counting", train=tmp_path / "train", val_fraction=0.5, patch=64)
     task.check()
     assert (len(task.dataset("train")), len(task.dataset("val"))) == (2, 2)
-    with pytest.raises(DataError, match="smaller than a patch of 128"):
+    with pytest.raises(DataError, match="smaller than 128x128; give a smaller patch="):
         create_task("crowd-counting", data=tmp_path, patch=128).check()
 
 

@@ -100,7 +100,7 @@ def test_models_that_halve_see_a_multiple(folders: Path) -> None:
 
 def test_patches_count_and_small_images_are_named(folders: Path) -> None:
     assert len(create_task("denoising", data=folders, patches_per_image=5).dataset("train")) == 20
-    with pytest.raises(DataError, match=r"train/0\.png: 40x48 pixels, smaller than a patch of 48"):
+    with pytest.raises(DataError, match=r"train/0\.png: 40x48 pixels, smaller than 48x48; give a smaller patch="):
         create_task("denoising", data=folders, patch=48).check()
     create_task("denoising", data=folders, patch=40).check()  # validation takes whole images, however small
 

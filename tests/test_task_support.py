@@ -1,6 +1,7 @@
 """The parts that tasks share: files and splits, draws, batches of different sizes, noise, metrics, pictures."""
 
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from surgeon.errors import ConfigError, DataError
-from surgeon.zoo.tasks.support import files
+from surgeon.zoo.tasks.support import files, images
 from surgeon.zoo.tasks.support.draws import global_seed, turned, turned_back
 from surgeon.zoo.tasks.support.files import (
     FolderConfig,
@@ -135,6 +136,23 @@ def test_sixteen_bits_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4), dtype=np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(DataError, match="8 bits"):
         open_image(tmp_path / "deep.png")
+
+
+def test_readers_keep_images_and_leave_them_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [photo(tmp_path / f"{index}.png", 10, 10, index) for index in range(3)]
+    monkeypatch.setattr(images, "CACHE_BYTES", 600)
+    reader = images.Reader("RGB")
+    first = [reader(path) for path in paths]
+    assert [reader(path) is image for path, image in zip(paths, first, strict=True)] == [True, True, False]
+    assert pickle.loads(pickle.dumps(reader))(paths[0]) is not first[0]
+    assert len(pickle.dumps(reader)) < 300
+
+
+def test_transparent_palettes_are_read(tmp_path: Path) -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image.save(tmp_path / "a.png", transparency=b"\xff\x80")
+    assert images.Reader("RGB")(tmp_path / "a.png").getpixel((0, 0)) == (10, 20, 30)
 
 
 def test_progress_is_shown_on_stderr_only_when_it_takes_long(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from surgeon.zoo.tasks.support.classifier import fit_classifier
 from surgeon.zoo.tasks.support.datasets import ItemDataset
 from surgeon.zoo.tasks.support.draws import global_seed
 from surgeon.zoo.tasks.support.files import FolderConfig, check_images, chosen, open_image
+from surgeon.zoo.tasks.support.images import as_mode
 from surgeon.zoo.tasks.support.labelled import DATASETS, Labelled, find_dataset, read_split
 from surgeon.zoo.tasks.support.metrics import image_mean
 from surgeon.zoo.tasks.support.pictures import sheet, to_image
@@ -250,7 +251,7 @@ class SampleMaker:
         picture, label = item
         image = open_image(picture) if isinstance(picture, Path) else Image.fromarray(picture)
         with global_seed(generator):  # timm and torchvision draw from global state
-            x = self.transform(image.convert(self.mode))
+            x = self.transform(as_mode(image, self.mode))
         return {"input": x, "target": torch.tensor(label)}
 
 

@@ -20,11 +20,7 @@ def fit_classifier(task: str, model: nn.Module, classes: int, size: tuple[int, i
     if logits.shape[1] == classes:
         return model
     if callable(getattr(model, "reset_classifier", None)):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model.reset_classifier(classes)  # type: ignore[operator]
-        like = next(p for p in model.parameters() if p.is_floating_point())
-        model.to(like.device, like.dtype)
+        _reset(model, classes, seed)
     else:
         for name in _heads(task, model, int(logits.shape[1]), classes):
             replace_module(model, name, with_outputs(model.get_submodule(name), classes, seed))
@@ -34,6 +30,21 @@ def fit_classifier(task: str, model: nn.Module, classes: int, size: tuple[int, i
             f"task {task}: the model gives {describe(after)} after its head was replaced, not {classes} classes"
         )
     return model
+
+
+def _reset(model: Any, classes: int, seed: int) -> None:
+    """timm's own way to a new head; what is new takes over device, dtype and mode."""
+    known = {id(part) for part in (*model.modules(), *model.parameters())}
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.reset_classifier(classes)
+    for parameter in model.parameters():
+        if id(parameter) not in known:
+            parameter.data = parameter.data.to(like.device, like.dtype)
+    for module in model.modules():
+        if id(module) not in known:
+            module.training = model.training
 
 
 def _logits(task: str, output: Any, size: tuple[int, int, int]) -> Tensor:

@@ -91,7 +91,9 @@ def find_roots(task: str, config: FolderConfig) -> Roots:
 def divide(count: int, split: Split, fraction: float, seed: int, groups: Sequence[int] | None = None) -> list[int]:
     """Indices of one part of a set; `fraction` of it, at least one, is "val". Every group keeps its share (stratified)."""
     if count < 2:
-        raise DataError(f"{count} sample cannot be divided into train and val")
+        raise DataError(
+            f"a set of {count} cannot be divided into train and val; name a folder for each with train= and val="
+        )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     if groups is not None:
         order.sort(key=lambda index: groups[index])
@@ -145,7 +147,7 @@ def open_image(path: Path) -> "Image.Image":
         with Image.open(path) as image:
             image.load()
             image_mode, opened = image.mode, image.copy()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # on broken files PIL's decoders raise whatever comes up
         raise DataError(f"cannot read the image {path}: {error}") from error
     if image_mode not in MODES:
         raise DataError(f"{path} has mode {image_mode!r}; images must have 8 bits a channel")
@@ -159,7 +161,7 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.height, image.width
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:
         raise DataError(f"cannot read the image {path}: {error}") from error
 
 

@@ -5,6 +5,7 @@ Tensors are (C, H, W) or (N, C, H, W) with values in [0, 1].
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,12 +34,23 @@ class Reader:
     def __call__(self, path: Path) -> Image.Image:
         if path in self._kept:
             return self._kept[path]
-        image = open_image(path).convert(self.mode)
+        image = as_mode(open_image(path), self.mode)
         size = image.width * image.height * len(image.getbands())
         if size <= self._room:
             self._kept[path] = image
             self._room -= size
         return image
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the images: other processes read their own."""
+        return {"mode": self.mode, "_kept": {}, "_room": CACHE_BYTES}
+
+
+def as_mode(image: Image.Image, mode: str) -> Image.Image:
+    """An image in a mode ("L" or "RGB")."""
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL warns where that step is left out
+    return image.convert(mode)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
 PICTURES = 4  # samples that `picture` shows
+SMALLEST = 16  # pixels of a side of an image of which SSIM can be taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,12 +217,13 @@ class RestorationTask(Task):
 
 
 def size_check(least: int) -> Callable[[Path], str | None]:
-    """For `check_images`: what is wrong with an image of which no patch of `least` pixels can be cut."""
+    """For `check_images`: what is wrong with an image of less than `least` pixels in one direction."""
 
     def also(path: Path) -> str | None:
         height, width = image_size(path)
         if min(height, width) < least:
-            return f"{path}: {width}x{height} pixels, smaller than a patch of {least}; give a smaller patch="
+            hint = "; give a smaller patch=" if least > SMALLEST else ""
+            return f"{path}: {width}x{height} pixels, smaller than {least}x{least}{hint}"
         return None
 
     return also
@@ -232,4 +234,4 @@ def check_splits(task: RestorationTask, check: Callable[[Sequence[Any], int], No
     roots = find_roots(task.name, task.config)
     if roots.train is not None:
         check([item for _, item in task.items("train")], patch)
-    check([item for _, item in task.items("val")], 1)
+    check([item for _, item in task.items("val")], SMALLEST)
