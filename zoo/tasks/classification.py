@@ -129,7 +129,7 @@ class Classification(Task):
         make = SampleMaker(self.format(), self.config, split == "train")
         if split == "train":
             return ItemDataset(samples, make, seed=self.seed, fixed=False)
-        return ItemDataset(samples, make, seed=self.config.val_seed, fixed=True)
+        return ItemDataset(samples, make, seed=self.config.val_stream, fixed=True)
 
     def format(self) -> ImageFormat:
         """Size and normalisation of the pictures: the options', else the bound model's, else that of the data."""

@@ -189,7 +189,7 @@ class CrowdCounting(Task):
         items = self.items(split)
         if split == "train":
             return ItemDataset(items, self.train_sample, seed=self.seed, fixed=False)
-        return ItemDataset(items, self.val_sample, seed=self.config.val_seed, fixed=True)
+        return ItemDataset(items, self.val_sample, seed=self.config.val_stream, fixed=True)
 
     # --- model ----------------------------------------------------------------------------------------------------
 

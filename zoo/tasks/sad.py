@@ -13,8 +13,8 @@ from surgeon.errors import ConfigError
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
 from surgeon.zoo.tasks.registry import register
 from surgeon.zoo.tasks.support.datasets import ItemDataset
-from surgeon.zoo.tasks.support.files import limited
-from surgeon.zoo.tasks.support.synthetic import VAL_SEED, fit_same_size, picture_with_error, update_all
+from surgeon.zoo.tasks.support.files import VAL_STREAM, limited
+from surgeon.zoo.tasks.support.synthetic import fit_same_size, picture_with_error, update_all
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -79,7 +79,7 @@ class Sad(Task):
         config = self.config
         count, limit = (config.images, config.train_limit) if train else (config.val_images, config.val_limit)
         numbers = [(index, index) for index in limited(range(count), limit)]
-        return ItemDataset(numbers, self._sample, seed=self.seed if train else VAL_SEED, fixed=True)
+        return ItemDataset(numbers, self._sample, seed=self.seed if train else VAL_STREAM, fixed=True)
 
     def _sample(self, item: int, generator: torch.Generator) -> Sample:
         x, y = sad_image(self.config.share, generator)

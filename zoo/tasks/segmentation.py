@@ -153,7 +153,7 @@ class Segmentation(Task):
         items = self.items(split)
         if split == "train":
             return ItemDataset(items, self.train_sample, seed=self.seed, fixed=False)
-        return ItemDataset(items, self.val_sample, seed=self.config.val_seed, fixed=True)
+        return ItemDataset(items, self.val_sample, seed=self.config.val_stream, fixed=True)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         return collate_padded(samples, {"target": self.config.ignore_index})

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"})  # 8 bits a channel or less
 DECODED = 20_000  # files that a check decodes; of a larger set it decodes so many and opens the others
+VAL_STREAM = 0x5EED
 NAMED = 5  # files that a message names
 
 T = TypeVar("T")
@@ -45,6 +46,11 @@ class FolderConfig(TaskConfig):
                 object.__setattr__(self, name, Path(value))
         if not 0 < self.val_fraction < 1:
             raise ConfigError(f"val_fraction must lie between 0 and 1, got {self.val_fraction!r}")
+
+    @property
+    def val_stream(self) -> int:
+        """Seed of the noise of validation images; away from the small numbers that people give to runs."""
+        return self.val_seed + VAL_STREAM
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class RestorationTask(Task):
         if split == "train":
             repeats = self.config.patches_per_image
             return ItemDataset(items, self.train_sample, seed=self.seed, fixed=False, repeats=repeats)
-        return ItemDataset(items, self.val_sample, seed=self.config.val_seed, fixed=True)
+        return ItemDataset(items, self.val_sample, seed=self.config.val_stream, fixed=True)
 
     def bind(self, model: nn.Module) -> nn.Module:
         if self.config.color is None and self.config.input_size is None:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
 PICTURES = 3
-VAL_SEED = 0x5EED  # of validation images, whatever the seed of a run
 
 
 def fit_same_size(task: Task, model: nn.Module, channels: int, side: int) -> nn.Module:
