@@ -148,7 +148,15 @@ def test_options_come_before_the_model(folders: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"mixup": -1}, {"dataset": "svhn"}, {"label_smoothing": 2}, {"mix_probability": 1.5}, {"erase": -0.1}]
+    "options",
+    [
+        {"mixup": -1},
+        {"dataset": "svhn"},
+        {"label_smoothing": 2},
+        {"mix_probability": 1.5},
+        {"erase": -0.1},
+        {"crop_scale": (1, 0.5)},
+    ],
 )
 def test_wrong_options(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from surgeon.errors import ConfigError, DataError
+from surgeon.zoo.tasks import create_task
 from surgeon.zoo.tasks.support import files, images
 from surgeon.zoo.tasks.support.draws import global_seed, turned, turned_back
 from surgeon.zoo.tasks.support.files import (
@@ -82,6 +83,34 @@ def test_the_folders_of_the_splits(tmp_path: Path) -> None:
 def test_wrong_options_of_folders(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         FolderConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch": "abc"}, "patch must be an integer or none, got 'abc'"),
+        ({"patch": 3.5}, "patch must be an integer or none"),
+        ({"augment": "yes"}, "augment must be true or false, got 'yes'"),
+        ({"multiple": True}, "multiple must be an integer, got True"),
+        ({"val_fraction": "0.1"}, "val_fraction must be a number"),
+        ({"train_limit": "3"}, "train_limit must be an integer or none"),
+        ({"input_size": (3, 4)}, "input_size must be tuple"),
+        ({"input_size": (3, 4, 5)}, "input_size must be square"),
+        ({"mean": ("a",)}, "mean must be tuple"),
+        ({"data": 3}, "data must be a path or none"),
+        ({"sigma": None}, "sigma must be a number or a text"),
+    ],
+)
+def test_options_of_the_wrong_type_are_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_task("denoising", **options)
+
+
+def test_options_may_be_written_as_people_do() -> None:
+    config = create_task(
+        "denoising", data="photos", val_seed=1, val_sigma=25, input_size=[3, 8, 8], sigma="0-55"
+    ).config
+    assert config.data == Path("photos")
 
 
 def test_images_are_found_below_a_folder_without_hidden_ones(tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ class ClassificationConfig(FolderConfig):
         super().__post_init__()
         if self.dataset not in ("auto", *DATASETS):
             raise ConfigError(f"dataset must be one of auto, {', '.join(DATASETS)}, got {self.dataset!r}")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ConfigError(f"crop_scale must be two shares of the area in order, got {self.crop_scale!r}")
         for name in ("mixup", "cutmix", "color_jitter"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)!r}")

@@ -62,6 +62,7 @@ class CrowdConfig(FolderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_square()
         if isinstance(self.sigma, str) and self.sigma != "adaptive":
             try:
                 object.__setattr__(self, "sigma", float(self.sigma))

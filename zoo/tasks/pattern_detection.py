@@ -15,6 +15,7 @@ from surgeon.zoo.tasks.registry import register
 from surgeon.zoo.tasks.support.datasets import ItemDataset
 from surgeon.zoo.tasks.support.draws import integer
 from surgeon.zoo.tasks.support.files import limited
+from surgeon.zoo.tasks.support.options import check_types
 from surgeon.zoo.tasks.support.synthetic import fit_same_size, picture_with_error
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class PatternConfig(TaskConfig):
     shift: int = 20
 
     def __post_init__(self) -> None:
+        check_types(self)
         super().__post_init__()
         if min(self.images, self.repeats) < 1:
             raise ConfigError(f"images={self.images!r} and repeats={self.repeats!r} must be positive")

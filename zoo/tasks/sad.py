@@ -14,6 +14,7 @@ from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskD
 from surgeon.zoo.tasks.registry import register
 from surgeon.zoo.tasks.support.datasets import ItemDataset
 from surgeon.zoo.tasks.support.files import VAL_STREAM, limited
+from surgeon.zoo.tasks.support.options import check_types
 from surgeon.zoo.tasks.support.synthetic import fit_same_size, picture_with_error, update_all
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class SadConfig(TaskConfig):
     share: float = 0.2
 
     def __post_init__(self) -> None:
+        check_types(self)
         super().__post_init__()
         if min(self.images, self.val_images) < 1:
             raise ConfigError(f"images={self.images!r} and val_images={self.val_images!r} must be positive")

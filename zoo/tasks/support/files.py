@@ -11,6 +11,7 @@ import torch
 
 from surgeon.errors import ConfigError, DataError
 from surgeon.zoo.tasks.base import Split, TaskConfig
+from surgeon.zoo.tasks.support.options import check_types
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,6 +40,7 @@ class FolderConfig(TaskConfig):
     val_seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         super().__post_init__()
         for name in ("data", "train", "val"):
             value = getattr(self, name)
@@ -46,6 +48,11 @@ class FolderConfig(TaskConfig):
                 object.__setattr__(self, name, Path(value))
         if not 0 < self.val_fraction < 1:
             raise ConfigError(f"val_fraction must lie between 0 and 1, got {self.val_fraction!r}")
+
+    def check_square(self) -> None:
+        """Raise `ConfigError` unless training samples are square; for tasks that turn them or cut them so."""
+        if self.input_size is not None and self.input_size[1] != self.input_size[2]:
+            raise ConfigError(f"input_size must be square (C, N, N) for this task, got {self.input_size!r}")
 
     @property
     def val_stream(self) -> int:

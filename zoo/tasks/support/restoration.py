@@ -46,6 +46,7 @@ class RestorationConfig(FolderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_square()
         for name in ("patch", "patches_per_image", "multiple"):
             value = getattr(self, name)
             if value is not None and value < 1:
