@@ -1,0 +1,144 @@
+"""Demosaicking: a colour image out of the one colour that a Bayer sensor measures at each pixel, with or without its noise."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from surgeon.errors import ConfigError
+from surgeon.zoo.tasks.base import Batch, Sample, TaskConfig
+from surgeon.zoo.tasks.registry import register
+from surgeon.zoo.tasks.support.draws import turned
+from surgeon.zoo.tasks.support.images import cut, random_box, to_tensor, unpadded
+from surgeon.zoo.tasks.support.noise import heteroskedastic, log_uniform, number_range
+from surgeon.zoo.tasks.support.pictures import to_image
+from surgeon.zoo.tasks.support.restoration import RestorationConfig, RestorationTask
+
+PATTERNS = ("RGGB", "BGGR", "GRBG", "GBRG")
+_CHANNELS = {"mosaic3": 3, "packed4": 4, "mosaic1": 1}
+
+
+def bayer_mask(pattern: str, height: int, width: int) -> Tensor:
+    """(3, H, W), 1 where the sensor measures a colour; `pattern` reads its 2x2 cell row by row."""
+    mask = torch.zeros(3, height, width)
+    for index, colour in enumerate(pattern):
+        mask["RGB".index(colour), index // 2 :: 2, index % 2 :: 2] = 1
+    return mask
+
+
+def arranged(mosaic: Tensor, layout: str) -> Tensor:
+    """A mosaic (3, H, W), zero where nothing is measured, as a network takes it.
+
+    mosaic3: as it is. mosaic1: (1, H, W), what each pixel measures. packed4: (4, H/2, W/2), the pixels of the 2x2 cells row by row.
+    """
+    if layout == "mosaic3":
+        return mosaic
+    single = mosaic.sum(0, keepdim=True)
+    return single if layout == "mosaic1" else torch.nn.functional.pixel_unshuffle(single, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemosaickingConfig(RestorationConfig):
+    """`pattern`: the sensor's 2x2 cell. `input`: mosaic3, packed4 or mosaic1 (see `arranged`).
+
+    `shot` and `read` give noise of variance shot * x + read² for values x in [0, 1]; each a number, or a range as
+    "1e-4-1e-2" of which every training patch draws its own (uniform in the logarithm) and validation takes the geometric mean.
+    `border`: pixels on each side that the metrics leave out.
+    """
+
+    pattern: str = "RGGB"
+    input: str = "mosaic3"
+    shot: float | str = 0.0
+    read: float | str = 0.0
+    border: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "pattern", self.pattern.upper())
+        if self.pattern not in PATTERNS:
+            raise ConfigError(f"pattern must be one of {', '.join(PATTERNS)}, got {self.pattern!r}")
+        if self.input not in _CHANNELS:
+            raise ConfigError(f"input must be one of {', '.join(_CHANNELS)}, got {self.input!r}")
+        number_range("shot", self.shot)
+        number_range("read", self.read)
+        if self.color is False:
+            raise ConfigError("demosaicking gives colour images; color=false has no meaning here")
+        if self.border < 0:
+            raise ConfigError(f"border must not be negative, got {self.border!r}")
+        if self.patch is not None and self.patch % 2:
+            raise ConfigError(f"patch must be even, got {self.patch!r}")
+
+
+@register
+class Demosaicking(RestorationTask):
+    """Colour images sampled by a Bayer pattern, noise-free or with heteroskedastic noise (shot and read).
+
+    Images are cut to even sizes and patches start at even pixels. Networks that do not pad may give back a frame less on all
+    sides: the target is cut to the middle. PSNR is that over all pixels and channels of an image (CPSNR), mean over images.
+    """
+
+    name: ClassVar[str] = "demosaicking"
+    config_class: ClassVar[type[TaskConfig]] = DemosaickingConfig
+    config: DemosaickingConfig
+    patch: ClassVar[int] = 96
+
+    def __init__(self, config: DemosaickingConfig, *, seed: int = 0) -> None:
+        super().__init__(config, seed=seed)
+        self.color = True
+
+    def bind(self, model: torch.nn.Module) -> torch.nn.Module:
+        model = super().bind(model)
+        self.color = True
+        return model
+
+    def target_channels(self) -> int:
+        return 3
+
+    def patch_side(self) -> int:
+        if self.config.patch is None and self.config.input_size and self.config.input == "packed4":
+            return self.config.input_size[1] * 2
+        return super().patch_side() // 2 * 2
+
+    def input_channels(self) -> int:
+        return _CHANNELS[self.config.input]
+
+    def input_side(self) -> int:
+        return self.patch_side() // (2 if self.config.input == "packed4" else 1)
+
+    def hint(self) -> str:
+        return f"; input={self.config.input} can be {', '.join(_CHANNELS)}"
+
+    def train_sample(self, item: Path, generator: torch.Generator) -> Sample:
+        image = self.read(item)
+        box = random_box(image.height, image.width, self.patch_side(), generator, step=2)
+        target = turned(to_tensor(cut(image, box)), self.turn(generator)).contiguous()
+        shot = log_uniform(number_range("shot", self.config.shot), generator)
+        read = log_uniform(number_range("read", self.config.read), generator)
+        return {"input": self._sensed(target, shot, read, generator), "target": target}
+
+    def val_sample(self, item: Path, generator: torch.Generator) -> Sample:
+        image = self.read(item)
+        target = to_tensor(image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2)))
+        shot, read = (_middle(number_range(n, getattr(self.config, n))) for n in ("shot", "read"))
+        return {"input": self._sensed(target, shot, read, generator), "target": target}
+
+    def _sensed(self, image: Tensor, shot: float, read: float, generator: torch.Generator) -> Tensor:
+        noisy = heteroskedastic(image, shot, read, generator) if shot or read else image
+        mosaic = noisy * bayer_mask(self.config.pattern, *image.shape[1:])
+        return arranged(mosaic, self.config.input)
+
+    def measured(self, image: Tensor) -> Tensor:
+        b = self.config.border
+        return image[..., b:-b, b:-b] if b else image
+
+    def shown_input(self, index: int, batch: Batch) -> Image.Image:
+        x = unpadded(batch["input"], batch.get("input_size"))[index]
+        return to_image((torch.nn.functional.pixel_shuffle(x, 2) if self.config.input == "packed4" else x)[0])
+
+
+def _middle(bounds: tuple[float, float]) -> float:
+    low, high = bounds
+    return float((low * high) ** 0.5) if low > 0 else (low + high) / 2

@@ -1,0 +1,75 @@
+"""Gaussian denoising, grey and colour, with a fixed or an unknown noise level."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from surgeon.errors import ConfigError
+from surgeon.zoo.tasks.base import Batch, Sample, TaskConfig
+from surgeon.zoo.tasks.registry import register
+from surgeon.zoo.tasks.support.draws import turned, uniform
+from surgeon.zoo.tasks.support.images import cut, random_box, to_tensor
+from surgeon.zoo.tasks.support.noise import gaussian, number_range
+from surgeon.zoo.tasks.support.restoration import RestorationConfig, RestorationTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingConfig(RestorationConfig):
+    """`sigma` in grey levels of 255: a number, or a range as "0-55" of which every training patch draws its own (blind).
+
+    `val_sigma` is that of validation; by default `sigma`, for a range 25 where it holds 25, else its middle.
+    `predicts`: whether the model gives the image or the noise.
+    """
+
+    sigma: float | str = 25.0
+    val_sigma: float | None = None
+    predicts: str = "image"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number_range("sigma", self.sigma)
+        if self.val_sigma is not None:
+            number_range("val_sigma", self.val_sigma)
+        if self.predicts not in ("image", "noise"):
+            raise ConfigError(f"predicts must be image or noise, got {self.predicts!r}")
+
+
+@register
+class Denoising(RestorationTask):
+    """White Gaussian noise on clean images, not clipped (Zhang et al. 2017, DnCNN).
+
+    Data: folders of images. Trains on patches with fresh noise; judges whole images, each with its own noise, which is the same
+    in every run. PSNR and SSIM are means over images.
+    """
+
+    name: ClassVar[str] = "denoising"
+    config_class: ClassVar[type[TaskConfig]] = DenoisingConfig
+    config: DenoisingConfig
+
+    def val_sigma(self) -> float:
+        """Noise level of validation images, grey levels."""
+        if self.config.val_sigma is not None:
+            return float(self.config.val_sigma)
+        low, high = number_range("sigma", self.config.sigma)
+        return 25.0 if low <= 25 <= high else (low + high) / 2
+
+    def train_sample(self, item: Path, generator: torch.Generator) -> Sample:
+        image = self.read(item)
+        box = random_box(image.height, image.width, self.patch_side(), generator)
+        target = turned(to_tensor(cut(image, box)), self.turn(generator)).contiguous()
+        sigma = uniform(*number_range("sigma", self.config.sigma), generator)
+        return {"input": gaussian(target, sigma / 255, generator), "target": target}
+
+    def val_sample(self, item: Path, generator: torch.Generator) -> Sample:
+        target = to_tensor(self.read(item))
+        return {"input": gaussian(target, self.val_sigma() / 255, generator), "target": target}
+
+    def restored(self, output: Any, batch: Batch) -> Tensor:
+        image: Tensor = batch["input"] - output if self.config.predicts == "noise" else output
+        return image
+
+    def hint(self) -> str:
+        return "; color=true or color=false chooses between RGB and grey"

@@ -1,0 +1,105 @@
+"""SAD, the Spatially Adaptive Dataset: dilate black pixels, leave all others as they are (Kokkinos et al., PAFU, section 3.2)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from surgeon.errors import ConfigError
+from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
+from surgeon.zoo.tasks.registry import register
+from surgeon.zoo.tasks.support.datasets import ItemDataset
+from surgeon.zoo.tasks.support.files import VAL_STREAM, limited
+from surgeon.zoo.tasks.support.options import check_types
+from surgeon.zoo.tasks.support.synthetic import fit_same_size, picture_with_error, update_all
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+SIDE, WINDOW, SQUARE = 89, 87, 5  # pixels: image, region of the grid, side of a dilated pixel
+
+
+@dataclass(frozen=True, kw_only=True)
+class SadConfig(TaskConfig):
+    """`images`, `val_images`: how many there are. `share`: that of the places of the grid that are black."""
+
+    images: int = 1000
+    val_images: int = 100
+    share: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        super().__post_init__()
+        if min(self.images, self.val_images) < 1:
+            raise ConfigError(f"images={self.images!r} and val_images={self.val_images!r} must be positive")
+        if not 0 <= self.share <= 1:
+            raise ConfigError(f"share must lie between 0 and 1, got {self.share!r}")
+        if self.data is not None:
+            raise ConfigError(f"task sad makes its own images; data={self.data} has no use")
+
+
+def sad_image(share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(input, target), (3, 89, 89) each.
+
+    Every value is uniform in (0, 1]; some places of a grid are black in the input, and black squares of 5x5 around them in the
+    target. The grid: 17 x 17 places, 5 pixels apart, the middles of the 5x5 cells that fill the 87x87 window from its corner
+    (1, 1) on; so no squares overlap and none is cut. The paper gives the window and that squares do not overlap; that places
+    are 5 apart and each is black with probability `share` is chosen here.
+    """
+    image = 1 - torch.rand((3, SIDE, SIDE), generator=generator)  # rand is in [0, 1)
+    count = WINDOW // SQUARE
+    black = torch.rand((count, count), generator=generator) < share
+    first = (SIDE - WINDOW) // 2 + SQUARE // 2
+    pixels = torch.zeros(SIDE, SIDE)
+    pixels[first : first + SQUARE * count : SQUARE, first : first + SQUARE * count : SQUARE] = black.float()
+    squares = F.max_pool2d(pixels[None], SQUARE, stride=1, padding=SQUARE // 2)[0]
+    return image * (1 - pixels), image * (1 - squares)
+
+
+@register
+class Sad(Task):
+    """Made images, no data: those of training follow from the seed, those of validation are always the same.
+
+    The loss is the mean absolute error, as in the paper. Metrics: `l1`, `mse`. A Dirac and a zero filter solve it exactly.
+    """
+
+    name: ClassVar[str] = "sad"
+    config_class: ClassVar[type[TaskConfig]] = SadConfig
+    primary: ClassVar[str] = "l1"
+    higher_is_better: ClassVar[bool] = False
+    config: SadConfig
+
+    def check(self) -> None:
+        """Nothing is read."""
+
+    def dataset(self, split: Split) -> TaskDataset:
+        train = split == "train"
+        config = self.config
+        count, limit = (config.images, config.train_limit) if train else (config.val_images, config.val_limit)
+        numbers = [(index, index) for index in limited(range(count), limit)]
+        return ItemDataset(numbers, self._sample, seed=self.seed if train else VAL_STREAM, fixed=True)
+
+    def _sample(self, item: int, generator: torch.Generator) -> Sample:
+        x, y = sad_image(self.config.share, generator)
+        return {"input": x, "target": y}
+
+    def bind(self, model: nn.Module) -> nn.Module:
+        return fit_same_size(self, model, 3, SIDE)
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        return F.l1_loss(output, batch["target"])
+
+    def metrics(self) -> "dict[str, Metric]":
+        from torchmetrics import MeanAbsoluteError, MeanSquaredError
+
+        return {"l1": MeanAbsoluteError(), "mse": MeanSquaredError()}
+
+    def update(self, metrics: "Mapping[str, Metric]", output: Any, batch: Batch) -> None:
+        update_all(metrics, output, batch)
+
+    def picture(self, batch: Batch, output: Any) -> Image.Image:
+        return picture_with_error(batch, output)

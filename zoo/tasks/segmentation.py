@@ -1,0 +1,272 @@
+"""Semantic segmentation: a class for every pixel."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from surgeon.errors import ConfigError, DataError, InputError
+from surgeon.layers.base import DynamicConv2d
+from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
+from surgeon.zoo.tasks.registry import register
+from surgeon.zoo.tasks.support.datasets import ItemDataset
+from surgeon.zoo.tasks.support.draws import integer, uniform
+from surgeon.zoo.tasks.support.files import FolderConfig, check_images, chosen, find_roots, look_through
+from surgeon.zoo.tasks.support.images import Reader, by_size, collate_padded, on_multiple, to_tensor, unpadded
+from surgeon.zoo.tasks.support.masks import Pair, bad_pair, labels_of, mask_pairs, read_mask
+from surgeon.zoo.tasks.support.pictures import labels_image, sheet, to_image
+from surgeon.zoo.tasks.support.probe import describe, outputs_of, replace_module, trial, with_outputs
+from surgeon.zoo.tasks.support.transforms import ImageFormat
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+PICTURES = 4
+_AUXILIARY = 0.4  # weight of the loss of an auxiliary classifier (Zhao et al. 2017, PSPNet, section 4.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationConfig(FolderConfig):
+    """`classes`: their number; by default one more than the largest label of the masks. `ignore_index`: label without a class.
+
+    Training pieces have the size of `input_size`, by default 256x256: pictures are scaled by a factor between `scale_min` and
+    `scale_max`, cut, and mirrored. Whole pictures are continued to a `multiple` of so many pixels.
+    """
+
+    classes: int | None = None
+    ignore_index: int = 255
+    augment: bool = True
+    scale_min: float = 0.5
+    scale_max: float = 2.0
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.classes is not None and self.classes < 2:
+            raise ConfigError(f"classes must be at least 2, got {self.classes!r}")
+        if not 0 < self.scale_min <= self.scale_max:
+            raise ConfigError(
+                f"scale_min={self.scale_min!r} and scale_max={self.scale_max!r} must be positive, in this order"
+            )
+        if self.multiple < 1:
+            raise ConfigError(f"multiple must be a positive integer, got {self.multiple!r}")
+        if self.input_size is not None and self.input_size[0] != 3:
+            raise ConfigError(f"segmentation takes RGB pictures, not input_size={self.input_size!r}")
+
+
+@register
+class Segmentation(Task):
+    """Pictures in `images/`, masks in `masks/` (or `labels/`, `annotations/`) with the same names.
+
+    A mask is an image of one channel whose values are classes. Models give logits (N, classes, h, w), or torchvision's
+    dictionary of them; they are enlarged to the picture's size. The loss is the mean over pictures of the mean cross-entropy
+    over the pixels of a picture that have a class. Metrics over all pixels of the set: `miou` (classes that occur neither in
+    the masks nor in the predictions are left out) and `pixel_accuracy`, shares of 1.
+    """
+
+    name: ClassVar[str] = "segmentation"
+    config_class: ClassVar[type[TaskConfig]] = SegmentationConfig
+    primary: ClassVar[str] = "miou"
+    higher_is_better: ClassVar[bool] = True
+    config: SegmentationConfig
+
+    def __init__(self, config: SegmentationConfig, *, seed: int = 0) -> None:
+        super().__init__(config, seed=seed)
+        self._classes = config.classes
+        self._read = Reader("RGB")
+        self._set_format(None)
+
+    def _set_format(self, model: nn.Module | None) -> None:
+        form = ImageFormat.of(model, side=256)
+        self.mean, self.std = self.config.mean or form.mean, self.config.std or form.std
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ConfigError(f"task {self.name}: mean={self.mean} and std={self.std} must have 3 values each")
+
+    @property
+    def piece(self) -> tuple[int, int]:
+        """(height, width) of a training sample."""
+        return self.config.input_size[1:] if self.config.input_size else (256, 256)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; read from the masks where the options do not say it."""
+        if self._classes is None:
+            splits: tuple[Split, ...] = ("train", "val")
+            roots = find_roots(self.name, self.config)
+            pairs = [pair for split in splits if roots.of(split) is not None for _, pair in self.items(split)]
+            labels = {label for _, mask in pairs for label in labels_of(mask)} - {self.config.ignore_index}
+            if len(labels) < 2:
+                raise DataError(f"task {self.name}: the masks hold only {sorted(labels)}; there must be two classes")
+            self._classes = max(labels) + 1
+        return self._classes
+
+    # --- data -----------------------------------------------------------------------------------------------------
+
+    def items(self, split: Split) -> list[tuple[int, Pair]]:
+        """(number, (picture, mask)) of a split."""
+        roots = find_roots(self.name, self.config)
+        folder = roots.of(split)
+        if folder is None:
+            raise DataError(f"task {self.name} has no training images: only val={roots.val} was given")
+        return chosen(mask_pairs(self.name, folder), split, self.config, roots.divided)
+
+    def check(self) -> None:
+        splits: tuple[Split, ...] = ("train", "val")
+        for split in splits if find_roots(self.name, self.config).train is not None else splits[1:]:
+            pairs = [pair for _, pair in self.items(split)]
+            check_images(self.name, [picture for picture, _ in pairs])
+            what = f"task {self.name}: masks that cannot be used"
+            look_through(what, pairs, lambda pair: bad_pair(pair, self.config.classes, self.config.ignore_index))
+        self.classes  # noqa: B018  raises where the masks hold fewer than two
+
+    def _normalised(self, image: Image.Image) -> Tensor:
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        return (to_tensor(image) - mean) / std
+
+    def train_sample(self, pair: Pair, generator: torch.Generator) -> Sample:
+        image, mask = self._read(pair[0]), read_mask(pair[1])
+        config, (height, width) = self.config, self.piece
+        if config.augment:
+            factor = uniform(config.scale_min, config.scale_max, generator)
+            size = max(round(image.width * factor), 1), max(round(image.height * factor), 1)
+            image = image.resize(size, Image.Resampling.BILINEAR)
+            mask = F.interpolate(mask[None, None].float(), size[::-1], mode="nearest-exact")[0, 0].long()
+        x = self._normalised(image)
+        bottom, right = max(height - x.shape[1], 0), max(width - x.shape[2], 0)
+        x = F.pad(x, (0, right, 0, bottom))
+        mask = F.pad(mask, (0, right, 0, bottom), value=config.ignore_index)
+        top = integer(0, x.shape[1] - height, generator)
+        left = integer(0, x.shape[2] - width, generator)
+        x, mask = x[:, top : top + height, left : left + width], mask[top : top + height, left : left + width]
+        if config.augment and integer(0, 1, generator):
+            x, mask = x.flip(-1), mask.flip(-1)
+        return {"input": x.contiguous(), "target": mask.contiguous()}
+
+    def val_sample(self, pair: Pair, generator: torch.Generator) -> Sample:
+        return {"input": self._normalised(self._read(pair[0])), "target": read_mask(pair[1])}
+
+    def dataset(self, split: Split) -> TaskDataset:
+        items = self.items(split)
+        if split == "train":
+            return ItemDataset(items, self.train_sample, seed=self.seed, fixed=False)
+        return ItemDataset(items, self.val_sample, seed=self.config.val_stream, fixed=True)
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        return collate_padded(samples, {"target": self.config.ignore_index})
+
+    # --- model ----------------------------------------------------------------------------------------------------
+
+    def bind(self, model: nn.Module) -> nn.Module:
+        self._set_format(model)
+        size = (3, *self.piece)
+        logits = self._logits(trial(self.name, model, model, *size))
+        if logits.shape[1] != self.classes:
+            for name in _heads(self.name, model, int(logits.shape[1]), self.classes):
+                replace_module(model, name, with_outputs(model.get_submodule(name), self.classes, self.seed))
+            logits = self._logits(trial(self.name, model, model, *size))
+        if logits.shape[1] != self.classes:
+            raise InputError(f"task {self.name}: the model gives {describe(logits)}, not {self.classes} classes")
+        return model
+
+    def _logits(self, output: Any) -> Tensor:
+        logits = _all_logits(output).get("out")
+        if logits is None or logits.dim() != 4:
+            raise InputError(f"task {self.name}: the model gives {describe(output)}, not logits (N, classes, H, W)")
+        return logits
+
+    def predict(self, model: nn.Module, batch: Batch) -> Any:
+        """Logits (N, classes, H, W) in the size of the pictures."""
+
+        def run(x: Tensor) -> Tensor:
+            return _enlarged(self._logits(model(x)), x.shape[-2:])
+
+        def whole(x: Tensor) -> Tensor:
+            return on_multiple(run, x, self.config.multiple)
+
+        return by_size(whole, batch["input"], batch.get("input_size"))
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        target = batch["target"]
+        parts = _all_logits(output)
+        loss = self._cross_entropy(self._logits(output), target)
+        return loss + _AUXILIARY * sum(self._cross_entropy(x, target) for key, x in parts.items() if key != "out")
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        ignore = self.config.ignore_index
+        values = F.cross_entropy(
+            _enlarged(logits.float(), target.shape[-2:]), target, ignore_index=ignore, reduction="none"
+        )
+        counted = (target != ignore).sum((1, 2)).clamp(min=1)
+        return (values.sum((1, 2)) / counted).mean()
+
+    def distillation_loss(self, output: Any, teacher: Any) -> Tensor:
+        """Divergence of the classes of each pixel from the teacher's, mean over pixels and pictures."""
+        student, teacher = self._logits(output).float(), self._logits(teacher).float()
+        divergence = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="none")
+        return divergence.sum(1).mean()
+
+    # --- metrics and pictures -------------------------------------------------------------------------------------
+
+    def metrics(self) -> "dict[str, Metric]":
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+        count, ignore = self.classes, self.config.ignore_index
+        return {
+            "miou": MulticlassJaccardIndex(num_classes=count, average="macro", ignore_index=ignore),
+            "pixel_accuracy": MulticlassAccuracy(num_classes=count, average="micro", ignore_index=ignore),
+        }
+
+    def update(self, metrics: "Mapping[str, Metric]", output: Any, batch: Batch) -> None:
+        target = batch["target"]
+        guess = _enlarged(self._logits(output), target.shape[-2:]).argmax(1)
+        for metric in metrics.values():
+            metric.update(guess, target)
+
+    def picture(self, batch: Batch, output: Any) -> Image.Image:
+        ignore, target, sizes = self.config.ignore_index, batch["target"], batch.get("target_size")
+        guesses = unpadded(_enlarged(self._logits(output).detach(), target.shape[-2:]).argmax(1), sizes)
+        images = unpadded(batch["input"], batch.get("input_size"))
+        mean, std = (torch.tensor(v, device=target.device).view(3, 1, 1) for v in (self.mean, self.std))
+        rows = []
+        for image, guess, true in list(zip(images, guesses, unpadded(target, sizes), strict=True))[:PICTURES]:
+            rows.append(
+                [to_image(image[0] * std + mean), labels_image(guess[0]), labels_image(true[0], ignore)],
+            )
+        return sheet(rows, ("input", "output", "target"))
+
+
+def _all_logits(output: Any) -> dict[str, Tensor]:
+    """Logits by name; those that count are "out". Of a tuple the first counts."""
+    if isinstance(output, Tensor):
+        return {"out": output}
+    if isinstance(output, Mapping):
+        return {str(key): value for key, value in output.items() if isinstance(value, Tensor)}
+    if isinstance(output, Sequence) and output and all(isinstance(part, Tensor) for part in output):
+        return {"out" if index == 0 else f"aux{index}": part for index, part in enumerate(output)}
+    return {}
+
+
+def _enlarged(logits: Tensor, size: Sequence[int]) -> Tensor:
+    if tuple(logits.shape[-2:]) == tuple(size):
+        return logits
+    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+
+
+def _heads(task: str, model: nn.Module, old: int, classes: int) -> list[str]:
+    """Names of the convolutions that make the logits: in torchvision's classifiers, else the last one."""
+    convs = [name for name, module in model.named_modules() if type(module) is nn.Conv2d and outputs_of(module) == old]
+    main = [name for name in convs if name.split(".")[0] == "classifier"]
+    auxiliary = [name for name in convs if "aux" in name.split(".")[0]]
+    others = [name for name in convs if name not in auxiliary]
+    if not others:
+        dynamic = [n for n, m in model.named_modules() if isinstance(m, DynamicConv2d) and m.out_channels == old]
+        why = f"; {dynamic[-1]} was converted: leave the classifier out of the conversion" if dynamic else ""
+        raise InputError(
+            f"task {task}: the model has {old} classes, the data {classes}, and no last convolution with {old} outputs was "
+            f"found to replace{why}"
+        )
+    return (main or others[-1:]) + auxiliary

@@ -1,0 +1,1 @@
+"""What several tasks share: finding and reading files, random draws, degradations, metrics, pictures."""

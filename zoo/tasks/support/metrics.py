@@ -1,0 +1,67 @@
+"""Metrics by torchmetrics, per image where papers average over images. Values come as float32 tensors in [0, 1].
+
+torchmetrics takes seconds to import, so it is imported where it is used.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+_WINDOW = 5  # pixels that the 11x11 Gaussian window of SSIM reaches over an edge
+
+
+def image_mean() -> "Metric":
+    """Mean of one value an image. A nan stays a nan: it must not vanish from the mean."""
+    from torchmetrics import MeanMetric
+
+    metric: Metric = MeanMetric(nan_strategy="disable")
+    return metric
+
+
+def psnr(output: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of every image (N), dB, over all its pixels and channels; the output is clipped to [0, 1]."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    values: Tensor = peak_signal_noise_ratio(
+        output.float().clamp(0, 1), target.float(), data_range=1.0, reduction="none", dim=(1, 2, 3)
+    )
+    return values
+
+
+def ssim(output: Tensor, target: Tensor) -> Tensor:
+    """Structural similarity of every image (N), mean over channels; the output is clipped to [0, 1].
+
+    Wang et al. (2004), window 11x11 with sigma 1.5, where it lies inside the image (as their program does it, and papers report;
+    torchmetrics by itself also averages over the mirrored border). Images of less than 11 pixels are taken whole.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _, values = structural_similarity_index_measure(
+        output.float().clamp(0, 1), target.float(), data_range=1.0, sigma=1.5, reduction="none", return_full_image=True
+    )
+    if min(values.shape[-2:]) > 2 * _WINDOW:
+        values = values[..., _WINDOW:-_WINDOW, _WINDOW:-_WINDOW]
+    mean: Tensor = values.mean((1, 2, 3))
+    return mean
+
+
+def eight_bit(x: Tensor) -> Tensor:
+    """Rounded to what an 8-bit file can hold."""
+    return (x.float().clamp(0, 1) * 255).round() / 255
+
+
+def pixel_loss(kind: str, output: Tensor, target: Tensor) -> Tensor:
+    """Mean over all elements of |d| (l1), d² (mse) or sqrt(d² + 1e-6) (charbonnier), d = output - target."""
+    difference = output - target
+    if kind == "l1":
+        return difference.abs().mean()
+    if kind == "mse":
+        return difference.square().mean()
+    return torch.sqrt(difference.square() + 1e-6).mean()
+
+
+PIXEL_LOSSES = ("l1", "mse", "charbonnier")

@@ -1,0 +1,42 @@
+"""Noise of cameras: Gaussian, and signal-dependent."""
+
+import math
+import re
+
+import torch
+from torch import Tensor
+
+from surgeon.errors import ConfigError
+from surgeon.zoo.tasks.support.draws import uniform
+
+_NUMBER = r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)"
+
+
+def number_range(name: str, value: float | str) -> tuple[float, float]:
+    """(low, high) of a number or of a text as "0-55"; raises `ConfigError`."""
+    text = str(value).strip()
+    match = re.fullmatch(rf"{_NUMBER}(?:\s*-\s*{_NUMBER})?", text)
+    low, high = (float(match[1]), float(match[2] or match[1])) if match else (1.0, 0.0)
+    if low > high:
+        raise ConfigError(f"{name} must be a number of at least 0, or a range as 0-55, got {value!r}")
+    return low, high
+
+
+def gaussian(x: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
+    """x with white Gaussian noise of standard deviation `sigma` (of values in [0, 1]); not clipped."""
+    return x + sigma * torch.randn(x.shape, generator=generator)
+
+
+def heteroskedastic(x: Tensor, shot: float, read: float, generator: torch.Generator) -> Tensor:
+    """x with Gaussian noise of variance shot * x + read² (Foi et al. 2008); values in [0, 1], not clipped."""
+    return x + torch.sqrt(shot * x + read**2) * torch.randn(x.shape, generator=generator)
+
+
+def log_uniform(bounds: tuple[float, float], generator: torch.Generator) -> float:
+    """A number of a range, uniform in its logarithm; ranges that reach 0 are drawn uniformly."""
+    low, high = bounds
+    if low == high:
+        return low
+    if low == 0:
+        return uniform(low, high, generator)
+    return math.exp(uniform(math.log(low), math.log(high), generator))

@@ -1,0 +1,73 @@
+"""Whether a model fits a task: what it takes, what it gives, and where its last layer is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.copying import evaluating
+from surgeon.errors import InputError
+from surgeon.layers.base import DynamicConv2d
+
+
+def first_channels(model: nn.Module) -> int | None:
+    """Input channels of the first convolution, None where there is none."""
+    return next((int(m.in_channels) for m in model.modules() if isinstance(m, nn.Conv2d | DynamicConv2d)), None)
+
+
+def trial(task: str, model: nn.Module, run: Callable[[Tensor], Any], *size: int, hint: str = "") -> Any:
+    """Output of `run` for two random images of size (C, H, W), in eval mode, without a trace in the model.
+
+    Raises `InputError` where the model cannot take them.
+    """
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    x = torch.rand((2, *size), generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    try:
+        with evaluating(model):
+            return run(x)
+    except Exception as error:  # a stranger's forward may raise anything
+        shape = ", ".join(map(str, x.shape))
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"task {task}: the model does not run on an input of ({shape}): {text}{hint}") from error
+
+
+def describe(output: Any) -> str:
+    """For messages: the shape of a tensor, or the type of anything else."""
+    return f"({', '.join(map(str, output.shape))})" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+
+
+def with_outputs(module: nn.Module, outputs: int, seed: int) -> nn.Module:
+    """A new linear layer or convolution like this one with another number of outputs, freshly initialised from the seed."""
+    bias = module.bias is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(module, nn.Linear):
+            new: nn.Module = nn.Linear(module.in_features, outputs, bias)
+        elif isinstance(module, nn.Conv2d):
+            new = nn.Conv2d(
+                module.in_channels,
+                outputs,
+                module.kernel_size,  # type: ignore[arg-type]
+                stride=module.stride,  # type: ignore[arg-type]
+                padding=module.padding,  # type: ignore[arg-type]
+                dilation=module.dilation,  # type: ignore[arg-type]
+                bias=bias,
+                padding_mode=module.padding_mode,
+            )
+        else:
+            raise InputError(f"cannot give a {type(module).__name__} another number of outputs")
+    return new.to(module.weight.device, module.weight.dtype).train(module.training)
+
+
+def outputs_of(module: nn.Module) -> int | None:
+    """Number of outputs of a linear layer or of an ungrouped convolution; None for everything else."""
+    if type(module) is nn.Linear:
+        return module.out_features
+    return module.out_channels if type(module) is nn.Conv2d and module.groups == 1 else None
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of the one with this dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)

@@ -1,0 +1,238 @@
+"""What the tasks that give back an image have in common: patches to train on, whole images to judge by PSNR and SSIM."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from surgeon.errors import ConfigError, DataError, InputError
+from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskDataset
+from surgeon.zoo.tasks.support.datasets import ItemDataset
+from surgeon.zoo.tasks.support.draws import integer
+from surgeon.zoo.tasks.support.files import FolderConfig, check_images, chosen, find_roots, image_size, list_images
+from surgeon.zoo.tasks.support.images import Reader, by_size, centre, collate_padded, on_multiple, unpadded
+from surgeon.zoo.tasks.support.metrics import PIXEL_LOSSES, image_mean, pixel_loss, psnr, ssim
+from surgeon.zoo.tasks.support.pictures import sheet, to_image
+from surgeon.zoo.tasks.support.probe import describe, first_channels, trial
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+PICTURES = 4  # samples that `picture` shows
+SMALLEST = 16  # pixels of a side of an image of which SSIM can be taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestorationConfig(FolderConfig):
+    """Options of restoration tasks, beside those of folders.
+
+    `patch` is the side of a training sample in pixels of the target; by default it follows from `input_size`, else it is the
+    task's own. `patches_per_image` lets the set count every image so often. `augment` draws one of the 8 symmetries of the
+    square. `color`: RGB or grey; by default what the model's first convolution takes. `multiple`: whole images are continued
+    to a multiple of so many pixels and the result is cut, for networks that halve several times.
+    """
+
+    patch: int | None = None
+    patches_per_image: int = 1
+    augment: bool = True
+    color: bool | None = None
+    loss: str = "l1"
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_square()
+        for name in ("patch", "patches_per_image", "multiple"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if self.loss not in PIXEL_LOSSES:
+            raise ConfigError(f"loss must be one of {', '.join(PIXEL_LOSSES)}, got {self.loss!r}")
+
+
+class RestorationTask(Task):
+    """A task whose target is an image. Children say what is read and how an input is made of it."""
+
+    config: RestorationConfig
+    primary: ClassVar[str] = "psnr"
+    higher_is_better: ClassVar[bool] = True
+    patch: ClassVar[int] = 64
+
+    def __init__(self, config: RestorationConfig, *, seed: int = 0) -> None:
+        super().__init__(config, seed=seed)
+        given = config.input_size[0] != 1 if config.input_size else True
+        self.color = given if config.color is None else config.color
+        self._readers: dict[str, Reader] = {}
+
+    # --- what a child provides ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def train_sample(self, item: Any, generator: torch.Generator) -> Sample:
+        """A patch, augmented."""
+
+    @abstractmethod
+    def val_sample(self, item: Any, generator: torch.Generator) -> Sample:
+        """A whole image."""
+
+    def restored(self, output: Any, batch: Batch) -> Tensor:
+        """The image that a model's output means."""
+        image: Tensor = output
+        return image
+
+    def measured(self, image: Tensor) -> Tensor:
+        """The part of an image that counts, as it counts."""
+        return image
+
+    def input_channels(self) -> int:
+        return self.target_channels()
+
+    def input_side(self) -> int:
+        """Pixels of a training input's side."""
+        return self.patch_side()
+
+    # --- what they share ------------------------------------------------------------------------------------------
+
+    def target_channels(self) -> int:
+        return 3 if self.color else 1
+
+    def patch_side(self) -> int:
+        """Pixels of a training target's side."""
+        if self.config.patch is not None:
+            return self.config.patch
+        return self.config.input_size[1] if self.config.input_size else self.patch
+
+    def read(self, path: Path) -> Image.Image:
+        """An image in the task's mode, out of memory where it was read before."""
+        mode = "RGB" if self.color else "L"
+        return self._readers.setdefault(mode, Reader(mode))(path)
+
+    def turn(self, generator: torch.Generator) -> int:
+        """The symmetry of a training sample, for `turned`."""
+        return integer(0, 7, generator) if self.config.augment else 0
+
+    def items(self, split: Split) -> Sequence[tuple[int, Any]]:
+        """(number, what a sample is made of) of a split."""
+        roots = find_roots(self.name, self.config)
+        folder = roots.of(split)
+        if folder is None:
+            raise DataError(f"task {self.name} has no training images: only val={roots.val} was given")
+        return chosen(self.list_items(folder), split, self.config, roots.divided)
+
+    def list_items(self, folder: Path) -> Sequence[Any]:
+        """All samples of a folder."""
+        return list_images(folder)
+
+    def check(self) -> None:
+        check_splits(self, lambda items, least: check_images(self.name, items, size_check(least)), self.patch_side())
+
+    def dataset(self, split: Split) -> TaskDataset:
+        items = self.items(split)
+        if split == "train":
+            repeats = self.config.patches_per_image
+            return ItemDataset(items, self.train_sample, seed=self.seed, fixed=False, repeats=repeats)
+        return ItemDataset(items, self.val_sample, seed=self.config.val_stream, fixed=True)
+
+    def bind(self, model: nn.Module) -> nn.Module:
+        if self.config.color is None and self.config.input_size is None:
+            self.color = first_channels(model) != 1
+        frame = self._frame(model, 1)
+        if frame and self._frame(model, 2) != frame:
+            raise InputError(
+                f"task {self.name}: the model's output does not grow with its input as it should{self.hint()}"
+            )
+        return model
+
+    def _frame(self, model: nn.Module, times: int) -> int:
+        """Pixels that the output lacks in each direction, for an input `times` as large as in training; always even."""
+        side, out = times * self.input_side(), times * self.patch_side()
+        size = (self.input_channels(), side, side)
+        output = trial(self.name, model, lambda x: self.forward(model, {"input": x}), *size, hint=self.hint())
+        wanted = (2, self.target_channels(), out, out)
+        fits = isinstance(output, Tensor) and output.dim() == 4 and output.shape[:2] == wanted[:2]
+        if not fits or output.shape[2] != output.shape[3] or output.shape[2] > out or (out - output.shape[2]) % 2:
+            raise InputError(
+                f"task {self.name}: the model gives {describe(output)} for an input of {(2, *size)}, "
+                f"but the task needs {wanted} (or a frame less on all four sides){self.hint()}"
+            )
+        return out - int(output.shape[2])
+
+    def hint(self) -> str:
+        """What to try where the model does not fit."""
+        return ""
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        return collate_padded(samples)
+
+    def run_whole(self, model: nn.Module, x: Tensor) -> Tensor:
+        """The model's output for whole images of one size."""
+
+        def run(x: Tensor) -> Tensor:
+            out: Tensor = self.forward(model, {"input": x})
+            return out
+
+        return on_multiple(run, x, self.config.multiple, self.patch_side() // self.input_side())
+
+    def predict(self, model: nn.Module, batch: Batch) -> Any:
+        return by_size(lambda x: self.run_whole(model, x), batch["input"], batch.get("input_size"))
+
+    def pairs(self, output: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """(image, target) of every sample, (1, C, H, W), in the same size."""
+        images, targets = self.restored(output, batch), batch["target"]
+        frame = [targets.shape[dim] - images.shape[dim] for dim in (2, 3)]
+        sizes = batch.get("target_size")
+        inner = None if sizes is None else sizes - torch.tensor(frame, device=sizes.device)
+        cut = unpadded(images, inner)
+        return [(a, centre(b, *a.shape[-2:])) for a, b in zip(cut, unpadded(targets, sizes), strict=True)]
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        if "target_size" in batch:  # every image counts the same, whatever its size
+            return torch.stack([pixel_loss(self.config.loss, *pair) for pair in self.pairs(output, batch)]).mean()
+        image = self.restored(output, batch)
+        return pixel_loss(self.config.loss, image, centre(batch["target"], *image.shape[-2:]))
+
+    def metrics(self) -> "dict[str, Metric]":
+        return {"psnr": image_mean(), "ssim": image_mean()}
+
+    def update(self, metrics: "Mapping[str, Metric]", output: Any, batch: Batch) -> None:
+        for image, target in self.pairs(output, batch):
+            image, target = self.measured(image), self.measured(target)
+            metrics["psnr"].update(psnr(image, target))
+            metrics["ssim"].update(ssim(image, target))
+
+    def shown_input(self, index: int, batch: Batch) -> Image.Image:
+        """Picture of an input."""
+        return to_image(unpadded(batch["input"], batch.get("input_size"))[index][0])
+
+    def picture(self, batch: Batch, output: Any) -> Image.Image:
+        rows, captions = [], []
+        for index, (image, target) in enumerate(self.pairs(output, batch)[:PICTURES]):
+            value = float(psnr(self.measured(image), self.measured(target)))
+            rows.append([self.shown_input(index, batch), to_image(image[0]), to_image(target[0])])
+            captions.append(["", f"{value:.2f} dB", ""])
+        return sheet(rows, ("input", "output", "target"), captions)
+
+
+def size_check(least: int) -> Callable[[Path], str | None]:
+    """For `check_images`: what is wrong with an image of less than `least` pixels in one direction."""
+
+    def also(path: Path) -> str | None:
+        height, width = image_size(path)
+        if min(height, width) < least:
+            hint = "; give a smaller patch=" if least > SMALLEST else ""
+            return f"{path}: {width}x{height} pixels, smaller than {least}x{least}{hint}"
+        return None
+
+    return also
+
+
+def check_splits(task: RestorationTask, check: Callable[[Sequence[Any], int], None], patch: int) -> None:
+    """`check(items, smallest side)` for both splits, or for "val" where there is no other."""
+    roots = find_roots(task.name, task.config)
+    if roots.train is not None:
+        check([item for _, item in task.items("train")], patch)
+    check([item for _, item in task.items("val")], SMALLEST)
