@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks import _data, _models, _results, _tasks, compress, convert_speed, coverage, operators, trained
+from benchmarks import _data, _models, _results, _tasks, compress, convert_speed, coverage, operators, report, trained
 from benchmarks._operator_cases import SHAPES, TARGETS
 from benchmarks._tasks import Sample, Score, Task
 
@@ -333,3 +333,28 @@ def test_torchvision_is_complete() -> None:
     assert {case.kind for case in cases} == set(_models.KINDS)
     assert len(cases) == len({case.key for case in cases}) > 100
     assert not any("quantized" in case.name for case in cases)
+
+
+def test_the_document_says_what_the_results_say() -> None:
+    assert report.main(["--check"]) == 0
+
+
+def test_report_fills_tables_and_leaves_the_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"type": "acda", "replaced": 17, "seconds": 1.234}
+    _results.write_json(tmp_path / "convert_speed.json", {"rows": [row]})
+    document = tmp_path / "document.md"
+    document.write_text(
+        "before\n<!-- begin convert_speed -->\nold\n<!-- end -->\nbetween\n<!-- begin trained -->\nkept\n<!-- end -->\n"
+    )
+    arguments = ["--results", str(tmp_path), "--document", str(document)]
+    assert report.main([*arguments, "--check"]) == 1
+    assert "old" in document.read_text()
+    assert report.main(arguments) == 0
+    text = document.read_text()
+    assert text.startswith("before\n<!-- begin convert_speed -->")
+    assert "| acda | 17 | 1.23 |" in text
+    assert text.endswith("<!-- end -->\nbetween\n<!-- begin trained -->\nkept\n<!-- end -->\n")
+    assert report.main([*arguments, "--check"]) == 0
+    document.write_text("<!-- begin nothing -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match="no table of this name"):
+        report.main(arguments)
