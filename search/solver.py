@@ -16,7 +16,7 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from surgeon.search.problem import Bools, Floats, Ints
 
 _LOCK = threading.Lock()
-_CORE = 60  # variables of the first, restricted program
+_CORE = 45  # variables of the first, restricted program
 _NODES = 20_000  # a limit that does not depend on the machine's speed: the same question has the same answer
 _TIGHTEN = 1e-9
 
