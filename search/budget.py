@@ -194,7 +194,9 @@ def as_budget(resource: str, value: float) -> str:
     return f"{math.ceil(value / unit * 1000) / 1000:g}{letter}" if letter else f"{math.ceil(value)}"
 
 
-def check_feasible(problem: Problem, original: Mapping[str, int], *, translate: Callable[[str, float], float] | None = None) -> None:
+def check_feasible(
+    problem: Problem, original: Mapping[str, int], *, translate: Callable[[str, float], float] | None = None
+) -> None:
     """Raise `InfeasibleError` with the nearest numbers if no placement, not even the unmodified model, is within the limits.
 
     `original` are the unmodified model's costs. `translate(resource, value)` turns a row's value into what the user's

@@ -74,7 +74,9 @@ def repair(problem: Problem, placement: Ints, gains: Floats) -> Ints | None:
             return closest(problem, result)
         lost = gains[index, result][:, None] - gains
         # first what loses nothing (by relief), then what loses least for its relief
-        price = np.where(helps, np.where(lost <= 0, -relief, np.maximum(lost, 0) / np.where(helps, relief, 1.0)), np.inf)
+        price = np.where(
+            helps, np.where(lost <= 0, -relief, np.maximum(lost, 0) / np.where(helps, relief, 1.0)), np.inf
+        )
         layer, option = np.unravel_index(int(np.argmin(price)), price.shape)
         result[layer] = option
         total = problem.totals(result)[0]

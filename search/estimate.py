@@ -98,7 +98,9 @@ def _samples(batch: Any) -> int:
     for value in values:
         if isinstance(value, Tensor) and value.dim():
             return int(value.shape[0])
-    raise ConfigError(f"a batch must hold a tensor whose first size is the number of samples, got {type(batch).__name__}")
+    raise ConfigError(
+        f"a batch must hold a tensor whose first size is the number of samples, got {type(batch).__name__}"
+    )
 
 
 def _option_sums(
@@ -156,10 +158,7 @@ def _jackknife(groups: Sequence[_Sums], estimator: str, samples: int, damping: f
     second = torch.stack([group.second for group in groups]).sum(0)
     whole = _statistic(estimator, count, first, second, samples, damping)
     parts: Floats = np.array(
-        [
-            _statistic(estimator, count - g.count, first - g.first, second - g.second, samples, damping)
-            for g in groups
-        ]
+        [_statistic(estimator, count - g.count, first - g.first, second - g.second, samples, damping) for g in groups]
     )
     n = len(parts)
     return whole, float(np.sqrt((n - 1) / n * ((parts - parts.mean()) ** 2).sum()))

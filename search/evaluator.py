@@ -71,7 +71,9 @@ class TableEvaluator(Evaluator):
         else:
             key = self.space.hash_of(placement)
             if key not in self.values:
-                raise ConfigError(f"the table {self.name} has no value for {self.space.names(placement) or 'the original'}")
+                raise ConfigError(
+                    f"the table {self.name} has no value for {self.space.names(placement) or 'the original'}"
+                )
             curve = self.values[key]
         for step, value in enumerate(curve[:-1]):
             report(step, value)

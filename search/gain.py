@@ -41,7 +41,9 @@ class GainTable:
     def __post_init__(self) -> None:
         shape = (len(self.layers), len(self.options))
         if self.gain.shape != shape or self.error.shape != shape:
-            raise ConfigError(f"gains of {shape} need arrays of that shape, got {self.gain.shape} and {self.error.shape}")
+            raise ConfigError(
+                f"gains of {shape} need arrays of that shape, got {self.gain.shape} and {self.error.shape}"
+            )
         if not (np.isfinite(self.gain).all() and np.isfinite(self.error).all() and (self.error >= 0).all()):
             raise ConfigError("gains must be finite numbers, and their errors not negative")
         if self.gain[:, 0].any() or self.error[:, 0].any():
@@ -100,7 +102,8 @@ class GainTable:
             options = ("keep", *map(str, values["options"]))
             layers = tuple(map(str, values["gains"]))
             pairs = np.array(
-                [[(0.0, 0.0), *(values["gains"][layer][label] for label in options[1:])] for layer in layers], dtype=float
+                [[(0.0, 0.0), *(values["gains"][layer][label] for label in options[1:])] for layer in layers],
+                dtype=float,
             ).reshape(len(layers), len(options), 2)
             return cls(
                 layers=layers,
@@ -113,7 +116,9 @@ class GainTable:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise ConfigError(f"{where}: {error}") from error
-            raise ConfigError(f"{where}: every layer needs [gain, standard error] for every option: {error!r}") from error
+            raise ConfigError(
+                f"{where}: every layer needs [gain, standard error] for every option: {error!r}"
+            ) from error
 
     def write(self, path: str | Path) -> None:
         """To a JSON file; it appears complete or not at all."""

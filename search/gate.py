@@ -128,9 +128,7 @@ class Gate:
             limit = self.budgets.latency.of(before)
             if latency > limit:
                 reasons.append(self._over("latency", latency, limit, "as measured"))
-        return Verdict(
-            fits=not reasons, reasons=tuple(reasons), predicted=predicted, traced=traced, latency=latency
-        )
+        return Verdict(fits=not reasons, reasons=tuple(reasons), predicted=predicted, traced=traced, latency=latency)
 
     def _over_traced(self, traced: Mapping[str, int]) -> list[str]:
         limits: dict[str, int | None] = self.budgets.limits(self.original, self.calibration)

@@ -19,7 +19,9 @@ from optuna.storages.journal import JournalFileBackend
 
 from surgeon.errors import SurgeonError
 
-_HELD: dict[str, tuple[int, int]] = {}  # path → (file descriptor, depth): record locks belong to the process, not to the object
+_HELD: dict[
+    str, tuple[int, int]
+] = {}  # path → (file descriptor, depth): record locks belong to the process, not to the object
 _THREADS: dict[str, threading.RLock] = {}
 _GUARD = threading.Lock()
 

@@ -45,7 +45,11 @@ class Problem:
     def __post_init__(self) -> None:
         layers, options = self.allowed.shape
         n_rows = len(self.names)
-        if self.rows.shape != (layers, options, n_rows) or self.base.shape != (n_rows,) or self.limits.shape != (n_rows,):
+        if (
+            self.rows.shape != (layers, options, n_rows)
+            or self.base.shape != (n_rows,)
+            or self.limits.shape != (n_rows,)
+        ):
             raise ConfigError(
                 f"a problem of {layers} layers, {options} options and {n_rows} rows cannot have rows {self.rows.shape}, "
                 f"base {self.base.shape} and limits {self.limits.shape}"
@@ -108,7 +112,9 @@ class Problem:
         # a window's room counts from the peak: half of the memory budget is half-way from the unmodified model's peak
         memory = self.of("memory")
         if len(memory):
-            room[memory] = np.where(self.limits[memory] == FREE, 0, max(int((self.limits - self.base)[memory].min()), 0))
+            room[memory] = np.where(
+                self.limits[memory] == FREE, 0, max(int((self.limits - self.base)[memory].min()), 0)
+            )
         cut = np.floor(room * (1.0 - share)).astype(np.int64)
         return replace(self, limits=np.where(self.limits == FREE, FREE, self.limits - cut))
 

@@ -1,10 +1,11 @@
 """Proposals: what to try next. Every one of them is within the budgets.
 
-    decoder  TPE over a handful of weights (by stage, by layer type, an exponent, the errors' part, the budget's part), from which
-             the integer program decodes a placement: feasible by construction
-    tpe      TPE over one categorical a layer, repaired
-    nsga2    NSGA-II over the same
-    random   random feasible placements
+    posterior  the integer program decodes a draw from what the measured values say about the gains (`search.posterior`)
+    decoder    TPE over a handful of weights (by stage, by layer type, an exponent, the errors' part, the budget's part), from
+               which the integer program decodes a placement: feasible by construction
+    tpe        TPE over one categorical a layer, repaired
+    nsga2      NSGA-II over the same
+    random     random feasible placements
 
 The random numbers of a proposal depend on the study's seed and the trial's number alone, never on a process.
 """
@@ -25,12 +26,14 @@ from surgeon.errors import ConfigError
 from surgeon.search.draw import random_placement, repair
 from surgeon.search.gain import GainTable
 from surgeon.search.place import Cut, diverse, gain_of, optimum
-from surgeon.search.problem import Floats, Ints, InfeasibleError, Problem
+from surgeon.search.posterior import Posterior
+from surgeon.search.problem import Floats, InfeasibleError, Ints, Problem
 from surgeon.search.space import Space
 
-MODES = ("decoder", "tpe", "nsga2", "random")
+MODES = ("posterior", "decoder", "tpe", "nsga2", "random")
 DECODE_GAP = 0.005  # relative; the weights are guesses, so that the last half per cent of a decoded optimum is not worth its time
 _STARTUP = 8
+_SPREAD = 0.5  # of draws from the posterior; whole draws explored too much in the comparison of modes
 _TRIES = 50
 
 
@@ -53,9 +56,7 @@ class SeededSampler(BaseSampler):
             self._number, self._inner = trial.number, self._make(derived_seed(self._seed, trial.number))
         return self._inner
 
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._of(trial).infer_relative_search_space(study, trial)
 
     def sample_relative(
@@ -86,7 +87,7 @@ def make_sampler(mode: str, seed: int) -> BaseSampler:
     def make(own: int) -> BaseSampler:
         if mode == "nsga2":
             return NSGAIISampler(population_size=10, seed=own)
-        if mode == "random":
+        if mode in ("random", "posterior"):
             return RandomSampler(seed=own)
         with warnings.catch_warnings():
             # grouping is marked experimental; without it one trial without parameters would switch the joint model off
@@ -110,7 +111,9 @@ class Proposer:
     def __init__(self, mode: str, space: Space, gains: GainTable, seed: int) -> None:
         self.mode, self.space, self.seed = mode, space, seed
         self.gains = gains.for_space(space)
-        self._scaled = _scaled(self.gains, space)
+        top = np.abs(self.gains.gain).max() or 1.0
+        self._scaled: Floats = self.gains.gain / top
+        self._scaled_error: Floats = self.gains.error / top
 
     def prelude(self, problem: Problem, optima: int = 4, random: int = 3) -> list[Proposal]:
         """What every study begins with: the unmodified model, different optima of the gain table, random feasible placements."""
@@ -136,10 +139,12 @@ class Proposer:
             return {}
         return {layer: self.space.labels[int(j)] for layer, j in zip(self.space.layers, placement, strict=True)}
 
-    def propose(self, trial: optuna.Trial, problem: Problem) -> Proposal:
-        """The next proposal of this mode."""
+    def propose(self, trial: optuna.Trial, problem: Problem, measured: Sequence[tuple[Ints, float]] = ()) -> Proposal:
+        """The next proposal of this mode. `measured` are placements and their values, higher being better."""
         if self.mode == "decoder":
             placement = self.decode(problem, self._suggest_weights(trial))
+        elif self.mode == "posterior":
+            placement = self._from_posterior(trial.number, problem, measured)
         elif self.mode == "random":
             placement = random_placement(problem, self._rng(trial.number, "random"))
         else:
@@ -150,12 +155,12 @@ class Proposer:
 
     def another(self, number: int, problem: Problem, seen: Mapping[str, Ints], near: Proposal) -> Proposal | None:
         """A proposal that was not seen yet, in the place of one that was; None if the space seems exhausted."""
-        if self.mode == "decoder":
+        if self.mode in ("decoder", "posterior"):
             cuts: list[Cut] = [Cut(near.placement)]
             rng = self._rng(number, "another")
             noisy = self._scaled * rng.lognormal(0.0, 0.3, self._scaled.shape)
             while len(cuts) <= 8:
-                placement = optimum(problem, noisy, cuts=cuts, gap=DECODE_GAP)
+                placement = optimum(problem, noisy, cuts=cuts, gap=DECODE_GAP, rough=True)
                 if placement is None:
                     return None
                 if self.space.hash_of(placement) not in seen:
@@ -167,8 +172,15 @@ class Proposer:
             if placement is not None and self.space.hash_of(placement) not in seen:
                 return Proposal(placement, "unseen")
         cut_all = [Cut(placement) for placement in seen.values()]
-        placement = optimum(problem, self.gains.gain, cuts=cut_all, gap=DECODE_GAP)
+        placement = optimum(problem, self.gains.gain, cuts=cut_all, gap=DECODE_GAP, rough=True)
         return None if placement is None else Proposal(placement, "unseen")
+
+    def _from_posterior(self, number: int, problem: Problem, measured: Sequence[tuple[Ints, float]]) -> Ints | None:
+        rng = self._rng(number, "posterior")
+        if len(measured) < 2:
+            return random_placement(problem, rng)
+        posterior = Posterior(self.space, self.gains, [one for one, _ in measured], [value for _, value in measured])
+        return optimum(problem, posterior.draw(rng, _SPREAD), gap=DECODE_GAP, rough=True)
 
     # --- the decoder ----------------------------------------------------------------------------------------------
 
@@ -185,19 +197,13 @@ class Proposer:
 
     def decode(self, problem: Problem, weights: Mapping[str, float]) -> Ints | None:
         """The optimum of the gains as these weights see them; "stage:…" and "type:…" are powers of two."""
-        own = self._scaled + weights["optimism"] * self._scaled_error()
-        own = np.where(self.space.allowed, np.maximum(own, 0.0), 0.0) ** max(weights["exponent"], 1e-3)
-        own = np.where(self._scaled + weights["optimism"] * self._scaled_error() > 0, own, 0.0)
+        hoped = self._scaled + weights["optimism"] * self._scaled_error
+        own = np.where(self.space.allowed & (hoped > 0), np.maximum(hoped, 0.0) ** weights["exponent"], 0.0)
         stages = [2.0 ** weights[f"stage:{stage or 'elsewhere'}"] for stage in self.space.stages]
         types = [0.0, *(2.0 ** weights[f"type:{kind}"] for kind in self.space.types[1:])]
         scores = own * np.array(stages)[:, None] * np.array(types)[None]
-        found = optimum(problem.used(weights["use"]), scores, gap=DECODE_GAP)
-        return optimum(problem, scores, gap=DECODE_GAP) if found is None else found
-
-    def _scaled_error(self) -> Floats:
-        top = np.abs(self.gains.gain).max() or 1.0
-        error: Floats = self.gains.error / top
-        return error
+        found = optimum(problem.used(weights["use"]), scores, gap=DECODE_GAP, rough=True)
+        return optimum(problem, scores, gap=DECODE_GAP, rough=True) if found is None else found
 
     def _suggest_options(self, trial: optuna.Trial) -> Ints:
         chosen = []
@@ -206,16 +212,14 @@ class Proposer:
             chosen.append(self.space.labels.index(trial.suggest_categorical(layer, labels)))
         return np.array(chosen, dtype=np.int64)
 
+    def take_over(self, trial: optuna.Trial) -> None:
+        """Read the parameters that an enqueued trial came with, so that the sampler learns from it."""
+        if self.mode in ("tpe", "nsga2"):
+            self._suggest_options(trial)
+
     def _rng(self, number: int, what: str) -> np.random.Generator:
         return np.random.default_rng(derived_seed(self.seed, number, what))
 
     def expected(self, placement: Ints) -> float:
         """The gain that the table expects of a placement."""
         return gain_of(self.gains.gain, placement)
-
-
-def _scaled(gains: GainTable, space: Space) -> Floats:
-    """Gains with the largest at 1."""
-    top = np.abs(gains.for_space(space).gain).max() or 1.0
-    scaled: Floats = gains.for_space(space).gain / top
-    return scaled

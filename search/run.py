@@ -16,7 +16,7 @@ from surgeon.errors import ConfigError, TrainingError
 from surgeon.search.evaluator import Evaluator, OutOfMemoryError
 from surgeon.search.gain import GainTable
 from surgeon.search.gate import Gate
-from surgeon.search.problem import Ints, InfeasibleError, Problem
+from surgeon.search.problem import InfeasibleError, Ints, Problem
 from surgeon.search.propose import Proposal, Proposer, make_sampler
 from surgeon.search.space import Space
 from surgeon.search.study import Record, StudyFile, record
@@ -218,12 +218,11 @@ class Search:
         others = [one for one in records if one.number != trial.number and one.hash is not None]
         if "placement" in attributes:
             placement = self.space.placement(attributes["placement"])
-            if self.proposer.parameters(placement):
-                self.proposer.propose(trial, self.problem)  # takes over the enqueued parameters: the sampler learns from it
+            self.proposer.take_over(trial)
             return _Claim(trial, placement)
         started = time.perf_counter()
         problem = self.problem
-        proposal = self.proposer.propose(trial, problem)
+        proposal = self.proposer.propose(trial, problem, self._measured(others))
         known = {one.hash: one for one in others if one.state != "waiting"}
         twin = known.get(self.space.hash_of(proposal.placement))
         if twin is not None and twin.counts and not self._stuck(records):
@@ -239,6 +238,14 @@ class Search:
             proposal = other
         self._write(trial, proposal, started)
         return _Claim(trial, proposal.placement)
+
+    def _measured(self, records: list[Record]) -> list[tuple[Ints, float]]:
+        sign = 1.0 if self.evaluator.directions[0] == "maximize" else -1.0
+        return [
+            (self.space.placement(one.placement), sign * one.values[0])
+            for one in records
+            if one.state == "complete" and one.values and one.duplicate_of is None
+        ]
 
     @staticmethod
     def _stuck(records: list[Record]) -> bool:

@@ -18,6 +18,7 @@ from surgeon.search.problem import Bools, Floats, Ints
 _LOCK = threading.Lock()
 _CORE = 45  # variables of the first, restricted program
 _NODES = 20_000  # a limit that does not depend on the machine's speed: the same question has the same answer
+_ROUGH_NODES = 50
 _TIGHTEN = 1e-9
 
 
@@ -35,12 +36,13 @@ class Program:
     room: Ints  # (K,)
     active: list[int] = field(default_factory=list)
     tightened: dict[int, float] = field(default_factory=dict)
+    nodes: int = _NODES
 
-    def solve(self, gap: float) -> Bools | None:
+    def solve(self, gap: float, *, rough: bool = False) -> Bools | None:
         """The best x, up to the relative `gap`; None if there is none.
 
         First the linear relaxation with its pool rows, then a small program of the variables it finds undecided, then the
-        whole one without the variables that its duals rule out.
+        whole one without the variables that its duals rule out. `rough` is content with the small program's answer.
         """
         n = len(self.values)
         if n == 0:
@@ -53,12 +55,14 @@ class Program:
         core = np.zeros(n, dtype=np.bool_)
         core[order[:_CORE]] = True
         found = None
+        self.nodes = _ROUGH_NODES if rough else _NODES
         if n > _CORE:
             found = self._search(np.where(core, 0.0, np.round(x)), np.where(core, 1.0, np.round(x)), gap)
         if found is None:
+            self.nodes = _NODES
             return self._search(np.zeros(n), np.ones(n), gap)
         slack = bound - float(self.values @ found)
-        if slack <= gap * max(abs(bound), 1e-12):
+        if rough or slack <= gap * max(abs(bound), 1e-12):
             return found
         lower, upper = np.where(-reduced > slack, 1.0, 0.0), np.where(reduced > slack, 0.0, 1.0)
         better = self._search(lower, upper, gap)
@@ -90,7 +94,7 @@ class Program:
                     integrality=np.ones(len(free)),
                     bounds=Bounds(0, 1),
                     constraints=LinearConstraint(matrix[:, free], -np.inf, limit - matrix @ lower),
-                    options={"mip_rel_gap": gap, "node_limit": _NODES},
+                    options={"mip_rel_gap": gap, "node_limit": self.nodes},
                 )
                 if solved.x is None:
                     return None

@@ -267,9 +267,7 @@ def make_space(
     options = config.make_options()
     convs = list(find_sites(model).convs) if sites is None else list(sites)
     reached = [site for site in convs if site.calls]
-    chosen = (
-        select(reached, config.layers) if config.layers is not None else [s for s in reached if not s.is_pointwise]
-    )
+    chosen = select(reached, config.layers) if config.layers is not None else [s for s in reached if not s.is_pointwise]
     configs = [
         read_config(layer_class(o.type), Rule(layers="all", type=o.type, options=dict(o.options))) for o in options
     ]
@@ -280,7 +278,9 @@ def make_space(
     kept = [site for site in chosen if not all(reasons[site.name])]
     if not kept:
         if not chosen:
-            raise ConfigError("the search space is empty: the model has no convolution with k >= 2 that a forward pass reaches")
+            raise ConfigError(
+                "the search space is empty: the model has no convolution with k >= 2 that a forward pass reaches"
+            )
         raise nothing_replaced([(site, list(dict.fromkeys(sum(reasons[site.name], ())))) for site in chosen])
     allowed = np.array([[True, *(not why for why in reasons[site.name])] for site in kept], dtype=np.bool_)
     refused = {
