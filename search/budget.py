@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from surgeon.costs.parse import giga, mebibytes, parse_quantity
 from surgeon.errors import ConfigError
 from surgeon.search.problem import InfeasibleError, Problem
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from surgeon.costs import Cost
 
 FLAGS = {"flops": "--max-flops", "params": "--max-params", "memory": "--max-memory", "latency": "--max-latency"}
+Translate = Callable[[str, float], float]  # resource, value of its row -> what the user's budget is in
 _RELATIVE = re.compile(r"\s*([+-])\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*%\s*")
 _TIME = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(us|ms|s)\s*", re.IGNORECASE)
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -194,9 +197,7 @@ def as_budget(resource: str, value: float) -> str:
     return f"{math.ceil(value / unit * 1000) / 1000:g}{letter}" if letter else f"{math.ceil(value)}"
 
 
-def check_feasible(
-    problem: Problem, original: Mapping[str, int], *, translate: Callable[[str, float], float] | None = None
-) -> None:
+def check_feasible(problem: Problem, original: Mapping[str, int], *, translate: Translate | None = None) -> None:
     """Raise `InfeasibleError` with the nearest numbers if no placement, not even the unmodified model, is within the limits.
 
     `original` are the unmodified model's costs. `translate(resource, value)` turns a row's value into what the user's
@@ -215,8 +216,7 @@ def check_feasible(
 
     if bool(problem.feasible([0] * problem.shape[0])[0]):
         return
-    zero = 0.0 * problem.allowed
-    if optimum(problem, zero) is not None:
+    if optimum(problem, np.zeros(problem.shape)) is not None:
         return
     least = {name: smallest(problem, name) for name in limited}
     wanted = {name: problem.limit(name) or 0 for name in limited}

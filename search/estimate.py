@@ -120,7 +120,7 @@ def _option_sums(
     work, _ = convert(model, recipe=space.recipe(placement), seed=seed, check=False, input_size=input_size)
     work.eval()
     work.requires_grad_(False)
-    layers: dict[str, list[nn.Parameter]] = {}
+    layers: dict[str, list[Tensor]] = {}
     for layer in space.names(placement):
         module = work.get_submodule(layer)
         assert isinstance(module, DynamicConv2d)
@@ -147,7 +147,7 @@ def _option_sums(
     return sums
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
 
 

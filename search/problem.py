@@ -1,7 +1,7 @@
 """The placement problem in numbers: what every option of every layer costs, and what all of them may cost together.
 
 L layers, O options (0 is "keep"), K rows. A row is a resource that adds up: FLOPs, parameters, or the bytes alive in one window of
-a training step. Memory is a maximum of sums (`surgeon.costs.table`), so that its limit is one row a window, all with the same limit.
+a training step. Memory is a maximum of sums (`surgeon.costs.table`), so that its limit holds for each of its rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -85,10 +85,10 @@ class Problem:
     def feasible(self, placements: Any) -> Bools:
         """Which of the placements (P, L) are within all limits; (P,)."""
         chosen = np.atleast_2d(np.asarray(placements))
-        fits: Bools = (self.totals(chosen) <= self.limits).all(axis=1)
-        fits &= self.allowed[np.arange(chosen.shape[1]), chosen].all(axis=1)
-        if self.max_layers is not None:
-            fits &= (chosen != 0).sum(axis=1) <= self.max_layers
+        within = (self.totals(chosen) <= self.limits).all(axis=1)
+        may = self.allowed[np.arange(chosen.shape[1]), chosen].all(axis=1)
+        most = self.shape[0] if self.max_layers is None else self.max_layers
+        fits: Bools = within & may & ((chosen != 0).sum(axis=1) <= most)
         return fits
 
     def limited(self, limits: Mapping[str, int | None]) -> "Problem":

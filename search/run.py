@@ -227,7 +227,8 @@ class Search:
         twin = known.get(self.space.hash_of(proposal.placement))
         if twin is not None and twin.counts and not self._stuck(records):
             self._write(trial, proposal, started)
-            return self._answer(trial, twin)
+            self._answer(trial, twin)
+            return None
         seen = {one.hash: self.space.placement(one.placement) for one in others if one.hash is not None}
         if self.space.hash_of(proposal.placement) in seen:
             other = self.proposer.another(trial.number, problem, seen, proposal)

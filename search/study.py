@@ -95,7 +95,7 @@ class StudyFile:
     def open(
         self,
         identity: Mapping[str, Any],
-        directions: Sequence[str],
+        directions: Sequence[Any],
         sampler: BaseSampler,
         pruner: BasePruner | None,
         prelude: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
