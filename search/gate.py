@@ -15,6 +15,7 @@ from surgeon.costs import Cost, CostTable, cost, cost_table
 from surgeon.costs.build import freeze_like, option_layer
 from surgeon.costs.emulate import meta_copy
 from surgeon.costs.settings import make_settings
+from surgeon.errors import ConfigError
 from surgeon.layers.base import LayerConfig
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.search.budget import FLAGS, Budgets, Calibration, check_feasible, told
@@ -187,6 +188,13 @@ class Gate:
         if "reserve" in verdict.traced:
             self.recalibrate(self.calibration.after_refusal(verdict.traced["reserve"]))
         return self.calibration
+
+    def rebudget(self, budgets: Budgets) -> None:
+        """Judge by other budgets from now on, of the same memory mode."""
+        if budgets.mode != self.budgets.mode:
+            raise ConfigError(f"the costs are those of mode {self.budgets.mode!r}, the new budgets of {budgets.mode!r}")
+        self.budgets = budgets
+        self._verdicts.clear()
 
     def recalibrate(self, calibration: Calibration) -> None:
         """Judge by this calibration from now on."""

@@ -116,6 +116,8 @@ class Journal(JournalFileBackend):
         self.path = path
         self._pending: list[dict[str, Any]] | None = None
         self._written = 0  # log lines in the file when the transaction began
+        if path.is_file():
+            _check_journal(path)
         super().__init__(str(path))
 
     @property
@@ -192,6 +194,20 @@ class Journal(JournalFileBackend):
                     return
                 end = start
             file.truncate(0)
+
+
+def _check_journal(path: Path) -> None:
+    """Raise `StudyError` for a file that is something else, before anything is appended to it."""
+    with path.open("rb") as file:
+        first = file.readline(1_000_000)
+    if not first or not first.endswith(b"\n"):
+        return
+    try:
+        known = "op_code" in json.loads(first)
+    except (ValueError, TypeError):
+        known = False
+    if not known:
+        raise StudyError(f"cannot read the study {path}: it is not an Optuna journal")
 
 
 def forget_dead(folder: Path) -> None:

@@ -223,7 +223,7 @@ class Search:
         started = time.perf_counter()
         problem = self.problem
         proposal = self.proposer.propose(trial, problem, self._measured(others))
-        known = {one.hash: one for one in others if one.state != "waiting"}
+        known = {one.hash: one for one in sorted(others, key=lambda one: one.counts) if one.state != "waiting"}
         twin = known.get(self.space.hash_of(proposal.placement))
         if twin is not None and twin.counts and not self._stuck(records):
             self._write(trial, proposal, started)

@@ -119,19 +119,16 @@ class StudyFile:
                 exists = self.name in [study.study_name for study in storage.get_all_studies()]
                 if exists and not resume:
                     raise StudyError(f"the study {self.path} exists already; go on with it (--resume), or name another")
-                self.study = optuna.create_study(
-                    storage=storage,
-                    study_name=self.name,
-                    directions=list(directions),
-                    sampler=sampler,
-                    pruner=pruner or optuna.pruners.NopPruner(),
-                    load_if_exists=exists,
-                )
+                rest: dict[str, Any] = {"sampler": sampler, "pruner": pruner or optuna.pruners.NopPruner()}
                 if not exists:
+                    self.study = optuna.create_study(
+                        storage=storage, study_name=self.name, directions=list(directions), **rest
+                    )
                     self.study.set_user_attr(_IDENTITY, identity)
                     for parameters, attributes in prelude:
                         self.study.enqueue_trial(dict(parameters), user_attrs=dict(attributes))
                 else:
+                    self.study = optuna.load_study(storage=storage, study_name=self.name, **rest)
                     self._check_identity(identity)
         except (OSError, ValueError, AssertionError, KeyError) as error:
             if isinstance(error, StudyError):
