@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon import bench_command, cost_command
 from surgeon.errors import CheckpointError, ConfigError, SurgeonError, VerificationError
+from surgeon.search import place_command
 
 if TYPE_CHECKING:
     from torch import nn
@@ -283,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_verify(commands)
     _add_revert(commands)
-    for name, module in (("cost", cost_command), ("bench", bench_command)):
+    for name, module in (("cost", cost_command), ("bench", bench_command), ("place", place_command)):
         module.add_arguments(_command(commands, name, module.run, module.DESCRIPTION, module.EXAMPLES))
     return parser
 

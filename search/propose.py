@@ -35,6 +35,7 @@ DECODE_GAP = 0.005  # relative; the weights are guesses, so that the last half p
 _STARTUP = 8
 _SPREAD = 0.5  # of draws from the posterior; whole draws explored too much in the comparison of modes
 _TRIES = 50
+_CUTS = 8  # placements to stay away from, at most, before something else is tried
 
 
 def derived_seed(*parts: Any) -> int:
@@ -159,7 +160,7 @@ class Proposer:
             cuts: list[Cut] = [Cut(near.placement)]
             rng = self._rng(number, "another")
             noisy = self._scaled * rng.lognormal(0.0, 0.3, self._scaled.shape)
-            while len(cuts) <= 8:
+            while len(cuts) <= _CUTS:
                 placement = optimum(problem, noisy, cuts=cuts, gap=DECODE_GAP, rough=True)
                 if placement is None:
                     return None
@@ -180,7 +181,13 @@ class Proposer:
         if len(measured) < 2:
             return random_placement(problem, rng)
         posterior = Posterior(self.space, self.gains, [one for one, _ in measured], [value for _, value in measured])
-        return optimum(problem, posterior.draw(rng, _SPREAD), gap=DECODE_GAP, rough=True)
+        gains, cuts = posterior.draw(rng, _SPREAD), list[Cut]()
+        known = {tuple(one) for one, _ in measured}
+        while True:  # a placement that was measured already would teach nothing
+            placement = optimum(problem, gains, cuts=cuts, gap=DECODE_GAP, rough=True)
+            if placement is None or tuple(placement) not in known or len(cuts) == _CUTS:
+                return placement
+            cuts.append(Cut(placement))
 
     # --- the decoder ----------------------------------------------------------------------------------------------
 

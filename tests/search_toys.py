@@ -59,9 +59,7 @@ def toy_gains(space: Space, seed: int = 0, noise: float = 0.0) -> Floats:
 def toy_table(space: Space, seed: int = 0, noise: float = 0.7) -> GainTable:
     """A gain table that is wrong by some noise."""
     gain = toy_gains(space, seed, noise)
-    return GainTable(
-        layers=space.layers, options=space.labels, gain=gain, error=0.3 * (gain != 0), estimator="toy"
-    )
+    return GainTable(layers=space.layers, options=space.labels, gain=gain, error=0.3 * (gain != 0), estimator="toy")
 
 
 def toy_search(path: Path, *, pause: float = 0.0, **options: Any) -> Search:

@@ -70,7 +70,9 @@ def test_other_wrong_budgets() -> None:
         Calibration(margin=0.5)
 
 
-@pytest.mark.parametrize(("resource", "value"), [("flops", 8178368512), ("params", 25557), ("memory", 123456789), ("flops", 7)])
+@pytest.mark.parametrize(
+    ("resource", "value"), [("flops", 8178368512), ("params", 25557), ("memory", 123456789), ("flops", 7)]
+)
 def test_numbers_told_can_be_typed_and_are_enough(resource: str, value: int) -> None:
     bound = parse_bound(as_budget(resource, value), resource)
     assert value <= bound.value <= value * 1.01 + 2**20

@@ -56,7 +56,13 @@ def test_a_table_is_brought_into_the_order_of_a_space() -> None:
     ],
 )
 def test_wrong_tables(change: dict[str, Any], words: str, tmp_path: Path) -> None:
-    good = {"format": "surgeon-gains", "version": 1, "estimator": "x", "options": ["sekg"], "gains": {"a": {"sekg": [1, 0]}}}
+    good = {
+        "format": "surgeon-gains",
+        "version": 1,
+        "estimator": "x",
+        "options": ["sekg"],
+        "gains": {"a": {"sekg": [1, 0]}},
+    }
     assert GainTable.from_dict(good).gain.tolist() == [[0, 1]]
     (tmp_path / "g.json").write_text(json.dumps(good | change))
     with pytest.raises(ConfigError, match=words) as caught:
@@ -209,5 +215,7 @@ def test_the_posterior_learns_the_gains_it_is_shown() -> None:
     assert after > 0.95 > before
     assert (learnt[:, 0] == 0).all()
     few = Posterior(space, table, shown[:3], [gain_of(true, p) for p in shown[:3]])
-    spread = [np.std([p.draw(np.random.default_rng(k))[inside] for k in range(20)], axis=0).mean() for p in (few, posterior)]
+    spread = [
+        np.std([p.draw(np.random.default_rng(k))[inside] for k in range(20)], axis=0).mean() for p in (few, posterior)
+    ]
     assert spread[0] > 2 * spread[1]

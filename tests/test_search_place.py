@@ -18,11 +18,7 @@ from surgeon.search.propose import Proposer
 from tests.search_toys import toy_gains, toy_problem, toy_space, toy_table
 
 SMALL = toy_space(5)
-ALL = [
-    np.array(p)
-    for p in itertools.product(range(4), repeat=5)
-    if all(SMALL.allowed[i, j] for i, j in enumerate(p))
-]
+ALL = [np.array(p) for p in itertools.product(range(4), repeat=5) if all(SMALL.allowed[i, j] for i, j in enumerate(p))]
 seeds = st.integers(0, 10_000)
 shares = st.floats(-0.3, 1.0)
 
