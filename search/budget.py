@@ -63,7 +63,7 @@ def parse_bound(text: str, resource: str) -> Bound:
 class Calibration:
     """How predicted memory is turned into needed memory; `events` are the runs that it was learnt from.
 
-    `reserve` is the highest one, in bytes, of the placements that a whole trace refused: the table counts with it from then on.
+    `reserve`, in bytes, is what the table counts with since a whole trace refused what it had let pass.
     `memory` is what the device turned out to have, in bytes: a limit also where no budget was given.
     """
 
@@ -97,9 +97,14 @@ class Calibration:
         least = had if self.memory is None else min(self.memory, had)
         return replace(self, margin=margin, memory=least, events=(*self.events, event))
 
-    def after_refusal(self, reserve: int) -> "Calibration":
-        """What is learnt where the whole trace of a placement that the table let pass did not fit."""
-        return replace(self, reserve=max(self.reserve, reserve))
+    def after_refusal(self, reserve: int, original: int) -> "Calibration":
+        """What is learnt where the whole trace of a placement that the table let pass did not fit.
+
+        The reserve that the table counts with goes half of the way to that of the placement: reserves differ between placements,
+        and to count with the highest one everywhere would forbid much that fits.
+        """
+        known = max(self.reserve, original)
+        return replace(self, reserve=max(known, (known + reserve + 1) // 2))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -146,9 +151,12 @@ class Budgets:
 
     def limits(self, original: "Cost", calibration: Calibration) -> dict[str, int | None]:
         """The limits of the cost table's sums: FLOPs, parameters, and bytes at the predicted peak."""
-        reserve = max(sum(original.reserve.values()), calibration.reserve)
+        own = sum(original.reserve.values())
+        reserve = max(own, calibration.reserve)
         limit = self.memory_limit(original, calibration)
         memory = None if limit is None else calibration.room(limit, reserve)
+        if memory is not None and calibration.needed(original.peak_bytes, own) <= (limit or 0):
+            memory = max(memory, original.peak_bytes)  # what is learnt of others does not speak against the original
         return {
             "flops": None if self.flops is None else int(self.flops.of(original.flops)),
             "params": None if self.params is None else int(self.params.of(original.params)),

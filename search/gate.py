@@ -3,6 +3,8 @@
 Nothing over budget is ever trained: `Gate.check` is asked before every training, and its verdict is kept by the placement's hash.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -89,6 +91,16 @@ class Gate:
     def problem(self) -> Problem:
         """The placement problem under these budgets, as the calibration is now."""
         return of_table(self.table, self.budgets.limits(self.original, self.calibration), self.budgets.max_layers)
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that tell this model, step and budgets from others; weights are not among them."""
+        shapes = {name: list(value.shape) for name, value in self._meta.state_dict().items()}
+        digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
+        return {
+            "model": {"class": type(self._model).__name__, "parameters": self.original.params, "structure": digest},
+            "step": {name: str(value) for name, value in sorted(self.settings.items())},
+            "budgets": self.budgets.to_dict(),
+        }
 
     def check_feasible(self) -> None:
         """Raise `InfeasibleError`, with the nearest feasible numbers, where no placement can be within the budgets."""
@@ -186,7 +198,8 @@ class Gate:
     def refused(self, verdict: Verdict) -> Calibration:
         """Learn from a placement that the table let pass and the whole trace did not."""
         if "reserve" in verdict.traced:
-            self.recalibrate(self.calibration.after_refusal(verdict.traced["reserve"]))
+            own = sum(self.original.reserve.values())
+            self.recalibrate(self.calibration.after_refusal(verdict.traced["reserve"], own))
         return self.calibration
 
     def rebudget(self, budgets: Budgets) -> None:

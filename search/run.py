@@ -111,13 +111,13 @@ class Search:
 
     def _bound_to(self, gains: GainTable, more: Mapping[str, Any]) -> dict[str, Any]:
         problem = self.problem
-        budgets: dict[str, Any] = {name: problem.limit(name) for name in dict.fromkeys(problem.names)}
+        costs: dict[str, Any] = {"budgets": {name: problem.limit(name) for name in dict.fromkeys(problem.names)}}
         if self.gate is not None:
-            budgets = self.gate.budgets.to_dict() | {"batch_size": self.gate.original.batch_size}
+            costs = self.gate.identity()
         return {
+            **costs,
             **more,
             "space": self.space.to_dict(),
-            "budgets": budgets,
             "evaluator": dict(self.evaluator.identity()),
             "gains": gains.for_space(self.space).to_dict()["gains"],
             "mode": self.config.mode,

@@ -1,5 +1,6 @@
 """The operation of a search: every mode, duplicates, refusals, and what a `kill -9` must not cost."""
 
+import itertools
 import json
 import os
 import random
@@ -15,16 +16,20 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+import timm
 from optuna.storages import JournalStorage
 
 from surgeon.errors import ConfigError, TrainingError
+from surgeon.search.budget import Budgets
 from surgeon.search.evaluator import OutOfMemoryError, TableEvaluator
-from surgeon.search.gain import GainTable
+from surgeon.search.gain import GainTable, uniform_gains
+from surgeon.search.gate import Gate
 from surgeon.search.journal import Journal, Lease, StudyError, file_lock, is_alive
 from surgeon.search.place import gain_of, optimum
 from surgeon.search.problem import InfeasibleError, Ints
 from surgeon.search.propose import MODES
-from surgeon.search.run import MAX_ATTEMPTS, Search
+from surgeon.search.run import MAX_ATTEMPTS, Search, SearchConfig
+from surgeon.search.space import SpaceConfig
 from surgeon.search.study import OtherStudyError, Record, StudyFile
 from tests.search_toys import toy_gains, toy_problem, toy_search, toy_space
 
@@ -257,6 +262,56 @@ def test_gain_tables_must_have_what_the_space_allows(tmp_path: Path) -> None:
         smaller.for_space(search.space)
 
 
+class Small(TableEvaluator):
+    """A device with less memory than the gate believes; what it is asked is kept."""
+
+    def __init__(self, gate: Gate, needed: int) -> None:
+        super().__init__(gate.space, {}, name="small")
+        self.gate, self.needed, self.asked = gate, needed, list[int]()
+
+    def evaluate(self, placement: Ints, report: Any, rung: int) -> float:
+        found = self.gate.trace(placement)
+        self.asked.append(found.peak_bytes)
+        if found.peak_bytes > self.needed:
+            raise OutOfMemoryError(None)
+        return float((placement != 0).sum())
+
+
+def test_the_gate_stands_before_every_evaluation_and_learns(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet")
+    config = SpaceConfig(types=("pafu", "sekg"), group_sizes=(4,))
+
+    def begin(resume: bool, flops: str = "+60%") -> tuple[Search, Gate, Small]:
+        gate = Gate(model, config, Budgets.parse(flops=flops, memory="+40%"), batch_size=64, input_size=64)
+        evaluator = Small(gate, int(gate.original.peak_bytes * 1.3))
+        settings = SearchConfig(trials=7 if resume else 6, mode="random")
+        search = Search(StudyFile(tmp_path / "s"), gate.space, uniform_gains(gate.space), evaluator, gate, settings)
+        search.open(resume=resume)
+        return search, gate, evaluator
+
+    search, gate, evaluator = begin(False)
+    search.run()
+    records = search.file.records()
+    short = [
+        one for one in records if one.state == "refused" and one.attributes["refused"] == ["out of memory at run time"]
+    ]
+    assert short
+    for one in records:
+        if "traced" in one.attributes:
+            assert one.attributes["traced"]["flops"] <= 1.6 * gate.original.flops
+    learnt = search.file.calibration
+    assert learnt is not None
+    assert len(learnt.events) == len(short) == sum(peak > evaluator.needed for peak in evaluator.asked)
+    failed = [peak for peak in evaluator.asked if peak > evaluator.needed]
+    assert all(later < earlier for earlier, later in itertools.pairwise(failed))  # as much was never asked for again
+    again, fresh, _ = begin(True)
+    again.run()
+    assert fresh.calibration.memory == (again.file.calibration or learnt).memory
+    assert fresh.calibration.memory is not None
+    with pytest.raises(OtherStudyError, match=r"budgets\.flops\.text"):
+        begin(True, "+70%")
+
+
 # --- the file -----------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +412,25 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(mode: str, tmp_path:
     assert proposals(killed) == proposals(whole.file.records())
     assert sum(one.attempts - 1 for one in killed) <= 2  # at most one redone a kill
     assert {one.state for one in killed} == {"complete"}
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
+    path, moments = tmp_path / "s.jsonl", random.Random(11)
+    toy_search(path, mode="decoder", trials=60, seed=3).open()
+    completed: list[Any] = []
+    for _ in range(20):
+        kill_midway(worker(path, "decoder", 60, 0.1, "resume"), moments.uniform(0.0, 0.5))
+        now = [one for one in proposals(read(path)) if one[2] is not None]
+        assert now[: len(completed)] == completed
+        completed = now
+    assert finish(worker(path, "decoder", 60, 0.0, "resume")) == "trials"
+    whole = toy_search(tmp_path / "whole.jsonl", mode="decoder", trials=60, seed=3)
+    whole.open()
+    whole.run()
+    killed = read(path)
+    assert proposals(killed) == proposals(whole.file.records())
+    assert sum(one.attempts - 1 for one in killed if one.attempts) <= 20
 
 
 def test_two_workers_share_a_study_and_one_may_die(tmp_path: Path) -> None:
