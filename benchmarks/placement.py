@@ -9,6 +9,7 @@ options, whose gains add up within a stage and then saturate, with gain tables o
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -64,8 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part, rows in found.items():
         print(f"\n{part}")
         table(list(rows[0]), [list(row.values()) for row in rows])
-    write_json(args.results / "placement.json", {"proposals": args.proposals, "trials": args.trials, **found})
-    print(f"\nwritten: {args.results / 'placement.json'}")
+    path = args.results / "placement.json"
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
+    write_json(path, {part: earlier[part] for part in PARTS if part in earlier} | found)
+    print(f"\nwritten: {path}, where parts that were not run stay as they are")
     return 0 if all(row["over_budget"] == 0 for row in found.get("gate", [])) else 1
 
 

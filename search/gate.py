@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -83,6 +83,7 @@ class Gate:
             model, list(self.space.options), layers=self.space.selection, **self.settings
         )
         assert self.table.layers == self.space.layers
+        self._unlimited = of_table(self.table, {})
         self._meta = meta_copy(model)
         self._configs: dict[Any, LayerConfig] = {}
         self._verdicts: dict[str, Verdict] = {}
@@ -90,7 +91,8 @@ class Gate:
     @property
     def problem(self) -> Problem:
         """The placement problem under these budgets, as the calibration is now."""
-        return of_table(self.table, self.budgets.limits(self.original, self.calibration), self.budgets.max_layers)
+        limited = self._unlimited.limited(self.budgets.limits(self.original, self.calibration))
+        return replace(limited, max_layers=self.budgets.max_layers)
 
     def identity(self) -> dict[str, Any]:
         """JSON values that tell this model, step and budgets from others; weights are not among them."""

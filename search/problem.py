@@ -93,7 +93,7 @@ class Problem:
 
     def limited(self, limits: Mapping[str, int | None]) -> "Problem":
         """The same problem with other limits of the named resources; None takes a limit away."""
-        unknown = sorted(set(limits) - set(self.names))
+        unknown = sorted(name for name, limit in limits.items() if limit is not None and name not in self.names)
         if unknown:
             raise ConfigError(f"there is no resource {unknown[0]!r}; there are {', '.join(dict.fromkeys(self.names))}")
         new = self.limits.copy()

@@ -417,15 +417,15 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(mode: str, tmp_path:
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
     path, moments = tmp_path / "s.jsonl", random.Random(11)
-    toy_search(path, mode="decoder", trials=60, seed=3).open()
+    toy_search(path, mode="decoder", trials=30, seed=3).open()
     completed: list[Any] = []
     for _ in range(20):
-        kill_midway(worker(path, "decoder", 60, 0.1, "resume"), moments.uniform(0.0, 0.5))
+        kill_midway(worker(path, "decoder", 30, 0.1, "resume"), moments.uniform(0.0, 0.5))
         now = [one for one in proposals(read(path)) if one[2] is not None]
         assert now[: len(completed)] == completed
         completed = now
-    assert finish(worker(path, "decoder", 60, 0.0, "resume")) == "trials"
-    whole = toy_search(tmp_path / "whole.jsonl", mode="decoder", trials=60, seed=3)
+    assert finish(worker(path, "decoder", 30, 0.0, "resume")) == "trials"
+    whole = toy_search(tmp_path / "whole.jsonl", mode="decoder", trials=30, seed=3)
     whole.open()
     whole.run()
     killed = read(path)
