@@ -35,7 +35,7 @@ DECODE_GAP = 0.005  # relative; the weights are guesses, so that the last half p
 _STARTUP = 8
 _SPREAD = 0.5  # of draws from the posterior; whole draws explored too much in the comparison of modes
 _TRIES = 50
-_CUTS = 8  # placements to stay away from, at most, before something else is tried
+_DRAWS = 3  # draws of noisy gains, before something else is tried
 
 
 def derived_seed(*parts: Any) -> int:
@@ -157,16 +157,14 @@ class Proposer:
     def another(self, number: int, problem: Problem, seen: Mapping[str, Ints], near: Proposal) -> Proposal | None:
         """A proposal that was not seen yet, in the place of one that was; None if the space seems exhausted."""
         if self.mode in ("decoder", "posterior"):
-            cuts: list[Cut] = [Cut(near.placement)]
             rng = self._rng(number, "another")
-            noisy = self._scaled * rng.lognormal(0.0, 0.3, self._scaled.shape)
-            while len(cuts) <= _CUTS:
-                placement = optimum(problem, noisy, cuts=cuts, gap=DECODE_GAP, rough=True)
+            for _ in range(_DRAWS):
+                noisy = self._scaled * rng.lognormal(0.0, 0.3, self._scaled.shape)
+                placement = optimum(problem, noisy, cuts=[Cut(near.placement)], gap=DECODE_GAP, rough=True)
                 if placement is None:
                     return None
                 if self.space.hash_of(placement) not in seen:
                     return Proposal(placement, "unseen")
-                cuts.append(Cut(placement))
         rng = self._rng(number, "unseen")
         for _ in range(_TRIES):
             placement = random_placement(problem, rng)
@@ -181,13 +179,13 @@ class Proposer:
         if len(measured) < 2:
             return random_placement(problem, rng)
         posterior = Posterior(self.space, self.gains, [one for one, _ in measured], [value for _, value in measured])
-        gains, cuts = posterior.draw(rng, _SPREAD), list[Cut]()
         known = {tuple(one) for one, _ in measured}
-        while True:  # a placement that was measured already would teach nothing
-            placement = optimum(problem, gains, cuts=cuts, gap=DECODE_GAP, rough=True)
-            if placement is None or tuple(placement) not in known or len(cuts) == _CUTS:
-                return placement
-            cuts.append(Cut(placement))
+        for widening in (1.0, 2.0, 4.0):  # a placement that was measured already would teach nothing: look further away
+            gains = posterior.draw(rng, _SPREAD * widening)
+            placement = optimum(problem, gains, gap=DECODE_GAP, rough=True)
+            if placement is None or tuple(placement) not in known:
+                break
+        return placement
 
     # --- the decoder ----------------------------------------------------------------------------------------------
 
