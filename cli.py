@@ -23,6 +23,7 @@ from surgeon import (
 )
 from surgeon.arguments import assignment, positive
 from surgeon.errors import CheckpointError, ConfigError, SurgeonError, VerificationError
+from surgeon.search import place_command
 
 if TYPE_CHECKING:
     from torch import nn
@@ -301,6 +302,7 @@ def _parser() -> argparse.ArgumentParser:
         "cost": cost_command,
         "bench": bench_command,
         "zoo": zoo_command,
+        "place": place_command,
     }
     for name, module in modules.items():
         module.add_arguments(_command(commands, name, module.run, module.DESCRIPTION, module.EXAMPLES))

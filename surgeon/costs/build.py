@@ -155,7 +155,7 @@ def _profiles(
                 same = (option.label, site.geometry, call, trainable)
                 if same not in done:
                     layer = option_layer(site.geometry, option, configs)
-                    _freeze(layer, module)
+                    freeze_like(layer, module)
                     done[same] = profile(layer, call, settings)
                 row.append(done[same])
             result.append(row)
@@ -191,7 +191,7 @@ def _random_conv(geometry: ConvGeometry) -> Any:
     return ConvSource(geometry=geometry, weight=weight, bias=bias)
 
 
-def _freeze(layer: DynamicConv2d, module: nn.Module) -> None:
+def freeze_like(layer: DynamicConv2d, module: nn.Module) -> None:
     """What the convolution's weight and bias became is frozen if they are."""
     if all(p.requires_grad for p in module.parameters()):
         return

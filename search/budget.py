@@ -1,0 +1,243 @@
+"""Budgets as people write them: absolute or relative to the unmodified model, and what of them a placement may use.
+
+Memory is checked twice. The cost table predicts the peak of the tensors; a whole trace adds what the device must have beside them:
+needed = peak × margin + reserve (fragmentation, workspaces, context). `Calibration` holds the margin and learns from runs that
+were out of memory although they should have fitted.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from surgeon.costs.parse import giga, mebibytes, parse_quantity
+from surgeon.errors import ConfigError
+from surgeon.search.problem import InfeasibleError, Problem
+
+if TYPE_CHECKING:
+    from surgeon.costs import Cost
+
+FLAGS = {"flops": "--max-flops", "params": "--max-params", "memory": "--max-memory", "latency": "--max-latency"}
+Translate = Callable[[str, float], float]  # resource, value of its row -> what the user's budget is in
+_RELATIVE = re.compile(r"\s*([+-])\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*%\s*")
+_TIME = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(us|ms|s)\s*", re.IGNORECASE)
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One budget: `value` in units (FLOPs an image, parameters, bytes, seconds), or as a factor of the original's."""
+
+    text: str
+    value: float
+    relative: bool
+
+    def of(self, original: float) -> float:
+        """The limit, given what the unmodified model costs."""
+        return original * self.value if self.relative else self.value
+
+
+def parse_bound(text: str, resource: str) -> Bound:
+    """A budget: `4.5G`, `8GiB`, `20ms`, or relative to the original, `+10%`, `-5%`. Raises `ConfigError`."""
+    flag = FLAGS[resource]
+    match = _RELATIVE.fullmatch(text)
+    if match is not None:
+        share = float(match[2]) / 100
+        if match[1] == "-" and share >= 1:
+            raise ConfigError(f"{flag}: {text!r} leaves nothing of the original; expected less than -100%")
+        return Bound(text.strip(), 1 + share if match[1] == "+" else 1 - share, True)
+    if "%" in text:
+        raise ConfigError(f"{flag}: a budget relative to the original has a sign: +10% or -5%, got {text!r}")
+    if resource == "latency":
+        match = _TIME.fullmatch(text)
+        if match is None or float(match[1]) <= 0:
+            raise ConfigError(f"{flag}: expected a time such as 20ms, 1.5s or +10%, got {text!r}")
+        return Bound(text.strip(), float(match[1]) * _UNITS[match[2].lower()], False)
+    return Bound(text.strip(), float(parse_quantity(text, flag)), False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How predicted memory is turned into needed memory; `events` are the runs that it was learnt from.
+
+    `reserve`, in bytes, is what the table counts with since a whole trace refused what it had let pass.
+    `memory` is what the device turned out to have, in bytes: a limit also where no budget was given.
+    """
+
+    margin: float = 1.05
+    reserve: int = 0
+    memory: int | None = None
+    events: tuple[Mapping[str, float | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1.0 <= self.margin < 100:
+            raise ConfigError(f"the memory margin must be at least 1, got {self.margin!r}")
+
+    def needed(self, peak: float, reserve: float) -> int:
+        """Bytes that a device must have for a predicted peak."""
+        return round(peak * self.margin + reserve)
+
+    def room(self, memory: float, reserve: float) -> int:
+        """The highest predicted peak that fits into this much memory; may be negative."""
+        return int((memory - reserve) / self.margin)
+
+    def after_out_of_memory(self, peak: int, reserve: int, memory: int | None) -> "Calibration":
+        """What is learnt where a step with this prediction did not fit into `memory` bytes (None: not known).
+
+        The same placement is refused from now on.
+        """
+        event = {"peak": peak, "reserve": reserve, "memory": memory, "margin": self.margin}
+        had = self.needed(peak, reserve) - 1 if memory is None else memory
+        margin = self.margin
+        if self.needed(peak, reserve) <= had:
+            margin = (had - reserve) / max(peak, 1) * 1.02
+        least = had if self.memory is None else min(self.memory, had)
+        return replace(self, margin=margin, memory=least, events=(*self.events, event))
+
+    def after_refusal(self, reserve: int, original: int) -> "Calibration":
+        """What is learnt where the whole trace of a placement that the table let pass did not fit.
+
+        The reserve that the table counts with goes half of the way to that of the placement: reserves differ between placements,
+        and to count with the highest one everywhere would forbid much that fits.
+        """
+        known = max(self.reserve, original)
+        return replace(self, reserve=max(known, (known + reserve + 1) // 2))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self) | {"events": [dict(event) for event in self.events]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
+        """Inverse of `to_dict`."""
+        return cls(**{**values, "events": tuple(values["events"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budgets:
+    """What a placement may cost; None: no limit. `mode` is the step whose memory counts, "train" or "infer"."""
+
+    flops: Bound | None = None
+    params: Bound | None = None
+    memory: Bound | None = None
+    latency: Bound | None = None
+    mode: str = "train"
+    max_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("train", "infer"):
+            raise ConfigError(f"--memory-mode must be train or infer, got {self.mode!r}")
+        if self.max_layers is not None and self.max_layers < 1:
+            raise ConfigError(f"--max-layers must be at least 1, got {self.max_layers}")
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        flops: str | None = None,
+        params: str | None = None,
+        memory: str | None = None,
+        latency: str | None = None,
+        mode: str = "train",
+        max_layers: int | None = None,
+    ) -> "Budgets":
+        """From texts, see `parse_bound`."""
+        given = {"flops": flops, "params": params, "memory": memory, "latency": latency}
+        bounds = {name: None if text is None else parse_bound(text, name) for name, text in given.items()}
+        return cls(mode=mode, max_layers=max_layers, **bounds)
+
+    def limits(self, original: "Cost", calibration: Calibration) -> dict[str, int | None]:
+        """The limits of the cost table's sums: FLOPs, parameters, and bytes at the predicted peak."""
+        own = sum(original.reserve.values())
+        reserve = max(own, calibration.reserve)
+        limit = self.memory_limit(original, calibration)
+        memory = None if limit is None else calibration.room(limit, reserve)
+        if memory is not None and calibration.needed(original.peak_bytes, own) <= (limit or 0):
+            memory = max(memory, original.peak_bytes)  # what is learnt of others does not speak against the original
+        return {
+            "flops": None if self.flops is None else int(self.flops.of(original.flops)),
+            "params": None if self.params is None else int(self.params.of(original.params)),
+            "memory": memory,
+        }
+
+    def memory_limit(self, original: "Cost", calibration: Calibration) -> int | None:
+        """Bytes of device memory that a step may need, margin and reserve included."""
+        if self.memory is None:
+            return calibration.memory
+        # a relative budget is one of the original as it was first judged: it must not grow with the margin
+        first = Calibration().needed(original.peak_bytes, sum(original.reserve.values()))
+        limit = int(self.memory.of(first))
+        return limit if calibration.memory is None else min(limit, calibration.memory)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    @property
+    def text(self) -> str:
+        """For people: `FLOPs <= +10%, memory <= 8GiB (train)`."""
+        names = {"flops": "FLOPs", "params": "parameters", "memory": f"memory ({self.mode})", "latency": "latency"}
+        parts = [f"{label} <= {bound.text}" for name, label in names.items() if (bound := getattr(self, name))]
+        if self.max_layers is not None:
+            parts.append(f"layers <= {self.max_layers}")
+        return ", ".join(parts) or "no budget"
+
+
+def told(resource: str, value: float) -> str:
+    """An amount of a resource for people."""
+    if resource == "memory":
+        return mebibytes(value)
+    if resource == "latency":
+        return f"{value * 1e3:,.2f} ms"
+    return giga(value).replace(" ", "")
+
+
+def as_budget(resource: str, value: float) -> str:
+    """An amount as a budget that can be typed, rounded up so that what costs this much is within it."""
+    if resource == "memory":
+        return f"{math.ceil(value / 2**20)}MiB"
+    if resource == "latency":
+        return f"{math.ceil(value * 1e5) / 100:g}ms"
+    letter, unit = next(((c, n) for c, n in (("G", 10**9), ("M", 10**6), ("k", 10**3)) if value >= n / 10), ("", 1))
+    return f"{math.ceil(value / unit * 1000) / 1000:g}{letter}" if letter else f"{math.ceil(value)}"
+
+
+def check_feasible(problem: Problem, original: Mapping[str, int], *, translate: Translate | None = None) -> None:
+    """Raise `InfeasibleError` with the nearest numbers if no placement, not even the unmodified model, is within the limits.
+
+    `original` are the unmodified model's costs. `translate(resource, value)` turns a row's value into what the user's
+    budget is in (memory: with margin and reserve).
+    """
+    from surgeon.search.place import nearest, optimum, smallest
+
+    def say(resource: str, value: float) -> float:
+        return value if translate is None else translate(resource, value)
+
+    names = list(dict.fromkeys(problem.names))
+    limited = [name for name in names if problem.limit(name) is not None]
+
+    def amounts(values: Mapping[str, int]) -> str:
+        return ", ".join(f"{FLAGS[name]} {as_budget(name, say(name, value))}" for name, value in values.items())
+
+    if bool(problem.feasible([0] * problem.shape[0])[0]):
+        return
+    if optimum(problem, np.zeros(problem.shape)) is not None:
+        return
+    least = {name: smallest(problem, name) for name in limited}
+    wanted = {name: problem.limit(name) or 0 for name in limited}
+    original_costs = {name: original[name] for name in limited}
+    raise InfeasibleError(
+        f"no placement is within {amounts(wanted)}; the nearest budgets that one placement meets are "
+        f"{amounts(nearest(problem))}; each alone could go down to {amounts(least)} "
+        f"(the original: {amounts(original_costs)}){_macs(original_costs, wanted)}"
+    )
+
+
+def _macs(original: Mapping[str, int], wanted: Mapping[str, int]) -> str:
+    """A hint for budgets that were meant as multiply-accumulates."""
+    if "flops" in wanted and original["flops"] / 2 <= wanted["flops"] < original["flops"]:
+        return "; a multiply-accumulate counts as 2 FLOPs"
+    return ""

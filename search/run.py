@@ -1,0 +1,384 @@
+"""A worker of a search: take up, propose, gate, evaluate, write down; until there are enough trials, or time is up, or Ctrl-C."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from surgeon.errors import ConfigError, TrainingError
+from surgeon.search.evaluator import Evaluator, OutOfMemoryError
+from surgeon.search.gain import GainTable
+from surgeon.search.gate import Gate
+from surgeon.search.problem import InfeasibleError, Ints, Problem
+from surgeon.search.propose import Proposal, Proposer, make_sampler
+from surgeon.search.space import Space
+from surgeon.search.study import Record, StudyFile, record
+
+MAX_ATTEMPTS = 3  # a trial that took its worker with it so often is given up
+_REPEATS = 3  # duplicates in a row, after which something new is asked for
+_REFUSALS = 20  # in a row, after which the budgets are not what the table can satisfy
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How to search. `trials` counts evaluations of different placements over all workers; `max_time` seconds of this worker."""
+
+    trials: int = 60
+    mode: str = "decoder"
+    seed: int = 0
+    rung: int = 0
+    max_time: float | None = None
+    optima: int = 4
+    random: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "optima"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_time is not None and self.max_time <= 0:
+            raise ConfigError(f"--max-time must be positive, got {self.max_time}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Why a worker stopped ("trials", "time", "interrupted", "exhausted"), what it did, and the study's best so far."""
+
+    stopped: str
+    evaluated: int
+    best: Record | None
+
+
+class _LeaveError(Exception):
+    """The evaluation is left as it is: the trial stays open and will be taken up again."""
+
+
+class _PrunedError(Exception):
+    """Optuna's pruner ended the evaluation."""
+
+
+@dataclass
+class _Stop:
+    """When to stop: Ctrl-C, or the end of the time."""
+
+    deadline: float | None
+    interrupted: bool = False
+
+    @property
+    def reason(self) -> str | None:
+        if self.interrupted:
+            return "interrupted"
+        return "time" if self.deadline is not None and time.monotonic() >= self.deadline else None
+
+
+@dataclass
+class _Claim:
+    """A trial that this worker is to evaluate."""
+
+    trial: optuna.Trial
+    placement: Ints
+    reported: dict[int, float] = field(default_factory=dict)  # by the worker that began it
+
+
+class Search:
+    """One worker's view of a search. `costs` is the budget gate, or a problem where nothing needs to be traced."""
+
+    def __init__(
+        self,
+        file: StudyFile,
+        space: Space,
+        gains: GainTable,
+        evaluator: Evaluator,
+        costs: Gate | Problem,
+        config: SearchConfig,
+        *,
+        identity: Mapping[str, Any] | None = None,
+        pruner: optuna.pruners.BasePruner | None = None,
+        progress: Callable[[Record, Record | None], None] | None = None,
+    ) -> None:
+        self.file, self.space, self.evaluator, self.config = file, space, evaluator, config
+        self.gate = costs if isinstance(costs, Gate) else None
+        self._problem = None if isinstance(costs, Gate) else costs
+        self.proposer = Proposer(config.mode, space, gains, config.seed)
+        self._identity = self._bound_to(gains, identity or {})
+        self._pruner, self._progress = pruner, progress
+
+    def _bound_to(self, gains: GainTable, more: Mapping[str, Any]) -> dict[str, Any]:
+        problem = self.problem
+        costs: dict[str, Any] = {"budgets": {name: problem.limit(name) for name in dict.fromkeys(problem.names)}}
+        if self.gate is not None:
+            costs = self.gate.identity()
+        return {
+            **costs,
+            **more,
+            "space": self.space.to_dict(),
+            "evaluator": dict(self.evaluator.identity()),
+            "gains": gains.for_space(self.space).to_dict()["gains"],
+            "mode": self.config.mode,
+            "seed": self.config.seed,
+        }
+
+    @property
+    def problem(self) -> Problem:
+        """The placement problem, as the calibration is now."""
+        if self.gate is not None:
+            return self.gate.problem
+        assert self._problem is not None
+        return self._problem
+
+    def open(self, *, resume: bool = False) -> None:
+        """Begin the study, or go on with it; see `StudyFile.open`. Raises `InfeasibleError` for budgets that nothing meets."""
+        if self.gate is not None:
+            self.gate.check_feasible()
+        prelude = [
+            (self.proposer.parameters(one.placement), self._attributes(one))
+            for one in self.proposer.prelude(self.problem, self.config.optima, self.config.random)
+        ]
+        sampler = make_sampler(self.config.mode, self.config.seed)
+        self.file.open(self._identity, self.evaluator.directions, sampler, self._pruner, prelude, resume=resume)
+
+    def run(self) -> Outcome:
+        """Work until the end. After Ctrl-C or when time is up, a trial in evaluation stays open for `resume`."""
+        limit = self.config.max_time
+        stop = _Stop(None if limit is None else time.monotonic() + limit)
+        evaluated, failures = 0, 0
+        with self.file.working(), _on_interrupt(stop):
+            while stop.reason is None:
+                claim = self._next()
+                if isinstance(claim, str):
+                    return self._outcome(claim, evaluated)
+                if claim is None:  # a duplicate, answered
+                    continue
+                try:
+                    done = self._evaluate(claim, stop)
+                    evaluated, failures = evaluated + done, 0
+                except _LeaveError:
+                    break
+                except TrainingError as error:
+                    failures += 1
+                    self._fail(claim, error)
+                    if failures >= MAX_ATTEMPTS:
+                        raise
+                except Exception as error:
+                    self._fail(claim, error)
+                    raise
+        return self._outcome(stop.reason or "interrupted", evaluated)
+
+    def _outcome(self, stopped: str, evaluated: int) -> Outcome:
+        return Outcome(stopped=stopped, evaluated=evaluated, best=self.file.best())
+
+    # --- what next ------------------------------------------------------------------------------------------------
+
+    def _next(self) -> _Claim | str | None:
+        """A trial to evaluate; None if it was a duplicate and is answered; why to stop otherwise."""
+        with self.file.exclusive():
+            self._learn()
+            orphans = self.file.orphans()
+            trials = self.file.trials()
+            records = [record(trial) for trial in trials]
+            if orphans:
+                return self._take_up(orphans[0], records)
+            busy = sum(one.state == "running" for one in records)
+            if sum(one.counts for one in records) + busy >= self.config.trials:
+                return "trials"
+            if len(records) >= _REFUSALS and all(one.state == "refused" for one in records[-_REFUSALS:]):
+                raise InfeasibleError(
+                    f"the last {_REFUSALS} proposals were over budget by a whole trace: {records[-1].attributes['refused']}"
+                )
+            trial = self.file.study.ask()
+            self.file.claim(trial)
+            return self._prepare(trial, records, trial.user_attrs)
+
+    def _learn(self) -> None:
+        found = self.file.calibration
+        if self.gate is not None and found is not None:
+            self.gate.recalibrate(found)
+
+    def _take_up(self, orphan: FrozenTrial, records: list[Record]) -> _Claim | str | None:
+        trial = self.file.take_up(orphan)
+        if int(trial.user_attrs["attempts"]) > MAX_ATTEMPTS:
+            trial.set_user_attr("error", f"its worker died {MAX_ATTEMPTS} times")
+            self.file.study.tell(trial, state=TrialState.FAIL)
+            return None
+        claim = self._prepare(trial, records, orphan.user_attrs)
+        if isinstance(claim, _Claim):
+            claim.reported = dict(orphan.intermediate_values)
+        return claim
+
+    def _prepare(
+        self, trial: optuna.Trial, records: list[Record], attributes: Mapping[str, Any]
+    ) -> _Claim | str | None:
+        """Give the trial its placement, if it has none; answer it if that was evaluated before."""
+        others = [one for one in records if one.number != trial.number and one.hash is not None]
+        if "placement" in attributes:
+            placement = self.space.placement(attributes["placement"])
+            self.proposer.take_over(trial)
+            return _Claim(trial, placement)
+        started = time.perf_counter()
+        problem = self.problem
+        proposal = self.proposer.propose(trial, problem, self._measured(others))
+        known = {one.hash: one for one in sorted(others, key=lambda one: one.counts) if one.state != "waiting"}
+        twin = known.get(self.space.hash_of(proposal.placement))
+        if twin is not None and twin.counts and not self._stuck(records):
+            self._write(trial, proposal, started)
+            self._answer(trial, twin)
+            return None
+        seen = {one.hash: self.space.placement(one.placement) for one in others if one.hash is not None}
+        if self.space.hash_of(proposal.placement) in seen:
+            other = self.proposer.another(trial.number, problem, seen, proposal)
+            if other is None:
+                trial.set_user_attr("error", "every placement within the budgets was tried")
+                self.file.study.tell(trial, state=TrialState.FAIL)
+                return "exhausted"
+            proposal = other
+        self._write(trial, proposal, started)
+        return _Claim(trial, proposal.placement)
+
+    def _measured(self, records: list[Record]) -> list[tuple[Ints, float]]:
+        sign = 1.0 if self.evaluator.directions[0] == "maximize" else -1.0
+        return [
+            (self.space.placement(one.placement), sign * one.values[0])
+            for one in records
+            if one.state == "complete" and one.values and one.duplicate_of is None
+        ]
+
+    @staticmethod
+    def _stuck(records: list[Record]) -> bool:
+        last = [one for one in records if one.state not in ("running", "waiting")][-_REPEATS:]
+        return len(last) == _REPEATS and all(one.duplicate_of is not None for one in last)
+
+    def _attributes(self, proposal: Proposal) -> dict[str, Any]:
+        return {
+            "placement": self.space.names(proposal.placement),
+            "hash": self.space.hash_of(proposal.placement),
+            "source": proposal.source,
+            "gain": self.proposer.expected(proposal.placement),
+            "predicted": self.problem.costs(proposal.placement),
+        }
+
+    def _write(self, trial: optuna.Trial, proposal: Proposal, started: float) -> None:
+        for name, value in self._attributes(proposal).items():
+            trial.set_user_attr(name, value)
+        trial.set_user_attr("proposal_seconds", time.perf_counter() - started)
+
+    def _answer(self, trial: optuna.Trial, twin: Record) -> None:
+        """Tell Optuna the value that the same placement got before."""
+        trial.set_user_attr("duplicate_of", twin.number)
+        if twin.state == "complete":
+            assert twin.values is not None
+            self.file.study.tell(trial, list(twin.values))
+            return
+        for step, value in self.file.trials()[twin.number].intermediate_values.items():
+            trial.report(value, step)
+        self.file.study.tell(trial, state=TrialState.PRUNED)
+
+    # --- evaluation -----------------------------------------------------------------------------------------------
+
+    def _evaluate(self, claim: _Claim, stop: _Stop) -> bool:
+        """Gate and evaluate; True if there was an evaluation."""
+        started = time.perf_counter()
+        if self.gate is not None:
+            verdict = self.gate.check(claim.placement)
+            if not verdict.fits:
+                with self.file.exclusive():
+                    self.file.keep_calibration(self.gate.refused(verdict))
+                    self._refuse(claim, list(verdict.reasons))
+                return False
+            claim.trial.set_user_attr("traced", dict(verdict.traced))
+        state, values = TrialState.COMPLETE, None
+        try:
+            values = _listed(self.evaluator.evaluate(claim.placement, self._report(claim, stop), self.config.rung))
+        except _PrunedError:
+            state = TrialState.PRUNED
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._out_of_memory(claim, error)
+            return False
+        if values is not None and not np.isfinite(values).all():
+            raise TrainingError(f"trial {claim.trial.number} has no finite value: {values}")
+        with self.file.exclusive():
+            claim.trial.set_user_attr("seconds", time.perf_counter() - started)
+            self.file.study.tell(claim.trial, values, state=state)
+        self._tell_progress(claim)
+        return True
+
+    def _report(self, claim: _Claim, stop: _Stop) -> Callable[[int, float], None]:
+        single = len(self.evaluator.directions) == 1
+
+        def report(step: int, value: float) -> None:
+            if single and step not in claim.reported:
+                claim.trial.report(value, step)
+                claim.reported[step] = value
+            if stop.reason is not None:
+                raise _LeaveError
+            if single and claim.trial.should_prune():
+                raise _PrunedError
+
+        return report
+
+    def _out_of_memory(self, claim: _Claim, error: Exception) -> None:
+        memory = error.memory if isinstance(error, OutOfMemoryError) else _device_memory()
+        with self.file.exclusive():
+            if self.gate is not None:
+                self._learn()
+                self.file.keep_calibration(self.gate.out_of_memory(claim.placement, memory))
+            self._refuse(claim, ["out of memory at run time"])
+
+    def _refuse(self, claim: _Claim, reasons: list[str]) -> None:
+        claim.trial.set_user_attr("refused", reasons)
+        claim.trial.set_constraint("budget", 1.0)
+        self.file.study.tell(claim.trial, state=TrialState.PRUNED)
+        self._tell_progress(claim)
+
+    def _fail(self, claim: _Claim, error: Exception) -> None:
+        with self.file.exclusive():
+            claim.trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+            self.file.study.tell(claim.trial, state=TrialState.FAIL)
+        self._tell_progress(claim)
+
+    def _tell_progress(self, claim: _Claim) -> None:
+        if self._progress is not None:
+            self._progress(self.file.records()[claim.trial.number], self.file.best())
+
+
+def _listed(values: Any) -> list[float]:
+    return [float(v) for v in values] if isinstance(values, list | tuple) else [float(values)]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def _device_memory() -> int | None:
+    """Bytes of this machine's CUDA device."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+
+
+@contextmanager
+def _on_interrupt(stop: _Stop) -> Iterator[None]:
+    """The first Ctrl-C asks the search to stop, the second stops it at once. Only the main thread can catch it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: Any) -> None:
+        stop.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,303 @@
+"""The space: which layers may become what, and why the others may not. A placement says what each of them becomes."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from surgeon.costs.table import KEEP, Option
+from surgeon.errors import ConfigError, RecipeError
+from surgeon.recipe import Recipe, Rule, versions
+from surgeon.search.problem import Bools, Ints
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgeon.recipe import BaseModel
+    from surgeon.sites import ConvSite
+
+# What the papers use (ACDA appendix A.4: m = 6, S = 3; PAFU: groups of 8; SEKG: a kernel a channel), and smaller ones beside it.
+DEFAULT_OPTIONS = (
+    Option("acda", {"atoms": 6, "scales": 3}),
+    Option("acda", {"atoms": 4, "scales": 1}),
+    Option("acda", {"atoms": 6, "scales": 1}),
+    Option("pafu", {"group_size": 4}),
+    Option("pafu", {"group_size": 8}),
+    Option("sekg", {}),
+)
+_VALUES = {"acda": ("atoms", "scales"), "pafu": ("group_size",), "sekg": ("kernel_groups",)}
+_KEYS = ("types", "atoms", "scales", "group_sizes", "kernel_groups", "layers", "options")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceConfig:
+    """A description of a space. Empty values mean the defaults; every combination of the values of a type is an option."""
+
+    types: tuple[str, ...] = ()
+    atoms: tuple[int, ...] = ()
+    scales: tuple[int, ...] = ()
+    group_sizes: tuple[int, ...] = ()
+    kernel_groups: tuple[int, ...] = ()
+    layers: str | None = None  # a selection (surgeon.select); None: all that can become something, but 1×1
+    options: tuple[Option, ...] = ()  # further ones, as they are
+
+    def __post_init__(self) -> None:
+        self.make_options()
+
+    def make_options(self) -> tuple[Option, ...]:
+        """The options, without repetitions, each checked by its layer type. Raises `ConfigError`."""
+        from surgeon.layers.registry import layer_class
+        from surgeon.plan import read_config
+
+        found = [*self._combined(), *self.options]
+        if not found:
+            raise ConfigError("the search space has no option: give --types, or leave it out for the defaults")
+        for option in found:
+            read_config(layer_class(option.type), Rule(layers="all", type=option.type, options=dict(option.options)))
+        return tuple({option.label: option for option in found}.values())
+
+    def _combined(self) -> list[Option]:
+        given = {"atoms": self.atoms, "scales": self.scales, "group_size": self.group_sizes}
+        given["kernel_groups"] = self.kernel_groups
+        used = {name for names in _VALUES.values() for name in names if given[name]}
+        types = self.types or tuple(kind for kind, names in _VALUES.items() if used.intersection(names))
+        if not types and self.options:
+            return []
+        if not types:
+            return list(DEFAULT_OPTIONS)
+        idle = sorted(used - {name for kind in types for name in _VALUES.get(kind, ())})
+        if idle:
+            raise ConfigError(f"{idle[0].replace('_', ' ')} is an option of none of the types {', '.join(types)}")
+        options: list[Option] = []
+        for kind in types:
+            names = _VALUES.get(kind, ())
+            if not any(given[name] for name in names):
+                options += [option for option in DEFAULT_OPTIONS if option.type == kind] or [Option(kind, {})]
+                continue
+            sets: list[dict[str, Any]] = [{}]
+            for name in names:
+                sets = [one | {name: value} for one in sets for value in given[name]] if given[name] else sets
+            options += [Option(kind, one) for one in sets]
+        return options
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str = "space") -> "SpaceConfig":
+        """From JSON or YAML values: the keys of this class, `options` as a list of {type, options}. Raises `ConfigError`."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"{where} must be a mapping with some of {', '.join(_KEYS)}, got {values!r}")
+        unknown = sorted(str(key) for key in set(values) - set(_KEYS))
+        if unknown:
+            raise ConfigError(f"{where} has no key {unknown[0]!r}; it may have {', '.join(_KEYS)}")
+        read: dict[str, Any] = {}
+        for key, value in values.items():
+            if key == "layers":
+                read[key] = ",".join(value) if isinstance(value, list) else value
+                if not isinstance(read[key], str):
+                    raise ConfigError(f"{where}: layers must be a selection such as stage3,stage4, got {value!r}")
+            elif key == "options":
+                read[key] = _options(value, where)
+            else:
+                read[key] = _listed(value, str if key == "types" else int, f"{where}: {key}")
+        return cls(**read)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "SpaceConfig":
+        """From a YAML or JSON file; raises `ConfigError`."""
+        import yaml
+
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the space {path}: {error}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+        return cls.from_dict(values, str(path))
+
+
+def _options(value: Any, where: str) -> tuple[Option, ...]:
+    if not isinstance(value, list) or not all(
+        isinstance(one, dict) and set(one) <= {"type", "options"} and isinstance(one.get("type"), str) for one in value
+    ):
+        raise ConfigError(f"{where}: options must be a list of {{type, options}}, got {value!r}")
+    return tuple(Option(one["type"], dict(one.get("options") or {})) for one in value)
+
+
+def _listed(value: Any, kind: type, where: str) -> tuple[Any, ...]:
+    items = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
+        raise ConfigError(f"{where} must be a list of {'names' if kind is str else 'whole numbers'}, got {value!r}")
+    return tuple(items)
+
+
+# --- the space of one model ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Space:
+    """L layers that may become something, O - 1 options beside "keep". `allowed` (L, O); `refused` are the reasons."""
+
+    layers: tuple[str, ...]
+    stages: tuple[str | None, ...]
+    options: tuple[Option, ...]
+    allowed: Bools
+    refused: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)  # (layer, option label) → why not
+    selection: str | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of all options, "keep" first."""
+        return (KEEP, *(option.label for option in self.options))
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Layer type of every option, "keep" first."""
+        return (KEEP, *(option.type for option in self.options))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; what its hash is made of."""
+        return {
+            "layers": list(self.layers),
+            "options": [{"type": option.type, "options": dict(option.options)} for option in self.options],
+            "allowed": [[int(j) for j in np.flatnonzero(row)] for row in self.allowed],
+        }
+
+    @property
+    def hash(self) -> str:
+        """Stable over runs and machines."""
+        return _sha(self.to_dict())
+
+    def names(self, placement: Sequence[int] | Ints) -> dict[str, str]:
+        """Layer → option label of the layers that are replaced."""
+        self.check(placement)
+        return {layer: self.labels[int(j)] for layer, j in zip(self.layers, placement, strict=True) if j}
+
+    def placement(self, chosen: Mapping[str, str]) -> Ints:
+        """Inverse of `names`; raises `ConfigError` for a layer or option that is not there or not allowed."""
+        result = np.zeros(len(self.layers), dtype=np.int64)
+        for layer, label in chosen.items():
+            if layer not in self.layers or label not in self.labels:
+                what = repr(layer) if layer not in self.layers else repr(label)
+                raise ConfigError(f"the search space has no {what}; its options are {', '.join(self.labels)}")
+            result[self.layers.index(layer)] = self.labels.index(label)
+        self.check(result)
+        return result
+
+    def check(self, placement: Sequence[int] | Ints) -> None:
+        """Raise `ConfigError` unless these are L options that exist and are allowed."""
+        if len(placement) != len(self.layers):
+            raise ConfigError(f"a placement names an option for {len(self.layers)} layers, got {len(placement)}")
+        for i, j in enumerate(placement):
+            if not 0 <= j < len(self.labels):
+                raise ConfigError(f"{self.layers[i]}: there is no option {j}; there are 0 to {len(self.options)}")
+            if not self.allowed[i, j]:
+                label = self.labels[j]
+                raise ConfigError(f"{self.layers[i]} cannot become {label}: {'; '.join(self.why_not(i, int(j)))}")
+
+    def why_not(self, layer: int, option: int) -> tuple[str, ...]:
+        """The reasons against an option of a layer."""
+        return tuple(self.refused.get((self.layers[layer], self.labels[option]), ()))
+
+    def hash_of(self, placement: Sequence[int] | Ints) -> str:
+        """Stable name of a placement: what its layers become, whatever the order or number of options of the space."""
+        chosen = {}
+        for layer, j in zip(self.layers, placement, strict=True):
+            if j:
+                option = self.options[int(j) - 1]
+                chosen[layer] = [option.type, dict(option.options)]
+        return _sha(chosen)[:16]
+
+    def recipe(self, placement: Sequence[int] | Ints, base: "BaseModel | None" = None, seed: int = 0) -> Recipe:
+        """What `surgeon convert --recipe` takes: one rule a replaced layer."""
+        self.check(placement)
+        rules = tuple(
+            Rule(layers=layer, type=self.options[int(j) - 1].type, options=dict(self.options[int(j) - 1].options))
+            for layer, j in zip(self.layers, placement, strict=True)
+            if j
+        )
+        return Recipe(rules=rules, base=base, seed=seed, versions=versions())
+
+    def from_recipe(self, recipe: Recipe) -> Ints:
+        """The placement of a recipe that names single layers, with options as written or as a conversion resolved them.
+
+        Raises `RecipeError` for a layer that is not in the space or an option that none of the space's agrees with.
+        """
+        result = np.zeros(len(self.layers), dtype=np.int64)
+        for rule in recipe.rules:
+            if rule.layers not in self.layers:
+                raise RecipeError(f"the recipe's layer {rule.layers!r} is not in the search space")
+            fitting = [j for j, option in enumerate(self.options, start=1) if _agrees(option, rule)]
+            if not fitting:
+                raise RecipeError(
+                    f"{rule.layers} becomes {Option(rule.type, rule.options).label} in the recipe, which is none of the "
+                    f"search space's options {', '.join(self.labels[1:])}"
+                )
+            result[self.layers.index(rule.layers)] = max(fitting, key=lambda j: len(self.options[j - 1].options))
+        self.check(result)
+        return result
+
+
+def _agrees(option: Option, rule: Rule) -> bool:
+    """Whether a rule says what an option says, or what a conversion made of it: open choices (None, "auto") may be resolved."""
+    from surgeon.layers.registry import layer_class
+
+    if option.type != rule.type:
+        return False
+    config = layer_class(option.type).Config
+    wanted, said = config.from_dict(dict(option.options)).to_dict(), config.from_dict(dict(rule.options)).to_dict()
+    return all(said[name] == value or value in (None, "auto") for name, value in wanted.items())
+
+
+def make_space(
+    model: "nn.Module", config: SpaceConfig | None = None, *, sites: "Iterable[ConvSite] | None" = None
+) -> Space:
+    """The space of a model. `sites` are its convolutions where they are known already.
+
+    Raises `SelectionError` for a selection that matches nothing, `NothingReplacedError` if no layer can become anything.
+    """
+    from surgeon.layers.registry import layer_class
+    from surgeon.plan import nothing_replaced, read_config, why_not
+    from surgeon.select import select
+    from surgeon.sites import find_sites
+
+    config = config or SpaceConfig()
+    options = config.make_options()
+    convs = list(find_sites(model).convs) if sites is None else list(sites)
+    reached = [site for site in convs if site.calls]
+    chosen = select(reached, config.layers) if config.layers is not None else [s for s in reached if not s.is_pointwise]
+    configs = [
+        read_config(layer_class(o.type), Rule(layers="all", type=o.type, options=dict(o.options))) for o in options
+    ]
+    reasons = {
+        site.name: [tuple(why_not(site, layer_class(o.type), c)) for o, c in zip(options, configs, strict=True)]
+        for site in chosen
+    }
+    kept = [site for site in chosen if not all(reasons[site.name])]
+    if not kept:
+        if not chosen:
+            raise ConfigError(
+                "the search space is empty: the model has no convolution with k >= 2 that a forward pass reaches"
+            )
+        raise nothing_replaced([(site, list(dict.fromkeys(sum(reasons[site.name], ())))) for site in chosen])
+    allowed = np.array([[True, *(not why for why in reasons[site.name])] for site in kept], dtype=np.bool_)
+    refused = {
+        (site.name, option.label): why
+        for site in chosen
+        for option, why in zip(options, reasons[site.name], strict=True)
+        if why
+    }
+    return Space(
+        layers=tuple(site.name for site in kept),
+        stages=tuple(site.stage for site in kept),
+        options=options,
+        allowed=allowed,
+        refused=refused,
+        selection=config.layers,
+    )
+
+
+def _sha(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

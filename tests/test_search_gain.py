@@ -1,0 +1,221 @@
+"""Gain tables as files, and the estimators that need only gradients at birth."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import surgeon
+from surgeon.errors import ConfigError
+from surgeon.search.estimate import ESTIMATORS, gradient_gains
+from surgeon.search.gain import GainTable, cache_key, cached, read_gains, uniform_gains
+from surgeon.search.place import gain_of, optimum
+from surgeon.search.posterior import Posterior
+from surgeon.search.space import SpaceConfig, make_space
+from tests.search_toys import toy_gains, toy_problem, toy_space, toy_table
+
+
+def test_tables_survive_their_file(tmp_path: Path) -> None:
+    space = toy_space()
+    table = toy_table(space)
+    table.write(tmp_path / "gains.json")
+    read = GainTable.read(tmp_path / "gains.json")
+    assert np.array_equal(read.gain, table.gain)
+    assert np.array_equal(read.error, table.error)
+    assert (read.layers, read.options, read.estimator) == (table.layers, table.options, "toy")
+    again = read_gains(str(tmp_path / "gains.json"), space)
+    assert np.array_equal(again.gain, table.gain)
+    assert [path.name for path in tmp_path.iterdir()] == ["gains.json"]
+
+
+def test_a_table_is_brought_into_the_order_of_a_space() -> None:
+    space = toy_space(4)
+    table = toy_table(space)
+    values = table.to_dict()
+    values["gains"] = dict(reversed(values["gains"].items()))
+    values["options"] = values["options"][::-1]
+    turned = GainTable.from_dict(values)
+    assert turned.layers == table.layers[::-1]
+    assert np.array_equal(turned.for_space(space).gain, table.gain)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": "x"}, "surgeon-gains"),
+        ({"version": 2}, "version"),
+        ({"gains": {"a": {"sekg": [1.0]}}}, "standard error"),
+        ({"gains": {"a": {"sekg": [float("nan"), 0]}}}, "finite"),
+        ({"gains": {"a": {"sekg": [1, -1]}}}, "negative"),
+        ({"gains": 3}, "standard error"),
+    ],
+)
+def test_wrong_tables(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    good = {
+        "format": "surgeon-gains",
+        "version": 1,
+        "estimator": "x",
+        "options": ["sekg"],
+        "gains": {"a": {"sekg": [1, 0]}},
+    }
+    assert GainTable.from_dict(good).gain.tolist() == [[0, 1]]
+    (tmp_path / "g.json").write_text(json.dumps(good | change))
+    with pytest.raises(ConfigError, match=words) as caught:
+        GainTable.read(tmp_path / "g.json")
+    assert "g.json" in str(caught.value)
+
+
+def test_tables_are_kept_by_what_they_were_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SURGEON_CACHE", str(tmp_path))
+    space = toy_space()
+    keys = {cache_key(space, "fisher", seed=0), cache_key(space, "snr", seed=0), cache_key(space, "fisher", seed=1)}
+    assert len(keys) == 3
+    key = cache_key(space, "fisher", seed=0)
+    made: list[int] = []
+
+    def make() -> GainTable:
+        made.append(1)
+        return toy_table(space)
+
+    for _ in range(2):
+        assert np.array_equal(cached(key, make).gain, toy_table(space).gain)
+    assert made == [1]
+    next((tmp_path / "gains").iterdir()).write_text("{")
+    cached(key, make)
+    assert made == [1, 1]
+
+
+def test_uniform_gains_replace_what_the_budgets_allow() -> None:
+    space = toy_space()
+    found = optimum(toy_problem(space, share=3.0), uniform_gains(space).gain)
+    assert found is not None
+    assert (found != 0).all()
+
+
+# --- estimators ---------------------------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    """Two convolutions; what the second one computes does not reach the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Conv2d(2, 6, 3, padding=1)
+        self.deaf = nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.used(x).relu()
+        x = x + 0.0 * self.deaf(x)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+def data(batches: int, size: int = 8) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for _ in range(batches):
+        x = torch.randn(size, 2, 10, 10, generator=generator)
+        result.append({"input": x, "target": (x[:, 0] * x[:, 1]).mean(dim=(1, 2))})
+    return result
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return F.mse_loss(model(batch["input"]).squeeze(1), batch["target"])
+
+
+def test_gradients_find_the_layer_that_matters() -> None:
+    torch.manual_seed(0)
+    model = Two()
+    model.train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    config = SpaceConfig(types=("acda", "pafu", "sekg"), atoms=(4,), scales=(1,), group_sizes=(3,))
+    space = make_space_of(model, config)
+    tables = gradient_gains(model, space, loss, data(16), input_size=10)
+    assert set(tables) == set(ESTIMATORS)
+    used, deaf = space.layers.index("used"), space.layers.index("deaf")
+    for name, table in tables.items():
+        for j in range(1, len(space.labels)):
+            assert table.gain[used, j] > table.gain[deaf, j], (name, space.labels[j])
+            assert table.gain[deaf, j] == 0
+            assert table.error[used, j] > 0
+        assert table.facts["batches"] == 16
+    assert model.training
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    again = gradient_gains(model, space, loss, data(16), estimators=["fisher"], input_size=10)
+    assert np.array_equal(again["fisher"].gain, tables["fisher"].gain)
+
+
+def make_space_of(model: nn.Module, config: SpaceConfig) -> Any:
+    from surgeon.sites import find_sites
+
+    return make_space(model, config, sites=find_sites(model, input_size=(2, 10, 10)).convs)
+
+
+def test_the_gradient_is_that_of_the_converted_model() -> None:
+    torch.manual_seed(0)
+    model = Two()
+    space = make_space_of(model, SpaceConfig(types=("sekg",)))
+    batches = data(4)
+    table = gradient_gains(model, space, loss, batches, estimators=["gradient"], input_size=10)["gradient"]
+    converted, _ = surgeon.convert(model, recipe=space.recipe([1, 1]), input_size=10)
+    converted.eval()
+    torch.stack([loss(converted, batch) for batch in batches]).mean().backward()
+    layer: Any = converted.get_submodule("used")
+    whole = torch.cat([p.grad.flatten() for _, p in layer.new_parameters() if p.grad is not None]).norm()
+    assert table.gain[space.layers.index("used"), 1] == pytest.approx(float(whole), rel=1e-4)
+
+
+def test_noise_alone_has_no_gain() -> None:
+    """Targets that do not depend on the input: with the head at their mean no gradient stands out."""
+    torch.manual_seed(0)
+    model = Two()
+    with torch.no_grad():
+        model.head.weight.mul_(0.01)
+        model.head.bias.zero_()
+    space = make_space_of(model, SpaceConfig(types=("sekg",)))
+    generator = torch.Generator().manual_seed(1)
+    noise = [{"input": b["input"], "target": torch.randn(8, generator=generator)} for b in data(64)]
+    signal = [{"input": b["input"], "target": b["input"][:, 0].amax(dim=(1, 2)) - 2.0} for b in data(64)]
+    i = space.layers.index("used")
+    low, high = (gradient_gains(model, space, loss, b, input_size=10)["snr"].gain[i, 1] for b in (noise, signal))
+    assert abs(low) < 1.5
+    assert high > 5 * max(low, 1.0)
+
+
+def test_what_estimators_refuse() -> None:
+    model = Two()
+    space = make_space_of(model, SpaceConfig(types=("sekg",)))
+    with pytest.raises(ConfigError, match="at least 4 batches"):
+        gradient_gains(model, space, loss, data(3))
+    with pytest.raises(ConfigError, match="'hessian'"):
+        gradient_gains(model, space, loss, data(4), estimators=["hessian"])
+    with pytest.raises(ConfigError, match="number of samples"):
+        gradient_gains(model, space, loss, [3, 3, 3, 3])
+
+
+# --- the posterior ------------------------------------------------------------------------------------------------
+
+
+def test_the_posterior_learns_the_gains_it_is_shown() -> None:
+    space = toy_space()
+    true, table = toy_gains(space), toy_table(space, noise=1.5)
+    rng = np.random.default_rng(0)
+    shown = [np.array([rng.choice(np.flatnonzero(row)) for row in space.allowed]) for _ in range(80)]
+    posterior = Posterior(space, table, shown, [gain_of(true, p) for p in shown])
+    learnt = posterior.draw(np.random.default_rng(1), 0.0)
+    inside = space.allowed.copy()
+    inside[:, 0] = False
+    before = np.corrcoef(table.gain[inside], true[inside])[0, 1]
+    after = np.corrcoef(learnt[inside], true[inside])[0, 1]
+    assert after > 0.95 > before
+    assert (learnt[:, 0] == 0).all()
+    few = Posterior(space, table, shown[:3], [gain_of(true, p) for p in shown[:3]])
+    spread = [
+        np.std([p.draw(np.random.default_rng(k))[inside] for k in range(20)], axis=0).mean() for p in (few, posterior)
+    ]
+    assert spread[0] > 2 * spread[1]

@@ -1,0 +1,88 @@
+"""`surgeon place`: a recipe that convert takes, numbers, and one clear error for bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from surgeon.cli import main
+from surgeon.search.gain import GainTable
+
+PLACE = ["place", "test_resnet", "--input-size", "64", "--batch-size", "4"]
+PAFU = [*PLACE, "--types", "pafu", "--group-sizes", "2,4"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SURGEON_CACHE", str(tmp_path / "cache"))
+
+
+def test_the_recipe_goes_through_convert(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PAFU, "--max-params", "+30%", "--max-layers", "3", "--json", "-o", "recipe.json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    [best] = document["placements"]
+    assert len(best["replaced"]) == 3
+    assert best["traced"]["params"] <= 1.3 * document["original"]["params"]
+    assert best["traced"]["params"] == best["predicted"]["params"]
+    arguments = ["convert", "test_resnet", "--weights", "random", "--input-size", "64", "--recipe", "recipe.json"]
+    assert main([*arguments, "--dry-run", "--json", "--quiet"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {entry["name"] for entry in report["replaced"]} == set(best["replaced"])
+    assert report["params_after"] == best["traced"]["params"]
+
+
+def test_gains_decide_and_several_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PAFU, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    layers, labels = list(document["placements"][0]["replaced"]), document["space"]["options"]
+    assert len(layers) == document["space"]["layers"]  # nothing limits it
+    gains = {layer: {label: [0.0, 0.1] for label in labels[1:]} for layer in layers}
+    gains[layers[2]][labels[1]] = [2.0, 0.1]
+    gains[layers[4]][labels[2]] = [1.0, 0.1]
+    values = {"format": "surgeon-gains", "version": 1, "estimator": "mine", "options": labels[1:], "gains": gains}
+    GainTable.from_dict(values).write("gains.json")
+    assert main([*PAFU, "--gains", "gains.json", "--count", "3", "--json", "--max-flops", "+90%"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [one["gain"] for one in document["placements"]] == [3.0, 3.0, 3.0]
+    assert document["placements"][0]["replaced"].items() >= {layers[2]: labels[1], layers[4]: labels[2]}.items()
+    assert len({one["hash"] for one in document["placements"]}) == 3
+
+
+def test_what_people_see(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PAFU, "--max-memory", "+50%", "--layers", "stage4"]) == 0
+    captured = capsys.readouterr()
+    assert "memory (train) <= +50%" in captured.out
+    assert "placement 1" in captured.out
+    assert "pafu(group_size=" in captured.out
+    assert max(map(len, captured.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (["--max-flops", "4,5G"], 2, ["--max-flops", "4.5G"]),
+        (["--max-flops", "10%"], 2, ["+10%"]),
+        (["--max-flops", "1M"], 1, ["--max-flops", "nearest"]),
+        (["--max-flops", "+20%", "--max-memory", "1MiB"], 1, ["--max-memory", "nearest", "MiB"]),
+        (["--max-params", "+0.0001%"], 1, ["nothing was placed", "--max-params"]),
+        (["--layers", "stage9"], 2, ["stage9"]),
+        (["--types", "pafo"], 2, ["pafo", "pafu"]),
+        (["--types", "sekg", "--atoms", "4"], 2, ["atoms", "sekg"]),
+        (["--atoms", "4,x"], 2, ["--atoms", "4,x"]),
+        (["--space", "nowhere.yaml"], 2, ["nowhere.yaml"]),
+        (["--space", "a.yaml", "--types", "acda"], 2, ["--space"]),
+        (["--gains", "nowhere.json"], 2, ["nowhere.json"]),
+        (["--count", "0"], 2, ["--count"]),
+        (["--max-layers", "0"], 2, ["--max-layers"]),
+        (["-o", "."], 2, ["exists"]),
+    ],
+)
+def test_bad_input(more: list[str], code: int, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PLACE, *more]) == code
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line and not line.startswith(("usage:", " "))]
+    assert len(lines) == 1, captured.err
+    assert all(word in lines[0] for word in words), lines[0]
+    assert captured.out == ""
+    assert [path.name for path in Path().iterdir() if path.name != "cache"] == []
