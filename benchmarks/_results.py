@@ -51,7 +51,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 class Rows:
-    """Rows of a long run, one JSON line each, appended as they come; a second run finds them and goes on."""
+    """Rows of a long run, one JSON line each, appended as they come; a second run finds them and goes on.
+
+    Where there are none, the rows of the committed JSON of the same name are gone on from: a clone need not begin again.
+    """
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
         self.path = path
@@ -59,6 +62,10 @@ class Rows:
         path.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
             path.unlink(missing_ok=True)
+        elif not path.is_file() and path.with_suffix(".json").is_file():
+            known = json.loads(path.with_suffix(".json").read_text()).get("rows", [])
+            self.rows = {row["key"]: row for row in known if "key" in row}
+            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()))
         if path.is_file():
             for line in path.read_text().splitlines():
                 try:
@@ -78,8 +85,8 @@ class Rows:
             file.write(json.dumps(self.rows[key]) + "\n")
 
     def values(self) -> list[dict[str, Any]]:
-        """All rows, in the order they came, without their keys."""
-        return [{name: value for name, value in row.items() if name != "key"} for row in self.rows.values()]
+        """All rows, in the order they came."""
+        return list(self.rows.values())
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], file: Any = None) -> None:

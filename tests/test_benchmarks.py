@@ -235,10 +235,20 @@ def test_rows_survive_a_broken_line(tmp_path: Path) -> None:
     with rows.path.open("a") as file:
         file.write('{"key": "c", "val')
     again = _results.Rows(rows.path)
-    assert again.values() == [{"value": 3}, {"value": 2}]
+    assert again.values() == [{"key": "a", "value": 3}, {"key": "b", "value": 2}]
     again.add("c", {"value": 4})
     assert "c" in _results.Rows(rows.path)
+    _results.write_json(rows.path.with_suffix(".json"), {"rows": again.values()})
     assert _results.Rows(rows.path, fresh=True).values() == []
+
+
+def test_a_clone_goes_on_from_the_committed_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    _results.write_json(path.with_suffix(".json"), {"rows": [{"key": "a", "value": 1}, {"value": "of an old run"}]})
+    rows = _results.Rows(path)
+    assert rows.values() == [{"key": "a", "value": 1}]
+    rows.add("b", {"value": 2})
+    assert [row["key"] for row in _results.Rows(path).values()] == ["a", "b"]
 
 
 def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
