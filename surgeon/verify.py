@@ -41,7 +41,7 @@ Build = Callable[[nn.Module], nn.Module]
 class Settled(NamedTuple):
     """Errors of the same conversion in float64: of the outputs, and of every layer.
 
-    `own` is how far the original's own outputs move when every replaced convolution is disturbed by as much as rounding is.
+    `own` is how far the original's own outputs move when every replaced convolution is disturbed by as much as its layer differs.
     """
 
     output: Difference
@@ -234,20 +234,23 @@ def settle_in_double(model: nn.Module, build: Mapping[str, Build], inputs: Input
     wide = inputs.to_dtype(torch.float64)
     layers = {name: make(double.get_submodule(name)) for name, make in build.items()}
     expected, errors = measure(double, layers, wide, seed)
-    own = compare(expected, _disturbed(double, list(build), wide, seed)).max_rel
+    own = compare(expected, _disturbed(double, {name: d.max_rel for name, d in errors.items()}, wide, seed)).max_rel
     converted = Rewrite(double, layers).apply()
     return Settled(compare(expected, run(converted, wide, seed)), errors, own)
 
 
-def _disturbed(model: nn.Module, names: Sequence[str], inputs: Inputs, seed: int) -> Any:
-    """Output of a float64 model when what these modules give is off by a rounding error, of random sign."""
+def _disturbed(model: nn.Module, errors: Mapping[str, float], inputs: Inputs, seed: int) -> Any:
+    """Output of a float64 model when what these modules give is off by so much of its maximum, with random signs."""
     generator = torch.Generator().manual_seed(seed)
 
-    def disturb(_: nn.Module, args: Any, out: Tensor) -> Tensor:
-        sign = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
-        return out + sign * torch.finfo(out.dtype).eps * out.abs().max()
+    def disturb(size: float) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+            sign = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
+            return out + sign * max(size, torch.finfo(out.dtype).eps) * out.abs().max()
 
-    handles = [model.get_submodule(name).register_forward_hook(disturb) for name in names]
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(disturb(size)) for name, size in errors.items()]
     try:
         return run(model, inputs, seed)
     finally:
