@@ -252,17 +252,17 @@ def _calibrate_crowd(folder: Path, count: int) -> tuple[Any, ...]:
 
 
 def _zoo(name: str, weights: str, folder: Path) -> nn.Module:
-    return zoo.load_weights(zoo.create(name), folder / "weights" / weights, network=name).eval()
+    return zoo.load_foreign(zoo.create(name), folder / "weights" / weights, network=name).eval()
 
 
 def _mobilenet(folder: Path) -> nn.Module:
     model: nn.Module = timm.create_model("mobilenetv2_100", pad_type="same")
-    return zoo.load_weights(model, folder / "weights/mobilenetv2_100_imagenet.pth").eval()
+    return zoo.load_foreign(model, folder / "weights/mobilenetv2_100_imagenet.pth").eval()
 
 
 def _squeezenet(folder: Path) -> nn.Module:
     model: nn.Module = torchvision.models.squeezenet1_0(weights=None)
-    return zoo.load_weights(model, folder / "weights/squeezenet1_0_imagenet.pth").eval()
+    return zoo.load_foreign(model, folder / "weights/squeezenet1_0_imagenet.pth").eval()
 
 
 def _cifar_task(name: str, weights: str, exact: float, jpeg: float) -> Task:

@@ -28,7 +28,7 @@ import surgeon
 from benchmarks import _data as data
 from benchmarks._results import RESULTS, Rows, table, write_json
 from surgeon.errors import TrainingError
-from surgeon.zoo import create, load_weights
+from surgeon.zoo import create, load_foreign
 from surgeon.zoo.finetune import FinetuneConfig, finetune
 from surgeon.zoo.tasks import Batch, Sample, Split, Task, TaskConfig, TaskDataset
 
@@ -217,7 +217,7 @@ def one(
 def network(folder: Path) -> nn.Module:
     """The trained ResNet-20."""
     model = create("resnet20_cifar")
-    load_weights(model, folder / WEIGHTS, network="resnet20_cifar")
+    load_foreign(model, folder / WEIGHTS, network="resnet20_cifar")
     return model.eval()
 
 

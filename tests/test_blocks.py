@@ -243,7 +243,7 @@ def test_weights_of_the_authors_code_load(tmp_path: Path, prefix: str) -> None:
     assert sum(t.numel() for t in state.values()) == 8_628_579
     path = tmp_path / "model_best.pt"
     torch.save({f"{prefix}{key}": value for key, value in state.items()}, path)
-    net = zoo.load_weights(zoo.create("adfnet"), path, network="adfnet")
+    net = zoo.load_foreign(zoo.create("adfnet"), path, network="adfnet")
     own = net.state_dict()
     assert len(own) == len(state)
     sources = {
@@ -269,4 +269,4 @@ def test_weights_of_another_width_do_not_load(tmp_path: Path) -> None:
     path = tmp_path / "narrow.pt"
     torch.save(authors_state(n=(16, 32, 64, 128)), path)
     with pytest.raises(ModelError, match="another model"):
-        zoo.load_weights(zoo.create("adfnet"), path, network="adfnet")
+        zoo.load_foreign(zoo.create("adfnet"), path, network="adfnet")

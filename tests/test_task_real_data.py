@@ -13,7 +13,7 @@ from surgeon.zoo.tasks import Task, create_task
 
 
 def trained(data: Path, name: str, weights: str) -> nn.Module:
-    return zoo.load_weights(zoo.create(name), data / "weights" / weights, network=name).eval()
+    return zoo.load_foreign(zoo.create(name), data / "weights" / weights, network=name).eval()
 
 
 def scores(task: Task, model: nn.Module, batch: int = 1) -> dict[str, float]:
@@ -112,6 +112,6 @@ def test_classification_of_folders(data: Path, tmp_path: Path) -> None:
         shutil.copy(path, folder)
     task = create_task("classification", data=tmp_path, val_fraction=0.25, input_size=(3, 96, 96))
     model = torchvision.models.squeezenet1_0(weights=None)
-    zoo.load_weights(model, data / "weights/squeezenet1_0_imagenet.pth")
+    zoo.load_foreign(model, data / "weights/squeezenet1_0_imagenet.pth")
     assert 0 <= scores(task, model, batch=6)["top1"] <= 1
     assert training_loss(task, model).isfinite()

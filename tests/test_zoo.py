@@ -117,7 +117,7 @@ def test_loads_the_shipped_weights(name: str) -> None:
     path = DATA / "weights" / SHIPPED[name]
     if not path.is_file():
         pytest.skip(f"no evaluation material: {path} is not there")
-    model = zoo.load_weights(zoo.create(name), path, network=name)
+    model = zoo.load_foreign(zoo.create(name), path, network=name)
     given = zoo.read_state(path)
     translated = translate(given, zoo.entry(name).layout)
     assert len(translated) == len(given) - (4 if name == "carn_m" else 0)  # CARN-M's constant mean shifts
@@ -133,7 +133,7 @@ def test_own_weights_come_back(tmp_path: Path, suffix: str) -> None:
         torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}, path)
     else:
         save_file(state, path)
-    other = zoo.load_weights(zoo.create("resnet20_cifar"), path, network="resnet20_cifar")
+    other = zoo.load_foreign(zoo.create("resnet20_cifar"), path, network="resnet20_cifar")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
 
@@ -141,14 +141,14 @@ def test_weights_of_another_network(tmp_path: Path) -> None:
     path = tmp_path / "dncnn.pth"
     torch.save(zoo.create("dncnn").state_dict(), path)
     with pytest.raises(ModelError, match=r"weights of another model: missing small\.0\.weight.* more"):
-        zoo.load_weights(zoo.create("mcnn"), path, network="mcnn")
+        zoo.load_foreign(zoo.create("mcnn"), path, network="mcnn")
 
 
 def test_weights_of_another_size(tmp_path: Path) -> None:
     path = tmp_path / "resnet.pth"
     torch.save(zoo.create("resnet20_cifar", num_classes=100).state_dict(), path)
     with pytest.raises(ModelError, match=r"linear\.weight has shape \(100, 64\), expected \(10, 64\)"):
-        zoo.load_weights(zoo.create("resnet20_cifar"), path, network="resnet20_cifar")
+        zoo.load_foreign(zoo.create("resnet20_cifar"), path, network="resnet20_cifar")
 
 
 class _Harmful:

@@ -39,7 +39,7 @@ def adapt(state: Mapping[str, Tensor], found: Entry, model: nn.Module) -> dict[s
     return out
 
 
-def load_weights(model: nn.Module, path: str | Path, *, network: str | None = None) -> nn.Module:
+def load_foreign(model: nn.Module, path: str | Path, *, network: str | None = None) -> nn.Module:
     """Load a weights file into `model` and return it.
 
     `network` is the zoo name whose public key layout may be used; the model's own keys are always understood. Counters of
