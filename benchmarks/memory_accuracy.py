@@ -3,7 +3,8 @@
     python -m benchmarks.memory_accuracy [--models resnet50 …] [--batch-sizes 8 32] [--kinds train …] [--original-only]
 
 With a CUDA device the real step is run and CUDA's own count is the measure. Without one the measure is an independent count:
-torch's MemTracker over fake CPU tensors (for AMP under the CPU's autocast); the first line and the JSON say which it was.
+torch's MemTracker over fake CPU tensors; the first line and the JSON say which it was. For AMP that runs under the CPU's autocast,
+with layer and group norms in float32 as under CUDA's; what else the two treat differently stays in the error.
 Prints a row a case and the errors' median and worst, writes benchmarks/results/memory_accuracy.json. A killed run goes on
 where it was (--fresh: starts again).
 """
@@ -14,15 +15,18 @@ import statistics
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from benchmarks._results import RESULTS, Rows, table, write_json
 from surgeon.costs import Option, cost
@@ -141,6 +145,16 @@ def _row(name: str, placement: Placement, batch: int, kind: str) -> dict[str, An
     }
 
 
+class _WideNorms(TorchFunctionMode):
+    """Layer and group norms in float32, as CUDA's autocast has them and the CPU's does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm):
+            args, kwargs = tree_map_only(Tensor, lambda t: t.float(), (args, kwargs))
+        return func(*args, **kwargs)
+
+
 def _tracked(name: str, placement: Placement, batch: int, kind: dict[str, Any], size: tuple[int, ...]) -> int:
     """Peak of two steps by torch's MemTracker, bytes; no tensor is real."""
     train, amp = kind["mode"] == "train", bool(kind.get("amp"))
@@ -155,7 +169,8 @@ def _tracked(name: str, placement: Placement, batch: int, kind: dict[str, Any], 
         tracker.track_external(model, optimizer, x)
         with tracker:
             for _ in range(2 if train else 1):
-                with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                norms = _WideNorms() if amp else nullcontext()
+                with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16, enabled=amp), norms:
                     out = model(x)
                     loss = F.cross_entropy(out, torch.zeros(batch, dtype=torch.long)) if train else None
                     del out

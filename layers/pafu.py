@@ -27,6 +27,7 @@ class PAFUConfig(LayerConfig):
 
     group_size: n, kernels to select from, at least 2.
     hidden: channels inside the selector.
+    selector_depth: its 3×3 convolutions, at least 1; (2·depth + 1)² input pixels decide about one (stride and dilation 1).
     temperature: of the Gumbel-softmax in training; the layer's attribute `temperature` starts from it and may be annealed.
     perturbation: how far kernels 1.. start from the replaced weight, as a part of its root mean square. They must differ: identical
         kernels are a stationary point of the regulariser and give the selector no gradient.
@@ -36,6 +37,7 @@ class PAFUConfig(LayerConfig):
 
     group_size: int = 8
     hidden: int = 32
+    selector_depth: int = 1
     temperature: float = 1.0
     perturbation: float = 0.02
     supports: tuple[int, ...] = ()
@@ -43,6 +45,7 @@ class PAFUConfig(LayerConfig):
     def __post_init__(self) -> None:
         check_at_least(self, "group_size", 2)
         check_at_least(self, "hidden", 1)
+        check_at_least(self, "selector_depth", 1)
         for name in ("temperature", "perturbation"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -80,7 +83,7 @@ class PAFUConv2d(DynamicConv2d):
         self.window: Pair = (max(k_h, *config.supports, 1), max(k_w, *config.supports, 1))
         self.kernel = nn.Parameter(torch.zeros(geometry.weight_shape))
         self.further_kernels = nn.Parameter(torch.zeros(n - 1, outputs, math.prod(self.window) * inputs))
-        self.selector = PixelGenerator(geometry, config.hidden, n)
+        self.selector = PixelGenerator(geometry, config.hidden, n, config.selector_depth)
         self.bias = nn.Parameter(torch.zeros(outputs)) if geometry.bias else None
         self.temperature = float(config.temperature)
         self.register_buffer("support_mask", self._support_mask(), persistent=False)

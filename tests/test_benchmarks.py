@@ -12,9 +12,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks import _data, _models, _results, _tasks, compress, convert_speed, coverage, operators, report, trained
+from benchmarks import (
+    _data,
+    _models,
+    _results,
+    _tasks,
+    compress,
+    convert_speed,
+    coverage,
+    operators,
+    report,
+    trained,
+)
+from benchmarks import toys as toy_experiments
 from benchmarks._operator_cases import SHAPES, TARGETS
 from benchmarks._tasks import Sample, Score, Task
+from surgeon.zoo.tasks import create_task
 
 # --- toy tasks --------------------------------------------------------------------------------------------------------
 
@@ -368,3 +381,28 @@ def test_report_fills_tables_and_leaves_the_text(tmp_path: Path, capsys: pytest.
     document.write_text("<!-- begin nothing -->\n<!-- end -->\n")
     with pytest.raises(SystemExit, match="no table of this name"):
         report.main(arguments)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_toys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--steps", "2", "--quick", "--results", str(tmp_path), "--picture", str(tmp_path / "selection.png")]
+    assert toy_experiments.main(arguments) == 0
+    rows = {row["key"]: row for row in _content(tmp_path / "toys-quick.json")["rows"]}
+    assert len(rows) == 6
+    assert all(34_000 < row["parameters"] < 37_000 for key, row in rows.items() if key.startswith("sad"))
+    assert rows["pattern/acda/0"]["equivariance"] < 1e-5
+    assert rows["sad/pafu/0"]["from_dirac"] > 0
+    assert (tmp_path / "selection.png").is_file()
+    printed = capsys.readouterr().out
+    assert toy_experiments.main(arguments) == 0  # nothing runs again
+    assert capsys.readouterr().out == printed
+
+
+def test_the_minimal_solution_of_sad_is_known_as_such(tmp_path: Path) -> None:
+    model = toy_experiments.ARMS["sad"]["pafu"]()
+    with torch.no_grad():
+        model.kernel.zero_()
+        model.further_kernels.zero_()
+        model.further_kernels.view(3, 5, 5, 3)[range(3), 2, 2, range(3)] = 1
+        facts = toy_experiments._sad(model.eval(), create_task("sad"), None)
+    assert facts["from_dirac"] == facts["from_zero"] == 0

@@ -276,3 +276,20 @@ def test_supports_between_the_taps_of_a_dilated_even_kernel_are_refused() -> Non
         layer = PAFUConv2d.from_conv(conv, PAFUConfig(group_size=3, supports=(3,))).eval()
         x = torch.randn(1, 3, 12, 12)
         assert torch.allclose(layer(x), conv(x), atol=1e-5)
+
+
+def test_a_deeper_selector_sees_further_and_changes_nothing_at_birth() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    x = torch.randn(1, 4, 15, 15, requires_grad=True)
+    for depth in (1, 3):
+        layer = PAFUConv2d.from_conv(conv, PAFUConfig(group_size=3, hidden=5, selector_depth=depth)).eval()
+        torch.testing.assert_close(layer(x), conv(x))
+        nn.init.normal_(layer.selector.expand.weight)
+        (seen,) = torch.autograd.grad(layer.selector(x)[0, :, 7, 7].sum(), x)
+        rows = seen[0].abs().sum((0, 2)).nonzero().flatten()
+        assert rows.tolist() == list(range(7 - depth, 8 + depth))
+        selector = sum(p.numel() for name, p in layer.selector.named_parameters() if name.endswith("weight"))
+        assert layer.selector.macs(15, 15) == selector * 225
+    with pytest.raises(ConfigError, match="selector_depth must be an integer >= 1, got 0"):
+        PAFUConfig(selector_depth=0)
