@@ -155,7 +155,15 @@ def cost_table(content: dict[str, Any]) -> str:
     return f"{content['placements']} random placements a model.\n\n" + markdown(headers, lines)
 
 
+def toys(content: dict[str, Any]) -> str:
+    """A row an arm of the papers' toy experiments."""
+    names = ("toy", "arm", "seed", "steps", "parameters", "error", "equivariance", "from_dirac", "from_zero", "seconds")
+    return markdown(names, [[row.get(name) for name in names] for row in content["rows"]])
+
+
 TABLES: dict[str, Table] = {
+    "toys-quick": toys,
+    "toys": toys,
     "operators": operators,
     "trained": trained,
     "compress": compress,
