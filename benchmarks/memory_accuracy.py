@@ -4,7 +4,7 @@
 
 With a CUDA device the real step is run and CUDA's own count is the measure. Without one the measure is an independent count:
 torch's MemTracker over fake CPU tensors; the first line and the JSON say which it was. For AMP that runs under the CPU's autocast,
-with layer and group norms in float32 as under CUDA's; what else the two treat differently stays in the error.
+with layer and group norms and interpolation in float32 as under CUDA's.
 Prints a row a case and the errors' median and worst, writes benchmarks/results/memory_accuracy.json. A killed run goes on
 where it was (--fresh: starts again).
 """
@@ -145,12 +145,12 @@ def _row(name: str, placement: Placement, batch: int, kind: str) -> dict[str, An
     }
 
 
-class _WideNorms(TorchFunctionMode):
-    """Layer and group norms in float32, as CUDA's autocast has them and the CPU's does not."""
+class _LikeCuda(TorchFunctionMode):
+    """Layer and group norms and interpolation in float32, as CUDA's autocast has them and the CPU's does not."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm):
+        if func in (F.layer_norm, F.group_norm, F.interpolate, torch.layer_norm, torch.group_norm):
             args, kwargs = tree_map_only(Tensor, lambda t: t.float(), (args, kwargs))
         return func(*args, **kwargs)
 
@@ -169,8 +169,8 @@ def _tracked(name: str, placement: Placement, batch: int, kind: dict[str, Any], 
         tracker.track_external(model, optimizer, x)
         with tracker:
             for _ in range(2 if train else 1):
-                norms = _WideNorms() if amp else nullcontext()
-                with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16, enabled=amp), norms:
+                like_cuda = _LikeCuda() if amp else nullcontext()
+                with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16, enabled=amp), like_cuda:
                     out = model(x)
                     loss = F.cross_entropy(out, torch.zeros(batch, dtype=torch.long)) if train else None
                     del out
