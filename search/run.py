@@ -13,7 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from surgeon.errors import ConfigError, TrainingError
-from surgeon.search.evaluator import Evaluator, OutOfMemoryError
+from surgeon.search.evaluator import Evaluator, OutOfMemoryError, StoppedError
 from surgeon.search.gain import GainTable
 from surgeon.search.gate import Gate
 from surgeon.search.problem import InfeasibleError, Ints, Problem
@@ -158,7 +158,7 @@ class Search:
                 try:
                     done = self._evaluate(claim, stop)
                     evaluated, failures = evaluated + done, 0
-                except _LeaveError:
+                except (_LeaveError, StoppedError):
                     break
                 except TrainingError as error:
                     failures += 1
