@@ -8,7 +8,7 @@ from typing import Any
 
 from surgeon.recipe import parse_json, read_text
 from surgeon.search.evaluator import OutOfMemoryError
-from surgeon.search.folder import SearchFolder
+from surgeon.search.folder import Finished, SearchFolder
 from surgeon.search.gate import Gate
 from surgeon.search.study import Record
 from surgeon.search.training import TrainingEvaluator
@@ -38,12 +38,15 @@ class Arm:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
 
-def choose_arms(ranked: Sequence[Record], count: int) -> list[tuple[str, Record]]:
-    """The original, the best `count` with replacements, and the first random placement: it was not chosen for its value."""
-    arms = [("original", one) for one in ranked if not one.placement][:1]
+def choose_arms(ranked: Sequence[Record], records: Sequence[Record], count: int) -> list[tuple[str, Record]]:
+    """The original, the best `count` with replacements, and the first random placement, pruned or not.
+
+    That one was not chosen for its value. `ranked` are the completed trials, best first, `records` all of them.
+    """
+    arms = [("original", one) for one in records if one.counts and not one.placement][:1]
     arms += [("found", one) for one in ranked if one.placement][:count]
     known = {one.hash for _, one in arms}
-    drawn = sorted((one for one in ranked if one.source == "random"), key=lambda one: one.number)
+    drawn = [one for one in records if one.counts and one.source == "random"]
     return arms + [("random", one) for one in drawn if one.hash not in known][:1]
 
 
@@ -51,7 +54,7 @@ def run_finals(
     folder: SearchFolder,
     evaluator: TrainingEvaluator,
     gate: Gate,
-    ranked: Sequence[Record],
+    found: Finished,
     *,
     count: int,
     seeds: int,
@@ -62,7 +65,7 @@ def run_finals(
 
     An arm that is over budget, or out of memory, is left out with the reason.
     """
-    chosen = choose_arms(ranked, count)
+    chosen = choose_arms(found.ranked(), found.records, count)
     arms: list[Arm] = []
     with folder.alone():
         for number, (role, one) in enumerate(chosen, start=1):

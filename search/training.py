@@ -118,13 +118,13 @@ class TrainingEvaluator(Evaluator):
         primary = self.task.primary
 
         def watch(step: int, metrics: dict[str, float]) -> None:
+            if not np.isfinite(metrics[primary]):
+                raise TrainingError(f"{primary} is {metrics[primary]} after {step} steps")
             if step != last:  # the result is told by the return value: what is finished is not pruned
                 report(step, metrics[primary])
 
         result = self.train(placement, rung=rung, watch=watch)
         value = float(result.metrics[primary])
-        if not np.isfinite(value):
-            raise TrainingError(f"{primary} is {value} after {last} steps")
         if self.keep is not None and any(placement):
             self._keep_best(result.model, placement, value)
         return value
