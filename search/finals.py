@@ -8,7 +8,7 @@ from typing import Any
 
 from surgeon.recipe import parse_json, read_text
 from surgeon.search.evaluator import OutOfMemoryError
-from surgeon.search.folder import Finished, SearchFolder
+from surgeon.search.folder import Finished, SearchFolder, write_json
 from surgeon.search.gate import Gate
 from surgeon.search.study import Record
 from surgeon.search.training import TrainingEvaluator
@@ -75,7 +75,7 @@ def run_finals(
             tell(f"finals {number}/{len(chosen)}: {role} {one.hash} {evaluator.task.primary} {told}")
             steps = evaluator.config.steps << rung
             values = {"steps": steps, "seeds": seeds, "arms": [asdict(arm) for arm in arms]}
-            folder.write(folder.table, values)
+            write_json(folder.table, values)
     return arms
 
 

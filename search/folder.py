@@ -24,6 +24,7 @@ from surgeon.search.study import Record, StudyFile
 
 FORMAT = "surgeon-search"
 VERSION = 1
+NOTE = "best.json"
 
 
 class SearchFolder:
@@ -56,12 +57,19 @@ class SearchFolder:
         with file_lock(self.finals / ".lock"):
             yield
 
-    def write(self, path: Path, values: Mapping[str, Any]) -> None:
-        """A JSON file that appears complete or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.{os.getpid()}")
-        fresh.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        fresh.replace(path)
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A file that appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def read_kept(keep: Path) -> dict[str, Any] | None:
+    """What is known of the model in `best`: hash (the name of its folder), value, placement; None before there is one."""
+    note = keep / NOTE
+    return _read_json(note) if note.is_file() else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,7 +173,7 @@ def _gains(
 
 def _begin(args: argparse.Namespace, folder: "SearchFolder", search: "Search", setup: "Setup") -> None:
     """Write what is searched, then the study: a study without its record could not be read."""
-    from surgeon.search.folder import FORMAT, VERSION, space_values
+    from surgeon.search.folder import FORMAT, VERSION, space_values, write_json
 
     gate, task = search.gate, setup.task
     assert gate is not None
@@ -194,8 +194,8 @@ def _begin(args: argparse.Namespace, folder: "SearchFolder", search: "Search", s
             "trials": args.trials,
             "gains": args.gains,
         }
-        folder.write(folder.about, values)
-        folder.write(folder.gains, search.proposer.gains.to_dict())
+        write_json(folder.about, values)
+        search.proposer.gains.write(folder.gains)
     search.open(resume=args.resume)
 
 

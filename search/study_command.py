@@ -91,7 +91,7 @@ def _export(args: argparse.Namespace, found: "Finished") -> int:
     try:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, fresh, ignore=shutil.ignore_patterns("training", "search.json"))
+        shutil.copytree(source, fresh, ignore=shutil.ignore_patterns("training"))
         if output.exists():
             shutil.rmtree(output)
         fresh.rename(output)
@@ -122,6 +122,7 @@ def _source(found: "Finished") -> tuple[Path, dict[str, Any]]:
     import statistics
 
     from surgeon.search.finals import best_arm
+    from surgeon.search.folder import read_kept
 
     if found.finals is not None:
         arm = best_arm(found.finals["arms"], higher=found.higher_is_better)
@@ -130,10 +131,10 @@ def _source(found: "Finished") -> tuple[Path, dict[str, Any]]:
             value = statistics.fmean(arm["values"])
             about = {"stage": "finals", "hash": arm["hash"], "value": value, "placement": arm["placement"]}
             return folders[-1], about
-    note = found.folder.best / "search.json"
-    if not note.is_file():
+    kept = read_kept(found.folder.best)
+    if kept is None:
         raise ConfigError(f"no placement with replacements was trained to its end in {found.folder.path} yet")
-    return found.folder.best, {"stage": "trials", **json.loads(note.read_text(encoding="utf-8"))}
+    return found.folder.best / kept["hash"], {"stage": "trials", **kept}
 
 
 def _original_value(found: "Finished", stage: str) -> float | None:

@@ -5,7 +5,6 @@ seed alone, so that a placement taken up again after a kill gets the value it wo
 """
 
 import gc
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -24,12 +23,14 @@ from surgeon.errors import ConfigError, TrainingError
 from surgeon.recipe import BaseModel
 from surgeon.rewrite import dynamic_layers
 from surgeon.search.evaluator import Evaluator, OutOfMemoryError, Report, StoppedError
+from surgeon.search.folder import NOTE, read_kept, write_json
+from surgeon.search.journal import file_lock
 from surgeon.search.problem import Ints
 from surgeon.search.space import Space
 from surgeon.weights import state_sha256
 from surgeon.zoo.finetune import FinetuneConfig, FinetuneResult, finetune
 from surgeon.zoo.finetune.loop import Interrupted
-from surgeon.zoo.tasks import Task
+from surgeon.zoo.tasks import Task, better
 
 if TYPE_CHECKING:
     from surgeon.zoo.finetune.run import Source
@@ -169,18 +170,19 @@ class TrainingEvaluator(Evaluator):
         return convert(self.model, recipe=recipe, seed=seed, check=False, input_size=self._size)[0]
 
     def _keep_best(self, model: nn.Module, placement: Ints, value: float) -> None:
+        """The note changes once the new model is there whole, and only then the old one goes: a kill leaves one of them."""
         assert self.keep is not None
-        note = self.keep / "search.json"
-        known = json.loads(note.read_text())["value"] if note.is_file() else None
-        better = known is None or (value > known if self.task.higher_is_better else value < known)
-        if not better:
-            return
-        fresh = self.keep.with_name(f".{self.keep.name}.new")
-        save(model, fresh, base=self.base, force=True)
-        values = {"hash": self.space.hash_of(placement), "value": value, "placement": self.space.names(placement)}
-        (fresh / "search.json").write_text(json.dumps(values, indent=1) + "\n")
-        shutil.rmtree(self.keep, ignore_errors=True)
-        fresh.rename(self.keep)
+        self.keep.mkdir(parents=True, exist_ok=True)
+        with file_lock(self.keep / ".lock"):
+            known = read_kept(self.keep)
+            if known is not None and not better(self.task, value, known["value"]):
+                return
+            key = self.space.hash_of(placement)
+            save(model, self.keep / key, base=self.base, force=True)
+            write_json(self.keep / NOTE, {"hash": key, "value": value, "placement": self.space.names(placement)})
+            for other in self.keep.iterdir():
+                if other.is_dir() and other.name != key:
+                    shutil.rmtree(other)
 
 
 def bound(model: nn.Module, task: Task) -> nn.Module:

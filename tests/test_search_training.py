@@ -12,6 +12,7 @@ import torch
 import surgeon
 from surgeon.errors import ConfigError, TrainingError
 from surgeon.search.evaluator import OutOfMemoryError, StoppedError
+from surgeon.search.folder import read_kept
 from surgeon.search.gain import GainTable, uniform_gains
 from surgeon.search.gate import Gate
 from surgeon.search.method import METHODS, gains_of, make_gains
@@ -98,7 +99,11 @@ def test_the_best_with_replacements_is_kept(tmp_path: Path) -> None:
         found[evaluator.evaluate(placement, no_report, 0)] = placement
     replaced = {value: placement for value, placement in found.items() if placement.any()}
     best = min(replaced)
-    model = surgeon.load(tmp_path / "best", base=make_plain())
+    kept = read_kept(tmp_path / "best")
+    assert kept is not None
+    assert kept["value"] == best
+    assert [path.name for path in (tmp_path / "best").iterdir() if path.is_dir()] == [kept["hash"]]
+    model = surgeon.load(tmp_path / "best" / kept["hash"], base=make_plain())
     expected = evaluator.train(replaced[best]).model
     assert model.state_dict().keys() == expected.state_dict().keys()
     for name, tensor in model.state_dict().items():
