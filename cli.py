@@ -23,7 +23,7 @@ from surgeon import (
 )
 from surgeon.arguments import assignment, positive
 from surgeon.errors import CheckpointError, ConfigError, SurgeonError, VerificationError
-from surgeon.search import place_command
+from surgeon.search import gains_command, place_command, search_command, study_command
 
 if TYPE_CHECKING:
     from torch import nn
@@ -303,6 +303,9 @@ def _parser() -> argparse.ArgumentParser:
         "bench": bench_command,
         "zoo": zoo_command,
         "place": place_command,
+        "gains": gains_command,
+        "search": search_command,
+        "study": study_command,
     }
     for name, module in modules.items():
         module.add_arguments(_command(commands, name, module.run, module.DESCRIPTION, module.EXAMPLES))

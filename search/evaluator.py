@@ -21,6 +21,10 @@ class OutOfMemoryError(MemoryError):
         self.memory = memory
 
 
+class StoppedError(Exception):
+    """The evaluation was asked to stop (Ctrl-C, SIGTERM) and left: its trial stays open."""
+
+
 class Evaluator(ABC):
     """Gives placements their values.
 
@@ -44,6 +48,7 @@ class Evaluator(ABC):
 
         Raises:
             OutOfMemoryError: the training did not fit.
+            StoppedError: the evaluation was asked to stop.
         """
 
 

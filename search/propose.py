@@ -132,7 +132,10 @@ class Proposer:
                 found.append(Proposal(drawn, "random"))
         if not found:
             raise InfeasibleError("no placement is within the budgets")
-        return list({self.space.hash_of(one.placement): one for one in reversed(found)}.values())[::-1]
+        first: dict[str, Proposal] = {}
+        for one in found:
+            first.setdefault(self.space.hash_of(one.placement), one)
+        return list(first.values())
 
     def parameters(self, placement: Ints) -> dict[str, Any]:
         """The sampler's parameters that stand for a placement; the decoder's weights cannot be read from one."""

@@ -13,7 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from surgeon.errors import ConfigError, TrainingError
-from surgeon.search.evaluator import Evaluator, OutOfMemoryError
+from surgeon.search.evaluator import Evaluator, OutOfMemoryError, StoppedError
 from surgeon.search.gain import GainTable
 from surgeon.search.gate import Gate
 from surgeon.search.problem import InfeasibleError, Ints, Problem
@@ -158,7 +158,7 @@ class Search:
                 try:
                     done = self._evaluate(claim, stop)
                     evaluated, failures = evaluated + done, 0
-                except _LeaveError:
+                except (_LeaveError, StoppedError):
                     break
                 except TrainingError as error:
                     failures += 1
@@ -311,6 +311,7 @@ class Search:
 
     def _report(self, claim: _Claim, stop: _Stop) -> Callable[[int, float], None]:
         single = len(self.evaluator.directions) == 1
+        prunable = single and claim.placement.any()  # the unmodified model is what all others are compared with
 
         def report(step: int, value: float) -> None:
             if single and step not in claim.reported:
@@ -318,7 +319,7 @@ class Search:
                 claim.reported[step] = value
             if stop.reason is not None:
                 raise _LeaveError
-            if single and claim.trial.should_prune():
+            if prunable and claim.trial.should_prune():
                 raise _PrunedError
 
         return report

@@ -160,6 +160,19 @@ class StudyFile:
         """All trials as records."""
         return [record(trial) for trial in self.trials()]
 
+    def view(self) -> list[Record]:
+        """All trials of a study that this process is no worker of, also while others write it. Raises `StudyError`."""
+        if not self.path.is_file():
+            raise StudyError(f"there is no study {self.path}")
+        try:
+            storage = JournalStorage(Journal(self.path))
+            self.study = optuna.load_study(storage=storage, study_name=self.name)
+        except (OSError, ValueError, AssertionError, KeyError) as error:
+            if isinstance(error, StudyError):
+                raise
+            raise StudyError(f"cannot read the study {self.path}: {error}") from error
+        return self.records()
+
     def best(self) -> Record | None:
         """The completed trial of the best (first) value, the earliest of equals."""
         done = [one for one in self.records() if one.state == "complete" and one.values]

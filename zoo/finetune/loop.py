@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -27,6 +27,9 @@ from surgeon.zoo.tasks import Batch, Task, TaskDataset, better
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+Watch = Callable[[int, dict[str, float]], None]  # (step, metrics) of an evaluation; may raise, to end the run
 
 
 class Interrupted(KeyboardInterrupt):
@@ -223,7 +226,10 @@ def _average(model: nn.Module, config: FinetuneConfig) -> Any:
 class Run:
     """A trainer's way through its plan."""
 
-    def __init__(self, trainer: Trainer, store: Store, journal: Journal, progress: Progress) -> None:
+    def __init__(
+        self, trainer: Trainer, store: Store, journal: Journal, progress: Progress, watch: Watch | None = None
+    ) -> None:
+        self.watch = watch
         self.trainer, self.store, self.journal, self.progress = trainer, store, journal, progress
         self.config, self.plan, self.accelerator = trainer.config, trainer.plan, trainer.accelerator
         self.guard = Guard(most=self.config.max_rollbacks, factor=self.config.rollback_factor)
@@ -331,6 +337,8 @@ class Run:
         self.journal.evaluation(row | {"best": progress.best_step == progress.step}, found.picture)
         told = ", ".join(f"{name} {number:.4g}" for name, number in found.metrics.items())
         self.journal.tell(f"step {progress.step}/{self.plan.total}: {told}")
+        if self.watch is not None and progress.step:
+            self.watch(progress.step, found.metrics)
 
     def save(self) -> None:
         """A checkpoint of now."""

@@ -25,7 +25,7 @@ from surgeon.zoo.finetune.devices import make_accelerator, release
 from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, measures_statistics, recalibrate
 from surgeon.zoo.finetune.folder import RunFolder, record
 from surgeon.zoo.finetune.journal import Journal
-from surgeon.zoo.finetune.loop import Data, Run, Trainer, make_optimizer
+from surgeon.zoo.finetune.loop import Data, Run, Trainer, Watch, make_optimizer
 from surgeon.zoo.finetune.schedule import describe
 from surgeon.zoo.finetune.state import Progress, Store
 from surgeon.zoo.finetune.summary import Measured, Summary, measured
@@ -74,13 +74,15 @@ def finetune(
     resume: bool = False,
     force: bool = False,
     quiet: bool = True,
+    watch: Watch | None = None,
 ) -> FinetuneResult:
     """Train a model on a task; the caller's model stays as it is.
 
     `output` becomes a surgeon folder with `training/` in it; None keeps nothing on disk. `original` is the network before its
     conversion, for the comparison and for distillation; by default it is rebuilt from the model's recipe where that can be done.
     `resume` goes on with the run in `output`, which must have been started with the same model, task and options. Random state
-    and the result do not depend on what was drawn before. Raises `DataError`, `ConfigError`, `TrainingError`, and `Interrupted`
+    and the result do not depend on what was drawn before. `watch` gets (step, metrics) of every evaluation in training; what it
+    raises ends the run. Raises `DataError`, `ConfigError`, `TrainingError`, and `Interrupted`
     (a `KeyboardInterrupt`) when asked to stop.
     """
     config, source = config or FinetuneConfig(), source or Source()
@@ -95,7 +97,7 @@ def finetune(
         work, start_hash = _bound(model, task)
         original, notes = _original(work, task, original, config)
         place = folder.training if folder is not None else _shared_place(stack)
-        session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet)
+        session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet, watch=watch)
         try:
             if folder is not None:
                 session.open(record(source.name, start_hash, task, config, accelerator.num_processes), resume=resume)
@@ -117,7 +119,9 @@ class _Session:
         notes: list[str],
         *,
         quiet: bool,
+        watch: Watch | None = None,
     ) -> None:
+        self.watch = watch
         self.task, self.config, self.source, self.folder = task, config, source, folder
         self.accelerator, self.notes = accelerator, notes
         main = accelerator.is_main_process
@@ -141,7 +145,7 @@ class _Session:
         if self.accelerator.is_main_process:
             store.create()
         self.accelerator.wait_for_everyone()
-        run = Run(trainer, store, self.journal, Progress())
+        run = Run(trainer, store, self.journal, Progress(), self.watch)
         self._begin(run, original)
         if run.progress.stopped is None:
             run.train()

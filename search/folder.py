@@ -1,0 +1,147 @@
+"""A search on disk: `study.jsonl` (Optuna's journal), `search.json` (what was asked), gains, models and finals.
+
+study.jsonl      the trials; readable by optuna-dashboard
+search.json      model, task, budgets, space: what status, report and export need without building anything
+gains.json       the gain table that the search goes by
+best/            the best placement with replacements trained so far, a surgeon folder
+finals/          one folder a run of the final stage, and finals.json
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surgeon.costs.table import Option
+from surgeon.search.journal import StudyError, file_lock, is_alive
+from surgeon.search.space import Space
+from surgeon.search.study import Record, StudyFile
+
+FORMAT = "surgeon-search"
+VERSION = 1
+NOTE = "best.json"
+
+
+class SearchFolder:
+    """Paths of a search, and what is written beside the study."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.study = self.path / "study.jsonl"
+        self.about = self.path / "search.json"
+        self.gains = self.path / "gains.json"
+        self.best = self.path / "best"
+        self.finals = self.path / "finals"
+        self.table = self.finals / "finals.json"
+        self.report = self.path / "report"
+
+    def check(self, *, resume: bool) -> None:
+        """Raise `StudyError` unless a search may begin, or go on, here."""
+        if resume:
+            if not self.study.is_file():
+                raise StudyError(f"there is no search in {self.path} to go on with; leave out --resume to begin one")
+        elif self.study.is_file():
+            raise StudyError(f"there is a search in {self.path} already: go on with it (--resume), or give another -o")
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())) and not self.about.is_file():
+            raise StudyError(f"{self.path} exists and is not the folder of a search: give another -o")
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other worker of this search is in the final stage meanwhile."""
+        self.finals.mkdir(parents=True, exist_ok=True)
+        with file_lock(self.finals / ".lock"):
+            yield
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A file that appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def read_kept(keep: Path) -> dict[str, Any] | None:
+    """What is known of the model in `best`: hash (the name of its folder), value, placement; None before there is one."""
+    note = keep / NOTE
+    return _read_json(note) if note.is_file() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A search as it lies on disk."""
+
+    folder: SearchFolder
+    about: Mapping[str, Any]
+    space: Space
+    records: list[Record]
+    alive: frozenset[str]  # workers that run now
+    finals: Mapping[str, Any] | None
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Of the task's primary metric."""
+        return bool(self.about["task"]["higher_is_better"])
+
+    def value(self, one: Record) -> float | None:
+        """The measured value of a completed trial."""
+        return one.values[0] if one.state == "complete" and one.values else None
+
+    def ranked(self) -> list[Record]:
+        """Completed evaluations, best first, repetitions left out."""
+        done = [one for one in self.records if self.value(one) is not None and one.duplicate_of is None]
+        sign = -1.0 if self.higher_is_better else 1.0
+        return sorted(done, key=lambda one: (sign * (self.value(one) or 0.0), one.number))
+
+    def original(self) -> Record | None:
+        """The unmodified model, trained equally."""
+        return next((one for one in self.ranked() if not one.placement), None)
+
+
+def read_search(path: str | Path) -> Finished:
+    """Read a search, also one that is running. Raises `StudyError`."""
+    folder = SearchFolder(path)
+    if not folder.about.is_file() or not folder.study.is_file():
+        raise StudyError(f"there is no search in {folder.path}: it has no {folder.about.name} and {folder.study.name}")
+    about = _read_json(folder.about)
+    if about.get("format") != FORMAT or about.get("version") != VERSION:
+        raise StudyError(f"{folder.about} is not the record of a search that this version of surgeon can read")
+    file = StudyFile(folder.study)
+    records = file.view()
+    workers = {one.worker for one in records if one.state == "running" and one.worker is not None}
+    return Finished(
+        folder=folder,
+        about=about,
+        space=_space(about["space"]),
+        records=records,
+        alive=frozenset(worker for worker in workers if is_alive(file.folder, worker)),
+        finals=_read_json(folder.table) if folder.table.is_file() else None,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise StudyError(f"cannot read {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise StudyError(f"cannot read {path}: it is not a JSON object")
+    return values
+
+
+def space_values(space: Space) -> dict[str, Any]:
+    """A space as JSON, with the stages that its hash leaves out."""
+    return space.to_dict() | {"stages": list(space.stages)}
+
+
+def _space(values: Mapping[str, Any]) -> Space:
+    options = tuple(Option(one["type"], dict(one["options"])) for one in values["options"])
+    allowed = np.zeros((len(values["layers"]), len(options) + 1), dtype=np.bool_)
+    for row, columns in zip(allowed, values["allowed"], strict=True):
+        row[columns] = True
+    return Space(layers=tuple(values["layers"]), stages=tuple(values["stages"]), options=options, allowed=allowed)

@@ -1,0 +1,150 @@
+"""`surgeon study`: look at a search, running or finished, and take its best out. Imports torch only to export."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgeon.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from surgeon.search.folder import Finished
+
+DESCRIPTION = "status, best placements, report and export of a search"
+EXAMPLES = """  surgeon study status runs/resnet50-classification-search
+  surgeon study best runs/resnet50-classification-search --count 3 --json
+  surgeon study report runs/resnet50-classification-search --against runs/resnet50-random
+  surgeon study export runs/resnet50-classification-search -o runs/resnet50-found
+  surgeon convert resnet50 --recipe runs/resnet50-found/recipe.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `surgeon study`, beside --json, --quiet and --debug."""
+    parser.add_argument("action", choices=tuple(_ACTIONS), help="what to do; searches may be running meanwhile")
+    parser.add_argument("folder", metavar="FOLDER", help="what surgeon search wrote")
+    parser.add_argument("--count", type=int, default=5, metavar="K", help="status, best: so many (default: 5)")
+    parser.add_argument("--against", metavar="FOLDER", help="report: another search (--mode random) to compare with")
+    parser.add_argument("--best", action="store_true", help="export: the best placement with replacements (always so)")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="report, export: folder to write")
+    parser.add_argument("--force", action="store_true", help="export: replace OUT if surgeon wrote it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code: 1 where there is nothing to show or to export yet."""
+    from surgeon.search.folder import read_search
+
+    if args.count < 1:
+        raise ConfigError(f"--count must be at least 1, got {args.count}")
+    return _ACTIONS[args.action](args, read_search(args.folder))
+
+
+def _status(args: argparse.Namespace, found: "Finished") -> int:
+    from surgeon.search.summary import status_lines, status_values
+
+    if args.json:
+        print(json.dumps(status_values(found, args.count), indent=2))
+    else:
+        print("\n".join(status_lines(found, args.count)))
+    return 0
+
+
+def _best(args: argparse.Namespace, found: "Finished") -> int:
+    from surgeon.search.summary import record_values
+    from surgeon.tables import table
+
+    best = found.ranked()[: args.count]
+    if args.json:
+        print(json.dumps([record_values(found, one) for one in best], indent=2))
+        return 0 if best else 1
+    if not best:
+        print(f"surgeon: no trial of {args.folder} is complete yet", file=sys.stderr)
+        return 1
+    for one in best:
+        print(f"trial {one.number} ({one.source}): {found.about['task']['primary']} {found.value(one):.5g}")
+        rows = [[layer, label] for layer, label in one.placement.items()]
+        print((table(["layer", "becomes"], rows, left=2) if rows else "the unmodified model") + "\n")
+    return 0
+
+
+def _report(args: argparse.Namespace, found: "Finished") -> int:
+    from surgeon.search.folder import read_search
+    from surgeon.search.report import write_report
+
+    other = read_search(args.against) if args.against else None
+    page = write_report(found, args.output or found.folder.report, other)
+    print(json.dumps({"report": str(page)}) if args.json else f"written to  {page}")
+    return 0
+
+
+def _export(args: argparse.Namespace, found: "Finished") -> int:
+    """The surgeon folder of the best: of the finals where there are any, else of the trials."""
+    import shutil
+
+    from surgeon.checkpoint import check_output
+
+    source, about = _source(found)
+    output = args.output or found.folder.path / "export"
+    check_output(output, force=args.force)
+    fresh = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, fresh, ignore=shutil.ignore_patterns("training"))
+        if output.exists():
+            shutil.rmtree(output)
+        fresh.rename(output)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {output}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    original = _original_value(found, about["stage"])
+    sign = 1.0 if found.higher_is_better else -1.0
+    if original is not None and sign * (about["value"] - original) <= 0 and not args.quiet:
+        print(
+            f"surgeon: warning: the unmodified model, trained equally, is as good or better: {original:.5g} against "
+            f"{about['value']:.5g}",
+            file=sys.stderr,
+        )
+    values: dict[str, Any] = {"output": str(output), "original": original, **about}
+    if args.json:
+        print(json.dumps(values, indent=2))
+    else:
+        primary = found.about["task"]["primary"]
+        print(f"{len(about['placement'])} layers, {primary} {about['value']:.5g} ({about['stage']})")
+        print(f"written to  {output}\nrecipe      {output / 'recipe.json'}")
+    return 0
+
+
+def _source(found: "Finished") -> tuple[Path, dict[str, Any]]:
+    """The folder to copy, and what is in it."""
+    import statistics
+
+    from surgeon.search.finals import best_arm
+    from surgeon.search.folder import read_kept
+
+    if found.finals is not None:
+        arm = best_arm(found.finals["arms"], higher=found.higher_is_better)
+        folders = [] if arm is None else sorted(found.folder.finals.glob(f"{arm['hash']}-rung*-seed0"))
+        if arm is not None and folders:
+            value = statistics.fmean(arm["values"])
+            about = {"stage": "finals", "hash": arm["hash"], "value": value, "placement": arm["placement"]}
+            return folders[-1], about
+    kept = read_kept(found.folder.best)
+    if kept is None:
+        raise ConfigError(f"no placement with replacements was trained to its end in {found.folder.path} yet")
+    return found.folder.best / kept["hash"], {"stage": "trials", **kept}
+
+
+def _original_value(found: "Finished", stage: str) -> float | None:
+    import statistics
+
+    if stage == "finals" and found.finals is not None:
+        arms = [arm for arm in found.finals["arms"] if arm["role"] == "original" and arm["values"]]
+        return statistics.fmean(arms[0]["values"]) if arms else None
+    one = found.original()
+    return None if one is None else found.value(one)
+
+
+_ACTIONS = {"status": _status, "best": _best, "report": _report, "export": _export}

@@ -1,0 +1,46 @@
+"""A search of real trainings that takes seconds: its network, its task, and a worker process that can be killed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from surgeon.cli import main
+from surgeon.zoo.tasks import registry
+from tests.finetune_tasks import TinyClassification, TinyRegression, make_restorer
+
+FACTORY = "tests.search_tasks:make_plain"
+SPACE = ["--types", "acda,sekg", "--atoms", "2", "--scales", "1"]
+SHORT = ["--steps", "4", "--batch-size", "4", "--lr", "0.01", "--device", "cpu", "--gains", "uniform"]
+
+
+def make_plain() -> nn.Module:
+    """The network: three convolutions."""
+    return make_restorer(norm=False)
+
+
+def add_tasks() -> None:
+    """Make the tiny tasks known."""
+    registry.task_names()  # the real ones first
+    registry._TASKS |= {cls.name: cls for cls in (TinyRegression, TinyClassification)}
+
+
+@pytest.fixture
+def tiny_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The tiny tasks by name, an empty cache, and an empty folder to work in."""
+    registry.task_names()
+    known = {cls.name: cls for cls in (TinyRegression, TinyClassification)}
+    monkeypatch.setattr(registry, "_TASKS", registry._TASKS | known)
+    monkeypatch.setenv("SURGEON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def search_arguments(folder: str | Path, *more: str) -> list[str]:
+    """`surgeon search` on the tiny task."""
+    return ["search", FACTORY, "--task", "tiny-regression", *SPACE, *SHORT, "-o", str(folder), *more]
+
+
+if __name__ == "__main__":
+    add_tasks()
+    sys.exit(main(sys.argv[1:]))

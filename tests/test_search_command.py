@@ -1,0 +1,244 @@
+"""`surgeon search`, `surgeon study` and `surgeon gains` as people call them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+
+import surgeon
+from surgeon.cli import main
+from surgeon.rewrite import dynamic_layers
+from surgeon.search.folder import read_search
+from surgeon.search.gain import GainTable
+from surgeon.search.journal import Journal
+from surgeon.zoo.finetune.loop import Interrupted, Run
+from tests.search_tasks import FACTORY, SPACE, search_arguments, tiny_tasks
+from tests.test_search_training import failing
+
+__all__ = ["tiny_tasks"]
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("tiny_tasks")
+
+Capture = pytest.CaptureFixture[str]
+
+
+def document(capsys: Capture) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_search_from_beginning_to_end(capsys: Capture) -> None:
+    assert main(search_arguments("s", "--trials", "5", "--max-flops", "+300%", "--finals", "1", "--seeds", "2")) == 0
+    out, error = capsys.readouterr()
+    assert "trial 0: original (original), mse 0." in error
+    assert re.search(r"best 0\.\d+ \(trial \d\); of the budgets flops \d+%", error)
+    assert re.search("finals 1/[23]: original", error)
+    assert "written to  s" in out
+    found = read_search("s")
+    assert len({one.hash for one in found.records if one.counts}) == 5
+    for one in found.records:
+        if one.counts:
+            assert one.attributes["traced"]["flops"] <= 4 * found.about["original"]["flops"]
+    study = optuna.load_study(study_name="search", storage=JournalStorage(Journal(found.folder.study)))
+    assert len(study.trials) == len(found.records)
+    assert study.direction == optuna.study.StudyDirection.MINIMIZE
+    assert found.finals is not None
+    roles = [arm["role"] for arm in found.finals["arms"]]
+    assert roles[:2] == ["original", "found"]
+    assert all(len(arm["values"]) == 2 for arm in found.finals["arms"])
+    for arm in found.finals["arms"]:
+        assert arm["values"][0] != arm["values"][1]  # seeds differ
+
+    assert main(["study", "status", "s", "--json"]) == 0
+    status = document(capsys)
+    assert status["trials"]["complete"] + status["trials"].get("pruned", 0) >= 5
+    assert status["original"]["placement"] == {}
+    assert status["workers"] == 0
+
+    assert main(["study", "best", "s", "--count", "2", "--json"]) == 0
+    best = document(capsys)
+    assert best[0]["value"] <= best[1]["value"]  # an error: less is better
+
+    _check_report(capsys)
+    _check_export(found.finals, capsys)
+
+
+def _check_report(capsys: Capture) -> None:
+    assert main(["study", "report", "s", "--json"]) == 0
+    page = Path(document(capsys)["report"])
+    text = page.read_text()
+    names = {"pareto", "placements", "expected", "budgets", "convergence", "finals", "gains"}
+    assert {path.stem for path in page.parent.glob("*.png")} == names
+    assert text.count("data:image/png;base64,") == len(names)
+    assert not re.search(r'(src|href)="(?!data:)', text)  # nothing beside it is needed
+    assert "the unmodified model" in text
+
+
+def _check_export(finals: Any, capsys: Capture) -> None:
+    assert main(["study", "export", "s", "--best", "-o", "out", "--json"]) == 0
+    told = document(capsys)
+    assert told["stage"] == "finals"
+    arm = next(arm for arm in finals["arms"] if arm["hash"] == told["hash"])
+    model = surgeon.load("out", trust_factory=True)
+    assert list(dynamic_layers(model)) == list(arm["placement"])
+    again = ["evaluate", "out", "--task", "tiny-regression", "--trust-factory", "--json"]
+    assert main(again) == 0
+    assert document(capsys)["metrics"]["mse"] == pytest.approx(arm["values"][0], rel=1e-4)
+    assert main(["convert", FACTORY, "--recipe", "out/recipe.json", "--input-size", "8", "-o", "again", "--quiet"]) == 0
+    fresh = surgeon.load("again", trust_factory=True)
+    assert fresh.state_dict().keys() == model.state_dict().keys()
+    assert main(["study", "export", "s", "-o", "out"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main(["study", "export", "s", "-o", "out", "--force", "--quiet"]) == 0
+
+
+def test_budgets_that_nothing_meets_end_at_once_with_the_nearest(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "train", lambda self: pytest.fail("something was trained"))
+    assert main(search_arguments("s", "--max-params", "10")) == 1
+    error = capsys.readouterr().err
+    nearest = re.search(r"--max-params (\S+)", error)
+    assert nearest is not None, error
+    assert not Path("s/study.jsonl").exists()
+
+
+def test_another_model_space_or_budget_is_refused_with_the_difference(capsys: Capture) -> None:
+    assert main(search_arguments("s", "--trials", "1", "--quiet")) == 0
+    assert main(search_arguments("s", "--trials", "1")) == 2
+    assert "there is a search in s already" in capsys.readouterr().err
+    assert main(search_arguments("s", "--trials", "1", "--max-flops", "+300%", "--resume")) == 2
+    assert "budgets.flops" in capsys.readouterr().err
+    other = search_arguments("s", "--trials", "1", "--resume")
+    other[1] = "tests.finetune_tasks:Restorer"
+    assert main(other) == 2
+    assert re.search(r"is a study of something else: model.*; name is .*make_plain.*Restorer", capsys.readouterr().err)
+    assert main(search_arguments("s", "--trials", "2", "--resume", "--quiet")) == 0  # more trials are no difference
+    assert main(search_arguments("nowhere", "--resume")) == 2
+    assert "leave out --resume" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train", failing(Interrupted(2), 1))
+        assert main(search_arguments("s", "--trials", "3", "--no-pruning")) == 130
+    out, error = capsys.readouterr()
+    assert "go on with the same command and --resume" in error
+    assert out == ""
+    assert main(search_arguments("s", "--trials", "3", "--no-pruning", "--resume", "--json")) == 0
+    assert document(capsys)["trials"]["complete"] == 3
+
+
+def test_interrupted_finals_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(search_arguments("s", "--trials", "2", "--no-pruning", "--quiet")) == 0
+    finals = ["--trials", "2", "--no-pruning", "--finals", "1", "--seeds", "1", "--final-rung", "0", "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train", failing(Interrupted(2), 1))
+        assert main(search_arguments("s", *finals)) == 130
+    calls: list[int] = []
+    train = Run.train
+    monkeypatch.setattr(Run, "train", lambda self: (calls.append(1), train(self))[1])
+    assert main(search_arguments("s", *finals, "--quiet")) == 0
+    assert len(calls) == 1  # the first was done
+    found = read_search("s")
+    assert found.finals is not None
+    # the same steps and seed as a trial: the same values
+    values = {one.hash: found.value(one) for one in found.ranked()}
+    for arm in found.finals["arms"]:
+        assert arm["values"] == [pytest.approx(values[arm["hash"]])]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--storage", "postgresql://host/db"], "databases"),
+        (["--join", "study"], "databases"),
+        (["--mode", "guess"], "no search mode 'guess'"),
+        (["--trials", "0"], "--trials must be at least 1"),
+        (["--gains", "guess"], "neither a file nor one of"),
+        (["--types", "pafu", "--atoms", "2"], "option of none of the types"),
+        (["--max-time", "soon"], "expected a time"),
+        (["--task-option", "broken=true"], "image 3 of the training set cannot be read"),
+    ],
+)
+def test_wrong_usage_is_one_clear_message(more: list[str], said: str, capsys: Capture) -> None:
+    assert main(search_arguments("s", *more)) == 2
+    out, error = capsys.readouterr()
+    assert said in error
+    assert error.count("\n") == 1
+    assert out == ""
+    assert not Path("s").exists()
+
+
+def test_what_is_no_search(capsys: Capture) -> None:
+    Path("empty").mkdir()
+    for action in ("status", "best", "report", "export"):
+        assert main(["study", action, "empty"]) == 2
+        assert "there is no search in empty" in capsys.readouterr().err
+
+
+def test_gains_round_trip(capsys: Capture) -> None:
+    arguments = [FACTORY, "--task", "tiny-regression", *SPACE, "--batch-size", "4", "--device", "cpu"]
+    assert main(["gains", *arguments, "--method", "probe", "--steps", "2", "-o", "g.json"]) == 0
+    out = capsys.readouterr().out
+    assert "first" in out
+    assert " ± " in out
+    assert "written to  g.png" in out
+    assert Path("g.png").read_bytes().startswith(b"\x89PNG")
+    table = GainTable.read("g.json")
+    assert main(["gains", *arguments, "--method", "probe", "--steps", "2", "--json"]) == 0
+    assert document(capsys)["gains"] == table.to_dict()["gains"]
+    short = ["--steps", "2", "--batch-size", "4", "--device", "cpu", "--gains", "g.json", "--trials", "1", "--quiet"]
+    assert main(["search", FACTORY, "--task", "tiny-regression", *SPACE, *short, "-o", "s"]) == 0
+    assert read_search("s").about["gains"] == "g.json"
+    assert (
+        main(["place", FACTORY, "--input-size", "8", *SPACE, "--gains", "g.json", "--max-layers", "1", "--json"]) == 0
+    )
+    assert main(["gains", *arguments, "--method", "guess"]) == 2
+
+
+# --- killed -------------------------------------------------------------------------------------------------------
+
+
+def start(folder: Path, *more: str) -> "subprocess.Popen[str]":
+    arguments = search_arguments(folder, "--trials", "4", "--mode", "random", "--no-pruning", *more)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "tests.search_tasks", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_killed_search_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    worker = start(broken)
+    assert worker.stderr is not None
+    for line in worker.stderr:
+        if "trial 1:" in line:
+            break
+    time.sleep(0.1)  # into the next training
+    worker.send_signal(signal.SIGKILL)
+    worker.communicate()
+    before = read_search(broken)
+    done = [one for one in before.records if one.state == "complete"]
+    assert len(done) >= 2
+    assert [one.state for one in before.records].count("running") <= 1
+    again = start(broken, "--resume")
+    _, error = again.communicate()
+    assert again.returncode == 0, error
+    assert main(search_arguments(whole, "--trials", "4", "--mode", "random", "--no-pruning", "--quiet")) == 0
+    expected = [(one.number, one.hash, one.values) for one in read_search(whole).records]
+    assert [(one.number, one.hash, one.values) for one in read_search(broken).records] == expected
+    assert sum(one.attempts - 1 for one in read_search(broken).records if one.attempts) <= 1
