@@ -51,5 +51,6 @@ class PixelGenerator(nn.Module):
     def macs(self, height: int, width: int) -> int:
         """Multiply-accumulates for one image of this input size."""
         out_h, out_w = self.geometry.output_size(height, width)
-        per_input = sum(p.numel() for p in (self.reduce.weight, *(conv.weight for conv in self.between)))
+        kernels = (p for p in (self.reduce.weight, *self.between.parameters()) if p.dim() == 4)
+        per_input = sum(p.numel() for p in kernels)
         return per_input * height * width + self.expand.weight.numel() * out_h * out_w
