@@ -140,18 +140,20 @@ def budget_figure(found: Finished) -> Figure:
         axes.plot([found.about["original"][name] / limit] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=1)
         for refused, colour in ((False, COLOURS[0]), (True, COLOURS[3])):
             own = [one for one in found.records if (one.state == "refused") is refused]
-            used = [costs[name] / limit for one in own if (costs := one.attributes.get("traced") or _predicted(one))]
+            used = [cost / limit for one in own if (cost := _cost(one, name)) is not None]
             axes.scatter(used, np.full(len(used), row), s=18, color=colour, alpha=0.6)
     axes.axvline(1, color=COLOURS[3], linewidth=0.8)
     axes.set_yticks(range(len(limits)), list(limits), fontsize=8)
     axes.set_ylim(-0.6, max(len(limits), 1) - 0.4)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    _label(axes, "part of the limit (of memory: the predicted peak); the stroke is the original", "")
+    _label(axes, "part of the limit; the stroke is the original", "")
     return figure
 
 
-def _predicted(one: Record) -> dict[str, int]:
-    return dict(one.attributes.get("predicted") or {})
+def _cost(one: Record, name: str) -> int | None:
+    """What a trial costs by a whole trace; of memory what a device must have."""
+    traced = one.attributes.get("traced") or {}
+    return traced.get("needed" if name == "memory" else name)
 
 
 def convergence(found: Finished, other: Finished | None = None) -> Figure:

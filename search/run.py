@@ -285,12 +285,12 @@ class Search:
         started = time.perf_counter()
         if self.gate is not None:
             verdict = self.gate.check(claim.placement)
+            claim.trial.set_user_attr("traced", dict(verdict.traced))
             if not verdict.fits:
                 with self.file.exclusive():
                     self.file.keep_calibration(self.gate.refused(verdict))
                     self._refuse(claim, list(verdict.reasons))
                 return False
-            claim.trial.set_user_attr("traced", dict(verdict.traced))
         state, values = TrialState.COMPLETE, None
         try:
             values = _listed(self.evaluator.evaluate(claim.placement, self._report(claim, stop), self.config.rung))

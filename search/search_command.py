@@ -178,15 +178,17 @@ def _begin(args: argparse.Namespace, folder: "SearchFolder", search: "Search", s
     gate, task = search.gate, setup.task
     assert gate is not None
     if not args.resume:
-        original = gate.original
+        original, limits = gate.original, {name: gate.problem.limit(name) for name in dict.fromkeys(gate.problem.names)}
+        limits["memory"] = gate.budgets.memory_limit(original, gate.calibration)
+        needed = gate.calibration.needed(original.peak_bytes, sum(original.reserve.values()))
         values = {
             "format": FORMAT,
             "version": VERSION,
             "model": {"name": args.model},
             "task": {"name": task.name, "primary": task.primary, "higher_is_better": task.higher_is_better},
             "budgets": gate.budgets.text,
-            "limits": {name: gate.problem.limit(name) for name in dict.fromkeys(gate.problem.names)},
-            "original": {"flops": original.flops, "params": original.params, "memory": original.peak_bytes},
+            "limits": limits,
+            "original": {"flops": original.flops, "params": original.params, "memory": needed},
             "space": space_values(gate.space),
             "mode": args.mode,
             "seed": args.seed,
