@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from surgeon.search.gain import GainTable
 
 DESCRIPTION = "estimate what every layer gains from every layer type, with errors"
-EXAMPLES = """  surgeon gains zoo/resnet20 --task classification --data cifar/ -o gains.json
-  surgeon gains zoo/resnet20 --task classification --data cifar/ --method probe --steps 20 --seeds 3 -o gains.json
-  surgeon place zoo/resnet20 --max-flops +10% --gains gains.json -o recipe.json
+EXAMPLES = """  surgeon gains zoo/resnet20_cifar --task classification --data cifar/ -o gains.json
+  surgeon gains zoo/resnet20_cifar --task classification --data cifar/ --method probe --steps 20 --seeds 3 -o gains.json
+  surgeon place zoo/resnet20_cifar --max-flops +10% --gains gains.json -o recipe.json
 
 methods: gradient, fisher, snr (no training: gradients at birth); probe (a few steps of one layer);
 halving (whole fine-tunes with one layer replaced, the worse half going after every round);
