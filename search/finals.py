@@ -63,7 +63,7 @@ def run_finals(
 ) -> list[Arm]:
     """Train the arms, or go on with them; what is done already is read. Every run is a surgeon folder in `finals`.
 
-    An arm that is over budget, or out of memory, is left out with the reason.
+    Only those arms whose trials were evaluated exist; an arm that is over budget, or out of memory, is left out with the reason.
     """
     chosen = choose_arms(found.ranked(), found.records, count)
     arms: list[Arm] = []

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from surgeon.search.training import TrainingEvaluator
 
 DESCRIPTION = "find the placement that trains best within budgets; crash-safe, resumable"
-EXAMPLES = """  surgeon search zoo/resnet20_cifar --task classification --data cifar/ --max-flops +10% --max-memory 2GiB --batch-size 64
+EXAMPLES = """  surgeon search zoo/resnet20_cifar --task classification --data cifar/ --max-flops +10% --finals 3
   surgeon search resnet50 --task classification --data imagenet/ --max-memory 8GiB --types acda,pafu --trials 40
   surgeon search resnet50 --task classification --data imagenet/ --max-memory 8GiB --types acda,pafu --trials 80 --resume
   surgeon study status runs/resnet50-classification-search
