@@ -161,7 +161,51 @@ def toys(content: dict[str, Any]) -> str:
     return markdown(names, [[row.get(name) for name in names] for row in content["rows"]])
 
 
+def finetuned(content: dict[str, Any]) -> str:
+    """A row an experiment, data set and arm: before, and mean ± spread over the seeds after."""
+    from benchmarks.finetuned import means
+
+    headers = [
+        "network",
+        "data or metric",
+        "arm",
+        "parameters",
+        "seeds",
+        "steps",
+        "before",
+        "after",
+        "gain on original",
+    ]
+    lines = [
+        [
+            *(r["experiment"], f"{r['what']}, {r['unit']}", r["arm"], f"{r['parameters']:,}", r["seeds"], r["steps"]),
+            *(f"{r['before']:.2f}", _plus_minus(r["after"], r["spread"])),
+            "" if r["gain"] is None else _plus_minus(r["gain"], r["gain_spread"], sign="+"),
+        ]
+        for r in sorted(means(content["rows"]), key=lambda r: (r["experiment"], r["what"]))
+    ]
+    return markdown(headers, lines)
+
+
+def _plus_minus(value: float, spread: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+
+
+def collapsed(content: dict[str, Any]) -> str:
+    """Original, converted and collapsed beside each other."""
+    rows = content["rows"]
+    said = (
+        f"{content['model']}, {content['units']} units, {len(content['kept'])} kept; evidence: "
+        f"{', '.join(content['evidence'])}; outputs differ by at most {content['max_rel_error']:.1g} (relative).\n\n"
+    )
+    return said + markdown(
+        list(rows[0]), [[f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in rows]
+    )
+
+
 TABLES: dict[str, Table] = {
+    "finetuned": finetuned,
+    "collapsed": collapsed,
     "toys-quick": toys,
     "toys": toys,
     "operators": operators,
