@@ -56,6 +56,7 @@ class Experiment:
     steps: int
     batch: int
     lr: float
+    new_lr_scale: float = 0.1  # rate of new parameters as a part of `lr`
     input_size: tuple[int, int, int]
     judge: str | None = None
     images: int | None = None
@@ -113,6 +114,7 @@ def run(experiment: Experiment, arm: str, seed: int, folder: Path, *, quick: boo
         batch_size=experiment.batch,
         eval_batch_size=1 if experiment.judge and experiment.name not in CIFAR else 50,
         lr=experiment.lr,
+        new_lr_scale=experiment.new_lr_scale,
         seed=seed,
         keep="last",
         recalibrate=0,
@@ -121,6 +123,7 @@ def run(experiment: Experiment, arm: str, seed: int, folder: Path, *, quick: boo
     )
     facts: dict[str, Any] = {"experiment": experiment.name, "arm": arm, "seed": seed, "replaced": replaced}
     facts |= {"unit": experiment.unit, "steps": steps, "batch": experiment.batch, "lr": experiment.lr}
+    facts["new_lr_scale"] = experiment.new_lr_scale
     images = 2 if quick else experiment.images
     before = None if experiment.judge is None else _judged(model, experiment.judge, folder, images)
     started = time.perf_counter()
@@ -224,7 +227,9 @@ def _cifar(folder: Path, seed: int, images: int | None) -> Task:
 def _denoising(training: str, color: bool, folder: Path, seed: int, images: int | None) -> Task:
     root = folder / "denoise"
     options: dict[str, Any] = {"train": root / training, "val": root / "Kodak24", "val_limit": 1}
-    return create_task("denoising", seed=seed, sigma=25, color=color, patch=48, patches_per_image=8, **options)
+    return create_task(
+        "denoising", seed=seed, sigma=25, color=color, patch=48, patches_per_image=8, loss="mse", **options
+    )
 
 
 def _super_resolution(folder: Path, seed: int, images: int | None) -> Task:
@@ -235,7 +240,7 @@ def _super_resolution(folder: Path, seed: int, images: int | None) -> Task:
 def _demosaicking(folder: Path, seed: int, images: int | None) -> Task:
     root = folder / "denoise"
     options: dict[str, Any] = {"train": root / "BSDS500train_color", "val": root / "Kodak24", "val_limit": 1}
-    return create_task("demosaicking", seed=seed, pattern="GRBG", patch=96, patches_per_image=8, **options)
+    return create_task("demosaicking", seed=seed, pattern="GRBG", patch=96, patches_per_image=8, loss="mse", **options)
 
 
 def _crowd(folder: Path, seed: int, images: int | None) -> Task:
@@ -256,7 +261,9 @@ def _real_denoising(folder: Path, seed: int, images: int | None) -> Task:
         "clean": "*_mean",
         "val_limit": images,
     }
-    return create_task("real-denoising", seed=seed, patch=64, patches_per_image=8, val_fraction=0.2, **pairs)
+    return create_task(
+        "real-denoising", seed=seed, patch=64, patches_per_image=8, val_fraction=0.2, loss="mse", **pairs
+    )
 
 
 # --- experiments ------------------------------------------------------------------------------------------------------
@@ -307,7 +314,8 @@ def _denoiser(name: str, middle: str, training: str, color: bool) -> Experiment:
         images=4,
         steps=100,
         batch=8,
-        lr=1e-4,
+        lr=2e-5,
+        new_lr_scale=5.0,
         input_size=(3 if color else 1, 48, 48),
         why="one convolution in the middle",
     )
@@ -328,9 +336,10 @@ EXPERIMENTS: dict[str, Experiment] = {
             needs=TASKS["carn_m"].needs,
             unit="dB",
             judge="carn_m",
-            steps=200,
+            steps=120,
             batch=8,
-            lr=1e-4,
+            lr=2e-5,
+            new_lr_scale=5.0,
             input_size=(3, 48, 48),
             why="trained for x2 alone; PAFU of 16 kernels as the last convolution",
         ),
@@ -343,9 +352,10 @@ EXPERIMENTS: dict[str, Experiment] = {
             unit="dB",
             judge="demosaicnet",
             images=4,
-            steps=200,
+            steps=120,
             batch=8,
-            lr=1e-4,
+            lr=2e-5,
+            new_lr_scale=5.0,
             input_size=(3, 96, 96),
             why="PAFU of 16 kernels as the first convolution (PAFU §4.2.1)",
         ),
@@ -388,6 +398,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             steps=60,
             batch=8,
             lr=1e-4,
+            new_lr_scale=1.0,
             input_size=(3, 64, 64),
             why="real noise, from a network trained for Gaussian noise of sigma 25; the noisy images have 35.9 dB",
         ),
