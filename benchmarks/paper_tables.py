@@ -21,18 +21,23 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import _data as data
+from benchmarks._paper_acda import acda
+from benchmarks._paper_adfnet import adfnet
 from benchmarks._paper_costs import COSTS, cost_rows
 from benchmarks._paper_data import CIFAR_FOLDERS, FULL, SMALL, DataSet, unpack_cifar
-from benchmarks._paper_tables import Arm, Comparison, comparisons
-from benchmarks._results import RESULTS, Rows, table, write_json
+from benchmarks._paper_pafu import pafu
+from benchmarks._paper_tables import Arm, Comparison
+from benchmarks._results import RESULTS, ROOT, Rows, table, write_json
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune import finetune
 from surgeon.zoo.recipes import TrainingRecipe, training_recipe
 from surgeon.zoo.tasks import Task
+from surgeon.zoo.tasks.support.pictures import sheet, to_image
 
 DERIVED = {"error": "top1", "error5": "top5"}  # one minus a share
 
@@ -57,9 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if cost not in rows:
                     rows.add(cost, {"table": cost, "costs": cost_rows(cost)})
             _train(args, chosen, sets, rows, full)
-    known = {c.key: c for c in comparisons()}
-    found = [row for row in rows.values() if row["table"] in COSTS or row["comparison"] in known]
-    for title, headers, lines in texts(found):
+    wanted = {*costs, *(c.key for c in chosen)}
+    for title, headers, lines in texts([row for row in rows.values() if row.get("comparison", row["table"]) in wanted]):
         print(f"\n{title}")
         table(headers, lines)
     write_json(args.results / f"{name}.json", {"scale": "full" if full else "small", "rows": rows.values()})
@@ -80,8 +84,14 @@ def _parser() -> argparse.ArgumentParser:
         "--small-data", type=Path, default=data.data_folder(), metavar="DIR", help="default: %(default)s"
     )
     parser.add_argument("--fresh", action="store_true", help="forget the rows of an interrupted or finished run")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="of a denoised image (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     return parser
+
+
+def comparisons() -> list[Comparison]:
+    """All that are trained, in the order of the papers."""
+    return [*acda(), *pafu(), *adfnet()]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -123,17 +133,20 @@ def _train(
         if arm.trained_as is None and f"{comparison.key}/{arm.name}/{seed}" not in rows
     ]
     for seed, comparison, arm in tqdm(todo, desc="networks", disable=None):
-        for judged, facts in run(comparison, arm, sets[comparison.data], seed, full=full, steps=args.steps):
+        model, task, made = run(comparison, arm, sets[comparison.data], seed, full=full, steps=args.steps)
+        for judged, facts in made:
             rows.add(
                 f"{comparison.key}/{judged.name}/{seed}",
                 {"table": comparison.table, "comparison": comparison.key, "network": judged.name, "seed": seed} | facts,
             )
+        if (comparison.key, seed) == (SHOWN, 0) and arm.name in SHOWN_ARMS:
+            show(args.picture, args.results, arm.name, model, task)
 
 
 def run(
     comparison: Comparison, arm: Arm, found: DataSet, seed: int, *, full: bool, steps: int | None = None
-) -> Iterator[tuple[Arm, dict[str, Any]]]:
-    """Train one network; the arm, and those that are the same network judged otherwise, each with its row."""
+) -> tuple[nn.Module, Task, list[tuple[Arm, dict[str, Any]]]]:
+    """Train one network: it, its task, and the rows of the arm and of those that are the same network judged otherwise."""
     recipe = _recipe(comparison, arm, full)
     model = network(recipe, arm, seed, full)
     train: dict[str, Any] = (
@@ -150,10 +163,11 @@ def run(
         "steps": result.summary.steps,
         "cpu_seconds": round(time.process_time() - started, 1),
     }
-    for other in comparison.arms:
-        if other is arm or other.trained_as == arm.name:
-            scores = judge(comparison, other, recipe, result.model, found, seed)
-            yield other, facts | {"scores": scores}
+    judged = [other for other in comparison.arms if other is arm or other.trained_as == arm.name]
+    made = [
+        (other, facts | {"scores": judge(comparison, other, recipe, result.model, found, seed)}) for other in judged
+    ]
+    return result.model, task, made
 
 
 def _recipe(comparison: Comparison, arm: Arm, full: bool) -> TrainingRecipe:
@@ -201,6 +215,39 @@ def judge(
             value = 1 - metrics[DERIVED[metric]] if metric in DERIVED else metrics[metric]
             scores[f"{name} {metric}"] = factor * value
     return scores
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+SHOWN = "ADFNet 4/σ = 50"
+SHOWN_ARMS = ("w/o (DCB and MDCB)", "w/ decoder, ADFNet")
+PICTURE = ROOT / "docs" / "pictures" / "denoiser.png"
+CROP = 192  # pixels from the middle of the image
+
+
+def show(file: Path, results: Path, name: str, model: nn.Module, task: Task) -> None:
+    """Denoise the first image of validation, keep the crop, and draw noisy, plain, ours, clean when both networks are there."""
+    sample = task.dataset("val")[0]
+    with torch.no_grad():
+        restored = task.predict(model.eval(), {"input": sample["input"][None]})[0]
+    kept = results / ".paper_tables-crops.pt"
+    crops: dict[str, Tensor] = torch.load(kept, weights_only=True) if kept.is_file() else {}
+    crops |= {"noisy": _crop(sample["input"]), "clean": _crop(sample["target"]), name: _crop(restored)}
+    torch.save(crops, kept)
+    if not all(arm in crops for arm in SHOWN_ARMS):
+        return
+    order = ("noisy", *SHOWN_ARMS, "clean")
+    captions = [
+        f"{data.psnr(crops[key].clamp(0, 1), crops['clean']):.2f} dB" if key != "clean" else "" for key in order
+    ]
+    titles = ("noisy", "static network", "ADFNet", "clean")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet([[to_image(crops[key]) for key in order]], titles, [captions]).save(file)
+
+
+def _crop(image: Tensor) -> Tensor:
+    top, left = (image.shape[1] - CROP) // 2, (image.shape[2] - CROP) // 2
+    return image[:, max(top, 0) : max(top, 0) + CROP, max(left, 0) : max(left, 0) + CROP].clone()
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------
