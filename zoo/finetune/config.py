@@ -119,7 +119,7 @@ class FinetuneConfig:
         self._check_decay()
 
     def _check_decay(self) -> None:
-        object.__setattr__(self, "milestones", tuple(self.milestones))
+        object.__setattr__(self, "milestones", tuple(self.milestones or ()))
         if bool(self.milestones) != (self.sched == "multistep"):
             raise ConfigError(
                 f"milestones go with the schedule multistep, and it with them; got sched={self.sched!r}, "
@@ -147,7 +147,7 @@ class FinetuneConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return asdict(self) | {"milestones": list(self.milestones)}
+        return asdict(self) | {"milestones": list(self.milestones) or None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
