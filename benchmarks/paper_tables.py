@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="TABLE", help="as --list names them: 'PAFU 2', 'PAFU 2/x3'"
     )
+    parser.add_argument("--networks", nargs="+", default=[], metavar="NAME", help="only these, as the tables name them")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--list", action="store_true", help="only name the tables")
     parser.add_argument("--report", action="store_true", help="only print what there is")
@@ -130,7 +131,8 @@ def _train(
         for comparison in chosen
         if comparison.data in sets
         for arm in comparison.arms
-        if arm.trained_as is None and f"{comparison.key}/{arm.name}/{seed}" not in rows
+        if arm.trained_as is None and (not args.networks or arm.name in args.networks)
+        if f"{comparison.key}/{arm.name}/{seed}" not in rows
     ]
     for seed, comparison, arm in tqdm(todo, desc="networks", disable=None):
         model, task, made = run(comparison, arm, sets[comparison.data], seed, full=full, steps=args.steps)
