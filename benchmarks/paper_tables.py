@@ -221,8 +221,8 @@ def judge(
 
 # --- the picture ------------------------------------------------------------------------------------------------------
 
-SHOWN = "ADFNet 4/σ = 50"
-SHOWN_ARMS = ("w/o (DCB and MDCB)", "w/ decoder, ADFNet")
+SHOWN = "ADFNet 7/DnCNN 5-32"
+SHOWN_ARMS = ("DnCNN", "DConv-DnCNN")
 PICTURE = ROOT / "docs" / "pictures" / "denoiser.png"
 CROP = 192  # pixels from the middle of the image
 
@@ -242,9 +242,8 @@ def show(file: Path, results: Path, name: str, model: nn.Module, task: Task) -> 
     captions = [
         f"{data.psnr(crops[key].clamp(0, 1), crops['clean']):.2f} dB" if key != "clean" else "" for key in order
     ]
-    titles = ("noisy", "static network", "ADFNet", "clean")
     file.parent.mkdir(parents=True, exist_ok=True)
-    sheet([[to_image(crops[key]) for key in order]], titles, [captions]).save(file)
+    sheet([[to_image(crops[key]) for key in order]], order, [captions]).save(file)
 
 
 def _crop(image: Tensor) -> Tensor:

@@ -58,7 +58,8 @@ def test_arms_are_trained_for_equal_steps(comparison: Comparison) -> None:
     for full in (True, False):
         if comparison.table == "ADFNet 2" and full:
             continue  # the larger one is trained for longer, as in the paper
-        configs = [paper_tables._recipe(comparison, arm, full).config() for arm in comparison.arms]
+        over = {} if full else comparison.small_train
+        configs = [paper_tables._recipe(comparison, arm, full).config(**over) for arm in comparison.arms]
         assert len({(c.epochs, c.max_steps, c.batch_size, c.lr, c.opt) for c in configs}) == 1
 
 
@@ -182,7 +183,7 @@ def test_small_material_is_where_the_definitions_say(data: Path) -> None:
 def test_the_picture_waits_for_both(tmp_path: Path) -> None:
     task_data.photo(tmp_path / "val/a.png", 40, 44)
     task = training_recipe("adfnet").make_task(val=tmp_path / "val", patch=16)
-    model = task.bind(zoo.create("adfnet", widths=(8, 16)))
+    model = task.bind(zoo.create("dncnn", channels=3, depth=3, width=4))
     for name, there in zip(paper_tables.SHOWN_ARMS, (False, True), strict=True):
         paper_tables.show(tmp_path / "p.png", tmp_path, name, model, task)
         assert (tmp_path / "p.png").is_file() == there
