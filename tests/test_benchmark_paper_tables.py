@@ -163,6 +163,31 @@ def test_rows_come_and_resume(
     assert seeds == [1, 1, 1]
 
 
+def test_full_scale_runs_by_the_same_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The paper's batch, patches and rate, on folders named as `--data` wants them; a single step."""
+    for number, place in enumerate(("div2k/train/a", "div2k/train/b", "Set5/a", "Set14/a", "B100/a", "Urban100/a")):
+        task_data.photo(tmp_path / f"{place}.png", 100, 104, number)
+    results = tmp_path / "results"
+    arguments = [
+        "--data",
+        str(tmp_path),
+        "--only",
+        "PAFU 2/x2",
+        "--steps",
+        "1",
+        "--seeds",
+        "1",
+        "--results",
+        str(results),
+    ]
+    assert paper_tables.main([*arguments, "--networks", "5×5 convolution"]) == 0
+    (row,) = json.loads((results / "paper_tables-full.json").read_text())["rows"]
+    assert row["scale"] == "full"
+    assert set(row["scores"]) == {"Set5 psnr", "Set14 psnr", "B100 psnr", "Urban100 psnr"}
+    assert not (results / "paper_tables.json").exists(), "full and small scale are kept apart"
+    assert "5×5 convolution" in capsys.readouterr().out
+
+
 def test_missing_material_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         paper_tables.main(["--small-data", str(folder / "no"), "--results", str(folder / "r"), "--only", "PAFU 2"]) == 0

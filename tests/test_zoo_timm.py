@@ -124,6 +124,23 @@ def test_features_of_all(name: str) -> None:
             assert found.shape[-1] == size // reduction
 
 
+RESNETS = [name for name in NAMES if name.startswith(("ad_resnet", "pafu_resnet50", "pafu_resnet101"))]
+
+
+@pytest.mark.parametrize("name", each(RESNETS))
+def test_intermediates(name: str) -> None:
+    """timm's test of `forward_intermediates`, for what is a timm ResNet: the maps told, the last of them the model's features."""
+    model = timm.create_model(name).eval()
+    x = torch.rand(1, 3, side(name), side(name))
+    with torch.no_grad():
+        output, maps = model.forward_intermediates(x)
+        assert [m.shape[1] for m in maps] == [info["num_chs"] for info in model.feature_info]
+        assert [side(name) // m.shape[-1] for m in maps] == [info["reduction"] for info in model.feature_info]
+        torch.testing.assert_close(output, model.forward_features(x))
+        only = model.forward_intermediates(x, indices=(-1,), intermediates_only=True)
+    torch.testing.assert_close(only[0], maps[-1])
+
+
 @pytest.mark.parametrize("name", ["ad_resnet_s", "resnet20_cifar"])
 def test_features_are_those_of_the_whole_model(name: str) -> None:
     """The wrapper runs the modules in their order: nothing that only the forward method does is lost."""
