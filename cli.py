@@ -370,14 +370,19 @@ def _add_convert(commands: Any) -> None:
         "  surgeon convert mobilenetv2_100 --layers depthwise --type sekg -o runs/mobile\n"
         "  surgeon convert resnet50 --layers first-of-stage --type pafu -n 4 --dry-run\n"
         "  surgeon convert resnet18 --layers stage4 --type acda -m 4 --compress --calibrate photos/\n"
-        f"  surgeon convert resnet50 --recipe recipe.json\n\n{LAYERS_HELP}"
+        "  surgeon convert resnet50 --recipe recipe.json\n"
+        f"  surgeon convert zoo/sidd_conv --recipe zoo/acda_sidd\n\n{LAYERS_HELP}"
     )
     parser = _command(commands, "convert", _convert, "make chosen convolutions content-adaptive", examples)
     _add_model(parser)
     group = parser.add_argument_group("what becomes what")
     group.add_argument("--layers", metavar="SELECTION", help="which convolutions (default: all with k >= 2)")
     group.add_argument("--type", metavar="TYPE", help="acda, pafu or sekg")
-    group.add_argument("--recipe", metavar="FILE", help="rules from a recipe, instead of --layers and --type")
+    group.add_argument(
+        "--recipe",
+        metavar="FILE|zoo/NAME",
+        help="rules from a recipe, or those of a zoo network, instead of --layers and --type",
+    )
     group.add_argument("--atoms", "-m", type=int, metavar="M", help="acda: dynamic atoms")
     group.add_argument("--scales", "-S", type=int, metavar="S", help="acda: scales of the basis, 3x3, 5x5, ...")
     group.add_argument("--basis-size", type=int, metavar="M'", help="acda: basis elements a scale")

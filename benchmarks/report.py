@@ -1,4 +1,4 @@
-"""Write the tables of docs/measurements.md anew from benchmarks/results/*.json; the text around them stays.
+"""Write the tables of docs/measurements.md and docs/paper_tables.md anew from benchmarks/results/*.json; the text stays.
 
     python -m benchmarks.report [--check]
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks._results import RESULTS, ROOT, markdown
 
-DOCUMENT = ROOT / "docs" / "measurements.md"
+DOCUMENTS = (ROOT / "docs" / "measurements.md", ROOT / "docs" / "paper_tables.md")
 Table = Callable[[dict[str, Any]], str]
 
 
@@ -24,20 +24,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether the document is up to date")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
-    parser.add_argument("--document", type=Path, default=DOCUMENT, help="default: %(default)s")
+    parser.add_argument("--document", type=Path, nargs="+", default=DOCUMENTS, help="default: those two")
     args = parser.parse_args(argv)
-    before = args.document.read_text()
-    after = filled(before, args.results)
-    if args.check:
-        print(
-            "up to date"
-            if after == before
-            else f"{args.document} is not what the results say: python -m benchmarks.report"
-        )
-        return int(after != before)
-    args.document.write_text(after)
-    print(f"written: {args.document}")
-    return 0
+    stale = False
+    for document in args.document:
+        before = document.read_text()
+        after = filled(before, args.results)
+        if args.check:
+            told = "is not what the results say: python -m benchmarks.report" if after != before else "is up to date"
+            print(f"{document} {told}")
+            stale |= after != before
+        else:
+            document.write_text(after)
+            print(f"written: {document}")
+    return int(stale)
 
 
 def filled(text: str, results: Path) -> str:
@@ -203,9 +203,31 @@ def collapsed(content: dict[str, Any]) -> str:
     )
 
 
+def adfnet(content: dict[str, Any]) -> str:
+    """Both formulations, and what lies between them."""
+    lines = [
+        [name, *(f"{content[key][value]:,.0f}" for value in ("cpu_ms", "peak_growth_mb"))]
+        for name, key in (("surgeon", "surgeon"), ("unfold", "unfold"))
+    ]
+    lines.append(["unfold / surgeon", f"{content['time_ratio']:.2f}", f"{content['memory_ratio']:.2f}"])
+    size = f"{content['size']}×{content['size']}"
+    told = f"`{content['network']}`, one image of {size}, {content['machine']['threads']} thread; "
+    told += f"largest difference of the outputs {content['difference']:.1e}.\n\n"
+    return told + markdown(["filtering", "CPU time, ms", "growth of peak memory, MB"], lines)
+
+
+def paper_tables(content: dict[str, Any]) -> str:
+    """Every table and setting that has rows, under a heading of its own."""
+    from benchmarks.paper_tables import texts
+
+    return "\n".join(f"### {title}\n\n{markdown(headers, lines)}" for title, headers, lines in texts(content["rows"]))
+
+
 TABLES: dict[str, Table] = {
     "finetuned": finetuned,
     "collapsed": collapsed,
+    "adfnet": adfnet,
+    "paper_tables": paper_tables,
     "toys-quick": toys,
     "toys": toys,
     "operators": operators,

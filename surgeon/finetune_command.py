@@ -10,19 +10,26 @@ from surgeon.arguments import assignment
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from surgeon.zoo.finetune import FinetuneConfig
     from surgeon.zoo.finetune.run import DryRun
+    from surgeon.zoo.recipes import TrainingRecipe
     from surgeon.zoo.tasks import Task
 
-DESCRIPTION = "train a converted network on a task; crash-safe, resumable"
+DESCRIPTION = "train a converted network on a task, or a zoo network by its paper's recipe; crash-safe, resumable"
 EXAMPLES = """  surgeon finetune runs/resnet50-acda --task classification --data imagenet/ --epochs 10 --amp bf16
   surgeon finetune runs/resnet50-acda --task classification --data imagenet/ --new-first 1ep --warmup 5% --ema 0.999
   surgeon finetune runs/dncnn-pafu --task denoising --data photos/ --task-option sigma=25 --alternate --distill 0.1
   surgeon finetune runs/resnet50-acda --task classification --data imagenet/ --dry-run
   surgeon finetune runs/resnet50-acda --task classification --data imagenet/ --epochs 10 --amp bf16 --resume
+  surgeon finetune --recipe adfnet --data DIV2K/ --amp bf16
+  surgeon finetune zoo/adfnet_wo_dcb_mdcb --recipe adfnet --preset small --data photos/ --task-option sigma=30
   torchrun --nproc-per-node 4 -m surgeon finetune runs/resnet50-acda --task classification --data imagenet/
 
 spans (--warmup, --new-first, ...) are optimizer steps (200), epochs (1.5ep) or a part of the run (5%)
+recipes are files with a network, a task and options as a paper has them (surgeon zoo NAME names those of a network); every other
+option given here is laid over the recipe's
 """
 
 
@@ -31,12 +38,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     Those of the run's config have no default here: what is not given is left to `FinetuneConfig`.
     """
-    parser.add_argument("model", metavar="RUN|MODEL", help="a folder that surgeon wrote, or a model's name")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="RUN|MODEL",
+        help="a folder that surgeon wrote, or a model's name (default: the recipe's network)",
+    )
     group = parser.add_argument_group("what is trained on what")
-    group.add_argument("--task", required=True, metavar="TASK", help="classification, denoising, ...")
+    group.add_argument("--task", metavar="TASK", help="classification, denoising, ... (default: the recipe's)")
+    group.add_argument("--recipe", metavar="NAME|FILE", help="a training recipe: surgeon's by name, or a .json file")
+    group.add_argument(
+        "--preset",
+        dest="presets",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="of the recipe, the later over the earlier; small: minutes on a CPU",
+    )
     group.add_argument("--data", type=Path, metavar="DIR", help="the task's data")
     group.add_argument(
         "--weights", default="auto", metavar="auto|pretrained|random|FILE", help="of MODEL (default: auto)"
+    )
+    group.add_argument(
+        "--model-args",
+        type=assignment,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="further options of MODEL",
     )
     group.add_argument(
         "--task-option",
@@ -83,7 +114,11 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     _option(group, "--lr", float, "X", "learning rate at its highest")
     _option(group, "--weight-decay", float, "X", "not on norms and biases")
     _option(group, "--momentum", float, "X", "of optimizers that have one")
-    group.add_argument("--sched", choices=("cosine", "poly", "step", "tanh", "constant"), help="of timm's schedules")
+    schedules = ("cosine", "poly", "step", "multistep", "tanh", "constant")
+    group.add_argument("--sched", choices=schedules, help="of timm's schedules")
+    _option(group, "--decay-rate", float, "X", "step, multistep: factor on the rate; poly: the power")
+    _option(group, "--decay-every", str, "SPAN", "step: between decays")
+    group.add_argument("--milestones", nargs="+", metavar="SPAN", help="multistep: when the rate decays")
     _option(group, "--warmup", str, "SPAN", "linear warm-up")
     _option(group, "--min-lr", float, "X", "where the schedule ends")
     _option(group, "--clip", float, "X", "largest norm of the gradient; 0: no limit")
@@ -128,14 +163,19 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.zoo.finetune.folder import RunFolder
     from surgeon.zoo.finetune.loop import Interrupted
 
-    config = read_config(args)
-    task = make_task(args, config.seed)
+    recipe = read_recipe(args)
+    config = read_config(args, recipe)
+    task = make_task(args, config.seed, recipe)
+    if args.model is None and recipe is not None:
+        args.model = f"zoo/{recipe.networks[0]}"
     name = args.model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
-    output = args.output or Path("runs", f"{name}-{args.task}")
+    output = args.output or Path("runs", f"{name}-{task.name if recipe is None else Path(recipe.name).stem}")
+    if not args.dry_run:
+        RunFolder(output).check(resume=args.resume, force=args.force)  # before a model is built
+    model, original, source = _source(args, config.seed, recipe)
+    config = read_config(args, recipe, model)
     if args.dry_run:
-        return _dry_run(args, task, config)
-    RunFolder(output).check(resume=args.resume, force=args.force)  # before a model is built
-    model, original, source = _source(args)
+        return _dry_run(args, model, original, task, config)
     try:
         result = finetune(
             model,
@@ -163,8 +203,30 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_config(args: argparse.Namespace) -> "FinetuneConfig":
-    """The options that were given, over the defaults. Raises `ConfigError`."""
+def read_recipe(args: argparse.Namespace) -> "TrainingRecipe | None":
+    """The training recipe with its presets, None where there is none. Raises `ConfigError` where something is missing."""
+    if args.recipe is None:
+        lacking = [told for told, value in (("RUN|MODEL", args.model), ("--task", args.task)) if value is None]
+        if lacking:
+            raise ConfigError(f"{' and '.join(lacking)} must be given, or --recipe NAME, which brings them")
+        if args.presets:
+            raise ConfigError(f"--preset {args.presets[0]} is a preset of a recipe, and there is no --recipe")
+        return None
+    from surgeon.zoo.recipes import training_recipe
+
+    recipe = training_recipe(args.recipe).with_presets(*args.presets)
+    if args.task not in (None, recipe.task):
+        raise ConfigError(f"recipe {recipe.name} is for the task {recipe.task}, got --task {args.task}")
+    return recipe
+
+
+def read_config(
+    args: argparse.Namespace, recipe: "TrainingRecipe | None" = None, model: "nn.Module | None" = None
+) -> "FinetuneConfig":
+    """The options that were given, over the recipe's, as far as they are for this model, over the defaults.
+
+    Raises `ConfigError`.
+    """
     from dataclasses import fields
 
     from surgeon.zoo.finetune import FinetuneConfig
@@ -175,37 +237,44 @@ def read_config(args: argparse.Namespace) -> "FinetuneConfig":
         given["max_time"] = parse_time(given["max_time"], "--max-time")
     if given.get("clip") == 0:
         given["clip"] = None
-    return FinetuneConfig(**given)
+    return FinetuneConfig(**given) if recipe is None else recipe.config(model, **given)
 
 
-def make_task(args: argparse.Namespace, seed: int) -> "Task":
+def make_task(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None" = None) -> "Task":
     """The task with its options. Raises `ConfigError`."""
     from surgeon.zoo.tasks import create_task
 
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in args.task_options}
     if "data" in options:
         raise ConfigError("the task's data are given with --data, not as a --task-option")
+    if recipe is not None:
+        return recipe.make_task(args.data, seed=seed, **options)
     if args.data is not None:
         options["data"] = args.data
     return create_task(args.task, seed=seed, **options)
 
 
-def _source(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+def _source(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None") -> tuple[Any, Any, Any]:
     """The model, its original where that takes trust, and where the model comes from."""
     from surgeon.models import build_model, restore
     from surgeon.recipe import get_recipe
     from surgeon.zoo.finetune import Source
 
     if not Path(args.model, "recipe.json").is_file():
-        model, base = build_model(args.model, weights=args.weights)
+        options = dict(args.model_args)
+        if recipe is None:
+            model, base = build_model(args.model, weights=args.weights, options=options)
+        else:
+            model, base = recipe.make_model(args.model, weights=args.weights, seed=seed, options=options)
         return model, None, Source(name=args.model, base=base)
     from surgeon.checkpoint import load, read_report
 
-    if args.weights != "auto":
-        raise ConfigError(f"{args.model} is a surgeon folder and has its own weights; --weights cannot apply")
+    for flag, given in (("--weights", args.weights != "auto"), ("--model-args", args.model_args)):
+        if given:
+            raise ConfigError(f"{args.model} is a surgeon folder and has its own weights; {flag} cannot apply")
     model = load(args.model, trust_factory=args.trust_factory)
-    recipe = get_recipe(model)
-    base = None if recipe is None else recipe.base
+    recorded = get_recipe(model)
+    base = None if recorded is None else recorded.base
     original = restore(base, trust_factory=True) if args.trust_factory and base is not None else None
     return model, original, Source(name=args.model, base=base, report=read_report(args.model))
 
@@ -217,20 +286,21 @@ def _leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _dry_run(args: argparse.Namespace, task: "Task", config: "FinetuneConfig") -> int:
+def _dry_run(
+    args: argparse.Namespace, model: "nn.Module", original: "nn.Module | None", task: "Task", config: "FinetuneConfig"
+) -> int:
     from surgeon.zoo.finetune import dry_run
 
-    model, original, _ = _source(args)
     found = dry_run(model, task, config, original=original)
     _leave_group()
     if args.json:
-        print(json.dumps({"model": args.model, "task": args.task, **found.to_dict()}, indent=2))
+        print(json.dumps({"model": args.model, "task": task.name, **found.to_dict()}, indent=2))
     else:
-        print("\n".join(_dry_run_lines(args, found)))
+        print("\n".join(_dry_run_lines(args.model, task.name, found)))
     return 0
 
 
-def _dry_run_lines(args: argparse.Namespace, found: "DryRun") -> list[str]:
+def _dry_run_lines(model: str, task: str, found: "DryRun") -> list[str]:
     from surgeon.cost_command import cost_lines
     from surgeon.tables import count, table
 
@@ -239,12 +309,12 @@ def _dry_run_lines(args: argparse.Namespace, found: "DryRun") -> list[str]:
         for g in found.groups
     ]
     lines = [
-        f"{args.task}: {found.train_samples} training and {found.val_samples} validation samples, all readable",
+        f"{task}: {found.train_samples} training and {found.val_samples} validation samples, all readable",
         f"{found.steps} steps, {found.epochs:.2f} epochs; one step on this machine: {found.seconds:.2f} s, loss {found.loss:.5g}",
         "",
         table(("parameters", "count", "tensors", "rate x", "decay"), rows),
         "",
     ]
     if found.cost is not None:
-        lines += cost_lines(args.model, found.cost)
+        lines += cost_lines(model, found.cost)
     return [*lines, *(f"note: {note}" for note in found.notes), "dry run: nothing was written"]

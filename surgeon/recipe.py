@@ -123,11 +123,26 @@ class Recipe:
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":
-        """Read a recipe file, or the recipe of a surgeon folder; raises `RecipeError`."""
+        """Read a recipe file, the recipe of a surgeon folder, or as zoo/NAME what makes that network of its plain one.
+
+        Raises `RecipeError`.
+        """
+        if str(path).startswith("zoo/") and not Path(path).exists():
+            return _of_zoo(str(path).removeprefix("zoo/"))
         path = Path(path)
         if path.is_dir():
             path = path / FILE
         return cls.from_json(read_text(path), str(path))
+
+
+def _of_zoo(name: str) -> Recipe:
+    from surgeon.zoo import entry
+
+    found = entry(name)
+    if not found.rules:
+        why = f": {found.by_hand}" if found.by_hand else ""
+        raise RecipeError(f"no recipe makes zoo/{name} of another network{why}")
+    return Recipe(rules=found.rules)
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -84,8 +84,13 @@ def _one(args: argparse.Namespace, name: str) -> int:
         print(f"published   {_published(row)}")
     if found["difference"]:
         print(paragraph(f"differs     {found['difference']}", width=columns, hang=" " * 12))
-    if found["plain"]:
-        print(f"made from   {found['plain']}, by the recipe")
+    for training in found["training"]:
+        preset = f" --preset {training['preset']}" if training["preset"] else ""
+        print(f"training    surgeon finetune zoo/{name} --recipe {training['recipe']}{preset} --data DIR")
+    if found["by_hand"]:
+        print(paragraph(f"beside it   {found['plain']}; {found['by_hand']}", width=columns, hang=" " * 12))
+    elif found["plain"]:
+        print(f"made from   {found['plain']}, by the recipe (surgeon convert --recipe zoo/{name})")
         print(json.dumps(found["recipe"], indent=2))
     return 0
 

@@ -45,6 +45,14 @@ from tests.finetune_tasks import SIZE, converted, make_restorer
         ({"warmup": "2.5"}, "warmup: expected steps"),
         ({"eval_every": "0"}, "eval_every must be more than 0"),
         ({"alternate": 0}, "alternate must be an integer >= 1, got 0"),
+        ({"epochs": None}, "epochs or max_steps must say how long the run is"),
+        ({"sched": "multistep"}, "milestones go with the schedule multistep.* sched='multistep', milestones=\\(\\)"),
+        ({"milestones": ["50%"]}, "milestones go with the schedule multistep, and it with them; got sched='cosine'"),
+        ({"sched": "multistep", "milestones": ["0"]}, "milestones must be more than 0"),
+        ({"sched": "step", "decay_every": "often"}, "decay_every: expected steps"),
+        ({"decay_every": "10"}, "decay_every goes with the schedule step, got sched='cosine'"),
+        ({"decay_rate": 0.5}, "decay_rate goes with the schedules step, multistep and poly, got sched='cosine'"),
+        ({"sched": "step", "decay_rate": 0}, "decay_rate must be a number > 0, got 0"),
         ({"rollback_factor": 1.0}, "rollback_factor must be between 0 and 1, got 1.0"),
     ],
 )
@@ -54,7 +62,8 @@ def test_wrong_options_are_named(options: dict[str, Any], told: str) -> None:
 
 
 def test_config_round_trip() -> None:
-    config = FinetuneConfig(epochs=3, ema=0.9, alternate=3, warmup="1ep")
+    config = FinetuneConfig(epochs=3, ema=0.9, alternate=3, warmup="1ep", sched="multistep", milestones=("10", "50%"))
+    assert FinetuneConfig.from_dict(FinetuneConfig().to_dict()) == FinetuneConfig()
     assert FinetuneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ConfigError, match="no option learning_rate; it has epochs"):
         FinetuneConfig.from_dict({"learning_rate": 1})
@@ -168,6 +177,44 @@ def test_rates_warm_up_and_new_ones_are_scaled(sched: str) -> None:
     for rate in rates:
         assert rate["new"] == pytest.approx(0.1 * rate["other"])
         assert rate["selector"] == rate["new"]
+
+
+def test_rates_fall_step_by_step() -> None:
+    """ADFNet halves every 200,000 steps, CIFAR ResNets divide by 10 at two of them: here scaled down."""
+    config = FinetuneConfig(
+        epochs=None,
+        max_steps=40,
+        batch_size=10,
+        lr=0.8,
+        new_lr_scale=0.5,
+        warmup="0",
+        sched="step",
+        decay_rate=0.5,
+        decay_every="10",
+    )
+    _, rates = _rates(config)
+    assert [rate["other"] for rate in rates] == pytest.approx([0.8] * 10 + [0.4] * 10 + [0.2] * 10 + [0.1] * 10)
+    assert rates[35]["new"] == pytest.approx(0.05)
+    by_epochs = FinetuneConfig(epochs=6, batch_size=10, lr=1.0, warmup="0", sched="step", decay_every="2ep")
+    _, rates = _rates(by_epochs)
+    assert [rate["other"] for rate in rates] == pytest.approx([1.0] * 20 + [0.1] * 20 + [0.01] * 20)
+
+
+def test_rates_fall_at_milestones() -> None:
+    """Spans from the end of the warm-up, in whatever order they are given."""
+    config = FinetuneConfig(
+        epochs=10, batch_size=10, lr=1.0, warmup="10", sched="multistep", milestones=("60%", "20"), decay_rate=0.1
+    )
+    plan, rates = _rates(config)
+    assert plan.milestones == (20, 60)
+    assert [rate["other"] for rate in rates[10:]] == pytest.approx([1.0] * 20 + [0.1] * 40 + [0.01] * 30)
+
+
+def test_the_power_of_poly() -> None:
+    """PSPNet: (1 - step / steps) to the power of 0.9."""
+    config = FinetuneConfig(epochs=10, batch_size=10, lr=1.0, warmup="0", sched="poly", decay_rate=0.9)
+    _, rates = _rates(config)
+    assert [rate["other"] for rate in rates] == pytest.approx([(1 - step / 100) ** 0.9 for step in range(100)])
 
 
 def test_others_warm_up_after_a_first_phase() -> None:

@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,25 @@ def test_the_lint_tree_holds_the_whole_package(tmp_path: Path) -> None:
     expected = {file.name for file in (ROOT / "surgeon").glob("*.py")} | {"py.typed", "cli.py", *MAPPED}
     assert {path.name for path in tree.iterdir()} == expected
     assert (tree / "layers" / "base.py").is_file()
+
+
+def test_the_wheel_holds_the_training_recipes(tmp_path: Path) -> None:
+    """Data files install with the code: built by the project's own backend, in a copy."""
+    pytest.importorskip("poetry.core.masonry.api", reason="poetry-core is not installed here")
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "zoo", copy / "zoo", ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("surgeon", "layers", "search"):
+        (copy / part).mkdir()
+        shutil.copy(ROOT / part / "__init__.py", copy / part)
+    for file in ("pyproject.toml", "README.md", "LICENSE", "cli.py"):
+        shutil.copy(ROOT / file, copy)
+    code = f"from poetry.core.masonry import api; print(api.build_wheel({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    inside = set(zipfile.ZipFile(tmp_path / done.stdout.strip().splitlines()[-1]).namelist())
+    recipes = {f"surgeon/zoo/recipes/{path.name}" for path in (ROOT / "zoo" / "recipes").iterdir() if path.is_file()}
+    assert len(recipes) > 10
+    assert recipes <= inside
 
 
 @pytest.mark.parametrize("script", [".ci/run", ".ci/lint-tree"])

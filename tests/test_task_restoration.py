@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import surgeon.zoo as zoo
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.zoo.networks.demosaicnet import grbg_mosaic
+from surgeon.zoo.networks.vdn import variational_loss
 from surgeon.zoo.tasks import create_task
 from surgeon.zoo.tasks.demosaicking import PATTERNS, arranged, bayer_mask
 from surgeon.zoo.tasks.support.draws import turned
@@ -173,6 +174,38 @@ def test_pairs_that_do_not_match_are_named(tmp_path: Path) -> None:
         create_task("real-denoising", data=tmp_path, noisy="rough").check()
     with pytest.raises(ConfigError, match="noisy and clean"):
         create_task("real-denoising", data=tmp_path, noisy="*_a", clean="b")
+
+
+def test_the_variational_loss_in_training(tmp_path: Path) -> None:
+    """The posterior in training, its mean in evaluation; other networks are refused."""
+    noisy_pairs(tmp_path)
+    task = create_task("real-denoising", data=tmp_path, patch=16, loss="variational")
+    net = task.bind(zoo.create("vdn_conv", width=32, inner=8, blocks=1))
+    batch = task.collate([task.dataset("train")[draw] for draw in range(2)])
+    output = task.forward(net, batch)
+    loss = task.loss(output, batch)
+    expected = variational_loss(net.posterior(batch["input"]), batch["input"], batch["target"])
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(p.grad is not None for p in net.parameters()), "the network of the noise learns, too"
+    assert torch.equal(task.predict(net, {"input": batch["input"]}), net(batch["input"]))
+    assert float(task.distillation_loss(output, output).detach()) == 0
+    with pytest.raises(
+        InputError, match=r"loss=variational is for networks that give a posterior .* Conv2d has no argument"
+    ):
+        task.bind(nn.Conv2d(3, 3, 3, padding=1))
+    with pytest.raises(ConfigError, match="loss must be one of l1, mse, charbonnier, got 'variational'"):
+        create_task("denoising", data=tmp_path, loss="variational")
+
+
+def test_real_denoising_judged_by_luma(tmp_path: Path) -> None:
+    noisy_pairs(tmp_path)
+    task = create_task("real-denoising", data=tmp_path, patch=16, luma=True)
+    sample = task.collate([task.dataset("val")[0]])
+    metrics = task.metrics()
+    task.update(metrics, sample["input"], sample)
+    a, b = (luma((sample[key].clamp(0, 1) * 255).round() / 255) for key in ("input", "target"))
+    assert float(metrics["psnr"].compute()) == pytest.approx(float(psnr(a, b)), rel=1e-6)
 
 
 # --- super-resolution -------------------------------------------------------------------------------------------------

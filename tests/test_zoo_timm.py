@@ -8,6 +8,7 @@ ways to a graph.
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,6 +107,40 @@ def test_features_only(name: str) -> None:
     assert last.feature_info.channels() == channels[-1:]
 
 
+@pytest.mark.parametrize("name", each(NAMES))
+def test_features_of_all(name: str) -> None:
+    """timm's test of `features_only`: as many maps as told, of the channels and, where the network pads, the sizes told."""
+    model = timm.create_model(name, features_only=True).eval()
+    size = side(name)
+    with torch.no_grad():
+        maps = model(torch.rand(1, 3, size, size))
+    assert len(maps) == len(model.feature_info)
+    for found, channels, reduction in zip(
+        maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True
+    ):
+        assert found.shape[1] == channels
+        assert not torch.isnan(found).any()
+        if not name.startswith("lenet"):
+            assert found.shape[-1] == size // reduction
+
+
+RESNETS = [name for name in NAMES if name.startswith(("ad_resnet", "pafu_resnet50", "pafu_resnet101"))]
+
+
+@pytest.mark.parametrize("name", each(RESNETS))
+def test_intermediates(name: str) -> None:
+    """timm's test of `forward_intermediates`, for what is a timm ResNet: the maps told, the last of them the model's features."""
+    model = timm.create_model(name).eval()
+    x = torch.rand(1, 3, side(name), side(name))
+    with torch.no_grad():
+        output, maps = model.forward_intermediates(x)
+        assert [m.shape[1] for m in maps] == [info["num_chs"] for info in model.feature_info]
+        assert [side(name) // m.shape[-1] for m in maps] == [info["reduction"] for info in model.feature_info]
+        torch.testing.assert_close(output, model.forward_features(x))
+        only = model.forward_intermediates(x, indices=(-1,), intermediates_only=True)
+    torch.testing.assert_close(only[0], maps[-1])
+
+
 @pytest.mark.parametrize("name", ["ad_resnet_s", "resnet20_cifar"])
 def test_features_are_those_of_the_whole_model(name: str) -> None:
     """The wrapper runs the modules in their order: nothing that only the forward method does is lost."""
@@ -129,6 +164,33 @@ def test_gradient_checkpointing(name: str) -> None:
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize("name", ["ad_resnet_s", "lenet_acda", "resnet20_cifar"])
+def test_fx_backward(name: str) -> None:
+    """timm's: every parameter of the traced model gets a gradient, the same as the model's."""
+    model = timm.create_model(name).eval()
+    graph = trace_graph(model)
+    x = torch.rand(1, 3, side(name), side(name))
+    gradients = []
+    for run in (model, graph):
+        model.zero_grad()
+        run(x).square().mean().backward()
+        gradients.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
+    assert set(gradients[0]) == {key for key, _ in model.named_parameters()}
+    assert set(gradients[1]) == set(gradients[0])
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["lenet_acda", "ad_resnet_s"])
+def test_torchscript_is_refused_and_documented(name: str) -> None:
+    """No TorchScript: it fails when it compiles, not with a wrong result, and the document says so."""
+    with pytest.raises((RuntimeError, OSError)):
+        torch.jit.script(timm.create_model(name).eval())
+    text = (Path(__file__).parent.parent / "docs" / "zoo.md").read_text(encoding="utf-8")
+    assert "TorchScript, which cannot compile the dynamic layers' operators" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("name", ["ad_resnet_s", "lenet_acda", "resnet20_cifar"])

@@ -37,7 +37,8 @@ class Published:
 class Entry:
     """One name of the zoo.
 
-    `plain` is the name of the network that `rules` turn into this one. `uncounted` is a regular expression of parameters that
+    `plain` is the name of the network that `rules` turn into this one; without rules it is the one beside it, and `by_hand`
+    says why no surgery leads from there. `uncounted` is a regular expression of parameters that
     the published number leaves out; `difference` says why ours differs from what was published.
     """
 
@@ -53,6 +54,7 @@ class Entry:
     uncounted: str = ""
     plain: str | None = None
     rules: tuple[Rule, ...] = ()
+    by_hand: str = ""
 
 
 _ENTRIES: dict[str, Entry] = {}

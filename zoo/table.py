@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgeon.zoo.recipes import recipes_for
 from surgeon.zoo.registry import Entry, Size, create, entry
 
 TOLERANCE = 0.01  # above it a difference needs its reason
@@ -152,6 +153,11 @@ def describe(found: Entry) -> dict[str, Any]:
         "description": found.description.strip(),
         "input_size": list(found.input_size),
         "plain": found.plain,
+        "by_hand": found.by_hand,
+        "training": [
+            {"recipe": recipe.name, "preset": preset, "summary": recipe.summary}
+            for recipe, preset in recipes_for(found.name)
+        ],
         "recipe": [{"layers": r.layers, "type": r.type, "options": r.options} for r in found.rules],
         "published": None
         if published is None

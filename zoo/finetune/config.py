@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from surgeon.errors import ConfigError
 
-SCHEDULES = ("cosine", "poly", "step", "tanh", "constant")
+SCHEDULES = ("cosine", "poly", "step", "multistep", "tanh", "constant")
 PRECISIONS = ("no", "fp16", "bf16")
 DEVICES = ("auto", "cpu")
 KEEP = ("best", "last")
@@ -25,13 +25,16 @@ class FinetuneConfig:
 
     A *span* is a text: optimizer steps ("200"), epochs ("1.5ep"), or a part of the whole run ("5%"; of the steps planned).
 
-    Length: `epochs` passes over the training data, at most `max_steps` optimizer steps (the schedule is planned over the shorter
-    of the two), at most `max_time` seconds of training over all sittings (which cuts the schedule off).
+    Length: `epochs` passes over the training data (None: as many as `max_steps` take), at most `max_steps` optimizer steps (the
+    schedule is planned over the shorter of the two), at most `max_time` seconds of training over all sittings (which cuts the
+    schedule off).
     Batches: `batch_size` samples a micro-step over all processes, `accumulate` micro-steps an optimizer step; evaluation takes
     `eval_batch_size` (None: the same).
     Optimizer: names of timm; `lr` at the top of the schedule `sched`, `new_lr_scale` times that for new parameters (those that
     the replaced convolutions did not have); `warmup` is a span; no weight decay on norms and biases; `clip` bounds the norm
-    of the gradient (None: off).
+    of the gradient (None: off). Schedules begin where the warm-up ends: "step" multiplies the rate by `decay_rate` (None: 0.1)
+    after every span `decay_every` (None: a third of what is left of the run), "multistep" at each span of `milestones`;
+    the power of "poly" is `decay_rate` (None: 1).
     New layers: `new_first` is a span in which only new parameters are trained; `regularization` weighs the layers' own loss
     terms; PAFU's temperature falls exponentially from each layer's own to `temperature_end` times it; `alternate` k trains in
     turn the selectors for one step and everything else for k (PAFU, §4.1: 3).
@@ -45,7 +48,7 @@ class FinetuneConfig:
     rates times `rollback_factor`, at most `max_rollbacks` times.
     """
 
-    epochs: float = 10.0
+    epochs: float | None = 10.0
     max_steps: int | None = None
     max_time: float | None = None
     batch_size: int = 32
@@ -59,6 +62,9 @@ class FinetuneConfig:
     sched: str = "cosine"
     warmup: str = "5%"
     min_lr: float = 0.0
+    decay_rate: float | None = None
+    decay_every: str | None = None
+    milestones: tuple[str, ...] = ()
     new_lr_scale: float = 0.1
     new_first: str = "0"
     clip: float | None = 5.0
@@ -90,9 +96,11 @@ class FinetuneConfig:
         for name in ("max_steps", "eval_batch_size", "alternate", "patience"):
             if getattr(self, name) is not None:
                 self._check_integer(name, 1)
-        for name in ("epochs", "lr", "new_lr_scale", "temperature_end"):
+        for name in ("lr", "new_lr_scale", "temperature_end"):
             self._check_number(name, above=True)
-        for name in ("max_time", "clip"):
+        if self.epochs is None and self.max_steps is None:
+            raise ConfigError("epochs or max_steps must say how long the run is, got neither")
+        for name in ("epochs", "max_time", "clip", "decay_rate"):
             if getattr(self, name) is not None:
                 self._check_number(name, above=True)
         for name in ("weight_decay", "momentum", "min_lr", "regularization", "distill"):
@@ -108,6 +116,23 @@ class FinetuneConfig:
             number, _ = parse_span(getattr(self, name), name)
             if number == 0 and name.endswith("_every"):
                 raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)!r}")
+        self._check_decay()
+
+    def _check_decay(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones or ()))
+        if bool(self.milestones) != (self.sched == "multistep"):
+            raise ConfigError(
+                f"milestones go with the schedule multistep, and it with them; got sched={self.sched!r}, "
+                f"milestones={self.milestones!r}"
+            )
+        if self.decay_every is not None and self.sched != "step":
+            raise ConfigError(f"decay_every goes with the schedule step, got sched={self.sched!r}")
+        if self.decay_rate is not None and self.sched not in ("step", "multistep", "poly"):
+            raise ConfigError(f"decay_rate goes with the schedules step, multistep and poly, got sched={self.sched!r}")
+        every = () if self.decay_every is None else (self.decay_every,)
+        for name, spans in (("decay_every", every), ("milestones", self.milestones)):
+            if any(parse_span(span, name)[0] == 0 for span in spans):
+                raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)!r}")
 
     def _check_integer(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -122,7 +147,7 @@ class FinetuneConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return asdict(self)
+        return asdict(self) | {"milestones": list(self.milestones) or None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

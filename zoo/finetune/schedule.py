@@ -24,27 +24,34 @@ class Plan:
     eval_every: int
     checkpoint_every: int
     alternate: int | None
+    decay_every: int = 1  # of the schedule "step"
+    milestones: tuple[int, ...] = ()  # of "multistep"
 
     @classmethod
     def make(cls, config: FinetuneConfig, samples: int, groups: list[Group]) -> "Plan":
         """Raises `ConfigError` for phases that the model's parameters cannot fill, or that leave nothing of the run."""
         per_step = config.batch_size * config.accumulate
         steps_per_epoch = samples / per_step
-        total = max(round(config.epochs * steps_per_epoch), 1)
-        total = min(total, config.max_steps or total)
+        lengths = [] if config.max_steps is None else [config.max_steps]
+        if config.epochs is not None:
+            lengths.append(max(round(config.epochs * steps_per_epoch), 1))
+        total = min(lengths)
 
-        def steps(name: str) -> int:
-            return span_steps(getattr(config, name), steps_per_epoch, total, name)
+        def steps(name: str, span: str | None = None) -> int:
+            return span_steps(span or getattr(config, name), steps_per_epoch, total, name)
 
+        warmup = min(steps("warmup"), total - 1)
         plan = cls(
             samples=samples,
             per_step=per_step,
             total=total,
-            warmup=min(steps("warmup"), total - 1),
+            warmup=warmup,
             new_first=steps("new_first"),
             eval_every=steps("eval_every"),
             checkpoint_every=steps("checkpoint_every"),
             alternate=config.alternate,
+            decay_every=steps("decay_every") if config.decay_every else max((total - warmup) // 3, 1),
+            milestones=tuple(sorted(steps("milestones", span) for span in config.milestones)),
         )
         plan._check_phases({group.role for group in groups})
         return plan
@@ -85,14 +92,17 @@ class Rates:
         from timm.scheduler import create_scheduler_v2
 
         self.optimizer, self.plan = optimizer, plan
-        decay = {"poly": 1.0, "constant": 1.0}.get(config.sched, 0.1)  # of "poly" it is the power
+        default = {"poly": 1.0, "constant": 1.0}.get(config.sched, 0.1)  # of "poly" it is the power
+        decay = default if config.decay_rate is None else config.decay_rate
         self.schedule, _ = create_scheduler_v2(
             optimizer,
             "step"
             if config.sched == "constant"
             else config.sched,  # a decay by 1: as constant, in every version of timm
             num_epochs=plan.total - plan.warmup,
-            decay_epochs=max((plan.total - plan.warmup) // 3, 1),
+            decay_epochs=plan.decay_every,
+            # timm's multistep decays a step before its milestone
+            decay_milestones=[milestone + 1 for milestone in plan.milestones],
             decay_rate=decay,
             min_lr=config.min_lr,
             warmup_lr=config.lr / (plan.warmup + 1),

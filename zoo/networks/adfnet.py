@@ -114,6 +114,11 @@ _LEFT_OUT = (
     "({deform} parameters, which are no module's, {deform_macs} G of the multiply-accumulates) and counts the transposed "
     "convolutions at their output size, 4 times too much (+{up_macs} G): {sum}"
 )
+_BY_HAND: dict[str, Any] = {
+    "plain": "adfnet_wo_dcb_mdcb",
+    "by_hand": "a DCB has other convolutions than a CB, and an MDCB other ones than an MCB: none is the other with a layer "
+    "replaced, so that surgery on the static network gives another one",
+}
 _PAPER: dict[str, Any] = {"layout": _LAYOUT, "reshaped": _RESHAPED, "uncounted": _DEFORM}
 _COLOUR = _LEFT_OUT.format(deform="977,600", deform_macs="1.06", up_macs="2.72", sum="12.29 - 1.06 + 2.72 = 13.95 G")
 _AT = (3, 128, 128)
@@ -125,6 +130,7 @@ _AT = (3, 128, 128)
     published=Published(where="Table 4 (parameters), Table 2 (FLOPs)", params=7.65e6, macs=13.9e9, at=_AT),
     difference=_COLOUR,
     **_PAPER,
+    **_BY_HAND,
 )
 def adfnet(
     channels: int = 3,

@@ -63,7 +63,13 @@ def dncnn_color(channels: int = 3, depth: int = 20, width: int = 64, batch_norm:
     return DnCNN(channels, depth, width, batch_norm)
 
 
-@register("dncnn_dconv", input_size=(3, 64, 64))
+@register(
+    "dncnn_dconv",
+    input_size=(3, 64, 64),
+    plain="dncnn",
+    by_hand="the DConv takes the place of a convolution, which surgery cannot do without losing what that computes: its sekg "
+    "layer keeps the convolution and puts the DConv behind it",
+)
 def dncnn_dconv(channels: int = 3, depth: int = 15, width: int = 64, batch_norm: bool = True) -> nn.Module:
     """DnCNN for colour images with one DConv in the middle (ADFNet Figure 7: depth=5, 10, 15 and width=32, 64)."""
     return DnCNN(channels, depth, width, batch_norm, dconv=True)

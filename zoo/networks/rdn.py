@@ -66,7 +66,12 @@ def rdn(channels: int = 3, blocks: int = 9, width: int = 32, layers: int = 8) ->
     return RDN(channels, blocks, width, layers)
 
 
-@register("rdn_mdcb", input_size=_SIZE)
+@register(
+    "rdn_mdcb",
+    input_size=_SIZE,
+    plain="rdn",
+    by_hand="three MDCBs take the place of a dense block, which they cannot be made of without losing what it computes",
+)
 def rdn_mdcb(channels: int = 3, blocks: int = 9, width: int = 32, layers: int = 8) -> nn.Module:
     """RDN with three MDCBs in place of the dense block in the middle (ADFNet Figure 7)."""
     return RDN(channels, blocks, width, layers, mdcb=True)

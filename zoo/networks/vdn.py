@@ -32,7 +32,10 @@ class Posterior(NamedTuple):
 
 
 class VDN(nn.Module):
-    """Noisy image (N, C, H, W) in [0, 1] -> the mean of the clean image, same shape, not clipped."""
+    """Noisy image (N, C, H, W) in [0, 1] -> the mean of the clean image, same shape, not clipped.
+
+    With `posterior` it is everything that the loss needs: a `Posterior`, see the method of that name.
+    """
 
     def __init__(self, channels: int = 3, width: int = WIDTH, inner: int = INNER, blocks: int = BLOCKS) -> None:
         super().__init__()
@@ -42,7 +45,9 @@ class VDN(nn.Module):
             layers += [nn.Conv2d(64, 64, 3, padding=1), nn.LeakyReLU(0.2)]
         self.noise = nn.Sequential(*layers, nn.Conv2d(64, 2 * channels, 3, padding=1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, posterior: bool = False) -> Tensor | Posterior:
+        if posterior:
+            return self.posterior(x)
         correction: Tensor = self.denoiser(x)[:, : x.shape[1]]
         return x + correction
 

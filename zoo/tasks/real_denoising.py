@@ -3,16 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
 
-from surgeon.errors import ConfigError, DataError
-from surgeon.zoo.tasks.base import Sample, TaskConfig
+from surgeon.errors import ConfigError, DataError, InputError
+from surgeon.zoo.networks.vdn import Posterior, variational_loss
+from surgeon.zoo.tasks.base import Batch, Sample, TaskConfig
 from surgeon.zoo.tasks.registry import register
 from surgeon.zoo.tasks.support.draws import turned
 from surgeon.zoo.tasks.support.files import check_images, image_size, list_images, look_through, named
-from surgeon.zoo.tasks.support.images import cut, random_box, to_tensor
+from surgeon.zoo.tasks.support.images import cut, luma, random_box, to_tensor
+from surgeon.zoo.tasks.support.metrics import PIXEL_LOSSES, eight_bit
+from surgeon.zoo.tasks.support.probe import takes
 from surgeon.zoo.tasks.support.restoration import RestorationConfig, RestorationTask, check_splits, size_check
 
 Pair = tuple[Path, Path]  # noisy, clean
@@ -22,10 +26,16 @@ Pair = tuple[Path, Path]  # noisy, clean
 class RealDenoisingConfig(RestorationConfig):
     """`noisy` and `clean` say what belongs together: the names of two folders (noisy/a.png, clean/a.png), or, where a pattern
     holds a `*`, the ends of the names of files in one folder: noisy="*_real" clean="*_mean" for a_real.JPG and a_mean.JPG.
+
+    `loss` may also be "variational", that of Yue et al. (2019), for networks whose forward gives a `Posterior` when called
+    with `posterior=True`. `luma`: PSNR and SSIM are those of Y (BT.601) of 8-bit images.
     """
+
+    losses: ClassVar[tuple[str, ...]] = (*PIXEL_LOSSES, "variational")
 
     noisy: str = "noisy"
     clean: str = "clean"
+    luma: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,6 +103,37 @@ class RealDenoising(RestorationTask):
 
     def val_sample(self, item: Pair, generator: torch.Generator) -> Sample:
         return {"input": to_tensor(self.read(item[0])), "target": to_tensor(self.read(item[1]))}
+
+    # --- the variational loss -------------------------------------------------------------------------------------
+
+    def bind(self, model: nn.Module) -> nn.Module:
+        if self.config.loss == "variational" and not takes(model, "posterior"):
+            raise InputError(
+                f"task {self.name}: loss=variational is for networks that give a posterior (zoo/acda_vdn, zoo/vdn_conv), and "
+                f"the forward of {type(model).__name__} has no argument posterior"
+            )
+        return super().bind(model)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        if self.config.loss == "variational" and "target" in batch:
+            return model(batch["input"], posterior=True)
+        return super().forward(model, batch)
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        if isinstance(output, Posterior):
+            return variational_loss(Posterior(*(part.float() for part in output)), batch["input"], batch["target"])
+        return super().loss(output, batch)
+
+    def distillation_loss(self, output: Any, teacher: Any) -> Tensor:
+        """Between the means, where there is a posterior."""
+        parts = [part.mean if isinstance(part, Posterior) else part for part in (output, teacher)]
+        return super().distillation_loss(*parts)
+
+    def measured(self, image: Tensor) -> Tensor:
+        if not self.config.luma:
+            return image
+        image = eight_bit(image)
+        return luma(image) if self.color else image
 
 
 def _size_mismatch(pair: Pair) -> str | None:

@@ -1,6 +1,5 @@
 """Single-image super-resolution x2, x3, x4 from a bicubic reduction."""
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from surgeon.zoo.tasks.registry import register
 from surgeon.zoo.tasks.support.draws import turned, turned_back
 from surgeon.zoo.tasks.support.images import Box, luma, random_box, to_tensor
 from surgeon.zoo.tasks.support.metrics import eight_bit
+from surgeon.zoo.tasks.support.probe import takes
 from surgeon.zoo.tasks.support.restoration import RestorationConfig, RestorationTask
 
 _MARGIN = 8  # small pixels around a patch that reducing and enlarging it by bicubic filters (reach 2 each) can see
@@ -78,10 +78,7 @@ class SuperResolution(RestorationTask):
             self.color = color
 
     def bind(self, model: nn.Module) -> nn.Module:
-        try:
-            self._takes_scale = "scale" in inspect.signature(model.forward).parameters
-        except (TypeError, ValueError):  # a forward without a signature
-            self._takes_scale = False
+        self._takes_scale = takes(model, "scale")
         return super().bind(model)
 
     def hint(self) -> str:

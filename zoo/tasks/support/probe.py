@@ -1,5 +1,6 @@
 """Whether a model fits a task: what it takes, what it gives, and where its last layer is."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,14 @@ from surgeon.layers.base import DynamicConv2d
 def first_channels(model: nn.Module) -> int | None:
     """Input channels of the first convolution, None where there is none."""
     return next((int(m.in_channels) for m in model.modules() if isinstance(m, nn.Conv2d | DynamicConv2d)), None)
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward has an argument of this name."""
+    try:
+        return argument in inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):  # a forward without a signature
+        return False
 
 
 def trial(task: str, model: nn.Module, run: Callable[[Tensor], Any], *size: int, hint: str = "") -> Any:

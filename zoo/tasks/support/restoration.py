@@ -37,6 +37,8 @@ class RestorationConfig(FolderConfig):
     to a multiple of so many pixels and the result is cut, for networks that halve several times.
     """
 
+    losses: ClassVar[tuple[str, ...]] = PIXEL_LOSSES
+
     patch: int | None = None
     patches_per_image: int = 1
     augment: bool = True
@@ -51,8 +53,8 @@ class RestorationConfig(FolderConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-        if self.loss not in PIXEL_LOSSES:
-            raise ConfigError(f"loss must be one of {', '.join(PIXEL_LOSSES)}, got {self.loss!r}")
+        if self.loss not in self.losses:
+            raise ConfigError(f"loss must be one of {', '.join(self.losses)}, got {self.loss!r}")
 
 
 class RestorationTask(Task):
