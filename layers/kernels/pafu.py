@@ -21,10 +21,11 @@ from torch import Tensor
 from surgeon.errors import GeometryError
 from surgeon.layers.geometry import Pair
 from surgeon.layers.kernels import pafu_dense, pafu_grouped, pafu_taps
-from surgeon.layers.kernels.dispatch import Operator
+from surgeon.layers.kernels.dispatch import PORTABLE, Operator
 from surgeon.layers.kernels.library import autocast_dtype, define, shapes_of
 from surgeon.layers.kernels.pafu_frames import Grads, Problem, Window
 from surgeon.layers.kernels.pafu_reference import pafu_conv_reference
+from surgeon.layers.kernels.portable import pafu_conv_portable
 
 METHODS: dict[str, ModuleType] = {"grouped": pafu_grouped, "taps": pafu_taps, "dense": pafu_dense}
 
@@ -220,4 +221,5 @@ def _run_lean(*args: Any) -> Tensor:
     return y
 
 
+PAFU_CONV.backend(PORTABLE)(pafu_conv_portable)
 PAFU_CONV.backend("reference")(pafu_conv_reference)
