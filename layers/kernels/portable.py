@@ -91,14 +91,23 @@ def shifted(
     dilation: Sequence[int],
     out_size: Sequence[int],
 ) -> Iterator[Tensor]:
-    """For each tap the input that lies under it, (N, C, H', W'); views of one padded copy."""
-    padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
-    for row in range(kernel_size[0]):
-        for column in range(kernel_size[1]):
-            y, x_ = row * dilation[0], column * dilation[1]
-            rows = slice(y, y + (out_size[0] - 1) * stride[0] + 1, stride[0])
-            columns = slice(x_, x_ + (out_size[1] - 1) * stride[1] + 1, stride[1])
-            yield padded[:, :, rows, columns]
+    """For each tap the input that lies under it, (N, C, H', W'); without stride, views of one padded copy.
+
+    With a stride a convolution with one 1 in its kernel picks the tap: a slice of symbolic length and step leaves the exporter
+    with sizes that it cannot simplify.
+    """
+    kernel_h, kernel_w = kernel_size
+    if tuple(stride) == (1, 1):
+        padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
+        for top in range(0, kernel_h * dilation[0], dilation[0]):
+            for left in range(0, kernel_w * dilation[1], dilation[1]):
+                yield padded[:, :, top : top + out_size[0], left : left + out_size[1]]
+        return
+    channels = x.shape[1]
+    one_hot = torch.eye(kernel_h * kernel_w, dtype=x.dtype, device=x.device).view(-1, 1, 1, kernel_h, kernel_w)
+    for pick in one_hot.unbind():
+        kernel = pick.expand(channels, -1, -1, -1)
+        yield F.conv2d(x, kernel, None, tuple(stride), tuple(padding), tuple(dilation), channels)
 
 
 def _filtered(taps: Iterator[Tensor], kernel: Callable[[int], Tensor], split: tuple[int, int, int, int]) -> Tensor:
