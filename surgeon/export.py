@@ -52,12 +52,16 @@ class Check:
 
 @dataclass(kw_only=True)
 class Exported:
-    """What was written: which dimensions are free, why the others are not, and what the checks gave."""
+    """What was written: which dimensions are free and within what, why the others are not, and what the checks gave.
+
+    `operators` counts operations, `size` is in bytes, `foreign` names operators beyond torch's own or standard ONNX.
+    """
 
     path: str
     format: str
     input_shape: tuple[int, ...]
-    free: tuple[str, ...]
+    dtype: str
+    free: dict[str, str]
     fixed: dict[str, str] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     operators: int = 0
@@ -67,7 +71,7 @@ class Exported:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         checks = [{"shape": list(c.shape), "rel_error": c.max_rel, "abs_error": c.max_abs} for c in self.checks]
-        return vars(self) | {"input_shape": list(self.input_shape), "free": list(self.free), "checks": checks}
+        return vars(self) | {"input_shape": list(self.input_shape), "checks": checks}
 
 
 def export(
@@ -96,12 +100,13 @@ def export(
     check_target(path, format, force=force)
     tell("trace", 0, 1)
     shapes = _Shapes.of(model, input_size, example_inputs, free)
-    program, dims = _trace(model, shapes, free)
+    program, bounds = _trace(model, shapes, free)
     result = Exported(
         path=str(path),
         format=format,
         input_shape=tuple(shapes.example.shape),
-        free=tuple(name for name in NAMES if name in dims),
+        dtype=str(shapes.example.dtype).removeprefix("torch."),
+        free=bounds,
         fixed=shapes.fixed,
     )
     with _beside(path) as partial:
@@ -110,7 +115,7 @@ def export(
             result.operators = write(program, partial, format, opset)
         runner = read(partial, format)
         result.foreign = foreign_operators(program, partial, format)
-        wanted = shapes.to_check(dims)
+        wanted = shapes.to_check(tuple(bounds))
         for done, shape in enumerate(wanted):
             tell("check", done, len(wanted))
             result.checks.append(_check(model, runner, shape))
@@ -122,7 +127,7 @@ def export(
                 f"(at most {TOLERANCE:g}); nothing was written"
             )
         result.size = partial.stat().st_size
-        os.replace(partial, path)
+        partial.replace(path)
     return result
 
 
@@ -208,12 +213,15 @@ class _Shapes:
 def _example(model: nn.Module, input_size: Any, example_inputs: Any) -> Tensor:
     """One batch of images (N, C, H, W) that the model runs on."""
     candidates: list[Inputs] | Iterator[Inputs]
-    candidates = (
-        candidate_inputs(model, input_size) if example_inputs is None else iter([given_inputs(example_inputs)])
-    )
+    candidates = candidate_inputs(model, input_size) if example_inputs is None else iter([given_inputs(example_inputs)])
     failure: SurgeonError | None = None
     for inputs in candidates:
-        if inputs.kwargs or len(inputs.args) != 1 or not isinstance(inputs.args[0], Tensor) or inputs.args[0].dim() != 4:
+        if (
+            inputs.kwargs
+            or len(inputs.args) != 1
+            or not isinstance(inputs.args[0], Tensor)
+            or inputs.args[0].dim() != 4
+        ):
             raise ExportError(
                 f"only models of one batch of images (N, C, H, W) can be exported; {type(model).__name__} takes "
                 f"{inputs.shapes()}"
@@ -236,8 +244,8 @@ def _images(like: Tensor, batch: int, size: Sequence[int]) -> Tensor:
 # --- tracing ------------------------------------------------------------------------------------------------------
 
 
-def _trace(model: nn.Module, shapes: _Shapes, free: str) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
-    """The program with as many free dimensions as can be had, and their names; `shapes.fixed` learns of the others."""
+def _trace(model: nn.Module, shapes: _Shapes, free: str) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    """The program with as many free dimensions as can be had, and their bounds; `shapes.fixed` learns of the others."""
     failure: Exception | None = None
     for names in shapes.tries():
         try:
@@ -255,32 +263,41 @@ def _trace(model: nn.Module, shapes: _Shapes, free: str) -> tuple[torch.export.E
 
 def _traced(
     model: nn.Module, shapes: _Shapes, names: tuple[str, ...]
-) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
     from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
     places = {"batch": 0, "height": 2, "width": 3}
-    dims: Any = {places[name]: torch.export.Dim(name, min=1) for name in names}
-    spec: Any = [dims]
+    spec: Any = ({places[name]: torch.export.Dim(name, min=1) for name in names},)
     for attempt in range(_REPAIRS + 1):
         try:
             with quiet(), evaluating(model):
-                program = torch.export.export(model, (shapes.example,), dynamic_shapes=tuple(spec), strict=False)
+                program = torch.export.export(model, (shapes.example,), dynamic_shapes=spec, strict=False)
             break
         except torch._dynamo.exc.UserError as error:
-            if attempt == _REPAIRS or "Suggested fixes:" not in str(error):
+            # What torch.export asks for (larger minima, multiples of 8, a constant) is granted.
+            fixes = str(error).partition("Suggested fixes:")[2].strip().partition("\n\n")[0]
+            if attempt == _REPAIRS or not fixes:
                 raise
-            spec = list(refine_dynamic_shapes_from_suggested_fixes(str(error), tuple(spec)))
-    sizes = next(node for node in program.graph.nodes if node.name in _inputs_of(program)).meta["val"].shape
-    still = tuple(name for name in names if not isinstance(sizes[places[name]], int))
+            spec = refine_dynamic_shapes_from_suggested_fixes(f"Suggested fixes:\n{fixes}", spec)
+    (given,) = program.graph_signature.user_inputs
+    sizes = next(node for node in program.graph.nodes if node.name == given).meta["val"].shape
+    free = {}
     for name in names:
-        if name not in still:
-            value = int(sizes[places[name]])
-            shapes.fixed[name] = f"the model's code fixes it at {value}"
-    return program, still
+        size = sizes[places[name]]
+        if isinstance(size, int):
+            shapes.fixed[name] = f"the model's code fixes it at {size}"
+        else:
+            free[name] = _bounds(size, program)
+    return program, free
 
 
-def _inputs_of(program: torch.export.ExportedProgram) -> tuple[str, ...]:
-    return tuple(program.graph_signature.user_inputs)
+def _bounds(size: torch.SymInt, program: torch.export.ExportedProgram) -> str:
+    """Which values a free dimension takes, for people. That a symbol is at least 2 is torch's habit, not a bound."""
+    factor, symbol = size.node.expr.as_coeff_Mul()
+    least = int(program.range_constraints[symbol].lower) if symbol in program.range_constraints else 1
+    told = [f"multiples of {factor}"] if factor != 1 else []
+    told += [f"at least {factor * least}"] if least > 2 else []
+    return ", ".join(told) or "any"
 
 
 # --- checking -----------------------------------------------------------------------------------------------------

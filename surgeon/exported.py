@@ -99,7 +99,9 @@ def foreign_operators(program: torch.export.ExportedProgram, path: Path, format:
     """Operators beyond torch's own or standard ONNX: whoever runs the file needs the library that they come from."""
     if format == "torch":
         functions = (node.target for node in program.graph.nodes if node.op == "call_function")
-        return sorted({name for function in functions if (name := _torch_name(function)).split("::")[0] not in _TORCH_OWN})
+        return sorted(
+            {name for function in functions if (name := _torch_name(function)).split("::")[0] not in _TORCH_OWN}
+        )
     import onnx
 
     model = onnx.load(path, load_external_data=False)

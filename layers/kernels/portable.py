@@ -113,17 +113,17 @@ def shifted(
 def _filtered(taps: Iterator[Tensor], kernel: Callable[[int], Tensor], split: tuple[int, int, int, int]) -> Tensor:
     """Σ over taps of kernel (N, G, H', W') times input (N, C, H', W'), with C = P·Q and G = P·R: (N, P·Q·R, H', W')."""
     p, q, r, _ = split
+    shared = q > 1 or r > 1
     total: Tensor | None = None
     for tap, x in enumerate(taps):
         kernel_NGHW = kernel(tap)
         size = kernel_NGHW.shape[-2:]
-        if q == r == 1:
-            product = x * kernel_NGHW
-        else:
-            product = x.reshape(-1, p, q, 1, *size) * kernel_NGHW.reshape(-1, p, 1, r, *size)
+        if shared:
+            x, kernel_NGHW = x.reshape(-1, p, q, 1, *size), kernel_NGHW.reshape(-1, p, 1, r, *size)
+        product = x * kernel_NGHW
         total = product if total is None else total + product
     assert total is not None
-    return total if q == r == 1 else total.flatten(1, 3)
+    return total.flatten(1, 3) if shared else total
 
 
 def pafu_conv_portable(
