@@ -3,7 +3,8 @@
     python -m benchmarks.large_image [--size 2048] [--channels 32]
 
 Each layer runs in a process of its own, one thread; the growth of resident memory over the input and the weights is what
-counts (Linux: VmHWM). "acda, whole" is ACDA with its bands switched off. Writes benchmarks/results/large_image.json.
+counts (Linux: VmHWM). "acda, whole" is ACDA with its bands switched off. Writes benchmarks/results/large_image.json;
+interrupted, it goes on where it was.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks._bench import in_subprocess, peak_rss
-from benchmarks._results import RESULTS, table, write_json
+from benchmarks._results import RESULTS, Rows, table, write_json
 from surgeon.layers import ACDAConv2d, PAFUConv2d, SEKGConv2d, acda
 
 
@@ -43,18 +44,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=2048, metavar="N", help="height and width (default: %(default)s)")
     parser.add_argument("--channels", type=int, default=32, metavar="N", help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=list(LAYERS), default=list(LAYERS), metavar="LAYER")
+    parser.add_argument("--fresh", action="store_true", help="forget the rows of an interrupted or finished run")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
         print(json.dumps(measure(args.one, args.size, args.channels)))
         return 0
-    rows = []
+    rows = Rows(args.results / "large_image.jsonl", fresh=args.fresh)
     for name in args.only:
-        words = ["--one", name, "--size", str(args.size), "--channels", str(args.channels)]
-        rows.append({"layer": name} | in_subprocess("benchmarks.large_image", words, 1))
-    table(*lines(rows))
-    write_json(args.results / "large_image.json", {"size": args.size, "channels": args.channels, "rows": rows})
+        key = f"{name} {args.channels}x{args.size}"
+        if key not in rows:
+            words = ["--one", name, "--size", str(args.size), "--channels", str(args.channels)]
+            where = {"layer": name, "size": args.size, "channels": args.channels}
+            rows.add(key, where | in_subprocess("benchmarks.large_image", words, 1))
+            write_json(args.results / "large_image.json", {"rows": rows.values()})
+    table(*lines(rows.values()))
+    write_json(args.results / "large_image.json", {"rows": rows.values()})
     return 0
 
 
