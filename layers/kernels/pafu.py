@@ -103,7 +103,7 @@ def _format(x: Tensor) -> torch.memory_format:
 # --- as nodes of a graph: opaque to torch.compile, with shapes and gradients -----------------------------------------
 
 
-@define("surgeon::pafu_conv")
+@define("surgeon::pafu_conv", torch.Tag.cudagraph_unsafe)
 def _conv(
     x: Tensor,
     kernel: Tensor,
@@ -135,7 +135,7 @@ def _conv_fake(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *_: An
     return _empty_output(x, kernel, index)
 
 
-@define("surgeon::pafu_conv_backward")
+@define("surgeon::pafu_conv_backward", torch.Tag.cudagraph_unsafe)
 def _conv_backward(
     grad: Tensor,
     x: Tensor,
@@ -215,7 +215,13 @@ torch.library.register_autograd("surgeon::pafu_conv", _differentiate, setup_cont
 # --- backends ------------------------------------------------------------------------------------------------------
 
 
-@PAFU_CONV.backend("torch")
+def _why_not_lean(x: Tensor, *args: Any) -> list[str]:
+    if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        return ["it counts on the host which kernels were selected, and a CUDA graph cannot record that"]
+    return []
+
+
+@PAFU_CONV.backend("torch", why_not=_why_not_lean)
 def _run_lean(*args: Any) -> Tensor:
     y: Tensor = _conv(*args, "auto")
     return y
