@@ -75,7 +75,7 @@ def diagnose() -> Diagnosis:
 
 def _find(operator: Operator, device: str, dtype: str) -> Finding:
     args = example(operator, device, DTYPES[dtype])
-    about = {"operator": operator.name, "device": device, "dtype": dtype}
+    about: dict[str, Any] = {"operator": operator.name, "device": device, "dtype": dtype}
     try:
         chosen = operator.choose(*args)
     except BackendError as error:
