@@ -52,7 +52,7 @@ def pafu_conv(
 
     With `soft` the gradient is the exact straight-through one: d/d soft_i = <g, K_i * x> for all i, those of x and of the kernels
     go through the selection `index`. Under autocast the products are taken in its dtype. Raises `GeometryError` for shapes that
-    do not fit, `BackendError` where the named backend ("torch", "reference") cannot run.
+    do not fit, `BackendError` where the named backend ("torch", "portable", "reference") cannot run.
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype != torch.float64:
