@@ -33,8 +33,8 @@ def _always(*args: Any, **kwargs: Any) -> list[str]:
 
 
 def exporting() -> bool:
-    """Whether `torch.export` or an ONNX export is tracing: what it writes must run where surgeon is not installed."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    """Whether `torch.export` is tracing, for itself or for ONNX: what it writes must run where surgeon is not installed."""
+    return torch.compiler.is_exporting()
 
 
 class Operator:
