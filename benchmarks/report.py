@@ -1,4 +1,4 @@
-"""Write the tables of docs/measurements.md and docs/paper_tables.md anew from benchmarks/results/*.json; the text stays.
+"""Write the tables of the documents in docs/ anew from benchmarks/results/*.json; the text around them stays.
 
     python -m benchmarks.report [--check]
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks._results import RESULTS, ROOT, markdown
 
-DOCUMENTS = (ROOT / "docs" / "measurements.md", ROOT / "docs" / "paper_tables.md")
+DOCUMENTS = tuple(sorted((ROOT / "docs").glob("*.md")))
 Table = Callable[[dict[str, Any]], str]
 
 
@@ -24,20 +24,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether the document is up to date")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
-    parser.add_argument("--document", type=Path, nargs="+", default=DOCUMENTS, help="default: those two")
+    parser.add_argument("--document", type=Path, nargs="+", default=DOCUMENTS, help="default: all of docs/")
     args = parser.parse_args(argv)
-    stale = False
-    for document in args.document:
-        before = document.read_text()
-        after = filled(before, args.results)
+    stale = [path for path in args.document if filled(path.read_text(), args.results) != path.read_text()]
+    for path in stale:
         if args.check:
-            told = "is not what the results say: python -m benchmarks.report" if after != before else "is up to date"
-            print(f"{document} {told}")
-            stale |= after != before
+            print(f"{path} is not what the results say: python -m benchmarks.report")
         else:
-            document.write_text(after)
-            print(f"written: {document}")
-    return int(stale)
+            path.write_text(filled(path.read_text(), args.results))
+            print(f"written: {path}")
+    if not stale:
+        print("up to date")
+    return int(args.check and bool(stale))
 
 
 def filled(text: str, results: Path) -> str:
@@ -223,11 +221,50 @@ def paper_tables(content: dict[str, Any]) -> str:
     return "\n".join(f"### {title}\n\n{markdown(headers, lines)}" for title, headers, lines in texts(content["rows"]))
 
 
+def export_coverage(content: dict[str, Any]) -> str:
+    """A row a network: what is free, the error of the file, and why it is not more."""
+    from benchmarks.export_coverage import line
+
+    rows = content["rows"]
+    counts = {
+        status: sum(row["status"] == status for row in rows) for status in dict.fromkeys(r["status"] for r in rows)
+    }
+    told = ", ".join(f"{count} {status}" for status, count in counts.items())
+    headers = ("network", "layers became", "status", "free", "relative error", "why")
+    return f"{len(rows)} networks: {told}.\n\n" + markdown(headers, [line(row) for row in rows])
+
+
+def generators(content: dict[str, Any]) -> str:
+    """What the forms of the generator cost, and what they do to the toy."""
+    from benchmarks.generators import cost_table, toy_table
+
+    return markdown(*cost_table(content["rows"])) + "\n" + markdown(*toy_table(content["rows"]))
+
+
+def compiled(content: dict[str, Any]) -> str:
+    """Compiled formulas over lean operators."""
+    from benchmarks.compiled import lines
+
+    return markdown(*lines(content["rows"]))
+
+
+def large_image(content: dict[str, Any]) -> str:
+    """Growth of memory by layer."""
+    from benchmarks.large_image import lines
+
+    sizes = sorted({f"1×{row['channels']}×{row['size']}×{row['size']}" for row in content["rows"]})
+    return f"Input {', '.join(sizes)}, float32.\n\n" + markdown(*lines(content["rows"]))
+
+
 TABLES: dict[str, Table] = {
     "finetuned": finetuned,
     "collapsed": collapsed,
     "adfnet": adfnet,
     "paper_tables": paper_tables,
+    "export_coverage": export_coverage,
+    "generators": generators,
+    "compiled": compiled,
+    "large_image": large_image,
     "toys-quick": toys,
     "toys": toys,
     "operators": operators,

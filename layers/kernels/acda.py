@@ -9,8 +9,9 @@ from torch import Tensor
 from surgeon.errors import GeometryError
 from surgeon.layers.kernels.acda_lean import Gradients, Problem
 from surgeon.layers.kernels.acda_reference import acda_conv_reference
-from surgeon.layers.kernels.dispatch import Operator
+from surgeon.layers.kernels.dispatch import PORTABLE, Operator
 from surgeon.layers.kernels.library import autocast_dtype, define, shapes_of
+from surgeon.layers.kernels.portable import acda_conv_portable
 
 ACDA_CONV = Operator("acda_conv")
 
@@ -104,6 +105,7 @@ def _why_not_lean(x: Tensor, *args: Any) -> list[str]:
 
 
 ACDA_CONV.backend("torch", why_not=_why_not_lean)(_lean)
+ACDA_CONV.backend(PORTABLE)(acda_conv_portable)
 ACDA_CONV.backend("reference")(acda_conv_reference)
 
 

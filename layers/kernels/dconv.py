@@ -16,8 +16,9 @@ from surgeon.errors import GeometryError
 from surgeon.layers.geometry import Pair
 from surgeon.layers.kernels import dconv_lean as lean
 from surgeon.layers.kernels.dconv_reference import dconv_layer_reference, dconv_reference
-from surgeon.layers.kernels.dispatch import Operator
+from surgeon.layers.kernels.dispatch import PORTABLE, Operator
 from surgeon.layers.kernels.library import autocast_dtype, define, shapes_of
+from surgeon.layers.kernels.portable import dconv_layer_portable, dconv_portable
 
 DCONV = Operator("dconv")
 DCONV_LAYER = Operator("dconv_layer")
@@ -157,6 +158,8 @@ def _lean_layer(
     return y
 
 
+DCONV.backend(PORTABLE, why_not=_one_dtype)(dconv_portable)
+DCONV_LAYER.backend(PORTABLE, why_not=_one_dtype)(dconv_layer_portable)
 DCONV.backend("reference", why_not=_one_dtype)(dconv_reference)
 DCONV_LAYER.backend("reference", why_not=_one_dtype)(dconv_layer_reference)
 

@@ -1,18 +1,22 @@
 """Which implementation of an operator runs: the first in order of preference that has no reason not to.
 
 An operator has one definition (`reference`) and faster backends beside it. Each backend says by `why_not` for what reasons it
-cannot take these inputs; nothing falls through silently.
+cannot take these inputs; nothing falls through silently. While a model is exported, the backend `portable`, which is ordinary
+torch operations, goes before all others.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from surgeon.errors import BackendError
 
 WhyNot = Callable[..., list[str]]
+
+PORTABLE = "portable"
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,11 @@ class Backend:
 
 def _always(*args: Any, **kwargs: Any) -> list[str]:
     return []
+
+
+def exporting() -> bool:
+    """Whether `torch.export` is tracing, for itself or for ONNX: what it writes must run where surgeon is not installed."""
+    return torch.compiler.is_exporting()
 
 
 class Operator:
@@ -52,6 +61,8 @@ class Operator:
 
     def choose(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Backend:
         """The backend that would run; raises `BackendError` with every reason if there is none."""
+        if backend is None and PORTABLE in self.backends and exporting():
+            backend = PORTABLE
         names = list(self.backends) if backend is None else [backend]
         against = {}
         for name in names:

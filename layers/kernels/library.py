@@ -8,17 +8,17 @@ import torch
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def define(name: str) -> Callable[[Callable[..., Any]], Any]:
+def define(name: str, *tags: torch.Tag) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: register a function of tensors as the operator `name` ("surgeon::…") for every device; returns the operator.
 
     As `torch.library.custom_op` does, but that one loads the whole of torch._dynamo (2 s, 150 MB) at the first eager call. The
-    schema comes from the annotations. Shapes are added by `shapes_of(name)`, gradients by
-    `torch.library.register_autograd(name, …)`.
+    schema comes from the annotations; `tags` are said of it beside `pt2_compliant_tag`. Shapes are added by `shapes_of(name)`,
+    gradients by `torch.library.register_autograd(name, …)`.
     """
 
     def register(kernel: Callable[..., Any]) -> Any:
         schema = torch.library.infer_schema(kernel, mutates_args=())
-        torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         torch.library.impl(name, "default", kernel)
         namespace, operator = name.split("::")
         return getattr(getattr(torch.ops, namespace), operator)

@@ -21,10 +21,11 @@ from torch import Tensor
 from surgeon.errors import GeometryError
 from surgeon.layers.geometry import Pair
 from surgeon.layers.kernels import pafu_dense, pafu_grouped, pafu_taps
-from surgeon.layers.kernels.dispatch import Operator
+from surgeon.layers.kernels.dispatch import PORTABLE, Operator
 from surgeon.layers.kernels.library import autocast_dtype, define, shapes_of
 from surgeon.layers.kernels.pafu_frames import Grads, Problem, Window
 from surgeon.layers.kernels.pafu_reference import pafu_conv_reference
+from surgeon.layers.kernels.portable import pafu_conv_portable
 
 METHODS: dict[str, ModuleType] = {"grouped": pafu_grouped, "taps": pafu_taps, "dense": pafu_dense}
 
@@ -51,7 +52,7 @@ def pafu_conv(
 
     With `soft` the gradient is the exact straight-through one: d/d soft_i = <g, K_i * x> for all i, those of x and of the kernels
     go through the selection `index`. Under autocast the products are taken in its dtype. Raises `GeometryError` for shapes that
-    do not fit, `BackendError` where the named backend ("torch", "reference") cannot run.
+    do not fit, `BackendError` where the named backend ("torch", "portable", "reference") cannot run.
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype != torch.float64:
@@ -102,7 +103,7 @@ def _format(x: Tensor) -> torch.memory_format:
 # --- as nodes of a graph: opaque to torch.compile, with shapes and gradients -----------------------------------------
 
 
-@define("surgeon::pafu_conv")
+@define("surgeon::pafu_conv", torch.Tag.cudagraph_unsafe)
 def _conv(
     x: Tensor,
     kernel: Tensor,
@@ -134,7 +135,7 @@ def _conv_fake(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *_: An
     return _empty_output(x, kernel, index)
 
 
-@define("surgeon::pafu_conv_backward")
+@define("surgeon::pafu_conv_backward", torch.Tag.cudagraph_unsafe)
 def _conv_backward(
     grad: Tensor,
     x: Tensor,
@@ -214,10 +215,17 @@ torch.library.register_autograd("surgeon::pafu_conv", _differentiate, setup_cont
 # --- backends ------------------------------------------------------------------------------------------------------
 
 
-@PAFU_CONV.backend("torch")
+def _why_not_lean(x: Tensor, *args: Any) -> list[str]:
+    if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        return ["it counts on the host which kernels were selected, and a CUDA graph cannot record that"]
+    return []
+
+
+@PAFU_CONV.backend("torch", why_not=_why_not_lean)
 def _run_lean(*args: Any) -> Tensor:
     y: Tensor = _conv(*args, "auto")
     return y
 
 
+PAFU_CONV.backend(PORTABLE)(pafu_conv_portable)
 PAFU_CONV.backend("reference")(pafu_conv_reference)
