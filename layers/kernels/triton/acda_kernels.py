@@ -43,7 +43,7 @@ def filtered(
     return z
 
 
-@tuned([config(Q=64, warps=4), config(Q=128, warps=4), config(Q=128, warps=8)], ["elements", "T"])
+@tuned([config(Q=64, warps=4), config(Q=128, warps=8)], ["elements", "T"])
 @triton.jit
 def atoms_kernel(
     alpha, psi, out, alphas, g, first_row, rows, count, elements,
@@ -67,7 +67,7 @@ def atoms_kernel(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside[None, :] & (t < T)[:, None])
 
 
-@tuned([config(Q=64, warps=4), config(Q=128, warps=4), config(Q=128, warps=8)], ["elements", "T"])
+@tuned([config(Q=64, warps=4), config(Q=128, warps=8)], ["elements", "T"])
 @triton.jit
 def grad_alpha_kernel(
     gradient, psi, out, outs, g, first_row, rows, count, elements,
@@ -95,41 +95,6 @@ def grad_alpha_kernel(
 
 
 @tuned(
-    [config(Q=32, C=8, warps=8), config(Q=16, C=8, warps=4), config(Q=32, C=16, warps=8), config(Q=64, C=4, warps=8)],
-    ["c_group", "o_group", "m_all", "KH", "KW"],
-)
-@triton.jit
-def forward_kernel(
-    x, atoms, static, coeff, y, xs, ys, g, first_row, rows, count, c_group, o_group, dynamic, m_all,
-    KH: tl.constexpr, KW: tl.constexpr, A: tl.constexpr, O: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """y = coeff (O, C/g, M) · filtered x, for a block of pixels and a block of a group's outputs."""
-    q_blocks, o_blocks = tl.cdiv(count, Q), tl.cdiv(o_group, O)
-    q = (tl.program_id(0) % q_blocks) * Q + tl.arange(0, Q)
-    rest = tl.program_id(0) // q_blocks
-    group = rest // o_blocks
-    o = (rest % o_blocks) * O + tl.arange(0, O)
-    o_in = o < o_group
-    o += group * o_group
-    inside = q < count
-    n, i, j = pixel(q, g, first_row, rows)
-    x += n * xs[0] + group * c_group * xs[1]
-    pair = tl.arange(0, C * A)
-    total = tl.zeros([Q, O], tl.float32)
-    for c0 in range(0, c_group, C):
-        for a0 in range(0, m_all, A):
-            c, a = c0 + tl.arange(0, C), a0 + tl.arange(0, A)
-            z = filtered(x, atoms, static, c, a, q, inside, i, j, xs, g, count, c_group, dynamic, m_all, KH, KW, Q, C, A)
-            c_of, a_of = c0 + pair // A, a0 + pair % A
-            mask = ((c_of < c_group) & (a_of < m_all))[:, None] & o_in[None, :]
-            weight = tl.load(coeff + (o[None, :] * c_group + c_of[:, None]) * m_all + a_of[:, None], mask=mask, other=0.0)
-            z = tl.reshape(z, [Q, C * A]).to(weight.dtype)
-            total = product(z, weight, total, PRECISION)
-    at = y + n * ys[0] + i * ys[2] + j * ys[3]
-    tl.store(at[:, None] + o[None, :] * ys[1], total.to(y.dtype.element_ty), mask=inside[:, None] & o_in[None, :])
-
-
-@tuned(
     [config(Q=32, C=16, warps=4), config(Q=64, C=8, warps=4), config(Q=32, C=16, warps=8)],
     ["channels", "m_all", "KH", "KW"],
 )
@@ -138,7 +103,7 @@ def filtered_kernel(
     x, atoms, static, out, xs, g, first_row, rows, count, channels, dynamic, m_all,
     KH: tl.constexpr, KW: tl.constexpr, A: tl.constexpr, Q: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """out (C, M, q): the atom convolution, of which the gradient of the coefficients is made."""
+    """out (C, M, q): the atom convolution."""
     q_blocks, c_blocks = tl.cdiv(count, Q), tl.cdiv(channels, C)
     q = (tl.program_id(0) % q_blocks) * Q + tl.arange(0, Q)
     rest = tl.program_id(0) // q_blocks
@@ -188,8 +153,7 @@ def grad_atoms_kernel(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
 
 
-# One configuration: it may add to what is there, so that tuning would change the result.
-@tuned([config(P=64, C=16, warps=4)], ["channels"])
+@tuned([config(P=64, C=16, warps=4), config(P=32, C=16, warps=4), config(P=128, C=8, warps=4)], ["channels", "m_all", "KH", "KW"])
 @triton.jit
 def grad_x_kernel(
     atoms, static, of_filtered, out, os, g, first_row, rows, top, height, count, images, channels, dynamic, m_all,

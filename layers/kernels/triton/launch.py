@@ -56,15 +56,20 @@ def tuned(configs: list[Any], key: Sequence[str]) -> Callable[[Any], Any]:
     return decorate
 
 
-def launch(kernel: Any, programs: Callable[[Mapping[str, int]], int], *args: Any, **constants: Any) -> None:
-    """Run a tuned kernel in as many programs as `programs` says, which is given the block sizes."""
+def launch(
+    kernel: Any, programs: Callable[[Mapping[str, int]], int], *args: Any, tune: bool = True, **constants: Any
+) -> None:
+    """Run a tuned kernel in as many programs as `programs` says, which is given the block sizes.
+
+    Tuning runs a kernel many times: `tune` must be False where it adds to what is there.
+    """
     where = next(a for a in args if isinstance(a, Tensor))
 
     def grid(meta: Mapping[str, int]) -> tuple[int]:
         return (programs(meta),)
 
     with torch.cuda.device(where.device) if where.is_cuda else nullcontext():
-        if _is_fixed(where):
+        if not tune or _is_fixed(where):
             first = kernel.configs[0]
             kernel.fn[grid](*args, **constants, **first.all_kwargs(), enable_fp_fusion=True)
         else:
