@@ -1,6 +1,7 @@
-"""The ACDA operator: the registered lean version, its gradient, and the choice among backends."""
+"""The ACDA operator: the registered version (plain torch, or Triton), its gradient, and the choice among backends."""
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ from surgeon.errors import GeometryError
 from surgeon.layers.kernels.acda_lean import Gradients, Problem
 from surgeon.layers.kernels.acda_reference import acda_conv_reference
 from surgeon.layers.kernels.dispatch import Operator
-from surgeon.layers.kernels.library import autocast_dtype, define, shapes_of
+from surgeon.layers.kernels.library import autocast_dtype, define, differentiable_once, memory_format_of, shapes_of
+from surgeon.layers.kernels.triton.support import reasons_against
 
 ACDA_CONV = Operator("acda_conv")
 
 
 @define("surgeon::acda_conv")
-def _lean(
+def _acda_conv(
     x: Tensor,
     alpha: Tensor,
     psi: Tensor,
@@ -26,12 +28,15 @@ def _lean(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    backend: str = "torch",
 ) -> Tensor:
+    if backend == "triton":
+        return _on_cuda().forward(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
     return Problem(x, alpha, psi, static, coeff, stride, padding, dilation, groups).run()
 
 
 @shapes_of("surgeon::acda_conv")
-def _lean_fake(
+def _shape(
     x: Tensor,
     alpha: Tensor,
     psi: Tensor,
@@ -41,12 +46,15 @@ def _lean_fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    backend: str = "torch",
 ) -> Tensor:
-    return x.new_empty(x.shape[0], coeff.shape[0], alpha.shape[2], alpha.shape[3])
+    shape = (x.shape[0], coeff.shape[0], alpha.shape[2], alpha.shape[3])
+    kept = memory_format_of(x) if backend == "triton" else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=kept)
 
 
 @define("surgeon::acda_conv_backward")
-def _lean_backward(
+def _acda_conv_backward(
     grad: Tensor,
     x: Tensor,
     alpha: Tensor,
@@ -58,7 +66,10 @@ def _lean_backward(
     dilation: Sequence[int],
     groups: int,
     needs: Sequence[bool],
+    backend: str = "torch",
 ) -> list[Tensor]:
+    if backend == "triton":
+        return _on_cuda().backward(grad, x, alpha, psi, static, coeff, stride, padding, dilation, groups, needs)
     problem = Problem(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
     grads = Gradients(problem, needs)
     for chunk in problem.chunks():
@@ -67,7 +78,7 @@ def _lean_backward(
 
 
 @shapes_of("surgeon::acda_conv_backward")
-def _lean_backward_fake(
+def _backward_shapes(
     grad: Tensor,
     x: Tensor,
     alpha: Tensor,
@@ -79,10 +90,22 @@ def _lean_backward_fake(
     dilation: Sequence[int],
     groups: int,
     needs: Sequence[bool],
+    backend: str = "torch",
 ) -> list[Tensor]:
-    return [
+    empty = [
         t.new_empty(t.shape if need else (0,)) for t, need in zip((x, alpha, psi, static, coeff), needs, strict=True)
     ]
+    if backend == "triton":
+        empty[:2] = [
+            torch.empty_like(t) if need else e for t, need, e in zip((x, alpha), needs[:2], empty[:2], strict=True)
+        ]
+    return empty
+
+
+def _on_cuda() -> ModuleType:
+    from surgeon.layers.kernels.triton import acda
+
+    return acda
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -92,18 +115,30 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:5])
-    grads = _lean_backward(grad, *ctx.saved_tensors, *ctx.geometry, needs)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
+    *geometry, backend = ctx.geometry
+    grads = _acda_conv_backward(grad, *ctx.saved_tensors, *geometry, needs, backend)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None)
 
 
 torch.library.register_autograd("surgeon::acda_conv", _backward, setup_context=_setup_context)
+differentiable_once("surgeon::acda_conv_backward")
 
 
 def _why_not_lean(x: Tensor, *args: Any) -> list[str]:
     return [] if x.is_floating_point() else [f"needs a floating-point input, got {x.dtype}"]
 
 
-ACDA_CONV.backend("torch", why_not=_why_not_lean)(_lean)
+def _why_not_triton(x: Tensor, alpha: Tensor, psi: Tensor, static: Tensor, coeff: Tensor, *geometry: Any) -> list[str]:
+    return reasons_against([x, alpha, psi, static, coeff])
+
+
+@ACDA_CONV.backend("triton", why_not=_why_not_triton)
+def _run_triton(*args: Any) -> Tensor:
+    y: Tensor = _acda_conv(*args, "triton")
+    return y
+
+
+ACDA_CONV.backend("torch", why_not=_why_not_lean)(_acda_conv)
 ACDA_CONV.backend("reference")(acda_conv_reference)
 
 

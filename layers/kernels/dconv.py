@@ -17,7 +17,8 @@ from surgeon.layers.geometry import Pair
 from surgeon.layers.kernels import dconv_lean as lean
 from surgeon.layers.kernels.dconv_reference import dconv_layer_reference, dconv_reference
 from surgeon.layers.kernels.dispatch import Operator
-from surgeon.layers.kernels.library import autocast_dtype, define, shapes_of
+from surgeon.layers.kernels.library import autocast_dtype, define, differentiable_once, memory_format_of, shapes_of
+from surgeon.layers.kernels.triton.support import reasons_against
 
 DCONV = Operator("dconv")
 DCONV_LAYER = Operator("dconv_layer")
@@ -136,6 +137,22 @@ def _one_dtype(*args: Any) -> list[str]:
     return [] if len(dtypes) == 1 else [f"its tensors are of different dtypes ({', '.join(dtypes)})"]
 
 
+def _why_not_triton(*args: Any) -> list[str]:
+    return reasons_against([a for a in args if isinstance(a, Tensor)]) + _one_dtype(*args)
+
+
+@DCONV.backend("triton", why_not=_why_not_triton)
+def _triton_apply(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    y: Tensor = _dconv(x, kernels, kernel_size, stride, padding, dilation, "triton")
+    return y
+
+
+@DCONV_LAYER.backend("triton", why_not=_why_not_triton)
+def _triton_layer(*args: Any) -> Tensor:
+    y: Tensor = _dconv_layer(*args, "triton")
+    return y
+
+
 @DCONV.backend("torch", why_not=_one_dtype)
 def _lean_apply(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     y: Tensor = _dconv(x, kernels, kernel_size, stride, padding, dilation)
@@ -172,14 +189,22 @@ def _dconv(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    backend: str = "torch",
 ) -> Tensor:
+    if backend == "triton":
+        from surgeon.layers.kernels.triton import dconv as on_cuda
+
+        return on_cuda.forward(x, kernels, kernel_size, stride, padding, dilation)
     return lean.apply_forward(x, kernels, kernel_size, stride, padding, dilation)
 
 
 @shapes_of("surgeon::dconv")
-def _(x: Tensor, kernels: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
-    outputs = max(x.shape[1], kernels.shape[1])
-    return x.new_empty((x.shape[0], outputs, kernels.shape[-2], kernels.shape[-1]))
+def _(
+    x: Tensor, kernels: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, backend: str = "torch"
+) -> Tensor:
+    shape = (x.shape[0], max(x.shape[1], kernels.shape[1]), kernels.shape[-2], kernels.shape[-1])
+    kept = memory_format_of(x) if backend == "triton" else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=kept)
 
 
 @define("surgeon::dconv_backward")
@@ -192,27 +217,48 @@ def _dconv_backward(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from surgeon.layers.kernels.triton import dconv as on_cuda
+
+        return on_cuda.backward(grad, x, kernels, kernel_size, needs, stride, padding, dilation)
     return lean.apply_backward(grad, x, kernels, kernel_size, needs, stride, padding, dilation)
 
 
 @shapes_of("surgeon::dconv_backward")
-def _(grad: Tensor, x: Tensor, kernels: Tensor, kernel_size: Any, needs: Any, *geometry: Any) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor,
+    x: Tensor,
+    kernels: Tensor,
+    kernel_size: Any,
+    needs: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    backend: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        like_x, like_kernels = (
+            torch.empty_like(t) if need else t.new_empty(0) for t, need in zip((x, kernels), needs, strict=True)
+        )
+        return like_x, like_kernels
     return x.new_empty(x.shape if needs[0] else 0), kernels.new_empty(kernels.shape if needs[1] else 0)
 
 
 def _dconv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, kernels, ctx.kernel_size, *ctx.geometry = inputs
+    x, kernels, ctx.kernel_size, *ctx.settings = inputs
     ctx.save_for_backward(x, kernels)
 
 
 def _dconv_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:2])
-    found = _dconv_backward(grad, *ctx.saved_tensors, ctx.kernel_size, needs, *ctx.geometry)
-    return (*_wanted(found, needs), None, None, None, None)
+    found = _dconv_backward(grad, *ctx.saved_tensors, ctx.kernel_size, needs, *ctx.settings)
+    return (*_wanted(found, needs), None, None, None, None, None)
 
 
 torch.library.register_autograd("surgeon::dconv", _dconv_grad, setup_context=_dconv_setup)
+differentiable_once("surgeon::dconv_backward")
 
 
 def _wanted(found: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -232,8 +278,14 @@ def _dconv_layer(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    backend: str = "torch",
 ) -> Tensor:
-    return lean.layer_forward(lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation))
+    given = lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation)
+    if backend == "triton":
+        from surgeon.layers.kernels.triton import dconv_layer as on_cuda
+
+        return on_cuda.forward(given)
+    return lean.layer_forward(given)
 
 
 @shapes_of("surgeon::dconv_layer")
@@ -246,6 +298,7 @@ def _(
     stride: Any,
     padding: Any,
     dilation: Any,
+    backend: str = "torch",
 ) -> Tensor:
     return lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation).static_conv2d()
 
@@ -262,8 +315,13 @@ def _dconv_layer_backward(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    backend: str = "torch",
 ) -> lean.LayerGradients:
     given = lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation)
+    if backend == "triton":
+        from surgeon.layers.kernels.triton import dconv_layer as on_cuda
+
+        return on_cuda.backward(grad, given, needs)
     return lean.layer_backward(grad, given, needs)
 
 
@@ -276,9 +334,12 @@ def _(
     static: Tensor,
     bias: Tensor | None,
     needs: Any,
-    *geometry: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    backend: str = "torch",
 ) -> lean.LayerGradients:
-    given = lean.LayerInputs(x, features, weight, static, bias, *geometry)
+    given = lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation)
     grad_x, grad_static, grad_bias = given.static_gradients(grad, needs)
     grad_features = torch.empty_like(features) if needs[1] else None
     grad_weight = torch.empty_like(weight) if needs[2] else None
@@ -287,18 +348,18 @@ def _(
 
 
 def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, stride, padding, dilation = inputs
-    ctx.geometry = (stride, padding, dilation)
-    ctx.save_for_backward(*tensors)
+    ctx.settings = inputs[5:]
+    ctx.save_for_backward(*inputs[:5])
 
 
 def _layer_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:5])
-    found = _dconv_layer_backward(grad, *ctx.saved_tensors, needs, *ctx.geometry)
-    return (*_wanted(found, needs), None, None, None)
+    found = _dconv_layer_backward(grad, *ctx.saved_tensors, needs, *ctx.settings)
+    return (*_wanted(found, needs), None, None, None, None)
 
 
 torch.library.register_autograd("surgeon::dconv_layer", _layer_grad, setup_context=_layer_setup)
+differentiable_once("surgeon::dconv_layer_backward")
 
 
 # --- FLOPs (1 MAC = 2 FLOPs) --------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgeon.layers.kernels.library import memory_format_of
 from surgeon.layers.kernels.triton import acda_kernels as kernels
 from surgeon.layers.kernels.triton.chunks import Chunk, are_cut, chunks
-from surgeon.layers.kernels.triton.launch import Geometry, blocks, launch, memory_format, power_of_two, precision
+from surgeon.layers.kernels.triton.launch import Geometry, blocks, launch, power_of_two, precision
 
 MOST_ATOMS = 8  # that a program filters with at once
 
@@ -111,7 +112,9 @@ class Problem:
         out, count, x = self.scratch(chunk, self.channels, self.m_all), self.count(chunk), self.x[chunk.images]
         launch(
             kernels.filtered_kernel,
-            lambda meta: blocks(count, meta["Q"]) * blocks(self.channels, meta["C"]) * blocks(self.m_all, self.atom_block),
+            lambda meta: (
+                blocks(count, meta["Q"]) * blocks(self.channels, meta["C"]) * blocks(self.m_all, self.atom_block)
+            ),
             *(x, atoms, self.basis[1], out, x.stride(), *self.where(chunk)),
             *(self.channels, self.dynamic, self.m_all),
             **self.window,
@@ -128,7 +131,7 @@ def forward(*args: Any) -> Tensor:
     """Forward of `acda_conv`; arguments as those of `Problem`."""
     p = Problem(*args)
     shape = (p.x.shape[0], p.coeff.shape[0], p.g.out_height, p.g.out_width)
-    y = torch.empty(shape, dtype=p.x.dtype, device=p.x.device, memory_format=memory_format(p.x))
+    y = torch.empty(shape, dtype=p.x.dtype, device=p.x.device, memory_format=memory_format_of(p.x))
     for chunk in p.chunks(p.dynamic * p.taps + p.channels * p.m_all):
         mixed_GOQ = torch.bmm(p.coeff_GOF, p.by_group(p.filtered(p.atoms(chunk), chunk)))
         part = chunk.part(y).transpose(0, 1)

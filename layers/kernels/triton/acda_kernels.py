@@ -60,7 +60,11 @@ def atoms_kernel(
     total = tl.zeros([BT, Q], tl.float32)
     for k0 in range(0, elements, BK):
         k = k0 + tl.arange(0, BK)
-        code = tl.load(alpha[None, :] + (a * elements + k)[:, None] * alphas[1], mask=inside[None, :] & (k < elements)[:, None], other=0.0)
+        code = tl.load(
+            alpha[None, :] + (a * elements + k)[:, None] * alphas[1],
+            mask=inside[None, :] & (k < elements)[:, None],
+            other=0.0,
+        )
         basis = tl.load(psi + k[None, :] * T + t[:, None], mask=(k < elements)[None, :] & (t < T)[:, None], other=0.0)
         total = product(basis.to(code.dtype), code, total, PRECISION)
     place = (a * T + t).to(tl.int64)[:, None] * count + q[None, :]
@@ -153,7 +157,10 @@ def grad_atoms_kernel(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
 
 
-@tuned([config(P=64, C=16, warps=4), config(P=32, C=16, warps=4), config(P=128, C=8, warps=4)], ["channels", "m_all", "KH", "KW"])
+@tuned(
+    [config(P=64, C=16, warps=4), config(P=32, C=16, warps=4), config(P=128, C=8, warps=4)],
+    ["channels", "m_all", "KH", "KW"],
+)
 @triton.jit
 def grad_x_kernel(
     atoms, static, of_filtered, out, os, g, first_row, rows, top, height, count, images, channels, dynamic, m_all,
@@ -184,7 +191,9 @@ def grad_x_kernel(
             gz_at = of_filtered + (c.to(tl.int64) * m_all)[None, :] * count + q[:, None]
             t = ty * KW + tx
             for a in range(dynamic):
-                weight = tl.load(atoms + (a * (KH * KW) + t).to(tl.int64) * count + q, mask=there, other=0.0).to(tl.float32)
+                weight = tl.load(atoms + (a * (KH * KW) + t).to(tl.int64) * count + q, mask=there, other=0.0).to(
+                    tl.float32
+                )
                 gz = tl.load(gz_at, mask=there[:, None] & c_in, other=0.0).to(tl.float32)
                 total += weight[:, None] * gz
                 gz_at += count

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from surgeon.layers.kernels.dconv_tiles import channel_split
-from surgeon.layers.kernels.triton.launch import Geometry, blocks, config, launch, memory_format, tuned
+from surgeon.layers.kernels.library import memory_format_of
+from surgeon.layers.kernels.triton.launch import Geometry, blocks, config, launch, tuned
 
 CONFIGS = [
     config(C=4, P=128),
@@ -197,14 +198,19 @@ def forward(x: Tensor, kernels: Tensor, kernel_size: Sequence[int], *geometry: S
     """Forward of `dconv`; `geometry` is stride, padding, dilation."""
     filtering = _filtering(x, kernels, kernel_size, geometry)
     shape = (x.shape[0], filtering.outputs, *kernels.shape[-2:])
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     if y.numel():
         filtering.apply(x, kernels, y)
     return y
 
 
 def backward(
-    grad: Tensor, x: Tensor, kernels: Tensor, kernel_size: Sequence[int], needs: Sequence[bool], *geometry: Sequence[int]
+    grad: Tensor,
+    x: Tensor,
+    kernels: Tensor,
+    kernel_size: Sequence[int],
+    needs: Sequence[bool],
+    *geometry: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `dconv` for x and the kernels, empty where `needs` says no."""
     filtering = _filtering(x, kernels, kernel_size, geometry)

@@ -63,9 +63,9 @@ def forward(given: LayerInputs) -> Tensor:
     """Forward of `dconv_layer`."""
     layer, y = _Layer(given, copies=1), given.static_conv2d()
     alone = given.one_kernel_an_output
+    bias = given.bias.contiguous() if alone and given.bias is not None else None
     for chunk in layer.chunks:
         kernels = layer.kernels(layer.features(chunk), chunk)
-        bias = given.bias if alone else None
         layer.filtering(chunk).apply(given.x[chunk.images], kernels, chunk.part(y), bias, add=not alone)
     return y
 

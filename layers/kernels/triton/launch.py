@@ -18,7 +18,7 @@ from surgeon.layers.kernels.triton.support import interpreting
 
 
 class Geometry(NamedTuple):
-    """Sizes of the input and the output of a window that moves over an image; its tap (y, x) reads at pixel·stride + tap·dilation - pad."""
+    """How a window moves over an image: its tap t reads, along either axis, at pixel·stride + t·dilation - pad."""
 
     height: int
     width: int
@@ -111,9 +111,3 @@ def blocks(total: int, size: int) -> int:
 def power_of_two(size: int, *, least: int = 1, most: int = 1 << 30) -> int:
     """The smallest power of two that is not below `size`, between `least` and `most`."""
     return min(max(1 << max(size - 1, 0).bit_length(), least), most)
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """Channels last where x is nothing but that."""
-    plain = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
-    return torch.contiguous_format if plain else torch.channels_last

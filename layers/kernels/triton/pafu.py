@@ -1,9 +1,9 @@
 """Kernel selection on CUDA by products with gathered patches: the cost of one convolution, whatever the number of kernels.
 
 Output pixels r are sorted by selected kernel, on the device: nothing waits for it. A program multiplies the patches of one block of
-pixels of one kernel, read where they lie; no patch is stored. The gradient of x is added to tap by tap: no two pixels read the same
-place with the same tap. That of the kernels is taken in `splits` partial sums, added up afterwards. The scores of all kernels, which
-the soft selection needs, are convolutions whose outputs stay in registers. Kernels are packed as (n, T, C/G, O), T = k·l taps.
+pixels of one kernel, read where they lie; no patch is stored. The gradient of x is added to tap by tap: no two pixels read the
+same place with the same tap. That of the kernels is taken in `splits` partial sums, added up afterwards. The scores of all kernels,
+which the soft selection needs, are convolutions whose outputs stay in registers. Kernels are packed as (n, T, C/G, O), T = k·l.
 """
 
 import math
@@ -21,7 +21,7 @@ from surgeon.layers.kernels.triton.launch import Geometry, blocks, config, launc
 PARTIAL_BYTES = 32 << 20  # of partial sums of kernel gradients
 PROGRAMS = 256  # that keep a GPU busy
 
-CONFIGS = [config(R=64, O=64, C=32), config(R=32, O=32, C=32), config(R=128, O=64, C=32, warps=8)]
+CONFIGS = [config(R=64, BO=64, C=32), config(R=32, BO=32, C=32), config(R=128, BO=64, C=32, warps=8)]
 KEY = ["c_group", "o_group", "KH", "KW"]
 
 
@@ -58,10 +58,10 @@ def read_at(i, j, ty, tx, inside, g):
 @triton.jit
 def convolved(
     x, weight, i, j, inside, o, o_in, xs, g, c_group, outputs,
-    KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, O: tl.constexpr, C: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, BO: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Outputs o of pixels (i, j) for the kernel at `weight` (T, C/G, O), (R, O); x points at images and at the first channel."""
-    total = tl.zeros([R, O], tl.float32)
+    total = tl.zeros([R, BO], tl.float32)
     for t in range(KH * KW):
         row, column, there = read_at(i, j, t // KW, t % KW, inside, g)
         at = x + row * xs[2] + column * xs[3]
@@ -78,13 +78,13 @@ def convolved(
 @triton.jit
 def forward_kernel(
     x, weight, order, bounds, y, xs, ys, g, pixels, n, c_group, o_group, groups,
-    KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, O: tl.constexpr, C: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, BO: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    pixel_blocks, o_blocks = tl.cdiv(pixels, R) + n, tl.cdiv(o_group, O)
+    pixel_blocks, o_blocks = tl.cdiv(pixels, R) + n, tl.cdiv(o_group, BO)
     kernel, first, last = block_of_kernel(bounds, tl.program_id(0) % pixel_blocks, n, R)
     rest = tl.program_id(0) // pixel_blocks
     group = rest // o_blocks
-    o = (rest % o_blocks) * O + tl.arange(0, O)
+    o = (rest % o_blocks) * BO + tl.arange(0, BO)
     o_in = o < o_group
     o += group * o_group
     slot = first + tl.arange(0, R)
@@ -93,7 +93,7 @@ def forward_kernel(
     outputs = o_group * groups
     weight += kernel.to(tl.int64) * (KH * KW) * c_group * outputs
     x += image * xs[0] + group * c_group * xs[1]
-    total = convolved(x, weight, i, j, inside, o, o_in, xs, g, c_group, outputs, KH, KW, PRECISION, R, O, C)
+    total = convolved(x, weight, i, j, inside, o, o_in, xs, g, c_group, outputs, KH, KW, PRECISION, R, BO, C)
     at = y + image * ys[0] + i * ys[2] + j * ys[3]
     tl.store(at[:, None] + o[None, :] * ys[1], total.to(y.dtype.element_ty), mask=inside[:, None] & o_in[None, :])
 
@@ -102,7 +102,7 @@ def forward_kernel(
 @triton.jit
 def scores_kernel(
     grad, x, weight, out, gs, xs, g, pixels, n, c_group, o_group, groups,
-    KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, O: tl.constexpr, C: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, BO: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """out (r, n) = <gradient of the pixel, every kernel's answer there>."""
     pixel_blocks = tl.cdiv(pixels, R)
@@ -116,23 +116,23 @@ def scores_kernel(
     x += image * xs[0]
     score = tl.zeros([R], tl.float32)
     for group in range(groups):
-        for o0 in range(0, o_group, O):
-            o = o0 + tl.arange(0, O)
+        for o0 in range(0, o_group, BO):
+            o = o0 + tl.arange(0, BO)
             o_in = o < o_group
             o += group * o_group
             at = x + group * c_group * xs[1]
-            answer = convolved(at, weight, i, j, inside, o, o_in, xs, g, c_group, outputs, KH, KW, PRECISION, R, O, C)
+            answer = convolved(at, weight, i, j, inside, o, o_in, xs, g, c_group, outputs, KH, KW, PRECISION, R, BO, C)
             of_y = tl.load(grad[:, None] + o[None, :] * gs[1], mask=inside[:, None] & o_in[None, :], other=0.0)
             score += tl.sum(answer * of_y.to(tl.float32), axis=1)
     tl.store(out + r.to(tl.int64) * n + kernel, score, mask=inside)
 
 
 # Never tuned: it adds to what is there.
-@tuned([config(R=64, O=32, C=32)], KEY)
+@tuned([config(R=64, BO=32, C=32)], KEY)
 @triton.jit
 def grad_x_kernel(
     grad, weight, order, bounds, out, gs, os, g, ty, tx, pixels, n, c_group, o_group, groups,
-    KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, O: tl.constexpr, C: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, BO: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Add to `out`, of the shape of x, what one tap (ty, tx) brings."""
     pixel_blocks, c_blocks = tl.cdiv(pixels, R) + n, tl.cdiv(c_group, C)
@@ -148,8 +148,8 @@ def grad_x_kernel(
     weight += (kernel.to(tl.int64) * (KH * KW) + ty * KW + tx) * c_group * outputs + group * o_group
     grad += image * gs[0] + i * gs[2] + j * gs[3] + group * o_group * gs[1]
     total = tl.zeros([R, C], tl.float32)
-    for o0 in range(0, o_group, O):
-        o = o0 + tl.arange(0, O)
+    for o0 in range(0, o_group, BO):
+        o = o0 + tl.arange(0, BO)
         o_in = o < o_group
         of_y = tl.load(grad[:, None] + o[None, :] * gs[1], mask=inside[:, None] & o_in[None, :], other=0.0)
         turned = tl.load(weight + c[None, :] * outputs + o[:, None], mask=c_in[None, :] & o_in[:, None], other=0.0)
@@ -161,16 +161,16 @@ def grad_x_kernel(
     tl.store(at, total + tl.load(at, mask=mask, other=0.0), mask=mask)
 
 
-@tuned([config(R=32, O=64, C=32), config(R=32, O=32, C=32), config(R=64, O=64, C=32)], KEY)
+@tuned([config(R=32, BO=64, C=32), config(R=32, BO=32, C=32), config(R=64, BO=64, C=32)], KEY)
 @triton.jit
 def grad_kernels_kernel(
     grad, x, order, bounds, out, gs, xs, g, splits, n, c_group, o_group, groups,
-    KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, O: tl.constexpr, C: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, BO: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """out (splits, n, T, C/G, O): what each part of a kernel's pixels brings to its gradient."""
-    o_blocks, c_blocks = tl.cdiv(o_group, O), tl.cdiv(c_group, C)
+    o_blocks, c_blocks = tl.cdiv(o_group, BO), tl.cdiv(c_group, C)
     program = tl.program_id(0)
-    o = (program % o_blocks) * O + tl.arange(0, O)
+    o = (program % o_blocks) * BO + tl.arange(0, BO)
     rest = program // o_blocks
     c = (rest % c_blocks) * C + tl.arange(0, C)
     rest = rest // c_blocks
@@ -185,7 +185,7 @@ def grad_kernels_kernel(
     share = tl.cdiv(tl.cdiv(stop - start, splits), R) * R
     first = start + split * share
     last = tl.minimum(first + share, stop)
-    total = tl.zeros([C, O], tl.float32)
+    total = tl.zeros([C, BO], tl.float32)
     for s in range(first, last, R):
         slot = s + tl.arange(0, R)
         inside = slot < last
@@ -259,7 +259,7 @@ def forward(problem: Problem, out: Tensor) -> None:
     x, (_, o_group, groups) = problem.x, call.channels
     launch(
         forward_kernel,
-        lambda meta: (blocks(call.pixels, meta["R"]) + problem.n) * groups * blocks(o_group, meta["O"]),
+        lambda meta: (blocks(call.pixels, meta["R"]) + problem.n) * groups * blocks(o_group, meta["BO"]),
         *(x, call.weight, *pixels, out, x.stride(), out.stride(), call.g, call.pixels, problem.n, *call.channels),
         **call.constants,
     )
@@ -313,7 +313,7 @@ def _kernels(call: _Call, pixels: Sorted, grad: Tensor, out: list[Tensor]) -> No
     partial = x.new_empty((splits, n, taps, c_group, o_group * groups), dtype=torch.float32)
     launch(
         grad_kernels_kernel,
-        lambda meta: splits * sums * blocks(c_group, meta["C"]) * blocks(o_group, meta["O"]),
+        lambda meta: splits * sums * blocks(c_group, meta["C"]) * blocks(o_group, meta["BO"]),
         *(grad, x, *pixels, partial, grad.stride(), x.stride(), call.g, splits, n, *call.channels),
         **call.constants,
     )

@@ -32,6 +32,8 @@ def _device_reasons(kinds: list[str], device: torch.device) -> list[str]:
         return []
     if kinds != ["cuda"]:
         return [f"it runs on CUDA, the tensors are on {' and '.join(kinds)}"]
+    if not torch.cuda.is_available():
+        return ["there is no CUDA here"]
     if torch.version.hip is not None:
         return ["it is written for NVIDIA's GPUs, this is ROCm"]
     properties = torch.cuda.get_device_properties(device)
