@@ -228,7 +228,8 @@ def report(content: dict[str, Any], deadline: Deadline) -> None:
         table(("memory", "predicted MiB", "measured MiB", "error"), lines)
     for row in content.get("search", []):
         print(
-            f"search {row['what']}: exit {row['exit']}, peak {row['peak_bytes'] / 2**20:.0f} of {row['budget_bytes'] / 2**20:.0f} MiB"
+            f"search {row['what']}: exit {row['exit']}, "
+            f"peak {row['peak_bytes'] / 2**20:.0f} of {row['budget_bytes'] / 2**20:.0f} MiB"
         )
     if deadline.left_out:
         print(f"left out for want of time: {', '.join(deadline.left_out)}")

@@ -46,15 +46,16 @@ def compile_all(dtype: torch.dtype, every: bool) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
 
     def compiled(kernel: Any, programs: Any, *args: Any, tune: bool = True, **constants: Any) -> None:
-        for config in kernel.configs if every and tune else kernel.configs[:1]:
+        tuner = kernel.of(next(a for a in args if isinstance(a, Tensor)).dtype)
+        for config in tuner.configs if every and tune else tuner.configs[:1]:
             log = io.StringIO()
             with contextlib.redirect_stdout(log):
-                built = kernel.fn.run(
+                built = tuner.fn.run(
                     *args, grid=None, warmup=True, **constants, **config.all_kwargs(), enable_fp_fusion=True
                 )
             kept = {key: value for key, value in constants.items() if isinstance(value, int | str)}
             row = {
-                "kernel": kernel.fn.__name__,
+                "kernel": tuner.fn.__name__,
                 "config": str(config),
                 "constants": kept,
                 "shared": built.metadata.shared,

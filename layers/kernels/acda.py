@@ -11,6 +11,7 @@ from surgeon.errors import GeometryError
 from surgeon.layers.kernels.acda_lean import Gradients, Problem
 from surgeon.layers.kernels.acda_reference import acda_conv_reference
 from surgeon.layers.kernels.dispatch import Operator
+from surgeon.layers.kernels.inputs import check_window, floating
 from surgeon.layers.kernels.library import autocast_dtype, define, differentiable_once, memory_format_of, shapes_of
 from surgeon.layers.kernels.triton.support import reasons_against
 
@@ -124,10 +125,6 @@ torch.library.register_autograd("surgeon::acda_conv", _backward, setup_context=_
 differentiable_once("surgeon::acda_conv_backward")
 
 
-def _why_not_lean(x: Tensor, *args: Any) -> list[str]:
-    return [] if x.is_floating_point() else [f"needs a floating-point input, got {x.dtype}"]
-
-
 def _why_not_triton(x: Tensor, alpha: Tensor, psi: Tensor, static: Tensor, coeff: Tensor, *geometry: Any) -> list[str]:
     return reasons_against([x, alpha, psi, static, coeff])
 
@@ -138,8 +135,8 @@ def _run_triton(*args: Any) -> Tensor:
     return y
 
 
-ACDA_CONV.backend("torch", why_not=_why_not_lean)(_acda_conv)
-ACDA_CONV.backend("reference")(acda_conv_reference)
+ACDA_CONV.backend("torch", why_not=floating)(_acda_conv)
+ACDA_CONV.backend("reference", why_not=floating)(acda_conv_reference)
 
 
 def acda_conv(
@@ -189,11 +186,8 @@ def _check_shapes(
     if x.dim() != 4 or alpha.dim() != 4 or psi.dim() != 3 or static.dim() != 3 or coeff.dim() != 3:
         wrong.append("x and alpha must have 4 dimensions, psi, static and coeff 3")
     else:
-        out = [
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, s, p, d in zip(x.shape[2:], psi.shape[1:], stride, padding, dilation, strict=True)
-        ]
-        atoms = alpha.shape[1] // psi.shape[0]
+        out = check_window("acda_conv", x, psi.shape[1:], stride, padding, dilation, groups)
+        atoms = alpha.shape[1] // max(psi.shape[0], 1)
         expected = {
             "alpha": (alpha.shape, (x.shape[0], max(atoms, 1) * psi.shape[0], *out)),
             "static": (static.shape, (static.shape[0], *psi.shape[1:])),

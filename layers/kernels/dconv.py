@@ -17,6 +17,7 @@ from surgeon.layers.geometry import Pair
 from surgeon.layers.kernels import dconv_lean as lean
 from surgeon.layers.kernels.dconv_reference import dconv_layer_reference, dconv_reference
 from surgeon.layers.kernels.dispatch import Operator
+from surgeon.layers.kernels.inputs import check_window, one_dtype
 from surgeon.layers.kernels.library import autocast_dtype, define, differentiable_once, memory_format_of, shapes_of
 from surgeon.layers.kernels.triton.support import reasons_against
 
@@ -50,8 +51,8 @@ def dconv(
             f"dconv expects an input (N, C, H, W) and kernels (N, G, {kernel_size[0] * kernel_size[1]}, H', W'), "
             f"got {tuple(x.shape)} and {tuple(kernels.shape)}"
         )
+    size = check_window("dconv", x, kernel_size, stride, padding, dilation)
     _check_channels(x.shape[1], kernels.shape[1], max(x.shape[1], kernels.shape[1]))
-    size = _output_size(x, kernel_size, stride, padding, dilation)
     _check_map("kernels", kernels, x, size)
     x, kernels = _autocast(x, kernels)
     return DCONV(x, kernels, kernel_size, stride, padding, dilation, backend=backend)
@@ -82,13 +83,22 @@ def dconv_layer(
         )
     kernel_size = (static.shape[2], static.shape[3])
     taps = kernel_size[0] * kernel_size[1]
-    if features.dim() != 4 or weight.dim() != 2 or weight.shape[1] != features.shape[1] or weight.shape[0] % taps:
+    if (
+        taps == 0
+        or features.dim() != 4
+        or weight.dim() != 2
+        or weight.shape[1] != features.shape[1]
+        or weight.shape[0] % taps
+    ):
         raise GeometryError(
             f"dconv_layer expects features (N, Cf, H', W') and a weight (G*{taps}, Cf), "
             f"got {tuple(features.shape)} and {tuple(weight.shape)}"
         )
+    size = check_window("dconv_layer", x, kernel_size, stride, padding, dilation)
     _check_channels(x.shape[1], weight.shape[0] // taps, static.shape[0])
-    _check_map("features", features, x, _output_size(x, kernel_size, stride, padding, dilation))
+    _check_map("features", features, x, size)
+    if bias is not None and bias.shape != static.shape[:1]:
+        raise GeometryError(f"dconv_layer expects a bias ({static.shape[0]}), got {tuple(bias.shape)}")
     x, features, weight, static = _autocast(x, features, weight, static)
     if bias is not None:
         (bias,) = _autocast(bias)
@@ -101,7 +111,7 @@ def channels_fit(channels: int, groups: int, outputs: int) -> bool:
 
 
 def _check_channels(channels: int, groups: int, outputs: int) -> None:
-    if not channels_fit(channels, groups, outputs):
+    if groups < 1 or not channels_fit(channels, groups, outputs):
         raise GeometryError(
             f"{groups} kernels do not fit {channels} input and {outputs} output channels: "
             f"their number must divide {channels}, or be a multiple of it that divides {outputs}"
@@ -116,14 +126,6 @@ def _check_map(name: str, given: Tensor, x: Tensor, size: Pair) -> None:
         )
 
 
-def _output_size(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
-    height, width = (
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(x.shape[-2:], kernel_size, stride, padding, dilation, strict=True)
-    )
-    return height, width
-
-
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of an autocast region, if inside one; float64 is left alone, as autocast does."""
     dtype = autocast_dtype(tensors[0].device.type)
@@ -132,13 +134,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _one_dtype(*args: Any) -> list[str]:
-    dtypes = sorted({str(a.dtype) for a in args if isinstance(a, Tensor)})
-    return [] if len(dtypes) == 1 else [f"its tensors are of different dtypes ({', '.join(dtypes)})"]
-
-
 def _why_not_triton(*args: Any) -> list[str]:
-    return reasons_against([a for a in args if isinstance(a, Tensor)]) + _one_dtype(*args)
+    return reasons_against([a for a in args if isinstance(a, Tensor)]) + one_dtype(*args)
 
 
 @DCONV.backend("triton", why_not=_why_not_triton)
@@ -153,13 +150,13 @@ def _triton_layer(*args: Any) -> Tensor:
     return y
 
 
-@DCONV.backend("torch", why_not=_one_dtype)
+@DCONV.backend("torch", why_not=one_dtype)
 def _lean_apply(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     y: Tensor = _dconv(x, kernels, kernel_size, stride, padding, dilation)
     return y
 
 
-@DCONV_LAYER.backend("torch", why_not=_one_dtype)
+@DCONV_LAYER.backend("torch", why_not=one_dtype)
 def _lean_layer(
     x: Tensor,
     features: Tensor,
@@ -174,8 +171,8 @@ def _lean_layer(
     return y
 
 
-DCONV.backend("reference", why_not=_one_dtype)(dconv_reference)
-DCONV_LAYER.backend("reference", why_not=_one_dtype)(dconv_layer_reference)
+DCONV.backend("reference", why_not=one_dtype)(dconv_reference)
+DCONV_LAYER.backend("reference", why_not=one_dtype)(dconv_layer_reference)
 
 
 # --- surgeon::dconv -----------------------------------------------------------------------------------------------

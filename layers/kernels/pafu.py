@@ -23,6 +23,7 @@ from surgeon.errors import GeometryError
 from surgeon.layers.geometry import Pair
 from surgeon.layers.kernels import pafu_dense, pafu_grouped, pafu_taps
 from surgeon.layers.kernels.dispatch import Operator
+from surgeon.layers.kernels.inputs import check_window, one_dtype
 from surgeon.layers.kernels.library import autocast_dtype, define, differentiable_once, memory_format_of, shapes_of
 from surgeon.layers.kernels.pafu_frames import Grads, Problem, Window
 from surgeon.layers.kernels.pafu_reference import pafu_conv_reference
@@ -63,10 +64,18 @@ def pafu_conv(
 
 
 def _check(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, soft: Tensor | None, window: Window) -> None:
-    if x.dim() != 4 or kernel.dim() != 4 or x.shape[1] != kernel.shape[1] * window.groups:
+    if (
+        x.dim() != 4
+        or kernel.dim() != 4
+        or kernel.shape[0] % max(window.groups, 1)
+        or x.shape[1] != kernel.shape[1] * window.groups
+    ):
         raise GeometryError(
             f"pafu_conv: x {tuple(x.shape)} and kernel {tuple(kernel.shape)} do not fit for {window.groups} groups"
         )
+    check_window("pafu_conv", x, window.size, window.stride, window.padding, window.dilation, window.groups)
+    if index.dtype != torch.int64:
+        raise GeometryError(f"pafu_conv: index must be int64, got {index.dtype}")
     if further.shape[1:] != kernel.shape:
         raise GeometryError(
             f"pafu_conv: further kernels {tuple(further.shape)} should be (n - 1, {', '.join(map(str, kernel.shape))})"
@@ -231,7 +240,7 @@ differentiable_once("surgeon::pafu_conv_backward")
 def _why_not_triton(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *rest: Any) -> list[str]:
     depthwise = kernel.shape[1] == 1 and rest[-1] > 1
     reasons = ["it multiplies matrices, and the groups of a depthwise convolution are none"] if depthwise else []
-    return reasons_against([x, kernel, further]) + reasons
+    return reasons_against([x, kernel, further]) + one_dtype(x, kernel, further) + reasons
 
 
 @PAFU_CONV.backend("triton", why_not=_why_not_triton)
@@ -240,10 +249,14 @@ def _run_triton(*args: Any) -> Tensor:
     return y
 
 
-@PAFU_CONV.backend("torch")
+def _why_not_lean(x: Tensor, kernel: Tensor, further: Tensor, *rest: Any) -> list[str]:
+    return one_dtype(x, kernel, further)
+
+
+@PAFU_CONV.backend("torch", why_not=_why_not_lean)
 def _run_lean(*args: Any) -> Tensor:
     y: Tensor = _conv(*args, "auto")
     return y
 
 
-PAFU_CONV.backend("reference")(pafu_conv_reference)
+PAFU_CONV.backend("reference", why_not=_why_not_lean)(pafu_conv_reference)

@@ -93,15 +93,15 @@ class Problem:
     def atoms(self, chunk: Chunk) -> Tensor:
         """The dynamic atoms of a chunk, (m, T, q)."""
         out, count = self.scratch(chunk, self.dynamic, self.taps), self.count(chunk)
-        alpha = self.alpha[chunk.images]
+        alpha, block = self.alpha[chunk.images], power_of_two(self.taps, least=16, most=32)
         if not self.dynamic:
             return out
         launch(
             kernels.atoms_kernel,
-            lambda meta: self.dynamic * blocks(count, meta["Q"]),
+            lambda meta: self.dynamic * blocks(self.taps, block) * blocks(count, meta["Q"]),
             *(alpha, self.basis[0], out, alpha.stride(), *self.where(chunk), self.psi.shape[0]),
             T=self.taps,
-            BT=power_of_two(self.taps, least=16),
+            BT=block,
             BK=power_of_two(self.psi.shape[0], least=16, most=32),
             PRECISION=precision(alpha.dtype),
         )

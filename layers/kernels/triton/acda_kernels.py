@@ -9,6 +9,9 @@ import triton.language as tl
 
 from surgeon.layers.kernels.triton.launch import config, product, tuned
 
+PROJECTIONS = [config(Q=64, warps=4), config(Q=128, warps=8)]
+SINGLE_PROJECTIONS = [config(Q=32, warps=4), config(Q=64, warps=8)]
+
 
 @triton.jit
 def pixel(q, g, first_row, rows):
@@ -43,7 +46,7 @@ def filtered(
     return z
 
 
-@tuned([config(Q=64, warps=4), config(Q=128, warps=8)], ["elements", "T"])
+@tuned(PROJECTIONS, ["elements", "T"], SINGLE_PROJECTIONS)
 @triton.jit
 def atoms_kernel(
     alpha, psi, out, alphas, g, first_row, rows, count, elements,
@@ -52,10 +55,12 @@ def atoms_kernel(
     """out (m, T, q) = psi (K, T) · alpha: the dynamic atoms."""
     q_blocks = tl.cdiv(count, Q)
     q = (tl.program_id(0) % q_blocks) * Q + tl.arange(0, Q)
-    a = tl.program_id(0) // q_blocks
+    rest = tl.program_id(0) // q_blocks
+    t_blocks = tl.cdiv(T, BT)
+    a = rest // t_blocks
+    t = (rest % t_blocks) * BT + tl.arange(0, BT)
     inside = q < count
     n, i, j = pixel(q, g, first_row, rows)
-    t = tl.arange(0, BT)
     alpha += n * alphas[0] + i * alphas[2] + j * alphas[3]
     total = tl.zeros([BT, Q], tl.float32)
     for k0 in range(0, elements, BK):
@@ -71,7 +76,7 @@ def atoms_kernel(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside[None, :] & (t < T)[:, None])
 
 
-@tuned([config(Q=64, warps=4), config(Q=128, warps=8)], ["elements", "T"])
+@tuned(PROJECTIONS, ["elements", "T"], SINGLE_PROJECTIONS)
 @triton.jit
 def grad_alpha_kernel(
     gradient, psi, out, outs, g, first_row, rows, count, elements,

@@ -50,30 +50,48 @@ def config(warps: int = 4, stages: int = 2, **blocks: int) -> Any:
     return triton.Config(blocks, num_warps=warps, num_stages=stages)
 
 
-def tuned(configs: list[Any], key: Sequence[str]) -> Callable[[Any], Any]:
-    """Decorator over `triton.jit`: the fastest of a few configurations, found once for every value of the arguments in `key`."""
-    decorate: Callable[[Any], Any] = triton.autotune(configs=configs, key=list(key))
+class Tuned(NamedTuple):
+    """A kernel with its few configurations, tuned once for every value of the arguments in a key."""
+
+    half: Any
+    single: Any
+
+    def of(self, dtype: torch.dtype) -> Any:
+        """Triton's autotuner for tensors of this dtype: `configs`, and the kernel `fn`."""
+        return self.single if dtype == torch.float32 else self.half
+
+
+def tuned(configs: list[Any], key: Sequence[str], single: list[Any] | None = None) -> Callable[[Any], Tuned]:
+    """Decorator over `triton.jit`; `single` are the configurations for float32, whose exact products need many registers."""
+
+    def decorate(kernel: Any) -> Tuned:
+        return Tuned(
+            triton.autotune(configs=configs, key=list(key))(kernel),
+            triton.autotune(configs=single or configs, key=list(key))(kernel),
+        )
+
     return decorate
 
 
 def launch(
-    kernel: Any, programs: Callable[[Mapping[str, int]], int], *args: Any, tune: bool = True, **constants: Any
+    kernel: Tuned, programs: Callable[[Mapping[str, int]], int], *args: Any, tune: bool = True, **constants: Any
 ) -> None:
     """Run a tuned kernel in as many programs as `programs` says, which is given the block sizes.
 
     Tuning runs a kernel many times: `tune` must be False where it adds to what is there.
     """
     where = next(a for a in args if isinstance(a, Tensor))
+    tuner = kernel.of(where.dtype)
 
     def grid(meta: Mapping[str, int]) -> tuple[int]:
         return (programs(meta),)
 
     with torch.cuda.device(where.device) if where.is_cuda else nullcontext():
         if not tune or _is_fixed(where):
-            first = kernel.configs[0]
-            kernel.fn[grid](*args, **constants, **first.all_kwargs(), enable_fp_fusion=True)
+            first = tuner.configs[0]
+            tuner.fn[grid](*args, **constants, **first.all_kwargs(), enable_fp_fusion=True)
         else:
-            kernel[grid](*args, **constants, enable_fp_fusion=True)
+            tuner[grid](*args, **constants, enable_fp_fusion=True)
 
 
 def _is_fixed(where: Tensor) -> bool:

@@ -22,6 +22,7 @@ PARTIAL_BYTES = 32 << 20  # of partial sums of kernel gradients
 PROGRAMS = 256  # that keep a GPU busy
 
 CONFIGS = [config(R=64, BO=64, C=32), config(R=32, BO=32, C=32), config(R=128, BO=64, C=32, warps=8)]
+SINGLE = [config(R=32, BO=32, C=32), config(R=64, BO=32, C=16), config(R=32, BO=32, C=16)]
 KEY = ["c_group", "o_group", "KH", "KW"]
 
 
@@ -74,7 +75,7 @@ def convolved(
     return total
 
 
-@tuned(CONFIGS, KEY)
+@tuned(CONFIGS, KEY, SINGLE)
 @triton.jit
 def forward_kernel(
     x, weight, order, bounds, y, xs, ys, g, pixels, n, c_group, o_group, groups,
@@ -98,7 +99,7 @@ def forward_kernel(
     tl.store(at[:, None] + o[None, :] * ys[1], total.to(y.dtype.element_ty), mask=inside[:, None] & o_in[None, :])
 
 
-@tuned(CONFIGS, KEY)
+@tuned(CONFIGS, KEY, SINGLE)
 @triton.jit
 def scores_kernel(
     grad, x, weight, out, gs, xs, g, pixels, n, c_group, o_group, groups,
@@ -128,7 +129,7 @@ def scores_kernel(
 
 
 # Never tuned: it adds to what is there.
-@tuned([config(R=64, BO=32, C=32)], KEY)
+@tuned([config(R=64, BO=32, C=32)], KEY, SINGLE[:1])
 @triton.jit
 def grad_x_kernel(
     grad, weight, order, bounds, out, gs, os, g, ty, tx, pixels, n, c_group, o_group, groups,
@@ -161,7 +162,7 @@ def grad_x_kernel(
     tl.store(at, total + tl.load(at, mask=mask, other=0.0), mask=mask)
 
 
-@tuned([config(R=32, BO=64, C=32), config(R=32, BO=32, C=32), config(R=64, BO=64, C=32)], KEY)
+@tuned([config(R=32, BO=64, C=32), config(R=32, BO=32, C=32), config(R=64, BO=64, C=32)], KEY, SINGLE[::2])
 @triton.jit
 def grad_kernels_kernel(
     grad, x, order, bounds, out, gs, xs, g, splits, n, c_group, o_group, groups,
