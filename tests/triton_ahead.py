@@ -69,7 +69,7 @@ def compile_all(dtype: torch.dtype, every: bool) -> list[dict[str, Any]]:
     modules: tuple[ModuleType, ...] = (acda, dconv, pafu)
     for module in modules:
         module.launch = compiled  # type: ignore[attr-defined]
-    for call in calls(dtype):
+    for call in (*calls(dtype), *(smallest(dtype) if every else ())):
         call()
     return list(found.values())
 
@@ -98,6 +98,27 @@ def calls(dtype: torch.dtype) -> Iterator[Any]:
     sums = Grads(x.float(), [torch.zeros(64, 3, 3, 64)] * 8, torch.zeros(2, 14, 14, 8))
     yield lambda: pafu.forward(problem, torch.empty_like(x))
     yield lambda: pafu.backward(problem, maps, sums)
+
+
+def smallest(dtype: torch.dtype) -> Iterator[Any]:
+    """Everything there is one of: Triton compiles arguments that are 1 as constants."""
+    one = ((1, 1), (0, 0), (1, 1))
+
+    def make(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    x = make(1, 1, 1, 1)
+    operands = (x, make(1, 1, 1, 1), make(1, 1, 1), make(0, 1, 1), make(1, 1, 1))
+    yield lambda: acda.forward(*operands, *one, 1)
+    yield lambda: acda.backward(x, *operands, *one, 1, [True] * 5)
+    yield lambda: dconv.forward(x, make(1, 1, 1, 1, 1), (1, 1), *one)
+    yield lambda: dconv.backward(x, x, make(1, 1, 1, 1, 1), (1, 1), (True, True), *one)
+    given = LayerInputs(x, x, make(1, 1), make(2, 1, 1, 1), None, *one)
+    yield lambda: dconv_layer.backward(make(1, 2, 1, 1), given, [True] * 5)
+    problem = Problem(x, x, make(0, 1, 1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64), Window((1, 1), *one, 1), [])
+    sums = Grads(x.float(), [torch.zeros(1, 1, 1, 1)], torch.zeros(1, 1, 1, 1))
+    yield lambda: pafu.forward(problem, torch.empty_like(x))
+    yield lambda: pafu.backward(problem, x, sums)
 
 
 def main(arguments: list[str]) -> int:

@@ -151,7 +151,7 @@ def grad_atoms_kernel(
     at = x + n[:, None] * xs[0] + row * xs[2] + column * xs[3]
     of_in = inside[:, None] & (a < m_all)[None, :]
     of_filtered += a.to(tl.int64)[None, :] * count + q[:, None]
-    step = m_all.to(tl.int64) * count
+    step = tl.full([], m_all, tl.int64) * count
     total = tl.zeros([Q, A, BT], tl.float32)
     for c in range(channels):
         gz = tl.load(of_filtered + c * step, mask=of_in, other=0.0).to(tl.float32)

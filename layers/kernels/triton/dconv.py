@@ -56,11 +56,11 @@ def tile(channels, pixels, C: tl.constexpr, P: tl.constexpr):
     return (rest // channel_blocks).to(tl.int64), c[:, None], p[None, :]
 
 
-@tuned(CONFIGS, ["KH", "KW", "outputs", "Q", "R", "S"])
+@tuned(CONFIGS, ["KH", "KW", "outputs", "Q", "R", "S", "LAST"])
 @triton.jit
 def forward_kernel(
     x, kernels, bias, y, xs, ks, ys, g, outputs, Q, R, S,
-    KH: tl.constexpr, KW: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, LAST: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """y = bias + Σ over taps of kernels · x; with ADD it is added to what is in y."""
     n, o, p = tile(outputs, g.out_height * g.out_width, C, P)
@@ -83,11 +83,11 @@ def forward_kernel(
     tl.store(at, total.to(y.dtype.element_ty), mask=inside)
 
 
-@tuned(CONFIGS, ["KH", "KW", "groups", "Q", "R", "S"])
+@tuned(CONFIGS, ["KH", "KW", "groups", "Q", "R", "S", "LAST"])
 @triton.jit
 def grad_kernels_kernel(
     grad, x, out, gs, xs, os, g, groups, Q, R, S,
-    KH: tl.constexpr, KW: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, LAST: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the kernels, summed over the outputs that a kernel serves."""
     n, k, p = tile(groups, g.out_height * g.out_width, C, P)
@@ -109,11 +109,11 @@ def grad_kernels_kernel(
             tl.store(out + (ty * KW + tx) * os[2], total.to(out.dtype.element_ty), mask=inside)
 
 
-@tuned(CONFIGS, ["KH", "KW", "channels", "Q", "R", "S"])
+@tuned(CONFIGS, ["KH", "KW", "channels", "Q", "R", "S", "LAST"])
 @triton.jit
 def grad_x_kernel(
     grad, kernels, out, gs, ks, os, g, channels, Q, R, S,
-    KH: tl.constexpr, KW: tl.constexpr, ADD: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, LAST: tl.constexpr, ADD: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x; with ADD it is added to what is in `out`."""
     n, c, p = tile(channels, g.height * g.width, C, P)
@@ -154,9 +154,9 @@ class Filtering:
         _, q, r, s = channel_split(self.channels, self.groups, self.outputs)
         return q, r, s
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"KH": self.window[0], "KW": self.window[1]}
+    def constants(self, x: Tensor) -> dict[str, int | bool]:
+        """LAST, whether channels lie next to each other, is tuned for."""
+        return {"KH": self.window[0], "KW": self.window[1], "LAST": x.stride(1) == 1}
 
     def apply(self, x: Tensor, kernels: Tensor, y: Tensor, bias: Tensor | None = None, *, add: bool = False) -> None:
         """Fill y (N, O, H', W'), or add to it."""
@@ -165,7 +165,7 @@ class Filtering:
             _programs(y.shape[0], self.outputs, self.g.out_height * self.g.out_width),
             *(x, kernels, x if bias is None else bias, y, x.stride(), kernels.stride(), y.stride(), self.g),
             *(self.outputs, *self.split),
-            **self.sizes,
+            **self.constants(x),
             BIAS=bias is not None,
             ADD=add,
             tune=not add,
@@ -178,7 +178,7 @@ class Filtering:
             _programs(out.shape[0], self.groups, self.g.out_height * self.g.out_width),
             *(grad, x, out, grad.stride(), x.stride(), out.stride(), self.g),
             *(self.groups, *self.split),
-            **self.sizes,
+            **self.constants(x),
         )
 
     def grad_x(self, grad: Tensor, kernels: Tensor, out: Tensor, *, add: bool = False) -> None:
@@ -188,7 +188,7 @@ class Filtering:
             _programs(out.shape[0], self.channels, self.g.height * self.g.width),
             *(grad, kernels, out, grad.stride(), kernels.stride(), out.stride(), self.g),
             *(self.channels, *self.split),
-            **self.sizes,
+            **self.constants(out),
             ADD=add,
             tune=not add,
         )
