@@ -32,7 +32,8 @@ def _acda_conv(
     backend: str = "torch",
 ) -> Tensor:
     if backend == "triton":
-        return _on_cuda().forward(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
+        y: Tensor = _on_cuda().forward(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
+        return y
     return Problem(x, alpha, psi, static, coeff, stride, padding, dilation, groups).run()
 
 
@@ -70,7 +71,10 @@ def _acda_conv_backward(
     backend: str = "torch",
 ) -> list[Tensor]:
     if backend == "triton":
-        return _on_cuda().backward(grad, x, alpha, psi, static, coeff, stride, padding, dilation, groups, needs)
+        found: list[Tensor] = _on_cuda().backward(
+            grad, x, alpha, psi, static, coeff, stride, padding, dilation, groups, needs
+        )
+        return found
     problem = Problem(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
     grads = Gradients(problem, needs)
     for chunk in problem.chunks():

@@ -45,7 +45,7 @@ class Problem:
         return self.x.shape[1]
 
     @property
-    def window(self) -> dict[str, int]:
+    def window(self) -> dict[str, Any]:
         return {"KH": self.psi.shape[1], "KW": self.psi.shape[2]}
 
     @property

@@ -7,6 +7,7 @@ gathered: every input pixel reads the output pixels that read it.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -154,7 +155,7 @@ class Filtering:
         _, q, r, s = channel_split(self.channels, self.groups, self.outputs)
         return q, r, s
 
-    def constants(self, x: Tensor) -> dict[str, int | bool]:
+    def constants(self, x: Tensor) -> dict[str, Any]:
         """LAST, whether channels lie next to each other, is tuned for."""
         return {"KH": self.window[0], "KW": self.window[1], "LAST": x.stride(1) == 1}
 

@@ -21,11 +21,11 @@ class _Layer:
 
     def __init__(self, given: LayerInputs, copies: int) -> None:
         self.given, (self.kernel_h, self.kernel_w) = given, given.static.shape[2:]
-        x, self.size = given.x, given.features.shape[-2:]
+        x, self.size = given.x, (given.features.shape[2], given.features.shape[3])
         self.g = Geometry.of(x, self.size, given.stride, given.padding, given.dilation)
         self.groups = given.weight.shape[0] // (self.kernel_h * self.kernel_w)
         numbers = copies * given.weight.shape[0] + given.weight.shape[1]
-        self.chunks = list(chunks(x.shape[0], *self.size, numbers * x.element_size()))
+        self.chunks = list(chunks(x.shape[0], self.size[0], self.size[1], numbers * x.element_size()))
 
     def filtering(self, chunk: Chunk, top: int = 0, bottom: int | None = None) -> Filtering:
         """For the chunk's output rows and the input rows top:bottom, as if both began at 0."""
