@@ -102,13 +102,14 @@ def memory(deadline: Deadline, models: Sequence[str] = MEMORY_MODELS) -> Iterato
                 yield {"key": key} | memory_accuracy._row(name, **case)
 
 
-def search(device: torch.device, deadline: Deadline, budget: int = SEARCH_BUDGET, **options: str) -> Iterator[Row]:
+def search(device: torch.device, deadline: Deadline, budget: int = SEARCH_BUDGET, **given: str) -> Iterator[Row]:
     """A short search whose process may not allocate more than the budget that the search was given, bytes."""
     if not deadline.allows("search under a memory budget"):
         return
-    chosen = {"model": "resnet18", "trials": "6", "steps": "20", "batch-size": "64", "device": "auto"} | options
-    model = chosen.pop("model")
     cuda = device.type == "cuda"
+    chosen = {"trials": "6", "steps": "20", "batch-size": "64"}
+    chosen |= {key.replace("_", "-"): value for key, value in given.items()} | {"device": "auto" if cuda else "cpu"}
+    model = "resnet18"
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder) / "data", Path(folder) / "search"
         coloured_images(data)

@@ -60,6 +60,6 @@ def test_training_and_search_in_small(tmp_path: Path, monkeypatch: pytest.Monkey
     rows = list(gpu.training(CPU, gpu.Deadline(5), batch=2, size=64, backends=("torch",)))
     assert [row["what"] for row in rows] == ["ad_resnet_s float32 on torch", "ad_resnet_s AMP on torch"]
     assert all(row["time_ratio"] > 0 for row in rows)
-    (row,) = gpu.search(CPU, gpu.Deadline(5), trials="2", steps="1", device="cpu", **{"batch-size": "4"})
+    (row,) = gpu.search(CPU, gpu.Deadline(5), trials="2", steps="1", batch_size="4")
     assert row["exit"] == 0
     assert row["result"]

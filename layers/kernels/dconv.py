@@ -4,7 +4,6 @@ Both are opaque nodes to `torch.compile` and `torch.export`, save only their arg
 derivatives only. Under autocast they run in its dtype; sums are taken in at least float32.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from surgeon.errors import GeometryError
 from surgeon.layers.geometry import Pair
+from surgeon.layers.kernels import dconv_flops as flops
 from surgeon.layers.kernels import dconv_lean as lean
 from surgeon.layers.kernels.dconv_reference import dconv_layer_reference, dconv_reference
 from surgeon.layers.kernels.dispatch import Operator
@@ -23,8 +23,6 @@ from surgeon.layers.kernels.triton.support import reasons_against
 
 DCONV = Operator("dconv")
 DCONV_LAYER = Operator("dconv_layer")
-
-Shape = Sequence[int]
 
 ONE: Pair = (1, 1)
 NONE: Pair = (0, 0)
@@ -359,57 +357,9 @@ torch.library.register_autograd("surgeon::dconv_layer", _layer_grad, setup_conte
 differentiable_once("surgeon::dconv_layer_backward")
 
 
-# --- FLOPs (1 MAC = 2 FLOPs) --------------------------------------------------------------------------------------
+# --- FLOPs --------------------------------------------------------------------------------------------------------
 
-
-# torch hands the arguments over with the shape of each tensor in its place.
-
-
-@register_flop_formula(torch.ops.surgeon.dconv)
-def _dconv_flops(x: Shape, kernels: Shape, *rest: object, out_shape: Shape, **kwargs: object) -> int:
-    return 2 * math.prod(out_shape) * kernels[2]
-
-
-@register_flop_formula(torch.ops.surgeon.dconv_backward)
-def _dconv_backward_flops(
-    grad: Shape,
-    x: Shape,
-    kernels: Shape,
-    kernel_size: Shape,
-    needs: Sequence[bool],
-    *rest: object,
-    out_shape: object,
-    **kwargs: object,
-) -> int:
-    return 2 * math.prod(grad) * kernels[2] * sum(needs)
-
-
-@register_flop_formula(torch.ops.surgeon.dconv_layer)
-def _dconv_layer_flops(
-    x: Shape, features: Shape, weight: Shape, static: Shape, *rest: object, out_shape: Shape, **kwargs: object
-) -> int:
-    return 2 * sum(_layer_macs(features, weight, static))
-
-
-@register_flop_formula(torch.ops.surgeon.dconv_layer_backward)
-def _dconv_layer_backward_flops(
-    grad: Shape,
-    x: Shape,
-    features: Shape,
-    weight: Shape,
-    static: Shape,
-    bias: Shape | None,
-    needs: Sequence[bool],
-    *rest: object,
-    out_shape: object,
-    **kwargs: object,
-) -> int:
-    """The kernels are generated again for the gradient of x."""
-    generate, apply = _layer_macs(features, weight, static)
-    return 2 * (generate * sum(needs[:3]) + apply * (needs[0] + any(needs[1:4])))
-
-
-def _layer_macs(features: Shape, weight: Shape, static: Shape) -> tuple[int, int]:
-    """Multiply-accumulates to generate kernels and to apply them."""
-    pixels = features[0] * features[2] * features[3]
-    return pixels * math.prod(weight), pixels * math.prod(static)
+register_flop_formula(torch.ops.surgeon.dconv)(flops.apply_flops)
+register_flop_formula(torch.ops.surgeon.dconv_backward)(flops.apply_backward_flops)
+register_flop_formula(torch.ops.surgeon.dconv_layer)(flops.layer_flops)
+register_flop_formula(torch.ops.surgeon.dconv_layer_backward)(flops.layer_backward_flops)
