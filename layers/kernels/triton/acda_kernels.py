@@ -163,7 +163,7 @@ def grad_atoms_kernel(
 
 
 @tuned(
-    [config(P=64, C=16, warps=4), config(P=32, C=16, warps=4), config(P=128, C=8, warps=4)],
+    [config(P=64, C=16, warps=4), config(P=32, C=16, warps=4)],
     ["channels", "m_all", "KH", "KW"],
 )
 @triton.jit
