@@ -2,9 +2,11 @@
 
 An operator has one definition (`reference`) and faster backends beside it. Each backend says by `why_not` for what reasons it
 cannot take these inputs; nothing falls through silently. While a model is exported, the backend `portable`, which is ordinary
-torch operations, goes before all others.
+torch operations, goes before all others; otherwise the environment variable SURGEON_BACKEND names the backend of every call that
+does not name one itself.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 from surgeon.errors import BackendError
+
+ENVIRONMENT = "SURGEON_BACKEND"
 
 WhyNot = Callable[..., list[str]]
 
@@ -63,6 +67,8 @@ class Operator:
         """The backend that would run; raises `BackendError` with every reason if there is none."""
         if backend is None and PORTABLE in self.backends and exporting():
             backend = PORTABLE
+        elif backend is None:
+            backend = self._from_environment(*args)
         names = list(self.backends) if backend is None else [backend]
         against = {}
         for name in names:
@@ -72,6 +78,15 @@ class Operator:
             against[name] = reasons
         told = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in against.items())
         raise BackendError(f"no backend can run {self.name} on these inputs ({told})")
+
+    def _from_environment(self, *args: Any) -> str | None:
+        """The backend that SURGEON_BACKEND names. Meta tensors have no numbers, and ask for none: costs are counted alike."""
+        name = os.environ.get(ENVIRONMENT)
+        if not name or any(isinstance(a, Tensor) and a.is_meta for a in args):
+            return None
+        if name not in self.backends:
+            raise BackendError(f"{ENVIRONMENT} is {name!r}, but {self.name} has only {', '.join(self.backends)}")
+        return name
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Tensor:
         return self.choose(*args, backend=backend, **kwargs).run(*args, **kwargs)

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+from surgeon.errors import BackendError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -34,6 +37,23 @@ def shapes_of(name: str) -> Callable[[Function], Function]:
         return fake
 
     return register
+
+
+def differentiable_once(name: str) -> None:
+    """The operator `name`, a backward formula, has no gradient itself: asking for one is a `BackendError`, not a wrong number."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise BackendError(
+            f"{name} has no gradient: the operators of dynamic layers can be differentiated once (no double backward)"
+        )
+
+    torch.library.register_autograd(name, refuse)
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Channels last where x is nothing but that."""
+    plain = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+    return torch.contiguous_format if plain else torch.channels_last
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
