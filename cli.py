@@ -16,7 +16,9 @@ from surgeon import (
     bench_command,
     collapse_command,
     cost_command,
+    doctor_command,
     evaluate_command,
+    export_command,
     finetune_command,
     visualize_command,
     zoo_command,
@@ -38,6 +40,7 @@ EPILOG = """examples:
   surgeon revert runs/resnet50-acda --layers stage3 -o runs/resnet50-stage4
   surgeon collapse runs/resnet50-pafu --images photos/ -o runs/resnet50-lean
   surgeon cost runs/resnet50-acda --batch-size 32 --optimizer sgd --amp
+  surgeon export runs/resnet50-acda -o model.onnx
 
 exit codes: 0 done; 1 a check failed, or nothing could be replaced; 2 wrong usage or input; 130 interrupted
 """
@@ -299,9 +302,11 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate": evaluate_command,
         "collapse": collapse_command,
         "visualize": visualize_command,
+        "export": export_command,
         "cost": cost_command,
         "bench": bench_command,
         "zoo": zoo_command,
+        "doctor": doctor_command,
         "place": place_command,
         "gains": gains_command,
         "search": search_command,

@@ -47,8 +47,8 @@ def _layers() -> list[dict[str, Any]]:
         params = sum(p.numel() for p in layer.parameters())
         counted = (
             ("Conv", conv.weight.numel() * _SIDE**2 + bias, conv.weight.numel(), conv_printed),
-            ("ACDA (conv only)", whole - generator, params - own - _CHANNELS, only_printed),
-            ("ACDA (+ atom generation)", whole, params - _CHANNELS, all_printed),
+            ("ACDA (conv only)", whole - generator + bias, params - own - _CHANNELS, only_printed),
+            ("ACDA (+ atom generation)", whole + bias, params - _CHANNELS, all_printed),
         )
         for method, macs, weights, (flops, parameters) in counted:
             rows.append(

@@ -261,7 +261,7 @@ def texts(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Sequence[str
     for row in rows:
         if row["table"] in COSTS:
             costs = row["costs"]
-            yield f"{row['table']}: {COSTS[row['table']]}", list(costs[0]), [list(line.values()) for line in costs]
+            yield f"{row['table']}: {COSTS[row['table']]}", list(costs[0]), [_exact(line) for line in costs]
     for comparison in comparisons():
         found = [row for row in rows if row.get("comparison") == comparison.key]
         if found:
@@ -272,6 +272,11 @@ def texts(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Sequence[str
                 HEADERS,
                 lines(comparison, found),
             )
+
+
+def _exact(line: dict[str, Any]) -> list[Any]:
+    """A line of a cost table, with all digits of what is counted."""
+    return [f"{v:,}" if isinstance(v, int | float) and not isinstance(v, bool) else v for v in line.values()]
 
 
 def lines(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:

@@ -1,4 +1,4 @@
-"""Write the tables of docs/measurements.md and docs/paper_tables.md anew from benchmarks/results/*.json; the text stays.
+"""Write the tables of the documents in docs/ anew from benchmarks/results/*.json; the text around them stays.
 
     python -m benchmarks.report [--check]
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks._results import RESULTS, ROOT, markdown
 
-DOCUMENTS = (ROOT / "docs" / "measurements.md", ROOT / "docs" / "paper_tables.md")
+DOCUMENTS = tuple(sorted((ROOT / "docs").glob("*.md")))
 Table = Callable[[dict[str, Any]], str]
 
 
@@ -24,20 +24,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether the document is up to date")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
-    parser.add_argument("--document", type=Path, nargs="+", default=DOCUMENTS, help="default: those two")
+    parser.add_argument("--document", type=Path, nargs="+", default=DOCUMENTS, help="default: all of docs/")
     args = parser.parse_args(argv)
-    stale = False
-    for document in args.document:
-        before = document.read_text()
-        after = filled(before, args.results)
+    stale = [path for path in args.document if filled(path.read_text(), args.results) != path.read_text()]
+    for path in stale:
         if args.check:
-            told = "is not what the results say: python -m benchmarks.report" if after != before else "is up to date"
-            print(f"{document} {told}")
-            stale |= after != before
+            print(f"{path} is not what the results say: python -m benchmarks.report")
         else:
-            document.write_text(after)
-            print(f"written: {document}")
-    return int(stale)
+            path.write_text(filled(path.read_text(), args.results))
+            print(f"written: {path}")
+    if not stale:
+        print("up to date")
+    return int(args.check and bool(stale))
 
 
 def filled(text: str, results: Path) -> str:
@@ -161,6 +159,48 @@ def toys(content: dict[str, Any]) -> str:
     return markdown(names, [[row.get(name) for name in names] for row in content["rows"]])
 
 
+def finetuned(content: dict[str, Any]) -> str:
+    """A row an experiment, data set and arm: before, and mean ± spread over the seeds after."""
+    from benchmarks.finetuned import means
+
+    headers = [
+        "network",
+        "data or metric",
+        "arm",
+        "parameters",
+        "seeds",
+        "steps",
+        "before",
+        "after",
+        "gain on original",
+    ]
+    lines = [
+        [
+            *(r["experiment"], f"{r['what']}, {r['unit']}", r["arm"], f"{r['parameters']:,}", r["seeds"], r["steps"]),
+            *(f"{r['before']:.2f}", _plus_minus(r["after"], r["spread"])),
+            "" if r["gain"] is None else _plus_minus(r["gain"], r["gain_spread"], sign="+"),
+        ]
+        for r in sorted(means(content["rows"]), key=lambda r: (r["experiment"], r["what"]))
+    ]
+    return markdown(headers, lines)
+
+
+def _plus_minus(value: float, spread: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+
+
+def collapsed(content: dict[str, Any]) -> str:
+    """Original, converted and collapsed beside each other."""
+    rows = content["rows"]
+    said = (
+        f"{content['model']}, {content['units']} units, {len(content['kept'])} kept; evidence: "
+        f"{', '.join(content['evidence'])}; outputs differ by at most {content['max_rel_error']:.1g} (relative).\n\n"
+    )
+    return said + markdown(
+        list(rows[0]), [[f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in rows]
+    )
+
+
 def adfnet(content: dict[str, Any]) -> str:
     """Both formulations, and what lies between them."""
     lines = [
@@ -181,9 +221,50 @@ def paper_tables(content: dict[str, Any]) -> str:
     return "\n".join(f"### {title}\n\n{markdown(headers, lines)}" for title, headers, lines in texts(content["rows"]))
 
 
+def export_coverage(content: dict[str, Any]) -> str:
+    """A row a network: what is free, the error of the file, and why it is not more."""
+    from benchmarks.export_coverage import line
+
+    rows = content["rows"]
+    counts = {
+        status: sum(row["status"] == status for row in rows) for status in dict.fromkeys(r["status"] for r in rows)
+    }
+    told = ", ".join(f"{count} {status}" for status, count in counts.items())
+    headers = ("network", "layers became", "status", "free", "relative error", "why")
+    return f"{len(rows)} networks: {told}.\n\n" + markdown(headers, [line(row) for row in rows])
+
+
+def generators(content: dict[str, Any]) -> str:
+    """What the forms of the generator cost, and what they do to the toy."""
+    from benchmarks.generators import cost_table, toy_table
+
+    return markdown(*cost_table(content["rows"])) + "\n" + markdown(*toy_table(content["rows"]))
+
+
+def compiled(content: dict[str, Any]) -> str:
+    """Compiled formulas over lean operators."""
+    from benchmarks.compiled import lines
+
+    return markdown(*lines(content["rows"]))
+
+
+def large_image(content: dict[str, Any]) -> str:
+    """Growth of memory by layer."""
+    from benchmarks.large_image import lines
+
+    sizes = sorted({f"1×{row['channels']}×{row['size']}×{row['size']}" for row in content["rows"]})
+    return f"Input {', '.join(sizes)}, float32.\n\n" + markdown(*lines(content["rows"]))
+
+
 TABLES: dict[str, Table] = {
+    "finetuned": finetuned,
+    "collapsed": collapsed,
     "adfnet": adfnet,
     "paper_tables": paper_tables,
+    "export_coverage": export_coverage,
+    "generators": generators,
+    "compiled": compiled,
+    "large_image": large_image,
     "toys-quick": toys,
     "toys": toys,
     "operators": operators,

@@ -57,10 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(toy: str, arm: str, seed: int, steps: int, picture: Path) -> dict[str, Any]:
-    """Train one network from scratch and look at it."""
+def run(
+    toy: str, arm: str, seed: int, steps: int, picture: Path, make: Callable[[], nn.Module] | None = None
+) -> dict[str, Any]:
+    """Train one network, that of the arm or what `make` makes, from scratch and look at it."""
     torch.manual_seed(seed)
-    model = ARMS[toy][arm]()
+    model = (make or ARMS[toy][arm])()
     task = (
         create_task("pattern-detection", seed=seed, shift=SHIFT) if toy == "pattern" else create_task("sad", seed=seed)
     )

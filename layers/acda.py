@@ -13,15 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surgeon.errors import ConfigError
 from surgeon.layers.base import DynamicConv2d, LayerConfig, check_at_least
 from surgeon.layers.bases import basis_elements, centred, fitting_elements, window_size
 from surgeon.layers.decompose import Decomposition, decompose, expand_in_basis, truncate_for_inputs
-from surgeon.layers.generator import PixelGenerator
-from surgeon.layers.geometry import ConvGeometry, pad_for_window
+from surgeon.layers.generator import FORMS, RANK, WINDOW, PixelGenerator
+from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.kernels.acda import acda_conv
 from surgeon.layers.kernels.acda_reference import acda_macs
+from surgeon.layers.kernels.dispatch import exporting
 from surgeon.layers.registry import register
 from surgeon.layers.source import ConvSource
+
+BAND_BYTES = 128 << 20  # what the generator's maps of a band may take, where no gradient is wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,8 @@ class ACDAConfig(LayerConfig):
     `static_atoms`: how many atoms, beyond the dynamic ones, stay the same everywhere; None is as many as the exact kernel needs,
     fewer make the layer smaller and no longer exact (0: compress). `extra_elements`: how many basis elements are made from the
     weights; None is as many as the dynamic atoms need. In a layer both are numbers; built without a convolution, None is 0.
+    `generator` is the form of the generator, "full" (the paper's), "separable" or "lowrank" (see `PixelGenerator`), the latter
+    of rank `generator_rank` (None: 16).
     """
 
     atoms: int = 6
@@ -39,6 +45,8 @@ class ACDAConfig(LayerConfig):
     hidden: int = 64
     static_atoms: int | None = None
     extra_elements: int | None = None
+    generator: str = "full"
+    generator_rank: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("atoms", "scales", "basis_size", "hidden"):
@@ -46,6 +54,14 @@ class ACDAConfig(LayerConfig):
         for name in ("static_atoms", "extra_elements"):
             if getattr(self, name) is not None:
                 check_at_least(self, name, 0)
+        if self.generator not in FORMS:
+            raise ConfigError(f"ACDAConfig: generator must be one of {', '.join(FORMS)}, got {self.generator!r}")
+        if self.generator_rank is not None:
+            check_at_least(self, "generator_rank", 1)
+            if self.generator != "lowrank":
+                raise ConfigError(
+                    f"ACDAConfig: generator_rank belongs to generator 'lowrank', got generator {self.generator!r}"
+                )
 
 
 @register
@@ -71,7 +87,8 @@ class ACDAConv2d(DynamicConv2d):
         basis = basis_elements(geometry.kernel_size, config.scales, config.basis_size)
         extra = basis.new_zeros(config.extra_elements, *basis.shape[1:])
         self.register_buffer("psi", torch.cat([basis, extra]).to(torch.get_default_dtype()))
-        self.generator = PixelGenerator(geometry, config.hidden, config.atoms * len(self.psi))
+        form, rank = config.generator, config.generator_rank or RANK
+        self.generator = PixelGenerator(geometry, config.hidden, config.atoms * len(self.psi), form=form, rank=rank)
         self.generator.set_static_output(_one_element_each(config.atoms, len(basis), len(self.psi)).flatten())
         c_out, c_group = geometry.weight_shape[:2]
         atoms = config.atoms + config.static_atoms
@@ -125,10 +142,14 @@ class ACDAConv2d(DynamicConv2d):
         self.check_input(x)
         if not self.adaptive:
             return self.static_conv2d(x)
-        g = self.geometry
-        g.output_size(x.shape[2], x.shape[3])  # one clear error where the input is too small
-        window = (self.psi.shape[1], self.psi.shape[2])
-        alpha = self.generator(x)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting():
+            return self._filter(x, self.geometry)
+        return self._in_bands(x)
+
+    def _filter(self, x: Tensor, g: ConvGeometry) -> Tensor:
+        """The dynamic convolution of an image, or of a band of it with the geometry of that band."""
+        window = self._window
+        alpha = self.generator(x, g)
         padded, padding = pad_for_window(x, g, window)
         dynamic = self.config.atoms
         static: Tensor = centred(self.static_atoms, window)
@@ -142,6 +163,38 @@ class ACDAConv2d(DynamicConv2d):
             return y + F.conv2d(padded, weight, self.bias, g.stride, padding, g.dilation, g.groups)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
+    def _in_bands(self, x: Tensor) -> Tensor:
+        """The same where no gradient is wanted: the generator's maps, several times the input, exist for one band at a time.
+
+        A band is some images, or some output rows of one, whose maps take at most `BAND_BYTES`.
+        """
+        g = self.geometry
+        rows, columns = g.output_size(x.shape[2], x.shape[3])
+        maps = self.config.atoms * len(self.psi) + 2 * self.config.hidden
+        fitting = max(1, BAND_BYTES // (maps * columns * x.element_size()))
+        if len(x) * rows <= fitting:
+            return self._filter(x, g)
+        if g.padding_mode != "zeros":
+            own = g.explicit_padding(x.shape[2], x.shape[3])
+            x = F.pad(x, own, mode=g.padding_mode) if any(own) else x
+            g = replace(g, padding=(0, 0, 0, 0), padding_mode="zeros")
+        images, height = max(1, fitting // rows), -(-rows // -(-rows // min(fitting, rows)))
+        out: Tensor | None = None
+        for image in range(0, len(x), images):
+            for top in range(0, rows, height):
+                band = slice(top, min(top + height, rows))
+                read, geometry = g.band(band, (g.kernel_size, self._window, WINDOW), x.shape[2], x.shape[3])
+                part = self._filter(x[image : image + images, :, read], geometry)
+                if out is None:
+                    out = part.new_empty(len(x), part.shape[1], rows, columns)
+                out[image : image + images, :, band] = part
+        assert out is not None
+        return out
+
+    @property
+    def _window(self) -> Pair:
+        return (self.psi.shape[1], self.psi.shape[2])
+
     @property
     def folds_static(self) -> bool:
         """Whether the static atoms run as one plain convolution, because that is cheaper than filtering with them one by one."""
@@ -154,7 +207,7 @@ class ACDAConv2d(DynamicConv2d):
         """Weight (C_out, C/g, l_h, l_w) where the generator gives its last bias everywhere."""
         alpha = self.generator.static_output.view(self.config.atoms, -1)
         dynamic = torch.einsum("ak,khw->ahw", alpha, self.psi)
-        static = centred(self.static_atoms, (self.psi.shape[1], self.psi.shape[2]))
+        static = centred(self.static_atoms, self._window)
         return torch.einsum("oca,ahw->ochw", self.coeff, torch.cat([dynamic, static]))
 
     def code(self, x: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ class SharedKernels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = self.generator.features(x)
         kernels = F.conv2d(features, self.generator.weight[:, :, None, None], self.static.flatten())
-        return kernels.view(len(x), -1, 9, x.shape[2], x.shape[3])
+        return kernels.view(x.shape[0], self.static.shape[0], 9, x.shape[2], x.shape[3])
 
 
 class MDCB(nn.Module):

@@ -1,40 +1,67 @@
 """The small network that tells a dynamic layer, at every output pixel, what to be there."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surgeon.errors import ConfigError
 from surgeon.layers.geometry import ConvGeometry, pad_for_window
 
 WINDOW = (3, 3)
+FORMS = ("full", "separable", "lowrank")
+RANK = 16  # of the low-rank form
 
 
 class PixelGenerator(nn.Module):
     """1×1 convolution C → `hidden`, tanh, 3×3 convolution `hidden` → `outputs`, aligned with the replaced convolution.
 
     Maps the layer's input (N, C, H, W) to (N, outputs, H', W') with (H', W') the output size of the replaced convolution,
-    whose stride and dilation the 3×3 convolution takes over; its window is centred where the kernel is. The second
+    whose stride and dilation the 3×3 convolution takes over; its window is centred where the kernel is. The last
     convolution's weight starts at zero: at birth the output is its bias everywhere. tanh bounds the hidden map: with an
     unbounded activation joint training diverges. `depth` - 1 further 3×3 convolutions, each with its tanh, may stand between
     the two: the generator then sees as many pixels further.
+
+    The 3×3 convolution is 9·hidden·outputs multiply-accumulates a pixel, often more than the convolution that is replaced.
+    `form` factorises it, without an activation in between: "separable" into a 3×3 depthwise convolution and a 1×1 one,
+    hidden·(9 + outputs); "lowrank" into a 3×3 convolution to `rank` maps and a 1×1 one, rank·(9·hidden + outputs).
     """
 
-    def __init__(self, geometry: ConvGeometry, hidden: int, outputs: int, depth: int = 1) -> None:
+    def __init__(
+        self, geometry: ConvGeometry, hidden: int, outputs: int, depth: int = 1, form: str = "full", rank: int = RANK
+    ) -> None:
         super().__init__()
+        if form not in FORMS:
+            raise ConfigError(f"the form of a generator must be one of {', '.join(FORMS)}, got {form!r}")
         self.geometry = geometry
         self.reduce = nn.Conv2d(geometry.in_channels, hidden, 1)
         self.between = nn.ModuleList(nn.Conv2d(hidden, hidden, 3, padding=1) for _ in range(depth - 1))
-        self.expand = nn.Conv2d(hidden, outputs, WINDOW, stride=geometry.stride, dilation=geometry.dilation)
+        settings: dict[str, Any] = {"stride": geometry.stride, "dilation": geometry.dilation}
+        self.around: nn.Conv2d | None = None
+        if form == "full":
+            self.expand = nn.Conv2d(hidden, outputs, WINDOW, **settings)
+        elif form == "separable":
+            self.around = nn.Conv2d(hidden, hidden, WINDOW, groups=hidden, bias=False, **settings)
+            self.expand = nn.Conv2d(hidden, outputs, 1)
+        else:
+            self.around = nn.Conv2d(hidden, rank, WINDOW, bias=False, **settings)
+            self.expand = nn.Conv2d(rank, outputs, 1)
         nn.init.zeros_(self.expand.weight)
         self.set_static_output(torch.zeros(outputs))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, geometry: ConvGeometry | None = None) -> Tensor:
+        """`geometry` stands in for the layer's own where x is a band of the image (`ConvGeometry.band`), for depth 1."""
         hidden = torch.tanh(self.reduce(x))
         for conv in self.between:
             hidden = torch.tanh(conv(hidden))
-        hidden, padding = pad_for_window(hidden, self.geometry, WINDOW)
-        expand = self.expand
-        return F.conv2d(hidden, expand.weight, expand.bias, expand.stride, padding, expand.dilation)
+        hidden, padding = pad_for_window(hidden, geometry or self.geometry, WINDOW)
+        seeing = self.expand if self.around is None else self.around
+        y = F.conv2d(hidden, seeing.weight, seeing.bias, seeing.stride, padding, seeing.dilation, seeing.groups)
+        if self.around is None:
+            return y
+        out: Tensor = self.expand(y)
+        return out
 
     @property
     def static_output(self) -> Tensor:
@@ -53,4 +80,5 @@ class PixelGenerator(nn.Module):
         out_h, out_w = self.geometry.output_size(height, width)
         kernels = (p for p in (self.reduce.weight, *self.between.parameters()) if p.dim() == 4)
         per_input = sum(p.numel() for p in kernels)
-        return per_input * height * width + self.expand.weight.numel() * out_h * out_w
+        seeing = 0 if self.around is None else self.around.weight.numel()
+        return per_input * height * width + (seeing + self.expand.weight.numel()) * out_h * out_w

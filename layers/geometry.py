@@ -4,7 +4,8 @@ Tensors are (N, C, H, W). Padding amounts follow `torch.nn.functional.pad`: (lef
 """
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -76,6 +77,21 @@ class ConvGeometry:
         """Multiply-accumulates of the plain convolution for one image of this input size."""
         out_h, out_w = self.output_size(height, width)
         return math.prod(self.weight_shape) * out_h * out_w
+
+    def band(self, rows: slice, windows: Sequence[Pair], height: int, width: int) -> "tuple[slice, ConvGeometry]":
+        """Which input rows the output rows `rows` need, and the geometry that makes exactly these of them.
+
+        For an input of this size whose padding is zeros; `windows` (h, w) are all that are aligned with the kernel by
+        `pad_for_window`. The geometry's vertical padding may be negative: a crop, where another window reads further.
+        """
+        left, right, top, _ = self.explicit_padding(height, width)
+        stride, dilation, kernel = self.stride[0], self.dilation[0], self.kernel_size[0]
+        start = rows.start * stride - top
+        stop = (rows.stop - 1) * stride - top + dilation * (kernel - 1) + 1
+        extras = [dilation * (window[0] - kernel) for window in windows]
+        first = min(max(min(start - extra // 2 for extra in extras), 0), height)
+        last = max(min(max(stop + extra - extra // 2 for extra in extras), height), first)
+        return slice(first, last), replace(self, padding=(left, right, first - start, stop - last))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""

@@ -51,7 +51,7 @@ class SEKG(nn.Module):
         )
         average = x.mean(dim=(2, 3)).unsqueeze(1)
         channel: Tensor = self.channel(average)
-        return around + channel.transpose(1, 2).unsqueeze(3)
+        return around.add_(channel.transpose(1, 2).unsqueeze(3))  # no second map of the image's size
 
     def forward(self, x: Tensor) -> Tensor:
         """The generated kernels, (N, maps, H', W')."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from surgeon.costs import cost as cost
     from surgeon.costs import cost_table as cost_table
     from surgeon.errors import SurgeonError as SurgeonError
+    from surgeon.export import export as export
     from surgeon.recipe import Recipe as Recipe
     from surgeon.report import Report as Report
     from surgeon.rewrite import revert as revert
@@ -43,6 +44,7 @@ _EXPORTS = {
     "convert": "surgeon.convert",
     "cost": "surgeon.costs",
     "cost_table": "surgeon.costs",
+    "export": "surgeon.export",
     "inspect": "surgeon.convert",
     "load": "surgeon.checkpoint",
     "revert": "surgeon.rewrite",
@@ -63,6 +65,7 @@ __all__ = [
     "convert",
     "cost",
     "cost_table",
+    "export",
     "inspect",
     "load",
     "revert",

@@ -77,5 +77,11 @@ class VerificationError(SurgeonError, ArithmeticError):
     exit_code = 1
 
 
+class ExportError(SurgeonError, RuntimeError):
+    """A model cannot be exported, or the exported file does not compute what the model computes."""
+
+    exit_code = 1
+
+
 class BackendError(SurgeonError, RuntimeError):
     """No backend, or not the one asked for, can run an operator on these inputs."""

@@ -18,13 +18,25 @@ from surgeon.layers.kernels.dispatch import Operator
 # Options that keep a layer small, by name; a type takes those that it has.
 SMALL: dict[str, Any] = {"hidden": 8, "group_size": 3}
 
+# Kinds of layers beyond the types themselves: name -> (type, options).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "acda-separable": ("acda", {"generator": "separable"}),
+    "acda-lowrank": ("acda", {"generator": "lowrank", "generator_rank": 5}),
+}
+
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-def small_config(type_name: str, **options: Any) -> LayerConfig:
-    """A config of this type with few hidden channels and kernels."""
-    config = layer_class(type_name).Config
+def class_of(kind: str) -> type[DynamicConv2d]:
+    """The class of a layer type or variant."""
+    return layer_class(VARIANTS.get(kind, (kind, {}))[0])
+
+
+def small_config(kind: str, **options: Any) -> LayerConfig:
+    """A config of this type or variant with few hidden channels and kernels."""
+    config = class_of(kind).Config
     known = {field.name for field in fields(config)}
+    options = VARIANTS.get(kind, (kind, {}))[1] | options
     return config(**{name: value for name, value in (SMALL | options).items() if name in known})
 
 
@@ -51,7 +63,7 @@ def make(type_name: str, source: nn.Module | ConvSource, **options: Any) -> Dyna
     """The layer of this type in the place of a convolution; the same for the same arguments."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return layer_class(type_name).from_conv(source, small_config(type_name, **options))
+        return class_of(type_name).from_conv(source, small_config(type_name, **options))
 
 
 def plain_conv(**changes: Any) -> nn.Conv2d:

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from surgeon.errors import GeometryError
-from surgeon.layers import ConvGeometry, DynamicConv2d, layer_class, layer_types
+from surgeon.layers import ConvGeometry, DynamicConv2d, layer_types
 from tests.layer_contract import (
+    VARIANTS,
     awaken,
+    class_of,
     counted_macs,
     geometries,
     make,
@@ -24,7 +26,7 @@ from tests.layer_contract import (
     small_config,
 )
 
-every_type = pytest.mark.parametrize("type_name", layer_types())
+every_type = pytest.mark.parametrize("type_name", [*layer_types(), *VARIANTS])
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,7 @@ def seed() -> None:
 
 
 def accepts(type_name: str, geometry: ConvGeometry) -> bool:
-    return not layer_class(type_name).why_not(geometry, small_config(type_name))
+    return not class_of(type_name).why_not(geometry, small_config(type_name))
 
 
 @every_type
@@ -57,7 +59,9 @@ def test_birth_is_exact_for_every_geometry(type_name: str, case: Any, double: bo
 @every_type
 def test_default_options_are_exact(type_name: str) -> None:
     conv, x = plain_conv(in_channels=16, out_channels=16, stride=2), torch.randn(2, 16, 15, 17)
-    layer = layer_class(type_name).from_conv(conv).eval()
+    options = VARIANTS.get(type_name, (type_name, {}))[1]
+    kind = class_of(type_name)
+    layer = kind.from_conv(conv, kind.Config(**options)).eval()
     assert relative_error(layer(x), conv(x)) <= 1e-5
 
 

@@ -45,6 +45,7 @@ def test_the_public_list_is_sorted_and_complete() -> None:
         "convert",
         "cost",
         "cost_table",
+        "export",
         "inspect",
         "load",
         "revert",

@@ -1,6 +1,7 @@
-"""The ACDA operator: the registered lean version, its gradient, and the choice among backends."""
+"""The ACDA operator: the registered version (plain torch, or Triton), its gradient, and the choice among backends."""
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,14 +10,17 @@ from torch import Tensor
 from surgeon.errors import GeometryError
 from surgeon.layers.kernels.acda_lean import Gradients, Problem
 from surgeon.layers.kernels.acda_reference import acda_conv_reference
-from surgeon.layers.kernels.dispatch import Operator
-from surgeon.layers.kernels.library import autocast_dtype, define, shapes_of
+from surgeon.layers.kernels.dispatch import PORTABLE, Operator
+from surgeon.layers.kernels.inputs import check_window, floating
+from surgeon.layers.kernels.library import autocast_dtype, define, differentiable_once, memory_format_of, shapes_of
+from surgeon.layers.kernels.portable import acda_conv_portable
+from surgeon.layers.kernels.triton.support import reasons_against
 
 ACDA_CONV = Operator("acda_conv")
 
 
 @define("surgeon::acda_conv")
-def _lean(
+def _acda_conv(
     x: Tensor,
     alpha: Tensor,
     psi: Tensor,
@@ -26,12 +30,16 @@ def _lean(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    backend: str = "torch",
 ) -> Tensor:
+    if backend == "triton":
+        y: Tensor = _on_cuda().forward(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
+        return y
     return Problem(x, alpha, psi, static, coeff, stride, padding, dilation, groups).run()
 
 
 @shapes_of("surgeon::acda_conv")
-def _lean_fake(
+def _shape(
     x: Tensor,
     alpha: Tensor,
     psi: Tensor,
@@ -41,12 +49,15 @@ def _lean_fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    backend: str = "torch",
 ) -> Tensor:
-    return x.new_empty(x.shape[0], coeff.shape[0], alpha.shape[2], alpha.shape[3])
+    shape = (x.shape[0], coeff.shape[0], alpha.shape[2], alpha.shape[3])
+    kept = memory_format_of(x) if backend == "triton" else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=kept)
 
 
 @define("surgeon::acda_conv_backward")
-def _lean_backward(
+def _acda_conv_backward(
     grad: Tensor,
     x: Tensor,
     alpha: Tensor,
@@ -58,7 +69,13 @@ def _lean_backward(
     dilation: Sequence[int],
     groups: int,
     needs: Sequence[bool],
+    backend: str = "torch",
 ) -> list[Tensor]:
+    if backend == "triton":
+        found: list[Tensor] = _on_cuda().backward(
+            grad, x, alpha, psi, static, coeff, stride, padding, dilation, groups, needs
+        )
+        return found
     problem = Problem(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
     grads = Gradients(problem, needs)
     for chunk in problem.chunks():
@@ -67,7 +84,7 @@ def _lean_backward(
 
 
 @shapes_of("surgeon::acda_conv_backward")
-def _lean_backward_fake(
+def _backward_shapes(
     grad: Tensor,
     x: Tensor,
     alpha: Tensor,
@@ -79,10 +96,22 @@ def _lean_backward_fake(
     dilation: Sequence[int],
     groups: int,
     needs: Sequence[bool],
+    backend: str = "torch",
 ) -> list[Tensor]:
-    return [
+    empty = [
         t.new_empty(t.shape if need else (0,)) for t, need in zip((x, alpha, psi, static, coeff), needs, strict=True)
     ]
+    if backend == "triton":
+        empty[:2] = [
+            torch.empty_like(t) if need else e for t, need, e in zip((x, alpha), needs[:2], empty[:2], strict=True)
+        ]
+    return empty
+
+
+def _on_cuda() -> ModuleType:
+    from surgeon.layers.kernels.triton import acda
+
+    return acda
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -92,19 +121,28 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:5])
-    grads = _lean_backward(grad, *ctx.saved_tensors, *ctx.geometry, needs)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
+    *geometry, backend = ctx.geometry
+    grads = _acda_conv_backward(grad, *ctx.saved_tensors, *geometry, needs, backend)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None)
 
 
 torch.library.register_autograd("surgeon::acda_conv", _backward, setup_context=_setup_context)
+differentiable_once("surgeon::acda_conv_backward")
 
 
-def _why_not_lean(x: Tensor, *args: Any) -> list[str]:
-    return [] if x.is_floating_point() else [f"needs a floating-point input, got {x.dtype}"]
+def _why_not_triton(x: Tensor, alpha: Tensor, psi: Tensor, static: Tensor, coeff: Tensor, *geometry: Any) -> list[str]:
+    return reasons_against([x, alpha, psi, static, coeff])
 
 
-ACDA_CONV.backend("torch", why_not=_why_not_lean)(_lean)
-ACDA_CONV.backend("reference")(acda_conv_reference)
+@ACDA_CONV.backend("triton", why_not=_why_not_triton)
+def _run_triton(*args: Any) -> Tensor:
+    y: Tensor = _acda_conv(*args, "triton")
+    return y
+
+
+ACDA_CONV.backend("torch", why_not=floating)(_acda_conv)
+ACDA_CONV.backend(PORTABLE, why_not=floating)(acda_conv_portable)
+ACDA_CONV.backend("reference", why_not=floating)(acda_conv_reference)
 
 
 def acda_conv(
@@ -154,11 +192,8 @@ def _check_shapes(
     if x.dim() != 4 or alpha.dim() != 4 or psi.dim() != 3 or static.dim() != 3 or coeff.dim() != 3:
         wrong.append("x and alpha must have 4 dimensions, psi, static and coeff 3")
     else:
-        out = [
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, s, p, d in zip(x.shape[2:], psi.shape[1:], stride, padding, dilation, strict=True)
-        ]
-        atoms = alpha.shape[1] // psi.shape[0]
+        out = check_window("acda_conv", x, psi.shape[1:], stride, padding, dilation, groups)
+        atoms = alpha.shape[1] // max(psi.shape[0], 1)
         expected = {
             "alpha": (alpha.shape, (x.shape[0], max(atoms, 1) * psi.shape[0], *out)),
             "static": (static.shape, (static.shape[0], *psi.shape[1:])),

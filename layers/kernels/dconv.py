@@ -4,7 +4,6 @@ Both are opaque nodes to `torch.compile` and `torch.export`, save only their arg
 derivatives only. Under autocast they run in its dtype; sums are taken in at least float32.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,15 +13,17 @@ from torch.utils.flop_counter import register_flop_formula
 
 from surgeon.errors import GeometryError
 from surgeon.layers.geometry import Pair
+from surgeon.layers.kernels import dconv_flops as flops
 from surgeon.layers.kernels import dconv_lean as lean
 from surgeon.layers.kernels.dconv_reference import dconv_layer_reference, dconv_reference
-from surgeon.layers.kernels.dispatch import Operator
-from surgeon.layers.kernels.library import autocast_dtype, define, shapes_of
+from surgeon.layers.kernels.dispatch import PORTABLE, Operator
+from surgeon.layers.kernels.inputs import check_window, one_dtype
+from surgeon.layers.kernels.library import autocast_dtype, define, differentiable_once, memory_format_of, shapes_of
+from surgeon.layers.kernels.portable import dconv_layer_portable, dconv_portable
+from surgeon.layers.kernels.triton.support import reasons_against
 
 DCONV = Operator("dconv")
 DCONV_LAYER = Operator("dconv_layer")
-
-Shape = Sequence[int]
 
 ONE: Pair = (1, 1)
 NONE: Pair = (0, 0)
@@ -49,8 +50,8 @@ def dconv(
             f"dconv expects an input (N, C, H, W) and kernels (N, G, {kernel_size[0] * kernel_size[1]}, H', W'), "
             f"got {tuple(x.shape)} and {tuple(kernels.shape)}"
         )
+    size = check_window("dconv", x, kernel_size, stride, padding, dilation)
     _check_channels(x.shape[1], kernels.shape[1], max(x.shape[1], kernels.shape[1]))
-    size = _output_size(x, kernel_size, stride, padding, dilation)
     _check_map("kernels", kernels, x, size)
     x, kernels = _autocast(x, kernels)
     return DCONV(x, kernels, kernel_size, stride, padding, dilation, backend=backend)
@@ -81,13 +82,22 @@ def dconv_layer(
         )
     kernel_size = (static.shape[2], static.shape[3])
     taps = kernel_size[0] * kernel_size[1]
-    if features.dim() != 4 or weight.dim() != 2 or weight.shape[1] != features.shape[1] or weight.shape[0] % taps:
+    if (
+        taps == 0
+        or features.dim() != 4
+        or weight.dim() != 2
+        or weight.shape[1] != features.shape[1]
+        or weight.shape[0] % taps
+    ):
         raise GeometryError(
             f"dconv_layer expects features (N, Cf, H', W') and a weight (G*{taps}, Cf), "
             f"got {tuple(features.shape)} and {tuple(weight.shape)}"
         )
+    size = check_window("dconv_layer", x, kernel_size, stride, padding, dilation)
     _check_channels(x.shape[1], weight.shape[0] // taps, static.shape[0])
-    _check_map("features", features, x, _output_size(x, kernel_size, stride, padding, dilation))
+    _check_map("features", features, x, size)
+    if bias is not None and bias.shape != static.shape[:1]:
+        raise GeometryError(f"dconv_layer expects a bias ({static.shape[0]}), got {tuple(bias.shape)}")
     x, features, weight, static = _autocast(x, features, weight, static)
     if bias is not None:
         (bias,) = _autocast(bias)
@@ -100,7 +110,7 @@ def channels_fit(channels: int, groups: int, outputs: int) -> bool:
 
 
 def _check_channels(channels: int, groups: int, outputs: int) -> None:
-    if not channels_fit(channels, groups, outputs):
+    if groups < 1 or not channels_fit(channels, groups, outputs):
         raise GeometryError(
             f"{groups} kernels do not fit {channels} input and {outputs} output channels: "
             f"their number must divide {channels}, or be a multiple of it that divides {outputs}"
@@ -115,14 +125,6 @@ def _check_map(name: str, given: Tensor, x: Tensor, size: Pair) -> None:
         )
 
 
-def _output_size(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
-    height, width = (
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(x.shape[-2:], kernel_size, stride, padding, dilation, strict=True)
-    )
-    return height, width
-
-
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of an autocast region, if inside one; float64 is left alone, as autocast does."""
     dtype = autocast_dtype(tensors[0].device.type)
@@ -131,18 +133,29 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _one_dtype(*args: Any) -> list[str]:
-    dtypes = sorted({str(a.dtype) for a in args if isinstance(a, Tensor)})
-    return [] if len(dtypes) == 1 else [f"its tensors are of different dtypes ({', '.join(dtypes)})"]
+def _why_not_triton(*args: Any) -> list[str]:
+    return reasons_against([a for a in args if isinstance(a, Tensor)]) + one_dtype(*args)
 
 
-@DCONV.backend("torch", why_not=_one_dtype)
+@DCONV.backend("triton", why_not=_why_not_triton)
+def _triton_apply(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    y: Tensor = _dconv(x, kernels, kernel_size, stride, padding, dilation, "triton")
+    return y
+
+
+@DCONV_LAYER.backend("triton", why_not=_why_not_triton)
+def _triton_layer(*args: Any) -> Tensor:
+    y: Tensor = _dconv_layer(*args, "triton")
+    return y
+
+
+@DCONV.backend("torch", why_not=one_dtype)
 def _lean_apply(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     y: Tensor = _dconv(x, kernels, kernel_size, stride, padding, dilation)
     return y
 
 
-@DCONV_LAYER.backend("torch", why_not=_one_dtype)
+@DCONV_LAYER.backend("torch", why_not=one_dtype)
 def _lean_layer(
     x: Tensor,
     features: Tensor,
@@ -157,8 +170,10 @@ def _lean_layer(
     return y
 
 
-DCONV.backend("reference", why_not=_one_dtype)(dconv_reference)
-DCONV_LAYER.backend("reference", why_not=_one_dtype)(dconv_layer_reference)
+DCONV.backend(PORTABLE, why_not=one_dtype)(dconv_portable)
+DCONV_LAYER.backend(PORTABLE, why_not=one_dtype)(dconv_layer_portable)
+DCONV.backend("reference", why_not=one_dtype)(dconv_reference)
+DCONV_LAYER.backend("reference", why_not=one_dtype)(dconv_layer_reference)
 
 
 # --- surgeon::dconv -----------------------------------------------------------------------------------------------
@@ -172,14 +187,22 @@ def _dconv(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    backend: str = "torch",
 ) -> Tensor:
+    if backend == "triton":
+        from surgeon.layers.kernels.triton import dconv as on_cuda
+
+        return on_cuda.forward(x, kernels, kernel_size, stride, padding, dilation)
     return lean.apply_forward(x, kernels, kernel_size, stride, padding, dilation)
 
 
 @shapes_of("surgeon::dconv")
-def _(x: Tensor, kernels: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
-    outputs = max(x.shape[1], kernels.shape[1])
-    return x.new_empty((x.shape[0], outputs, kernels.shape[-2], kernels.shape[-1]))
+def _(
+    x: Tensor, kernels: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, backend: str = "torch"
+) -> Tensor:
+    shape = (x.shape[0], max(x.shape[1], kernels.shape[1]), kernels.shape[-2], kernels.shape[-1])
+    kept = memory_format_of(x) if backend == "triton" else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=kept)
 
 
 @define("surgeon::dconv_backward")
@@ -192,27 +215,48 @@ def _dconv_backward(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from surgeon.layers.kernels.triton import dconv as on_cuda
+
+        return on_cuda.backward(grad, x, kernels, kernel_size, needs, stride, padding, dilation)
     return lean.apply_backward(grad, x, kernels, kernel_size, needs, stride, padding, dilation)
 
 
 @shapes_of("surgeon::dconv_backward")
-def _(grad: Tensor, x: Tensor, kernels: Tensor, kernel_size: Any, needs: Any, *geometry: Any) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor,
+    x: Tensor,
+    kernels: Tensor,
+    kernel_size: Any,
+    needs: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    backend: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        like_x, like_kernels = (
+            torch.empty_like(t) if need else t.new_empty(0) for t, need in zip((x, kernels), needs, strict=True)
+        )
+        return like_x, like_kernels
     return x.new_empty(x.shape if needs[0] else 0), kernels.new_empty(kernels.shape if needs[1] else 0)
 
 
 def _dconv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, kernels, ctx.kernel_size, *ctx.geometry = inputs
+    x, kernels, ctx.kernel_size, *ctx.settings = inputs
     ctx.save_for_backward(x, kernels)
 
 
 def _dconv_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:2])
-    found = _dconv_backward(grad, *ctx.saved_tensors, ctx.kernel_size, needs, *ctx.geometry)
-    return (*_wanted(found, needs), None, None, None, None)
+    found = _dconv_backward(grad, *ctx.saved_tensors, ctx.kernel_size, needs, *ctx.settings)
+    return (*_wanted(found, needs), None, None, None, None, None)
 
 
 torch.library.register_autograd("surgeon::dconv", _dconv_grad, setup_context=_dconv_setup)
+differentiable_once("surgeon::dconv_backward")
 
 
 def _wanted(found: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -232,8 +276,14 @@ def _dconv_layer(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    backend: str = "torch",
 ) -> Tensor:
-    return lean.layer_forward(lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation))
+    given = lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation)
+    if backend == "triton":
+        from surgeon.layers.kernels.triton import dconv_layer as on_cuda
+
+        return on_cuda.forward(given)
+    return lean.layer_forward(given)
 
 
 @shapes_of("surgeon::dconv_layer")
@@ -246,6 +296,7 @@ def _(
     stride: Any,
     padding: Any,
     dilation: Any,
+    backend: str = "torch",
 ) -> Tensor:
     return lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation).static_conv2d()
 
@@ -262,8 +313,13 @@ def _dconv_layer_backward(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    backend: str = "torch",
 ) -> lean.LayerGradients:
     given = lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation)
+    if backend == "triton":
+        from surgeon.layers.kernels.triton import dconv_layer as on_cuda
+
+        return on_cuda.backward(grad, given, needs)
     return lean.layer_backward(grad, given, needs)
 
 
@@ -276,9 +332,12 @@ def _(
     static: Tensor,
     bias: Tensor | None,
     needs: Any,
-    *geometry: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    backend: str = "torch",
 ) -> lean.LayerGradients:
-    given = lean.LayerInputs(x, features, weight, static, bias, *geometry)
+    given = lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation)
     grad_x, grad_static, grad_bias = given.static_gradients(grad, needs)
     grad_features = torch.empty_like(features) if needs[1] else None
     grad_weight = torch.empty_like(weight) if needs[2] else None
@@ -287,71 +346,23 @@ def _(
 
 
 def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, stride, padding, dilation = inputs
-    ctx.geometry = (stride, padding, dilation)
-    ctx.save_for_backward(*tensors)
+    ctx.settings = inputs[5:]
+    ctx.save_for_backward(*inputs[:5])
 
 
 def _layer_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:5])
-    found = _dconv_layer_backward(grad, *ctx.saved_tensors, needs, *ctx.geometry)
-    return (*_wanted(found, needs), None, None, None)
+    found = _dconv_layer_backward(grad, *ctx.saved_tensors, needs, *ctx.settings)
+    return (*_wanted(found, needs), None, None, None, None)
 
 
 torch.library.register_autograd("surgeon::dconv_layer", _layer_grad, setup_context=_layer_setup)
+differentiable_once("surgeon::dconv_layer_backward")
 
 
-# --- FLOPs (1 MAC = 2 FLOPs) --------------------------------------------------------------------------------------
+# --- FLOPs --------------------------------------------------------------------------------------------------------
 
-
-# torch hands the arguments over with the shape of each tensor in its place.
-
-
-@register_flop_formula(torch.ops.surgeon.dconv)
-def _dconv_flops(x: Shape, kernels: Shape, *rest: object, out_shape: Shape, **kwargs: object) -> int:
-    return 2 * math.prod(out_shape) * kernels[2]
-
-
-@register_flop_formula(torch.ops.surgeon.dconv_backward)
-def _dconv_backward_flops(
-    grad: Shape,
-    x: Shape,
-    kernels: Shape,
-    kernel_size: Shape,
-    needs: Sequence[bool],
-    *rest: object,
-    out_shape: object,
-    **kwargs: object,
-) -> int:
-    return 2 * math.prod(grad) * kernels[2] * sum(needs)
-
-
-@register_flop_formula(torch.ops.surgeon.dconv_layer)
-def _dconv_layer_flops(
-    x: Shape, features: Shape, weight: Shape, static: Shape, *rest: object, out_shape: Shape, **kwargs: object
-) -> int:
-    return 2 * sum(_layer_macs(features, weight, static))
-
-
-@register_flop_formula(torch.ops.surgeon.dconv_layer_backward)
-def _dconv_layer_backward_flops(
-    grad: Shape,
-    x: Shape,
-    features: Shape,
-    weight: Shape,
-    static: Shape,
-    bias: Shape | None,
-    needs: Sequence[bool],
-    *rest: object,
-    out_shape: object,
-    **kwargs: object,
-) -> int:
-    """The kernels are generated again for the gradient of x."""
-    generate, apply = _layer_macs(features, weight, static)
-    return 2 * (generate * sum(needs[:3]) + apply * (needs[0] + any(needs[1:4])))
-
-
-def _layer_macs(features: Shape, weight: Shape, static: Shape) -> tuple[int, int]:
-    """Multiply-accumulates to generate kernels and to apply them."""
-    pixels = features[0] * features[2] * features[3]
-    return pixels * math.prod(weight), pixels * math.prod(static)
+register_flop_formula(torch.ops.surgeon.dconv)(flops.apply_flops)
+register_flop_formula(torch.ops.surgeon.dconv_backward)(flops.apply_backward_flops)
+register_flop_formula(torch.ops.surgeon.dconv_layer)(flops.layer_flops)
+register_flop_formula(torch.ops.surgeon.dconv_layer_backward)(flops.layer_backward_flops)

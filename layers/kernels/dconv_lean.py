@@ -27,6 +27,7 @@ from surgeon.layers.kernels.dconv_tiles import (
     sum_over,
     unfold,
 )
+from surgeon.layers.kernels.library import memory_format_of
 
 LayerGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -131,7 +132,7 @@ class LayerInputs:
         if not self.one_kernel_an_output:
             return F.conv2d(x, self.static, self.bias, self.stride, self.padding, self.dilation, x.shape[1])
         shape = (x.shape[0], self.static.shape[0], self.features.shape[2], self.features.shape[3])
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
     def static_gradients(
         self, grad: Tensor, needs: Sequence[bool]
@@ -158,11 +159,6 @@ class LayerInputs:
             [needs[0], needs[3], needs[4]],
         )
         return found
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    plain = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
-    return torch.contiguous_format if plain else torch.channels_last
 
 
 class _Generator:

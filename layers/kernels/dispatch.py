@@ -1,18 +1,26 @@
 """Which implementation of an operator runs: the first in order of preference that has no reason not to.
 
 An operator has one definition (`reference`) and faster backends beside it. Each backend says by `why_not` for what reasons it
-cannot take these inputs; nothing falls through silently.
+cannot take these inputs; nothing falls through silently. While a model is exported, the backend `portable`, which is ordinary
+torch operations, goes before all others; otherwise the environment variable SURGEON_BACKEND names the backend of every call that
+does not name one itself.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from surgeon.errors import BackendError
 
+ENVIRONMENT = "SURGEON_BACKEND"
+
 WhyNot = Callable[..., list[str]]
+
+PORTABLE = "portable"
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,11 @@ class Backend:
 
 def _always(*args: Any, **kwargs: Any) -> list[str]:
     return []
+
+
+def exporting() -> bool:
+    """Whether `torch.export` is tracing, for itself or for ONNX: what it writes must run where surgeon is not installed."""
+    return torch.compiler.is_exporting()
 
 
 class Operator:
@@ -52,6 +65,10 @@ class Operator:
 
     def choose(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Backend:
         """The backend that would run; raises `BackendError` with every reason if there is none."""
+        if backend is None and PORTABLE in self.backends and exporting():
+            backend = PORTABLE
+        elif backend is None:
+            backend = self._from_environment(*args)
         names = list(self.backends) if backend is None else [backend]
         against = {}
         for name in names:
@@ -61,6 +78,15 @@ class Operator:
             against[name] = reasons
         told = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in against.items())
         raise BackendError(f"no backend can run {self.name} on these inputs ({told})")
+
+    def _from_environment(self, *args: Any) -> str | None:
+        """The backend that SURGEON_BACKEND names. Meta tensors have no numbers, and ask for none: costs are counted alike."""
+        name = os.environ.get(ENVIRONMENT)
+        if not name or any(isinstance(a, Tensor) and a.is_meta for a in args):
+            return None
+        if name not in self.backends:
+            raise BackendError(f"{ENVIRONMENT} is {name!r}, but {self.name} has only {', '.join(self.backends)}")
+        return name
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Tensor:
         return self.choose(*args, backend=backend, **kwargs).run(*args, **kwargs)

@@ -4,21 +4,24 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+from surgeon.errors import BackendError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def define(name: str) -> Callable[[Callable[..., Any]], Any]:
+def define(name: str, *tags: torch.Tag) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: register a function of tensors as the operator `name` ("surgeon::…") for every device; returns the operator.
 
     As `torch.library.custom_op` does, but that one loads the whole of torch._dynamo (2 s, 150 MB) at the first eager call. The
-    schema comes from the annotations. Shapes are added by `shapes_of(name)`, gradients by
-    `torch.library.register_autograd(name, …)`.
+    schema comes from the annotations; `tags` are said of it beside `pt2_compliant_tag`. Shapes are added by `shapes_of(name)`,
+    gradients by `torch.library.register_autograd(name, …)`.
     """
 
     def register(kernel: Callable[..., Any]) -> Any:
         schema = torch.library.infer_schema(kernel, mutates_args=())
-        torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         torch.library.impl(name, "default", kernel)
         namespace, operator = name.split("::")
         return getattr(getattr(torch.ops, namespace), operator)
@@ -34,6 +37,23 @@ def shapes_of(name: str) -> Callable[[Function], Function]:
         return fake
 
     return register
+
+
+def differentiable_once(name: str) -> None:
+    """The operator `name`, a backward formula, has no gradient itself: asking for one is a `BackendError`, not a wrong number."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise BackendError(
+            f"{name} has no gradient: the operators of dynamic layers can be differentiated once (no double backward)"
+        )
+
+    torch.library.register_autograd(name, refuse)
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Channels last where x is nothing but that."""
+    plain = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+    return torch.contiguous_format if plain else torch.channels_last
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -11,6 +11,7 @@ Legend: N batch, C channels, H W input size, P Q output size, n kernels of a gro
 """
 
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -21,10 +22,13 @@ from torch import Tensor
 from surgeon.errors import GeometryError
 from surgeon.layers.geometry import Pair
 from surgeon.layers.kernels import pafu_dense, pafu_grouped, pafu_taps
-from surgeon.layers.kernels.dispatch import Operator
-from surgeon.layers.kernels.library import autocast_dtype, define, shapes_of
+from surgeon.layers.kernels.dispatch import PORTABLE, Operator
+from surgeon.layers.kernels.inputs import check_window, one_dtype
+from surgeon.layers.kernels.library import autocast_dtype, define, differentiable_once, memory_format_of, shapes_of
 from surgeon.layers.kernels.pafu_frames import Grads, Problem, Window
 from surgeon.layers.kernels.pafu_reference import pafu_conv_reference
+from surgeon.layers.kernels.portable import pafu_conv_portable
+from surgeon.layers.kernels.triton.support import reasons_against
 
 METHODS: dict[str, ModuleType] = {"grouped": pafu_grouped, "taps": pafu_taps, "dense": pafu_dense}
 
@@ -51,7 +55,7 @@ def pafu_conv(
 
     With `soft` the gradient is the exact straight-through one: d/d soft_i = <g, K_i * x> for all i, those of x and of the kernels
     go through the selection `index`. Under autocast the products are taken in its dtype. Raises `GeometryError` for shapes that
-    do not fit, `BackendError` where the named backend ("torch", "reference") cannot run.
+    do not fit, `BackendError` where the named backend ("triton", "torch", "portable", "reference") cannot run.
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype != torch.float64:
@@ -61,10 +65,18 @@ def pafu_conv(
 
 
 def _check(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, soft: Tensor | None, window: Window) -> None:
-    if x.dim() != 4 or kernel.dim() != 4 or x.shape[1] != kernel.shape[1] * window.groups:
+    if (
+        x.dim() != 4
+        or kernel.dim() != 4
+        or kernel.shape[0] % max(window.groups, 1)
+        or x.shape[1] != kernel.shape[1] * window.groups
+    ):
         raise GeometryError(
             f"pafu_conv: x {tuple(x.shape)} and kernel {tuple(kernel.shape)} do not fit for {window.groups} groups"
         )
+    check_window("pafu_conv", x, window.size, window.stride, window.padding, window.dilation, window.groups)
+    if index.dtype != torch.int64:
+        raise GeometryError(f"pafu_conv: index must be int64, got {index.dtype}")
     if further.shape[1:] != kernel.shape:
         raise GeometryError(
             f"pafu_conv: further kernels {tuple(further.shape)} should be (n - 1, {', '.join(map(str, kernel.shape))})"
@@ -87,22 +99,17 @@ def choose_method(problem: Problem) -> str:
 
 def _plain(problem: Problem, i: int) -> Tensor:
     """The convolution with kernel i alone."""
-    dtype, window, memory_format = problem.compute_dtype, problem.window, _format(problem.x)
+    dtype, window, memory_format = problem.compute_dtype, problem.window, memory_format_of(problem.x)
     kernel = (problem.kernel if i == 0 else problem.further[i - 1]).to(dtype).contiguous(memory_format=memory_format)
     settings = (window.stride, window.padding, window.dilation, window.groups)
     y = F.conv2d(problem.x.to(dtype), kernel, None, *settings)
     return y.to(problem.x.dtype).contiguous(memory_format=memory_format)
 
 
-def _format(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
-
-
 # --- as nodes of a graph: opaque to torch.compile, with shapes and gradients -----------------------------------------
 
 
-@define("surgeon::pafu_conv")
+@define("surgeon::pafu_conv", torch.Tag.cudagraph_unsafe)
 def _conv(
     x: Tensor,
     kernel: Tensor,
@@ -115,18 +122,29 @@ def _conv(
     groups: int,
     method: str,
 ) -> Tensor:
-    problem = Problem.of(x, kernel, further, index, Window.of(kernel, stride, padding, dilation, groups))
+    window, out = Window.of(kernel, stride, padding, dilation, groups), _empty_output(x, kernel, index)
+    if method == "triton":
+        if out.numel():
+            _on_cuda().forward(Problem(x, kernel, further, index, window, []), out)
+        return out
+    problem = Problem.of(x, kernel, further, index, window)
     if method == "auto" and len(problem.present) == 1:
         return _plain(problem, problem.present[0])
-    out = _empty_output(x, kernel, index)
     if out.numel():
         METHODS[choose_method(problem) if method == "auto" else method].forward(problem, out)
     return out
 
 
+def _on_cuda() -> ModuleType:
+    """The Triton kernels, which sort pixels on the device: what is `present` is not asked, for that would wait for it."""
+    from surgeon.layers.kernels.triton import pafu
+
+    return pafu
+
+
 def _empty_output(x: Tensor, kernel: Tensor, index: Tensor) -> Tensor:
     shape = (x.shape[0], kernel.shape[0], index.shape[1], index.shape[2])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
 @shapes_of("surgeon::pafu_conv")
@@ -134,7 +152,7 @@ def _conv_fake(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *_: An
     return _empty_output(x, kernel, index)
 
 
-@define("surgeon::pafu_conv_backward")
+@define("surgeon::pafu_conv_backward", torch.Tag.cudagraph_unsafe)
 def _conv_backward(
     grad: Tensor,
     x: Tensor,
@@ -149,7 +167,9 @@ def _conv_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, kernel, further and soft; `wanted` says which of (x, kernels, soft), the others come back empty."""
-    problem = Problem.of(x, kernel, further, index, Window.of(kernel, stride, padding, dilation, groups))
+    window = Window.of(kernel, stride, padding, dilation, groups)
+    make = Problem.of if method != "triton" else partial(Problem, present=[])
+    problem = make(x, kernel, further, index, window)
     grad_x, first, rest, scores = _empty_gradients(x, kernel, further, index, wanted, problem.sum_dtype)
     for each in (grad_x, first, rest, scores):
         each.zero_()
@@ -158,7 +178,8 @@ def _conv_backward(
         grad_x if want_x else None, [first, *rest.unbind()] if want_kernels else None, scores if want_soft else None
     )
     if grad.numel():
-        METHODS[choose_method(problem) if method == "auto" else method].backward(problem, grad, grads)
+        method = choose_method(problem) if method == "auto" else method
+        (_on_cuda() if method == "triton" else METHODS[method]).backward(problem, grad, grads)
     return _as_gradients(grad_x, first, rest, scores, x.dtype)
 
 
@@ -176,7 +197,9 @@ def _empty_gradients(
     """Empty sums: (N, C, H, W) as x, (O, k, l, C/G), (n - 1, O, k, l, C/G), (N, P, Q, n); without elements if not wanted."""
     want_x, want_kernels, want_soft = wanted
     n, (outputs, inputs, *size) = 1 + further.shape[0], kernel.shape
-    like_x = torch.empty(x.shape if want_x else [0] * 4, dtype=dtype, device=x.device, memory_format=_format(x))
+    like_x = torch.empty(
+        x.shape if want_x else [0] * 4, dtype=dtype, device=x.device, memory_format=memory_format_of(x)
+    )
     first = x.new_empty((outputs, *size, inputs) if want_kernels else [0] * 4, dtype=dtype)
     rest = x.new_empty((n - 1, outputs, *size, inputs) if want_kernels else [0] * 5, dtype=dtype)
     scores = x.new_empty((*index.shape, n) if want_soft else [0] * 4, dtype=dtype)
@@ -209,15 +232,39 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("surgeon::pafu_conv", _differentiate, setup_context=_save_inputs)
+differentiable_once("surgeon::pafu_conv_backward")
 
 
 # --- backends ------------------------------------------------------------------------------------------------------
 
 
-@PAFU_CONV.backend("torch")
+def _why_not_triton(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *rest: Any) -> list[str]:
+    depthwise = kernel.shape[1] == 1 and rest[-1] > 1
+    reasons = ["it multiplies matrices, and the groups of a depthwise convolution are none"] if depthwise else []
+    return reasons_against([x, kernel, further]) + one_dtype(x, kernel, further) + reasons
+
+
+@PAFU_CONV.backend("triton", why_not=_why_not_triton)
+def _run_triton(*args: Any) -> Tensor:
+    y: Tensor = _conv(*args, "triton")
+    return y
+
+
+def _one_dtype(x: Tensor, kernel: Tensor, further: Tensor, *rest: Any) -> list[str]:
+    return one_dtype(x, kernel, further)
+
+
+def _why_not_lean(x: Tensor, kernel: Tensor, further: Tensor, *rest: Any) -> list[str]:
+    if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        return ["it counts on the host which kernels were selected, and a CUDA graph cannot record that"]
+    return one_dtype(x, kernel, further)
+
+
+@PAFU_CONV.backend("torch", why_not=_why_not_lean)
 def _run_lean(*args: Any) -> Tensor:
     y: Tensor = _conv(*args, "auto")
     return y
 
 
-PAFU_CONV.backend("reference")(pafu_conv_reference)
+PAFU_CONV.backend(PORTABLE, why_not=_one_dtype)(pafu_conv_portable)
+PAFU_CONV.backend("reference", why_not=_one_dtype)(pafu_conv_reference)

@@ -62,6 +62,10 @@ class Problem:
     @classmethod
     def of(cls, x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, window: Window) -> "Problem":
         """Raises `GeometryError` if the index names a kernel that there is not."""
+        if index.numel() and int(index.min()) < 0:
+            raise GeometryError(
+                f"pafu_conv: index {int(index.min())} is out of range, there are {1 + len(further)} kernels"
+            )
         counts = torch.bincount(index.flatten(), minlength=1 + len(further)).tolist()
         if len(counts) > 1 + len(further):
             raise GeometryError(

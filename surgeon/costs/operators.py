@@ -30,7 +30,7 @@ def _acda_backward(
     out: Any, grad: Tensor, x: Tensor, alpha: Tensor, psi: Tensor, static: Tensor, coeff: Tensor, *rest: Any
 ) -> int:
     atoms, filtering, mixing = _acda_macs(x, alpha, psi, static, coeff)
-    need_x, need_alpha, need_psi, need_static, need_coeff = (bool(need) for need in rest[-1])
+    need_x, need_alpha, need_psi, need_static, need_coeff = (bool(need) for need in rest[4])
     need_atoms = need_alpha or need_psi or need_static
     macs = mixing * (need_x or need_atoms)  # gradient of the filtered input
     macs += filtering * (need_x + need_atoms) + atoms * (need_alpha + need_psi)

@@ -1,0 +1,173 @@
+"""Which networks export, with what free, and how far the file is from the model: every zoo entry, then timm and torchvision.
+
+    python -m benchmarks.export_coverage [--only GLOB …] [--libraries zoo timm torchvision] [--format torch] [--retry] [--report]
+
+Zoo entries as they are; of the libraries the smallest model of each family, all its spatial convolutions converted, the layer
+type changing from family to family. Parameters that start at zero are made random, so that the dynamic part does something.
+The file is checked by `surgeon.export` (onnxruntime or torch.export.load against eager, two batch sizes and two image sizes
+where the model allows). Each network runs in a process of its own with a limit on time. Interrupted, it goes on where
+it was. Writes benchmarks/results/export_coverage.json and the table in docs/export.md (benchmarks.report).
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import surgeon
+from benchmarks._models import Case, build, cases
+from benchmarks._results import RESULTS, ROOT, Rows, table, write_json
+from surgeon import zoo
+from surgeon.errors import SurgeonError
+
+LIBRARIES = ("zoo", "timm", "torchvision")
+TYPES = ("acda", "pafu", "sekg")
+SCALE = 0.02  # of what replaces zeros
+
+
+@dataclass(frozen=True)
+class Network:
+    """A zoo entry, or a library's model whose spatial convolutions become `type`."""
+
+    library: str
+    name: str
+    kind: str = ""
+    family: str = ""
+    type: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.library}/{self.name}"
+
+
+def networks(libraries: Sequence[str]) -> list[Network]:
+    """The zoo first; then one model a family, in the order of the coverage matrix."""
+    found = [Network("zoo", name) for name in zoo.names()] if "zoo" in libraries else []
+    seen: set[tuple[str, str]] = set()
+    for case in cases():
+        if case.library in libraries and (case.library, case.family) not in seen:
+            seen.add((case.library, case.family))
+            kind = TYPES[len(seen) % len(TYPES)]
+            found.append(Network(case.library, case.name, case.kind, case.family, kind))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="GLOB", help="networks by library/name, as 'zoo/adfnet*'")
+    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
+    parser.add_argument("--format", choices=("onnx", "torch"), default="onnx")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for a network (default: %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="forget the rows of an interrupted or finished run")
+    parser.add_argument("--retry", action="store_true", help="run again what failed")
+    parser.add_argument("--report", action="store_true", help="only write the JSON from the rows there are")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.one:
+        network = Network(**json.loads(args.one))
+        print(json.dumps(measure(network, args.format)), flush=True)
+        return 0
+    name = "export_coverage" if args.format == "onnx" else f"export_coverage-{args.format}"
+    rows = Rows(args.results / f"{name}.jsonl", fresh=args.fresh)
+    chosen = networks(args.libraries)
+    if args.only:
+        chosen = [n for n in chosen if any(fnmatch.fnmatch(n.key, pattern) for pattern in args.only)]
+    for network in tqdm([] if args.report else chosen, desc="export", unit="network", disable=None):
+        if network.key not in rows or (args.retry and rows.rows[network.key]["status"] != "ok"):
+            rows.add(network.key, vars(network) | in_process(network, args))
+            write_json(args.results / f"{name}.json", {"format": args.format, "rows": rows.values()})
+    write_json(args.results / f"{name}.json", {"format": args.format, "rows": rows.values()})
+    table(("network", "type", "status", "free", "error", "why"), [line(row) for row in rows.values()])
+    return 0
+
+
+def line(row: dict[str, Any]) -> list[Any]:
+    """What the table says of a network."""
+    reasons = list(dict.fromkeys(row.get("fixed", {}).values()))
+    if row.get("foreign"):
+        reasons.append(f"needs {', '.join(row['foreign'])}")
+    error = f"{row['rel_error']:.0e}" if row.get("rel_error") is not None else "-"
+    why = row.get("reason") or "; ".join(reasons)
+    return [
+        f"{row['library']}/{row['name']}",
+        row["type"] or "-",
+        row["status"],
+        " ".join(row.get("free", [])),
+        error,
+        why,
+    ]
+
+
+def in_process(network: Network, args: argparse.Namespace) -> dict[str, Any]:
+    """The row of one network; a process that dies or takes too long gives one that says so."""
+    command = [sys.executable, "-P", "-m", "benchmarks.export_coverage", "--format", args.format]
+    command += ["--one", json.dumps(vars(network))]
+    try:
+        done = subprocess.run(
+            command,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=args.timeout,
+        )
+    except subprocess.TimeoutExpired:
+        return {"status": "unknown", "reason": f"not done after {args.timeout:g} s"}
+    lines = [text for text in done.stdout.splitlines() if text.startswith("{")]
+    if done.returncode or not lines:
+        said = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+        return {"status": "crashed", "reason": f"code {done.returncode}: {said}"}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def measure(network: Network, form: str) -> dict[str, Any]:
+    """Build, convert, export; in this process."""
+    warnings.simplefilter("ignore")
+    started = time.perf_counter()
+    try:
+        model, size = _model(network)
+        with tempfile.TemporaryDirectory() as folder:
+            made = surgeon.export(model, Path(folder) / "model", format=form, input_size=size)
+    except SurgeonError as error:
+        return {"status": "refused", "reason": str(error), "seconds": round(time.perf_counter() - started, 1)}
+    return {
+        "status": "ok",
+        "seconds": round(time.perf_counter() - started, 1),
+        "rel_error": max(check.max_rel for check in made.checks),
+        "checks": len(made.checks),
+        **{name: getattr(made, name) for name in ("free", "fixed", "foreign", "operators", "size")},
+    }
+
+
+def _model(network: Network) -> tuple[nn.Module, tuple[int, ...] | None]:
+    torch.manual_seed(0)
+    if network.library == "zoo":
+        model, size = zoo.create(network.name).eval(), zoo.entry(network.name).input_size
+    else:
+        case = Case(network.library, network.kind, network.family, network.name)
+        model, _ = surgeon.convert(build(case), layers="all", type=network.type)
+        size = None
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_(std=SCALE)
+    return model, size
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""What every operator asks of its arguments before any backend sees them: one clear error instead of a crash or nonsense."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from surgeon.errors import GeometryError
+from surgeon.layers.geometry import Pair
+
+
+def check_window(
+    name: str,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> Pair:
+    """The output size (H', W') of a window that moves over x (N, C, H, W); N may be 0. Raises `GeometryError`."""
+    for what, pair, least in (
+        ("kernel", kernel_size, 1),
+        ("stride", stride, 1),
+        ("dilation", dilation, 1),
+        ("padding", padding, 0),
+    ):
+        if len(pair) != 2 or any(value < least for value in pair):
+            raise GeometryError(
+                f"{name}: {what} must be two integers >= {least} (vertical, horizontal), got {tuple(pair)}"
+            )
+    if groups < 1:
+        raise GeometryError(f"{name}: groups must be at least 1, got {groups}")
+    if any(size == 0 for size in x.shape[1:]):
+        raise GeometryError(f"{name}: an image must have channels and pixels, got x {tuple(x.shape)}")
+    height, width = (
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+    )
+    if height < 1 or width < 1:
+        raise GeometryError(
+            f"{name}: a {kernel_size[0]}x{kernel_size[1]} kernel of dilation {tuple(dilation)} does not fit an input of "
+            f"{x.shape[2]}x{x.shape[3]} with padding {tuple(padding)}"
+        )
+    return height, width
+
+
+def floating(*args: Any) -> list[str]:
+    """Reasons against arguments of which a tensor is not floating-point."""
+    wrong = sorted({str(a.dtype) for a in args if isinstance(a, Tensor) and not a.is_floating_point()})
+    return [f"needs a floating-point input, got {', '.join(wrong)}"] if wrong else []
+
+
+def one_dtype(*args: Any) -> list[str]:
+    """Reasons against arguments whose tensors are not of one floating dtype."""
+    dtypes = sorted({str(a.dtype) for a in args if isinstance(a, Tensor)})
+    mixed = [] if len(dtypes) == 1 else [f"its tensors are of different dtypes ({', '.join(dtypes)})"]
+    return floating(*args) + mixed

@@ -1,0 +1,345 @@
+"""A model as one file that runs where surgeon is not installed: `torch.export` (.pt2) or ONNX, checked before it gets its name.
+
+The model is traced in eval mode; its dynamic layers become ordinary operations (`surgeon.layers.kernels.portable`). Batch and
+image size stay free as far as the model allows; what does not is said, with the reason. The file is written beside its
+place, read back, run at two batch sizes and two image sizes, compared with the model, and only then renamed.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.compare import Difference, compare
+from surgeon.copying import copy_model, evaluating, strict_float32
+from surgeon.errors import ConfigError, ExportError, InputError, SurgeonError
+from surgeon.exported import Runner, foreign_operators, missing_packages, quiet, read, write
+from surgeon.inputs import Inputs, candidate_inputs, given_inputs
+from surgeon.verify import run as run_model
+
+Format = Literal["onnx", "torch"]
+FORMATS = ("onnx", "torch")
+FREE = ("auto", "size", "batch", "none")
+NAMES = ("batch", "height", "width")
+
+TOLERANCE = 1e-4  # of the relative error of the outputs
+_ROUNDING = 10.0  # times what float32 does to the model itself, that a file may differ where that is more
+_STEP = 32  # the second image size is larger by this and by twice this: what most networks divide by
+_REPAIRS = 4  # how often torch.export may ask for other bounds of a dimension
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One run of the file beside the model; `own` is how far float32 moves the model itself, where that was asked."""
+
+    shape: tuple[int, ...]
+    max_rel: float
+    max_abs: float
+    own: float | None = None
+
+    @property
+    def good(self) -> bool:
+        return self.max_rel <= max(TOLERANCE, _ROUNDING * (self.own or 0.0))
+
+
+@dataclass(kw_only=True)
+class Exported:
+    """What was written: which dimensions are free and within what, why the others are not, and what the checks gave.
+
+    `operators` counts operations, `size` is in bytes, `foreign` names operators beyond torch's own or standard ONNX.
+    """
+
+    path: str
+    format: str
+    input_shape: tuple[int, ...]
+    dtype: str
+    free: dict[str, str]
+    fixed: dict[str, str] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
+    operators: int = 0
+    foreign: list[str] = field(default_factory=list)
+    size: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        checks = [{"shape": list(c.shape), "rel_error": c.max_rel, "abs_error": c.max_abs} for c in self.checks]
+        return vars(self) | {"input_shape": list(self.input_shape), "checks": checks}
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: Format = "onnx",
+    input_size: Sequence[int] | int | None = None,
+    example_inputs: Any = None,
+    free: str = "auto",
+    opset: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write the model, in eval mode, to one file, and check what the file computes.
+
+    `format` is "onnx" or "torch" (a `torch.export` archive). `free` says which dimensions of the input (N, C, H, W) may change:
+    "size" batch and image size, "batch", "none", or "auto": as much of that as the model allows. `input_size` and
+    `example_inputs` are as for `convert`. Raises `ExportError` where `torch.export` or the conversion to ONNX refuses the model
+    or the file computes something else (nothing is written then), `ConfigError` for a missing package or a file that exists.
+    """
+    tell = progress or (lambda stage, done, total: None)
+    path = Path(path).absolute()
+    if free not in FREE:
+        raise ConfigError(f"free must be one of {', '.join(FREE)}, got {free!r}")
+    check_target(path, format, force=force)
+    tell("trace", 0, 1)
+    shapes = _Shapes.of(model, input_size, example_inputs, free)
+    program, bounds = _trace(model, shapes, free)
+    result = Exported(
+        path=str(path),
+        format=format,
+        input_shape=tuple(shapes.example.shape),
+        dtype=str(shapes.example.dtype).removeprefix("torch."),
+        free=bounds,
+        fixed=shapes.fixed,
+    )
+    with _beside(path) as partial:
+        tell("convert", 0, 1)
+        with quiet():
+            result.operators = write(program, partial, format, opset)
+        runner = read(partial, format)
+        result.foreign = foreign_operators(program, partial, format)
+        wanted = shapes.to_check(tuple(bounds))
+        for done, shape in enumerate(wanted):
+            tell("check", done, len(wanted))
+            result.checks.append(_check(model, runner, shape))
+        wrong = [check for check in result.checks if not check.good]
+        if wrong:
+            told = ", ".join(f"{c.max_rel:.1e} at {'x'.join(map(str, c.shape))}" for c in wrong)
+            raise ExportError(
+                f"the exported file does not compute what the model computes: relative error {told} "
+                f"(at most {TOLERANCE:g}); nothing was written"
+            )
+        result.size = partial.stat().st_size
+        partial.replace(path)
+    return result
+
+
+def check_target(path: Path, format: str, *, force: bool = False) -> None:
+    """Raise `ConfigError` before work starts: unknown format, missing package, file that exists, folder that does not."""
+    if format not in FORMATS:
+        raise ConfigError(f"the format must be one of {', '.join(FORMATS)}, got {format!r}")
+    missing = missing_packages(format)
+    if missing:
+        raise ConfigError(
+            f"export to {format} needs {', '.join(missing)}, not installed here: pip install {' '.join(missing)}, "
+            f"or pip install 'surgeon[export]'"
+        )
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file")
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists; choose another with -o, or replace it with --force")
+    if not path.parent.is_dir():
+        raise ConfigError(f"there is no folder {path.parent} to write {path.name} to")
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A name in the same folder for the unfinished file, which goes where it is not renamed."""
+    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    try:
+        yield partial
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# --- what may change ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Shapes:
+    """The example, another image size that the model takes too, and why dimensions are fixed."""
+
+    example: Tensor
+    other: tuple[int, int] | None
+    fixed: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module, input_size: Any, example_inputs: Any, free: str) -> "_Shapes":
+        example = _example(model, input_size, example_inputs)
+        shapes = cls(example, None, {})
+        if free in ("batch", "none"):
+            shapes.fixed |= dict.fromkeys(NAMES[1:], "asked for")
+        else:
+            height, width = example.shape[-2:]
+            other = (height + _STEP, width + 2 * _STEP)
+            try:
+                run_model(model, Inputs(args=(_images(example, 2, other),)))
+                shapes.other = other
+            except InputError as error:
+                told = _first_line(error.__cause__ or error)
+                if free == "size":
+                    raise ExportError(
+                        f"the model itself does not run at {other[0]}x{other[1]}, only at {height}x{width}: {told}"
+                    ) from error
+                shapes.fixed |= dict.fromkeys(NAMES[1:], f"the model takes no other size: {told}")
+        if free == "none":
+            shapes.fixed["batch"] = "asked for"
+        return shapes
+
+    def tries(self) -> list[tuple[str, ...]]:
+        """Names of the dimensions to leave free, the most first."""
+        sets = [NAMES, NAMES[:1], ()]
+        return [names for names in sets if not set(names) & set(self.fixed)]
+
+    def to_check(self, dims: Sequence[str]) -> list[tuple[int, ...]]:
+        """Two batch sizes and two image sizes, as far as they are free."""
+        n, c, h, w = self.example.shape
+        batches = [n, n + 1] if "batch" in dims else [n]
+        sizes = [(h, w)]
+        if self.other is not None and ("height" in dims or "width" in dims):
+            sizes.append((self.other[0] if "height" in dims else h, self.other[1] if "width" in dims else w))
+        return [(batch, c, *size) for size in sizes for batch in batches]
+
+
+def _example(model: nn.Module, input_size: Any, example_inputs: Any) -> Tensor:
+    """One batch of images (N, C, H, W) that the model runs on."""
+    candidates: list[Inputs] | Iterator[Inputs]
+    candidates = candidate_inputs(model, input_size) if example_inputs is None else iter([given_inputs(example_inputs)])
+    failure: SurgeonError | None = None
+    for inputs in candidates:
+        if (
+            inputs.kwargs
+            or len(inputs.args) != 1
+            or not isinstance(inputs.args[0], Tensor)
+            or inputs.args[0].dim() != 4
+        ):
+            raise ExportError(
+                f"only models of one batch of images (N, C, H, W) can be exported; {type(model).__name__} takes "
+                f"{inputs.shapes()}"
+            )
+        try:
+            run_model(model, inputs)
+        except InputError as error:
+            failure = failure or error
+            continue
+        return inputs.args[0]
+    assert failure is not None
+    raise failure
+
+
+def _images(like: Tensor, batch: int, size: Sequence[int]) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn((batch, like.shape[1], *size), generator=generator).to(like)
+
+
+# --- tracing ------------------------------------------------------------------------------------------------------
+
+
+def _trace(model: nn.Module, shapes: _Shapes, free: str) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    """The program with as many free dimensions as can be had, and their bounds; `shapes.fixed` learns of the others."""
+    failure: Exception | None = None
+    for names in shapes.tries():
+        try:
+            return _traced(model, shapes, names)
+        except Exception as error:  # torch.export raises whatever the model's code raises under its symbols
+            failure = error
+            if free == "size" or not names:
+                break
+            reason = f"torch.export: {_first_line(error)}"
+            shapes.fixed |= {name: reason for name in names if name != "batch" or names == ("batch",)}
+    raise ExportError(
+        f"torch.export refuses {type(model).__name__}: {_first_line(failure)}; nothing was written"
+    ) from failure
+
+
+def _traced(
+    model: nn.Module, shapes: _Shapes, names: tuple[str, ...]
+) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+
+    places = {"batch": 0, "height": 2, "width": 3}
+    spec: Any = ({places[name]: torch.export.Dim(name, min=1) for name in names},)
+    for attempt in range(_REPAIRS + 1):
+        try:
+            with quiet(), evaluating(model):
+                program = torch.export.export(model, (shapes.example,), dynamic_shapes=spec, strict=False)
+            break
+        except torch._dynamo.exc.UserError as error:
+            # What torch.export asks for (larger minima, multiples of 8, a constant) is granted.
+            fixes = str(error).partition("Suggested fixes:")[2].strip().partition("\n\n")[0]
+            if attempt == _REPAIRS or not fixes:
+                raise
+            spec = refine_dynamic_shapes_from_suggested_fixes(f"Suggested fixes:\n{fixes}", spec)
+    (given,) = program.graph_signature.user_inputs
+    sizes = next(node for node in program.graph.nodes if node.name == given).meta["val"].shape
+    free = {}
+    for name in names:
+        size = sizes[places[name]]
+        if isinstance(size, int):
+            shapes.fixed[name] = f"the model's code fixes it at {size}"
+        else:
+            free[name] = _bounds(size, program)
+    return program, free
+
+
+def _bounds(size: torch.SymInt, program: torch.export.ExportedProgram) -> str:
+    """Which values a free dimension takes, for people. That a symbol is at least 2 is torch's habit, not a bound."""
+    factor, symbol = size.node.expr.as_coeff_Mul()
+    least = int(program.range_constraints[symbol].lower) if symbol in program.range_constraints else 1
+    told = [f"multiples of {factor}"] if factor != 1 else []
+    told += [f"at least {factor * least}"] if least > 2 else []
+    return ", ".join(told) or "any"
+
+
+# --- checking -----------------------------------------------------------------------------------------------------
+
+
+def _check(model: nn.Module, runner: Runner, shape: tuple[int, ...]) -> Check:
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    images = _images(like.new_empty(1, shape[1], 1, 1), shape[0], shape[2:])
+    expected = _leaves(run_model(model, Inputs(args=(images,))))
+    try:
+        with strict_float32():
+            found = runner(images)
+    except Exception as error:
+        raise ExportError(
+            f"the exported file does not run at {'x'.join(map(str, shape))}: {_first_line(error)}; nothing was written"
+        ) from error
+    difference = compare(expected, found)
+    check = Check(shape=shape, max_rel=difference.max_rel, max_abs=difference.max_abs)
+    if check.good or not math.isfinite(check.max_rel):
+        return check
+    own = _own_rounding(model, images, expected).max_rel
+    return Check(shape=shape, max_rel=difference.max_rel, max_abs=difference.max_abs, own=own)
+
+
+def _own_rounding(model: nn.Module, images: Tensor, expected: list[Tensor]) -> Difference:
+    """How far the model in float32 is from itself in float64."""
+    try:
+        double = copy_model(model).double()
+        exact = _leaves(run_model(double, Inputs(args=(images.double(),))))
+    except SurgeonError:  # it does not run in float64: nothing is excused
+        return Difference()
+    return compare([t.to(e.dtype) for t, e in zip(exact, expected, strict=True)], expected)
+
+
+def _leaves(output: Any) -> list[Tensor]:
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _first_line(error: BaseException | None) -> str:
+    """What an error says, in a line: those of torch.export go on for pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = lines[0] if lines else ""
+    return f"{type(error).__name__}: {told[:300]}" if told else type(error).__name__

@@ -1,0 +1,125 @@
+"""The two file formats: what they need, how a traced program is written, read back and run."""
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgeon.errors import ExportError
+
+Runner = Callable[[Tensor], list[Tensor]]
+
+NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
+_TORCH_OWN = ("aten", "prims", "prim", "higher_order", "_operator", "math", "torch")
+
+
+def missing_packages(format: str) -> list[str]:
+    """Packages that the format needs and this environment does not have."""
+    return [name for name in NEEDED[format] if importlib.util.find_spec(name) is None]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what exporters print, log and warn of on their way; what matters is in the errors."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def write(program: torch.export.ExportedProgram, path: Path, format: str, opset: int | None) -> int:
+    """Write the program; returns the number of its operations. Raises `ExportError` where ONNX has no words for it."""
+    if format == "torch":
+        torch.export.save(program, path)
+        return sum(node.op == "call_function" for node in program.graph.nodes)
+    import onnx
+
+    try:
+        made = torch.onnx.export(
+            program, dynamo=True, opset_version=opset, verbose=False, input_names=["images"], optimize=True
+        )
+        assert made is not None
+        made.save(path, external_data=False)
+        model = onnx.load(path)
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:
+        raise ExportError(f"the conversion to ONNX refuses the model: {_cause(error)}; nothing was written") from error
+    return len(model.graph.node)
+
+
+def _cause(error: BaseException) -> str:
+    """The line of the innermost error: the outer ones say how to file a report."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def read(path: Path, format: str) -> Runner:
+    """The file as a function of a batch of images, its outputs in order."""
+    if format == "torch":
+        module = torch.export.load(path).module()
+
+        def run_torch(images: Tensor) -> list[Tensor]:
+            from torch.utils._pytree import tree_leaves
+
+            with torch.no_grad():
+                return [leaf for leaf in tree_leaves(module(images)) if isinstance(leaf, Tensor)]
+
+        return run_torch
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"onnxruntime cannot load the exported file: {_cause(error)}; nothing was written") from error
+    name = session.get_inputs()[0].name
+
+    def run_onnx(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(output) for output in session.run(None, {name: images.cpu().numpy()})]
+
+    return run_onnx
+
+
+def foreign_operators(program: torch.export.ExportedProgram, path: Path, format: str) -> list[str]:
+    """Operators beyond torch's own or standard ONNX: whoever runs the file needs the library that they come from."""
+    if format == "torch":
+        functions = (node.target for node in program.graph.nodes if node.op == "call_function")
+        return sorted(
+            {name for function in functions if (name := _torch_name(function)).split("::")[0] not in _TORCH_OWN}
+        )
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    local = {(function.domain, function.name) for function in model.functions}
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    return sorted(
+        {
+            f"{node.domain}::{node.op_type}"
+            for node in nodes
+            if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type) not in local
+        }
+    )
+
+
+def _torch_name(function: Any) -> str:
+    """`namespace::name` of what a node calls."""
+    if isinstance(function, torch._ops.OpOverload):
+        return function._schema.name
+    if isinstance(function, torch._ops.HigherOrderOperator):
+        return f"higher_order::{function.name()}"
+    return f"{getattr(function, '__module__', '')}::{getattr(function, '__name__', function)}"

@@ -1,0 +1,106 @@
+"""The benchmark programs of export, generators, large images and compiled formulas run, resume and count right, on tiny inputs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import compiled, export_coverage, generators, large_image, report
+
+Capture = pytest.CaptureFixture[str]
+TINY = {"A": (1, 4, 6)}
+
+
+@pytest.fixture(autouse=True)
+def _threads_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_generators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(generators, "SHAPES", TINY)
+    words = ["--shapes", "A", "--repeats", "1", "--seeds", "1", "--steps", "2", "--results", str(tmp_path)]
+    assert generators.main(words) == 0
+    rows = {row["key"]: row for row in json.loads((tmp_path / "generators.json").read_text())["rows"]}
+    assert set(rows) == {"cost/A", *(f"toy/{form}/0" for form in generators.FORMS)}
+    forms = rows["cost/A"]["forms"]
+    # Of a 3×3 convolution of 4 channels, 144 MACs a pixel: reduce 4·64, expand 64·9·126 or its factors.
+    assert forms["full"]["generator_macs"] == pytest.approx((256 + 64 * 9 * 126) / 144)
+    assert forms["separable"]["generator_macs"] == pytest.approx((256 + 64 * 9 + 64 * 126) / 144)
+    assert forms["lowrank 4"]["generator_macs"] == pytest.approx((256 + 64 * 9 * 4 + 4 * 126) / 144)
+    assert rows["toy/separable/0"]["parameters"] < rows["toy/full/0"]["parameters"]
+    printed = capsys.readouterr().out
+    assert generators.main(words) == 0  # nothing runs again
+    assert capsys.readouterr().out == printed
+
+
+def test_large_images_grow_by_what_the_layer_holds() -> None:
+    plain, dynamic = (large_image.measure(name, 256, 4) for name in ("conv 3×3", "dconv, depthwise"))
+    assert plain["output_bytes"] == dynamic["output_bytes"] == 4 * 4 * 256 * 256
+    assert plain["growth_bytes"] >= 0
+    rows = [
+        {"layer": "conv 3×3", "growth_bytes": 2**20, "cpu_s": 1.0},
+        {"layer": "acda", "growth_bytes": 3 * 2**20, "cpu_s": 2.0},
+    ]
+    assert large_image.lines(rows)[1] == [["conv 3×3", "1", "1.00", "1.0"], ["acda", "3", "3.00", "2.0"]]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("operator", list(compiled.OPERATORS))
+def test_compiled_formulas_are_checked_and_timed(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "SHAPES", {"A": (1, 4, 8)})
+    found = compiled.measure(f"{operator}/A", 1)
+    assert "lean" in found["ways"]
+    assert all(way["forward"] >= 0 and way["both"] > 0 for way in found["ways"].values())
+    assert compiled.lines([found])[1]
+
+
+def test_export_coverage_gives_a_row_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    asked: list[str] = []
+
+    def here(network: export_coverage.Network, args: Any) -> dict[str, Any]:
+        asked.append(network.key)
+        return export_coverage.measure(network, args.format)
+
+    monkeypatch.setattr(export_coverage, "in_process", here)
+    words = ["--only", "zoo/lenet*", "--format", "torch", "--results", str(tmp_path)]
+    assert export_coverage.main(words) == 0
+    rows = {row["key"]: row for row in json.loads((tmp_path / "export_coverage-torch.json").read_text())["rows"]}
+    assert set(rows) == {"zoo/lenet", "zoo/lenet_acda"} == set(asked)
+    for row in rows.values():
+        assert row["status"] == "ok"
+        assert row["rel_error"] <= 1e-4
+        assert list(row["free"]) == ["batch"]
+        assert "takes no other size" in row["fixed"]["height"]
+    assert export_coverage.main(words) == 0
+    assert len(asked) == 2  # nothing runs again
+    assert "takes no other size" in capsys.readouterr().out
+
+
+def test_a_refusal_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = export_coverage.Network("zoo", "lenet")
+    model = torch.nn.Bilinear(2, 2, 2)
+    monkeypatch.setattr(export_coverage, "_model", lambda network: (model, None))
+    row = vars(network) | export_coverage.measure(network, "torch")
+    assert row["status"] == "refused"
+    assert export_coverage.line(row)[-1] == row["reason"] != ""
+
+
+def test_the_libraries_are_covered_family_by_family_with_every_type() -> None:
+    found = export_coverage.networks(["timm", "torchvision"])
+    families = [(network.library, network.family) for network in found]
+    assert len(families) == len(set(families)) > 80
+    assert {network.type for network in found} == {"acda", "pafu", "sekg"}
+
+
+def test_the_tables_can_be_made_of_the_rows() -> None:
+    row = {"key": "zoo/x", "library": "zoo", "name": "x", "type": "", "status": "ok", "free": {"batch": "any"}}
+    row |= {"fixed": {"height": "why", "width": "why"}, "foreign": [], "rel_error": 1e-7}
+    told = report.export_coverage({"rows": [row]})
+    assert "1 networks: 1 ok" in told
+    assert "| zoo/x | - | ok | batch | 1e-07 | why |" in told

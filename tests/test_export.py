@@ -1,0 +1,240 @@
+"""surgeon.export and the command: files that run without surgeon, checked, atomic, and clear words where it does not work."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import surgeon
+from surgeon import exported
+from surgeon.cli import main
+from surgeon.errors import ConfigError, ExportError
+from tests.layer_contract import awaken, make, plain_conv, relative_error
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not list(tmp_path.rglob("*.partial*")), "nothing half-written may stay"
+
+
+def mixed() -> nn.Module:
+    """All three layer types, with dynamic parts that do something."""
+    layers = [awaken(make(kind, plain_conv(in_channels=c)), 0.1) for kind, c in (("acda", 6), ("pafu", 8), ("sekg", 8))]
+    return nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
+class Fixed(nn.Module):
+    """Takes images of one size only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(4 * 64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.conv(x).flatten(1))
+        return y
+
+
+class Eights(nn.Module):
+    """Takes only sides that are multiples of 8, and gives two outputs."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        if x.shape[2] % 8 or x.shape[3] % 8:
+            raise ValueError("sides must be multiples of 8")
+        return {"half": x[:, :, ::2, ::2], "mean": x.mean((2, 3))}
+
+
+class Untraceable(nn.Module):
+    """Decides by the data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.sum()) > 0 else -x
+
+
+class Wrong(nn.Module):
+    """Computes something else while it is exported."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1.01 if torch.compiler.is_exporting() else 1.0)
+
+
+def onnx_run(path: Path, x: Tensor) -> list[Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(y) for y in session.run(None, {"images": x.numpy()})]
+
+
+def test_onnx_with_every_layer_type_and_free_sizes(tmp_path: Path) -> None:
+    import onnx
+
+    model = mixed()
+    found = surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 32, 48))
+    assert set(found.free) == {"batch", "height", "width"}
+    assert found.fixed == {}
+    assert found.foreign == []
+    assert len(found.checks) == 4
+    assert {c.shape[0] for c in found.checks} == {2, 3}
+    assert {c.shape[2:] for c in found.checks} == {(32, 48), (64, 112)}
+    file = onnx.load(tmp_path / "m.onnx")
+    assert {node.domain for node in file.graph.node} == {""}
+    assert not file.functions
+    assert found.operators == len(file.graph.node)
+    assert found.size == (tmp_path / "m.onnx").stat().st_size
+    for shape in ((1, 3, 40, 24), (5, 3, 19, 33)):
+        x = torch.randn(shape)
+        assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-4
+
+
+def test_a_torch_archive_loads_where_surgeon_is_not_imported(tmp_path: Path) -> None:
+    model, x = mixed(), torch.randn(3, 3, 20, 28)
+    surgeon.export(model, tmp_path / "m.pt2", format="torch", input_size=(3, 32, 32))
+    torch.save(x, tmp_path / "x.pt")
+    code = (
+        "import sys, torch\n"
+        "y = torch.export.load('m.pt2').module()(torch.load('x.pt'))\n"
+        "assert not [name for name in sys.modules if name.startswith('surgeon')]\n"
+        "torch.save(y, 'y.pt')\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-P", "-c", code], check=True, cwd=tmp_path)
+    assert relative_error(torch.load(tmp_path / "y.pt"), model(x)) <= 1e-5
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    surgeon.export(model, tmp_path / "m.pt2", format="torch", input_size=(3, 16, 16))
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_the_model_does_not_allow_is_fixed_and_said(tmp_path: Path) -> None:
+    found = surgeon.export(Fixed(), tmp_path / "m.onnx", input_size=(3, 8, 8))
+    assert set(found.free) == {"batch"}
+    assert set(found.fixed) == {"height", "width"}
+    assert "takes no other size" in found.fixed["height"]
+    assert {c.shape for c in found.checks} == {(2, 3, 8, 8), (3, 3, 8, 8)}
+    with pytest.raises(ExportError, match="does not run at 40x72, only at 8x8"):
+        surgeon.export(Fixed(), tmp_path / "n.onnx", input_size=(3, 8, 8), free="size")
+    assert not (tmp_path / "n.onnx").exists()
+
+
+def test_bounds_that_the_code_sets_are_kept_and_told(tmp_path: Path) -> None:
+    found = surgeon.export(Eights(), tmp_path / "m.onnx", input_size=(3, 16, 16))
+    assert found.free["height"].startswith("multiples of 8")
+    x = torch.randn(1, 3, 24, 40)
+    half, mean = onnx_run(tmp_path / "m.onnx", x)
+    assert torch.equal(half, x[:, :, ::2, ::2])
+    assert relative_error(mean, x.mean((2, 3))) <= 1e-5
+
+
+def test_less_may_be_asked_for(tmp_path: Path) -> None:
+    found = surgeon.export(nn.Conv2d(3, 4, 3), tmp_path / "a.pt2", format="torch", input_size=(3, 9, 9), free="batch")
+    assert set(found.free) == {"batch"}
+    found = surgeon.export(nn.Conv2d(3, 4, 3), tmp_path / "b.pt2", format="torch", input_size=(3, 9, 9), free="none")
+    assert found.free == {}
+    assert found.fixed == dict.fromkeys(("batch", "height", "width"), "asked for")
+    assert len(found.checks) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "said"), [(Untraceable(), "torch.export refuses Untraceable"), (Wrong(), "relative error 1.0e-02")]
+)
+def test_nothing_is_written_of_a_model_that_is_refused_or_differs(model: nn.Module, said: str, tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_text("old")
+    with pytest.raises(ExportError, match=said):
+        surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 8, 8), force=True)
+    assert (tmp_path / "m.onnx").read_text() == "old"
+
+
+def test_a_model_of_other_inputs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="only models of one batch of images"):
+        surgeon.export(nn.Bilinear(2, 2, 2), tmp_path / "m.onnx", example_inputs=(torch.ones(1, 2), torch.ones(1, 2)))
+
+
+def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = exported.importlib.util.find_spec
+    monkeypatch.setattr(
+        exported.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name)
+    )
+    with pytest.raises(
+        ConfigError, match=r"needs onnxscript, .*pip install onnxscript, or pip install 'surgeon\[export\]'"
+    ):
+        surgeon.export(Fixed(), tmp_path / "m.onnx")
+    surgeon.export(Fixed(), tmp_path / "m.pt2", format="torch", input_size=(3, 8, 8))  # needs none
+
+
+def test_where_it_cannot_be_written_is_said_before_work_starts(tmp_path: Path) -> None:
+    (tmp_path / "there.onnx").write_text("mine")
+    for path, said in (("there.onnx", "exists"), (".", "is a folder"), ("no/such/m.onnx", "there is no folder")):
+        with pytest.raises(ConfigError, match=said):
+            surgeon.export(Fixed(), tmp_path / path)
+    with pytest.raises(ConfigError, match="free must be one of"):
+        surgeon.export(Fixed(), tmp_path / "m.onnx", free="all")
+    with pytest.raises(ConfigError, match="the format must be one of"):
+        surgeon.export(Fixed(), tmp_path / "m.onnx", format="tensorrt")  # type: ignore[arg-type]
+    assert (tmp_path / "there.onnx").read_text() == "mine"
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def converted() -> str:
+    given = [
+        "convert",
+        "test_resnet",
+        "--weights",
+        "random",
+        "--input-size",
+        "64",
+        "--layers",
+        "stage3",
+        "--type",
+        "sekg",
+    ]
+    assert main(["convert", *given[1:], "--quiet", "--json", "-o", "run"]) == 0
+    return "run"
+
+
+def test_the_command_writes_and_tells(capsys: Capture) -> None:
+    run = converted()
+    capsys.readouterr()
+    assert main(["export", run, "-o", "m.onnx", "--quiet", "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert found["run"] == run
+    assert found["input_shape"] == [2, 3, 64, 64]
+    assert set(found["free"]) == {"batch", "height", "width"}
+    assert all(check["rel_error"] <= 1e-4 for check in found["checks"])
+    x = torch.randn(1, 3, 96, 64)
+    assert relative_error(onnx_run(Path("m.onnx"), x)[0], surgeon.load(run)(x)) <= 1e-4
+    assert main(["export", run, "-o", "m.onnx", "--quiet"]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main(["export", run, "-o", "m.pt2", "--free", "none", "--quiet"]) == 0
+    told = capsys.readouterr().out
+    for part in ("torch, ", "(2, 3, 64, 64)", "fixed", "asked for", "written to"):
+        assert part in told
+
+
+def test_wrong_usage_is_said(capsys: Capture) -> None:
+    cases = [
+        (["lenet", "-o", "m.bin"], 2, "does not say the format"),
+        (["zoo/lenet", "-o", "m.pt2", "--opset", "18"], 2, "--opset belongs to ONNX"),
+        (["zoo/lenet", "-o", "m.onnx", "--opset", "0"], 2, "--opset must be at least 1"),
+        (["zoo/lenett", "-o", "m.onnx", "--weights", "random"], 2, "lenett"),
+        (["zoo/lenet", "-o", "m.pt2", "--weights", "random", "--free", "size"], 1, "does not run at"),
+    ]
+    for words, code, said in cases:
+        assert main(["export", *words, "--quiet"]) == code, words
+        assert said in capsys.readouterr().err
+    assert not list(Path().iterdir())
