@@ -107,7 +107,7 @@ def _figure_7() -> list[Comparison]:
             options = {"depth": depth, "width": width}
             arms = two(("DnCNN", "dncnn"), ("DConv-DnCNN", "dncnn_dconv"), model=(options, options))
             title = f"DnCNN with {depth} layers of {width}, with a DConv in the middle, σ = 50"
-            gain = {"Kodak24 psnr": gains[depth]} if width == 32 else {}
+            gain = {"set and width not said psnr": gains[depth]}
             # With batch norm, and without a start at the identity: a rate that learns in a thousand steps.
             small, rate = {"width": width // 2}, {"lr": 1e-2}
             made.append(_backbone(f"DnCNN {depth}-{width}", title, arms, gain, small, rate))

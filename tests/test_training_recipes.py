@@ -167,6 +167,10 @@ def test_what_is_given_lies_over_the_recipe() -> None:
     assert (by_epochs.epochs, by_epochs.max_steps) == (2.0, None)
     by_steps = training_recipe("lenet").config(max_steps=7)
     assert (by_steps.epochs, by_steps.max_steps) == (None, 7)
+    other = recipe.config(sched="cosine")
+    assert (other.sched, other.decay_rate, other.decay_every) == ("cosine", None, None)
+    assert recipe.config(sched="step").decay_every == "200000"
+    assert training_recipe("pafu_resnet_cifar").config(sched="constant").milestones == ()
     both = training_recipe("lenet").config(epochs=1.0, max_steps=7)
     assert (both.epochs, both.max_steps) == (1.0, 7)
 

@@ -1,12 +1,14 @@
 """`surgeon zoo`: lists, explains and compares."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 import surgeon.zoo as zoo
 from surgeon.cli import main
+from surgeon.zoo.recipes import recipe_names
 from surgeon.zoo.table import Row, make_row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +77,14 @@ def test_macs_are_counted_by_hand() -> None:
 
 
 def test_the_documented_table_is_up_to_date() -> None:
-    text = (ROOT / "docs" / "zoo.md").read_text(encoding="utf-8")
+    recipes, _, text = (ROOT / "docs" / "zoo.md").read_text(encoding="utf-8").partition("## Published and ours")
+    named = [
+        name
+        for line in recipes.splitlines()
+        if line.startswith("| `")
+        for name in re.findall("`(\\w+)`", line.split("|")[1])
+    ]
+    assert sorted(named) == recipe_names()
     listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
     assert listed == zoo.names()
     for name in ("adfnet", "ad_resnet_s", "lenet_acda"):

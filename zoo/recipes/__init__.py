@@ -82,8 +82,8 @@ class TrainingRecipe:
     def config(self, model: "nn.Module | None" = None, **given: Any) -> "FinetuneConfig":
         """The options of a run, `given` over the recipe's. Raises `ConfigError`.
 
-        Given one of `epochs` and `max_steps`, that alone is the length. For a `model` without PAFU, as plain twins are, the
-        alternation with selectors falls away unless it was given.
+        Given one of `epochs` and `max_steps`, that alone is the length; given another schedule, the recipe's decay falls away.
+        For a `model` without PAFU, as plain twins are, the alternation with selectors falls away unless it was given.
         """
         from surgeon.zoo.finetune import FinetuneConfig
 
@@ -91,6 +91,9 @@ class TrainingRecipe:
         if len({"epochs", "max_steps"} & set(given)) == 1:
             options.pop("max_steps", None)
             options["epochs"] = None
+        if given.get("sched", options.get("sched")) != options.get("sched"):
+            for name in ("decay_rate", "decay_every", "milestones"):
+                options.pop(name, None)
         if model is not None and not _has_selectors(model):
             options.pop("alternate", None)
         options |= given
