@@ -16,10 +16,11 @@ from surgeon.errors import ConfigError, TrainingError
 from surgeon.search.evaluator import Evaluator, OutOfMemoryError, StoppedError
 from surgeon.search.gain import GainTable
 from surgeon.search.gate import Gate
+from surgeon.search.journal import StudyError
 from surgeon.search.problem import InfeasibleError, Ints, Problem
 from surgeon.search.propose import Proposal, Proposer, make_sampler
 from surgeon.search.space import Space
-from surgeon.search.study import Record, StudyFile, record
+from surgeon.search.study import Record, Study, record
 
 MAX_ATTEMPTS = 3  # a trial that took its worker with it so often is given up
 _REPEATS = 3  # duplicates in a row, after which something new is asked for
@@ -63,6 +64,10 @@ class _PrunedError(Exception):
     """Optuna's pruner ended the evaluation."""
 
 
+class _TakenError(Exception):
+    """This worker was silent for so long that another one took its trial up: what it has is not needed any more."""
+
+
 @dataclass
 class _Stop:
     """When to stop: Ctrl-C, or the end of the time."""
@@ -91,7 +96,7 @@ class Search:
 
     def __init__(
         self,
-        file: StudyFile,
+        file: Study,
         space: Space,
         gains: GainTable,
         evaluator: Evaluator,
@@ -133,7 +138,7 @@ class Search:
         return self._problem
 
     def open(self, *, resume: bool = False) -> None:
-        """Begin the study, or go on with it; see `StudyFile.open`. Raises `InfeasibleError` for budgets that nothing meets."""
+        """Begin the study, or go on with it; see `Study.open`. Raises `InfeasibleError` for budgets that nothing meets."""
         if self.gate is not None:
             self.gate.check_feasible()
         prelude = [
@@ -156,10 +161,15 @@ class Search:
                 if claim is None:  # a duplicate, answered
                     continue
                 try:
-                    done = self._evaluate(claim, stop)
+                    with self.file.alive(claim.trial):
+                        done = self._evaluate(claim, stop)
                     evaluated, failures = evaluated + done, 0
                 except (_LeaveError, StoppedError):
                     break
+                except _TakenError:
+                    continue
+                except StudyError:
+                    raise
                 except TrainingError as error:
                     failures += 1
                     self._fail(claim, error)
@@ -217,6 +227,9 @@ class Search:
         """Give the trial its placement, if it has none; answer it if that was evaluated before."""
         others = [one for one in records if one.number != trial.number and one.hash is not None]
         if "placement" in attributes:
+            if "duplicate_of" in attributes:
+                self._answer(trial, records[attributes["duplicate_of"]])
+                return None
             placement = self.space.placement(attributes["placement"])
             self.proposer.take_over(trial)
             return _Claim(trial, placement)
@@ -226,6 +239,7 @@ class Search:
         known = {one.hash: one for one in sorted(others, key=lambda one: one.counts) if one.state != "waiting"}
         twin = known.get(self.space.hash_of(proposal.placement))
         if twin is not None and twin.counts and not self._stuck(records):
+            trial.set_user_attr("duplicate_of", twin.number)
             self._write(trial, proposal, started)
             self._answer(trial, twin)
             return None
@@ -255,21 +269,20 @@ class Search:
 
     def _attributes(self, proposal: Proposal) -> dict[str, Any]:
         return {
-            "placement": self.space.names(proposal.placement),
             "hash": self.space.hash_of(proposal.placement),
             "source": proposal.source,
             "gain": self.proposer.expected(proposal.placement),
             "predicted": self.problem.costs(proposal.placement),
+            "placement": self.space.names(proposal.placement),  # last: a trial that has one has all of these
         }
 
     def _write(self, trial: optuna.Trial, proposal: Proposal, started: float) -> None:
+        trial.set_user_attr("proposal_seconds", time.perf_counter() - started)
         for name, value in self._attributes(proposal).items():
             trial.set_user_attr(name, value)
-        trial.set_user_attr("proposal_seconds", time.perf_counter() - started)
 
     def _answer(self, trial: optuna.Trial, twin: Record) -> None:
         """Tell Optuna the value that the same placement got before."""
-        trial.set_user_attr("duplicate_of", twin.number)
         if twin.state == "complete":
             assert twin.values is not None
             self.file.study.tell(trial, list(twin.values))
@@ -289,7 +302,7 @@ class Search:
             if not verdict.fits:
                 with self.file.exclusive():
                     self.file.keep_calibration(self.gate.refused(verdict))
-                    self._refuse(claim, list(verdict.reasons))
+                self._refuse(claim, list(verdict.reasons))
                 return False
         state, values = TrialState.COMPLETE, None
         try:
@@ -303,11 +316,7 @@ class Search:
             return False
         if values is not None and not np.isfinite(values).all():
             raise TrainingError(f"trial {claim.trial.number} has no finite value: {values}")
-        with self.file.exclusive():
-            claim.trial.set_user_attr("seconds", time.perf_counter() - started)
-            self.file.study.tell(claim.trial, values, state=state)
-        self._tell_progress(claim)
-        return True
+        return self._tell(claim, values, state, {"seconds": time.perf_counter() - started})
 
     def _report(self, claim: _Claim, stop: _Stop) -> Callable[[int, float], None]:
         single = len(self.evaluator.directions) == 1
@@ -315,7 +324,10 @@ class Search:
 
         def report(step: int, value: float) -> None:
             if single and step not in claim.reported:
-                claim.trial.report(value, step)
+                try:
+                    self.file.patiently(lambda: claim.trial.report(value, step))
+                except optuna.exceptions.UpdateFinishedTrialError as error:
+                    raise _TakenError from error
                 claim.reported[step] = value
             if stop.reason is not None:
                 raise _LeaveError
@@ -326,27 +338,31 @@ class Search:
 
     def _out_of_memory(self, claim: _Claim, error: Exception) -> None:
         memory = error.memory if isinstance(error, OutOfMemoryError) else _device_memory()
-        with self.file.exclusive():
-            if self.gate is not None:
+        if self.gate is not None:
+            with self.file.exclusive():
                 self._learn()
                 self.file.keep_calibration(self.gate.out_of_memory(claim.placement, memory))
-            self._refuse(claim, ["out of memory at run time"])
+        self._refuse(claim, ["out of memory at run time"])
 
     def _refuse(self, claim: _Claim, reasons: list[str]) -> None:
-        claim.trial.set_user_attr("refused", reasons)
-        claim.trial.set_constraint("budget", 1.0)
-        self.file.study.tell(claim.trial, state=TrialState.PRUNED)
-        self._tell_progress(claim)
+        self._tell(claim, None, TrialState.PRUNED, {"refused": reasons}, {"budget": 1.0})
 
     def _fail(self, claim: _Claim, error: Exception) -> None:
-        with self.file.exclusive():
-            claim.trial.set_user_attr("error", f"{type(error).__name__}: {error}")
-            self.file.study.tell(claim.trial, state=TrialState.FAIL)
-        self._tell_progress(claim)
+        self._tell(claim, None, TrialState.FAIL, {"error": f"{type(error).__name__}: {error}"})
 
-    def _tell_progress(self, claim: _Claim) -> None:
-        if self._progress is not None:
+    def _tell(
+        self,
+        claim: _Claim,
+        values: list[float] | None,
+        state: TrialState,
+        attributes: Mapping[str, Any],
+        constraints: Mapping[str, float] | None = None,
+    ) -> bool:
+        """Finish the trial; False if another worker took it up meanwhile."""
+        told = self.file.tell(claim.trial, values, state, attributes, constraints)
+        if told and self._progress is not None:
             self._progress(self.file.records()[claim.trial.number], self.file.best())
+        return told
 
 
 def _listed(values: Any) -> list[float]:
