@@ -1,4 +1,4 @@
-"""Real short fine-tunes of the trained CIFAR ResNet-20, tabulated: what `tabulated` and `gain_methods` compare searches and estimators with.
+"""Real short fine-tunes of the trained CIFAR ResNet-20, tabulated, to compare searches and gain estimators with.
 
     python -m benchmarks.fine_tunes [--parts singles space] [--seeds 6] [--quick] [--fresh]
 

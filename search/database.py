@@ -33,7 +33,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
 from surgeon.search.journal import StudyError, file_lock
-from surgeon.search.study import Study, worker_name
+from surgeon.search.study import Record, Study, worker_name
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ HEARTBEAT = 15  # seconds between two signs of life
 GRACE = 90  # seconds of silence after which a worker counts as gone
 _PATIENCE = 300.0  # seconds for which a result waits for a database that went away
 _CONNECT = 10  # seconds for a first connection
-_READY = "surgeon:ready"  # the study has its identity and all waiting trials
+_NOTES = "surgeon:notes"
+_READY = "surgeon:ready"  # the study has its notes, its identity and all waiting trials
 _DRIVERS = {  # by dialect: (module, name in a URL, package), the first that is installed is taken where a URL names none
     "postgresql": (("psycopg", "psycopg", "psycopg[binary]"), ("psycopg2", "psycopg2", "psycopg2-binary")),
     "mysql": (("pymysql", "pymysql", "pymysql"), ("MySQLdb", "mysqldb", "mysqlclient")),
@@ -87,11 +88,23 @@ def shown(url: URL) -> str:
 
 
 class StudyDatabase(Study):
-    """A named study in a database; every worker has its own object and connections."""
+    """A named study in a database; every worker has its own object and connections.
 
-    def __init__(self, url: str | URL, name: str, *, heartbeat: int = HEARTBEAT, grace: int = GRACE) -> None:
+    `notes` are JSON values for those who join: what is searched, and the gain table. An identity does not bind the study to paths.
+    """
+
+    def __init__(
+        self,
+        url: str | URL,
+        name: str,
+        *,
+        notes: Mapping[str, Any] | None = None,
+        heartbeat: int = HEARTBEAT,
+        grace: int = GRACE,
+    ) -> None:
         self.url = parse_url(url) if isinstance(url, str) else url
         self.name = name
+        self.notes: Mapping[str, Any] = notes or {}
         self.heartbeat, self.grace = heartbeat, grace
         self._worker: str | None = None
         self._storage: RDBStorage | None = None
@@ -100,6 +113,16 @@ class StudyDatabase(Study):
 
     def __str__(self) -> str:
         return f"{self.name!r} in {shown(self.url)}"
+
+    @property
+    def address(self) -> dict[str, str]:
+        """Where the study is, without a password."""
+        return {"url": self.url.set(password=None).render_as_string(), "name": self.name}
+
+    @property
+    def on_disk(self) -> Path | None:
+        """The file of a SQLite database."""
+        return Path(self.url.database or "") if self.url.get_backend_name() == "sqlite" else None
 
     # --- opening --------------------------------------------------------------------------------------------------
 
@@ -122,6 +145,12 @@ class StudyDatabase(Study):
                     )
         assert self._storage is not None
         return self._storage
+
+    def close(self) -> None:
+        if self._storage is not None:
+            self._storage.remove_session()
+            self._storage.engine.dispose()
+            self._engine.dispose()
 
     def _engine_options(self) -> dict[str, Any]:
         backend = self.url.get_backend_name()
@@ -168,7 +197,7 @@ class StudyDatabase(Study):
         *,
         resume: bool,
     ) -> None:
-        storage = self.connect()
+        storage, identity = self.connect(), without_places(identity)
         rest: dict[str, Any] = {"sampler": sampler, "pruner": pruner or optuna.pruners.NopPruner()}
         with self._errors(), self.exclusive():
             exists = self.exists()
@@ -185,6 +214,7 @@ class StudyDatabase(Study):
             if self.name in self.names():
                 self._clear(storage)
             self.study = optuna.create_study(storage=storage, study_name=self.name, directions=list(directions), **rest)
+            self.study.set_user_attr(_NOTES, dict(self.notes))
             self.begin(identity, prelude)
             self.study.set_user_attr(_READY, True)
 
@@ -195,18 +225,23 @@ class StudyDatabase(Study):
     def _clear(self, storage: RDBStorage) -> None:
         """Remove what a worker left that was killed while it began this study."""
         found = optuna.load_study(storage=storage, study_name=self.name)
-        if found.user_attrs and not self.is_ours(found.user_attrs):
+        begun = not found.user_attrs or _NOTES in found.user_attrs
+        if not begun or any(trial.state != TrialState.WAITING for trial in found.get_trials(deepcopy=False)):
             raise StudyError(f"{self} is an Optuna study, but not one that surgeon began")
-        if any(trial.state != TrialState.WAITING for trial in found.get_trials(deepcopy=False)):
-            raise StudyError(f"{self} is an Optuna study with trials, but not one that surgeon began")
         optuna.delete_study(storage=storage, study_name=self.name)
 
-    def view(self) -> list[Any]:
+    def view(self) -> list[Record]:
         if not self.exists():
             raise StudyError(self._not_there())
         with self._errors():
             self.study = optuna.load_study(storage=self.connect(), study_name=self.name)
             return self.records()
+
+    def read_notes(self) -> Mapping[str, Any]:
+        """What the worker that began the study noted. Raises `StudyError` where there is no study."""
+        self.view()
+        self.notes = self.study.user_attrs.get(_NOTES, {})
+        return self.notes
 
     # --- one at a time --------------------------------------------------------------------------------------------
 
@@ -227,9 +262,8 @@ class StudyDatabase(Study):
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """The database's lock for this study's name."""
-        if self.url.get_backend_name() == "sqlite":
-            assert self.url.database is not None
-            with file_lock(Path(f"{self.url.database}.lock")):
+        if self.on_disk is not None:
+            with file_lock(Path(f"{self.on_disk}.lock")):
                 yield
             return
         row = sql.select(_LOCKS.c.name).where(_LOCKS.c.name == self.name)
@@ -241,7 +275,7 @@ class StudyDatabase(Study):
 
     def _make_lock(self) -> None:
         """The row that is locked. Two workers may make it at once."""
-        if self.url.get_backend_name() == "sqlite":
+        if self.on_disk is not None:
             return
         with contextlib.suppress(IntegrityError, sql.exc.ProgrammingError):  # another worker made the table meanwhile
             _LOCKS.create(self._engine, checkfirst=True)
@@ -253,6 +287,12 @@ class StudyDatabase(Study):
                     connection.commit()
 
     # --- trials and workers ---------------------------------------------------------------------------------------
+
+    def ask(self) -> optuna.Trial:
+        with warnings.catch_warnings():
+            # "Heartbeat of storage is supposed to be used with Study.optimize": here `alive` gives the signs of life
+            warnings.filterwarnings("ignore", message="Heartbeat of storage", category=UserWarning)
+            return super().ask()
 
     def claim(self, trial: optuna.Trial, attempts: int = 1) -> None:
         self._beat(trial._trial_id)  # before the name: a trial with a worker's name has had a sign of life
@@ -323,6 +363,17 @@ class StudyDatabase(Study):
         trials = [one for one in self.trials() if one.state == TrialState.RUNNING and one._trial_id not in stale]
         names = [one.user_attrs.get("worker") for one in trials]
         return frozenset(str(name) for name in names if not _is_gone(name))
+
+
+def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity without absolute paths among the task's options: every machine has its data somewhere else."""
+    found = dict(identity)
+    evaluator = found.get("evaluator")
+    if isinstance(evaluator, dict) and isinstance(evaluator.get("options"), dict):
+        options = evaluator["options"].items()
+        kept = {name: v for name, v in options if not (isinstance(v, str) and Path(v).is_absolute())}
+        found["evaluator"] = evaluator | {"options": kept}
+    return found
 
 
 def _is_gone(worker: str | None) -> bool:

@@ -201,8 +201,7 @@ class Search:
                 raise InfeasibleError(
                     f"the last {_REFUSALS} proposals were over budget by a whole trace: {records[-1].attributes['refused']}"
                 )
-            trial = self.file.study.ask()
-            self.file.claim(trial)
+            trial = self.file.ask()
             return self._prepare(trial, records, trial.user_attrs)
 
     def _learn(self) -> None:

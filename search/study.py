@@ -167,6 +167,12 @@ class Study(ABC):
         sign = -1.0 if self.study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1.0
         return min(done, key=lambda one: (sign * (one.values or (0.0,))[0], one.number))
 
+    def ask(self) -> optuna.Trial:
+        """The next trial: one that waits, or a new one; this worker runs it. To be called within `exclusive`."""
+        trial = self.study.ask()
+        self.claim(trial)
+        return trial
+
     def take_up(self, trial: FrozenTrial) -> optuna.Trial:
         """Go on with a trial that another worker, now dead, began. To be called within `exclusive`."""
         taken = optuna.Trial(self.study, trial._trial_id)
@@ -231,6 +237,9 @@ class Study(ABC):
     @abstractmethod
     def running(self) -> frozenset[str]:
         """The workers that evaluate a trial now."""
+
+    def close(self) -> None:  # noqa: B027 (a file has nothing to give back)
+        """Give connections back; the study opens them again where it needs them."""
 
     # --- calibration ----------------------------------------------------------------------------------------------
 
