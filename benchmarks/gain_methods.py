@@ -2,7 +2,7 @@
 
     python -m benchmarks.gain_methods [--methods fisher …] [--seeds 3] [--fresh]
 
-The truth are the one-layer fine-tunes of `benchmarks.fine_tunes` (results/fine_tunes.json): the loss of the unmodified network minus
+The truth are the one-layer fine-tunes of `benchmarks.fine_tunes` (results/fine_tunes.json): loss of the unmodified network minus
 that of the network with one layer replaced, trained with the same seed, averaged over the seeds. How far it can be trusted is
 the rank correlation of its two halves, averaged over the ways to halve the seeds. `rank` is the rank correlation (Spearman) of an
 estimator with the truth, over all (layer, option), `rank_placements` that of its summed gains with the whole placements of the

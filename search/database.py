@@ -172,7 +172,8 @@ class StudyDatabase(Study):
             cause = error if isinstance(error, SQLAlchemyError) else error.__cause__ or error
             reason = " ".join(str(getattr(cause, "orig", None) or cause).split())
             what = "cannot reach the database" if _is_connection(error) else "no success with the database"
-            raise StudyError(f"{what} {shown(self.url)}: {reason}") from error
+            kept = "" if self._worker is None else f"; what is finished is kept, go on with --join {self.name}"
+            raise StudyError(f"{what} {shown(self.url)}: {reason}{kept}") from error
 
     def exists(self) -> bool:
         """Whether the study is there, with all that it begins with."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.errors import ConfigError
 from surgeon.search.place_command import add_budget_arguments, add_space_arguments, space_config
-from surgeon.search.setup import add_task_arguments, add_training_arguments
+from surgeon.search.setup import GAINS, add_task_arguments, add_training_arguments
 
 if TYPE_CHECKING:
     from surgeon.search.board import Board
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rung", type=int, default=0, metavar="R", help="trials of steps x 2^R (default: 0)")
     group.add_argument("--evaluations", type=int, default=4, metavar="N", help="values a trial reports (default: 4)")
     group.add_argument("--no-pruning", action="store_true", help="train every trial to its end")
-    group.add_argument("--gains", default="fisher", metavar="FILE|METHOD", help="see surgeon gains (default: fisher)")
+    group.add_argument("--gains", default=GAINS, metavar="FILE|METHOD", help=f"see surgeon gains (default: {GAINS})")
     group.add_argument("--mode", default="decoder", metavar="MODE", help="decoder, posterior, tpe, nsga2 or random")
     group.add_argument("--max-time", metavar="TIME", help="of the trials: 90s, 30m, 1.5h")
     group.add_argument(
