@@ -62,6 +62,8 @@ def parse_url(text: str) -> URL:
     backend = url.get_backend_name()
     if backend == "sqlite" and url.database in (None, "", ":memory:"):
         raise StudyError("--storage: a SQLite database in memory is lost with its process; name a file: sqlite:///FILE")
+    if backend == "sqlite":
+        url = url.set(database=str(Path(url.database or "").absolute()))
     if "+" not in url.drivername and backend in _DRIVERS:
         known = _DRIVERS[backend]
         found = next((name for module, name, _ in known if importlib.util.find_spec(module)), None)
