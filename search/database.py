@@ -343,7 +343,7 @@ class StudyDatabase(Study):
             yield
         finally:
             stop.set()
-            thread.join()
+            thread.join(timeout=5)  # a server that does not answer must not hold the result
 
     def patiently(self, write: Callable[[], None]) -> None:
         """Write a result; a database that went away gets some minutes to come back."""

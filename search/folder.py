@@ -61,6 +61,12 @@ class SearchFolder:
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())) and not self.about.is_file():
             raise StudyError(f"{self.path} exists and is not the folder of a search: give another -o")
 
+    @property
+    def study_name(self) -> str:
+        """Of its study in a database: the one it began or joined, else its own name."""
+        known = _read_json(self.about).get("storage") if self.about.is_file() else None
+        return known["name"] if known else self.path.absolute().name
+
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """No other worker of this search is in the final stage meanwhile."""

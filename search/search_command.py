@@ -153,7 +153,7 @@ def _study(args: argparse.Namespace, folder: "SearchFolder") -> "Study":
         return StudyFile(folder.study)
     from surgeon.search.database import StudyDatabase
 
-    file = StudyDatabase(args.storage, args.join or folder.path.absolute().name)
+    file = StudyDatabase(args.storage, args.join or folder.study_name)
     if file.on_disk is not None:
         file.on_disk.parent.mkdir(parents=True, exist_ok=True)
     going_on = _going_on(args)

@@ -105,15 +105,38 @@ def _check_export(finals: Any, capsys: Capture) -> None:
     assert main(["study", "export", "s", "-o", "out", "--force", "--quiet"]) == 0
 
 
+@pytest.mark.parametrize(
+    "budgets",
+    [
+        ["--max-params", "10"],
+        ["--max-flops", "-20%", "--max-params", "-20%"],
+        ["--max-flops", "+300%", "--max-memory", "1MiB"],  # one of the two contradicts the other
+    ],
+)
 def test_budgets_that_nothing_meets_end_at_once_with_the_nearest(
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    budgets: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Run, "train", lambda self: pytest.fail("something was trained"))
-    assert main(search_arguments("s", "--max-params", "10")) == 1
+    assert main(search_arguments("s", *budgets)) == 1
     error = capsys.readouterr().err
-    nearest = re.search(r"--max-params (\S+)", error)
+    nearest = re.search(r"the nearest budgets that one placement meets are .*" + budgets[-2] + r" (\S+)", error)
     assert nearest is not None, error
-    assert not Path("s/study.jsonl").exists()
+    assert error.count("\n") == 1
+    assert not Path("s").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [([], "needs a folder"), (["--data", "nowhere"], "there is no folder nowhere"), (["--data", "."], "no folders")],
+)
+def test_a_task_without_data_is_one_error(data: list[str], said: str, capsys: Capture) -> None:
+    arguments = ["search", "zoo/resnet20_cifar", "--task", "classification", "--weights", "random", *data]
+    assert main([*arguments, "-o", "s"]) == 2
+    out, error = capsys.readouterr()
+    assert said in error
+    assert error.count("\n") == 1
+    assert out == ""
+    assert not Path("s").exists()
 
 
 def test_another_model_space_or_budget_is_refused_with_the_difference(capsys: Capture) -> None:
