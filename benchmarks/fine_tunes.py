@@ -21,8 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import _data as data
+from benchmarks._cifar import CifarTask
 from benchmarks._results import RESULTS, Rows, table, write_json
-from benchmarks.finetune_defaults import NEEDS, CifarTask, network
+from benchmarks.finetune_defaults import NEEDS, network
 from surgeon.costs.table import Option
 from surgeon.search.probe import entries, single
 from surgeon.search.problem import Ints

@@ -9,32 +9,27 @@ are judged, not the best. Writes benchmarks/results/finetune_defaults.json; inte
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torch import nn
 from tqdm import tqdm
 
 import surgeon
 from benchmarks import _data as data
+from benchmarks._cifar import TEST_SET, TRAIN_SET, CifarTask
 from benchmarks._results import RESULTS, Rows, table, write_json
 from surgeon.errors import TrainingError
 from surgeon.zoo import create, load_foreign
 from surgeon.zoo.finetune import FinetuneConfig, finetune
-from surgeon.zoo.tasks import Batch, Sample, Split, Task, TaskConfig, TaskDataset
+from surgeon.zoo.tasks import Task, TaskConfig
 
-WEIGHTS, TRAIN, TEST = "weights/resnet20_cifar10.pth", "cifar10/train_jpeg_20k.npz", "cifar10/test_jpeg_5k.npz"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NEEDS = (WEIGHTS, TRAIN, TEST)
+WEIGHTS = "weights/resnet20_cifar10.pth"
+NEEDS = (WEIGHTS, TRAIN_SET, TEST_SET)
 CONV = "conv"
 
 
@@ -75,68 +70,6 @@ QUICK = Size(
     seeds=1,
     options={"acda": {"scales": 1}, "pafu": {"group_size": 4}, "sekg": {}},
 )
-
-
-# --- the task -----------------------------------------------------------------------------------------------------
-
-
-class Cifar(TaskDataset):
-    """Images normalised as the network wants them; in training flipped and moved by up to four pixels."""
-
-    def __init__(self, images: data.Labelled, seed: int, *, train: bool) -> None:
-        self.images, self.seed, self.train = images, seed, train
-        self.mean, self.std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-
-    def __len__(self) -> int:
-        return len(self.images.y)
-
-    def __getitem__(self, draw: int) -> Sample:
-        index = draw % len(self)
-        image = (self.images.x[index].float() / 255 - self.mean) / self.std
-        if self.train:
-            generator = self.generator_for(draw)
-            down, right, flip = (int(torch.randint(n, (), generator=generator)) for n in (9, 9, 2))
-            image = F.pad(image, (4, 4, 4, 4))[:, down : down + 32, right : right + 32]
-            image = image.flip(-1) if flip else image
-        return {"input": image, "target": self.images.y[index]}
-
-
-class CifarTask(Task):
-    """Ten classes; judged by the cross-entropy, which tells more than the accuracy on so few images."""
-
-    name: ClassVar[str] = "cifar-study"
-    config_class: ClassVar[type[TaskConfig]] = TaskConfig
-    primary: ClassVar[str] = "loss"
-    higher_is_better: ClassVar[bool] = False
-
-    def __init__(self, config: TaskConfig, *, seed: int = 0) -> None:
-        super().__init__(config, seed=seed)
-        folder = config.data or data.data_folder()
-        self.sets = {
-            "train": Cifar(data.cifar_jpeg(folder / TRAIN).every(config.train_limit), seed, train=True),
-            "val": Cifar(data.cifar_jpeg(folder / TEST).every(config.val_limit), seed, train=False),
-        }
-
-    def check(self) -> None:
-        """The images were read when the task was made."""
-
-    def dataset(self, split: Split) -> TaskDataset:
-        return self.sets[split]
-
-    def loss(self, output: Any, batch: Batch) -> Tensor:
-        return F.cross_entropy(output, batch["target"])
-
-    def metrics(self) -> dict[str, Metric]:
-        return {"loss": MeanMetric(), "top1": MulticlassAccuracy(num_classes=10, average="micro")}
-
-    def update(self, metrics: Mapping[str, Metric], output: Any, batch: Batch) -> None:
-        metrics["loss"].update(F.cross_entropy(output, batch["target"], reduction="none"))
-        metrics["top1"].update(output.argmax(1), batch["target"])
-
-    def picture(self, batch: Batch, output: Any) -> Image.Image:
-        pixels = batch["input"][:8].cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-        row = torch.cat(list(pixels), dim=2).clamp(0, 1)
-        return Image.fromarray((row * 255).byte().permute(1, 2, 0).numpy())
 
 
 # --- the study ----------------------------------------------------------------------------------------------------

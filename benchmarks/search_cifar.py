@@ -24,8 +24,9 @@ import optuna
 from tqdm import tqdm
 
 from benchmarks import _data as data
+from benchmarks._cifar import TEST_SET, Cifar, CifarTask
 from benchmarks._results import RESULTS, Rows, table, write_json
-from benchmarks.finetune_defaults import NEEDS, TEST, Cifar, CifarTask, network
+from benchmarks.finetune_defaults import NEEDS, network
 from surgeon.costs.table import Option
 from surgeon.search.budget import Budgets
 from surgeon.search.draw import random_placement
@@ -67,7 +68,7 @@ class Half(CifarTask):
 
     def __init__(self, config: TaskConfig, first: int, images: int) -> None:
         super().__init__(config, seed=0)
-        tests = data.cifar_jpeg((config.data or data.data_folder()) / TEST)
+        tests = data.cifar_jpeg((config.data or data.data_folder()) / TEST_SET)
         half = data.Labelled(tests.x[first::2], tests.y[first::2]).every(images)
         self.sets["val"] = Cifar(half, 0, train=False)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import _data, fine_tunes, gain_methods, report, search_cifar, tabulated
+from benchmarks import _data, _search_tables, fine_tunes, gain_methods, search_cifar, tabulated
 from surgeon.search.gain import GainTable
 
 OPTIONS = ("keep", *(option.label for option in fine_tunes.OPTIONS))
@@ -49,7 +49,7 @@ def test_searches_of_a_table_are_compared_with_its_optimum(tmp_path: Path, capsy
     ]
     assert all(row["found_lowest"] <= row["found_median"] <= 100 for row in found["rows"])
     assert len({row["found_median"] for row in found["rows"]}) > 2
-    assert "| no budget | 256 |" in report.tabulated(found)
+    assert "| no budget | 256 |" in _search_tables.tabulated(found)
     del content["rows"][7]
     (tmp_path / "t.json").write_text(json.dumps(content))
     assert tabulated.main(command) == 2
@@ -158,6 +158,6 @@ def test_a_search_and_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["placements"]["no conversion"] == {}
     assert found["placements"]["ACDA, last stage"] == {"layer3.0": search_cifar.ACDA.label}
     assert found["search"]["trials"] == 3
-    assert "| no conversion | 0 |" in report.search_cifar(found)
+    assert "| no conversion | 0 |" in _search_tables.search_cifar(found)
     monkeypatch.setattr(search_cifar, "train", lambda *_: pytest.fail("this row was there"))
     assert search_cifar.main(command) == 0
