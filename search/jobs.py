@@ -8,10 +8,13 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+_PATIENCE = 5.0  # seconds for workers to end by themselves
 
 
 def threads_of(jobs: int) -> int:
@@ -39,15 +42,15 @@ def helpers(
     for number in range(1, args.jobs):
         changed = {"jobs": 1, "finals": 0, "output": output, "join": join, "resume": join is None, "handler": None}
         own = argparse.Namespace(**vars(args) | changed)
-        process = context.Process(target=_work, args=(own, number, args.jobs), name=f"worker {number + 1}")
+        process: BaseProcess = context.Process(target=_work, args=(own, number, args.jobs), name=f"worker {number + 1}")
         process.start()
         processes.append(process)
-    asked = True
+    failed = True
     try:
         yield processes
-        asked = False
+        failed = False
     finally:
-        if asked:
+        if failed:
             interrupt(processes)
         for process in processes:
             process.join()
@@ -58,8 +61,10 @@ def helpers(
 
 
 def interrupt(processes: list[BaseProcess]) -> None:
-    """Ask the workers to stop, as Ctrl-C in a terminal has asked them already."""
+    """Ask the workers to stop. Ctrl-C in a terminal has asked them already, and a second time would stop them at once."""
+    deadline = time.monotonic() + _PATIENCE
     for process in processes:
+        process.join(timeout=max(deadline - time.monotonic(), 0.0))
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, signal.SIGINT)
 

@@ -228,14 +228,14 @@ def _gains(
 ) -> "GainTable":
     """The table that the search goes by; a resumed search, or one that is joined, keeps the one it began with."""
     from surgeon.console import Progress
+    from surgeon.search.database import StudyDatabase
     from surgeon.search.gain import GainTable
     from surgeon.search.method import METHODS, gains_of
-    from surgeon.search.study import StudyFile
 
-    if not isinstance(file, StudyFile):
-        kept = file.notes.get("gains")
-        if kept is not None and file.notes["about"]["gains"] == args.gains:
-            return GainTable.from_dict(kept, str(file)).for_space(gate.space)
+    if isinstance(file, StudyDatabase):
+        noted = file.notes.get("gains")
+        if noted is not None and file.notes["about"]["gains"] == args.gains:
+            return GainTable.from_dict(noted, str(file)).for_space(gate.space)
     elif args.resume and args.gains in METHODS and folder.gains.is_file():
         kept = GainTable.read(folder.gains)
         if kept.estimator == args.gains:
