@@ -158,10 +158,14 @@ def _study(args: argparse.Namespace, folder: "SearchFolder") -> "Study":
         file.on_disk.parent.mkdir(parents=True, exist_ok=True)
     going_on = _going_on(args)
     folder.check(resume=going_on, storage=file.address)
-    if going_on:
-        file.read_notes()
-    elif file.exists():
-        raise StudyError(f"the study {file} exists already; go on with it (--join {file.name}), or give another -o")
+    try:
+        if going_on:
+            file.read_notes()
+        elif file.exists():
+            raise StudyError(f"the study {file} exists already; go on with it (--join {file.name}), or give another -o")
+    except StudyError:
+        file.close()
+        raise
     return file
 
 
