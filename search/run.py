@@ -297,7 +297,7 @@ class Search:
         started = time.perf_counter()
         if self.gate is not None:
             verdict = self.gate.check(claim.placement)
-            claim.trial.set_user_attr("traced", dict(verdict.traced))
+            self.file.patiently(lambda: claim.trial.set_user_attr("traced", dict(verdict.traced)))
             if not verdict.fits:
                 with self.file.exclusive():
                     self.file.keep_calibration(self.gate.refused(verdict))
@@ -330,7 +330,10 @@ class Search:
                 claim.reported[step] = value
             if stop.reason is not None:
                 raise _LeaveError
-            if prunable and claim.trial.should_prune():
+            answers: list[bool] = []
+            if prunable:
+                self.file.patiently(lambda: answers.append(claim.trial.should_prune()))
+            if any(answers):
                 raise _PrunedError
 
         return report

@@ -82,7 +82,7 @@ def toy_search(path: Path, *, pause: float = 0.0, storage: str | None = None, **
     pruner = options.pop("pruner", None)
     problem = options.pop("problem", None) or toy_problem(space)
     return Search(
-        StudyFile(path) if storage is None else StudyDatabase(storage, "toy", heartbeat=1, grace=3),
+        StudyFile(path) if storage is None else StudyDatabase(storage, "toy", heartbeat=1, grace=60),
         space,
         toy_table(space),
         TableEvaluator(space, curve, name="toy"),

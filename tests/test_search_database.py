@@ -227,15 +227,22 @@ def test_three_workers_share_a_study_and_one_dies(storage: str, tmp_path: Path) 
     assert len({one.worker for one in records}) >= 2
 
 
+def impatient(path: Path, url: str) -> Search:
+    """A search whose workers are taken for dead after 4 seconds of silence."""
+    search = toy_search(path, storage=url, trials=8)
+    assert isinstance(search.file, StudyDatabase)
+    search.file.grace = 4
+    return search
+
+
 def test_a_silent_worker_loses_its_trial_and_its_late_result(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'x.db'}"
-    slow = toy_search(tmp_path / "s", storage=url, trials=8)
+    slow, other = (impatient(tmp_path / "s", url) for _ in range(2))
     slow.open()
     claim: Any
     with slow.file.working():
         claim = slow._next()
-        time.sleep(4.5)  # the grace period is 3 s, and nobody gives signs of life
-        other = toy_search(tmp_path / "s", storage=url, trials=8)
+        time.sleep(5.5)  # nobody gives signs of life
         assert run(other, resume=True).evaluated == 8
         told = slow.file.tell(claim.trial, [99.0])
     assert not told
@@ -246,13 +253,13 @@ def test_a_silent_worker_loses_its_trial_and_its_late_result(tmp_path: Path) -> 
 
 def test_a_worker_that_gives_signs_of_life_keeps_its_trial(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'x.db'}"
-    search = toy_search(tmp_path / "s", storage=url, trials=8)
+    search = impatient(tmp_path / "s", url)
     search.open()
     claim: Any
     with search.file.working():
         claim = search._next()
         with search.file.alive(claim.trial):
-            time.sleep(4.5)
+            time.sleep(5.5)
             with search.file.exclusive():
                 assert search.file.orphans() == []
             assert search.file.running() == {search.file.worker}
