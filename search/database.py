@@ -11,7 +11,6 @@ Nothing is written as one piece: what a worker left half-written is seen under t
 """
 
 import contextlib
-import importlib.util
 import logging
 import os
 import socket
@@ -29,9 +28,10 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, OperationalError, SQLAlchemyError
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
+from surgeon.search.database_url import DRIVERS, parse_url, shown
 from surgeon.search.journal import StudyError, file_lock
 from surgeon.search.study import Record, Study, worker_name
 
@@ -43,50 +43,7 @@ _PATIENCE = 300.0  # seconds for which a result waits for a database that went a
 _CONNECT = 10  # seconds for a first connection
 _NOTES = "surgeon:notes"
 _READY = "surgeon:ready"  # the study has its notes, its identity and all waiting trials
-_DRIVERS = {  # by dialect: (module, name in a URL, package), the first that is installed is taken where a URL names none
-    "postgresql": (("psycopg", "psycopg", "psycopg[binary]"), ("psycopg2", "psycopg2", "psycopg2-binary")),
-    "mysql": (("pymysql", "pymysql", "pymysql"), ("MySQLdb", "mysqldb", "mysqlclient")),
-    "mariadb": (("pymysql", "pymysql", "pymysql"), ("MySQLdb", "mysqldb", "mysqlclient")),
-}
 _LOCKS = sql.Table("surgeon_locks", sql.MetaData(), sql.Column("name", sql.String(255), primary_key=True))
-
-
-def parse_url(text: str) -> URL:
-    """A database's URL with its driver. Raises `StudyError` for what is none, and where the driver is not installed."""
-    try:
-        url = make_url(text)
-    except ArgumentError as error:
-        raise StudyError(f"--storage: expected a URL such as postgresql://user@host/database, got {text!r}") from error
-    if url.get_backend_name() == "postgres":  # as some services write it
-        url = url.set(drivername=url.drivername.replace("postgres", "postgresql", 1))
-    backend = url.get_backend_name()
-    if backend == "sqlite" and url.database in (None, "", ":memory:"):
-        raise StudyError("--storage: a SQLite database in memory is lost with its process; name a file: sqlite:///FILE")
-    if backend == "sqlite":
-        url = url.set(database=str(Path(url.database or "").absolute()))
-    if "+" not in url.drivername and backend in _DRIVERS:
-        known = _DRIVERS[backend]
-        found = next((name for module, name, _ in known if importlib.util.find_spec(module)), None)
-        if found is None:
-            packages = " or ".join(f"pip install '{package}'" for _, _, package in known)
-            raise StudyError(f"--storage: no driver for {backend} is installed: {packages}")
-        url = url.set(drivername=f"{backend}+{found}")
-    try:
-        url.get_dialect().import_dbapi()
-    except NoSuchModuleError as error:
-        raise StudyError(
-            f"--storage: there is no database {url.drivername!r}; expected postgresql, mysql, ..."
-        ) from error
-    except ImportError as error:
-        package = next((p for m, name, p in _DRIVERS.get(backend, ()) if url.get_driver_name() == name), None)
-        hint = f": pip install '{package or error.name or url.get_driver_name()}'"
-        raise StudyError(f"--storage: the driver of {url.drivername} is not installed{hint}") from error
-    return url
-
-
-def shown(url: URL) -> str:
-    """Without the password."""
-    return url.render_as_string(hide_password=True)
 
 
 class StudyDatabase(Study):
@@ -159,7 +116,7 @@ class StudyDatabase(Study):
         arguments: dict[str, Any] = {}
         if backend == "sqlite":
             arguments = {"timeout": 60}  # of a writer that waits for another
-        elif backend in _DRIVERS and "connect_timeout" not in self.url.query:
+        elif backend in DRIVERS and "connect_timeout" not in self.url.query:
             arguments = {"connect_timeout": _CONNECT}
         return {"pool_pre_ping": True, "connect_args": arguments}
 

@@ -1,10 +1,7 @@
 """A worker of a search: take up, propose, gate, evaluate, write down; until there are enough trials, or time is up, or Ctrl-C."""
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +17,7 @@ from surgeon.search.journal import StudyError
 from surgeon.search.problem import InfeasibleError, Ints, Problem
 from surgeon.search.propose import Proposal, Proposer, make_sampler
 from surgeon.search.space import Space
+from surgeon.search.stop import Stop, on_interrupt
 from surgeon.search.study import Record, Study, record
 
 MAX_ATTEMPTS = 3  # a trial that took its worker with it so often is given up
@@ -66,20 +64,6 @@ class _PrunedError(Exception):
 
 class _TakenError(Exception):
     """This worker was silent for so long that another one took its trial up: what it has is not needed any more."""
-
-
-@dataclass
-class _Stop:
-    """When to stop: Ctrl-C, or the end of the time."""
-
-    deadline: float | None
-    interrupted: bool = False
-
-    @property
-    def reason(self) -> str | None:
-        if self.interrupted:
-            return "interrupted"
-        return "time" if self.deadline is not None and time.monotonic() >= self.deadline else None
 
 
 @dataclass
@@ -151,9 +135,9 @@ class Search:
     def run(self) -> Outcome:
         """Work until the end. After Ctrl-C or when time is up, a trial in evaluation stays open for `resume`."""
         limit = self.config.max_time
-        stop = _Stop(None if limit is None else time.monotonic() + limit)
+        stop = Stop(None if limit is None else time.monotonic() + limit)
         evaluated, failures = 0, 0
-        with self.file.working(), _on_interrupt(stop):
+        with self.file.working(), on_interrupt(stop):
             while stop.reason is None:
                 claim = self._next()
                 if isinstance(claim, str):
@@ -292,7 +276,7 @@ class Search:
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
-    def _evaluate(self, claim: _Claim, stop: _Stop) -> bool:
+    def _evaluate(self, claim: _Claim, stop: Stop) -> bool:
         """Gate and evaluate; True if there was an evaluation."""
         started = time.perf_counter()
         if self.gate is not None:
@@ -317,7 +301,7 @@ class Search:
             raise TrainingError(f"trial {claim.trial.number} has no finite value: {values}")
         return self._tell(claim, values, state, {"seconds": time.perf_counter() - started})
 
-    def _report(self, claim: _Claim, stop: _Stop) -> Callable[[int, float], None]:
+    def _report(self, claim: _Claim, stop: Stop) -> Callable[[int, float], None]:
         single = len(self.evaluator.directions) == 1
         prunable = single and claim.placement.any()  # the unmodified model is what all others are compared with
 
@@ -382,22 +366,3 @@ def _device_memory() -> int | None:
     import torch
 
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
-
-
-@contextmanager
-def _on_interrupt(stop: _Stop) -> Iterator[None]:
-    """The first Ctrl-C asks the search to stop, the second stops it at once. Only the main thread can catch it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handle(number: int, frame: Any) -> None:
-        stop.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

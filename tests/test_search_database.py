@@ -16,8 +16,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from surgeon.search import database
-from surgeon.search.database import StudyDatabase, parse_url
+from surgeon.search import database, database_url
+from surgeon.search.database import StudyDatabase
+from surgeon.search.database_url import parse_url
 from surgeon.search.journal import StudyError
 from surgeon.search.run import Outcome, Search
 from surgeon.search.study import OtherStudyError, Record
@@ -355,7 +356,7 @@ def test_urls_that_lead_nowhere(url: str, said: str, monkeypatch: pytest.MonkeyP
 
 
 def test_a_driver_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(database_url.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StudyError, match=r"no driver for postgresql is installed: pip install 'psycopg\[binary\]' or"):
         parse_url("postgres://me@host/x")
 
