@@ -94,12 +94,14 @@ def toy_search(path: Path, *, pause: float = 0.0, storage: str | None = None, **
 
 
 def main() -> int:
-    """`python search_toys.py PATH MODE TRIALS PAUSE RESUME [STORAGE]`: one worker."""
+    """`python search_toys.py PATH MODE TRIALS PAUSE RESUME [STORAGE]`: one worker. "wait" resumes once the file `go` is there."""
     path, mode, trials, pause, resume, *storage = sys.argv[1:]
     chosen = storage[0] if storage else None
     search = toy_search(Path(path), pause=float(pause), storage=chosen, mode=mode, trials=int(trials), seed=3)
-    search.open(resume=resume == "resume")
+    search.open(resume=resume in ("resume", "wait"))
     print("open", flush=True)
+    while resume == "wait" and not Path(path).with_name("go").exists():
+        time.sleep(0.01)
     print(search.run().stopped)
     search.file.close()
     return 0

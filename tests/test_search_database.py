@@ -213,8 +213,14 @@ def test_three_workers_share_a_study_and_one_dies(storage: str, tmp_path: Path) 
     search = toy_search(path, storage=storage, mode="decoder", trials=trials, seed=3)
     search.open()
     search.file.close()
-    children = [worker(path, storage, trials, 0.2) for _ in range(3)]
-    kill_midway(children[2], 0.5)
+    children = [worker(path, storage, trials, 0.2, "wait") for _ in range(3)]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"open\n"
+    (tmp_path / "go").touch()  # all at once, however long they took to start
+    time.sleep(0.5)
+    children[2].send_signal(signal.SIGKILL)
+    children[2].communicate()
     for child in children[:2]:
         assert finish(child) == "trials"
     finish(worker(path, storage, trials, 0.0))  # whatever the dead one left when the others had nothing to do any more
