@@ -436,8 +436,14 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
 def test_two_workers_share_a_study_and_one_may_die(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     toy_search(path, mode="decoder", trials=18, seed=3).open()
-    first, second = (worker(path, "decoder", 18, 0.15, "resume") for _ in range(2))
-    kill_midway(second, 0.6)
+    first, second = children = [worker(path, "decoder", 18, 0.15, "wait") for _ in range(2)]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"open\n"
+    (tmp_path / "go").touch()  # both at once, however long they took to start
+    time.sleep(0.6)
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
     assert finish(first) == "trials"
     records = read(path)
     assert sum(one.counts for one in records) == 18
