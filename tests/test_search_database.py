@@ -335,7 +335,7 @@ def test_a_server_that_goes_away_costs_one_clear_error(tmp_path: Path, monkeypat
         search._progress = lambda one, best: own.stop() if one.number == 3 else None
         search.open()
         with pytest.raises(
-            StudyError, match="cannot reach the database .*what is finished is kept, go on with --join toy"
+            StudyError, match=r"cannot reach the database .*what is finished is kept, go on with --join toy"
         ):
             search.run()
         search.file.close()
