@@ -371,7 +371,7 @@ def test_a_driver_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_states_as_optuna_names_them(storage: str, tmp_path: Path) -> None:
-    run(toy_search(tmp_path / "s", storage=storage, trials=9))
+    run(toy_search(tmp_path / "s", storage=storage, mode="random", trials=9))
     study = optuna.load_study(storage=parse_url(storage).render_as_string(hide_password=False), study_name="toy")
     assert Counter(trial.state for trial in study.trials) == {TrialState.COMPLETE: 9}
     study._storage.remove_session()
