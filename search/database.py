@@ -76,7 +76,9 @@ class StudyDatabase(Study):
     @property
     def address(self) -> dict[str, str]:
         """Where the study is, without a password."""
-        return {"url": self.url.set(password=None).render_as_string(), "name": self.name}
+        url = self.url
+        bare = URL.create(url.drivername, url.username, None, url.host, url.port, url.database, url.query)
+        return {"url": bare.render_as_string(), "name": self.name}
 
     @property
     def on_disk(self) -> Path | None:

@@ -268,7 +268,7 @@ def test_a_search_in_a_database_is_begun_joined_and_read(database: str, capsys: 
     capsys.readouterr()
     found = read_search("runs/r50")
     assert sum(one.counts for one in found.records) == 4
-    assert len({one.worker for one in found.records}) == 2
+    assert len({one.worker for one in found.records if one.counts}) == 2
     assert main(["study", "status", "runs/r50", "--json"]) == 0
     assert document(capsys)["trials"]["complete"] == 4
     os.chdir(tmp_path)
