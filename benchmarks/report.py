@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _search_tables
 from benchmarks._results import RESULTS, ROOT, markdown
 
 DOCUMENTS = tuple(sorted((ROOT / "docs").glob("*.md")))
@@ -257,6 +258,10 @@ def large_image(content: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Table] = {
+    "placement": _search_tables.placement,
+    "tabulated": _search_tables.tabulated,
+    "gain_methods": _search_tables.gain_methods,
+    "search_cifar": _search_tables.search_cifar,
     "finetuned": finetuned,
     "collapsed": collapsed,
     "adfnet": adfnet,

@@ -1,8 +1,9 @@
 """A search on disk: `study.jsonl` (Optuna's journal), `search.json` (what was asked), gains, models and finals.
 
-study.jsonl      the trials; readable by optuna-dashboard
+study.jsonl      the trials; readable by optuna-dashboard. With --storage they are in a database instead
 search.json      model, task, budgets, space: what status, report and export need without building anything
 gains.json       the gain table that the search goes by
+tensorboard/     curves of the search and hparams of the trials, one folder a worker
 best/            the best placement with replacements trained so far, a surgeon folder
 finals/          one folder a run of the final stage, and finals.json
 """
@@ -18,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from surgeon.costs.table import Option
-from surgeon.search.journal import StudyError, file_lock, is_alive
+from surgeon.search.journal import StudyError, file_lock
 from surgeon.search.space import Space
-from surgeon.search.study import Record, StudyFile
+from surgeon.search.study import Record, Study, StudyFile
 
 FORMAT = "surgeon-search"
 VERSION = 1
@@ -39,16 +40,32 @@ class SearchFolder:
         self.finals = self.path / "finals"
         self.table = self.finals / "finals.json"
         self.report = self.path / "report"
+        self.tensorboard = self.path / "tensorboard"
 
-    def check(self, *, resume: bool) -> None:
-        """Raise `StudyError` unless a search may begin, or go on, here."""
-        if resume:
+    def check(self, *, resume: bool, storage: Mapping[str, str] | None = None) -> None:
+        """Raise `StudyError` unless a search may begin, or go on, here; `storage` is the study in a database, if it is in one."""
+        if storage is not None:
+            known = _read_json(self.about).get("storage") if self.about.is_file() else storage
+            if known != storage:
+                where = "here" if known is None else f"named {known['name']!r} in {known['url']}"
+                raise StudyError(f"{self.path} is the folder of another search, {where}: give another -o")
+        elif resume and self.about.is_file() and _read_json(self.about).get("storage"):
+            raise StudyError(f"the search in {self.path} is in a database: give its --storage")
+        if storage is not None and self.about.is_file():
+            return
+        if resume and storage is None:
             if not self.study.is_file():
                 raise StudyError(f"there is no search in {self.path} to go on with; leave out --resume to begin one")
         elif self.study.is_file():
             raise StudyError(f"there is a search in {self.path} already: go on with it (--resume), or give another -o")
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())) and not self.about.is_file():
             raise StudyError(f"{self.path} exists and is not the folder of a search: give another -o")
+
+    @property
+    def study_name(self) -> str:
+        """Of its study in a database: the one it began or joined, else its own name."""
+        known = _read_json(self.about).get("storage") if self.about.is_file() else None
+        return known["name"] if known else self.path.absolute().name
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -103,23 +120,36 @@ class Finished:
         return next((one for one in self.ranked() if not one.placement), None)
 
 
-def read_search(path: str | Path) -> Finished:
-    """Read a search, also one that is running. Raises `StudyError`."""
+def study_of(folder: SearchFolder, known: Mapping[str, str] | None, url: str | None = None) -> Study:
+    """The study of a search: its file, or what is `known` of the database; `url` in place of the known one, for its password."""
+    if known is None:
+        return StudyFile(folder.study)
+    from surgeon.search.database import StudyDatabase
+
+    return StudyDatabase(url or known["url"], known["name"])
+
+
+def read_search(path: str | Path, storage: str | None = None) -> Finished:
+    """Read a search, also one that is running. `storage`: the database's URL with its password. Raises `StudyError`."""
     folder = SearchFolder(path)
-    if not folder.about.is_file() or not folder.study.is_file():
-        raise StudyError(f"there is no search in {folder.path}: it has no {folder.about.name} and {folder.study.name}")
+    if not folder.about.is_file():
+        raise StudyError(f"there is no search in {folder.path}: it has no {folder.about.name}")
     about = _read_json(folder.about)
+    if about.get("storage") is None and not folder.study.is_file():
+        raise StudyError(f"there is no search in {folder.path}: it has no {folder.study.name}")
     if about.get("format") != FORMAT or about.get("version") != VERSION:
         raise StudyError(f"{folder.about} is not the record of a search that this version of surgeon can read")
-    file = StudyFile(folder.study)
-    records = file.view()
-    workers = {one.worker for one in records if one.state == "running" and one.worker is not None}
+    file = study_of(folder, about.get("storage"), storage)
+    try:
+        records, alive = file.view(), file.running()
+    finally:
+        file.close()
     return Finished(
         folder=folder,
         about=about,
         space=_space(about["space"]),
         records=records,
-        alive=frozenset(worker for worker in workers if is_alive(file.folder, worker)),
+        alive=alive,
         finals=_read_json(folder.table) if folder.table.is_file() else None,
     )
 

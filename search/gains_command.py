@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from surgeon.errors import ConfigError
 from surgeon.search.place_command import add_space_arguments, space_config
-from surgeon.search.setup import add_task_arguments, add_training_arguments
+from surgeon.search.setup import GAINS, add_task_arguments, add_training_arguments
 
 if TYPE_CHECKING:
     from surgeon.search.gain import GainTable
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_space_arguments(parser)
     add_training_arguments(parser)
     group = parser.add_argument_group("estimate")
-    group.add_argument("--method", default="fisher", metavar="METHOD", help="default: fisher")
+    group.add_argument("--method", default=GAINS, metavar="METHOD", help=f"default: {GAINS}")
     group.add_argument("--batches", type=int, default=16, metavar="N", help="of the gradient methods (default: 16)")
     group.add_argument("--steps", type=int, default=20, metavar="N", help="of a training (default: 20)")
     group.add_argument("--seeds", type=int, default=2, metavar="S", help="of every training (default: 2)")

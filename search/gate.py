@@ -156,6 +156,14 @@ class Gate:
     def _over(name: str, value: float, limit: float, how: str) -> str:
         return f"{FLAGS[name]} {told(name, limit)} is exceeded {how}: {told(name, value)}"
 
+    def use(self, traced: Mapping[str, int] | None) -> dict[str, float]:
+        """The part of every limit that a placement of these traced costs uses."""
+        limits: dict[str, int | None] = self.budgets.limits(self.original, self.calibration)
+        limits["memory"] = self.budgets.memory_limit(self.original, self.calibration)
+        keys = {"flops": "flops", "params": "params", "memory": "needed"}
+        known = traced or {}
+        return {name: known[keys[name]] / limit for name, limit in limits.items() if limit and keys[name] in known}
+
     def build(self, placement: Sequence[int] | Ints) -> nn.Module:
         """The model with this placement on the meta device: shapes without data."""
         work = deepcopy(self._meta)

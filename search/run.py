@@ -1,10 +1,7 @@
 """A worker of a search: take up, propose, gate, evaluate, write down; until there are enough trials, or time is up, or Ctrl-C."""
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +13,12 @@ from surgeon.errors import ConfigError, TrainingError
 from surgeon.search.evaluator import Evaluator, OutOfMemoryError, StoppedError
 from surgeon.search.gain import GainTable
 from surgeon.search.gate import Gate
+from surgeon.search.journal import StudyError
 from surgeon.search.problem import InfeasibleError, Ints, Problem
 from surgeon.search.propose import Proposal, Proposer, make_sampler
 from surgeon.search.space import Space
-from surgeon.search.study import Record, StudyFile, record
+from surgeon.search.stop import Stop, on_interrupt
+from surgeon.search.study import Record, Study, record
 
 MAX_ATTEMPTS = 3  # a trial that took its worker with it so often is given up
 _REPEATS = 3  # duplicates in a row, after which something new is asked for
@@ -63,18 +62,8 @@ class _PrunedError(Exception):
     """Optuna's pruner ended the evaluation."""
 
 
-@dataclass
-class _Stop:
-    """When to stop: Ctrl-C, or the end of the time."""
-
-    deadline: float | None
-    interrupted: bool = False
-
-    @property
-    def reason(self) -> str | None:
-        if self.interrupted:
-            return "interrupted"
-        return "time" if self.deadline is not None and time.monotonic() >= self.deadline else None
+class _TakenError(Exception):
+    """This worker was silent for so long that another one took its trial up: what it has is not needed any more."""
 
 
 @dataclass
@@ -91,7 +80,7 @@ class Search:
 
     def __init__(
         self,
-        file: StudyFile,
+        file: Study,
         space: Space,
         gains: GainTable,
         evaluator: Evaluator,
@@ -133,7 +122,7 @@ class Search:
         return self._problem
 
     def open(self, *, resume: bool = False) -> None:
-        """Begin the study, or go on with it; see `StudyFile.open`. Raises `InfeasibleError` for budgets that nothing meets."""
+        """Begin the study, or go on with it; see `Study.open`. Raises `InfeasibleError` for budgets that nothing meets."""
         if self.gate is not None:
             self.gate.check_feasible()
         prelude = [
@@ -146,9 +135,9 @@ class Search:
     def run(self) -> Outcome:
         """Work until the end. After Ctrl-C or when time is up, a trial in evaluation stays open for `resume`."""
         limit = self.config.max_time
-        stop = _Stop(None if limit is None else time.monotonic() + limit)
+        stop = Stop(None if limit is None else time.monotonic() + limit)
         evaluated, failures = 0, 0
-        with self.file.working(), _on_interrupt(stop):
+        with self.file.working(), on_interrupt(stop):
             while stop.reason is None:
                 claim = self._next()
                 if isinstance(claim, str):
@@ -156,10 +145,15 @@ class Search:
                 if claim is None:  # a duplicate, answered
                     continue
                 try:
-                    done = self._evaluate(claim, stop)
+                    with self.file.alive(claim.trial):
+                        done = self._evaluate(claim, stop)
                     evaluated, failures = evaluated + done, 0
                 except (_LeaveError, StoppedError):
                     break
+                except _TakenError:
+                    continue
+                except StudyError:
+                    raise
                 except TrainingError as error:
                     failures += 1
                     self._fail(claim, error)
@@ -191,8 +185,7 @@ class Search:
                 raise InfeasibleError(
                     f"the last {_REFUSALS} proposals were over budget by a whole trace: {records[-1].attributes['refused']}"
                 )
-            trial = self.file.study.ask()
-            self.file.claim(trial)
+            trial = self.file.ask()
             return self._prepare(trial, records, trial.user_attrs)
 
     def _learn(self) -> None:
@@ -217,6 +210,9 @@ class Search:
         """Give the trial its placement, if it has none; answer it if that was evaluated before."""
         others = [one for one in records if one.number != trial.number and one.hash is not None]
         if "placement" in attributes:
+            if "duplicate_of" in attributes:
+                self._answer(trial, records[attributes["duplicate_of"]])
+                return None
             placement = self.space.placement(attributes["placement"])
             self.proposer.take_over(trial)
             return _Claim(trial, placement)
@@ -226,6 +222,7 @@ class Search:
         known = {one.hash: one for one in sorted(others, key=lambda one: one.counts) if one.state != "waiting"}
         twin = known.get(self.space.hash_of(proposal.placement))
         if twin is not None and twin.counts and not self._stuck(records):
+            trial.set_user_attr("duplicate_of", twin.number)
             self._write(trial, proposal, started)
             self._answer(trial, twin)
             return None
@@ -255,21 +252,20 @@ class Search:
 
     def _attributes(self, proposal: Proposal) -> dict[str, Any]:
         return {
-            "placement": self.space.names(proposal.placement),
             "hash": self.space.hash_of(proposal.placement),
             "source": proposal.source,
             "gain": self.proposer.expected(proposal.placement),
             "predicted": self.problem.costs(proposal.placement),
+            "placement": self.space.names(proposal.placement),  # last: a trial that has one has all of these
         }
 
     def _write(self, trial: optuna.Trial, proposal: Proposal, started: float) -> None:
+        trial.set_user_attr("proposal_seconds", time.perf_counter() - started)
         for name, value in self._attributes(proposal).items():
             trial.set_user_attr(name, value)
-        trial.set_user_attr("proposal_seconds", time.perf_counter() - started)
 
     def _answer(self, trial: optuna.Trial, twin: Record) -> None:
         """Tell Optuna the value that the same placement got before."""
-        trial.set_user_attr("duplicate_of", twin.number)
         if twin.state == "complete":
             assert twin.values is not None
             self.file.study.tell(trial, list(twin.values))
@@ -280,16 +276,16 @@ class Search:
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
-    def _evaluate(self, claim: _Claim, stop: _Stop) -> bool:
+    def _evaluate(self, claim: _Claim, stop: Stop) -> bool:
         """Gate and evaluate; True if there was an evaluation."""
         started = time.perf_counter()
         if self.gate is not None:
             verdict = self.gate.check(claim.placement)
-            claim.trial.set_user_attr("traced", dict(verdict.traced))
+            self.file.patiently(lambda: claim.trial.set_user_attr("traced", dict(verdict.traced)))
             if not verdict.fits:
                 with self.file.exclusive():
                     self.file.keep_calibration(self.gate.refused(verdict))
-                    self._refuse(claim, list(verdict.reasons))
+                self._refuse(claim, list(verdict.reasons))
                 return False
         state, values = TrialState.COMPLETE, None
         try:
@@ -303,50 +299,56 @@ class Search:
             return False
         if values is not None and not np.isfinite(values).all():
             raise TrainingError(f"trial {claim.trial.number} has no finite value: {values}")
-        with self.file.exclusive():
-            claim.trial.set_user_attr("seconds", time.perf_counter() - started)
-            self.file.study.tell(claim.trial, values, state=state)
-        self._tell_progress(claim)
-        return True
+        return self._tell(claim, values, state, {"seconds": time.perf_counter() - started})
 
-    def _report(self, claim: _Claim, stop: _Stop) -> Callable[[int, float], None]:
+    def _report(self, claim: _Claim, stop: Stop) -> Callable[[int, float], None]:
         single = len(self.evaluator.directions) == 1
         prunable = single and claim.placement.any()  # the unmodified model is what all others are compared with
 
         def report(step: int, value: float) -> None:
             if single and step not in claim.reported:
-                claim.trial.report(value, step)
+                try:
+                    self.file.patiently(lambda: claim.trial.report(value, step))
+                except optuna.exceptions.UpdateFinishedTrialError as error:
+                    raise _TakenError from error
                 claim.reported[step] = value
             if stop.reason is not None:
                 raise _LeaveError
-            if prunable and claim.trial.should_prune():
+            answers: list[bool] = []
+            if prunable:
+                self.file.patiently(lambda: answers.append(claim.trial.should_prune()))
+            if any(answers):
                 raise _PrunedError
 
         return report
 
     def _out_of_memory(self, claim: _Claim, error: Exception) -> None:
         memory = error.memory if isinstance(error, OutOfMemoryError) else _device_memory()
-        with self.file.exclusive():
-            if self.gate is not None:
+        if self.gate is not None:
+            with self.file.exclusive():
                 self._learn()
                 self.file.keep_calibration(self.gate.out_of_memory(claim.placement, memory))
-            self._refuse(claim, ["out of memory at run time"])
+        self._refuse(claim, ["out of memory at run time"])
 
     def _refuse(self, claim: _Claim, reasons: list[str]) -> None:
-        claim.trial.set_user_attr("refused", reasons)
-        claim.trial.set_constraint("budget", 1.0)
-        self.file.study.tell(claim.trial, state=TrialState.PRUNED)
-        self._tell_progress(claim)
+        self._tell(claim, None, TrialState.PRUNED, {"refused": reasons}, {"budget": 1.0})
 
     def _fail(self, claim: _Claim, error: Exception) -> None:
-        with self.file.exclusive():
-            claim.trial.set_user_attr("error", f"{type(error).__name__}: {error}")
-            self.file.study.tell(claim.trial, state=TrialState.FAIL)
-        self._tell_progress(claim)
+        self._tell(claim, None, TrialState.FAIL, {"error": f"{type(error).__name__}: {error}"})
 
-    def _tell_progress(self, claim: _Claim) -> None:
-        if self._progress is not None:
+    def _tell(
+        self,
+        claim: _Claim,
+        values: list[float] | None,
+        state: TrialState,
+        attributes: Mapping[str, Any],
+        constraints: Mapping[str, float] | None = None,
+    ) -> bool:
+        """Finish the trial; False if another worker took it up meanwhile."""
+        told = self.file.tell(claim.trial, values, state, attributes, constraints)
+        if told and self._progress is not None:
             self._progress(self.file.records()[claim.trial.number], self.file.best())
+        return told
 
 
 def _listed(values: Any) -> list[float]:
@@ -364,22 +366,3 @@ def _device_memory() -> int | None:
     import torch
 
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
-
-
-@contextmanager
-def _on_interrupt(stop: _Stop) -> Iterator[None]:
-    """The first Ctrl-C asks the search to stop, the second stops it at once. Only the main thread can catch it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handle(number: int, frame: Any) -> None:
-        stop.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -8,26 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.errors import ConfigError
 from surgeon.search.place_command import add_budget_arguments, add_space_arguments, space_config
-from surgeon.search.setup import add_task_arguments, add_training_arguments
+from surgeon.search.setup import GAINS, add_task_arguments, add_training_arguments
 
 if TYPE_CHECKING:
+    from surgeon.search.board import Board
     from surgeon.search.folder import SearchFolder
     from surgeon.search.gain import GainTable
     from surgeon.search.gate import Gate
     from surgeon.search.run import Outcome, Search
     from surgeon.search.setup import Setup
-    from surgeon.search.study import Record
+    from surgeon.search.study import Record, Study
     from surgeon.search.training import TrainingEvaluator
+    from surgeon.zoo.tasks import Task
 
 DESCRIPTION = "find the placement that trains best within budgets; crash-safe, resumable"
 EXAMPLES = """  surgeon search zoo/resnet20_cifar --task classification --data cifar/ --max-flops +10% --finals 3
   surgeon search resnet50 --task classification --data imagenet/ --max-memory 8GiB --types acda,pafu --trials 40
   surgeon search resnet50 --task classification --data imagenet/ --max-memory 8GiB --types acda,pafu --trials 80 --resume
+  surgeon search resnet50 --task classification --data imagenet/ --max-flops +10% --jobs 2
+  surgeon search resnet50 --task classification --data imagenet/ --storage postgresql://me@host/db -o runs/r50
+  surgeon search resnet50 --task classification --data imagenet/ --storage postgresql://me@host/db --join r50
   surgeon study status runs/resnet50-classification-search
   surgeon study report runs/resnet50-classification-search
   surgeon study export runs/resnet50-classification-search -o runs/resnet50-found
 
 The same command with --resume goes on with a search; in a second terminal it is a second worker of the same search.
+With --storage the study is in a database, under the name of the folder; --join NAME is a worker on another machine.
 """
 
 
@@ -43,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rung", type=int, default=0, metavar="R", help="trials of steps x 2^R (default: 0)")
     group.add_argument("--evaluations", type=int, default=4, metavar="N", help="values a trial reports (default: 4)")
     group.add_argument("--no-pruning", action="store_true", help="train every trial to its end")
-    group.add_argument("--gains", default="fisher", metavar="FILE|METHOD", help="see surgeon gains (default: fisher)")
+    group.add_argument("--gains", default=GAINS, metavar="FILE|METHOD", help=f"see surgeon gains (default: {GAINS})")
     group.add_argument("--mode", default="decoder", metavar="MODE", help="decoder, posterior, tpe, nsga2 or random")
     group.add_argument("--max-time", metavar="TIME", help="of the trials: 90s, 30m, 1.5h")
     group.add_argument(
@@ -53,23 +59,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--final-rung", type=int, default=2, metavar="R", help="finals of steps x 2^R (default: 2)")
     group.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: runs/MODEL-TASK-search")
     group.add_argument("--resume", action="store_true", help="go on with the search in FOLDER")
-    group.add_argument("--storage", metavar="URL", help="not supported yet: a search lies in FOLDER")
-    group.add_argument("--join", metavar="NAME", help="not supported yet: use --resume in a second terminal")
+    group.add_argument("--jobs", type=int, default=1, metavar="N", help="workers on this machine (default: 1)")
+    group.add_argument("--storage", metavar="URL", help="keep the trials in a database: postgresql://me@host/db")
+    group.add_argument("--join", metavar="NAME", help="be one more worker of the study NAME in --storage")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 for budgets that nothing meets, 130 when interrupted, with how to go on."""
-    from surgeon.search.evaluator import StoppedError
     from surgeon.search.folder import SearchFolder
-    from surgeon.search.setup import make_setup
 
     _check(args)
-    folder = SearchFolder(args.output or Path("runs", f"{model_name(args.model)}-{args.task}-search"))
-    folder.check(resume=args.resume)
+    folder = SearchFolder(args.output or Path("runs", args.join or f"{model_name(args.model)}-{args.task}-search"))
+    file = _study(args, folder)
+    try:
+        return _search(args, folder, file)
+    finally:
+        file.close()
+
+
+def _search(args: argparse.Namespace, folder: "SearchFolder", file: "Study") -> int:
+    from surgeon.search.evaluator import StoppedError
+    from surgeon.search.jobs import helpers, interrupt
+    from surgeon.search.setup import make_setup
+    from surgeon.search.study import StudyFile
+
     setup = make_setup(args)
-    search, evaluator = _make(args, folder, setup)
+    search, evaluator = _make(args, folder, file, setup)
     _begin(args, folder, search, setup)
-    outcome = search.run()
+    name = None if isinstance(file, StudyFile) else file.name
+    if name is not None:
+        _tell(args, f"the study is {file}; other machines join with --join {name}")
+    with helpers(args, folder.path, name, lambda text: _tell(args, text)) as processes:
+        outcome = search.run()
+        if outcome.stopped == "interrupted":
+            interrupt(processes)
     _tell(args, f"stopped ({outcome.stopped}) after {outcome.evaluated} evaluations here")
     if outcome.stopped == "interrupted":
         return _interrupted()
@@ -87,14 +110,11 @@ def _check(args: argparse.Namespace) -> None:
     """What can be refused before anything is built."""
     from surgeon.search.propose import MODES
 
-    if args.storage or args.join:
-        raise ConfigError(
-            "databases (--storage, --join) are not supported yet: a search lies in a folder, and the same command with "
-            "--resume is one more worker on this machine"
-        )
+    if args.join and not args.storage:
+        raise ConfigError("--join needs --storage, the database of the study; in a folder, --resume is one more worker")
     if args.mode not in MODES:
         raise ConfigError(f"there is no search mode {args.mode!r}; there are {', '.join(MODES)}")
-    for name, least in (("trials", 1), ("steps", 1), ("evaluations", 1), ("seeds", 1), ("batch_size", 1)):
+    for name, least in (("trials", 1), ("steps", 1), ("evaluations", 1), ("seeds", 1), ("batch_size", 1), ("jobs", 1)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     for name in ("rung", "finals", "final_rung"):
@@ -102,14 +122,63 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
 
 
+def work(args: argparse.Namespace) -> int:
+    """Be one more worker of a search that was begun: trials, and nothing else. Returns the exit code."""
+    from surgeon.search.folder import SearchFolder
+    from surgeon.search.setup import make_setup
+
+    folder = SearchFolder(args.output)
+    file = _study(args, folder)
+    try:
+        setup = make_setup(args)
+        search, _ = _make(args, folder, file, setup)
+        _begin(args, folder, search, setup)
+        return 130 if search.run().stopped == "interrupted" else 0
+    finally:
+        file.close()
+
+
 def model_name(spec: str) -> str:
     """The last part of how a model was named."""
     return spec.rstrip("/").rpartition("/")[2].rpartition(":")[2]
 
 
-def _make(args: argparse.Namespace, folder: "SearchFolder", setup: "Setup") -> "tuple[Search, TrainingEvaluator]":
+def _study(args: argparse.Namespace, folder: "SearchFolder") -> "Study":
+    """The study that is begun, or gone on with. What speaks against it is said before anything is built."""
+    from surgeon.search.journal import StudyError
+    from surgeon.search.study import StudyFile
+
+    if not args.storage:
+        folder.check(resume=args.resume)
+        return StudyFile(folder.study)
+    from surgeon.search.database import StudyDatabase
+
+    file = StudyDatabase(args.storage, args.join or folder.study_name)
+    if file.on_disk is not None:
+        file.on_disk.parent.mkdir(parents=True, exist_ok=True)
+    going_on = _going_on(args)
+    folder.check(resume=going_on, storage=file.address)
+    try:
+        if going_on:
+            file.read_notes()
+        elif file.exists():
+            raise StudyError(f"the study {file} exists already; go on with it (--join {file.name}), or give another -o")
+    except StudyError:
+        file.close()
+        raise
+    return file
+
+
+def _going_on(args: argparse.Namespace) -> bool:
+    return bool(args.resume or args.join)
+
+
+def _make(
+    args: argparse.Namespace, folder: "SearchFolder", file: "Study", setup: "Setup"
+) -> "tuple[Search, TrainingEvaluator]":
     import optuna
 
+    from surgeon.search.board import Board
     from surgeon.search.budget import Budgets
     from surgeon.search.gate import Gate
     from surgeon.search.run import Search, SearchConfig
@@ -130,7 +199,7 @@ def _make(args: argparse.Namespace, folder: "SearchFolder", setup: "Setup") -> "
     gate = Gate(setup.model, space_config(args), budgets, **setup.cost_settings(args))
     gate.check_feasible()
     evaluator = TrainingEvaluator(setup.model, setup.task, gate.space, short, base=setup.base, keep=folder.best)
-    gains = _gains(args, folder, gate, evaluator)
+    gains = _gains(args, folder, file, gate, evaluator)
     config = SearchConfig(
         trials=args.trials,
         mode=args.mode,
@@ -141,29 +210,37 @@ def _make(args: argparse.Namespace, folder: "SearchFolder", setup: "Setup") -> "
     pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
     if not args.no_pruning:
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=short.interval(args.rung), reduction_factor=2)
+    identity: dict[str, Any] = {"name": args.model, "rung": args.rung, "pruning": not args.no_pruning}
+    if not isinstance(file, StudyFile):  # other machines have their data elsewhere: the numbers of samples must agree
+        identity["samples"] = {"train": len(setup.task.dataset("train")), "val": len(setup.task.dataset("val"))}
     search = Search(
-        StudyFile(folder.study),
+        file,
         gate.space,
         gains,
         evaluator,
         gate,
         config,
-        identity={"name": args.model, "rung": args.rung, "pruning": not args.no_pruning},
+        identity=identity,
         pruner=pruner,
-        progress=None if args.quiet else _Progress(args, gate, setup.task.primary),
+        progress=_Progress(args, gate, setup.task, Board(folder.tensorboard, gate, setup.task.primary)),
     )
     return search, evaluator
 
 
 def _gains(
-    args: argparse.Namespace, folder: "SearchFolder", gate: "Gate", evaluator: "TrainingEvaluator"
+    args: argparse.Namespace, folder: "SearchFolder", file: "Study", gate: "Gate", evaluator: "TrainingEvaluator"
 ) -> "GainTable":
-    """The table that the search goes by; a resumed search keeps the one it began with."""
+    """The table that the search goes by; a resumed search, or one that is joined, keeps the one it began with."""
     from surgeon.console import Progress
+    from surgeon.search.database import StudyDatabase
     from surgeon.search.gain import GainTable
     from surgeon.search.method import METHODS, gains_of
 
-    if args.resume and args.gains in METHODS and folder.gains.is_file():
+    if isinstance(file, StudyDatabase):
+        noted = file.notes.get("gains")
+        if noted is not None and file.notes["about"]["gains"] == args.gains:
+            return GainTable.from_dict(noted, str(file)).for_space(gate.space)
+    elif args.resume and args.gains in METHODS and folder.gains.is_file():
         kept = GainTable.read(folder.gains)
         if kept.estimator == args.gains:
             return kept.for_space(gate.space)
@@ -172,12 +249,17 @@ def _gains(
 
 
 def _begin(args: argparse.Namespace, folder: "SearchFolder", search: "Search", setup: "Setup") -> None:
-    """Write what is searched, then the study: a study without its record could not be read."""
+    """Write what is searched, then the study: a study without its record could not be read.
+
+    Those who join a database's study copy the record from there, once it has let them in.
+    """
+    from surgeon.search.database import StudyDatabase
     from surgeon.search.folder import FORMAT, VERSION, space_values, write_json
 
-    gate, task = search.gate, setup.task
+    gate, task, file = search.gate, setup.task, search.file
     assert gate is not None
-    if not args.resume:
+    going_on, gains = _going_on(args), search.proposer.gains
+    if not going_on:
         original, limits = gate.original, {name: gate.problem.limit(name) for name in dict.fromkeys(gate.problem.names)}
         limits["memory"] = gate.budgets.memory_limit(original, gate.calibration)
         needed = gate.calibration.needed(original.peak_bytes, sum(original.reserve.values()))
@@ -196,9 +278,15 @@ def _begin(args: argparse.Namespace, folder: "SearchFolder", search: "Search", s
             "trials": args.trials,
             "gains": args.gains,
         }
+        if isinstance(file, StudyDatabase):
+            values["storage"] = file.address
+            file.notes = {"about": values, "gains": gains.to_dict()}
         write_json(folder.about, values)
-        search.proposer.gains.write(folder.gains)
-    search.open(resume=args.resume)
+        gains.write(folder.gains)
+    search.open(resume=going_on)
+    if going_on and isinstance(file, StudyDatabase) and not folder.about.is_file():
+        write_json(folder.about, {**file.notes["about"], "storage": file.address})
+        gains.write(folder.gains)
 
 
 def _finals(args: argparse.Namespace, folder: "SearchFolder", search: "Search", evaluator: "TrainingEvaluator") -> None:
@@ -210,7 +298,7 @@ def _finals(args: argparse.Namespace, folder: "SearchFolder", search: "Search", 
         folder,
         evaluator,
         search.gate,
-        read_search(folder.path),
+        read_search(folder.path, args.storage),
         count=args.finals,
         seeds=args.seeds,
         rung=args.final_rung,
@@ -222,30 +310,22 @@ def _finals(args: argparse.Namespace, folder: "SearchFolder", search: "Search", 
 
 
 class _Progress:
-    """A line on stderr for every trial: its value, the best so far, and what of the budgets it uses."""
+    """For every trial a line on stderr (its value, the best so far, what of the budgets it uses), and the same for TensorBoard."""
 
-    def __init__(self, args: argparse.Namespace, gate: "Gate", primary: str) -> None:
-        self.args, self.gate, self.primary = args, gate, primary
+    def __init__(self, args: argparse.Namespace, gate: "Gate", task: "Task", board: "Board") -> None:
+        self.args, self.gate, self.primary, self.board = args, gate, task.primary, board
 
     def __call__(self, one: "Record", best: "Record | None") -> None:
+        self.board.add(one, best)
         value = f"{one.values[0]:.5g}" if one.state == "complete" and one.values else one.state
         if one.state in ("refused", "failed"):
             why = one.attributes.get("refused") or [one.attributes.get("error", "")]
             value += f" ({'; '.join(why)})"
         known = f", best {best.values[0]:.5g} (trial {best.number})" if best is not None and best.values else ""
-        used = ", ".join(f"{name} {share:.0%}" for name, share in budget_use(one, self.gate).items())
+        used = ", ".join(f"{name} {share:.0%}" for name, share in self.gate.use(one.attributes.get("traced")).items())
         replaced = f"{len(one.placement)} layers" if one.placement else "original"
         told = f"trial {one.number}: {replaced} ({one.source}), {self.primary} {value}{known}"
         _tell(self.args, told + (f"; of the budgets {used}" if used else ""))
-
-
-def budget_use(one: "Record", gate: "Gate") -> dict[str, float]:
-    """The part of every limit that a trial uses, as the gate counted it."""
-    traced = one.attributes.get("traced") or {}
-    limits: dict[str, int | None] = gate.budgets.limits(gate.original, gate.calibration)
-    limits["memory"] = gate.budgets.memory_limit(gate.original, gate.calibration)
-    keys = {"flops": "flops", "params": "params", "memory": "needed"}
-    return {name: traced[keys[name]] / limit for name, limit in limits.items() if limit and keys[name] in traced}
 
 
 def _tell(args: argparse.Namespace, text: str) -> None:
@@ -264,7 +344,7 @@ def _print(
     from surgeon.search.folder import read_search
     from surgeon.search.summary import status_lines, status_values
 
-    found = read_search(folder.path)
+    found = read_search(folder.path, args.storage)
     values: dict[str, Any] = {"output": str(folder.path), "stopped": outcome.stopped, **status_values(found)}
     if args.json:
         print(json.dumps(values, indent=2))

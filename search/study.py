@@ -1,4 +1,4 @@
-"""A study on disk: what it is bound to, its trials, and who runs them.
+"""A study: what it is bound to, its trials, and who runs them; here in a local file, in `search.database` in a database.
 
 Every trial is an Optuna trial, so that Optuna's own tools read the study. Its user attributes: `placement` (layer → option),
 `hash`, `source`, `gain` (what the table expected), `worker`, `attempts`, and where they apply `duplicate_of`, `refused`, `error`,
@@ -9,8 +9,9 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,19 +80,22 @@ def record(trial: FrozenTrial) -> Record:
     )
 
 
-class StudyFile:
-    """An Optuna study in a journal file, its lock, and the leases of its workers.
+class Study(ABC):
+    """An Optuna study, the lock that its workers share, and their signs of life.
 
     `identity` are JSON values that the study is bound to: model, space, budgets, gains, evaluator, mode, seed.
     """
 
-    def __init__(self, path: Path, name: str = "search") -> None:
-        self.path = Path(path)
-        self.name = name
-        self.folder = self.path.with_name(self.path.name + ".workers")
-        self.study: optuna.Study
-        self._lease: Lease | None = None
+    name: str
+    study: optuna.Study
 
+    # --- where it lies --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def exists(self) -> bool:
+        """Whether there is a study to go on with."""
+
+    @abstractmethod
     def open(
         self,
         identity: Mapping[str, Any],
@@ -108,8 +112,174 @@ class StudyFile:
             OtherStudyError: it is bound to something else; the message has the difference.
             StudyError: it exists and `resume` is not set, or the other way round, or cannot be read.
         """
-        identity = json.loads(json.dumps({"version": VERSION, **identity}))
-        if resume and not self.path.is_file():
+
+    @abstractmethod
+    def view(self) -> list[Record]:
+        """All trials of a study that this process is no worker of, also while others write it. Raises `StudyError`."""
+
+    @abstractmethod
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Nobody else proposes or claims trials meanwhile; reentrant."""
+
+    def begin(
+        self, identity: Mapping[str, Any], prelude: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+    ) -> None:
+        """Write what a new study begins with."""
+        self.study.set_user_attr(_IDENTITY, as_stored(identity))
+        for parameters, attributes in prelude:
+            self.study.enqueue_trial(dict(parameters), user_attrs=dict(attributes))
+
+    @staticmethod
+    def is_ours(attributes: Mapping[str, Any]) -> bool:
+        """Whether these are the attributes of a study that surgeon began."""
+        return isinstance(attributes.get(_IDENTITY), dict)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What the study is bound to."""
+        found: Mapping[str, Any] = self.study.user_attrs[_IDENTITY]
+        return found
+
+    def check_identity(self, identity: Mapping[str, Any]) -> None:
+        """Raise `OtherStudyError`, with the difference, unless the study is bound to this."""
+        if not self.is_ours(self.study.user_attrs):
+            raise OtherStudyError(f"{self} is an Optuna study, but not one that surgeon began")
+        lines = list(differences(self.identity, as_stored(identity)))
+        if lines:
+            shown = "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
+            raise OtherStudyError(f"{self} is a study of something else: {shown}")
+
+    # --- trials ---------------------------------------------------------------------------------------------------
+
+    def trials(self) -> list[FrozenTrial]:
+        """All trials, by number; not to be changed."""
+        return self.study.get_trials(deepcopy=False)
+
+    def records(self) -> list[Record]:
+        """All trials as records."""
+        return [record(trial) for trial in self.trials()]
+
+    def best(self) -> Record | None:
+        """The completed trial of the best (first) value, the earliest of equals."""
+        done = [one for one in self.records() if one.state == "complete" and one.values]
+        if not done:
+            return None
+        sign = -1.0 if self.study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1.0
+        return min(done, key=lambda one: (sign * (one.values or (0.0,))[0], one.number))
+
+    def ask(self) -> optuna.Trial:
+        """The next trial: one that waits, or a new one; this worker runs it. To be called within `exclusive`."""
+        trial = self.study.ask()
+        self.claim(trial)
+        return trial
+
+    def take_up(self, trial: FrozenTrial) -> optuna.Trial:
+        """Go on with a trial that another worker, now dead, began. To be called within `exclusive`."""
+        taken = optuna.Trial(self.study, trial._trial_id)
+        self.claim(taken, attempts=int(trial.user_attrs.get("attempts", 0)) + 1)
+        return taken
+
+    def claim(self, trial: optuna.Trial, attempts: int = 1) -> None:
+        """Note that this worker runs the trial. To be called within `exclusive`."""
+        trial.set_user_attr("attempts", attempts)
+        trial.set_user_attr("worker", self.worker)
+
+    @abstractmethod
+    def orphans(self) -> list[FrozenTrial]:
+        """Running trials whose workers are gone. To be called within `exclusive`."""
+
+    def tell(
+        self,
+        trial: optuna.Trial,
+        values: Sequence[float] | None = None,
+        state: TrialState | None = None,
+        attributes: Mapping[str, Any] | None = None,
+        constraints: Mapping[str, float] | None = None,
+    ) -> bool:
+        """Finish a trial; False, and nothing is written, if another worker took it up meanwhile."""
+        told = False
+
+        def write() -> None:
+            nonlocal told
+            with self.exclusive():
+                now = self.trials()[trial.number]
+                told = now.user_attrs.get("worker") == self.worker
+                if not told or now.state.is_finished():  # finished: an earlier attempt got through
+                    return
+                for name, value in (attributes or {}).items():
+                    trial.set_user_attr(name, value)
+                for name, value in (constraints or {}).items():
+                    trial.set_constraint(name, value)
+                self.study.tell(trial, values, state=state)
+
+        self.patiently(write)
+        return told
+
+    def patiently(self, write: Callable[[], None]) -> None:
+        """Do this; a study that others than this machine keep may need more than one attempt."""
+        write()
+
+    # --- workers --------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def worker(self) -> str:
+        """This worker's name. Raises `StudyError` outside `working`."""
+
+    @abstractmethod
+    def working(self) -> AbstractContextManager[None]:
+        """Be a worker of this study meanwhile."""
+
+    def alive(self, trial: optuna.Trial) -> AbstractContextManager[None]:
+        """Give signs of life while the trial is evaluated."""
+        return nullcontext()
+
+    @abstractmethod
+    def running(self) -> frozenset[str]:
+        """The workers that evaluate a trial now."""
+
+    def close(self) -> None:  # noqa: B027 (a file has nothing to give back)
+        """Give connections back; the study opens them again where it needs them."""
+
+    # --- calibration ----------------------------------------------------------------------------------------------
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What the study learnt about memory; None before it learnt anything."""
+        found = self.study.user_attrs.get(_CALIBRATION)
+        return None if found is None else Calibration.from_dict(found)
+
+    def keep_calibration(self, calibration: Calibration) -> None:
+        """Write it for all workers."""
+        self.study.set_user_attr(_CALIBRATION, calibration.to_dict())
+
+
+class StudyFile(Study):
+    """A study in a journal file, its lock, and the leases of its workers. What is written under the lock appears together."""
+
+    def __init__(self, path: Path, name: str = "search") -> None:
+        self.path = Path(path)
+        self.name = name
+        self.folder = self.path.with_name(self.path.name + ".workers")
+        self._lease: Lease | None = None
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def exists(self) -> bool:
+        return self.path.is_file()
+
+    def open(
+        self,
+        identity: Mapping[str, Any],
+        directions: Sequence[Any],
+        sampler: BaseSampler,
+        pruner: BasePruner | None,
+        prelude: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+        *,
+        resume: bool,
+    ) -> None:
+        if resume and not self.exists():
             raise StudyError(f"there is no study {self.path} to go on with; leave out --resume to begin one")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,45 +294,23 @@ class StudyFile:
                     self.study = optuna.create_study(
                         storage=storage, study_name=self.name, directions=list(directions), **rest
                     )
-                    self.study.set_user_attr(_IDENTITY, identity)
-                    for parameters, attributes in prelude:
-                        self.study.enqueue_trial(dict(parameters), user_attrs=dict(attributes))
+                    self.begin(identity, prelude)
                 else:
                     self.study = optuna.load_study(storage=storage, study_name=self.name, **rest)
-                    self._check_identity(identity)
+                    self.check_identity(identity)
         except (OSError, ValueError, AssertionError, KeyError) as error:
             if isinstance(error, StudyError):
                 raise
             raise StudyError(f"cannot read the study {self.path}: {error}") from error
 
-    def _check_identity(self, identity: Mapping[str, Any]) -> None:
-        found = self.study.user_attrs.get(_IDENTITY)
-        if not isinstance(found, dict):
-            raise OtherStudyError(f"{self.path} is an Optuna study, but not one that surgeon began")
-        lines = list(differences(found, identity))
-        if lines:
-            shown = "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
-            raise OtherStudyError(f"{self.path} is a study of something else: {shown}")
-
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Nobody else proposes or claims trials meanwhile; what is written becomes visible together."""
+        """What is written becomes visible together."""
         with self._journal.exclusive():
             yield
 
-    # --- trials ---------------------------------------------------------------------------------------------------
-
-    def trials(self) -> list[FrozenTrial]:
-        """All trials, by number; not to be changed."""
-        return self.study.get_trials(deepcopy=False)
-
-    def records(self) -> list[Record]:
-        """All trials as records."""
-        return [record(trial) for trial in self.trials()]
-
     def view(self) -> list[Record]:
-        """All trials of a study that this process is no worker of, also while others write it. Raises `StudyError`."""
-        if not self.path.is_file():
+        if not self.exists():
             raise StudyError(f"there is no study {self.path}")
         try:
             storage = JournalStorage(Journal(self.path))
@@ -173,38 +321,19 @@ class StudyFile:
             raise StudyError(f"cannot read the study {self.path}: {error}") from error
         return self.records()
 
-    def best(self) -> Record | None:
-        """The completed trial of the best (first) value, the earliest of equals."""
-        done = [one for one in self.records() if one.state == "complete" and one.values]
-        if not done:
-            return None
-        sign = -1.0 if self.study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1.0
-        return min(done, key=lambda one: (sign * (one.values or (0.0,))[0], one.number))
-
-    def take_up(self, trial: FrozenTrial) -> optuna.Trial:
-        """Go on with a trial that another worker, now dead, began. To be called within `exclusive`."""
-        taken = optuna.Trial(self.study, trial._trial_id)
-        self.claim(taken, attempts=int(trial.user_attrs.get("attempts", 0)) + 1)
-        return taken
-
-    def claim(self, trial: optuna.Trial, attempts: int = 1) -> None:
-        """Note that this worker runs the trial."""
-        trial.set_user_attr("worker", self.worker)
-        trial.set_user_attr("attempts", attempts)
-
     def orphans(self) -> list[FrozenTrial]:
-        """Running trials whose workers are gone."""
         running = [trial for trial in self.trials() if trial.state == TrialState.RUNNING]
         return [trial for trial in running if not self._runs(trial.user_attrs.get("worker"))]
 
     def _runs(self, worker: str | None) -> bool:
         return worker is not None and worker != self.worker and is_alive(self.folder, worker)
 
-    # --- workers --------------------------------------------------------------------------------------------------
+    def running(self) -> frozenset[str]:
+        names = {one.worker for one in self.records() if one.state == "running" and one.worker is not None}
+        return frozenset(name for name in names if is_alive(self.folder, name))
 
     @property
     def worker(self) -> str:
-        """This worker's name."""
         if self._lease is None:
             raise StudyError("this process is not a worker of the study")
         return self._lease.worker
@@ -212,27 +341,25 @@ class StudyFile:
     @contextmanager
     def working(self) -> Iterator[None]:
         """Be a worker of this study: hold a lease that ends with the process."""
-        name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         with file_lock(self.path.with_name(self.path.name + ".lock")):
             forget_dead(self.folder)
-            self._lease = Lease(self.folder, name)
+            self._lease = Lease(self.folder, worker_name())
         try:
             yield
         finally:
             self._lease.release()
             self._lease = None
 
-    # --- calibration ----------------------------------------------------------------------------------------------
 
-    @property
-    def calibration(self) -> Calibration | None:
-        """What the study learnt about memory; None before it learnt anything."""
-        found = self.study.user_attrs.get(_CALIBRATION)
-        return None if found is None else Calibration.from_dict(found)
+def worker_name() -> str:
+    """A name for this process: host, process id, and something that no other has."""
+    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
 
-    def keep_calibration(self, calibration: Calibration) -> None:
-        """Write it for all workers."""
-        self.study.set_user_attr(_CALIBRATION, calibration.to_dict())
+
+def as_stored(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity as a study gives it back."""
+    found: dict[str, Any] = json.loads(json.dumps({"version": VERSION, **identity}))
+    return found
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:

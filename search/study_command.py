@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `surgeon study`, beside --json, --quiet and --debug."""
     parser.add_argument("action", choices=tuple(_ACTIONS), help="what to do; searches may be running meanwhile")
     parser.add_argument("folder", metavar="FOLDER", help="what surgeon search wrote")
+    parser.add_argument("--storage", metavar="URL", help="the search's database, where its URL has a password")
     parser.add_argument("--count", type=int, default=5, metavar="K", help="status, best: so many (default: 5)")
     parser.add_argument("--against", metavar="FOLDER", help="report: another search (--mode random) to compare with")
     parser.add_argument("--best", action="store_true", help="export: the best placement with replacements (always so)")
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.count < 1:
         raise ConfigError(f"--count must be at least 1, got {args.count}")
-    return _ACTIONS[args.action](args, read_search(args.folder))
+    return _ACTIONS[args.action](args, read_search(args.folder, args.storage))
 
 
 def _status(args: argparse.Namespace, found: "Finished") -> int:

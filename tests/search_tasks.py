@@ -41,6 +41,7 @@ def search_arguments(folder: str | Path, *more: str) -> list[str]:
     return ["search", FACTORY, "--task", "tiny-regression", *SPACE, *SHORT, "-o", str(folder), *more]
 
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):  # the latter is what a worker of --jobs calls it
     add_tasks()
+if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

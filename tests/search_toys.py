@@ -9,6 +9,7 @@ import numpy as np
 import optuna
 
 from surgeon.costs.table import Option
+from surgeon.search.database import StudyDatabase
 from surgeon.search.evaluator import TableEvaluator
 from surgeon.search.gain import GainTable
 from surgeon.search.place import gain_of
@@ -62,8 +63,11 @@ def toy_table(space: Space, seed: int = 0, noise: float = 0.7) -> GainTable:
     return GainTable(layers=space.layers, options=space.labels, gain=gain, error=0.3 * (gain != 0), estimator="toy")
 
 
-def toy_search(path: Path, *, pause: float = 0.0, **options: Any) -> Search:
-    """A search whose values are sums of the true gains, after a learning curve of three reports."""
+def toy_search(path: Path, *, pause: float = 0.0, storage: str | None = None, **options: Any) -> Search:
+    """A search whose values are sums of the true gains, after a learning curve of three reports.
+
+    `storage` is a database for its study, else that is the file `path`; beside `path`, calls.txt lists what was evaluated.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = toy_space()
     true = toy_gains(space)
@@ -78,7 +82,7 @@ def toy_search(path: Path, *, pause: float = 0.0, **options: Any) -> Search:
     pruner = options.pop("pruner", None)
     problem = options.pop("problem", None) or toy_problem(space)
     return Search(
-        StudyFile(path),
+        StudyFile(path) if storage is None else StudyDatabase(storage, "toy", heartbeat=1, grace=60),
         space,
         toy_table(space),
         TableEvaluator(space, curve, name="toy"),
@@ -90,12 +94,16 @@ def toy_search(path: Path, *, pause: float = 0.0, **options: Any) -> Search:
 
 
 def main() -> int:
-    """`python search_toys.py PATH MODE TRIALS PAUSE RESUME`: one worker."""
-    path, mode, trials, pause, resume = sys.argv[1:]
-    search = toy_search(Path(path), pause=float(pause), mode=mode, trials=int(trials), seed=3)
-    search.open(resume=resume == "resume")
+    """`python search_toys.py PATH MODE TRIALS PAUSE RESUME [STORAGE]`: one worker. "wait" resumes once the file `go` is there."""
+    path, mode, trials, pause, resume, *storage = sys.argv[1:]
+    chosen = storage[0] if storage else None
+    search = toy_search(Path(path), pause=float(pause), storage=chosen, mode=mode, trials=int(trials), seed=3)
+    search.open(resume=resume in ("resume", "wait"))
     print("open", flush=True)
+    while resume == "wait" and not Path(path).with_name("go").exists():
+        time.sleep(0.01)
     print(search.run().stopped)
+    search.file.close()
     return 0
 
 

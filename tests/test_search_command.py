@@ -13,15 +13,19 @@ from typing import Any
 import optuna
 import pytest
 from optuna.storages import JournalStorage
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import surgeon
 from surgeon.cli import main
 from surgeon.rewrite import dynamic_layers
+from surgeon.search.database import StudyDatabase
 from surgeon.search.folder import read_search
 from surgeon.search.gain import GainTable
 from surgeon.search.journal import Journal
 from surgeon.zoo.finetune.loop import Interrupted, Run
-from tests.search_tasks import FACTORY, SPACE, search_arguments, tiny_tasks
+from tests.search_servers import free_port
+from tests.search_tasks import FACTORY, SHORT, SPACE, search_arguments, tiny_tasks
 from tests.test_search_training import failing
 
 __all__ = ["tiny_tasks"]
@@ -101,15 +105,40 @@ def _check_export(finals: Any, capsys: Capture) -> None:
     assert main(["study", "export", "s", "-o", "out", "--force", "--quiet"]) == 0
 
 
+@pytest.mark.parametrize(
+    "budgets",
+    [
+        ["--max-params=10"],
+        ["--max-flops=-20%", "--max-params=-20%"],
+        ["--max-flops=+300%", "--max-memory=1MiB"],  # where the one leaves room, the other leaves none
+    ],
+)
 def test_budgets_that_nothing_meets_end_at_once_with_the_nearest(
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    budgets: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Run, "train", lambda self: pytest.fail("something was trained"))
-    assert main(search_arguments("s", "--max-params", "10")) == 1
+    assert main(search_arguments("s", *budgets)) == 1
     error = capsys.readouterr().err
-    nearest = re.search(r"--max-params (\S+)", error)
+    nearest = re.search(
+        r"the nearest budgets that one placement meets are .*" + budgets[-1].split("=")[0] + r" (\S+)", error
+    )
     assert nearest is not None, error
-    assert not Path("s/study.jsonl").exists()
+    assert error.count("\n") == 1
+    assert not Path("s").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [([], "needs a folder"), (["--data", "nowhere"], "there is no folder nowhere"), (["--data", "."], "no folders")],
+)
+def test_a_task_without_data_is_one_error(data: list[str], said: str, capsys: Capture) -> None:
+    arguments = ["search", "zoo/resnet20_cifar", "--task", "classification", "--weights", "random", *data]
+    assert main([*arguments, "-o", "s"]) == 2
+    out, error = capsys.readouterr()
+    assert said in error
+    assert error.count("\n") == 1
+    assert out == ""
+    assert not Path("s").exists()
 
 
 def test_another_model_space_or_budget_is_refused_with_the_difference(capsys: Capture) -> None:
@@ -160,8 +189,13 @@ def test_interrupted_finals_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--storage", "postgresql://host/db"], "databases"),
-        (["--join", "study"], "databases"),
+        (["--storage", "nonsense"], "expected a URL such as postgresql://"),
+        (["--storage", "sqlite://"], "in memory is lost"),
+        (["--join", "study"], "--join needs --storage"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--layers", "k<=1"], "the selection 'k<=1' matches nothing"),
+        (["--layers", "nowhere"], "nowhere"),
+        (["--max-flops", "10%"], "has a sign"),
         (["--mode", "guess"], "no search mode 'guess'"),
         (["--trials", "0"], "--trials must be at least 1"),
         (["--gains", "guess"], "neither a file nor one of"),
@@ -206,11 +240,132 @@ def test_gains_round_trip(capsys: Capture) -> None:
     assert main(["gains", *arguments, "--method", "guess"]) == 2
 
 
+# --- databases, jobs, TensorBoard ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+def test_a_search_in_a_database_is_begun_joined_and_read(database: str, capsys: Capture, tmp_path: Path) -> None:
+    shared = ["--storage", database, "--no-pruning", "--mode", "random"]
+    assert main(search_arguments("r50", "--trials", "2", *shared)) == 0
+    assert "other machines join with --join r50" in capsys.readouterr().err
+    assert not Path("r50/study.jsonl").exists()
+    assert main(search_arguments("r50", "--trials", "3", *shared)) == 2  # it exists
+    assert "go on with it (--join r50)" in capsys.readouterr().err
+    join = ["search", FACTORY, "--task", "tiny-regression", *SPACE, *SHORT, "--trials", "4", *shared]
+    (tmp_path / "elsewhere").mkdir()
+    os.chdir(tmp_path / "elsewhere")  # as if on another machine
+    assert main([*join, "--join", "nobody"]) == 2
+    assert "Studies there: r50" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    assert main([*join, "--join", "r50", "--max-flops", "+300%"]) == 2
+    assert "budgets.flops" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    assert main([*join, "--join", "r50", "--quiet"]) == 0
+    capsys.readouterr()
+    found = read_search("runs/r50")
+    assert sum(one.counts for one in found.records) == 4
+    assert len({one.worker for one in found.records if one.counts}) == 2
+    assert main(["study", "status", "runs/r50", "--json"]) == 0
+    assert document(capsys)["trials"]["complete"] == 4
+    os.chdir(tmp_path)
+    assert main(["study", "best", "r50", "--json"]) == 0  # the first machine sees all trials
+    assert document(capsys)[0]["value"] == min(found.value(one) or 1e9 for one in found.ranked())
+    assert main(search_arguments("r50", "--trials", "4", "--resume")) == 2
+    assert "give its --storage" in capsys.readouterr().err
+    assert main(search_arguments("r50", "--trials", "5", *shared, "--resume", "--quiet")) == 0
+    assert "tester" not in Path("r50/search.json").read_text()
+
+
+def test_passwords_are_not_written_down(tmp_path: Path) -> None:
+    pytest.importorskip("psycopg")
+    study = StudyDatabase("postgresql://me:secret@127.0.0.1:1/x", "s")
+    assert study.address == {"url": "postgresql+psycopg://me@127.0.0.1:1/x", "name": "s"}
+    assert "secret" not in str(study)
+
+
+def test_a_database_that_cannot_be_reached_is_one_error(capsys: Capture) -> None:
+    pytest.importorskip("psycopg")
+    url = f"postgresql://me:secret@127.0.0.1:{free_port()}/x"
+    for more in ([], ["--join", "x"]):
+        assert main(search_arguments("s", "--storage", url, *more)) == 2
+        out, error = capsys.readouterr()
+        assert "cannot reach the database postgresql+psycopg://me:***@127.0.0.1" in error
+        assert error.count("\n") == 1
+        assert out == ""
+        assert not Path("s").exists()
+
+
+@pytest.mark.parametrize(
+    ("trials", "steps", "workers"),
+    [(4, "4", 1), pytest.param(26, "60", 2, marks=pytest.mark.slow)],  # the second takes seconds to start
+)
+def test_jobs_are_workers_of_one_search(trials: int, steps: str, workers: int, tmp_path: Path) -> None:
+    worker = start(tmp_path / "s", "--jobs", "2", "--json", "--steps", steps, trials=trials)
+    out, error = worker.communicate(timeout=900)
+    assert worker.returncode == 0, error
+    found = read_search(tmp_path / "s")
+    assert sum(one.counts for one in found.records) == trials
+    assert len({one.hash for one in found.records if one.counts}) == trials
+    assert json.loads(out)["workers"] == 0
+    names = {one.worker for one in found.records if one.worker is not None}
+    assert len(names) >= workers, error
+    boards = {path.name for path in (tmp_path / "s" / "tensorboard").iterdir()}
+    assert boards == {name.rsplit("-", 1)[0] for name in names}  # host and process
+
+
+def test_tensorboard_has_curves_and_hparams(capsys: Capture) -> None:
+    assert main(search_arguments("s", "--trials", "3", "--no-pruning", "--max-flops", "+300%", "--quiet")) == 0
+    found = read_search("s")
+    done = [one for one in found.records if one.counts]
+    assert len(done) == 3
+    (folder,) = Path("s/tensorboard").iterdir()
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    best = [event.value for event in board.Scalars("search/best_mse")]
+    values = {event.step: event.value for event in board.Scalars("search/mse")}
+    assert values == {one.number: pytest.approx(found.value(one)) for one in done}
+    assert best == sorted(best, reverse=True)
+    use = [event.value for event in board.Scalars("budget/flops")]
+    assert all(0 < share <= 1 for share in use)
+    trials = sorted(path for path in folder.iterdir() if path.is_dir())
+    assert [path.name for path in trials] == [f"trial-{one.number:04}" for one in done]
+    summary = EventAccumulator(str(trials[1]))
+    summary.Reload()
+    session = HParamsPluginData.FromString(
+        summary.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    ).session_start_info
+    assert session.hparams["replaced"].number_value == len(found.records[1].placement)
+    assert {layer: session.hparams[layer].string_value for layer in found.records[1].placement} == dict(
+        found.records[1].placement
+    )
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_optunas_own_plots_read_the_study(capsys: Capture) -> None:
+    from optuna.visualization import matplotlib as plots
+
+    assert main(search_arguments("s", "--trials", "6", "--mode", "tpe", "--no-pruning", "--quiet")) == 0
+    # as a user would do it: with Optuna alone
+    storage = JournalStorage(optuna.storages.journal.JournalFileBackend("s/study.jsonl"))
+    study = optuna.load_study(study_name="search", storage=storage)
+    history = plots.plot_optimization_history(study)
+    assert len(history.collections[0].get_offsets()) == 6
+    for plot in (plots.plot_timeline, plots.plot_intermediate_values, plots.plot_edf, plots.plot_parallel_coordinate):
+        assert plot(study) is not None
+    import matplotlib.pyplot
+
+    matplotlib.pyplot.close("all")
+
+
 # --- killed -------------------------------------------------------------------------------------------------------
 
 
-def start(folder: Path, *more: str) -> "subprocess.Popen[str]":
-    arguments = search_arguments(folder, "--trials", "4", "--mode", "random", "--no-pruning", *more)
+def start(folder: Path, *more: str, trials: int = 4) -> "subprocess.Popen[str]":
+    arguments = search_arguments(folder, "--trials", str(trials), "--mode", "random", "--no-pruning", *more)
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "tests.search_tasks", *arguments],
         cwd=ROOT,

@@ -436,8 +436,14 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
 def test_two_workers_share_a_study_and_one_may_die(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     toy_search(path, mode="decoder", trials=18, seed=3).open()
-    first, second = (worker(path, "decoder", 18, 0.15, "resume") for _ in range(2))
-    kill_midway(second, 0.6)
+    first, second = children = [worker(path, "decoder", 18, 0.15, "wait") for _ in range(2)]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"open\n"
+    (tmp_path / "go").touch()  # both at once, however long they took to start
+    time.sleep(0.6)
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
     assert finish(first) == "trials"
     records = read(path)
     assert sum(one.counts for one in records) == 18
@@ -447,6 +453,32 @@ def test_two_workers_share_a_study_and_one_may_die(tmp_path: Path) -> None:
     calls = Counter((tmp_path / "calls.txt").read_text().split())
     assert sum(calls.values()) - len(calls) <= 1  # at most the one in flight was begun twice
     assert len({one.worker for one in records}) == 2
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_one_of_two_workers(tmp_path: Path) -> None:
+    path, moments = tmp_path / "s.jsonl", random.Random(13)
+    toy_search(path, mode="random", trials=2000, seed=3).open()
+    steady = worker(path, "random", 2000, 0.2, "resume")
+    completed: dict[int, Any] = {}
+    for _ in range(20):
+        kill_midway(worker(path, "random", 2000, 0.2, "resume"), moments.uniform(0.0, 0.8))
+        now = {one[0]: one for one in proposals(read(path)) if one[2] is not None}
+        assert {number: now[number] for number in completed} == completed  # nothing completed is lost
+        completed = now
+    steady.send_signal(signal.SIGINT)
+    assert finish(steady) == "interrupted"
+    left = [one for one in read(path) if one.state == "running"]
+    assert len(left) <= 2  # what both had in hand; all that was orphaned before was taken up
+    done = sum(one.counts for one in read(path)) + len(left)
+    assert finish(worker(path, "random", done, 0.0, "resume")) == "trials"
+    records = [one for one in read(path) if one.state != "waiting"]
+    assert {one.state for one in records} == {"complete"}
+    assert set(Counter(one.hash for one in records if one.counts).values()) == {1}
+    assert sum(one.attempts - 1 for one in records) <= 22  # at most one redone a kill
+    calls = Counter((tmp_path / "calls.txt").read_text().split())
+    assert set(calls) == {one.hash for one in records}
+    assert sum(calls.values()) - len(calls) <= 22
 
 
 def test_a_trial_that_kills_its_workers_is_given_up(tmp_path: Path) -> None:

@@ -233,6 +233,7 @@ class Run:
         self.trainer, self.store, self.journal, self.progress = trainer, store, journal, progress
         self.config, self.plan, self.accelerator = trainer.config, trainer.plan, trainer.accelerator
         self.guard = Guard(most=self.config.max_rollbacks, factor=self.config.rollback_factor)
+        self.newest: tuple[int, Evaluation] | None = None  # step and evaluation, of this sitting
 
     def train(self) -> None:
         """Up to the end. Raises `Interrupted` after a first SIGINT or SIGTERM, `TrainingError` where it cannot go on."""
@@ -312,7 +313,7 @@ class Run:
     def evaluate(self) -> Evaluation:
         """The kept model on the validation samples."""
         trainer = self.trainer
-        return evaluate(
+        found = evaluate(
             trainer.result,
             trainer.task,
             trainer.data.val,
@@ -320,6 +321,8 @@ class Run:
             self.accelerator,
             picture=self.journal.log is not None,
         )
+        self.newest = (self.progress.step, found)
+        return found
 
     def note(self, found: Evaluation) -> None:
         """Enter an evaluation: is it the best?"""

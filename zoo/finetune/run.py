@@ -192,7 +192,11 @@ class _Session:
         best = progress.best_step if self.config.keep == "best" else None
         if best is not None:
             trainer.result.load_state_dict(run.store.best(best))
-        final = evaluate(trainer.result, self.task, self.data.val, self.config, self.accelerator)
+        kept = progress.step if best is None else best
+        if run.newest is not None and run.newest[0] == kept:  # these weights were evaluated last
+            final = run.newest[1]
+        else:
+            final = evaluate(trainer.result, self.task, self.data.val, self.config, self.accelerator)
         final, recalibrated = self._recalibrated(trainer, final)
         start = progress.start
         summary = Summary(
@@ -205,7 +209,7 @@ class _Session:
             steps=progress.step,
             epochs=run.plan.epoch(progress.step),
             stopped=progress.stopped or "steps",
-            kept_step=progress.step if best is None else best,
+            kept_step=kept,
             recalibrated=recalibrated,
             rollbacks=progress.rollbacks,
             seconds=progress.seconds,

@@ -1,0 +1,227 @@
+"""A whole search on the trained CIFAR ResNet-20 under two budgets, and what it found against the papers' own placements.
+
+    python -m benchmarks.search_cifar [--trials 16] [--seeds 3] [--quick] [--fresh]
+
+Arms, all trained equally with every seed: the network without conversion, the placement that the search found, a random
+feasible one, PAFU in the first convolution of every stage and ACDA in the last stage, as the papers place them. The search sees
+one half of the JPEG test images, the arms are judged on the other half. An arm that is over the budgets says so; it is trained
+all the same, for the search must not look good because others were left out. Writes benchmarks/results/search_cifar.json;
+interrupted, it goes on where it was (the search is in results/search_cifar.study).
+"""
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import optuna
+from tqdm import tqdm
+
+from benchmarks import _data as data
+from benchmarks._cifar import TEST_SET, Cifar, CifarTask
+from benchmarks._results import RESULTS, Rows, table, write_json
+from benchmarks.finetune_defaults import NEEDS, network
+from surgeon.costs.table import Option
+from surgeon.search.budget import Budgets
+from surgeon.search.draw import random_placement
+from surgeon.search.gate import Gate
+from surgeon.search.method import make_gains
+from surgeon.search.problem import Ints
+from surgeon.search.propose import derived_seed
+from surgeon.search.run import Search, SearchConfig
+from surgeon.search.setup import GAINS
+from surgeon.search.space import SpaceConfig
+from surgeon.search.study import StudyFile
+from surgeon.search.training import ShortConfig, TrainingEvaluator, bound
+from surgeon.select import select
+from surgeon.sites import find_sites
+from surgeon.zoo.evaluate import evaluate
+from surgeon.zoo.finetune import FinetuneConfig
+from surgeon.zoo.tasks import TaskConfig
+
+BUDGETS = {"flops": "+30%", "memory": "+50%"}
+ACDA, PAFU = Option("acda", {"atoms": 4, "scales": 1}), Option("pafu", {"group_size": 8})
+OPTIONS = (ACDA, Option("pafu", {"group_size": 4}), PAFU, Option("sekg", {}))
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Size:
+    """How long a trial trains, how much longer an arm (2^rung), and how many images each half has."""
+
+    steps: int = 60
+    rung: int = 2
+    images: int = 1500
+
+
+FULL, QUICK = Size(), Size(steps=4, rung=0, images=50)
+
+
+class Half(CifarTask):
+    """Judged on every other test image, from `first` (0 or 1) on."""
+
+    def __init__(self, config: TaskConfig, first: int, images: int) -> None:
+        super().__init__(config, seed=0)
+        tests = data.cifar_jpeg((config.data or data.data_folder()) / TEST_SET)
+        half = data.Labelled(tests.x[first::2], tests.y[first::2]).every(images)
+        self.sets["val"] = Cifar(half, 0, train=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=16, metavar="N")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of every arm (default: %(default)s)")
+    parser.add_argument("--mode", default="decoder", metavar="MODE", help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="few steps and images")
+    parser.add_argument("--fresh", action="store_true", help="forget an interrupted run")
+    parser.add_argument("--data", type=Path, default=data.data_folder(), help="default: %(default)s")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    lacking = data.missing(NEEDS, args.data)
+    if lacking:
+        print(f"not in {args.data}: {', '.join(lacking)}", file=sys.stderr)
+        return 2
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    size, name = (QUICK, "search_cifar-quick") if args.quick else (FULL, "search_cifar")
+    rows = Rows(args.results / f"{name}.jsonl", fresh=args.fresh)
+    study = args.results / f"{name}.study"
+    if args.fresh:
+        shutil.rmtree(study, ignore_errors=True)
+    evaluator, gate = prepare(args.data, size)
+    found = search(evaluator, gate, study, args.trials, args.mode, rows)
+    for arm, placement in arms(gate, found).items():
+        for seed in tqdm(range(args.seeds), desc=arm, disable=None):
+            if f"{arm}/{seed}" not in rows:
+                rows.add(f"{arm}/{seed}", train(evaluator, arm, placement, seed, args.data, size))
+    finish(rows, gate, arms(gate, found), size, args.results / f"{name}.json")
+    return 0
+
+
+def prepare(folder: Path, size: Size) -> tuple[TrainingEvaluator, Gate]:
+    """The evaluator of trials and the budgets."""
+    task = Half(TaskConfig(data=folder), 0, size.images)
+    model = bound(network(folder), task)
+    config = FinetuneConfig(batch_size=BATCH, eval_batch_size=100, recalibrate=0, device="cpu")
+    gate = Gate(
+        model,
+        SpaceConfig(options=OPTIONS),
+        Budgets.parse(**BUDGETS),
+        input_size=(3, 32, 32),
+        batch_size=BATCH,
+        optimizer="adamw",
+    )
+    short = ShortConfig(steps=size.steps, evaluations=2, base=config)
+    return TrainingEvaluator(model, task, gate.space, short), gate
+
+
+def search(evaluator: TrainingEvaluator, gate: Gate, folder: Path, trials: int, mode: str, rows: Rows) -> Ints:
+    """The best placement with replacements of a search; its seconds, over all sittings, go into the rows."""
+    start = time.perf_counter()
+    file = StudyFile(folder / "study.jsonl")
+    gains = make_gains(GAINS, evaluator)
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=evaluator.config.interval(0), reduction_factor=2)
+    config = SearchConfig(trials=trials, mode=mode, seed=0)
+    run = Search(file, gate.space, gains, evaluator, gate, config, pruner=pruner)
+    run.open(resume=file.exists())
+    if run.run().stopped == "interrupted":
+        sys.exit(130)
+    known = rows.rows.get("search", {}).get("seconds", 0.0)
+    records = run.file.records()
+    done = [one for one in records if one.state == "complete" and one.values and one.placement]
+    best = min(done, key=lambda one: (one.values or (0.0,))[0])
+    facts = {
+        "seconds": round(known + time.perf_counter() - start, 1),
+        "trials": sum(one.counts for one in records),
+        "refused": sum(one.state == "refused" for one in records),
+        "mode": mode,
+        "gains": GAINS,
+        "value": (best.values or (0.0,))[0],
+        "original": next(((one.values or (0.0,))[0] for one in done_original(records)), None),
+    }
+    rows.add("search", facts)
+    return gate.space.placement(best.placement)
+
+
+def done_original(records: Sequence[Any]) -> list[Any]:
+    """The trial of the unmodified network."""
+    return [one for one in records if one.state == "complete" and not one.placement]
+
+
+def arms(gate: Gate, found: Ints) -> dict[str, Ints]:
+    """Placements by name."""
+    space = gate.space
+    sites = find_sites(network_of(gate), input_size=(3, 32, 32)).convs
+
+    def everywhere(selection: str, option: Option) -> Ints:
+        chosen = {site.name for site in select(sites, selection)}
+        column = space.labels.index(option.label)
+        return np.array([column if layer in chosen else 0 for layer in space.layers], dtype=np.int64)
+
+    drawn = random_placement(gate.problem, np.random.default_rng(derived_seed(0, "arm")))
+    assert drawn is not None
+    return {
+        "no conversion": np.zeros(len(space.layers), dtype=np.int64),
+        "found": found,
+        "random feasible": drawn,
+        "PAFU, first of stage": everywhere("first-of-stage", PAFU),
+        "ACDA, last stage": everywhere("layer3.*", ACDA),
+    }
+
+
+def network_of(gate: Gate) -> Any:
+    """The gate's network, on the meta device."""
+    return gate.build(np.zeros(len(gate.space.layers), dtype=np.int64))
+
+
+def train(
+    evaluator: TrainingEvaluator, arm: str, placement: Ints, seed: int, folder: Path, size: Size
+) -> dict[str, Any]:
+    """One arm with one seed, judged on the images that the search has not seen."""
+    start = time.perf_counter()
+    model = evaluator.train(placement, rung=size.rung, seed=seed).model
+    metrics = evaluate(model, Half(TaskConfig(data=folder), 1, size.images), batch_size=100)
+    seconds = round(time.perf_counter() - start, 1)
+    return {"arm": arm, "seed": seed, "loss": metrics["loss"], "top1": 100 * metrics["top1"], "seconds": seconds}
+
+
+def finish(rows: Rows, gate: Gate, placements: dict[str, Ints], size: Size, path: Path) -> None:
+    """Print a line for every arm, and write the JSON."""
+    lines = []
+    for arm, placement in placements.items():
+        own = [row for row in rows.values() if row.get("arm") == arm]
+        costs, verdict = gate.trace(placement), gate.check(placement)
+        loss, top1 = [row["loss"] for row in own], [row["top1"] for row in own]
+        lines.append(
+            {
+                "arm": arm,
+                "replaced": int((placement != 0).sum()),
+                "flops": costs.flops / gate.original.flops - 1,
+                "memory": costs.peak_bytes / gate.original.peak_bytes - 1,
+                "within": verdict.fits,
+                "seeds": len(own),
+                "loss": fmean(loss),
+                "loss_sd": stdev(loss) if len(loss) > 1 else None,
+                "top1": fmean(top1),
+                "top1_sd": stdev(top1) if len(top1) > 1 else None,
+            }
+        )
+    table(list(lines[0]), [list(line.values()) for line in lines])
+    settings = {"budgets": BUDGETS, "batch": BATCH, "trial_steps": size.steps, "arm_steps": size.steps << size.rung}
+    named = {arm: gate.space.names(placement) for arm, placement in placements.items()}
+    search_facts = rows.rows["search"]
+    print(f"\nsearch: {search_facts['trials']} trials in {search_facts['seconds'] / 60:.1f} minutes")
+    write_json(
+        path,
+        {"settings": settings, "search": search_facts, "arms": lines, "placements": named, "rows": rows.values()},
+    )
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""When a worker stops: Ctrl-C, or the end of its time."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Stop:
+    """When to stop: Ctrl-C, or the end of the time."""
+
+    deadline: float | None
+    interrupted: bool = False
+
+    @property
+    def reason(self) -> str | None:
+        if self.interrupted:
+            return "interrupted"
+        return "time" if self.deadline is not None and time.monotonic() >= self.deadline else None
+
+
+@contextmanager
+def on_interrupt(stop: Stop) -> Iterator[None]:
+    """The first Ctrl-C asks the search to stop, the second stops it at once. Only the main thread can catch it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: Any) -> None:
+        stop.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
