@@ -187,8 +187,9 @@ class StudyDatabase(Study):
     def _clear(self, storage: RDBStorage) -> None:
         """Remove what a worker left that was killed while it began this study."""
         found = optuna.load_study(storage=storage, study_name=self.name)
-        begun = not found.user_attrs or _NOTES in found.user_attrs
-        if not begun or any(trial.state != TrialState.WAITING for trial in found.get_trials(deepcopy=False)):
+        trials = found.get_trials(deepcopy=False)
+        ours = _NOTES in found.user_attrs or not (found.user_attrs or trials)  # the notes are written before any trial
+        if not ours or any(trial.state != TrialState.WAITING for trial in trials):
             raise StudyError(f"{self} is an Optuna study, but not one that surgeon began")
         optuna.delete_study(storage=storage, study_name=self.name)
 

@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# The processes of one run share the cores, with what they start; torch reads this when it is imported.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 import pytest
 import torch
 from hypothesis import settings
