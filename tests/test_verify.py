@@ -200,35 +200,57 @@ def test_a_network_that_amplifies_even_float64_rounding() -> None:
     )
     assert found.precision == "float64"
     assert "amplifies even float64 rounding" in found.notes[1]
+    settled = Settled(difference(0.4), exact, 0.5, 1e-15)  # of order one: settled by the layers and what is around them
+    assert judge(difference(0.9), {"a": difference(1e-6)}, torch.float32, lambda: settled).exact
     for settled in (
         Settled(difference(6e-9), exact, 2e-10),  # more than rounding explains
         Settled(difference(6e-9), inexact, 2e-9),  # a layer that is off by more than rounding
-        Settled(difference(6e-5), exact, 1e-3),  # so chaotic that nothing can be said
+        Settled(difference(0.4), exact, 0.5, 1e-6),  # the model around the layers is another
+        Settled(difference(math.inf), exact, math.inf),  # outputs that cannot be compared
     ):
         with pytest.raises(VerificationError, match="in float64 still"):
             judge(difference(0.2), {"a": difference(1e-6)}, torch.float32, lambda settled=settled: settled)
 
 
+class Chaos(nn.Module):
+    """A convolution and a logistic map, which doubles differences at every step."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.steps = steps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.sigmoid(self.conv(x))
+        for _ in range(self.steps):
+            x = 4 * x * (1 - x)
+        return x
+
+
 def test_chaos_is_measured_on_the_network_itself() -> None:
     torch.manual_seed(0)
-
-    class Chaos(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 3, 3, padding=1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = torch.sigmoid(self.conv(x))
-            for _ in range(26):
-                x = 4 * x * (1 - x)  # the logistic map doubles differences
-            return x
-
-    model = Chaos()
+    model = Chaos(26)
     converted, report = surgeon.convert(model, layers="all", type="acda", example_inputs=torch.rand(2, 3, 8, 8))
     assert report.precision == "float64"
     assert 1e-10 < report.max_rel_error < 1e-5
     assert any("amplifies even float64 rounding" in note for note in report.notes)
     assert surgeon.verify(model, converted, torch.rand(2, 3, 8, 8)).exact
+
+
+def test_outputs_that_say_nothing_are_settled_by_the_layers_and_what_is_around_them() -> None:
+    torch.manual_seed(0)
+    model = Chaos(100)
+    x = torch.rand(2, 3, 8, 8)
+    converted, report = surgeon.convert(model, layers="all", type="acda", example_inputs=x)
+    assert report.precision == "float64"
+    assert report.max_rel_error is not None
+    assert report.max_rel_error > 0.1
+    assert any("computing in the converted model the outputs differ by 0.0e+00" in note for note in report.notes)
+
+    assert surgeon.verify(model, converted, x).exact
+    converted.steps = 101
+    with pytest.raises(VerificationError, match="differs around its layers"):
+        surgeon.verify(model, converted, x)
 
 
 def test_a_wrong_layer_fails_whatever_float64_says() -> None:
