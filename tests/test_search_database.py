@@ -37,6 +37,12 @@ def server() -> Iterator[Server]:
         yield running
 
 
+# Processes that are killed: a file of SQLite is among the slow tests, a server and (test_search_study) a journal are not.
+ON_A_SERVER = pytest.mark.parametrize(
+    "storage", [pytest.param("sqlite", marks=pytest.mark.slow), "postgresql"], indirect=True
+)
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty database."""
@@ -189,6 +195,7 @@ def test_a_proposal_that_was_half_written_is_taken_up(
     assert proposals(read(storage)) == proposals(whole.file.records())
 
 
+@ON_A_SERVER
 def test_a_killed_worker_goes_on_as_if_nothing_had_happened(storage: str, tmp_path: Path) -> None:
     path, moments = tmp_path / "s", random.Random(7)
     completed: list[Any] = []
@@ -208,6 +215,7 @@ def test_a_killed_worker_goes_on_as_if_nothing_had_happened(storage: str, tmp_pa
 # --- several ------------------------------------------------------------------------------------------------------
 
 
+@ON_A_SERVER
 def test_three_workers_share_a_study_and_one_dies(storage: str, tmp_path: Path) -> None:
     path, trials = tmp_path / "s", 24
     search = toy_search(path, storage=storage, mode="decoder", trials=trials, seed=3)

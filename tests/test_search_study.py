@@ -395,7 +395,7 @@ def kill_midway(child: "subprocess.Popen[bytes]", after: float) -> None:
     child.communicate()
 
 
-@pytest.mark.parametrize("mode", ["decoder", "posterior"])
+@pytest.mark.parametrize("mode", ["decoder", pytest.param("posterior", marks=pytest.mark.slow)])
 def test_a_killed_search_goes_on_as_if_nothing_had_happened(mode: str, tmp_path: Path) -> None:
     path, moments = tmp_path / "s.jsonl", random.Random(5)
     completed: list[Any] = []
