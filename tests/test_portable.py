@@ -121,6 +121,44 @@ def test_a_block_of_adfnet_exports_with_free_sizes() -> None:
     assert relative_error(program.module()(x), block(x)) <= 1e-5
 
 
+# --- torch.func ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", list(layer_types()))
+def test_vmap_and_gradients_of_every_sample(kind: str) -> None:
+    layer = awaken(make(kind, plain_conv())).double().eval()
+    parameters = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+    x = torch.randn(3, 6, 5, 7, dtype=torch.float64)
+
+    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (image[None],)).square().sum()
+
+    torch.testing.assert_close(torch.func.vmap(layer)(x[:, None])[:, 0], layer(x))
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i, image in enumerate(x):
+        layer.zero_grad()
+        layer(image[None]).square().sum().backward()
+        for name, gradient in found.items():
+            expected = layer.get_parameter(name).grad
+            expected = torch.zeros_like(gradient[i]) if expected is None else expected  # a selector in eval mode
+            torch.testing.assert_close(gradient[i], expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own, in jvp
+@pytest.mark.parametrize("operator", operators(), ids=lambda o: o.name)
+def test_a_hessian_vector_product(operator: Operator) -> None:
+    """Forward over reverse, against differences of the gradient."""
+    args = example(operator, "cpu", torch.float64)
+    x, direction = args[0], torch.randn_like(args[0])
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: operator(x, *args[1:]).pow(3).sum())(x)
+
+    _, product = torch.func.jvp(gradient, (x,), (direction,))
+    by_difference = (gradient(x + 1e-6 * direction) - gradient(x - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close(product, by_difference, rtol=1e-5, atol=1e-5)
+
+
 def test_acda_in_half_precision_stays_close() -> None:
     args = example(ACDA_CONV, "cpu", torch.bfloat16)
     expected = ACDA_CONV(*args, backend="reference")

@@ -1,9 +1,9 @@
 """Which implementation of an operator runs: the first in order of preference that has no reason not to.
 
 An operator has one definition (`reference`) and faster backends beside it. Each backend says by `why_not` for what reasons it
-cannot take these inputs; nothing falls through silently. While a model is exported, the backend `portable`, which is ordinary
-torch operations, goes before all others; otherwise the environment variable SURGEON_BACKEND names the backend of every call that
-does not name one itself.
+cannot take these inputs; nothing falls through silently. While a model is exported, and inside the transforms of `torch.func`, the
+backend `portable`, which is ordinary torch operations, goes before all others; otherwise the environment variable SURGEON_BACKEND
+names the backend of every call that does not name one itself.
 """
 
 import os
@@ -41,6 +41,14 @@ def exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def transforming() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, jvp, jacrev, …) is at work: it looks into ordinary operations only.
+
+    What `torch.compile` traces stays one node an operator.
+    """
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class Operator:
     """An operator and its backends, in order of preference."""
 
@@ -65,7 +73,7 @@ class Operator:
 
     def choose(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Backend:
         """The backend that would run; raises `BackendError` with every reason if there is none."""
-        if backend is None and PORTABLE in self.backends and exporting():
+        if backend is None and PORTABLE in self.backends and (exporting() or transforming()):
             backend = PORTABLE
         elif backend is None:
             backend = self._from_environment(*args)
