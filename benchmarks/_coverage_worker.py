@@ -36,7 +36,7 @@ from benchmarks._models import (
     tensors,
     training_loss,
 )
-from surgeon.errors import SurgeonError
+from surgeon.errors import SurgeonError, VerificationError
 from surgeon.layers.base import DynamicConv2d
 
 FLOAT32_ERROR, FLOAT64_ERROR = 1e-5, 1e-10
@@ -95,7 +95,8 @@ def check(model: nn.Module, case: Case, kind: str, size: int) -> dict[str, Any]:
         converted, report = surgeon.convert(model, layers="all", type=kind, example_inputs=inputs(model, case, size))
         out["seconds_convert"] = round(time.perf_counter() - start, 1)
     except SurgeonError as error:
-        return out | {"status": "refused" if error.exit_code == 1 else "failed", "failures": [_line(error)]}
+        refused = error.exit_code == 1 and not isinstance(error, VerificationError)
+        return out | {"status": "refused" if refused else "failed", "failures": [_line(error)]}
     except Exception as error:
         traceback.print_exc()
         return out | {"status": "failed", "failures": [f"convert: {_line(error)}"]}

@@ -1,6 +1,7 @@
 """The programs that fine-tune converted networks beside their originals, and that fold them back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,25 @@ def test_arms_begin_alike_and_are_trained(experiment: Experiment, tmp_path: Path
         assert pafu["replaced"] == ["0"]
         assert pafu["parameters"] > plain["parameters"]
     assert rows["toy/original/0"]["before"] != rows["toy/original/1"]["before"]
+
+
+def test_a_cross_validation_trains_anew_for_every_fold(experiment: Experiment, tmp_path: Path) -> None:
+    seen = []
+
+    def task(folder: Path, seed: int, images: int | None, fold: int) -> Task:
+        seen.append(fold)
+        return create_task("pattern-detection", seed=fold)
+
+    row = finetuned.run(replace(experiment, task=task, folds=2), "pafu", 0, tmp_path)
+    alone = [
+        finetuned.run(
+            replace(experiment, task=lambda *_, n=n: create_task("pattern-detection", seed=n)), "pafu", 0, tmp_path
+        )
+        for n in (0, 1)
+    ]
+    assert seen == [0, 1]
+    assert row["folds"] == 2
+    assert row["after"]["mse"] == pytest.approx((alone[0]["after"]["mse"] + alone[1]["after"]["mse"]) / 2)
 
 
 def test_rows_are_not_run_twice(experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
