@@ -40,7 +40,7 @@ from surgeon.errors import SurgeonError, VerificationError
 from surgeon.layers.base import DynamicConv2d
 
 FLOAT32_ERROR, FLOAT64_ERROR = 1e-5, 1e-10
-SUMMATION_ERROR = 4e-15  # of a float64 convolution whose terms are added in another order
+LAYER_ROUNDING = 1e-12  # up to this, a layer in float64 differs by rounding only
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,36 @@ def _own_error(trial: Trial) -> tuple[dict[str, Any], str | None]:
     result = {"rel_error": error64, "precision": "float64", "float32": error}
     if error64 <= FLOAT64_ERROR:
         return result, None
-    result["own_rounding"] = own = _relative_error(model, _Rounded(model), _double(trial.inputs()))
-    result["around"] = around = _relative_error(model, _Forced(converted, model), _double(trial.inputs()))
-    if error64 <= 10 * own and around <= FLOAT64_ERROR:  # a network that amplifies even float64 rounding
+    # a network that amplifies even float64 rounding: exact layers, the original around them, and no more than rounding does
+    layers = _layer_errors(model, converted, _double(trial.inputs()))
+    own = _relative_error(model, _Rounded(model, layers), _double(trial.inputs()))
+    around = _relative_error(model, _Forced(converted, model), _double(trial.inputs()))
+    result |= {"own_rounding": own, "around": around, "layers": (worst := max(layers.values()))}
+    if error64 <= 10 * own and around <= FLOAT64_ERROR and worst <= LAYER_ROUNDING:
         return result, None
     return result, f"relative error {error:.2g}, in float64 {error64:.2g} (rounding of the original itself: {own:.2g})"
+
+
+def _layer_errors(model: nn.Module, converted: nn.Module, args: tuple[Any, ...]) -> dict[str, float]:
+    """Relative error of every new layer on the inputs that the original's convolution gets."""
+    found: dict[str, float] = {}
+
+    def look(name: str) -> Any:
+        layer = copy.deepcopy(converted.get_submodule(name)).eval()
+
+        def hook(_: nn.Module, inputs: Any, out: Tensor) -> None:
+            found[name] = max(found.get(name, 0.0), relative_change(out, layer(*inputs)))
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(look(name)) for name in spatial_convolutions(model)]
+    try:
+        with torch.no_grad():
+            model.eval()(*args)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 class _Forced(nn.Module):
@@ -165,17 +190,17 @@ class _Forced(nn.Module):
 
 
 class _Rounded(nn.Module):
-    """A model whose spatial convolutions are off by a rounding error, of random sign."""
+    """A model whose spatial convolutions are off by these relative errors (at least a rounding), of random sign."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, errors: dict[str, float]) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
         generator = torch.Generator().manual_seed(0)
-        for name in spatial_convolutions(self.model):
+        for name, error in errors.items():
 
-            def off(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+            def off(_: nn.Module, args: Any, out: Tensor, error: float = error) -> Tensor:
                 sign = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
-                return out + sign * SUMMATION_ERROR * out.abs().max()
+                return out + sign * max(error, torch.finfo(out.dtype).eps) * out.abs().max()
 
             self.model.get_submodule(name).register_forward_hook(off)
 

@@ -145,9 +145,11 @@ def report(rows: list[dict[str, Any]]) -> str:
         "",
         "Written by `python -m benchmarks.coverage`: do not edit. Every spatial convolution (k >= 2) of each model is asked to",
         "become each layer type, from random weights in which nothing is switched off. *Error* is the largest relative",
-        "difference of the outputs in eval mode (float64, marked ᵈ, where depth amplifies float32 rounding beyond 1e-5), then",
-        "that of a layer's output, each on the inputs it really got. *Sensitivity* is the relative change of the output where",
-        "every weight of those convolutions changes by a tenth: where it is small, the errors of the layers are the evidence.",
+        "difference of the outputs in eval mode (float64, marked ᵈ, where depth amplifies float32 rounding beyond 1e-5; with the",
+        "original's convolutions in the converted model, marked ᶜ, where it amplifies float64 rounding beyond 1e-10, the layers",
+        "then being exact to 1e-12), then that of a layer's output, each on the inputs it really got. *Sensitivity* is the",
+        "relative change of the output where every weight of those convolutions changes by a tenth: where it is small, the errors",
+        "of the layers are the evidence.",
         f"Made with {versions}.",
         "",
         "## Summary",
@@ -205,10 +207,12 @@ def _result(row: dict[str, Any] | None) -> str:
     if row["status"] != "ok":
         return row["status"] if row["status"] == "none" else f"**{row['status']}**: {'; '.join(row['failures'])[:120]}"
     error = row["own_error"]
-    precision = "ᵈ" if error["precision"] == "float64" else ""
+    value, mark = error["rel_error"], "ᵈ" if error["precision"] == "float64" else ""
+    if "around" in error:
+        value, mark = error["around"], "ᶜ"
     marks = ("s" if row["train_step"] else "") + ("r" if row["round_trip"] else "")
     refused = f" ({len(row['refused'])})" if row["refused"] else ""
-    return f"{row['replaced']}{refused}, {error['rel_error']:.0e}{precision}, {row['worst_layer_error']:.0e}, {marks}"
+    return f"{row['replaced']}{refused}, {value:.0e}{mark}, {row['worst_layer_error']:.0e}, {marks}"
 
 
 def _reasons(rows: list[dict[str, Any]]) -> list[list[Any]]:
