@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 from surgeon.errors import GeometryError
+from surgeon.layers.dconv import SEKG, DConv2d
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.kernels.dconv import dconv
-from surgeon.layers.sekg import SEKG, DConv2d
 
 SLOPE = 0.2
 DILATIONS = (1, 3, 5)

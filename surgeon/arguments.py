@@ -1,8 +1,13 @@
-"""Values on the command line that several commands take. Nothing heavy is imported."""
+"""Arguments that several commands take, and the values that these may have. Nothing heavy is imported."""
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgeon.recipe import BaseModel
 
 
 def assignment(text: str) -> tuple[str, Any]:
@@ -25,3 +30,84 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return value
+
+
+def size(text: str) -> tuple[int, ...]:
+    """(H, W) or (C, H, W); an argparse type."""
+    parts = text.lower().replace(",", "x").split("x")
+    try:
+        values = tuple(positive(part) for part in parts)
+    except argparse.ArgumentTypeError:
+        values = ()
+    if len(values) == 1:
+        values *= 2
+    if len(values) not in (2, 3):
+        raise argparse.ArgumentTypeError(f"expected SIZE, HxW or CxHxW, got {text!r}")
+    return values
+
+
+# --- groups of arguments ---------------------------------------------------------------------------------------------
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """A model by name, for `build`."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a timm name, torchvision/NAME, zoo/NAME, hf-hub:ID, a surgeon folder, or package.module:factory",
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
+    group.add_argument("--seed", type=int, default=0, help="of random weights and of the conversion (default: 0)")
+    group.add_argument("--num-classes", type=positive, metavar="N", help="classes of the model's head")
+    group.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
+    group.add_argument(
+        "--model-args",
+        type=assignment,
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="further options of the model",
+    )
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """A folder that surgeon wrote."""
+    parser.add_argument("run", metavar="RUN", help="a folder that surgeon wrote")
+    parser.add_argument(
+        "--trust-factory", action="store_true", help="run the package.module:factory that the recipe names"
+    )
+
+
+def add_output(parser: argparse.ArgumentParser, *, required: bool, help_: str) -> None:
+    """A folder to write."""
+    parser.add_argument("-o", "--output", required=required, metavar="OUT", help=help_)
+    parser.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")
+
+
+# --- what they say ------------------------------------------------------------------------------------------------------
+
+
+def build(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
+    """The model of `add_model`, and what is known of where it is from."""
+    from surgeon.models import build_model
+
+    return build_model(
+        args.model,
+        weights=args.weights,
+        seed=args.seed,
+        num_classes=args.num_classes,
+        input_size=args.input_size,
+        options=dict(args.model_args),
+    )
+
+
+def input_size(args: argparse.Namespace, base: "BaseModel | None") -> tuple[int, ...] | None:
+    """As given, or the model's own; None if neither is known."""
+    given: tuple[int, ...] | None = args.input_size
+    return given or (base.input_size or None if base is not None else None)
+
+
+def print_json(values: Any) -> None:
+    """The one document of --json."""
+    print(json.dumps(values, indent=2))

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy as is_lazy_tensor
 from surgeon.compare import Difference, compare
 from surgeon.copying import copy_model
 from surgeon.errors import ConfigError, GeometryError, UnsupportedLayerError, VerificationError
+from surgeon.gradients import check_gradients
 from surgeon.inputs import given_inputs
 from surgeon.layers.base import DynamicConv2d
 from surgeon.plan import Planned, make_plan, may_compress, nothing_replaced
@@ -22,7 +23,7 @@ from surgeon.rewrite import Rewrite, build_layer
 from surgeon.select import split_items
 from surgeon.sites import ConvSite, Sites, find_sites, macs_of
 from surgeon.trace import trace_graph
-from surgeon.verify import Settled, Verification, check_gradients, halves_agree, judge, measure, run, settle_in_double
+from surgeon.verify import Settled, Verification, halves_agree, judge, measure, run, settle_in_double
 
 Progress = Callable[[str, int, int], None]
 
