@@ -29,9 +29,12 @@ from surgeon.zoo.finetune import FinetuneConfig, finetune
 from surgeon.zoo.tasks import create_task
 
 PICTURE = ROOT / "docs" / "pictures" / "sad-selection.png"
-STEPS = {"pattern": 4000, "sad": 6000}
+STEPS = {"pattern": 4000, "sad": 10000}
 QUICK_STEPS = {"pattern": 1500, "sad": 400}
 SHIFT, MARGIN = 20, 8
+RATE, NEW_RATE = 3e-3, 1.0  # everything is new
+# A selector that learns as fast as the kernels takes one kernel everywhere before the other is worth anything, and stays with it.
+SLOW_SELECTOR = {("sad", "pafu"): (1e-2, 0.1)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,14 +69,16 @@ def run(
     task = (
         create_task("pattern-detection", seed=seed, shift=SHIFT) if toy == "pattern" else create_task("sad", seed=seed)
     )
+    rate, new_rate = SLOW_SELECTOR.get((toy, arm), (RATE, NEW_RATE))
     config = FinetuneConfig(
         max_steps=steps,
         epochs=1e6,
-        batch_size=1 if toy == "pattern" else 4,
+        batch_size=1,
         opt="adam",
-        lr=3e-3,
+        lr=rate,
         weight_decay=0.0,
-        new_lr_scale=1.0,  # everything is new
+        new_lr_scale=new_rate,
+        regularization=1.0,  # PAFU, equation 4
         recalibrate=0,
         eval_every="100%",
         keep="last",
@@ -149,7 +154,7 @@ class Predicted(Plain):
 
 
 def _pafu() -> nn.Module:
-    config = PAFUConfig(group_size=2, hidden=44, selector_depth=3, perturbation=1.0)
+    config = PAFUConfig(group_size=2, hidden=44, selector_depth=3, perturbation=1.0, temperature=5.0)
     return PAFUConv2d.from_conv(nn.Conv2d(3, 3, 5, padding=2, bias=False), config)
 
 
