@@ -29,7 +29,7 @@ from surgeon.zoo.finetune import FinetuneConfig, finetune
 from surgeon.zoo.tasks import create_task
 
 PICTURE = ROOT / "docs" / "pictures" / "sad-selection.png"
-STEPS = {"pattern": 4000, "sad": 10000}
+STEPS = {"pattern": 4000, "sad": 6000}
 QUICK_STEPS = {"pattern": 1500, "sad": 400}
 SHIFT, MARGIN = 20, 8
 RATE, NEW_RATE = 3e-3, 1.0  # everything is new
