@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from benchmarks import collapsed, finetuned, report
-from benchmarks.finetuned import Experiment, means
+from benchmarks._experiments import Experiment
+from benchmarks.finetuned import means
 from surgeon.recipe import Recipe, Rule
 from surgeon.zoo.tasks import Task, create_task
 
