@@ -79,6 +79,7 @@ def run(
         weight_decay=0.0,
         new_lr_scale=new_rate,
         regularization=1.0,  # PAFU, equation 4
+        temperature_end=1.0,
         recalibrate=0,
         eval_every="100%",
         keep="last",
@@ -154,8 +155,11 @@ class Predicted(Plain):
 
 
 def _pafu() -> nn.Module:
+    """From scratch: the selector's last convolution, which is zero where a trained convolution is replaced, is drawn at random."""
     config = PAFUConfig(group_size=2, hidden=44, selector_depth=3, perturbation=1.0, temperature=5.0)
-    return PAFUConv2d.from_conv(nn.Conv2d(3, 3, 5, padding=2, bias=False), config)
+    layer = PAFUConv2d.from_conv(nn.Conv2d(3, 3, 5, padding=2, bias=False), config)
+    layer.selector.expand.reset_parameters()
+    return layer
 
 
 def _sad(model: nn.Module, task: Any, picture: Path | None) -> dict[str, Any]:
