@@ -270,7 +270,6 @@ TABLES: dict[str, Table] = {
     "generators": generators,
     "compiled": compiled,
     "large_image": large_image,
-    "toys-quick": toys,
     "toys": toys,
     "operators": operators,
     "trained": trained,
