@@ -8,6 +8,7 @@ compiler's own time stands beside. Writes benchmarks/results/compiled.json; inte
 """
 
 import argparse
+import functools
 import sys
 import time
 import warnings
@@ -48,9 +49,8 @@ class TapsByHand(torch.autograd.Function):
 def _taps(x: Tensor, kernels: Tensor) -> Tensor:
     height, width = x.shape[-2:]
     padded = F.pad(x, (1, 1, 1, 1))
-    return sum(
-        kernels[:, :, 3 * i + j] * padded[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)
-    )  # type: ignore[return-value]
+    taps = [kernels[:, :, 3 * i + j] * padded[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return functools.reduce(torch.add, taps)
 
 
 @torch.compile(dynamic=False)
@@ -61,10 +61,10 @@ def _taps_backward(grad: Tensor, x: Tensor, kernels: Tensor) -> tuple[Tensor, Te
     shifted = [padded[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     grad_kernels = torch.stack([grad * tap for tap in shifted], 2)
     product = F.pad(grad[:, :, None] * kernels, (1, 1, 1, 1))
-    grad_x = sum(
+    gathered = [
         product[:, :, 3 * i + j, 2 - i : 2 - i + height, 2 - j : 2 - j + width] for i in range(3) for j in range(3)
-    )
-    return grad_x, grad_kernels  # type: ignore[return-value]
+    ]
+    return functools.reduce(torch.add, gathered), grad_kernels
 
 
 def dconv_runs(shape: str) -> tuple[Runs, Runs, dict[str, float]]:

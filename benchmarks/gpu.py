@@ -19,15 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from PIL import Image
 from torch import nn
 
-import surgeon.zoo  # noqa: F401  (its classifiers by name)
 from benchmarks import memory_accuracy
 from benchmarks._gpu_operators import cases, compare, measure
 from benchmarks._results import RESULTS, table, write_json
+from surgeon import zoo
 from surgeon.cli import main as surgeon_main
 from surgeon.costs.measure import interleaved
 from surgeon.costs.measure import measure as measure_memory
@@ -73,14 +72,14 @@ def training(
 ) -> Iterator[Row]:
     """A training iteration of Ad-ResNet-s and of its convolutional twin (ACDA, Table 7): seconds, and bytes by the allocator."""
     for amp in (False, "bfloat16"):
-        twin: nn.Module = timm.create_model("ad_resnet_s_conv")
+        twin: nn.Module = zoo.create("ad_resnet_s_conv")
         settings = make_settings(twin, input_size=(3, size, size), batch_size=batch, amp=amp)
         for backend in backends:
             what = f"ad_resnet_s {'AMP' if amp else 'float32'} on {backend}"
             if not deadline.allows(what):
                 continue
             with environment(ENVIRONMENT, backend):
-                models = [timm.create_model("ad_resnet_s"), twin]
+                models = [zoo.create("ad_resnet_s"), twin]
                 times = interleaved(models, settings, rounds=10, device=device.type)
                 peaks = [measure_memory(m, settings).peak_bytes if device.type == "cuda" else 0 for m in models]
             yield {

@@ -182,7 +182,7 @@ def _recipe(comparison: Comparison, arm: Arm, full: bool) -> TrainingRecipe:
     options = made.task_options | comparison.task_options
     if not full:
         other = comparison.small_task is not None
-        options = comparison.small_options if other else options | comparison.small_options  # type: ignore[assignment]
+        options = comparison.small_options if other else options | comparison.small_options
         made = replace(made, task=comparison.small_task or made.task)
     return replace(made, task_options=dict(options))
 

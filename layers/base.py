@@ -143,7 +143,9 @@ class DynamicConv2d(nn.Module):
 
     def energy_of(self, difference: Tensor) -> Tensor:
         """Squared norm of the change of the filter that goes with changes (..., V) of the code, (...)."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} gives a code, so it must say by `energy_of` what a change of it is worth"
+        )
 
     def static_energy(self) -> Tensor:
         """Squared norm of the static filter, a scalar in the units of `energy_of`."""
@@ -151,7 +153,7 @@ class DynamicConv2d(nn.Module):
 
     def fix(self, code: Tensor) -> None:
         """Make the filter of this code (V,) the static one."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} gives a code, so it must say by `fix` how to fold at one")
 
     # --- what all share -------------------------------------------------------------------------------------------
 

@@ -1,11 +1,11 @@
 """`surgeon gains`: what every layer would gain from every option, printed and plotted. Imports torch when it runs."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from surgeon.arguments import print_json
 from surgeon.errors import ConfigError
 from surgeon.search.place_command import add_space_arguments, space_config
 from surgeon.search.setup import GAINS, add_task_arguments, add_training_arguments
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
         write_png(gain_bars(gains), plot)
     if args.json:
-        print(json.dumps(gains.to_dict(), indent=2))
+        print_json(gains.to_dict())
         return 0
     print("\n".join(lines(gains)))
     for path in (args.output, plot):

@@ -1,10 +1,10 @@
 """`surgeon place`: the best placement under budgets for given gains, without any training. Imports torch when it runs."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon.arguments import print_json
 from surgeon.cost_command import add_step_arguments
 from surgeon.errors import ConfigError
 
@@ -137,7 +137,10 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         _write(gate, chosen[0][0], args)
     document = _document(gate, gains, chosen, args)
-    print(json.dumps(document, indent=2) if args.json else "\n".join(_lines(document)))
+    if args.json:
+        print_json(document)
+    else:
+        print("\n".join(_lines(document)))
     return 0
 
 

@@ -1,11 +1,11 @@
 """`surgeon search`: find the placement that trains best within the budgets. Imports torch when it runs."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon.arguments import print_json
 from surgeon.errors import ConfigError
 from surgeon.search.place_command import add_budget_arguments, add_space_arguments, space_config
 from surgeon.search.setup import GAINS, add_task_arguments, add_training_arguments
@@ -347,6 +347,6 @@ def _print(
     found = read_search(folder.path, args.storage)
     values: dict[str, Any] = {"output": str(folder.path), "stopped": outcome.stopped, **status_values(found)}
     if args.json:
-        print(json.dumps(values, indent=2))
+        print_json(values)
     else:
         print("\n".join([*status_lines(found), f"written to  {folder.path}"]))

@@ -238,7 +238,8 @@ class Study(ABC):
     def running(self) -> frozenset[str]:
         """The workers that evaluate a trial now."""
 
-    def close(self) -> None:  # noqa: B027 (a file has nothing to give back)
+    @abstractmethod
+    def close(self) -> None:
         """Give connections back; the study opens them again where it needs them."""
 
     # --- calibration ----------------------------------------------------------------------------------------------
@@ -302,6 +303,9 @@ class StudyFile(Study):
             if isinstance(error, StudyError):
                 raise
             raise StudyError(f"cannot read the study {self.path}: {error}") from error
+
+    def close(self) -> None:
+        """A file is open only while it is read or written: there is nothing to give back."""
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

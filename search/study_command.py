@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon.arguments import print_json
 from surgeon.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def _status(args: argparse.Namespace, found: "Finished") -> int:
     from surgeon.search.summary import status_lines, status_values
 
     if args.json:
-        print(json.dumps(status_values(found, args.count), indent=2))
+        print_json(status_values(found, args.count))
     else:
         print("\n".join(status_lines(found, args.count)))
     return 0
@@ -57,7 +58,7 @@ def _best(args: argparse.Namespace, found: "Finished") -> int:
 
     best = found.ranked()[: args.count]
     if args.json:
-        print(json.dumps([record_values(found, one) for one in best], indent=2))
+        print_json([record_values(found, one) for one in best])
         return 0 if best else 1
     if not best:
         print(f"surgeon: no trial of {args.folder} is complete yet", file=sys.stderr)
@@ -110,7 +111,7 @@ def _export(args: argparse.Namespace, found: "Finished") -> int:
         )
     values: dict[str, Any] = {"output": str(output), "original": original, **about}
     if args.json:
-        print(json.dumps(values, indent=2))
+        print_json(values)
     else:
         primary = found.about["task"]["primary"]
         print(f"{len(about['placement'])} layers, {primary} {about['value']:.5g} ({about['stage']})")

@@ -1,9 +1,9 @@
 """`surgeon bench`: throughput, latency and memory of a converted model and its original, interleaved."""
 
 import argparse
-import json
 from typing import Any
 
+from surgeon.arguments import print_json
 from surgeon.cost_command import add_step_arguments, build, original_of
 from surgeon.errors import ConfigError
 
@@ -73,7 +73,10 @@ def run(args: argparse.Namespace) -> int:
         "time_ratio": rows[1]["latency_s"] / rows[0]["latency_s"],
         "memory_ratio": rows[1]["peak_bytes"] / rows[0]["peak_bytes"],
     }
-    print(json.dumps(document, indent=2) if args.json else "\n".join(_lines(document)))
+    if args.json:
+        print_json(document)
+    else:
+        print("\n".join(_lines(document)))
     return 0
 
 

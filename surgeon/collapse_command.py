@@ -1,10 +1,10 @@
 """`surgeon collapse`: fold dynamic layers that do not vary back into convolutions. Imports torch when it runs."""
 
 import argparse
-import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from surgeon.arguments import print_json
 from surgeon.errors import ConfigError, NothingFoldedError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _print(args: argparse.Namespace, report: "CollapseReport | Any", written: st
 
     report.model = args.run
     if args.json:
-        print(json.dumps({"output": written, **report.to_dict()}, indent=2))
+        print_json({"output": written, **report.to_dict()})
         return
     print(report.to_text(width()), end="")
     if report.folded:

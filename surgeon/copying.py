@@ -1,4 +1,4 @@
-"""Copies of models, and running a model without leaving a trace in it."""
+"""Copies of models, their modes, and running a model without leaving a trace in it."""
 
 import copy
 from collections.abc import Iterator
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy as is_lazy_tensor
+
+from surgeon.errors import ConfigError
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -80,3 +82,16 @@ def strict_float32() -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Switch gradient checkpointing on, by timm's method. Raises `ConfigError` for a model that has none or does not support it."""
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no set_grad_checkpointing: gradient checkpointing is for models that have it (timm's)"
+        )
+    try:
+        switch(True)
+    except (AssertionError, RuntimeError) as error:  # how timm says that a network does not support it
+        raise ConfigError(f"{type(model).__name__} does not support gradient checkpointing: {error}") from error

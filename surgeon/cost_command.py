@@ -1,11 +1,11 @@
 """`surgeon cost`: what a model costs, printed, drawn, compared, and on request measured. Imports torch when it runs."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon.arguments import print_json
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _measured(model: "nn.Module", settings: dict[str, Any], found: "Cost") -> di
 
 def _print(document: dict[str, Any], found: "Cost", other: "Cost | None", args: argparse.Namespace) -> None:
     if args.json:
-        print(json.dumps(document, indent=2))
+        print_json(document)
         return
     print("\n".join(cost_lines(args.model, found, other, args.compare)))
     for row_text in _table_text(document.get("table")):

@@ -1,8 +1,9 @@
 """`surgeon doctor`: versions, devices, and which backend of each operator runs where and why not the others."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
+
+from surgeon.arguments import print_json
 
 if TYPE_CHECKING:
     from surgeon.doctor import Diagnosis, Finding
@@ -25,7 +26,10 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.doctor import diagnose
 
     found = diagnose()
-    print(json.dumps(found.to_dict(), indent=2) if args.json else _text(found))
+    if args.json:
+        print_json(found.to_dict())
+    else:
+        print(_text(found))
     return 0 if found.healthy else 1
 
 

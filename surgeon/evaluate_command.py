@@ -1,11 +1,10 @@
 """`surgeon evaluate`: a model's metrics on a task, beside those of its original. Imports torch when it runs."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import assignment, positive
+from surgeon.arguments import assignment, positive, print_json
 from surgeon.errors import ConfigError, DataError, ModelError, SurgeonError
 
 if TYPE_CHECKING:
@@ -89,7 +88,10 @@ def run(args: argparse.Namespace) -> int:
         "original": beside,
         "notes": notes,
     }
-    print(json.dumps(jsonable(document), indent=2) if args.json else text(document, width()))
+    if args.json:
+        print_json(jsonable(document))
+    else:
+        print(text(document, width()))
     return 0
 
 

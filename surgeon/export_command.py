@@ -1,10 +1,10 @@
 """`surgeon export`: one file that runs where surgeon is not installed. Imports torch when it runs."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from surgeon.arguments import print_json
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,7 +71,10 @@ def run(args: argparse.Namespace) -> int:
             force=args.force,
             progress=progress,
         )
-    print(json.dumps({"run": args.run, **result.to_dict()}, indent=2) if args.json else _text(args.run, result))
+    if args.json:
+        print_json({"run": args.run, **result.to_dict()})
+    else:
+        print(_text(args.run, result))
     return 0
 
 

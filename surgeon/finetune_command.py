@@ -1,12 +1,11 @@
 """`surgeon finetune`: train a converted (or plain) network on a task. Imports torch when it runs."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import assignment
+from surgeon.arguments import assignment, print_json
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -197,7 +196,7 @@ def run(args: argparse.Namespace) -> int:
         from surgeon.console import width
 
         if args.json:
-            print(json.dumps({"output": str(output), **result.summary.to_dict()}, indent=2))
+            print_json({"output": str(output), **result.summary.to_dict()})
         else:
             print(f"{result.summary.to_text(width())}written to  {output}")
     return 0
@@ -294,7 +293,7 @@ def _dry_run(
     found = dry_run(model, task, config, original=original)
     _leave_group()
     if args.json:
-        print(json.dumps({"model": args.model, "task": task.name, **found.to_dict()}, indent=2))
+        print_json({"model": args.model, "task": task.name, **found.to_dict()})
     else:
         print("\n".join(_dry_run_lines(args.model, task.name, found)))
     return 0

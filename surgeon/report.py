@@ -3,11 +3,14 @@
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from surgeon.errors import CheckpointError
 from surgeon.layers.registry import layer_class
 from surgeon.tables import count, error, paragraph, table
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ def growth_notes(report: Report) -> list[str]:
     return [f"{kind} layers add {count(more)} parameters; {hint}" for kind, more, hint in hints if hint]
 
 
-Entry = TypeVar("Entry")
+Entry = TypeVar("Entry", bound="DataclassInstance")
 
 
 def jsonable(value: Any) -> Any:
@@ -130,7 +133,7 @@ def jsonable(value: Any) -> Any:
 def entry(kind: type[Entry], values: dict[str, Any]) -> Entry:
     """One dataclass of a report from its JSON values."""
     values = dict(values)
-    for item in fields(kind):  # type: ignore[arg-type]  # every kind of entry is a dataclass
+    for item in fields(kind):
         if isinstance(values.get(item.name), list):
             values[item.name] = tuple(values[item.name])
         if item.name.endswith("_error") and values[item.name] is not None:

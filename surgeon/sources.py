@@ -86,16 +86,12 @@ def _torchvision_model(base: BaseModel) -> nn.Module:
 @contextlib.contextmanager
 def _no_state_dicts() -> Iterator[None]:
     """Let torchvision's factories build for given weights, without fetching or loading those."""
+    from unittest.mock import patch
+
     from torchvision.models import WeightsEnum
 
-    fetch, load = WeightsEnum.get_state_dict, nn.Module.load_state_dict
-    try:
-        WeightsEnum.get_state_dict = lambda self, *args, **kwargs: {}
-        nn.Module.load_state_dict = lambda self, *args, **kwargs: None  # type: ignore[method-assign]  # for this block
+    with patch.object(WeightsEnum, "get_state_dict", return_value={}), patch.object(nn.Module, "load_state_dict"):
         yield
-    finally:
-        WeightsEnum.get_state_dict = fetch
-        nn.Module.load_state_dict = load  # type: ignore[method-assign]  # and back again
 
 
 def _factory_model(base: BaseModel) -> nn.Module:

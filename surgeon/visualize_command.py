@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon.arguments import print_json
 from surgeon.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -65,7 +66,10 @@ def run(args: argparse.Namespace) -> int:
         found = _draw(model, layers, images, original, writer, progress)
         document = jsonable({"run": args.run, "output": str(output), "images": found, "bases": writer.bases})
         writer.numbers(document)
-    print(json.dumps(document, indent=2) if args.json else text(document, writer.count, width()))
+    if args.json:
+        print_json(document)
+    else:
+        print(text(document, writer.count, width()))
     return 0
 
 

@@ -1,9 +1,10 @@
 """`surgeon zoo`: the networks of the papers, what they are made of, published numbers against ours. Imports torch late."""
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING, Any
+
+from surgeon.arguments import print_json
 
 if TYPE_CHECKING:
     from surgeon.zoo.table import Row
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     entries = [describe(zoo.entry(name)) for name in names]
     if args.json:
-        print(json.dumps(entries, indent=2))
+        print_json(entries)
         return 0
     longest = max(len(name) for name in names)
     for found in entries:
@@ -69,7 +70,7 @@ def _one(args: argparse.Namespace, name: str) -> int:
 
     found, row = describe(entry(name)), make_row(name)
     if args.json:
-        print(json.dumps(found | {"params": row.params, "macs": row.macs}, indent=2))
+        print_json(found | {"params": row.params, "macs": row.macs})
         return 0
     columns = width()
     print(f"{name}\n")
@@ -91,7 +92,7 @@ def _one(args: argparse.Namespace, name: str) -> int:
         print(paragraph(f"beside it   {found['plain']}; {found['by_hand']}", width=columns, hang=" " * 12))
     elif found["plain"]:
         print(f"made from   {found['plain']}, by the recipe (surgeon convert --recipe zoo/{name})")
-        print(json.dumps(found["recipe"], indent=2))
+        print_json(found["recipe"])
     return 0
 
 
@@ -113,7 +114,7 @@ def _table(args: argparse.Namespace, names: list[str]) -> int:
         rows = make_table(names, tell)
     unexplained = [row.name for row in rows if row.unexplained]
     if args.json:
-        print(json.dumps([row.to_dict() for row in rows], indent=2))
+        print_json([row.to_dict() for row in rows])
     elif args.markdown:
         print(markdown(rows), end="")
     else:

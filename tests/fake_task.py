@@ -61,7 +61,7 @@ class BrightnessTask(Task):
 
     def bind(self, model: nn.Module) -> nn.Module:
         if getattr(model, "num_classes", self.config.classes) != self.config.classes:
-            model.reset_classifier(self.config.classes)  # type: ignore[operator]  # timm's
+            model.reset_classifier(self.config.classes)
         return model
 
     def loss(self, output: Any, batch: Batch) -> Tensor:

@@ -172,8 +172,8 @@ def _count_pafu(layer: DynamicConv2d, height: int, width: int) -> int:
     """
     g, config = layer.geometry, layer.config.to_dict()
     rows, columns = g.output_size(height, width)
-    k, l = (max([own, *config["supports"]]) for own in g.kernel_size)  # noqa: E741
-    applied = g.out_channels * (g.in_channels // g.groups) * k * l
+    k_h, k_w = (max([own, *config["supports"]]) for own in g.kernel_size)
+    applied = g.out_channels * (g.in_channels // g.groups) * k_h * k_w
     selector = config["hidden"] * 9 * config["group_size"]
     return (applied + selector) * rows * columns + g.in_channels * config["hidden"] * height * width
 

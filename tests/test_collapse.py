@@ -60,7 +60,7 @@ def shift_static(layer: DynamicConv2d, *, seed: int = 3) -> DynamicConv2d:
     with torch.no_grad():
         if isinstance(layer, PAFUConv2d):
             add(layer.further_kernels)
-            layer.selector.expand.bias[1 + seed % (layer.config.group_size - 1)] = 7.0  # type: ignore[index]  # it has one
+            layer.selector.expand.bias[1 + seed % (layer.config.group_size - 1)] = 7.0
         if isinstance(layer, ACDAConv2d):
             add(layer.generator.static_output)
         if isinstance(layer, SEKGConv2d):
@@ -73,10 +73,10 @@ def hidden_from_input(layer: DynamicConv2d) -> None:
     with torch.no_grad():
         if isinstance(layer, PAFUConv2d):
             layer.selector.expand.weight.normal_()
-            layer.selector.expand.bias[2] = 3 * layer.selector.expand.weight.abs().sum(dim=(1, 2, 3)).max()  # type: ignore[index]
+            layer.selector.expand.bias[2] = 3 * layer.selector.expand.weight.abs().sum(dim=(1, 2, 3)).max()
             layer.selector.expand.weight[2] *= 4  # so large that it could lose against another, but not on small inputs
             layer.selector.reduce.weight.mul_(1e-3)
-            layer.selector.reduce.bias.zero_()  # type: ignore[union-attr]
+            layer.selector.reduce.bias.zero_()
 
 
 def vary(layer: DynamicConv2d, scale: float = 0.3) -> DynamicConv2d:
@@ -184,7 +184,7 @@ def test_any_constant_code_folds_exactly(found: tuple[ConvGeometry, tuple[int, i
             twin.fix(code)
             if isinstance(layer, SEKGConv2d):  # the generator gives this code where its features are one
                 layer.dconv.generator.spatial.weight.zero_()
-                layer.dconv.generator.spatial.bias.fill_(1.0)  # type: ignore[union-attr]
+                layer.dconv.generator.spatial.bias.fill_(1.0)
                 layer.dconv.generator.channel.weight.zero_()
                 layer.dconv.generator.weight[:, 0] = code
             else:
@@ -293,7 +293,7 @@ def test_units_that_select_one_kernel_each_become_plain_convolutions() -> None:
         assert isinstance(layer, PAFUConv2d)
         with torch.no_grad():
             layer.further_kernels.add_(0.3 * layer.further_kernels.std() * torch.randn_like(layer.further_kernels))
-            layer.selector.expand.bias[number % 3] = 5.0  # type: ignore[index]
+            layer.selector.expand.bias[number % 3] = 5.0
     folded, report = surgeon.collapse(model, example_inputs=x)
     assert len(report.folded) == len(report.layers) == 17
     assert not dynamic_layers(folded)
@@ -404,7 +404,7 @@ def test_a_layer_that_does_not_run_is_kept_unless_proved() -> None:
     both, report = surgeon.collapse(model, calibration=images(1))
     assert len(report.folded) == 2
     assert not dynamic_layers(both)
-    vary(model.get_submodule("idle"))  # type: ignore[arg-type]  # it is a dynamic layer
+    vary(model.get_submodule("idle"))
     _, report = surgeon.collapse(model, calibration=images(1))
     assert [(layer.name, layer.reason) for layer in report.kept] == [("idle", "the forward pass does not reach it")]
 
@@ -521,7 +521,7 @@ def test_verify_takes_a_collapsed_run(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 20, 20)
     model, _ = surgeon.convert(original, layers="all", type="acda", example_inputs=x)
     folded, _ = surgeon.collapse(model, example_inputs=x)
-    assert type(folded[0]) is nn.Conv2d  # type: ignore[index]
+    assert type(folded[0]) is nn.Conv2d
     found = surgeon.verify(original, folded, x)
     assert found.exact
     assert list(found.layers) == ["0"]

@@ -45,7 +45,7 @@ def converted(kind: str, *, vary: int = 0) -> str:
         awaken(layer)
         if kind == "pafu":
             with torch.no_grad():
-                layer.get_submodule("selector.expand").bias.zero_()  # type: ignore[operator, union-attr]
+                layer.get_submodule("selector.expand").bias.zero_()
     surgeon.save(model, "run", force=True)
     return "run"
 

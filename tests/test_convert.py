@@ -119,7 +119,7 @@ def test_a_recipe_mixes_types_and_is_recorded() -> None:
     )
     model = small()
     for given in ({"layers": recipe}, {"recipe": recipe}):
-        converted, report = surgeon.convert(model, example_inputs=X, **given)  # type: ignore[arg-type]
+        converted, report = surgeon.convert(model, example_inputs=X, **given)
         assert [r.type for r in report.replaced] == ["fake", "pafu"]
         found = get_recipe(converted)
         assert found is not None
@@ -195,7 +195,7 @@ def test_shared_convolutions_are_replaced_once_at_all_names() -> None:
 
 
 def test_mode_dtype_layout_flags_and_names_are_kept() -> None:
-    model = small().double().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = small().double().to(memory_format=torch.channels_last)
     model[3].eval()
     model[2].requires_grad_(False)
     model[2].eval()

@@ -139,7 +139,7 @@ def test_gradcheck_apply() -> None:
 def test_a_tensor_without_gradient_leaves_the_others_alone(missing: int) -> None:
     tensors = small()
     full = result_and_gradients(lambda *t, backend: dconv_layer(*t, padding=(1, 1)), tensors, "torch")[1:]
-    tensors[missing] = tensors[missing].detach()  # type: ignore[union-attr]
+    tensors[missing] = tensors[missing].detach()
     y = dconv_layer(*tensors, padding=(1, 1))
     torch.manual_seed(1)
     y.backward(torch.randn(y.shape, dtype=y.dtype))
@@ -268,9 +268,9 @@ class TestErrors:
             dconv(x, torch.zeros(2, 3, 9, 6, 5), (3, 3), padding=(1, 1))
         x, features, weight, static, _ = small()
         with pytest.raises(GeometryError, match=r"static kernels \(O, 1, k_h, k_w\)"):
-            dconv_layer(x, features, weight, static[:, 0])  # type: ignore[index,arg-type]
+            dconv_layer(x, features, weight, static[:, 0])
         with pytest.raises(GeometryError, match=r"a weight \(G\*9, Cf\)"):
-            dconv_layer(x, features, weight[:-1], static)  # type: ignore[index,arg-type]
+            dconv_layer(x, features, weight[:-1], static)
 
     def test_mixed_dtypes_and_unknown_backends_have_reasons(self) -> None:
         x, kernels = small_kernels()

@@ -66,11 +66,11 @@ def test_metrics_are_those_of_the_whole_split(batch_size: int, wrong: tuple[int,
 def test_an_evaluation_leaves_no_trace() -> None:
     model = Reader().train()
     model.norm.eval()
-    before, state = model.norm.running_mean.clone(), torch.random.get_rng_state()  # type: ignore[union-attr]
+    before, state = model.norm.running_mean.clone(), torch.random.get_rng_state()
     evaluate(model, create_task("brightness"), batch_size=8)
     assert model.modes == [False] * 3
     assert (model.training, model.norm.training) == (True, False)
-    assert torch.equal(model.norm.running_mean, before)  # type: ignore[arg-type]
+    assert torch.equal(model.norm.running_mean, before)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

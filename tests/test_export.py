@@ -183,7 +183,7 @@ def test_where_it_cannot_be_written_is_said_before_work_starts(tmp_path: Path) -
     with pytest.raises(ConfigError, match="free must be one of"):
         surgeon.export(Fixed(), tmp_path / "m.onnx", free="all")
     with pytest.raises(ConfigError, match="the format must be one of"):
-        surgeon.export(Fixed(), tmp_path / "m.onnx", format="tensorrt")  # type: ignore[arg-type]
+        surgeon.export(Fixed(), tmp_path / "m.onnx", format="tensorrt")
     assert (tmp_path / "there.onnx").read_text() == "mine"
 
 

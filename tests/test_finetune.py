@@ -137,7 +137,7 @@ def test_optimizers_of_timm_survive_a_stop(opt: str, tmp_path: Path, monkeypatch
 def test_the_first_phase_moves_only_new_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch(monkeypatch)
     finetune(converted("acda"), regression(), with_(new_first="5", weight_decay=0.1))
-    new = {"middle." + name for name, _ in converted("acda").get_submodule("middle").new_parameters()}  # type: ignore[operator]
+    new = {"middle." + name for name, _ in converted("acda").get_submodule("middle").new_parameters()}
     assert set.union(*watch.moved[:5]) == new
     assert {"first.weight", "middle.coeff", "norm.weight"} < watch.moved[5]
 

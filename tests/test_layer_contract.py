@@ -133,7 +133,7 @@ def test_channels_last_changes_nothing(type_name: str) -> None:
     layer = awaken(make(type_name, plain_conv())).eval()
     x = torch.randn(2, 6, 9, 8)
     expected = layer(x)
-    last = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last = layer.to(memory_format=torch.channels_last)
     y = last(x.to(memory_format=torch.channels_last))
     assert relative_error(y, expected) <= 1e-5
 

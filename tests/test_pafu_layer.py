@@ -24,8 +24,8 @@ def make(conv: nn.Conv2d | None = None, **options: Any) -> PAFUConv2d:
 
 def kernels(layer: PAFUConv2d) -> Tensor:
     """All kernels of the group, (n, O, C/G, k, l), read off the parameters; for groups without further supports."""
-    k, l = layer.geometry.kernel_size  # noqa: E741
-    further = layer.further_kernels.unflatten(2, (k, l, -1)).movedim(-1, 2)
+    k_h, k_w = layer.geometry.kernel_size
+    further = layer.further_kernels.unflatten(2, (k_h, k_w, -1)).movedim(-1, 2)
     return torch.cat([layer.kernel[None], further])
 
 
@@ -50,7 +50,7 @@ def test_wrong_options_print_the_value(options: dict[str, Any], said: str) -> No
 
 def test_a_config_of_another_type_is_refused() -> None:
     with pytest.raises(ConfigError, match="takes a PAFUConfig, got a LayerConfig"):
-        PAFUConv2d.from_conv(plain_conv(), PAFUConfig.__base__())  # type: ignore[misc]
+        PAFUConv2d.from_conv(plain_conv(), PAFUConfig.__base__())
 
 
 def test_options_survive_json() -> None:
@@ -242,8 +242,8 @@ def test_the_operator_saves_next_to_nothing(training: bool) -> None:
         saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    layer._select = lambda _: (index, soft)  # type: ignore[method-assign, assignment]
-    layer.selector.forward = lambda _: logits  # type: ignore[method-assign]
+    layer._select = lambda _: (index, soft)
+    layer.selector.forward = lambda _: logits
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         layer(x)
     assert sum(nbytes for pointer, nbytes in saved.items() if pointer not in known) <= 0.05 * x.nbytes

@@ -31,7 +31,7 @@ class Small(nn.Module):
         return self.head(self.deep(x).mean(dim=(2, 3)))
 
 
-Small.pretrained_cfg = {"input_size": (3, 16, 16)}  # type: ignore[attr-defined]  # as timm's models say their size
+Small.pretrained_cfg = {"input_size": (3, 16, 16)}
 
 
 def test_the_defaults_hold_the_papers_choices() -> None:

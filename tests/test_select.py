@@ -18,7 +18,7 @@ def site(name: str, stage: str | None, k: int = 3, c_in: int = 16, c_out: int = 
         kernel_size=(k, k),
         params=0,
         stage=stage,
-        **(values | more),  # type: ignore[arg-type]
+        **(values | more),
     )
 
 
@@ -106,7 +106,7 @@ def test_a_model_without_convolutions_is_told() -> None:
 
 def test_what_is_no_string_is_an_error() -> None:
     with pytest.raises(SelectionError, match="got 3"):
-        split_items(["stem", 3])  # type: ignore[list-item]
+        split_items(["stem", 3])
 
 
 def test_commas_in_brackets_do_not_separate() -> None:

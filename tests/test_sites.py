@@ -15,7 +15,7 @@ from surgeon.sites import ConvSite, find_sites
 
 
 def by_name(model: nn.Module, example: object = None, **more: object) -> dict[str, ConvSite]:
-    return {s.name: s for s in find_sites(model, example, **more).convs}  # type: ignore[arg-type]
+    return {s.name: s for s in find_sites(model, example, **more).convs}
 
 
 def test_resnet18_is_described() -> None:

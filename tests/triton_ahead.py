@@ -68,7 +68,7 @@ def compile_all(dtype: torch.dtype, every: bool) -> list[dict[str, Any]]:
 
     modules: tuple[ModuleType, ...] = (acda, dconv, pafu)
     for module in modules:
-        module.launch = compiled  # type: ignore[attr-defined]
+        module.launch = compiled
     for call in (*calls(dtype), *(smallest(dtype) if every else ())):
         call()
     return list(found.values())

@@ -128,7 +128,7 @@ def general(call: Call, tensors: list[Tensor | None], operator: Any, arguments: 
         assert all(g.dtype == torch.float32 for g in grads)
 
     def empty_batch() -> None:
-        images = tensors[0].shape[0]  # type: ignore[union-attr]
+        images = tensors[0].shape[0]
         none = [t[:0] if t is not None and t.dim() > 3 and t.shape[0] == images else t for t in tensors]
         y, *grads = results(call, [None if t is None else t.detach().requires_grad_() for t in none], "triton")
         assert y.shape[0] == 0

@@ -136,10 +136,10 @@ class Chunk(NamedTuple):
     @classmethod
     def of(cls, problem: Problem, images: slice, rows: slice) -> "Chunk":
         window = problem.window
-        (s_h, s_w), (p_h, p_w), (d_h, d_w), (k, l) = window.stride, window.padding, window.dilation, window.size  # noqa: E741
+        (s_h, s_w), (p_h, p_w), (d_h, d_w), (k_h, k_w) = window.stride, window.padding, window.dilation, window.size
         in_h, in_w = problem.x.shape[-2:]
-        height = (rows.stop - rows.start - 1) * s_h + d_h * (k - 1) + 1
-        width = (problem.index.shape[-1] - 1) * s_w + d_w * (l - 1) + 1
+        height = (rows.stop - rows.start - 1) * s_h + d_h * (k_h - 1) + 1
+        width = (problem.index.shape[-1] - 1) * s_w + d_w * (k_w - 1) + 1
         first = rows.start * s_h - p_h
         top = min(max(-first, 0), height)
         start = min(max(first, 0), in_h)

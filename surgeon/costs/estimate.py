@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgeon.copying import checkpoint_gradients
 from surgeon.costs import operators as operators  # registers its formulas
 from surgeon.costs.emulate import cuda_dispatch, meta_copy, to_channels_last
 from surgeon.costs.flops import FlopCounter, UnknownOperatorError
@@ -164,7 +165,7 @@ def run_step(model: nn.Module, settings: Settings, counter: FlopCounter, device:
     train = settings.mode == "train"
     model.train(train)
     if settings.checkpointing:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]  # a method of timm models, which nn.Module cannot know
+        checkpoint_gradients(model)
     if settings.channels_last:
         to_channels_last(model)
     tracker = Tracker(model, counter, device)

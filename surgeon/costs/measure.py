@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from surgeon.copying import checkpoint_gradients
 from surgeon.costs.emulate import to_channels_last
 from surgeon.costs.settings import Settings, default_loss, make_optimizer
 from surgeon.errors import BackendError
@@ -36,7 +37,7 @@ class Step:
         self.device = device
         self.model = deepcopy(model).to(device).train(settings.mode == "train")
         if settings.checkpointing:
-            self.model.set_grad_checkpointing(True)  # type: ignore[operator]  # a method of timm models, which nn.Module cannot know
+            checkpoint_gradients(self.model)
         self.x = torch.randn((settings.batch_size, *settings.input_size), device=device)
         if settings.channels_last:
             to_channels_last(self.model)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from surgeon.copying import checkpoint_gradients
 from surgeon.errors import ConfigError, TrainingError
 from surgeon.layers.regularizer import regularization
 from surgeon.zoo.finetune.batches import Draws, mixed, seed_everything, to_device, training_batches
@@ -64,7 +65,7 @@ class Trainer:
         self.model = _placed(model, config, accelerator.device)
         self.teacher = None if teacher is None else _placed(teacher, config, accelerator.device).eval()
         if config.checkpointing:
-            _switch_on_checkpointing(self.model)
+            checkpoint_gradients(self.model)
         self.groups = group_parameters(self.model)
         self.plan = Plan.make(config, len(data.train), self.groups)
         self.ema = _average(self.model, config)
@@ -200,18 +201,6 @@ def make_optimizer(groups: Any, config: FinetuneConfig) -> torch.optim.Optimizer
 def _placed(model: nn.Module, config: FinetuneConfig, device: torch.device) -> nn.Module:
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
-
-
-def _switch_on_checkpointing(model: nn.Module) -> None:
-    switch = getattr(model, "set_grad_checkpointing", None)
-    if switch is None:
-        raise ConfigError(
-            f"{type(model).__name__} has no set_grad_checkpointing: gradient checkpointing is for models that have it (timm's)"
-        )
-    try:
-        switch(True)
-    except (AssertionError, RuntimeError) as error:  # how timm says that a network does not support it
-        raise ConfigError(f"{type(model).__name__} does not support gradient checkpointing: {error}") from error
 
 
 def _average(model: nn.Module, config: FinetuneConfig) -> Any:
