@@ -173,23 +173,27 @@ def _classifier(name: str, weights: str, steps: int) -> Experiment:
     )
 
 
-def _denoiser(name: str, middle: str, training: str, color: bool) -> Experiment:
+def _restorer(name: str, *, task: MakeTask, arms: dict[str, Recipe], steps: int, side: int, **more: Any) -> Experiment:
+    """A converged restorer, trained on gently."""
+    channels = 1 if name == "dncnn" else 3
+    gently: dict[str, Any] = {"steps": steps, "batch": 8, "lr": 2e-5, "new_lr_scale": 5.0}
     return Experiment(
         name=name,
         build=TASKS[name].build,
-        task=partial(_denoising, training, color),
-        arms=_arms(middle, middle, middle),
+        task=task,
+        arms=arms,
         needs=TASKS[name].needs,
         unit="dB",
         judge=name,
-        images=4,
-        steps=100,
-        batch=8,
-        lr=2e-5,
-        new_lr_scale=5.0,
-        input_size=(3 if color else 1, 48, 48),
-        why="one convolution in the middle",
+        input_size=(channels, side, side),
+        **gently,
+        **more,
     )
+
+
+def _denoiser(name: str, middle: str, training: str, color: bool) -> Experiment:
+    task, arms = partial(_denoising, training, color), _arms(middle, middle, middle)
+    return _restorer(name, task=task, arms=arms, steps=100, side=48, images=4, why="one convolution in the middle")
 
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -199,35 +203,21 @@ EXPERIMENTS: dict[str, Experiment] = {
         _classifier("resnet56_cifar", "resnet56_cifar10.pth", 160),
         _denoiser("dncnn", "body.23", "Train400_gray", color=False),
         _denoiser("dncnn_color", "body.20", "BSDS500train_color", color=True),
-        Experiment(
-            name="carn_m",
-            build=TASKS["carn_m"].build,
+        _restorer(
+            "carn_m",
             task=_super_resolution,
             arms=_arms(None, "exit", None, group_size=16),
-            needs=TASKS["carn_m"].needs,
-            unit="dB",
-            judge="carn_m",
             steps=120,
-            batch=8,
-            lr=2e-5,
-            new_lr_scale=5.0,
-            input_size=(3, 48, 48),
+            side=48,
             why="trained for x2 alone; PAFU of 16 kernels as the last convolution",
         ),
-        Experiment(
-            name="demosaicnet",
-            build=TASKS["demosaicnet"].build,
+        _restorer(
+            "demosaicnet",
             task=_demosaicking,
             arms=_arms(None, "chain.0", None, group_size=16),
-            needs=TASKS["demosaicnet"].needs,
-            unit="dB",
-            judge="demosaicnet",
-            images=4,
             steps=120,
-            batch=8,
-            lr=2e-5,
-            new_lr_scale=5.0,
-            input_size=(3, 96, 96),
+            side=96,
+            images=4,
             why="PAFU of 16 kernels as the first convolution (PAFU §4.2.1)",
         ),
         Experiment(
