@@ -136,6 +136,8 @@ def test_accumulation_keeps_gradients_and_checkpointing_trades_activations_for_f
         assert less.backward_flops > plain.backward_flops
     with pytest.raises(ConfigError, match="set_grad_checkpointing"):
         cost(small(), checkpointing=True)
+    with pytest.raises(ConfigError, match="DLA does not support gradient checkpointing"):
+        cost(timm.create_model("dla34"), checkpointing=True)
 
 
 def test_channels_last_costs_the_same_tensors() -> None:

@@ -11,8 +11,8 @@ import surgeon
 from surgeon.cli import main
 from surgeon.zoo.finetune.loop import Trainer
 from surgeon.zoo.tasks import registry
+from tests.finetune_runs import interrupt_at
 from tests.finetune_tasks import TinyClassification, TinyRegression
-from tests.test_finetune import interrupt_at
 
 FACTORY = "tests.finetune_tasks:make_restorer"
 SHORT = ["--epochs", "2", "--batch-size", "4", "--eval-every", "3", "--checkpoint-every", "2", "--lr", "0.01"]

@@ -22,6 +22,7 @@ from surgeon.search.database_url import parse_url
 from surgeon.search.journal import StudyError
 from surgeon.search.run import Outcome, Search
 from surgeon.search.study import OtherStudyError, Record
+from tests.search_records import proposals
 from tests.search_servers import Server, free_port, postgresql, why_no_postgresql
 from tests.search_toys import toy_problem, toy_search, toy_space
 
@@ -61,10 +62,6 @@ def _empty(url: str) -> None:
         for line in ("DROP SCHEMA public CASCADE", "CREATE SCHEMA public"):
             connection.execute(sql.text(line))
     engine.dispose()
-
-
-def proposals(records: list[Record]) -> list[Any]:
-    return [(one.number, one.hash, one.values) for one in records]
 
 
 def read(url: str) -> list[Record]:

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -30,23 +29,11 @@ from surgeon.search.problem import InfeasibleError, Ints
 from surgeon.search.propose import MODES
 from surgeon.search.run import MAX_ATTEMPTS, Search, SearchConfig
 from surgeon.search.space import SpaceConfig
-from surgeon.search.study import OtherStudyError, Record, StudyFile
+from surgeon.search.study import OtherStudyError, StudyFile
+from tests.search_records import proposals, read
 from tests.search_toys import toy_gains, toy_problem, toy_search, toy_space
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def proposals(records: list[Record]) -> list[tuple[int, str | None, tuple[float, ...] | None]]:
-    return [(one.number, one.hash, one.values) for one in records]
-
-
-def read(path: Path) -> list[Record]:
-    """The records of a study that is being, or was, written by others."""
-    storage = JournalStorage(Journal(path))
-    file = StudyFile(path)
-    file.study = optuna.load_study(study_name="search", storage=storage)
-    return file.records()
-
 
 # --- in one process -----------------------------------------------------------------------------------------------
 
@@ -370,126 +357,3 @@ def test_leases_end_with_their_process(tmp_path: Path) -> None:
     assert not is_alive(tmp_path, "mine")
     with file_lock(tmp_path / "lock"), file_lock(tmp_path / "lock"):
         pass
-
-
-# --- kill -9 ------------------------------------------------------------------------------------------------------
-
-
-def worker(path: Path, mode: str, trials: int, pause: float, how: str) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "tests.search_toys", str(path), mode, str(trials), str(pause), how]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment)
-
-
-def finish(child: "subprocess.Popen[bytes]") -> str:
-    output, _ = child.communicate(timeout=120)
-    assert child.returncode == 0
-    return output.decode().split()[-1]
-
-
-def kill_midway(child: "subprocess.Popen[bytes]", after: float) -> None:
-    assert child.stdout is not None
-    assert child.stdout.readline() == b"open\n"
-    time.sleep(after)
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
-
-
-@pytest.mark.parametrize("mode", ["decoder", pytest.param("posterior", marks=pytest.mark.slow)])
-def test_a_killed_search_goes_on_as_if_nothing_had_happened(mode: str, tmp_path: Path) -> None:
-    path, moments = tmp_path / "s.jsonl", random.Random(5)
-    completed: list[Any] = []
-    for kill in range(2):
-        kill_midway(worker(path, mode, 14, 0.08, "resume" if kill else "new"), moments.uniform(0.05, 0.6))
-        now = [one for one in proposals(read(path)) if one[2] is not None]
-        assert now[: len(completed)] == completed  # nothing completed is lost
-        completed = now
-    assert finish(worker(path, mode, 14, 0.0, "resume")) == "trials"
-    whole = toy_search(tmp_path / "whole.jsonl", mode=mode, trials=14, seed=3)
-    whole.open()
-    whole.run()
-    killed = read(path)
-    assert proposals(killed) == proposals(whole.file.records())
-    assert sum(one.attempts - 1 for one in killed) <= 2  # at most one redone a kill
-    assert {one.state for one in killed} == {"complete"}
-
-
-@pytest.mark.slow
-def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
-    path, moments = tmp_path / "s.jsonl", random.Random(11)
-    toy_search(path, mode="decoder", trials=30, seed=3).open()
-    completed: list[Any] = []
-    for _ in range(20):
-        kill_midway(worker(path, "decoder", 30, 0.1, "resume"), moments.uniform(0.0, 0.5))
-        now = [one for one in proposals(read(path)) if one[2] is not None]
-        assert now[: len(completed)] == completed
-        completed = now
-    assert finish(worker(path, "decoder", 30, 0.0, "resume")) == "trials"
-    whole = toy_search(tmp_path / "whole.jsonl", mode="decoder", trials=30, seed=3)
-    whole.open()
-    whole.run()
-    killed = read(path)
-    assert proposals(killed) == proposals(whole.file.records())
-    assert sum(one.attempts - 1 for one in killed if one.attempts) <= 20
-
-
-def test_two_workers_share_a_study_and_one_may_die(tmp_path: Path) -> None:
-    path = tmp_path / "s.jsonl"
-    toy_search(path, mode="decoder", trials=18, seed=3).open()
-    first, second = children = [worker(path, "decoder", 18, 0.15, "wait") for _ in range(2)]
-    for child in children:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"open\n"
-    (tmp_path / "go").touch()  # both at once, however long they took to start
-    time.sleep(0.6)
-    second.send_signal(signal.SIGKILL)
-    second.communicate()
-    assert finish(first) == "trials"
-    records = read(path)
-    assert sum(one.counts for one in records) == 18
-    assert {one.state for one in records} == {"complete"}
-    evaluated = Counter(one.hash for one in records if one.counts)
-    assert set(evaluated.values()) == {1}
-    calls = Counter((tmp_path / "calls.txt").read_text().split())
-    assert sum(calls.values()) - len(calls) <= 1  # at most the one in flight was begun twice
-    assert len({one.worker for one in records}) == 2
-
-
-@pytest.mark.slow
-def test_twenty_kills_of_one_of_two_workers(tmp_path: Path) -> None:
-    path, moments = tmp_path / "s.jsonl", random.Random(13)
-    toy_search(path, mode="random", trials=2000, seed=3).open()
-    steady = worker(path, "random", 2000, 0.2, "resume")
-    completed: dict[int, Any] = {}
-    for _ in range(20):
-        kill_midway(worker(path, "random", 2000, 0.2, "resume"), moments.uniform(0.0, 0.8))
-        now = {one[0]: one for one in proposals(read(path)) if one[2] is not None}
-        assert {number: now[number] for number in completed} == completed  # nothing completed is lost
-        completed = now
-    steady.send_signal(signal.SIGINT)
-    assert finish(steady) == "interrupted"
-    left = [one for one in read(path) if one.state == "running"]
-    assert len(left) <= 2  # what both had in hand; all that was orphaned before was taken up
-    done = sum(one.counts for one in read(path)) + len(left)
-    assert finish(worker(path, "random", done, 0.0, "resume")) == "trials"
-    records = [one for one in read(path) if one.state != "waiting"]
-    assert {one.state for one in records} == {"complete"}
-    assert set(Counter(one.hash for one in records if one.counts).values()) == {1}
-    assert sum(one.attempts - 1 for one in records) <= 22  # at most one redone a kill
-    calls = Counter((tmp_path / "calls.txt").read_text().split())
-    assert set(calls) == {one.hash for one in records}
-    assert sum(calls.values()) - len(calls) <= 22
-
-
-def test_a_trial_that_kills_its_workers_is_given_up(tmp_path: Path) -> None:
-    search = toy_search(tmp_path / "s.jsonl", trials=8)
-    search.open()
-    with search.file.working():
-        trial = search.file.study.ask()
-        search.file.claim(trial, attempts=MAX_ATTEMPTS)
-    again = toy_search(tmp_path / "s.jsonl", trials=8)
-    again.open(resume=True)
-    again.run()
-    dead = again.file.records()[0]
-    assert dead.state == "failed"
-    assert "died" in dead.attributes["error"]
