@@ -49,14 +49,14 @@ class Size:
 
 
 FULL = Size(
-    layers="layer1,layer2,layer3",
-    steps=320,
-    batch=64,
-    test=5000,
-    rates=(3e-4, 1e-3),
-    scales=(0.03, 0.1, 0.3, 1.0, 3.0),
-    warmups=("0", "5%", "20%"),
-    seeds=3,
+    layers="layer2,layer3",
+    steps=48,
+    batch=32,
+    test=1000,
+    rates=(1e-3,),
+    scales=(0.03, 0.1, 0.3, 1.0),
+    warmups=("0", "20%"),
+    seeds=2,
     options={"acda": {}, "pafu": {}, "sekg": {}},
 )
 QUICK = Size(
