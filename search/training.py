@@ -96,6 +96,7 @@ class TrainingEvaluator(Evaluator):
         self.directions = ("maximize" if task.higher_is_better else "minimize",)
         self._weights = state_sha256(model)
         self._size = sample_size(task)
+        self._start: dict[str, float] | None = None  # metrics before training: conversion keeps them
 
     def identity(self) -> Mapping[str, Any]:
         options = {key: _plain(value) for key, value in asdict(self.task.config).items()}
@@ -160,7 +161,12 @@ class TrainingEvaluator(Evaluator):
     ) -> FinetuneResult:
         model = self.converted(placement, seed=config.seed)
         resume = output is not None and (output / "training" / "run.json").is_file()
-        return finetune(model, self.task, config, output, source=source, resume=resume, watch=watch)
+        known = self._start if output is None else None
+        result = finetune(
+            model, self.task, config, output, source=source, resume=resume, watch=watch, known_start=known
+        )
+        self._start = result.summary.start.metrics
+        return result
 
     def converted(self, placement: Ints, seed: int = 0) -> nn.Module:
         """The model with this placement, computing what it computed; a copy."""

@@ -85,6 +85,24 @@ def test_conversion_keeps_what_the_model_computes() -> None:
         torch.testing.assert_close(model(x), evaluator.model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_what_all_start_from_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = evaluator_of()
+    asked: list[int] = []
+    measure = Run.evaluate
+
+    def counted(run: Run) -> Any:
+        asked.append(run.progress.step)
+        return measure(run)
+
+    monkeypatch.setattr(Run, "evaluate", counted)
+    first, second = (evaluator.train(single(evaluator.space, 1, option)) for option in (0, 1))
+    assert [step for step in asked if step == 0] == [0]
+    assert second.summary.start.metrics == first.summary.start.metrics
+    alone = evaluator_of().train(single(evaluator.space, 1, 1))
+    assert second.summary.result.metrics == alone.summary.result.metrics
+    assert second.summary.start.parameters == alone.summary.start.parameters
+
+
 def test_a_rung_doubles_the_steps() -> None:
     evaluator = evaluator_of(steps=3)
     for rung, steps in ((0, 3), (1, 6), (2, 12)):

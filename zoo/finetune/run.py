@@ -2,9 +2,10 @@
 
 import contextlib
 import logging
+import math
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,7 @@ def finetune(
     force: bool = False,
     quiet: bool = True,
     watch: Watch | None = None,
+    known_start: Mapping[str, float] | None = None,
 ) -> FinetuneResult:
     """Train a model on a task; the caller's model stays as it is.
 
@@ -82,8 +84,8 @@ def finetune(
     conversion, for the comparison and for distillation; by default it is rebuilt from the model's recipe where that can be done.
     `resume` goes on with the run in `output`, which must have been started with the same model, task and options. Random state
     and the result do not depend on what was drawn before. `watch` gets (step, metrics) of every evaluation in training; what it
-    raises ends the run. Raises `DataError`, `ConfigError`, `TrainingError`, and `Interrupted`
-    (a `KeyboardInterrupt`) when asked to stop.
+    raises ends the run. `known_start`: the model's metrics before training, where they need not be measured. Raises `DataError`,
+    `ConfigError`, `TrainingError`, and `Interrupted` (a `KeyboardInterrupt`) when asked to stop.
     """
     config, source = config or FinetuneConfig(), source or Source()
     folder = None if output is None else RunFolder(Path(output))
@@ -97,7 +99,8 @@ def finetune(
         work, start_hash = _bound(model, task)
         original, notes = _original(work, task, original, config)
         place = folder.training if folder is not None else _shared_place(stack)
-        session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet, watch=watch)
+        session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet)
+        session.watch, session.known_start = watch, known_start
         try:
             if folder is not None:
                 session.open(record(source.name, start_hash, task, config, accelerator.num_processes), resume=resume)
@@ -119,9 +122,9 @@ class _Session:
         notes: list[str],
         *,
         quiet: bool,
-        watch: Watch | None = None,
     ) -> None:
-        self.watch = watch
+        self.watch: Watch | None = None
+        self.known_start: Mapping[str, float] | None = None
         self.task, self.config, self.source, self.folder = task, config, source, folder
         self.accelerator, self.notes = accelerator, notes
         main = accelerator.is_main_process
@@ -162,9 +165,9 @@ class _Session:
 
     def _begin(self, run: Run, original: nn.Module | None) -> None:
         """Load the newest checkpoint, or measure the start and write the first one."""
-        found = run.store.newest()
-        if found is not None:
-            state, run.progress = found
+        checkpoint = run.store.newest()
+        if checkpoint is not None:
+            state, run.progress = checkpoint
             run.trainer.load(state)
             if self.accelerator.is_main_process:
                 run.store.drop_after(run.progress.step)
@@ -181,7 +184,7 @@ class _Session:
             placed = original.to(self.accelerator.device).eval()
             before = evaluate(placed, self.task, self.data.val, self.config, self.accelerator)
             run.progress.start["original"] = asdict(measured(placed, before.metrics, before.seconds, size))
-        start = run.evaluate()
+        start = run.evaluate() if self.known_start is None else Evaluation(dict(self.known_start), math.nan)
         run.progress.start["start"] = asdict(measured(run.trainer.model, start.metrics, start.seconds, size))
         run.note(start)
         run.save()
