@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import print_json
+from surgeon.arguments import add_run, print_json
 from surgeon.errors import ConfigError, NothingFoldedError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ vary on them. Exit code 1: nothing could be folded, or the result is not equal.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `surgeon collapse`, beside --json, --quiet and --debug."""
-    parser.add_argument("run", metavar="RUN", help="a folder that surgeon wrote")
+    add_run(parser)
     parser.add_argument("-o", "--output", metavar="OUT", help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")
     parser.add_argument("--dry-run", action="store_true", help="fold and report, but write nothing")
@@ -38,9 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="T",
         help="largest relative variation of a filter that is folded at its mean, 0 to 1 (default: 0, exact)",
-    )
-    parser.add_argument(
-        "--trust-factory", action="store_true", help="run the package.module:factory that the recipe names"
     )
 
 
