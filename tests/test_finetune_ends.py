@@ -1,5 +1,6 @@
 """How a run of finetune ends: early, out of time, interrupted, set back after NaN, or refused before it begins."""
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from surgeon.errors import CheckpointError, ConfigError, DataError, TrainingError
 from surgeon.zoo.finetune import finetune
-from surgeon.zoo.finetune.loop import Interrupted
+from surgeon.zoo.finetune.loop import Interrupted, Run
 from surgeon.zoo.tasks import Batch
 from tests.finetune_runs import QUICK, Watch, equal, interrupt_at, rows, weights, with_
 from tests.finetune_tasks import TinyRegression, classification, converted, make_restorer, regression
@@ -74,6 +75,29 @@ def test_interrupted_and_taken_up_again(number: int, tmp_path: Path, monkeypatch
     assert equal(weights(resumed.model), weights(whole.model))
     losses = [[(row["step"], row["loss"]) for row in rows(tmp_path / name, "loss")] for name in ("whole", "run")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("moment", ["step", "evaluation"])
+def test_interrupted_at_the_very_end(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who trains one network after the other must not go on with the next."""
+    whole = finetune(converted("pafu"), regression(), QUICK, tmp_path / "whole")
+    last = whole.summary.steps
+    if moment == "step":
+        interrupt_at(monkeypatch, last - 1)
+    else:
+        measure = Run.evaluate
+
+        def signalled(run: Run) -> Any:
+            if run.progress.step == last:
+                os.kill(os.getpid(), signal.SIGINT)
+            return measure(run)
+
+        monkeypatch.setattr(Run, "evaluate", signalled)
+    with pytest.raises(Interrupted, match=f"interrupted after step {last}"):
+        finetune(converted("pafu"), regression(), QUICK, tmp_path / "run")
+    monkeypatch.undo()
+    resumed = finetune(converted("pafu"), regression(), QUICK, tmp_path / "run", resume=True)
+    assert equal(weights(resumed.model), weights(whole.model))
 
 
 def test_a_complete_run_is_only_finished_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,8 +236,11 @@ class Run:
                     self._return_from(error)
                     batches = self.trainer.batches(self.progress.step)
                     continue
-                if stop == "signal" and self.progress.stopped is None:
+                if stop == "signal":
                     raise Interrupted(self.progress.step)
+            late = self.accelerator.reduce(torch.tensor(float(asked.is_set()), device=self.accelerator.device))
+            if late:  # in the last evaluation: whoever trains several networks must hear of it, too
+                raise Interrupted(self.progress.step)
 
     def once(self) -> float:
         """One step alone, to see whether it can be done; returns its loss."""
