@@ -156,18 +156,37 @@ def network(folder: Path) -> nn.Module:
 
 def finish(rows: Rows, size: Size, path: Path) -> None:
     """Write the rows, and print the means over the seeds."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows.values():
-        groups.setdefault((row["type"], row["lr"], row["warmup"], row["scale"]), []).append(row)
-    lines = []
-    for (kind, rate, warmup, scale), found in sorted(groups.items()):
-        good = [row for row in found if row["loss"] is not None]
-        loss = mean(row["loss"] for row in good) if good else None
-        top1 = mean(row["top1"] for row in good) if good else None
-        lines.append((kind, rate, warmup, scale, loss, top1, len(found) - len(good)))
-    table(("type", "lr", "warmup", "new x", "test loss", "top-1 %", "failed"), lines)
+    table(*lines(rows.values()))
     settings = {key: value for key, value in vars(size).items() if key != "options"}
     write_json(path, {"settings": settings | {"options": size.options}, "rows": rows.values()})
+
+
+def lines(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headers, and a line for every type, rate and warm-up: means over the seeds by the scale of the new rate."""
+    scales = sorted({row["scale"] for row in rows})
+    lines = []
+    for kind, rate, warmup in dict.fromkeys((row["type"], row["lr"], row["warmup"]) for row in rows):
+        line = [kind, f"{rate:g}", warmup]
+        for scale in scales:
+            found = [
+                row
+                for row in rows
+                if (row["type"], row["lr"], row["warmup"], row["scale"]) == (kind, rate, warmup, scale)
+            ]
+            line.append(_cell(found))
+        lines.append(line)
+    return ["type", "lr", "warm-up", *(f"new x {scale:g}" for scale in scales)], lines
+
+
+def _cell(found: list[dict[str, Any]]) -> str:
+    """Mean loss, mean top-1 and the number of seeds; runs that failed are counted."""
+    good = [row for row in found if row["loss"] is not None]
+    told = ""
+    if good:
+        told = f"{mean(row['loss'] for row in good):.3f} / {mean(row['top1'] for row in good):.1f} ({len(good)})"
+    if len(good) < len(found):
+        told += f" {len(found) - len(good)} failed"
+    return told.strip()
 
 
 if __name__ == "__main__":

@@ -190,6 +190,15 @@ def _plus_minus(value: float, spread: float | None, sign: str = "") -> str:
     return f"{value:{sign}.2f}" + ("" if spread is None else f" ± {spread:.2f}")
 
 
+def finetune_defaults(content: dict[str, Any]) -> str:
+    """Loss and accuracy by type, warm-up and rate of the new parameters."""
+    from benchmarks.finetune_defaults import lines
+
+    before = content["rows"][0]
+    told = f"Before training {before['loss_before']:.3f} / {before['top1_before']:.1f}.\n\n"
+    return told + markdown(*lines(content["rows"]))
+
+
 def collapsed(content: dict[str, Any]) -> str:
     """Original, converted and collapsed beside each other."""
     rows = content["rows"]
@@ -263,6 +272,7 @@ TABLES: dict[str, Table] = {
     "gain_methods": _search_tables.gain_methods,
     "search_cifar": _search_tables.search_cifar,
     "finetuned": finetuned,
+    "finetune_defaults": finetune_defaults,
     "collapsed": collapsed,
     "adfnet": adfnet,
     "paper_tables": paper_tables,

@@ -49,6 +49,12 @@ def test_every_setting_has_a_row_and_none_is_run_twice(tmp_path: Path, monkeypat
     assert [(row["type"], row["scale"]) for row in rows] == [("conv", 1.0), ("sekg", 0.1), ("sekg", 1.0)]
     assert len({row["loss_before"] for row in rows}) <= 2
     assert rows[1]["loss"] != rows[2]["loss"]
+    headers, lines = finetune_defaults.lines(rows)
+    assert headers[3:] == ["new x 0.1", "new x 1"]
+    assert [line[0] for line in lines] == ["conv", "sekg"]
+    assert lines[0][3] == ""  # the unconverted network has no new parameters
+    assert lines[1][3].startswith(f"{rows[1]['loss']:.3f} / ")
+    assert finetune_defaults.lines([rows[1] | {"loss": None}])[1][0][3] == "1 failed"
 
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("this row was there")
