@@ -18,6 +18,7 @@ from surgeon.search.run import Search, SearchConfig
 from surgeon.search.space import Space
 from surgeon.search.study import StudyFile
 
+SHARE = 0.4  # leaves 56 placements within the budgets
 OPTIONS = (Option("acda", {"atoms": 4}), Option("pafu", {"group_size": 4}), Option("sekg", {}))
 
 
@@ -33,7 +34,7 @@ def toy_space(layers: int = 8) -> Space:
     )
 
 
-def toy_problem(space: Space, seed: int = 0, share: float = 0.4, max_layers: int | None = None) -> Problem:
+def toy_problem(space: Space, seed: int = 0, share: float = SHARE, max_layers: int | None = None) -> Problem:
     """FLOPs, parameters and six windows of memory, whose budgets leave room for a share of everything; some options save."""
     rng = np.random.default_rng(seed)
     shape = space.allowed.shape
@@ -94,10 +95,15 @@ def toy_search(path: Path, *, pause: float = 0.0, storage: str | None = None, **
 
 
 def main() -> int:
-    """`python search_toys.py PATH MODE TRIALS PAUSE RESUME [STORAGE]`: one worker. "wait" resumes once the file `go` is there."""
-    path, mode, trials, pause, resume, *storage = sys.argv[1:]
+    """`python search_toys.py PATH MODE TRIALS PAUSE RESUME SHARE [STORAGE]`: one worker.
+
+    "wait" resumes once the file `go` is there; SHARE is that of `toy_problem`.
+    """
+    path, mode, trials, pause, resume, share, *storage = sys.argv[1:]
     chosen = storage[0] if storage else None
-    search = toy_search(Path(path), pause=float(pause), storage=chosen, mode=mode, trials=int(trials), seed=3)
+    problem = toy_problem(toy_space(), share=float(share))
+    options: dict[str, Any] = {"mode": mode, "trials": int(trials), "seed": 3, "problem": problem}
+    search = toy_search(Path(path), pause=float(pause), storage=chosen, **options)
     search.open(resume=resume in ("resume", "wait"))
     print("open", flush=True)
     while resume == "wait" and not Path(path).with_name("go").exists():

@@ -24,7 +24,7 @@ from surgeon.search.run import Outcome, Search
 from surgeon.search.study import OtherStudyError, Record
 from tests.search_records import proposals
 from tests.search_servers import Server, free_port, postgresql, why_no_postgresql
-from tests.search_toys import toy_problem, toy_search, toy_space
+from tests.search_toys import SHARE, toy_problem, toy_search, toy_space
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,7 +81,8 @@ def run(search: Search, *, resume: bool = False) -> Outcome:
 
 
 def worker(path: Path, url: str, trials: int, pause: float, how: str = "resume") -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "tests.search_toys", str(path), "decoder", str(trials), str(pause), how, url]
+    told = [str(path), "decoder", str(trials), str(pause), how, str(SHARE), url]
+    command = [sys.executable, "-m", "tests.search_toys", *told]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment)
 

@@ -14,7 +14,7 @@ import pytest
 
 from surgeon.search.run import MAX_ATTEMPTS
 from tests.search_records import proposals, read
-from tests.search_toys import toy_search
+from tests.search_toys import SHARE, toy_problem, toy_search, toy_space
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,8 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # --- kill -9 ------------------------------------------------------------------------------------------------------
 
 
-def worker(path: Path, mode: str, trials: int, pause: float, how: str) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "tests.search_toys", str(path), mode, str(trials), str(pause), how]
+def worker(
+    path: Path, mode: str, trials: int, pause: float, how: str, share: float = SHARE
+) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "tests.search_toys", str(path), mode, str(trials), str(pause), how, str(share)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment)
 
@@ -105,11 +107,12 @@ def test_two_workers_share_a_study_and_one_may_die(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_twenty_kills_of_one_of_two_workers(tmp_path: Path) -> None:
     path, moments = tmp_path / "s.jsonl", random.Random(13)
-    toy_search(path, mode="random", trials=2000, seed=3).open()
-    steady = worker(path, "random", 2000, 0.2, "resume")
+    share = 1.0  # thousands of placements: more than two workers get through
+    toy_search(path, mode="random", trials=2000, seed=3, problem=toy_problem(toy_space(), share=share)).open()
+    steady = worker(path, "random", 2000, 0.2, "resume", share)
     completed: dict[int, Any] = {}
     for _ in range(20):
-        kill_midway(worker(path, "random", 2000, 0.2, "resume"), moments.uniform(0.0, 0.8))
+        kill_midway(worker(path, "random", 2000, 0.2, "resume", share), moments.uniform(0.0, 0.8))
         now = {one[0]: one for one in proposals(read(path)) if one[2] is not None}
         assert {number: now[number] for number in completed} == completed  # nothing completed is lost
         completed = now
@@ -118,7 +121,7 @@ def test_twenty_kills_of_one_of_two_workers(tmp_path: Path) -> None:
     left = [one for one in read(path) if one.state == "running"]
     assert len(left) <= 2  # what both had in hand; all that was orphaned before was taken up
     done = sum(one.counts for one in read(path)) + len(left)
-    assert finish(worker(path, "random", done, 0.0, "resume")) == "trials"
+    assert finish(worker(path, "random", done, 0.0, "resume", share)) == "trials"
     records = [one for one in read(path) if one.state != "waiting"]
     assert {one.state for one in records} == {"complete"}
     assert set(Counter(one.hash for one in records if one.counts).values()) == {1}
