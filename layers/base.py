@@ -142,7 +142,7 @@ class DynamicConv2d(nn.Module):
         return ""
 
     def energy_of(self, difference: Tensor) -> Tensor:
-        """Squared norm of the change of the filter that goes with changes (..., V) of the code, (...)."""
+        """Squared norm of the change of the filter with changes (..., V) of the code, (...); asked where `code` is given."""
         raise NotImplementedError(
             f"{type(self).__name__} gives a code, so it must say by `energy_of` what a change of it is worth"
         )
@@ -152,7 +152,7 @@ class DynamicConv2d(nn.Module):
         return self.static_weight().detach().square().sum()
 
     def fix(self, code: Tensor) -> None:
-        """Make the filter of this code (V,) the static one."""
+        """Make the filter of this code (V,) the static one; asked where `code` is given."""
         raise NotImplementedError(f"{type(self).__name__} gives a code, so it must say by `fix` how to fold at one")
 
     # --- what all share -------------------------------------------------------------------------------------------

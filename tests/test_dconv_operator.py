@@ -283,7 +283,6 @@ class TestErrors:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("groups", "outputs"), [(4, 4), (2, 8), (8, 8)])
 def test_cuda_equals_cpu(groups: int, outputs: int) -> None:
     tensors = small(groups=groups, outputs=outputs)

@@ -57,4 +57,4 @@ def test_the_public_list_is_sorted_and_complete() -> None:
         assert getattr(surgeon, name) is not None
     assert dir(surgeon) == surgeon.__all__
     with pytest.raises(AttributeError, match="no attribute 'transmogrify'"):
-        surgeon.transmogrify  # noqa: B018
+        _ = surgeon.transmogrify

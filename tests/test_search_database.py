@@ -1,9 +1,7 @@
 """A search in a database: SQLite always, a real PostgreSQL where there is one. Several workers, kills, servers that go away."""
 
-import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -24,16 +22,20 @@ from surgeon.search.run import Outcome, Search
 from surgeon.search.study import OtherStudyError, Record
 from tests.search_records import proposals
 from tests.search_servers import Server, free_port, postgresql, why_no_postgresql
-from tests.search_toys import SHARE, toy_problem, toy_search, toy_space
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.search_toys import toy_problem, toy_search, toy_space
+from tests.search_workers import finish, kill_midway, worker
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def startable() -> None:
+    """A server can be started here."""
     reason = why_no_postgresql()
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def server(startable: None) -> Iterator[Server]:
     with postgresql() as running:
         yield running
 
@@ -78,27 +80,6 @@ def run(search: Search, *, resume: bool = False) -> Outcome:
         return search.run()
     finally:
         search.file.close()
-
-
-def worker(path: Path, url: str, trials: int, pause: float, how: str = "resume") -> "subprocess.Popen[bytes]":
-    told = [str(path), "decoder", str(trials), str(pause), how, str(SHARE), url]
-    command = [sys.executable, "-m", "tests.search_toys", *told]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment)
-
-
-def finish(child: "subprocess.Popen[bytes]") -> str:
-    output, _ = child.communicate(timeout=300)
-    assert child.returncode == 0
-    return output.decode().split()[-1]
-
-
-def kill_midway(child: "subprocess.Popen[bytes]", after: float) -> None:
-    assert child.stdout is not None
-    assert child.stdout.readline() == b"open\n"
-    time.sleep(after)
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
 
 
 # --- one worker ---------------------------------------------------------------------------------------------------
@@ -198,11 +179,12 @@ def test_a_killed_worker_goes_on_as_if_nothing_had_happened(storage: str, tmp_pa
     path, moments = tmp_path / "s", random.Random(7)
     completed: list[Any] = []
     for kill in range(2):
-        kill_midway(worker(path, storage, 14, 0.08, "resume" if kill else "new"), moments.uniform(0.2, 0.9))
+        child = worker(path, "decoder", 14, 0.08, "resume" if kill else "new", storage=storage)
+        kill_midway(child, moments.uniform(0.2, 0.9))
         now = [one for one in proposals(read(storage)) if one[2] is not None]
         assert now[: len(completed)] == completed
         completed = now
-    assert finish(worker(path, storage, 14, 0.0)) == "trials"
+    assert finish(worker(path, "decoder", 14, 0.0, storage=storage), timeout=300) == "trials"
     whole = toy_search(tmp_path / "w.jsonl", mode="decoder", trials=14, seed=3)
     run(whole)
     killed = read(storage)
@@ -219,7 +201,7 @@ def test_three_workers_share_a_study_and_one_dies(storage: str, tmp_path: Path) 
     search = toy_search(path, storage=storage, mode="decoder", trials=trials, seed=3)
     search.open()
     search.file.close()
-    children = [worker(path, storage, trials, 0.2, "wait") for _ in range(3)]
+    children = [worker(path, "decoder", trials, 0.2, "wait", storage=storage) for _ in range(3)]
     for child in children:
         assert child.stdout is not None
         assert child.stdout.readline() == b"open\n"
@@ -228,8 +210,9 @@ def test_three_workers_share_a_study_and_one_dies(storage: str, tmp_path: Path) 
     children[2].send_signal(signal.SIGKILL)
     children[2].communicate()
     for child in children[:2]:
-        assert finish(child) == "trials"
-    finish(worker(path, storage, trials, 0.0))  # whatever the dead one left when the others had nothing to do any more
+        assert finish(child, timeout=300) == "trials"
+    last = worker(path, "decoder", trials, 0.0, storage=storage)
+    finish(last, timeout=300)  # whatever the dead one left when the others had nothing to do any more
     records = read(storage)
     assert {one.state for one in records} == {"complete"}
     assert sum(one.counts for one in records) == trials
@@ -313,10 +296,8 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("startable")
 def test_a_server_that_comes_back_gets_the_result(tmp_path: Path) -> None:
-    reason = why_no_postgresql()
-    if reason is not None:
-        pytest.skip(reason)
     with postgresql() as own:
         search = toy_search(tmp_path / "s", storage=own.url, trials=8)
         search.open()
@@ -331,10 +312,8 @@ def test_a_server_that_comes_back_gets_the_result(tmp_path: Path) -> None:
         assert read(own.url)[claim.trial.number].values == (1.5,)
 
 
+@pytest.mark.usefixtures("startable")
 def test_a_server_that_goes_away_costs_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = why_no_postgresql()
-    if reason is not None:
-        pytest.skip(reason)
     monkeypatch.setattr(database, "_PATIENCE", 0.5)
     with postgresql() as own:
         search = toy_search(tmp_path / "s", storage=own.url, trials=12)

@@ -1,10 +1,7 @@
 """Workers of a search that are killed at any moment: nothing that was completed is lost, nothing is proposed otherwise."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,34 +11,10 @@ import pytest
 
 from surgeon.search.run import MAX_ATTEMPTS
 from tests.search_records import proposals, read
-from tests.search_toys import SHARE, toy_problem, toy_search, toy_space
-
-ROOT = Path(__file__).resolve().parent.parent
-
+from tests.search_toys import toy_problem, toy_search, toy_space
+from tests.search_workers import finish, kill_midway, worker
 
 # --- kill -9 ------------------------------------------------------------------------------------------------------
-
-
-def worker(
-    path: Path, mode: str, trials: int, pause: float, how: str, share: float = SHARE
-) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "tests.search_toys", str(path), mode, str(trials), str(pause), how, str(share)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment)
-
-
-def finish(child: "subprocess.Popen[bytes]") -> str:
-    output, _ = child.communicate(timeout=120)
-    assert child.returncode == 0
-    return output.decode().split()[-1]
-
-
-def kill_midway(child: "subprocess.Popen[bytes]", after: float) -> None:
-    assert child.stdout is not None
-    assert child.stdout.readline() == b"open\n"
-    time.sleep(after)
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
 
 
 @pytest.mark.parametrize("mode", ["decoder", pytest.param("posterior", marks=pytest.mark.slow)])

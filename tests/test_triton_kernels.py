@@ -26,7 +26,6 @@ from tests.test_pafu_operator import make_case
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(not support.HAS_TRITON, reason="needs triton")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 OPERATORS = ("acda", "dconv", "dconv_layer", "pafu")
 
 
@@ -194,7 +193,6 @@ def gpu_case(operator: str) -> tuple[Any, list[Tensor | None]]:
 
 
 @needs_triton
-@needs_cuda
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
@@ -211,7 +209,6 @@ def test_on_a_gpu(operator: str, dtype: torch.dtype, tolerance: float, memory_fo
 
 
 @needs_triton
-@needs_cuda
 @pytest.mark.gpu
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_on_a_gpu_deterministic_and_captured(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,10 @@ def acda(sweep: bool) -> Iterator[Check]:
     yield "operands of two dtypes", of_two_dtypes
     yield "the environment's choice", environment
     arguments = (*operands, *geometry, "triton")
-    call = lambda *t, backend: acda_conv(*t, *geometry, backend=backend)  # noqa: E731
+
+    def call(*tensors: Tensor, backend: str) -> Tensor:
+        return acda_conv(*tensors, *geometry, backend=backend)
+
     yield from general(call, [*operands], torch.ops.surgeon.acda_conv.default, arguments)
     pairs = [(1, 1), (2, 1), (1, 3)]
     for window, stride, dilation, groups in (
@@ -250,7 +253,10 @@ def dconv_apply(sweep: bool) -> Iterator[Check]:
 def dconv_fused(sweep: bool) -> Iterator[Check]:
     def make(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Call, list[Tensor | None]]:
         case = _dconv_case(**options)
-        call = lambda *t, backend: dconv_layer(*t, **case["geometry"], backend=backend)  # noqa: E731
+
+        def call(*tensors: Tensor, backend: str) -> Tensor:
+            return dconv_layer(*tensors, **case["geometry"], backend=backend)
+
         return call, [None if t is None else t.detach() for t in layer_tensors(case, dtype)]
 
     def check(name: str, dtype: torch.dtype = torch.float32, scratch: int = 32 << 20, **options: Any) -> Check:

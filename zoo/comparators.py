@@ -4,6 +4,7 @@
 `DynamicFilterConv2d` (Jia et al. 2016, DFN) generates a filter for every pixel.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from surgeon.errors import ConfigError
 from surgeon.layers.kernels.dconv import dconv
 
 
-class MixedConv2d(nn.Module):
+class MixedConv2d(nn.Module, ABC):
     """A convolution whose kernel and bias are, for each image, sums of `experts` kernels with weights from `routing`.
 
     (N, C_in, H, W) -> (N, C_out, H', W'). All images run as the groups of one convolution. Subclasses say how to route.
@@ -44,9 +45,9 @@ class MixedConv2d(nn.Module):
         self.kernels = nn.Parameter(torch.empty(experts, *self.shape).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(experts, out_channels).uniform_(-bound, bound)) if bias else None
 
+    @abstractmethod
     def routing(self, average: Tensor) -> Tensor:
         """(N, C_in) averages of the input -> weights (N, experts)."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         n, channels, height, width = x.shape

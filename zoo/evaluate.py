@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def evaluate(
     metrics = {name: metric.to(where) for name, metric in task.metrics().items()}
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     if amp is not None:
-        autocast = lambda: torch.autocast(where.type, dtype=AMP[amp])  # noqa: E731  # a name for a partial call
+        autocast = partial(torch.autocast, where.type, dtype=AMP[amp])
     with evaluating(model), seeded(0):
         for done, batch in enumerate(loader):
             if progress is not None:

@@ -100,11 +100,10 @@ def finetune(
         original, notes = _original(work, task, original, config)
         place = folder.training if folder is not None else _shared_place(stack)
         session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet)
-        session.watch, session.known_start = watch, known_start
         try:
             if folder is not None:
                 session.open(record(source.name, start_hash, task, config, accelerator.num_processes), resume=resume)
-            return session.run(work, original, place)
+            return session.run(work, original, place, watch, known_start)
         finally:
             session.journal.stop()
 
@@ -123,8 +122,6 @@ class _Session:
         *,
         quiet: bool,
     ) -> None:
-        self.watch: Watch | None = None
-        self.known_start: Mapping[str, float] | None = None
         self.task, self.config, self.source, self.folder = task, config, source, folder
         self.accelerator, self.notes = accelerator, notes
         main = accelerator.is_main_process
@@ -140,16 +137,22 @@ class _Session:
             self.folder.create(values)
         self.accelerator.wait_for_everyone()
 
-    def run(self, work: nn.Module, original: nn.Module | None, place: Path) -> FinetuneResult:
-        teacher = original if self.config.distill else None
-        trainer = Trainer(work, self.task, self.data, self.config, self.accelerator, teacher)
-        keeps_best = self.config.keep == "best"
-        store = Store(place / "checkpoints", trainer.plan.checkpoint_every, keeps_best=keeps_best)
+    def run(
+        self,
+        work: nn.Module,
+        original: nn.Module | None,
+        place: Path,
+        watch: Watch | None,
+        known: Mapping[str, float] | None,
+    ) -> FinetuneResult:
+        config, teacher = self.config, original if self.config.distill else None
+        trainer = Trainer(work, self.task, self.data, config, self.accelerator, teacher)
+        store = Store(place / "checkpoints", trainer.plan.checkpoint_every, keeps_best=config.keep == "best")
         if self.accelerator.is_main_process:
             store.create()
         self.accelerator.wait_for_everyone()
-        run = Run(trainer, store, self.journal, Progress(), self.watch)
-        self._begin(run, original)
+        run = Run(trainer, store, self.journal, Progress(), watch)
+        self._begin(run, original, known)
         if run.progress.stopped is None:
             run.train()
         summary = self._end(run)
@@ -163,7 +166,7 @@ class _Session:
 
     # --- before and after -----------------------------------------------------------------------------------------
 
-    def _begin(self, run: Run, original: nn.Module | None) -> None:
+    def _begin(self, run: Run, original: nn.Module | None, known: Mapping[str, float] | None) -> None:
         """Load the newest checkpoint, or measure the start and write the first one."""
         checkpoint = run.store.newest()
         if checkpoint is not None:
@@ -184,7 +187,7 @@ class _Session:
             placed = original.to(self.accelerator.device).eval()
             before = evaluate(placed, self.task, self.data.val, self.config, self.accelerator)
             run.progress.start["original"] = asdict(measured(placed, before.metrics, before.seconds, size))
-        start = run.evaluate() if self.known_start is None else Evaluation(dict(self.known_start), math.nan)
+        start = run.evaluate() if known is None else Evaluation(dict(known), math.nan)
         run.progress.start["start"] = asdict(measured(run.trainer.model, start.metrics, start.seconds, size))
         run.note(start)
         run.save()
@@ -250,11 +253,8 @@ class _Session:
 def _bound(model: nn.Module, task: Task) -> tuple[nn.Module, str]:
     """A copy that fits the task, and the hash of its weights."""
     work = copy_model(model)
-    recipe = get_recipe(model)
     torch.manual_seed(task.seed)  # of a new head
-    bound = task.bind(work)
-    if recipe is not None:
-        set_recipe(bound, recipe)
+    bound = _with_recipe(task.bind(work), model)
     return bound, state_sha256(bound)
 
 

@@ -69,7 +69,8 @@ def read_tree(file: Path) -> Any:
     try:
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
+            names = content.keys()
+            tensors = {name: content.get_tensor(name) for name in names}
         text = metadata["tree"]
         if _digest(text, tensors) != metadata["sha256"]:
             raise CheckpointError(f"{file} is damaged: its SHA-256 is not that of its content")

@@ -94,6 +94,10 @@ class Segmentation(Task):
     @property
     def classes(self) -> int:
         """Number of classes; read from the masks where the options do not say it."""
+        return self._counted()
+
+    def _counted(self) -> int:
+        """The same; raises `DataError` where the masks hold fewer than two."""
         if self._classes is None:
             splits: tuple[Split, ...] = ("train", "val")
             roots = find_roots(self.name, self.config)
@@ -121,7 +125,7 @@ class Segmentation(Task):
             check_images(self.name, [picture for picture, _ in pairs])
             what = f"task {self.name}: masks that cannot be used"
             look_through(what, pairs, lambda pair: bad_pair(pair, self.config.classes, self.config.ignore_index))
-        self.classes  # noqa: B018  raises where the masks hold fewer than two
+        self._counted()
 
     def _normalised(self, image: Image.Image) -> Tensor:
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))

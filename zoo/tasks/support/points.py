@@ -63,6 +63,7 @@ def read_points(path: Path) -> np.ndarray:
         else:
             found = _from_mat(path)
         points = np.asarray(found, dtype=np.float64)
+    # scipy raises NotImplementedError for .mat files of MATLAB 7.3, which are HDF5
     except (OSError, ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise DataError(f"cannot read points from {path}: {error}") from error
     if points.size == 0:

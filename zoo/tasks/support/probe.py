@@ -54,16 +54,9 @@ def with_outputs(module: nn.Module, outputs: int, seed: int) -> nn.Module:
         if isinstance(module, nn.Linear):
             new: nn.Module = nn.Linear(module.in_features, outputs, bias)
         elif isinstance(module, nn.Conv2d):
-            new = nn.Conv2d(
-                module.in_channels,
-                outputs,
-                module.kernel_size,  # type: ignore[arg-type]
-                stride=module.stride,  # type: ignore[arg-type]
-                padding=module.padding,  # type: ignore[arg-type]
-                dilation=module.dilation,  # type: ignore[arg-type]
-                bias=bias,
-                padding_mode=module.padding_mode,
-            )
+            same = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+            settings: dict[str, Any] = {name: getattr(module, name) for name in same}
+            new = nn.Conv2d(module.in_channels, outputs, bias=bias, **settings)
         else:
             raise InputError(f"cannot give a {type(module).__name__} another number of outputs")
     return new.to(module.weight.device, module.weight.dtype).train(module.training)

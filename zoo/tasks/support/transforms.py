@@ -107,10 +107,12 @@ def _small(
     from torchvision import transforms
 
     size = form.size[1:]
+    made: Callable[[Image.Image], Tensor]
     steps: list[Any] = [_Resize(size)]
     if not train:
         steps += [transforms.ToTensor(), transforms.Normalize(form.mean, form.std)]
-        return transforms.Compose(steps)  # type: ignore[no-any-return]
+        made = transforms.Compose(steps)
+        return made
     steps += [transforms.RandomCrop(size, padding=(size[1] // 8, size[0] // 8)), transforms.RandomHorizontalFlip()]
     _, further, final = transforms_factory.transforms_imagenet_train(
         size,
@@ -121,7 +123,8 @@ def _small(
         re_prob=erase,
         separate=True,
     )
-    return transforms.Compose([*steps, further, final])  # type: ignore[no-any-return]
+    made = transforms.Compose([*steps, further, final])
+    return made
 
 
 class _Resize:
