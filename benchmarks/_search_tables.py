@@ -66,7 +66,8 @@ def gain_methods(content: dict[str, Any]) -> str:
     agree = "-" if truth["agreement"] is None else f"{truth['agreement']:.2f}"
     lines = [
         [
-            *(r["method"], r["seeds"], f"{r['rank']:.2f} ± {r['sd']:.2f}", f"{r['rank_placements']:.2f}"),
+            *(r["method"], r["seeds"], f"{r['rank']:.2f} ± {r['sd']:.2f}"),
+            "-" if r["rank_placements"] is None else f"{r['rank_placements']:.2f}",
             f"{r['cpu_seconds']:.0f}",
         ]
         for r in content["methods"]

@@ -1,11 +1,12 @@
 """Real short fine-tunes of the trained CIFAR ResNet-20, tabulated, to compare searches and gain estimators with.
 
-    python -m benchmarks.fine_tunes [--parts singles space] [--seeds 6] [--quick] [--fresh]
+    python -m benchmarks.fine_tunes [--parts singles space] [--seeds 17] [--training sgd|adamw] [--quick] [--fresh]
 
 `space`: every placement of 4 options (keep, ACDA, PAFU, SEKG) in 4 layers, 256 fine-tunes with one seed, as a search's trials have.
 `singles`: 9 layers in all three stages, one replaced at a time, beside the unmodified network, with several seeds. A fine-tune is
 the one of `surgeon search`, on CIFAR-10 images kept as JPEG; its value is the cross-entropy on test images, of the last weights.
-Writes benchmarks/results/fine_tunes.json; interrupted, it goes on where it was.
+`--training sgd` is short and rough, so that layers differ; `adamw` has the rates of `surgeon finetune`, and twice the steps.
+Writes benchmarks/results/fine_tunes.json (fine_tunes-adamw.json); interrupted, it goes on where it was.
 """
 
 import argparse
@@ -55,16 +56,24 @@ class Size:
     singles: tuple[str, ...] = SINGLES
     steps: int = 16
     test: int = 400
+    training: str = "sgd"
 
 
 FULL = Size()
 QUICK = Size(space=SPACE[2:], singles=SPACE[2:], steps=2, test=50)
+ADAMW = Size(steps=32, training="adamw")
+# SGD: with the first steps of Adam at such rates luck decides more than the layer
+TRAININGS: dict[str, dict[str, Any]] = {
+    "sgd": {"opt": "sgd", "lr": 0.01, "new_lr_scale": 1.0},
+    "adamw": {},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--seeds", type=int, default=6, metavar="N", help="of the singles (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=17, metavar="N", help="of the singles (default: %(default)s)")
+    parser.add_argument("--training", choices=tuple(TRAININGS), default="sgd", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="two layers, two steps")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of an interrupted run")
     parser.add_argument("--data", type=Path, default=data.data_folder(), help="default: %(default)s")
@@ -74,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if lacking:
         print(f"not in {args.data}: {', '.join(lacking)}", file=sys.stderr)
         return 2
-    size, name = (QUICK, "fine_tunes-quick") if args.quick else (FULL, "fine_tunes")
+    size, name = sized("fine_tunes", args.training, quick=args.quick)
     rows = Rows(args.results / f"{name}.jsonl", fresh=args.fresh)
     evaluator = make_evaluator(args.data, size)
     todo = [one for part in args.parts for one in placements(part, evaluator.space, size, args.seeds)]
@@ -86,6 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def sized(name: str, training: str, *, quick: bool = False) -> tuple[Size, str]:
+    """What is run, and the name of the result of a program about it."""
+    size, named = (FULL, name) if training == "sgd" else (ADAMW, f"{name}-{training}")
+    return (replace(QUICK, training=training), f"{named}-quick") if quick else (size, named)
+
+
 def make_evaluator(folder: Path, size: Size, *, steps: int | None = None, seed: int = 0) -> TrainingEvaluator:
     """The fine-tune of a search on the trained network, in the space of all layers of both parts."""
     task = CifarTask(TaskConfig(data=folder, val_limit=size.test))
@@ -93,16 +108,9 @@ def make_evaluator(folder: Path, size: Size, *, steps: int | None = None, seed: 
     layers = ",".join(dict.fromkeys((*size.space, *size.singles)))
     sites = find_sites(model, input_size=(3, 32, 32)).convs
     space = make_space(model, SpaceConfig(options=OPTIONS, layers=layers), sites=sites)
-    # SGD: with Adam's first steps luck decides more than the layer; statistics of BatchNorm are those the network came with
+    # statistics of BatchNorm are those the network came with
     base = FinetuneConfig(
-        opt="sgd",
-        lr=0.01,
-        new_lr_scale=1.0,
-        batch_size=32,
-        eval_batch_size=100,
-        freeze_bn=True,
-        recalibrate=0,
-        device="cpu",
+        batch_size=32, eval_batch_size=100, freeze_bn=True, recalibrate=0, device="cpu", **TRAININGS[size.training]
     )
     short = ShortConfig(steps=steps or size.steps, evaluations=1, base=replace(base, seed=seed))
     return TrainingEvaluator(model, task, space, short)

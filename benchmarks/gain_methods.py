@@ -1,14 +1,14 @@
 """How well does every gain estimator rank what layers really gain? The default of `surgeon search --gains` comes from here.
 
-    python -m benchmarks.gain_methods [--methods fisher …] [--seeds 3] [--fresh]
+    python -m benchmarks.gain_methods [--methods fisher …] [--seeds 3] [--training sgd|adamw] [--fresh]
 
 The truth are the one-layer fine-tunes of `benchmarks.fine_tunes` (results/fine_tunes.json): loss of the unmodified network minus
 that of the network with one layer replaced, trained with the same seed, averaged over the seeds. How far it can be trusted is
 the rank correlation of its two halves, averaged over the ways to halve the seeds. `rank` is the rank correlation (Spearman) of an
 estimator with the truth, over all (layer, option), `rank_placements` that of its summed gains with the whole placements of the
 exhaustive part. Estimators have seeds of their own, other than the truth's. Cost is CPU time; where the cheap setting of a method
-costs much less than the others, there is a dearer one beside it. Writes benchmarks/results/gain_methods.json; interrupted, it
-goes on where it was.
+costs much less than the others, there is a dearer one beside it. Writes benchmarks/results/gain_methods.json, for the other
+training gain_methods-adamw.json; interrupted, it goes on where it was.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from benchmarks import _data as data
 from benchmarks._results import RESULTS, Rows, table, write_json
-from benchmarks.fine_tunes import FULL, Size, make_evaluator
+from benchmarks.fine_tunes import TRAININGS, Size, make_evaluator, sized
 from benchmarks.finetune_defaults import NEEDS
 from surgeon.search.gain import GainTable
 from surgeon.search.method import make_gains
@@ -43,6 +43,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "fisher-64": ("fisher", {"batches": 64}),
     "snr": ("snr", {"batches": 16}),
     "snr-64": ("snr", {"batches": 64}),
+    "nqm": ("nqm", {"batches": 16}),
+    "nqm-64": ("nqm", {"batches": 64}),
     "probe": ("probe", {"config": ProbeConfig(steps=4, seeds=2, batches=4)}),
     "ablation": ("ablation", {"config": ProbeConfig(steps=16, seeds=2)}),
     "halving": ("halving", {"config": ProbeConfig(steps=4, seeds=2)}),
@@ -54,21 +56,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of every estimator (default: %(default)s)")
-    parser.add_argument("--table", type=Path, default=RESULTS / "fine_tunes.json", help="default: %(default)s")
+    parser.add_argument("--training", choices=tuple(TRAININGS), default="sgd", help="default: %(default)s")
+    parser.add_argument("--table", type=Path, help="default: that of benchmarks.fine_tunes with this training")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of an interrupted run")
     parser.add_argument("--data", type=Path, default=data.data_folder(), help="default: %(default)s")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     args = parser.parse_args(argv)
+    size, name = sized("gain_methods", args.training)
+    truth = args.table or RESULTS / f"{sized('fine_tunes', args.training)[1]}.json"
     lacking = [str(args.data / name) for name in data.missing(NEEDS, args.data)]
-    lacking += [] if args.table.is_file() else [str(args.table)]
+    lacking += [] if truth.is_file() else [str(truth)]
     if lacking:
         print(f"not there: {', '.join(lacking)}", file=sys.stderr)
         return 2
-    rows = Rows(args.results / "gain_methods.jsonl", fresh=args.fresh)
-    for name, seed in tqdm([(n, s) for s in range(args.seeds) for n in args.methods], desc="estimates", disable=None):
-        if f"{name}/{seed}" not in rows:
-            rows.add(f"{name}/{seed}", estimate(name, seed, args.data, FULL))
-    finish(rows, json.loads(args.table.read_text()), make_evaluator(args.data, FULL).space, args.results)
+    rows = Rows(args.results / f"{name}.jsonl", fresh=args.fresh)
+    for method, seed in tqdm([(m, s) for s in range(args.seeds) for m in args.methods], desc="estimates", disable=None):
+        if f"{method}/{seed}" not in rows:
+            rows.add(f"{method}/{seed}", estimate(method, seed, args.data, size))
+    finish(rows, json.loads(truth.read_text()), make_evaluator(args.data, size).space, args.results / f"{name}.json")
     return 0
 
 
@@ -120,15 +125,17 @@ def rank(a: Floats, b: Floats) -> float:
 
 
 def whole(content: Mapping[str, Any], space: Space) -> list[tuple[dict[str, str], float]]:
-    """Placements of the exhaustive part with their values, higher being better."""
+    """Placements of the exhaustive part with their values, higher being better; empty where that part was not run."""
     layers = set(content["settings"]["layers"]["space"])
-    return [(r["placement"], -r["loss"]) for r in content["rows"] if r["seed"] == 0 and set(r["placement"]) <= layers]
+    found = [(r["placement"], -r["loss"]) for r in content["rows"] if r["seed"] == 0 and set(r["placement"]) <= layers]
+    rows = [i for i, layer in enumerate(space.layers) if layer in layers]
+    return found if len(found) == np.prod(space.allowed[rows].sum(axis=1)) else []
 
 
 # --- what comes out -----------------------------------------------------------------------------------------------
 
 
-def finish(rows: Rows, content: Mapping[str, Any], space: Space, folder: Path) -> None:
+def finish(rows: Rows, content: Mapping[str, Any], space: Space, path: Path) -> None:
     """Print a line for every method, best first, and write the JSON with a mean table of each."""
     truth = single_gains(content, space)
     own = [entry for entry in entries(space) if space.layers[entry[0]] in content["settings"]["layers"]["singles"]]
@@ -141,14 +148,14 @@ def finish(rows: Rows, content: Mapping[str, Any], space: Space, folder: Path) -
         gains = [GainTable.from_dict(row["gains"]).for_space(space) for row in found]
         ranks = [rank(np.array([one.gain[entry] for entry in own]), truth.mean(axis=0)) for one in gains]
         sums = [[gain_of(one.gain, space.placement(placement)) for placement, _ in placements] for one in gains]
-        whole_ranks = [rank(np.array(one), np.array([value for _, value in placements])) for one in sums]
+        whole_ranks = [rank(np.array(one), np.array([value for _, value in placements])) for one in sums if placements]
         lines.append(
             {
                 "method": name,
                 "seeds": len(found),
                 "rank": fmean(ranks),
                 "sd": pstdev(ranks),
-                "rank_placements": fmean(whole_ranks),
+                "rank_placements": fmean(whole_ranks) if placements else None,
                 "cpu_seconds": fmean(row["cpu_seconds"] for row in found),
             }
         )
@@ -169,7 +176,6 @@ def finish(rows: Rows, content: Mapping[str, Any], space: Space, folder: Path) -
     print(
         f"\ntruth: {len(own)} gains, {len(truth)} seeds, two halves agree at {'-' if agree is None else f'{agree:.2f}'}"
     )
-    path = folder / "gain_methods.json"
     write_json(path, {"truth": facts, "methods": lines, "tables": tables, "rows": rows.values()})
     print(f"written: {path}")
 

@@ -1,19 +1,20 @@
 """Gain estimators that need only gradients at birth: no step is taken, every candidate of one option sits in the network at once.
 
 Conversion preserves the function, so that all layers can have the option at the same time and one backward pass a batch gives the
-gradient of every new parameter. With g_b the mean gradient of batch b (n samples each, B batches), per parameter: mean m, variance
-v over batches, n·v an estimate of the diagonal of the (empirical) Fisher matrix, m² − v/B an unbiased square of the gradient.
+gradient of every new parameter; they are kept, 4·B bytes a new parameter. With g_b the mean gradient of batch b (n samples each,
+B batches), per parameter: mean m, variance v over batches, n·v an estimate of the diagonal of the (empirical) Fisher matrix,
+m² − v/B an unbiased square of the gradient.
 
     gradient   ‖m‖, the baseline: not comparable between layers of different scale
     fisher     ½ Σ max(m² − v/B, 0) / (n·v + damping), the decrease a diagonal natural-gradient step predicts
     snr        Σ (m² − v/B) / Σ v/B, how far the gradient stands out of its own noise
+    nqm        the decrease that the training's own steps promise in the noisy quadratic model: `surgeon.search.quadratic`
 
 Standard errors are from a jackknife over groups of batches.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,21 +26,13 @@ from surgeon.errors import ConfigError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.search.gain import GainTable
 from surgeon.search.problem import Floats
+from surgeon.search.quadratic import Walk, decrease, scaled
 from surgeon.search.space import Space
 
 LossCallback = Callable[[nn.Module, Any], Tensor]  # loss(model, batch) -> mean loss of the batch, a scalar
-ESTIMATORS = ("gradient", "fisher", "snr")
+ESTIMATORS = ("gradient", "fisher", "snr", "nqm")
 DAMPING = 0.1  # of the mean of a layer's Fisher diagonal
 _GROUPS = 8
-
-
-@dataclass
-class _Sums:
-    """Of one layer's flat gradient, over the batches of one group: how many, the sum, the sum of squares."""
-
-    count: int
-    first: Tensor
-    second: Tensor
 
 
 def gradient_gains(
@@ -50,6 +43,7 @@ def gradient_gains(
     *,
     estimators: Sequence[str] = ESTIMATORS,
     damping: float = DAMPING,
+    walk: Walk | None = None,
     seed: int = 0,
     input_size: Any = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -61,11 +55,14 @@ def gradient_gains(
         loss: from a model and a batch to the mean loss; the batch is whatever `batches` holds.
         batches: at least 4, of equal size; a batch is a dict of tensors, a tensor, or a sequence of them.
         damping: of "fisher", relative to the mean of a layer's Fisher diagonal.
+        walk: the training that "nqm" is about (`walk_of`); needed for it alone.
         seed: of what layers draw in training mode (PAFU's selection).
     """
     unknown = [name for name in estimators if name not in ESTIMATORS]
     if unknown:
         raise ConfigError(f"there is no gain estimator {unknown[0]!r}; there are {', '.join(ESTIMATORS)}")
+    if "nqm" in estimators and walk is None:
+        raise ConfigError("the gain estimator nqm predicts a training, and none was given (walk)")
     if len(batches) < 4:
         raise ConfigError(f"the variance of gradients needs at least 4 batches, got {len(batches)}")
     samples = _samples(batches[0])
@@ -73,11 +70,12 @@ def gradient_gains(
     gain = {name: np.zeros(space.allowed.shape) for name in estimators}
     error = {name: np.zeros(space.allowed.shape) for name in estimators}
     for j in range(1, len(space.labels)):
-        sums = _option_sums(model, space, j, loss, batches, seed, input_size, progress)
-        for layer, groups in sums.items():
+        for layer, gradients in _gradients(model, space, j, loss, batches, seed, input_size, progress).items():
             i = space.layers.index(layer)
             for name in estimators:
-                gain[name][i, j], error[name][i, j] = _jackknife(groups, name, samples, damping)
+                gain[name][i, j], error[name][i, j] = _jackknife(
+                    _statistic(name, gradients, samples, damping, walk), len(batches)
+                )
     facts = {"seconds": time.perf_counter() - started, "batches": len(batches), "samples": samples, "seed": seed}
     return {
         name: GainTable(
@@ -103,7 +101,7 @@ def _samples(batch: Any) -> int:
     )
 
 
-def _option_sums(
+def _gradients(
     model: nn.Module,
     space: Space,
     option: int,
@@ -112,8 +110,8 @@ def _option_sums(
     seed: int,
     input_size: Any,
     progress: Callable[[str, int, int], None] | None,
-) -> dict[str, list[_Sums]]:
-    """The gradient sums of all layers that may have this option, by group of batches."""
+) -> dict[str, Tensor]:
+    """Of every layer that may have this option the gradients of its new parameters, (B, P), float32 on the CPU."""
     placement = np.where(space.allowed[:, option], option, 0)
     if not placement.any():
         return {}
@@ -126,8 +124,10 @@ def _option_sums(
         assert isinstance(module, DynamicConv2d)
         module.train()  # a layer that selects (PAFU) gives its selector gradients only in training
         layers[layer] = [parameter.requires_grad_(True) for _, parameter in module.new_parameters()]
-    groups = min(_GROUPS, len(batches))
-    sums: dict[str, list[_Sums]] = {layer: [] for layer in layers}
+    kept = {
+        layer: torch.empty(len(batches), sum(parameter.numel() for parameter in parameters))
+        for layer, parameters in layers.items()
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for number, batch in enumerate(batches):
@@ -135,43 +135,44 @@ def _option_sums(
                 progress("gains", (option - 1) * len(batches) + number, (len(space.labels) - 1) * len(batches))
             work.zero_grad(set_to_none=True)
             loss(work, batch).backward()
-            group = number * groups // len(batches)
             for layer, parameters in layers.items():
-                flat = torch.cat([_gradient(parameter).flatten() for parameter in parameters]).double()
-                kept = sums[layer]
-                if len(kept) == group:
-                    kept.append(_Sums(0, torch.zeros_like(flat), torch.zeros_like(flat)))
-                kept[group].count += 1
-                kept[group].first += flat
-                kept[group].second += flat * flat
-    return sums
+                kept[layer][number] = torch.cat([_gradient(parameter).flatten() for parameter in parameters])
+    return kept
 
 
 def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
 
 
-def _jackknife(groups: Sequence[_Sums], estimator: str, samples: int, damping: float) -> tuple[float, float]:
-    """The statistic over all batches, and its standard error from leaving out one group at a time."""
-    count = sum(group.count for group in groups)
-    first = torch.stack([group.first for group in groups]).sum(0)
-    second = torch.stack([group.second for group in groups]).sum(0)
-    whole = _statistic(estimator, count, first, second, samples, damping)
-    parts: Floats = np.array(
-        [_statistic(estimator, count - g.count, first - g.first, second - g.second, samples, damping) for g in groups]
-    )
-    n = len(parts)
-    return whole, float(np.sqrt((n - 1) / n * ((parts - parts.mean()) ** 2).sum()))
+def _jackknife(statistic: Callable[[Tensor], float], count: int) -> tuple[float, float]:
+    """A statistic of all batches, and its standard error from leaving out one group of them at a time."""
+    groups = min(_GROUPS, count)
+    group = torch.arange(count) * groups // count
+    parts: Floats = np.array([statistic(torch.nonzero(group != left).flatten()) for left in range(groups)])
+    return statistic(torch.arange(count)), float(np.sqrt((groups - 1) / groups * ((parts - parts.mean()) ** 2).sum()))
 
 
-def _statistic(estimator: str, count: int, first: Tensor, second: Tensor, samples: int, damping: float) -> float:
-    mean = first / count
+def _statistic(
+    estimator: str, gradients: Tensor, samples: int, damping: float, walk: Walk | None
+) -> Callable[[Tensor], float]:
+    """From the numbers of some batches to the gain that their gradients (B, P) say."""
+    gradients = gradients.double()
+    if estimator == "nqm":
+        assert walk is not None
+        own = scaled(gradients.numpy()) if walk.adaptive else gradients.numpy()
+        gram = own @ own.T
+        return lambda chosen: decrease(gram[np.ix_(chosen, chosen)], walk, samples)
+    return lambda chosen: _of_moments(estimator, gradients[chosen], samples, damping)
+
+
+def _of_moments(estimator: str, gradients: Tensor, samples: int, damping: float) -> float:
+    mean = gradients.mean(dim=0)
     if estimator == "gradient":
         return float(mean.norm())
-    variance = ((second - count * mean * mean) / (count - 1)).clamp_min(0)
-    square = mean * mean - variance / count
+    variance = gradients.var(dim=0)
+    square = mean * mean - variance / len(gradients)
     if estimator == "snr":
-        noise = float((variance / count).sum())
+        noise = float((variance / len(gradients)).sum())
         return float(square.sum()) / noise if noise > 0 else 0.0
     fisher = samples * variance
     step = fisher + damping * fisher.mean()

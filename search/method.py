@@ -8,6 +8,7 @@ from surgeon.errors import ConfigError, DataError
 from surgeon.search.estimate import ESTIMATORS, gradient_gains
 from surgeon.search.gain import GainTable, cache_key, cached, uniform_gains
 from surgeon.search.probe import ProbeConfig, ablation_gains, halving_gains, probe_gains, training_batches
+from surgeon.search.quadratic import walk_of
 from surgeon.search.training import TrainingEvaluator, sample_size
 
 TRAINED: dict[str, Callable[..., GainTable]] = {
@@ -59,6 +60,7 @@ def _from_gradients(method: str, evaluator: TrainingEvaluator, count: int, progr
         lambda model, batch: task.loss(task.forward(model, batch), batch),
         batches,
         estimators=[method],
+        walk=walk_of(evaluator.config.at(0), len(task.dataset("train"))),
         seed=base.seed,
         input_size=sample_size(task),
         progress=progress,

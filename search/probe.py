@@ -1,7 +1,7 @@
 """Gains by training: few-step probes, one-layer fine-tunes under successive halving, and grow-all-then-ablate.
 
-    probe      only the layer is trained, a few steps, as the option and as the convolution it is; gain = difference of the losses
-               on samples that neither saw
+    probe      only the layer is trained, a few steps of the training's optimizer at its highest rates, as the option and as the
+               convolution it is; gain = difference of the losses on samples that neither saw
     halving    the whole network is fine-tuned with one layer replaced, and unmodified; gain = difference of the task's primary
                metric; after every round the worse half of the entries goes, and the others get twice the steps
     ablation   all layers have the option at once and the network is fine-tuned; gain = what the primary metric loses when one layer
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.regularizer import regularization
 from surgeon.rewrite import static
 from surgeon.search.gain import GainTable
@@ -30,6 +29,8 @@ from surgeon.search.space import Space
 from surgeon.search.training import ShortConfig, TrainingEvaluator
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune.batches import Draws, mixed, to_device
+from surgeon.zoo.finetune.loop import make_optimizer
+from surgeon.zoo.finetune.parameters import group_parameters, optimizer_groups
 from surgeon.zoo.tasks import Batch, Task
 
 Progress = Callable[[str, int, int], None]
@@ -82,6 +83,12 @@ class _Values:
         )
 
 
+def _seeds(evaluator: TrainingEvaluator, config: ProbeConfig) -> range:
+    """As many as asked for, from the training's own on."""
+    first = evaluator.config.base.seed
+    return range(first, first + config.seeds)
+
+
 def entries(space: Space) -> list[tuple[int, int]]:
     """(layer, option) of all that may be replaced, by layer."""
     return [(int(i), int(j)) for i, j in zip(*np.nonzero(space.allowed), strict=True) if j]
@@ -100,7 +107,7 @@ def single(space: Space, layer: int, option: int) -> Ints:
 def probe_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: Progress | None = None) -> GainTable:
     """A few steps of one layer, as each of its options and as a convolution; normalisation uses its running statistics."""
     space, values = evaluator.space, _Values(evaluator.space, "probe", config)
-    batches = [_Batches(evaluator, config, seed) for seed in range(config.seeds)]
+    batches = [_Batches(evaluator, config, seed) for seed in _seeds(evaluator, config)]
     todo = entries(space)
     plain: dict[int, list[float]] = {}
     for number, (layer, option) in enumerate(todo):
@@ -144,7 +151,9 @@ def _probe(evaluator: TrainingEvaluator, placement: Ints, layer: int, batches: _
     model = evaluator.converted(placement, seed=batches.seed).to(device).eval().requires_grad_(False)
     module = model.get_submodule(evaluator.space.layers[layer])
     module.requires_grad_(True).train()  # a selector (PAFU's) learns only in training mode
-    optimizer = torch.optim.AdamW(_groups(module, base.lr, base.new_lr_scale), weight_decay=base.weight_decay)
+    optimizer = make_optimizer(optimizer_groups(group_parameters(model), base), base)
+    for group in optimizer.param_groups:
+        group["lr"] *= group["lr_scale"]
     # not even the global generators remember a probe
     with torch.random.fork_rng():
         for step, batch in enumerate(batches.training):
@@ -158,17 +167,6 @@ def _probe(evaluator: TrainingEvaluator, placement: Ints, layer: int, batches: _
                 nn.utils.clip_grad_norm_(module.parameters(), base.clip)
             optimizer.step()
     return _loss(model.eval(), task, batches.held, device)
-
-
-def _groups(module: nn.Module, rate: float, scale: float) -> list[dict[str, Any]]:
-    """The layer's parameters: those the convolution had, and new ones at their own rate."""
-    new = {id(p) for _, p in module.new_parameters()} if isinstance(module, DynamicConv2d) else set()
-    parameters = list(module.parameters())
-    groups = [
-        {"params": [p for p in parameters if id(p) not in new], "lr": rate},
-        {"params": [p for p in parameters if id(p) in new], "lr": rate * scale},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def _loss(model: nn.Module, task: Task, batches: Sequence[Batch], device: torch.device) -> float:
@@ -189,15 +187,15 @@ def halving_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: P
     """Whole fine-tunes with one layer replaced; an entry's gain is that of the last round it was in."""
     values = _Values(evaluator.space, "halving", config)
     short = _with_steps(evaluator, config.steps)
-    left, rung = entries(evaluator.space), 0
+    left, rung, seeds = entries(evaluator.space), 0, _seeds(evaluator, config)
     while left:
-        plain = [_value(short, single(evaluator.space, 0, 0), rung, seed) for seed in range(config.seeds)]
+        plain = [_value(short, single(evaluator.space, 0, 0), rung, seed) for seed in seeds]
         values.trainings += config.seeds
         for number, (layer, option) in enumerate(left):
             if progress is not None:
                 progress(f"round {rung + 1}", number, len(left))
             placement = single(evaluator.space, layer, option)
-            found = [_value(short, placement, rung, seed) - plain[seed] for seed in range(config.seeds)]
+            found = [_value(short, placement, rung, seed) - before for seed, before in zip(seeds, plain, strict=True)]
             values.trainings += config.seeds
             values.set(layer, option, found)
         if len(left) <= 2:
@@ -231,9 +229,9 @@ def ablation_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: 
         placement = np.where(space.allowed[:, option], option, 0)
         layers = np.flatnonzero(placement)
         lost: dict[int, list[float]] = {int(layer): [] for layer in layers}
-        for seed in range(config.seeds if len(layers) else 0):
+        for number, seed in enumerate(_seeds(evaluator, config) if len(layers) else ()):
             if progress is not None:
-                progress("ablation", (option - 1) * config.seeds + seed, total)
+                progress("ablation", (option - 1) * config.seeds + number, total)
             model = short.train(placement, seed=seed).model
             values.trainings += 1
             whole = _metric(model, evaluator)

@@ -16,7 +16,9 @@ from surgeon.search.estimate import ESTIMATORS, gradient_gains
 from surgeon.search.gain import GainTable, cache_key, cached, read_gains, uniform_gains
 from surgeon.search.place import gain_of, optimum
 from surgeon.search.posterior import Posterior
+from surgeon.search.quadratic import Walk, decrease, walk_of
 from surgeon.search.space import SpaceConfig, make_space
+from surgeon.zoo.finetune import FinetuneConfig
 from tests.search_toys import toy_gains, toy_problem, toy_space, toy_table
 
 
@@ -115,6 +117,9 @@ class Two(nn.Module):
         return self.head(x.mean(dim=(2, 3)))
 
 
+FEW_STEPS = Walk(rates=(1e-3,) * 10)
+
+
 def data(batches: int, size: int = 8) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     result = []
@@ -135,7 +140,7 @@ def test_gradients_find_the_layer_that_matters() -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     config = SpaceConfig(types=("acda", "pafu", "sekg"), atoms=(4,), scales=(1,), group_sizes=(3,))
     space = make_space_of(model, config)
-    tables = gradient_gains(model, space, loss, data(16), input_size=10)
+    tables = gradient_gains(model, space, loss, data(16), walk=FEW_STEPS, input_size=10)
     assert set(tables) == set(ESTIMATORS)
     used, deaf = space.layers.index("used"), space.layers.index("deaf")
     for name, table in tables.items():
@@ -182,20 +187,114 @@ def test_noise_alone_has_no_gain() -> None:
     noise = [{"input": b["input"], "target": torch.randn(8, generator=generator)} for b in data(64)]
     signal = [{"input": b["input"], "target": b["input"][:, 0].amax(dim=(1, 2)) - 2.0} for b in data(64)]
     i = space.layers.index("used")
-    low, high = (gradient_gains(model, space, loss, b, input_size=10)["snr"].gain[i, 1] for b in (noise, signal))
-    assert abs(low) < 1.5
-    assert high > 5 * max(low, 1.0)
+    names = ["snr", "nqm"]
+    low, high = (
+        gradient_gains(model, space, loss, b, estimators=names, walk=FEW_STEPS, input_size=10) for b in (noise, signal)
+    )
+    assert abs(low["snr"].gain[i, 1]) < 1.5
+    assert high["snr"].gain[i, 1] > 5 * max(low["snr"].gain[i, 1], 1.0)
+    assert high["nqm"].gain[i, 1] > 5 * abs(low["nqm"].gain[i, 1])
+    # steps far too long for this loss do harm, and the more noise, the less signal it takes
+    far = Walk(rates=(1e8,) * 10)
+    for batches in (noise, signal):
+        table = gradient_gains(model, space, loss, batches, estimators=["nqm"], walk=far, input_size=10)["nqm"]
+        assert table.gain[i, 1] < 0
 
 
 def test_what_estimators_refuse() -> None:
     model = Two()
     space = make_space_of(model, SpaceConfig(types=("sekg",)))
     with pytest.raises(ConfigError, match="at least 4 batches"):
-        gradient_gains(model, space, loss, data(3))
+        gradient_gains(model, space, loss, data(3), estimators=["fisher"])
+    with pytest.raises(ConfigError, match="walk"):
+        gradient_gains(model, space, loss, data(5))
     with pytest.raises(ConfigError, match="'hessian'"):
         gradient_gains(model, space, loss, data(4), estimators=["hessian"])
     with pytest.raises(ConfigError, match="number of samples"):
-        gradient_gains(model, space, loss, [3, 3, 3, 3])
+        gradient_gains(model, space, loss, [3, 3, 3, 3], estimators=["fisher"])
+
+
+# --- the noisy quadratic model ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_quadratic_model_foretells_sgd(momentum: float) -> None:
+    """A linear regression with noise of variance 1, where the Fisher matrix is the Hessian: many trainings, averaged."""
+    rng = torch.Generator().manual_seed(0)
+    size, steps, rate, runs = 16, 6, 0.02, 20000
+    config = FinetuneConfig(
+        opt="momentum", lr=rate, momentum=momentum, new_lr_scale=1.0, max_steps=steps, sched="cosine", warmup="0"
+    )
+    walk = walk_of(config, 1000)
+    scale = torch.tensor([3.0, 1.0, 0.3], dtype=torch.float64)
+    true = torch.tensor([0.1, -0.1, 0.2], dtype=torch.float64)
+
+    def gradients(x: Tensor) -> Tensor:
+        inputs = torch.randn(len(x), size, 3, generator=rng, dtype=torch.float64) * scale
+        residual = (inputs * (x - true)[:, None]).sum(dim=2) - torch.randn(
+            len(x), size, generator=rng, dtype=torch.float64
+        )
+        return (residual[..., None] * inputs).mean(dim=1)
+
+    rates = [rate * 0.5 * (1 + np.cos(np.pi * step / steps)) for step in range(steps)]
+    x, speed = torch.zeros(runs, 3, dtype=torch.float64), torch.zeros(runs, 3, dtype=torch.float64)
+    for one in rates:
+        speed = momentum * speed + gradients(x)
+        x = x - one * speed
+    measured = 0.5 * float((scale**2 * (true**2 - (x - true) ** 2)).sum(dim=1).mean())
+    start = gradients(torch.zeros(2000, 3, dtype=torch.float64)).numpy()
+    told = np.sinh(decrease(start @ start.T, walk, size))
+    assert told == pytest.approx(measured, rel=0.3)
+    promised = sum(walk.rates) / (1 - momentum) * float(np.square(start.mean(axis=0)).sum())  # by the gradient alone
+    assert abs(told - measured) < 0.3 * abs(promised - measured)
+
+
+def test_the_quadratic_model_is_exact_where_it_holds() -> None:
+    """Many walks of a quadratic loss with Gaussian noise, from its gradients alone."""
+    rng = np.random.default_rng(0)
+    samples, mean = 2, np.array([0.5, -1.0])
+    root = np.array([[1.0, 0.5], [0.0, 2.0]])
+    hessian = samples * root.T @ root
+    for walk in (Walk(rates=(0.01, 0.02, 0.005)), Walk(rates=(0.005,) * 12, momentum=0.9, accumulate=2)):
+        place, speed = np.zeros((20000, 2)), np.zeros((20000, 2))
+        for rate in walk.rates:
+            noise = rng.standard_normal((20000, 2)) @ root / np.sqrt(walk.accumulate)
+            speed = walk.momentum * speed + mean + place @ hessian + noise
+            place = place - rate * speed
+        losses = place @ mean + 0.5 * ((place @ hessian) * place).sum(axis=1)
+        draws = mean + rng.standard_normal((2000, 2)) @ root
+        assert np.sinh(decrease(draws @ draws.T, walk, samples)) == pytest.approx(-losses.mean(), rel=0.15)
+
+
+@pytest.mark.parametrize("opt", ["momentum", "adamw"])
+def test_a_walk_is_what_the_optimizer_does_with_a_constant_gradient(opt: str) -> None:
+    from surgeon.zoo.finetune.loop import make_optimizer
+
+    config = FinetuneConfig(
+        opt=opt, lr=0.02, new_lr_scale=0.5, max_steps=40, weight_decay=0.0, sched="constant", warmup="0"
+    )
+    walk = walk_of(config, 1000)
+    assert walk.adaptive == (opt == "adamw")
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = make_optimizer([{"params": [weight]}], config)
+    for group in optimizer.param_groups:
+        group["lr"] *= config.new_lr_scale
+    for _ in range(40):
+        weight.grad = torch.ones(1)
+        optimizer.step()
+    speed = place = 0.0
+    for rate in walk.rates:
+        speed = walk.momentum * speed + 1.0
+        place += rate * speed
+    assert place == pytest.approx(-float(weight.detach()), rel=1e-3)
+
+
+def test_a_walk_follows_the_phases_of_new_parameters() -> None:
+    steady = FinetuneConfig(max_steps=8, sched="constant", warmup="0")
+    turns = FinetuneConfig(max_steps=8, sched="constant", warmup="0", alternate=3)
+    still = [rate == 0 for rate in walk_of(turns, 1000).rates]
+    assert still == [True, False, False, False] * 2
+    assert not any(rate == 0 for rate in walk_of(steady, 1000).rates)
 
 
 # --- the posterior ------------------------------------------------------------------------------------------------
