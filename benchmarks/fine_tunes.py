@@ -1,12 +1,13 @@
 """Real short fine-tunes of the trained CIFAR ResNet-20, tabulated, to compare searches and gain estimators with.
 
-    python -m benchmarks.fine_tunes [--parts singles space] [--seeds 17] [--training sgd|adamw] [--quick] [--fresh]
+    python -m benchmarks.fine_tunes [--parts singles space] [--seeds 17] [--training all|new] [--quick] [--fresh]
 
 `space`: every placement of 4 options (keep, ACDA, PAFU, SEKG) in 4 layers, 256 fine-tunes with one seed, as a search's trials have.
 `singles`: 9 layers in all three stages, one replaced at a time, beside the unmodified network, with several seeds. A fine-tune is
 the one of `surgeon search`, on CIFAR-10 images kept as JPEG; its value is the cross-entropy on test images, of the last weights.
-`--training sgd` is short and rough, so that layers differ; `adamw` has the rates of `surgeon finetune`, and twice the steps.
-Writes benchmarks/results/fine_tunes.json (fine_tunes-adamw.json); interrupted, it goes on where it was.
+`--training all`: SGD at a high rate for everything, so that 16 steps tell layers apart; most replacements then do harm.
+`--training new`: AdamW for 32 steps, new parameters at 3e-4 and the others at a thirtieth of it, as adapters are trained; then
+replacements bring something. Writes benchmarks/results/fine_tunes.json (fine_tunes-new.json); interrupted, it goes on where it was.
 """
 
 import argparse
@@ -56,16 +57,16 @@ class Size:
     singles: tuple[str, ...] = SINGLES
     steps: int = 16
     test: int = 400
-    training: str = "sgd"
+    training: str = "all"
 
 
 FULL = Size()
 QUICK = Size(space=SPACE[2:], singles=SPACE[2:], steps=2, test=50)
-ADAMW = Size(steps=32, training="adamw")
-# SGD: with the first steps of Adam at such rates luck decides more than the layer
+NEW = Size(steps=32, training="new")
 TRAININGS: dict[str, dict[str, Any]] = {
-    "sgd": {"opt": "sgd", "lr": 0.01, "new_lr_scale": 1.0},
-    "adamw": {},
+    # SGD: with the first steps of Adam at such rates luck decides more than the layer
+    "all": {"opt": "sgd", "lr": 0.01, "new_lr_scale": 1.0},
+    "new": {"opt": "adamw", "lr": 1e-5, "new_lr_scale": 30.0},
 }
 
 
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, default=17, metavar="N", help="of the singles (default: %(default)s)")
-    parser.add_argument("--training", choices=tuple(TRAININGS), default="sgd", help="default: %(default)s")
+    parser.add_argument("--training", choices=tuple(TRAININGS), default="all", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="two layers, two steps")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of an interrupted run")
     parser.add_argument("--data", type=Path, default=data.data_folder(), help="default: %(default)s")
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sized(name: str, training: str, *, quick: bool = False) -> tuple[Size, str]:
     """What is run, and the name of the result of a program about it."""
-    size, named = (FULL, name) if training == "sgd" else (ADAMW, f"{name}-{training}")
+    size, named = (FULL, name) if training == "all" else (NEW, f"{name}-{training}")
     return (replace(QUICK, training=training), f"{named}-quick") if quick else (size, named)
 
 

@@ -28,8 +28,9 @@ from surgeon.zoo import create, load_foreign
 from surgeon.zoo.finetune import FinetuneConfig, finetune
 from surgeon.zoo.tasks import Task, TaskConfig
 
-WEIGHTS = "weights/resnet20_cifar10.pth"
-NEEDS = (WEIGHTS, TRAIN_SET, TEST_SET)
+WEIGHTS = "weights/{}10.pth"
+NETWORK = "resnet20_cifar"
+NEEDS = (WEIGHTS.format(NETWORK), TRAIN_SET, TEST_SET)
 CONV = "conv"
 
 
@@ -147,10 +148,10 @@ def one(
     }
 
 
-def network(folder: Path) -> nn.Module:
-    """The trained ResNet-20."""
-    model = create("resnet20_cifar")
-    load_foreign(model, folder / WEIGHTS, network="resnet20_cifar")
+def network(folder: Path, name: str = NETWORK) -> nn.Module:
+    """A trained CIFAR ResNet."""
+    model = create(name)
+    load_foreign(model, folder / WEIGHTS.format(name), network=name)
     return model.eval()
 
 

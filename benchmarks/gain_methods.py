@@ -1,6 +1,6 @@
 """How well does every gain estimator rank what layers really gain? The default of `surgeon search --gains` comes from here.
 
-    python -m benchmarks.gain_methods [--methods fisher …] [--seeds 3] [--training sgd|adamw] [--fresh]
+    python -m benchmarks.gain_methods [--methods fisher …] [--seeds 3] [--training all|new] [--fresh]
 
 The truth are the one-layer fine-tunes of `benchmarks.fine_tunes` (results/fine_tunes.json): loss of the unmodified network minus
 that of the network with one layer replaced, trained with the same seed, averaged over the seeds. How far it can be trusted is
@@ -8,7 +8,7 @@ the rank correlation of its two halves, averaged over the ways to halve the seed
 estimator with the truth, over all (layer, option), `rank_placements` that of its summed gains with the whole placements of the
 exhaustive part. Estimators have seeds of their own, other than the truth's. Cost is CPU time; where the cheap setting of a method
 costs much less than the others, there is a dearer one beside it. Writes benchmarks/results/gain_methods.json, for the other
-training gain_methods-adamw.json; interrupted, it goes on where it was.
+training gain_methods-new.json; interrupted, it goes on where it was.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of every estimator (default: %(default)s)")
-    parser.add_argument("--training", choices=tuple(TRAININGS), default="sgd", help="default: %(default)s")
+    parser.add_argument("--training", choices=tuple(TRAININGS), default="all", help="default: %(default)s")
     parser.add_argument("--table", type=Path, help="default: that of benchmarks.fine_tunes with this training")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of an interrupted run")
     parser.add_argument("--data", type=Path, default=data.data_folder(), help="default: %(default)s")

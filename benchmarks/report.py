@@ -269,8 +269,11 @@ def large_image(content: dict[str, Any]) -> str:
 TABLES: dict[str, Table] = {
     "placement": _search_tables.placement,
     "tabulated": _search_tables.tabulated,
+    "tabulated-new": _search_tables.tabulated,
     "gain_methods": _search_tables.gain_methods,
+    "gain_methods-new": _search_tables.gain_methods,
     "search_cifar": _search_tables.search_cifar,
+    "search_cifar-resnet56_cifar": _search_tables.search_cifar,
     "finetuned": finetuned,
     "finetune_defaults": finetune_defaults,
     "collapsed": collapsed,

@@ -1,12 +1,13 @@
-"""A whole search on the trained CIFAR ResNet-20 under two budgets, and what it found against the papers' own placements.
+"""A whole search on a trained CIFAR ResNet under two budgets, and what it found against the papers' own placements.
 
-    python -m benchmarks.search_cifar [--trials 16] [--seeds 3] [--quick] [--fresh]
+    python -m benchmarks.search_cifar [--network resnet20_cifar] [--trials 16] [--seeds 3] [--quick] [--fresh]
 
 Arms, all trained equally with every seed: the network without conversion, the placement that the search found, a random
 feasible one, PAFU in the first convolution of every stage and ACDA in the last stage, as the papers place them. The search sees
 one half of the JPEG test images, the arms are judged on the other half. An arm that is over the budgets says so; it is trained
-all the same, for the search must not look good because others were left out. Writes benchmarks/results/search_cifar.json;
-interrupted, it goes on where it was (the search is in results/search_cifar.study).
+all the same, for the search must not look good because others were left out. ResNet-56 (search_cifar-resnet56_cifar) takes arms
+half as long. Writes benchmarks/results/search_cifar.json; interrupted, it goes on where it was (the search is in
+results/search_cifar.study).
 """
 
 import argparse
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from benchmarks import _data as data
 from benchmarks._cifar import TEST_SET, Cifar, CifarTask
 from benchmarks._results import RESULTS, Rows, table, write_json
-from benchmarks.finetune_defaults import NEEDS, network
+from benchmarks.finetune_defaults import NEEDS, NETWORK, WEIGHTS, network
 from surgeon.costs.table import Option
 from surgeon.search.budget import Budgets
 from surgeon.search.draw import random_placement
@@ -60,7 +61,8 @@ class Size:
     images: int = 1500
 
 
-FULL, QUICK = Size(), Size(steps=4, rung=0, images=50)
+SIZES = {"resnet20_cifar": Size(), "resnet56_cifar": Size(rung=1, images=1000)}
+QUICK = Size(steps=4, rung=0, images=50)
 
 
 class Half(CifarTask):
@@ -75,6 +77,7 @@ class Half(CifarTask):
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=tuple(SIZES), default=NETWORK, help="default: %(default)s")
     parser.add_argument("--trials", type=int, default=16, metavar="N")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of every arm (default: %(default)s)")
     parser.add_argument("--mode", default="decoder", metavar="MODE", help="default: %(default)s")
@@ -83,30 +86,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=data.data_folder(), help="default: %(default)s")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     args = parser.parse_args(argv)
-    lacking = data.missing(NEEDS, args.data)
+    lacking = data.missing((*NEEDS, WEIGHTS.format(args.network)), args.data)
     if lacking:
         print(f"not in {args.data}: {', '.join(lacking)}", file=sys.stderr)
         return 2
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    size, name = (QUICK, "search_cifar-quick") if args.quick else (FULL, "search_cifar")
+    name = "search_cifar" if args.network == NETWORK else f"search_cifar-{args.network}"
+    size, name = (QUICK, f"{name}-quick") if args.quick else (SIZES[args.network], name)
     rows = Rows(args.results / f"{name}.jsonl", fresh=args.fresh)
     study = args.results / f"{name}.study"
     if args.fresh:
         shutil.rmtree(study, ignore_errors=True)
-    evaluator, gate = prepare(args.data, size)
+    evaluator, gate = prepare(args.data, args.network, size)
     found = search(evaluator, gate, study, args.trials, args.mode, rows)
     for arm, placement in arms(gate, found).items():
         for seed in tqdm(range(args.seeds), desc=arm, disable=None):
             if f"{arm}/{seed}" not in rows:
                 rows.add(f"{arm}/{seed}", train(evaluator, arm, placement, seed, args.data, size))
-    finish(rows, gate, arms(gate, found), size, args.results / f"{name}.json")
+    finish(rows, gate, arms(gate, found), args.network, size, args.results / f"{name}.json")
     return 0
 
 
-def prepare(folder: Path, size: Size) -> tuple[TrainingEvaluator, Gate]:
+def prepare(folder: Path, name: str, size: Size) -> tuple[TrainingEvaluator, Gate]:
     """The evaluator of trials and the budgets."""
     task = Half(TaskConfig(data=folder), 0, size.images)
-    model = bound(network(folder), task)
+    model = bound(network(folder, name), task)
     config = FinetuneConfig(batch_size=BATCH, eval_batch_size=100, recalibrate=0, device="cpu")
     gate = Gate(
         model,
@@ -190,7 +194,7 @@ def train(
     return {"arm": arm, "seed": seed, "loss": metrics["loss"], "top1": 100 * metrics["top1"], "seconds": seconds}
 
 
-def finish(rows: Rows, gate: Gate, placements: dict[str, Ints], size: Size, path: Path) -> None:
+def finish(rows: Rows, gate: Gate, placements: dict[str, Ints], name: str, size: Size, path: Path) -> None:
     """Print a line for every arm, and write the JSON."""
     lines = []
     for arm, placement in placements.items():
@@ -212,7 +216,14 @@ def finish(rows: Rows, gate: Gate, placements: dict[str, Ints], size: Size, path
             }
         )
     table(list(lines[0]), [list(line.values()) for line in lines])
-    settings = {"budgets": BUDGETS, "batch": BATCH, "trial_steps": size.steps, "arm_steps": size.steps << size.rung}
+    settings = {
+        "network": name,
+        "images": size.images,
+        "budgets": BUDGETS,
+        "batch": BATCH,
+        "trial_steps": size.steps,
+        "arm_steps": size.steps << size.rung,
+    }
     named = {arm: gate.space.names(placement) for arm, placement in placements.items()}
     search_facts = rows.rows["search"]
     print(f"\nsearch: {search_facts['trials']} trials in {search_facts['seconds'] / 60:.1f} minutes")

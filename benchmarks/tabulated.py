@@ -1,14 +1,15 @@
 """How much of the optimum of an exhaustively measured space does a search find in few trials?
 
-    python -m benchmarks.tabulated [--trials 20] [--seeds 20] [--gains FILE …]
+    python -m benchmarks.tabulated [--training all|new] [--trials 20] [--seeds 20] [--gains NAME …]
 
-The space is that of `benchmarks.fine_tunes` (results/fine_tunes.json): every placement of 4 options in 4 layers of the trained
+The space is that of `benchmarks.fine_tunes` (results/fine_tunes.json or fine_tunes-new.json): every placement of 4 options in 4 layers of the trained
 CIFAR ResNet-20, each a real short fine-tune. Searches look values up. Modes of surgeon go by a gain table: that of every estimator
-in results/gain_methods.json, and "uniform", which knows nothing. Beside them what an ordinary tuner does without table, repair and
+in results/gain_methods.json (or -new), and "uniform", which knows nothing. Beside them what an ordinary tuner does without table, repair and
 start: raw categorical TPE, raw NSGA-II (budgets as constraints, an infeasible trial is a trial), and random feasible placements.
 
 `found` is the part of the optimum's gain over the unmodified network, trained equally, in per cent; the median over the seeds.
-Once without a budget, once under the FLOPs budget that half of the placements meet. Writes benchmarks/results/tabulated.json.
+Once without a budget, once under the FLOPs budget that half of the placements meet. Writes benchmarks/results/tabulated.json
+(tabulated-new.json).
 """
 
 import argparse
@@ -16,7 +17,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import optuna
 from tqdm import tqdm
 
 from benchmarks._results import RESULTS, table, write_json
-from benchmarks.fine_tunes import OPTIONS
+from benchmarks.fine_tunes import OPTIONS, TRAININGS, sized
 from surgeon.costs import cost_table
 from surgeon.search.evaluator import TableEvaluator
 from surgeon.search.gain import GainTable, uniform_gains
@@ -74,30 +75,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, default=20, metavar="N")
     parser.add_argument("--seeds", type=int, default=20, metavar="N")
     parser.add_argument("--modes", nargs="+", choices=(*MODES, *RAW), default=(*MODES, *RAW), metavar="MODE")
-    parser.add_argument("--table", type=Path, default=RESULTS / "fine_tunes.json", help="default: %(default)s")
-    parser.add_argument("--gains", type=Path, default=RESULTS / "gain_methods.json", help="default: %(default)s")
+    parser.add_argument("--training", choices=tuple(TRAININGS), default="all", help="default: %(default)s")
+    parser.add_argument("--gains", nargs="+", metavar="NAME", help="estimators (default: all that are there)")
+    parser.add_argument("--from", type=Path, default=RESULTS, dest="folder", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     args = parser.parse_args(argv)
-    if not args.table.is_file():
-        print(f"there is no {args.table}: python -m benchmarks.fine_tunes makes it", file=sys.stderr)
+    truth, tables, name = (
+        f"{sized(one, args.training)[1]}.json" for one in ("fine_tunes", "gain_methods", "tabulated")
+    )
+    if not (args.folder / truth).is_file():
+        print(f"there is no {args.folder / truth}: python -m benchmarks.fine_tunes makes it", file=sys.stderr)
         return 2
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    content = json.loads(args.table.read_text())
+    content = json.loads((args.folder / truth).read_text())
     space, values = read_table(content)
     missing = int(np.prod(space.allowed.sum(axis=1))) - len(values)
     if missing:
-        print(f"{args.table} has not {missing} of the placements: python -m benchmarks.fine_tunes", file=sys.stderr)
+        print(
+            f"{args.folder / truth} has not {missing} of the placements: python -m benchmarks.fine_tunes",
+            file=sys.stderr,
+        )
         return 2
     cases = make_cases(space, values)
     rows = []
-    work = [(case, *arm) for case in cases for arm in arms(args.modes, gain_tables(args.gains, space))]
+    work = [
+        (case, *arm) for case in cases for arm in arms(args.modes, gain_tables(args.folder / tables, space, args.gains))
+    ]
     for case, mode, gains in tqdm(work, desc="arms", disable=None):
         rows.append(compare(case, mode, gains, args.trials, args.seeds))
     headers = list(rows[0])
     table(headers, [list(row.values()) for row in rows])
     spaces = [{"case": case.name, "placements": len(case.feasible()), **outline(case)} for case in cases]
     table(list(spaces[0]), [list(one.values()) for one in spaces])
-    path = args.results / "tabulated.json"
+    path = args.results / name
     write_json(path, {"trials": args.trials, "seeds": args.seeds, "cases": spaces, "rows": rows})
     print(f"written: {path}")
     return 0
@@ -144,13 +154,13 @@ def outline(case: Case) -> dict[str, Any]:
     }
 
 
-def gain_tables(path: Path, space: Space) -> dict[str, GainTable]:
+def gain_tables(path: Path, space: Space, names: Sequence[str] | None) -> dict[str, GainTable]:
     """By name: "uniform", and the estimators' where they were made for these layers."""
     found = {"uniform": uniform_gains(space)}
     if path.is_file():
         for name, values in json.loads(path.read_text())["tables"].items():
-            found[name] = GainTable.from_dict(values, name).for_space(space)
-    return found
+            found[name] = replace(GainTable.from_dict(values, name).for_space(space), estimator=name)
+    return found if names is None else {name: found[name] for name in names}
 
 
 def arms(modes: Sequence[str], tables: Mapping[str, GainTable]) -> Iterator[tuple[str, GainTable | None]]:

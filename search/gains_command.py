@@ -18,7 +18,8 @@ EXAMPLES = """  surgeon gains zoo/resnet20_cifar --task classification --data ci
   surgeon gains zoo/resnet20_cifar --task classification --data cifar/ --method probe --steps 20 --seeds 3 -o gains.json
   surgeon place zoo/resnet20_cifar --max-flops +10% --gains gains.json -o recipe.json
 
-methods: gradient, fisher, snr (no training: gradients at birth); probe (a few steps of one layer);
+methods: gradient, fisher, snr, nqm (no training: gradients at birth; nqm foretells the training's own steps);
+probe (a few steps of one layer);
 halving (whole fine-tunes with one layer replaced, the worse half going after every round);
 ablation (all layers replaced and fine-tuned, then one at a time switched off)
 """

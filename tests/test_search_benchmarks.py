@@ -31,9 +31,9 @@ def made_up(layers: tuple[str, ...], steps: tuple[float, ...] = (0.0, 0.1, -0.05
 
 def test_searches_of_a_table_are_compared_with_its_optimum(tmp_path: Path, capsys: Any) -> None:
     content = made_up(fine_tunes.SPACE)
-    (tmp_path / "t.json").write_text(json.dumps(content))
+    (tmp_path / "fine_tunes.json").write_text(json.dumps(content))
     modes = ["decoder", "raw random", "raw tpe", "raw nsga2"]
-    command = ["--table", str(tmp_path / "t.json"), "--gains", str(tmp_path / "none"), "--results", str(tmp_path)]
+    command = ["--from", str(tmp_path), "--results", str(tmp_path)]
     assert tabulated.main([*command, "--trials", "9", "--seeds", "2", "--modes", *modes]) == 0
     found = json.loads((tmp_path / "tabulated.json").read_text())
     free, limited = found["cases"]
@@ -51,7 +51,7 @@ def test_searches_of_a_table_are_compared_with_its_optimum(tmp_path: Path, capsy
     assert len({row["found_median"] for row in found["rows"]}) > 2
     assert "| no budget | 256 |" in _search_tables.tabulated(found)
     del content["rows"][7]
-    (tmp_path / "t.json").write_text(json.dumps(content))
+    (tmp_path / "fine_tunes.json").write_text(json.dumps(content))
     assert tabulated.main(command) == 2
     assert "has not 1 of the placements" in capsys.readouterr().err
 
@@ -112,7 +112,7 @@ class Tiny(nn.Module):
         return out
 
 
-def _network(folder: Path) -> nn.Module:
+def _network(folder: Path, name: str = "") -> nn.Module:
     torch.manual_seed(2)
     return Tiny().eval()
 
