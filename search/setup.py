@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from surgeon.zoo.finetune import FinetuneConfig
     from surgeon.zoo.tasks import Task
 
-GAINS = "fisher"  # the default estimator: benchmarks/gain_methods.py
+GAINS = "nqm"  # the default estimator: benchmarks/gain_methods.py
 
 # What the cost of a step knows by these names, as timm's optimizers with their momentum.
 OPTIMIZERS = {"sgd": ("sgd", 0.9), "sgd-plain": ("momentum", 0.0), "adam": ("adam", 0.9), "adamw": ("adamw", 0.9)}
