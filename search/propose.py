@@ -182,13 +182,11 @@ class Proposer:
         if len(measured) < 2:
             return random_placement(problem, rng)
         posterior = Posterior(self.space, self.gains, [one for one, _ in measured], [value for _, value in measured])
-        known = {tuple(one) for one, _ in measured}
-        for widening in (1.0, 2.0, 4.0):  # a placement that was measured already would teach nothing: look further away
-            gains = posterior.draw(rng, _SPREAD * widening)
-            placement = optimum(problem, gains, gap=DECODE_GAP, rough=True)
-            if placement is None or tuple(placement) not in known:
-                break
-        return placement
+        gains = posterior.draw(rng, _SPREAD)
+        # what was measured already would teach nothing; where nothing else is left, the caller sees so
+        cuts = [Cut(placement) for placement in {tuple(one): one for one, _ in measured}.values()]
+        found = optimum(problem, gains, cuts=cuts, gap=DECODE_GAP, rough=True)
+        return optimum(problem, gains, gap=DECODE_GAP, rough=True) if found is None else found
 
     # --- the decoder ----------------------------------------------------------------------------------------------
 

@@ -1,10 +1,12 @@
 """Gain tables as files, and the estimators that need only gradients at birth."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from surgeon.search.estimate import ESTIMATORS, gradient_gains
 from surgeon.search.gain import GainTable, cache_key, cached, read_gains, uniform_gains
 from surgeon.search.place import gain_of, optimum
 from surgeon.search.posterior import Posterior
+from surgeon.search.propose import Proposer, make_sampler
 from surgeon.search.quadratic import Walk, decrease, walk_of
 from surgeon.search.space import SpaceConfig, make_space
 from surgeon.zoo.finetune import FinetuneConfig
@@ -318,3 +321,19 @@ def test_the_posterior_learns_the_gains_it_is_shown() -> None:
         np.std([p.draw(np.random.default_rng(k))[inside] for k in range(20)], axis=0).mean() for p in (few, posterior)
     ]
     assert spread[0] > 2 * spread[1]
+
+
+def test_what_was_measured_is_not_proposed_again_while_there_is_anything_else() -> None:
+    space = toy_space(3)
+    problem = toy_problem(space, share=5.0)
+    every = [np.array(one) for one in itertools.product(*(np.flatnonzero(row) for row in space.allowed))]
+    proposer = Proposer("posterior", space, toy_table(space), 0)
+    study = optuna.create_study(sampler=make_sampler("posterior", 0))
+    measured = [(one, gain_of(toy_gains(space), one)) for one in every[:2]]
+    seen = {tuple(one) for one, _ in measured}
+    while len(seen) < len(every):
+        placement = proposer.propose(study.ask(), problem, measured).placement
+        assert tuple(placement) not in seen
+        seen.add(tuple(placement))
+        measured.append((placement, gain_of(toy_gains(space), placement)))
+    assert tuple(proposer.propose(study.ask(), problem, measured).placement) in seen
