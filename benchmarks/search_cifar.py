@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--network", choices=tuple(SIZES), default=NETWORK, help="default: %(default)s")
     parser.add_argument("--trials", type=int, default=16, metavar="N")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of every arm (default: %(default)s)")
-    parser.add_argument("--mode", default="decoder", metavar="MODE", help="default: %(default)s")
+    parser.add_argument("--mode", default="posterior", metavar="MODE", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="few steps and images")
     parser.add_argument("--fresh", action="store_true", help="forget an interrupted run")
     parser.add_argument("--data", type=Path, default=data.data_folder(), help="default: %(default)s")

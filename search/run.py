@@ -30,7 +30,7 @@ class SearchConfig:
     """How to search. `trials` counts evaluations of different placements over all workers; `max_time` seconds of this worker."""
 
     trials: int = 60
-    mode: str = "decoder"
+    mode: str = "posterior"
     seed: int = 0
     rung: int = 0
     max_time: float | None = None

@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--evaluations", type=int, default=4, metavar="N", help="values a trial reports (default: 4)")
     group.add_argument("--no-pruning", action="store_true", help="train every trial to its end")
     group.add_argument("--gains", default=GAINS, metavar="FILE|METHOD", help=f"see surgeon gains (default: {GAINS})")
-    group.add_argument("--mode", default="decoder", metavar="MODE", help="decoder, posterior, tpe, nsga2 or random")
+    group.add_argument(
+        "--mode", default="posterior", metavar="MODE", help="posterior (the default), decoder, tpe, nsga2 or random"
+    )
     group.add_argument("--max-time", metavar="TIME", help="of the trials: 90s, 30m, 1.5h")
     group.add_argument(
         "--finals", type=int, default=0, metavar="K", help="train the best K again, in full (default: 0)"
