@@ -46,6 +46,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "nqm": ("nqm", {"batches": 16}),
     "nqm-64": ("nqm", {"batches": 64}),
     "probe": ("probe", {"config": ProbeConfig(steps=4, seeds=2, batches=4)}),
+    "probe-16": ("probe", {"config": ProbeConfig(steps=16, seeds=2, batches=4)}),
     "ablation": ("ablation", {"config": ProbeConfig(steps=16, seeds=2)}),
     "halving": ("halving", {"config": ProbeConfig(steps=4, seeds=2)}),
 }
