@@ -25,7 +25,7 @@ from surgeon.convert import convert
 from surgeon.errors import ConfigError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.search.gain import GainTable
-from surgeon.search.problem import Floats
+from surgeon.search.problem import Floats, Ints
 from surgeon.search.quadratic import Walk, decrease, scaled
 from surgeon.search.space import Space
 
@@ -144,17 +144,17 @@ def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
 
 
-def _jackknife(statistic: Callable[[Tensor], float], count: int) -> tuple[float, float]:
+def _jackknife(statistic: Callable[[Ints], float], count: int) -> tuple[float, float]:
     """A statistic of all batches, and its standard error from leaving out one group of them at a time."""
     groups = min(_GROUPS, count)
-    group = torch.arange(count) * groups // count
-    parts: Floats = np.array([statistic(torch.nonzero(group != left).flatten()) for left in range(groups)])
-    return statistic(torch.arange(count)), float(np.sqrt((groups - 1) / groups * ((parts - parts.mean()) ** 2).sum()))
+    group = np.arange(count) * groups // count
+    parts: Floats = np.array([statistic(np.flatnonzero(group != left)) for left in range(groups)])
+    return statistic(np.arange(count)), float(np.sqrt((groups - 1) / groups * ((parts - parts.mean()) ** 2).sum()))
 
 
 def _statistic(
     estimator: str, gradients: Tensor, samples: int, damping: float, walk: Walk | None
-) -> Callable[[Tensor], float]:
+) -> Callable[[Ints], float]:
     """From the numbers of some batches to the gain that their gradients (B, P) say."""
     gradients = gradients.double()
     if estimator == "nqm":

@@ -61,6 +61,8 @@ def decrease(gram: Floats, walk: Walk, samples: int) -> float:
 
     Directions in which the batches do not differ are left out: nothing is known of their curvature.
     """
+    if not np.isfinite(gram).all():
+        return float("nan")  # the gain table says so; the eigenvalues of such a matrix are an error
     count = len(gram)
     centred = gram - gram.mean(axis=0) - gram.mean(axis=1)[:, None] + gram.mean()
     values, vectors = np.linalg.eigh(centred)

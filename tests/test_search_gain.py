@@ -292,6 +292,16 @@ def test_a_walk_is_what_the_optimizer_does_with_a_constant_gradient(opt: str) ->
     assert place == pytest.approx(-float(weight.detach()), rel=1e-3)
 
 
+@pytest.mark.parametrize("estimators", [["nqm"], ["fisher"]])
+def test_gradients_that_are_not_finite_are_refused(estimators: list[str]) -> None:
+    model = Two()
+    space = make_space_of(model, SpaceConfig(types=("sekg",)))
+    batches = data(4)
+    batches[1]["target"] += float("nan")
+    with pytest.raises(ConfigError, match="finite"):
+        gradient_gains(model, space, loss, batches, estimators=estimators, walk=FEW_STEPS, input_size=10)
+
+
 def test_a_walk_follows_the_phases_of_new_parameters() -> None:
     steady = FinetuneConfig(max_steps=8, sched="constant", warmup="0")
     turns = FinetuneConfig(max_steps=8, sched="constant", warmup="0", alternate=3)
