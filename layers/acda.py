@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.base import DynamicConv2d, LayerConfig, check_at_least
+from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least
 from surgeon.layers.bases import basis_elements, centred, fitting_elements, window_size
 from surgeon.layers.decompose import Decomposition, decompose, expand_in_basis, truncate_for_inputs
 from surgeon.layers.generator import FORMS, RANK, WINDOW, PixelGenerator
@@ -65,7 +65,7 @@ class ACDAConfig(LayerConfig):
 
 
 @register
-class ACDAConv2d(DynamicConv2d):
+class ACDAConv2d(CodedConv2d):
     """Convolution with per-pixel dynamic atoms (paper: Eq. 4-6, two-layer form of Figure 3).
 
     Parameters: `generator` Φ (its last bias is the static alpha), `coeff`, `static_atoms` (r, k_h, k_w), `bias`.

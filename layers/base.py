@@ -123,38 +123,6 @@ class DynamicConv2d(nn.Module):
         """The layer's own loss term, a scalar, or None where its paper has none."""
         return None
 
-    # --- what varies, for collapse and pictures; a type that does not say it is never collapsed ----------------------
-
-    def code(self, x: Tensor) -> Tensor | None:
-        """What fixes the filter at each output pixel in eval mode, (N, V, H', W'): the filter is an affine function of it."""
-        return None
-
-    def constant_code(self) -> Tensor | None:
-        """That code, (V,), where the parameters alone make it the same at every pixel of every input; None where they do not."""
-        return None
-
-    def nearest_constant(self, mean: Tensor) -> Tensor:
-        """The code (V,) to fold at, given the mean over pixels: one that the layer can take everywhere."""
-        return mean
-
-    def code_text(self, mean: Tensor) -> str:
-        """What the mean code says to people; may be empty."""
-        return ""
-
-    def energy_of(self, difference: Tensor) -> Tensor:
-        """Squared norm of the change of the filter with changes (..., V) of the code, (...); asked where `code` is given."""
-        raise NotImplementedError(
-            f"{type(self).__name__} gives a code, so it must say by `energy_of` what a change of it is worth"
-        )
-
-    def static_energy(self) -> Tensor:
-        """Squared norm of the static filter, a scalar in the units of `energy_of`."""
-        return self.static_weight().detach().square().sum()
-
-    def fix(self, code: Tensor) -> None:
-        """Make the filter of this code (V,) the static one; asked where `code` is given."""
-        raise NotImplementedError(f"{type(self).__name__} gives a code, so it must say by `fix` how to fold at one")
-
     # --- what all share -------------------------------------------------------------------------------------------
 
     @property
@@ -195,6 +163,38 @@ class DynamicConv2d(nn.Module):
         g = self.geometry
         options = ", ".join(f"{k}={v}" for k, v in self.config.to_dict().items() if v is not None)
         return f"{g.in_channels}, {g.out_channels}, kernel_size={g.kernel_size}, stride={g.stride}, groups={g.groups}, {options}"
+
+
+class CodedConv2d(DynamicConv2d):
+    """A dynamic convolution that says what varies in it, by its code, so that it can be collapsed and pictured."""
+
+    @abstractmethod
+    def code(self, x: Tensor) -> Tensor:
+        """What fixes the filter at each output pixel in eval mode, (N, V, H', W'): the filter is an affine function of it."""
+
+    @abstractmethod
+    def energy_of(self, difference: Tensor) -> Tensor:
+        """Squared norm of the change of the filter with changes (..., V) of the code, (...)."""
+
+    @abstractmethod
+    def fix(self, code: Tensor) -> None:
+        """Make the filter of this code (V,) the static one."""
+
+    @abstractmethod
+    def constant_code(self) -> Tensor | None:
+        """That code, (V,), where the parameters alone make it the same at every pixel of every input; None where they do not."""
+
+    def nearest_constant(self, mean: Tensor) -> Tensor:
+        """The code (V,) to fold at, given the mean over pixels: one that the layer can take everywhere."""
+        return mean
+
+    def code_text(self, mean: Tensor) -> str:
+        """What the mean code says to people; may be empty."""
+        return ""
+
+    def static_energy(self) -> Tensor:
+        """Squared norm of the static filter, a scalar in the units of `energy_of`."""
+        return self.static_weight().detach().square().sum()
 
 
 _CONV_ATTRIBUTES = frozenset(

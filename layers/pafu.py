@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.base import DynamicConv2d, LayerConfig, check_at_least
+from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least
 from surgeon.layers.generator import PixelGenerator
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.kernels.pafu import pafu_conv
@@ -61,7 +61,7 @@ class PAFUConfig(LayerConfig):
 
 
 @register
-class PAFUConv2d(DynamicConv2d):
+class PAFUConv2d(CodedConv2d):
     """A convolution whose kernel is selected anew at every pixel from a group of n (PAFU, eq. 2).
 
     In training the selection is a straight-through Gumbel-softmax of the selector's logits (§3.4), in eval mode their

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.base import DynamicConv2d, LayerConfig, check_at_least
+from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least
 from surgeon.layers.dconv import DConv2d, misfit
 from surgeon.layers.factors import compose, composes, factorise
 from surgeon.layers.geometry import ConvGeometry, pad_for_window
@@ -67,7 +67,7 @@ def full_rank(geometry: ConvGeometry) -> int:
 
 
 @register
-class SEKGConv2d(DynamicConv2d):
+class SEKGConv2d(CodedConv2d):
     """A convolution with a DConv: in its place if it is depthwise, behind it if it is dense, or inside of its factorisation.
 
     In "dense" mode (the order of ADFNet's DCB) the parameters are the convolution's `kernel` and a DConv at the identity; in

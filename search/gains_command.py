@@ -19,8 +19,7 @@ EXAMPLES = """  surgeon gains zoo/resnet20_cifar --task classification --data ci
   surgeon place zoo/resnet20_cifar --max-flops +10% --gains gains.json -o recipe.json
 
 methods: gradient, fisher, snr, nqm (no training: gradients at birth; nqm foretells the training's own steps);
-probe (a few steps of one layer);
-halving (whole fine-tunes with one layer replaced, the worse half going after every round);
+probe (a few steps of one layer); halving (whole fine-tunes with one layer replaced, the worse half going after every round);
 ablation (all layers replaced and fine-tuned, then one at a time switched off)
 """
 

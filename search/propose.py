@@ -33,9 +33,7 @@ from surgeon.search.space import Space
 MODES = ("posterior", "decoder", "tpe", "nsga2", "random")
 DECODE_GAP = 0.005  # relative; the weights are guesses, so that the last half per cent of a decoded optimum is not worth its time
 _STARTUP = 8
-_SPREAD = (
-    0.25  # of draws from the posterior; wider ones explored too much in the few trials there are (benchmarks.tabulated)
-)
+_SPREAD = 0.25  # of draws from the posterior; wider ones explore too much in few trials (benchmarks.tabulated)
 _TRIES = 50
 _DRAWS = 3  # draws of noisy gains, before something else is tried
 

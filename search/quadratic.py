@@ -70,9 +70,8 @@ def decrease(gram: Floats, walk: Walk, samples: int) -> float:
     if not kept.any() or values[-1] <= 0:
         return 0.0
     variance: Floats = values[kept] / (count - 1)
-    toward = (
-        (gram.mean(axis=1) - gram.mean()) @ vectors[:, kept] / np.sqrt(values[kept])
-    )  # the mean gradient's coordinates
+    # the coordinates of the mean gradient
+    toward = (gram.mean(axis=1) - gram.mean()) @ vectors[:, kept] / np.sqrt(values[kept])
     mean, spread = _end(samples * variance, variance / walk.accumulate, walk)
     square = toward**2 - variance / count  # unbiased
     change = (mean + 0.5 * samples * variance * mean**2) * square + 0.5 * samples * variance * spread

@@ -16,7 +16,7 @@ from surgeon.copying import copy_model
 from surgeon.errors import ConfigError, NothingFoldedError, SelectionError, SurgeonError, UnsupportedLayerError
 from surgeon.evidence import Evidence, prove, settled, watching
 from surgeon.inputs import Inputs
-from surgeon.layers.base import DynamicConv2d
+from surgeon.layers.base import CodedConv2d, DynamicConv2d
 from surgeon.observe import Call, observe
 from surgeon.recipe import get_recipe
 from surgeon.rewrite import Rewrite, drop_rules, dynamic_layers, plain_convolution
@@ -139,7 +139,7 @@ class _Folding:
         self, model: nn.Module, layers: Mapping[str, DynamicConv2d], batches: list[Inputs]
     ) -> dict[str, Evidence]:
         found = {name: prove(layer) for name, layer in layers.items()}
-        open_ = {n: layer for n, layer in layers.items() if found[n] is None and _has_code(layer)}
+        open_ = {n: layer for n, layer in layers.items() if found[n] is None and isinstance(layer, CodedConv2d)}
         if batches and open_:
             with watching(model, open_) as watches:
                 for done, inputs in enumerate(batches):
@@ -149,7 +149,7 @@ class _Folding:
         return {name: evidence for name, evidence in found.items() if evidence is not None}
 
     def _no_evidence(self, layer: DynamicConv2d) -> str:
-        if not _has_code(layer):
+        if not isinstance(layer, CodedConv2d):
             return f"layers of type {layer.type_name} do not say what varies in them"
         if self.images:
             return "the forward pass does not reach it"
@@ -211,10 +211,6 @@ class _Folding:
         for inputs, output in zip(batches, expected, strict=True):
             difference = difference.worse(compare(output, run(folded, inputs, self.seed)))
         return Settled(difference, errors)
-
-
-def _has_code(layer: DynamicConv2d) -> bool:
-    return type(layer).code is not DynamicConv2d.code
 
 
 def _take_in(errors: dict[str, Difference], more: Mapping[str, Difference]) -> None:

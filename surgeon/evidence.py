@@ -1,6 +1,6 @@
 """Does a dynamic layer vary? Proved from its parameters, or observed on images.
 
-A layer's code is what fixes its filter at a pixel (`DynamicConv2d.code`). Its variation is relative: the root mean square, over
+A layer's code is what fixes its filter at a pixel (`CodedConv2d.code`). Its variation is relative: the root mean square, over
 pixels, of the filter's distance from the filter to fold at, as a part of the norm of the latter. It is 0 only if the code is the
 same at every pixel.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.copying import copy_model
-from surgeon.layers.base import DynamicConv2d
+from surgeon.layers.base import CodedConv2d, DynamicConv2d
 
 Kind = Literal["off", "parameters", "images"]
 
@@ -36,7 +36,7 @@ def prove(layer: DynamicConv2d) -> Evidence | None:
     """Evidence that needs no images: the dynamic part is off, or its parameters let nothing vary."""
     if not layer.adaptive:
         return Evidence(kind="off", code=None)
-    code = layer.constant_code()
+    code = layer.constant_code() if isinstance(layer, CodedConv2d) else None
     return None if code is None else Evidence(kind="parameters", code=code, told=layer.code_text(code))
 
 
@@ -44,7 +44,7 @@ def settled(layer: DynamicConv2d, evidence: Evidence) -> DynamicConv2d:
     """A copy of the layer, without hooks, whose static filter is the one to fold at."""
     twin = copy_model(layer)
     assert isinstance(twin, DynamicConv2d)
-    if evidence.code is not None:
+    if isinstance(twin, CodedConv2d) and evidence.code is not None:
         twin.fix(evidence.code)
     return twin
 
@@ -52,7 +52,7 @@ def settled(layer: DynamicConv2d, evidence: Evidence) -> DynamicConv2d:
 class Watch:
     """Mean and variation of one layer's code, image by image: kernels for a whole batch can be large."""
 
-    def __init__(self, layer: DynamicConv2d) -> None:
+    def __init__(self, layer: CodedConv2d) -> None:
         self.layer = layer
         self.pixels = 0
         self.moved = False
@@ -64,9 +64,7 @@ class Watch:
     def look(self, x: Tensor) -> None:
         """Take in one call of the layer, (N, C, H, W)."""
         for image in x.split(1):
-            code = self.layer.code(image)
-            assert code is not None
-            rows = code.flatten(2).squeeze(0).T.double()
+            rows = self.layer.code(image).flatten(2).squeeze(0).T.double()
             if self.first is None:
                 self.first = rows[0].clone()
             away = rows - self.first
@@ -95,7 +93,7 @@ class Watch:
 
 
 @contextmanager
-def watching(model: nn.Module, layers: Mapping[str, DynamicConv2d]) -> Iterator[dict[str, Watch]]:
+def watching(model: nn.Module, layers: Mapping[str, CodedConv2d]) -> Iterator[dict[str, Watch]]:
     """Within it, every call of the named layers is watched."""
     watches = {name: Watch(layer) for name, layer in layers.items()}
 

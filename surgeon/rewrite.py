@@ -267,7 +267,7 @@ class PaddedConv2d(nn.Conv2d):
         return F.conv2d(padded, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
-        own: str = super().extra_repr()  # type: ignore[no-untyped-call]  # mypy's untyped_calls_exclude does not see through super()
+        own: str = nn.Conv2d.extra_repr(self)
         return (
             f"{own}, instead of {self.geometry.kernel_size} with {self.geometry.padding_mode} {self.geometry.padding}"
         )

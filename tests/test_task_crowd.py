@@ -119,9 +119,12 @@ def test_files_that_hold_no_points_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("[[1, 2")
     (tmp_path / "text.mat").write_bytes(b"x" * 200)
     scipy.io.savemat(tmp_path / "two.mat", {"a": POINTS, "b": POINTS})
-    for name in ("one.npy", "nan.npy", "key.json", "broken.json", "text.mat", "two.mat"):
+    (tmp_path / "hdf5.mat").write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(80))
+    for name in ("one.npy", "nan.npy", "key.json", "broken.json", "text.mat", "two.mat", "hdf5.mat"):
         with pytest.raises(DataError, match=name.replace(".", r"\.")):
             read_points(tmp_path / name)
+    with pytest.raises(DataError, match=r"MATLAB 7\.3 .* save it with -v7"):
+        read_points(tmp_path / "hdf5.mat")
 
 
 def test_pickles_are_not_opened(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The zoo's networks in circulation: exact sizes, shapes, and the weights that load into them; names and options."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,6 @@ import surgeon.zoo as zoo
 from surgeon.errors import ConfigError, ModelError
 from surgeon.zoo.foreign import translate
 from surgeon.zoo.networks.demosaicnet import grbg_mosaic
-
-DATA = Path(os.environ.get("SURGEON_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 SHIPPED = {
     "resnet20_cifar": "resnet20_cifar10.pth",
@@ -113,10 +110,8 @@ def test_grbg_mosaic() -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_loads_the_shipped_weights(name: str) -> None:
-    path = DATA / "weights" / SHIPPED[name]
-    if not path.is_file():
-        pytest.skip(f"no evaluation material: {path} is not there")
+def test_loads_the_shipped_weights(name: str, data: Path) -> None:
+    path = data / "weights" / SHIPPED[name]
     model = zoo.load_foreign(zoo.create(name), path, network=name)
     given = zoo.read_state(path)
     translated = translate(given, zoo.entry(name).layout)

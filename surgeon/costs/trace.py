@@ -60,7 +60,7 @@ class Tracker(TorchDispatchMode):
     """Records a `Trace` of what runs under it on one kind of device; counts FLOPs with `counter`."""
 
     def __init__(self, model: nn.Module, counter: FlopCounter, device: str = "meta") -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # mypy's untyped_calls_exclude does not see through super()
+        TorchDispatchMode.__init__(self)
         self.counter = counter
         self.device = device
         self.phase = "setup"

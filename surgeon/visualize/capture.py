@@ -12,7 +12,7 @@ from surgeon.copying import evaluating
 from surgeon.errors import InputError
 from surgeon.evidence import Watch
 from surgeon.inputs import given_inputs
-from surgeon.layers.base import DynamicConv2d
+from surgeon.layers.base import CodedConv2d, DynamicConv2d
 from surgeon.verify import run
 
 
@@ -62,13 +62,13 @@ def capture(
 
 
 def _see(name: str, layer: DynamicConv2d, x: Tensor, output: Tensor, original: Tensor | None) -> Seen:
-    x, watch = x[:1], Watch(layer)
+    x, code, evidence = x[:1], None, None
     with evaluating(layer):
-        code = layer.code(x) if layer.adaptive else None
         static = layer.static_conv2d(x)
-        if code is not None:
+        if layer.adaptive and isinstance(layer, CodedConv2d):
+            code, watch = layer.code(x), Watch(layer)
             watch.look(x)
-    evidence = watch.evidence()
+            evidence = watch.evidence()
     return Seen(
         name=name,
         layer=layer,

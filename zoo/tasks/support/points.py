@@ -63,8 +63,7 @@ def read_points(path: Path) -> np.ndarray:
         else:
             found = _from_mat(path)
         points = np.asarray(found, dtype=np.float64)
-    # scipy raises NotImplementedError for .mat files of MATLAB 7.3, which are HDF5
-    except (OSError, ValueError, TypeError, KeyError, NotImplementedError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"cannot read points from {path}: {error}") from error
     if points.size == 0:
         return np.zeros((0, 2))
@@ -96,6 +95,8 @@ def _from_mat(path: Path) -> Any:
         content = {key: value for key, value in loadmat(path).items() if not key.startswith("__")}
     except MatReadError as error:
         raise ValueError(error) from error
+    except NotImplementedError as error:
+        raise ValueError("it is of MATLAB 7.3 (HDF5), which scipy does not read; save it with -v7") from error
     for key in _KEYS:
         if key in content:
             content = {key: content[key]}
