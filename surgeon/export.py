@@ -32,6 +32,7 @@ TOLERANCE = 1e-4  # of the relative error of the outputs
 _ROUNDING = 10.0  # times what float32 does to the model itself, that a file may differ where that is more
 _STEP = 32  # the second image size is larger by this and by twice this: what most networks divide by
 _REPAIRS = 4  # how often torch.export may ask for other bounds of a dimension
+_VIOLATED = "Constraints violated"  # how it says that a dimension cannot be as free as it was asked to be
 
 Progress = Callable[[str, int, int], None]
 
@@ -264,21 +265,16 @@ def _trace(model: nn.Module, shapes: _Shapes, free: str) -> tuple[torch.export.E
 def _traced(
     model: nn.Module, shapes: _Shapes, names: tuple[str, ...]
 ) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
-    from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
-
     places = {"batch": 0, "height": 2, "width": 3}
-    spec: Any = ({places[name]: torch.export.Dim(name, min=1) for name in names},)
-    for attempt in range(_REPAIRS + 1):
+    minima = [1, *_minima(shapes.example)] if "height" in names else [1]
+    for least in minima:
+        dims = {name: torch.export.Dim(name, min=1 if name == "batch" else least) for name in names}
         try:
-            with quiet(), evaluating(model):
-                program = torch.export.export(model, (shapes.example,), dynamic_shapes=spec, strict=False)
+            program = _program(model, shapes.example, ({places[name]: dim for name, dim in dims.items()},))
             break
         except torch._dynamo.exc.UserError as error:
-            # What torch.export asks for (larger minima, multiples of 8, a constant) is granted.
-            fixes = str(error).partition("Suggested fixes:")[2].strip().partition("\n\n")[0]
-            if attempt == _REPAIRS or not fixes:
+            if least == minima[-1] or _VIOLATED not in str(error):
                 raise
-            spec = refine_dynamic_shapes_from_suggested_fixes(f"Suggested fixes:\n{fixes}", spec)
     (given,) = program.graph_signature.user_inputs
     sizes = next(node for node in program.graph.nodes if node.name == given).meta["val"].shape
     free = {}
@@ -289,6 +285,28 @@ def _traced(
         else:
             free[name] = _bounds(size, program)
     return program, free
+
+
+def _minima(example: Tensor) -> list[int]:
+    """Least image sizes to try. Strides make one pixel of a small image, which torch.export sets apart: 33 where they are 32."""
+    shorter = min(example.shape[2:])
+    return [least for least in (5, 9, 17, 33, 65, 129) if shorter / 8 <= least <= shorter]
+
+
+def _program(model: nn.Module, example: Tensor, dims: Any) -> torch.export.ExportedProgram:
+    """Traced with these free dimensions, or with what torch.export suggests in place of them (multiples of 8, a constant)."""
+    from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+
+    repairs = 0
+    while True:
+        try:
+            with quiet(), evaluating(model):
+                return torch.export.export(model, (example,), dynamic_shapes=dims, strict=False)
+        except torch._dynamo.exc.UserError as error:
+            fixes = str(error).partition("Suggested fixes:")[2].strip().partition("\n\n")[0]
+            if repairs == _REPAIRS or not fixes:
+                raise
+            dims, repairs = refine_dynamic_shapes_from_suggested_fixes(f"Suggested fixes:\n{fixes}", dims), repairs + 1
 
 
 def _bounds(size: torch.SymInt, program: torch.export.ExportedProgram) -> str:
@@ -342,4 +360,6 @@ def _first_line(error: BaseException | None) -> str:
     """What an error says, in a line: those of torch.export go on for pages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = lines[0] if lines else ""
+    if told.startswith(_VIOLATED) and len(lines) > 1:  # this says only where to look
+        told = lines[1].removeprefix("- ")
     return f"{type(error).__name__}: {told[:300]}" if told else type(error).__name__

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from surgeon.errors import InputError
+from surgeon.layers.base import DynamicConv2d
 
 BATCH = 2  # one image would hide what mixes images
 
@@ -110,9 +111,9 @@ def check_input_size(input_size: Sequence[int] | int) -> tuple[int, ...]:
 def candidate_inputs(model: nn.Module, input_size: Sequence[int] | int | None = None) -> Iterator[Inputs]:
     """Inputs to try, the likeliest first. Random images, the same at every call."""
     wanted = None if input_size is None else check_input_size(input_size)
-    convs = [module for module in model.modules() if isinstance(module, _ConvNd)]
+    convs = _convolutions(model)
     channels = convs[0].in_channels if convs else 3
-    known = _known_size(model)
+    known = _known_size(model, convs)
     if wanted is not None:
         sizes = [wanted if len(wanted) == 3 else ((known or (channels,))[0], *wanted)]
     elif known is not None:
@@ -124,14 +125,18 @@ def candidate_inputs(model: nn.Module, input_size: Sequence[int] | int | None = 
         yield Inputs(args=_arguments(model, size), given=False).map(lambda t: t.to(like.device, like.dtype))
 
 
-def _known_size(model: nn.Module) -> tuple[int, ...] | None:
+def _convolutions(model: nn.Module) -> list[Any]:
+    """In the order of definition; a dynamic layer comes before the convolutions that it consists of."""
+    return [module for module in model.modules() if isinstance(module, _ConvNd | DynamicConv2d)]
+
+
+def _known_size(model: nn.Module, convs: Sequence[Any]) -> tuple[int, ...] | None:
     """The input size in the model's own configuration (timm)."""
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
     if not isinstance(size, list | tuple) or len(size) != 3:
         return None
-    channels = next((m.in_channels for m in model.modules() if isinstance(m, _ConvNd)), size[0])
-    return (int(channels), int(size[1]), int(size[2]))
+    return (int(convs[0].in_channels if convs else size[0]), int(size[1]), int(size[2]))
 
 
 def _usual_sizes(model: nn.Module, convs: list[Any]) -> list[tuple[int, ...]]:

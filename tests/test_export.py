@@ -139,6 +139,24 @@ def test_bounds_that_the_code_sets_are_kept_and_told(tmp_path: Path) -> None:
     assert relative_error(mean, x.mean((2, 3))) <= 1e-5
 
 
+def test_sizes_that_strides_reduce_to_a_pixel_stay_free_from_a_bound_on(tmp_path: Path) -> None:
+    """torch.export refuses sizes whose map may be one pixel, and suggests nothing (torchvision's ResNets)."""
+    strided = [nn.Conv2d(3 if i == 0 else 4, 4, 3, stride=2, padding=1) for i in range(4)]
+    model = nn.Sequential(*strided, nn.AdaptiveAvgPool2d(1))
+    found = surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 64, 48))
+    assert found.free == {"batch": "any", "height": "at least 17", "width": "at least 17"}
+    for shape in ((1, 3, 17, 40), (2, 3, 100, 33)):
+        x = torch.randn(shape)
+        assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-4
+
+
+def test_the_channels_of_a_converted_first_layer_are_known(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(5, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    converted, _ = surgeon.convert(model, layers="0", type="sekg", input_size=(5, 16, 16))
+    found = surgeon.export(converted, tmp_path / "m.pt2", format="torch")
+    assert found.input_shape[1] == 5
+
+
 def test_less_may_be_asked_for(tmp_path: Path) -> None:
     found = surgeon.export(nn.Conv2d(3, 4, 3), tmp_path / "a.pt2", format="torch", input_size=(3, 9, 9), free="batch")
     assert set(found.free) == {"batch"}
