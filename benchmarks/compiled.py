@@ -2,13 +2,16 @@
 
     python -m benchmarks.compiled [--case acda/A …] [--repeats N] [--fresh]
 
-The formulas are the portable operators (taps and products that a compiler can fuse; nothing is unfolded); for DConv the backward
-pass is written by hand too, as sums over taps, and compiled on its own. Process CPU time, one thread, interleaved medians; the
-compiler's own time stands beside. Writes benchmarks/results/compiled.json; interrupted, it goes on where it was.
+The formulas are the portable operators (taps and products that a compiler can fuse; nothing is unfolded); for DConv with given
+kernels the backward pass is written by hand too, as sums over taps, and compiled on its own. Last, a whole ADFNet, forward only,
+one image of 128×128: compiled with the operators as they are, and with the portable ones (SURGEON_BACKEND=portable). Process CPU
+time, one thread, interleaved medians; the compiler's own time stands beside. Writes benchmarks/results/compiled.json;
+interrupted, it goes on where it was.
 """
 
 import argparse
 import functools
+import os
 import sys
 import time
 import warnings
@@ -16,6 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +28,14 @@ from torch import Tensor
 from benchmarks._bench import interleaved
 from benchmarks._operator_cases import SHAPES
 from benchmarks._results import RESULTS, Rows, table, write_json
+from surgeon import zoo
 from surgeon.layers.kernels.acda import acda_conv
-from surgeon.layers.kernels.dconv import dconv
-from surgeon.layers.kernels.portable import acda_conv_portable, dconv_portable
+from surgeon.layers.kernels.dconv import dconv, dconv_layer
+from surgeon.layers.kernels.dispatch import ENVIRONMENT
+from surgeon.layers.kernels.portable import acda_conv_portable, dconv_layer_portable, dconv_portable
 
 SAME = ((1, 1), (1, 1), (1, 1))
+ADFNET = {"128": 128}
 Runs = dict[str, Callable[[], object]]
 
 
@@ -81,6 +88,37 @@ def dconv_runs(shape: str) -> tuple[Runs, Runs, dict[str, float]]:
     return _runs(functions, (x, kernels))
 
 
+def dconv_layer_runs(shape: str) -> tuple[Runs, Runs, dict[str, float]]:
+    """As `dconv_runs`, with the kernels made by a 1×1 convolution C → 9C."""
+    n, c, size = SHAPES[shape]
+    x, features = (torch.randn(n, c, size, size, requires_grad=True) for _ in range(2))
+    weight, static = (torch.randn(*sizes, requires_grad=True) for sizes in ((9 * c, c), (c, 1, 3, 3)))
+    compiled = torch.compile(dconv_layer_portable, dynamic=False)
+    functions: dict[str, Callable[[], Tensor]] = {
+        "lean": partial(dconv_layer, x, features, weight, static, padding=(1, 1), backend="torch"),
+        "compiled formula": partial(compiled, x, features, weight, static, None, *SAME),
+    }
+    return _runs(functions, (x, features, weight, static))
+
+
+def adfnet_runs(shape: str) -> tuple[Runs, Runs, dict[str, float]]:
+    """The colour ADFNet of the paper, its kernels awake; no backward pass."""
+    model, x = zoo.create("adfnet").eval(), torch.rand(1, 3, ADFNET[shape], ADFNET[shape])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_(std=0.02)
+    compiled = torch.compile(model, fullgraph=True)
+    # The variable is read while the graph is made; two graphs of the same code need a name each.
+    portable = torch.compile(lambda x: model(x), fullgraph=True)
+
+    def through_portable() -> Tensor:
+        with patch.dict(os.environ, {ENVIRONMENT: "portable"}):
+            return portable(x)
+
+    return _runs({"lean": lambda: model(x), "compiled": lambda: compiled(x), "compiled formula": through_portable}, ())
+
+
 def acda_runs(shape: str) -> tuple[Runs, Runs, dict[str, float]]:
     """As `dconv_runs`, for l = 7, m = 6, K = 18."""
     n, c, size = SHAPES[shape]
@@ -99,15 +137,17 @@ def acda_runs(shape: str) -> tuple[Runs, Runs, dict[str, float]]:
 def _runs(
     functions: dict[str, Callable[[], Tensor]], inputs: tuple[Tensor, ...]
 ) -> tuple[Runs, Runs, dict[str, float]]:
+    """Without `inputs` to differentiate by, forward only."""
     expected = functions["lean"]().detach()
     grad = torch.randn_like(expected)
-    wanted = torch.autograd.grad(functions["lean"](), inputs, grad)
+    wanted = torch.autograd.grad(functions["lean"](), inputs, grad) if inputs else ()
     seconds: dict[str, float] = {}
     for name, function in functions.items():
         started = time.process_time()
         with torch.no_grad():
             torch.testing.assert_close(function(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-        for mine, theirs in zip(torch.autograd.grad(function(), inputs, grad), wanted, strict=True):
+        found = torch.autograd.grad(function(), inputs, grad) if inputs else ()
+        for mine, theirs in zip(found, wanted, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
         seconds[name] = time.process_time() - started
 
@@ -120,23 +160,24 @@ def _runs(
 
     return (
         {name: partial(forward, function) for name, function in functions.items()},
-        {name: partial(both, function) for name, function in functions.items()},
+        {name: partial(both, function) for name, function in functions.items()} if inputs else {},
         seconds,
     )
 
 
-OPERATORS = {"dconv": dconv_runs, "acda": acda_runs}
+OPERATORS = {"dconv": dconv_runs, "dconv layer": dconv_layer_runs, "acda": acda_runs, "adfnet": adfnet_runs}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cases = [f"{operator}/{shape}" for operator in OPERATORS for shape in SHAPES]
+    cases = [f"{operator}/{shape}" for operator in OPERATORS for shape in (ADFNET if operator == "adfnet" else SHAPES)]
     parser.add_argument("--case", nargs="+", choices=cases, default=cases, metavar="CASE", help=", ".join(cases))
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="default: %(default)s")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of an interrupted or finished run")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    torch._inductor.config.force_disable_caches = True  # what the compiler takes is what it takes the first time
     warnings.simplefilter("ignore")
     rows = Rows(args.results / "compiled.jsonl", fresh=args.fresh)
     for case in args.case:
@@ -168,7 +209,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> tuple[Sequence[str], list[list[Any]
         lean = row["ways"]["lean"]
         for name, way in row["ways"].items():
             if name != "lean":
-                ratios = [f"{way[kind] / lean[kind]:.2f}" for kind in ("forward", "both")]
+                ratios = [f"{way[kind] / lean[kind]:.2f}" if kind in way else "-" for kind in ("forward", "both")]
                 found.append([f"{row['operator']} {row['shape']}", name, *ratios, f"{way['first_calls_s']:.0f}"])
     return ("operator", "way", "forward, / lean", "both, / lean", "first calls, CPU s"), found
 

@@ -77,6 +77,26 @@ def test_a_training_step_compiles_whole_under_autocast(kind: str) -> None:
 
 @every_kind
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_compiler_sees_the_formulas_where_they_are_asked_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    model, x = network(kind).eval(), torch.randn(2, 3, 12, 11)
+    expected = model(x)
+    for name in ("torch", "portable"):
+        torch.compiler.reset()
+        called.clear()
+        monkeypatch.setenv("SURGEON_BACKEND", name)
+        assert relative_error(torch.compile(model, fullgraph=True, backend=backend)(x), expected) <= 1e-5
+        assert any("surgeon" in target for target in called) == (name == "torch")
+    torch.compiler.reset()
+
+
+@every_kind
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_dynamic_shapes_compile_once(kind: str) -> None:
     """The second and third image size find the first one's graph."""
     torch.compiler.reset()
