@@ -19,6 +19,7 @@ def _lenet(setting: str, data: str, plain: float, ours: float) -> Comparison:
         arms=two(("LeNet", "lenet"), ("LeNet + ACDA", "lenet_acda"), published=published),
         metrics={"error": 100.0},
         lower=True,
+        small_train={"max_steps": 1500},
     )
 
 
@@ -43,6 +44,7 @@ def _crowd(setting: str, data: str, *scores: tuple[float, float]) -> Comparison:
         arms=arms,
         metrics={"mae": 1.0, "mse": 1.0},
         lower=True,
+        small_train={"max_steps": 200},
         note="no weights from ImageNet at small scale",
     )
 
@@ -69,6 +71,7 @@ def _realsr(scale: int, *scores: tuple[float, float]) -> Comparison:
         metrics={"psnr": 1.0, "ssim": 1.0},
         small_task="super-resolution",
         small_options=_BICUBIC,
+        small_train={"max_steps": 3000},
         note="the paper has no row for the convolutional twin",
     )
 
@@ -95,6 +98,7 @@ def _sidd() -> Comparison:
             ),
         ),
         metrics={"psnr": 1.0, "ssim": 1.0},
+        small_train={"max_steps": 3000},
     )
 
 
@@ -121,6 +125,7 @@ def _ablation_b() -> Comparison:
         metrics={"psnr": 1.0, "ssim": 1.0},
         small_task="super-resolution",
         small_options=_BICUBIC,
+        small_train={"max_steps": 2000},
     )
 
 

@@ -8,7 +8,8 @@ recipes' preset `small` (minutes a row, small networks, few steps) on real image
 papers' scale; DIR holds one folder a data set (benchmarks/_paper_data.py names them). What a paper prints stands in columns of
 its own: small scale says which of two networks learns more in few steps, and no more.
 
-A row is one network and seed; an interrupted run goes on where it was. Writes benchmarks/results/paper_tables.json
+A row is one network and seed; an interrupted run goes on where it was, and a row that was trained for another number of steps than
+the comparison asks for now is trained again. Writes benchmarks/results/paper_tables.json
 (--data: paper_tables-full.json).
 """
 
@@ -132,7 +133,7 @@ def _train(
         if comparison.data in sets
         for arm in comparison.arms
         if arm.trained_as is None and (not args.networks or arm.name in args.networks)
-        if f"{comparison.key}/{arm.name}/{seed}" not in rows
+        if _is_lacking(rows, f"{comparison.key}/{arm.name}/{seed}", _changes(comparison, arm, full, args.steps))
     ]
     for seed, comparison, arm in tqdm(todo, desc="networks", disable=None):
         model, task, made = run(comparison, arm, sets[comparison.data], seed, full=full, steps=args.steps)
@@ -145,19 +146,29 @@ def _train(
             show(args.picture, args.results, arm.name, model, task)
 
 
+def _changes(comparison: Comparison, arm: Arm, full: bool, steps: int | None) -> dict[str, Any]:
+    """What the training of an arm changes of its recipe."""
+    short = {"recalibrate": 16, "eval_every": "100%", "checkpoint_every": "100%", "keep": "last"}
+    common = {} if full else short | dict(comparison.small_train)
+    return common | dict(arm.train) | ({} if steps is None else {"max_steps": steps})
+
+
+def _is_lacking(rows: Rows, key: str, changes: Mapping[str, Any]) -> bool:
+    """Whether a row is not there, or was trained for other steps than these changes say, if they do."""
+    return key not in rows or rows.rows[key]["steps"] != changes.get("max_steps", rows.rows[key]["steps"])
+
+
 def run(
     comparison: Comparison, arm: Arm, found: DataSet, seed: int, *, full: bool, steps: int | None = None
 ) -> tuple[nn.Module, Task, list[tuple[Arm, dict[str, Any]]]]:
     """Train one network: it, its task, and the rows of the arm and of those that are the same network judged otherwise."""
     recipe = _recipe(comparison, arm, full)
     model = network(recipe, arm, seed, full)
-    train: dict[str, Any] = (
-        {} if full else {"recalibrate": 16, "eval_every": "100%", "checkpoint_every": "100%", "keep": "last"}
-    )
-    train |= ({} if full else comparison.small_train) | arm.train | ({} if steps is None else {"max_steps": steps})
     task = _task(recipe, found.train | ({} if full else {"val_limit": 1}), seed)
     started = time.process_time()
-    result = finetune(model, task, recipe.config(model, seed=seed, **train), quiet=not full)
+    result = finetune(
+        model, task, recipe.config(model, seed=seed, **_changes(comparison, arm, full, steps)), quiet=not full
+    )
     facts: dict[str, Any] = {
         "scale": "full" if full else "small",
         "data": found.note,
@@ -253,7 +264,7 @@ def _crop(image: Tensor) -> Tensor:
 
 # --- what came out ----------------------------------------------------------------------------------------------------
 
-HEADERS = ("network", "parameters", "seeds", "ours", "difference", "seen", "published", "published difference")
+HEADERS = ("network", "parameters", "steps", "seeds", "ours", "difference", "seen", "published", "published difference")
 
 
 def texts(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Sequence[str], list[list[Any]]]]:
@@ -281,8 +292,16 @@ def _exact(line: dict[str, Any]) -> list[Any]:
 
 def lines(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """A line a network: mean over seeds, difference from the network beside it seed by seed, and what the paper prints."""
+    steps = {
+        arm.name: max((r["steps"] for r in rows if r["network"] == arm.name), default=0) for arm in comparison.arms
+    }
     by_arm = {
-        arm.name: {row["seed"]: row["scores"] for row in rows if row["network"] == arm.name} for arm in comparison.arms
+        arm.name: {
+            row["seed"]: row["scores"]
+            for row in rows
+            if row["network"] == arm.name and row["steps"] == steps[arm.name]  # not those of an earlier, shorter run
+        }
+        for arm in comparison.arms
     }
     parameters = {row["network"]: row["parameters"] for row in rows}
     published = {arm.name: arm.published for arm in comparison.arms}
@@ -292,7 +311,7 @@ def lines(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[lis
         if not seeds:
             continue
         names = list(next(iter(seeds.values())))
-        gaps = _gaps(seeds, by_arm.get(arm.of or "", {}))
+        gaps = _gaps(seeds, by_arm[arm.of] if arm.of and steps[arm.of] == steps[arm.name] else {})
         printed = published[arm.name]
         beside = {k: v - published[arm.of][k] for k, v in printed.items() if arm.of and k in published[arm.of]}
         if arm.of is not None:
@@ -301,6 +320,7 @@ def lines(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[lis
             [
                 arm.name,
                 f"{parameters[arm.name]:,}",
+                steps[arm.name],
                 len(seeds),
                 _numbers({name: mean(s[name] for s in seeds.values()) for name in names}),
                 _numbers({name: mean(values) for name, values in gaps.items()}, signed=True),

@@ -50,7 +50,7 @@ def test_a_comparison_is_sound(comparison: Comparison) -> None:
             recipe = paper_tables._recipe(comparison, arm, full)
             recipe.config()
             recipe.make_task()
-            assert full or recipe.config().max_steps <= 1000
+            assert full or recipe.config(**paper_tables._changes(comparison, arm, full, None)).max_steps <= 5000
 
 
 @pytest.mark.parametrize("comparison", ALL, ids=lambda c: c.key)
@@ -162,6 +162,12 @@ def test_rows_come_and_resume(
     assert run(folder, "--report") == 0
     assert seeds == [1, 1, 1]
 
+    capsys.readouterr()
+    assert run(folder, "--steps", "3", "--seeds", "1") == 0
+    assert seeds == [1, 1, 1, 0, 0, 0], "rows of fewer steps are trained again"
+    shown = [line.split()[:5] for line in capsys.readouterr().out.splitlines() if line.startswith("5×5 conv")]
+    assert shown == [["5×5", "convolution", "900", "3", "1"]], "seeds of other steps are not averaged with them"
+
 
 def test_full_scale_runs_by_the_same_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The paper's batch, patches and rate, on folders named as `--data` wants them; a single step."""
@@ -224,7 +230,7 @@ def rows_of(scores: dict[str, list[float]], lower: bool = False) -> tuple[Compar
     )
     comparison = Comparison(table="T", setting="s", title="t", recipe="srcnn", data="sr", arms=arms, lower=lower)
     rows = [
-        {"network": name, "seed": seed, "parameters": 1000, "scores": {"Set5 psnr": value}}
+        {"network": name, "seed": seed, "parameters": 1000, "steps": 9, "scores": {"Set5 psnr": value}}
         for name, values in scores.items()
         for seed, value in enumerate(values)
     ]
@@ -234,20 +240,28 @@ def rows_of(scores: dict[str, list[float]], lower: bool = False) -> tuple[Compar
 def test_differences_are_taken_seed_by_seed() -> None:
     comparison, rows = rows_of({"plain": [20.0, 22.0, 30.0], "ours": [21.0, 21.5]})
     plain, ours = paper_tables.lines(comparison, rows)
-    assert plain == ["plain", "1,000", 3, "Set5 24.00", "", "", "Set5 30.00", ""]
-    assert ours == ["ours", "1,000", 2, "Set5 21.25", "Set5 +0.25", "mixed (1 of 2)", "Set5 30.50", "Set5 +0.50"]
+    assert plain == ["plain", "1,000", 9, 3, "Set5 24.00", "", "", "Set5 30.00", ""]
+    assert ours == ["ours", "1,000", 9, 2, "Set5 21.25", "Set5 +0.25", "mixed (1 of 2)", "Set5 30.50", "Set5 +0.50"]
 
 
 @pytest.mark.parametrize(("lower", "said"), [(False, "better (1 of 1)"), (True, "worse (0 of 1)")])
 def test_the_direction(lower: bool, said: str) -> None:
     comparison, rows = rows_of({"plain": [20.0], "ours": [21.0]}, lower)
-    assert paper_tables.lines(comparison, rows)[1][5] == said
+    assert paper_tables.lines(comparison, rows)[1][6] == said
 
 
 def test_an_arm_without_its_plain_twin_has_no_difference() -> None:
     comparison, rows = rows_of({"ours": [21.0]})
     (line,) = paper_tables.lines(comparison, rows)
-    assert line[4:6] == ["", ""]
+    assert line[5:7] == ["", ""]
+
+
+def test_trainings_of_different_length_are_not_compared() -> None:
+    comparison, rows = rows_of({"plain": [20.0, 21.0], "ours": [22.0, 23.0]})
+    rows[-1]["steps"] = 18  # of ours, the second seed
+    plain, ours = paper_tables.lines(comparison, rows)
+    assert plain[2:5] == [9, 2, "Set5 20.50"]
+    assert ours[2:7] == [18, 1, "Set5 23.00", "", ""]
 
 
 def test_macs_of_table_6_follow_from_the_shapes() -> None:
