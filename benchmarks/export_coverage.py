@@ -103,8 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.add(network.key, vars(network) | in_process(network, args))
             write_json(args.results / f"{name}.json", {"format": args.format, "rows": rows.values()})
     write_json(args.results / f"{name}.json", {"format": args.format, "rows": rows.values()})
-    table(("network", "type", "status", "free", "error", "why"), [line(row) for row in rows.values()])
+    table(HEADERS, [line(row) for row in rows.values()])
     return 0
+
+
+HEADERS = ("network", "layers became", "status", "free", "relative error", "varies", "seconds", "why")
 
 
 def line(row: dict[str, Any]) -> list[Any]:
@@ -112,7 +115,7 @@ def line(row: dict[str, Any]) -> list[Any]:
     reasons = list(dict.fromkeys(row.get("fixed", {}).values()))
     if row.get("foreign"):
         reasons.append(f"needs {', '.join(row['foreign'])}")
-    error = f"{row['rel_error']:.0e}" if row.get("rel_error") is not None else "-"
+    error, varies = (f"{row[key]:.0e}" if row.get(key) is not None else "-" for key in ("rel_error", "varies"))
     why = row.get("reason") or "; ".join(reasons)
     return [
         f"{row['library']}/{row['name']}",
@@ -120,6 +123,8 @@ def line(row: dict[str, Any]) -> list[Any]:
         row["status"],
         " ".join(row.get("free", [])),
         error,
+        varies,
+        f"{row['seconds']:.0f}" if "seconds" in row else "-",
         why,
     ]
 

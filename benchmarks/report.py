@@ -233,15 +233,14 @@ def paper_tables(content: dict[str, Any]) -> str:
 
 def export_coverage(content: dict[str, Any]) -> str:
     """A row a network: what is free, the error of the file, and why it is not more."""
-    from benchmarks.export_coverage import line
+    from benchmarks.export_coverage import HEADERS, line
 
     rows = content["rows"]
     counts = {
         status: sum(row["status"] == status for row in rows) for status in dict.fromkeys(r["status"] for r in rows)
     }
     told = ", ".join(f"{count} {status}" for status, count in counts.items())
-    headers = ("network", "layers became", "status", "free", "relative error", "why")
-    return f"{len(rows)} networks: {told}.\n\n" + markdown(headers, [line(row) for row in rows])
+    return f"{len(rows)} networks: {told}.\n\n" + markdown(HEADERS, [line(row) for row in rows])
 
 
 def generators(content: dict[str, Any]) -> str:

@@ -79,6 +79,8 @@ def test_export_coverage_gives_a_row_a_network(
         assert row["rel_error"] <= 1e-4
         assert list(row["free"]) == ["batch"]
         assert "takes no other size" in row["fixed"]["height"]
+    assert rows["zoo/lenet"]["varies"] is None
+    assert rows["zoo/lenet_acda"]["varies"] > export_coverage.NOTHING
     assert export_coverage.main(words) == 0
     assert len(asked) == 2  # nothing runs again
     assert "takes no other size" in capsys.readouterr().out
@@ -105,4 +107,4 @@ def test_the_tables_can_be_made_of_the_rows() -> None:
     row |= {"fixed": {"height": "why", "width": "why"}, "foreign": [], "rel_error": 1e-7}
     told = report.export_coverage({"rows": [row]})
     assert "1 networks: 1 ok" in told
-    assert "| zoo/x | - | ok | batch | 1e-07 | why |" in told
+    assert "| zoo/x | - | ok | batch | 1e-07 | - | - | why |" in told
