@@ -122,14 +122,16 @@ class MCB(nn.Module):
 class SharedKernels(nn.Module):
     """Generates the kernels (N, M, 9, H, W) that the branches of an MDCB share, from C channels.
 
-    SEKG and a 1×1 convolution with the bias `static` (M, 1, 3, 3), which start as torch starts convolutions.
+    SEKG and a 1×1 convolution whose bias `static` (M, 1, 3, 3) starts at the identity and whose weight at zero.
     """
 
     def __init__(self, channels: int, branch: int) -> None:
         super().__init__()
         geometry = ConvGeometry(in_channels=channels, out_channels=channels, kernel_size=(3, 3), padding=(1, 1, 1, 1))
         self.generator = SEKG(geometry, 9 * branch, channel_bias=True)
-        self.static = nn.Parameter(torch.empty(branch, 1, 3, 3).uniform_(-self.generator.bound, self.generator.bound))
+        self.static = nn.Parameter(torch.zeros(branch, 1, 3, 3))
+        with torch.no_grad():
+            self.static[:, :, 1, 1] = 1
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.generator.features(x)

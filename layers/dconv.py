@@ -21,11 +21,11 @@ class SEKG(nn.Module):
 
     The features (N, C, H', W') are a 3×3 depthwise convolution of the input (N, C, H, W), with the stride and dilation of
     `geometry` and centred where its kernel is, plus one value a channel: the global average, convolved over the channels
-    with width 3. `weight` (maps, C) starts as torch starts a 1×1 convolution, or (`still`) at zero. A bias of the second branch
-    is redundant (`spatial` has one) and is there only on request, for weights trained elsewhere.
+    with width 3. `weight` (maps, C) starts at zero. A bias of the second branch is redundant (`spatial` has one) and is there
+    only on request, for weights trained elsewhere.
     """
 
-    def __init__(self, geometry: ConvGeometry, maps: int, *, channel_bias: bool = False, still: bool = False) -> None:
+    def __init__(self, geometry: ConvGeometry, maps: int, *, channel_bias: bool = False) -> None:
         super().__init__()
         self.geometry = geometry
         channels = geometry.in_channels
@@ -34,13 +34,6 @@ class SEKG(nn.Module):
         )
         self.channel = nn.Conv1d(1, 1, 3, padding=1, bias=channel_bias)
         self.weight = nn.Parameter(torch.zeros(maps, channels))
-        if not still:
-            nn.init.uniform_(self.weight, -self.bound, self.bound)
-
-    @property
-    def bound(self) -> float:
-        """Of what a 1×1 convolution from the features starts with."""
-        return float(self.geometry.in_channels**-0.5)
 
     def features(self, x: Tensor) -> Tensor:
         """What the kernels are made of, (N, C, H', W')."""
@@ -68,24 +61,16 @@ class DConv2d(nn.Module):
     """Dynamic convolution (ADFNet, section "DCB"): every channel is filtered with a kernel of its own at every pixel.
 
     Maps (N, C, H, W) to (N, O, H', W') as the depthwise convolution of `geometry` would; O may be a multiple of C. The kernel
-    at a pixel is `static` (O, 1, k_h, k_w), one for each output channel, plus a generated part. `kernel_groups` is the number of
-    generated kernels at a pixel: O (the default), a divisor of C, or a multiple of C that divides O; neighbouring channels
-    share one. In the paper `static` is the bias of the 1×1 convolution that generates, and the two start as torch starts that
-    convolution; `still` is for surgery: nothing is generated, and `static` is the identity. Raises
-    `GeometryError` for another geometry or number. `backend` names the operator's implementation, for comparisons; None is the
-    fastest that can run.
+    at a pixel is `static` (O, 1, k_h, k_w), one for each output channel, plus a generated part, which is zero at the start.
+    `kernel_groups` is the number of generated kernels at a pixel: O (the default), a divisor of C, or a multiple of C that
+    divides O; neighbouring channels share one. `static` starts at the identity; in the paper it is the bias of the 1×1
+    convolution. Raises `GeometryError` for another geometry or number. `backend` names the operator's implementation, for
+    comparisons; None is the fastest that can run.
     """
 
     backend: str | None = None
 
-    def __init__(
-        self,
-        geometry: ConvGeometry,
-        kernel_groups: int | None = None,
-        *,
-        channel_bias: bool = False,
-        still: bool = False,
-    ) -> None:
+    def __init__(self, geometry: ConvGeometry, kernel_groups: int | None = None, *, channel_bias: bool = False) -> None:
         super().__init__()
         channels, outputs = geometry.in_channels, geometry.out_channels
         if geometry.groups != channels:
@@ -97,23 +82,13 @@ class DConv2d(nn.Module):
             raise GeometryError(misfit(channels, self.kernel_groups, outputs))
         self.geometry = geometry
         taps = geometry.kernel_size[0] * geometry.kernel_size[1]
-        self.generator = SEKG(geometry, self.kernel_groups * taps, channel_bias=channel_bias, still=still)
-        self.static = nn.Parameter(torch.zeros(outputs, 1, *geometry.kernel_size))
-        if still:
-            row, column = self.centre
-            nn.init.ones_(self.static[:, :, row, column])
-        else:
-            nn.init.uniform_(self.static, -self.generator.bound, self.generator.bound)
+        self.generator = SEKG(geometry, self.kernel_groups * taps, channel_bias=channel_bias)
+        self.static = nn.Parameter(torch.empty(outputs, 1, *geometry.kernel_size))
+        self.reset_static()
 
     @classmethod
     def same(
-        cls,
-        channels: int,
-        kernel_size: int = 3,
-        *,
-        kernel_groups: int | None = None,
-        channel_bias: bool = False,
-        still: bool = False,
+        cls, channels: int, kernel_size: int = 3, *, kernel_groups: int | None = None, channel_bias: bool = False
     ) -> Self:
         """Of stride 1 and zero padding that keeps the size; an even kernel reaches one pixel further down-right."""
         before = (kernel_size - 1) // 2
@@ -126,7 +101,14 @@ class DConv2d(nn.Module):
             groups=channels,
             bias=False,
         )
-        return cls(geometry, kernel_groups, channel_bias=channel_bias, still=still)
+        return cls(geometry, kernel_groups, channel_bias=channel_bias)
+
+    @torch.no_grad()
+    def reset_static(self) -> None:
+        """Make the static kernels the identity: 1 at the centre tap."""
+        row, column = self.centre
+        self.static.zero_()
+        self.static[:, :, row, column] = 1
 
     @property
     def centre(self) -> Pair:

@@ -89,10 +89,9 @@ class SEKGConv2d(CodedConv2d):
         self.register_parameter("pointwise", None)
         if options.mode == "dense":
             self.kernel = nn.Parameter(torch.zeros(geometry.weight_shape))
-            channels, size = geometry.out_channels, options.kernel_size
-            self.dconv = DConv2d.same(channels, size, kernel_groups=options.kernel_groups, still=True)
+            self.dconv = DConv2d.same(geometry.out_channels, options.kernel_size, kernel_groups=options.kernel_groups)
         else:
-            self.dconv = DConv2d(_dconv_geometry(geometry, options), options.kernel_groups, still=True)
+            self.dconv = DConv2d(_dconv_geometry(geometry, options), options.kernel_groups)
         if options.mode == "factorised":
             inner = self.dconv.geometry.out_channels // geometry.groups
             self.pointwise = nn.Parameter(torch.zeros(geometry.out_channels, inner, 1, 1))

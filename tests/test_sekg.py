@@ -166,23 +166,6 @@ class TestLearning:
             assert relative_error(layer(x), conv(x)) < 1e-5
 
 
-class TestStart:
-    def test_still_it_is_the_identity(self) -> None:
-        torch.manual_seed(0)
-        x = torch.randn(2, 6, 7, 5)
-        torch.testing.assert_close(DConv2d.same(6, still=True)(x), x)
-
-    def test_the_same_seed_gives_surgery_the_same_generator(self) -> None:
-        """What is drawn for networks from scratch is not drawn for surgery: conversions stay what they were."""
-        torch.manual_seed(0)
-        DConv2d.same(6, still=True)
-        after = torch.rand(1)
-        torch.manual_seed(0)
-        nn.Conv2d(6, 6, 3, groups=6)
-        nn.Conv1d(1, 1, 3, bias=False)
-        assert torch.equal(torch.rand(1), after)
-
-
 class TestSharing:
     def test_channels_of_a_group_share_their_generated_kernels(self) -> None:
         torch.manual_seed(0)
