@@ -101,19 +101,23 @@ def export(
     check_target(path, format, force=force)
     tell("trace", 0, 1)
     shapes = _Shapes.of(model, input_size, example_inputs, free)
-    program, bounds = _trace(model, shapes, free)
-    result = Exported(
-        path=str(path),
-        format=format,
-        input_shape=tuple(shapes.example.shape),
-        dtype=str(shapes.example.dtype).removeprefix("torch."),
-        free=bounds,
-        fixed=shapes.fixed,
-    )
-    with _beside(path) as partial:
+
+    def written(program: torch.export.ExportedProgram) -> int:
         tell("convert", 0, 1)
         with quiet():
-            result.operators = write(program, partial, format, opset)
+            return write(program, partial, format, opset)
+
+    with _beside(path) as partial:
+        program, bounds, operators = _trace(model, shapes, free, written)
+        result = Exported(
+            path=str(path),
+            format=format,
+            input_shape=tuple(shapes.example.shape),
+            dtype=str(shapes.example.dtype).removeprefix("torch."),
+            free=bounds,
+            fixed=shapes.fixed,
+            operators=operators,
+        )
         runner = read(partial, format)
         result.foreign = foreign_operators(program, partial, format)
         wanted = shapes.to_check(tuple(bounds))
@@ -198,7 +202,7 @@ class _Shapes:
 
     def tries(self) -> list[tuple[str, ...]]:
         """Names of the dimensions to leave free, the most first."""
-        sets = [NAMES, NAMES[:1], ()]
+        sets = [NAMES, NAMES[1:], NAMES[:1], ()]
         return [names for names in sets if not set(names) & set(self.fixed)]
 
     def to_check(self, dims: Sequence[str]) -> list[tuple[int, ...]]:
@@ -245,21 +249,38 @@ def _images(like: Tensor, batch: int, size: Sequence[int]) -> Tensor:
 # --- tracing ------------------------------------------------------------------------------------------------------
 
 
-def _trace(model: nn.Module, shapes: _Shapes, free: str) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
-    """The program with as many free dimensions as can be had, and their bounds; `shapes.fixed` learns of the others."""
-    failure: Exception | None = None
-    for names in shapes.tries():
+def _trace(
+    model: nn.Module, shapes: _Shapes, free: str, written: Callable[[torch.export.ExportedProgram], int]
+) -> tuple[torch.export.ExportedProgram, dict[str, str], int]:
+    """The program with as many free dimensions as can be traced and written, their bounds, and what `written` gave.
+
+    `shapes.fixed` learns why the others are not.
+    """
+    failed: list[tuple[tuple[str, ...], str]] = []
+    tries = shapes.tries()
+    while True:
+        names = tries.pop(0)
         try:
-            return _traced(model, shapes, names)
+            program, bounds = _traced(model, shapes, names)
         except Exception as error:  # torch.export raises whatever the model's code raises under its symbols
-            failure = error
-            if free == "size" or not names:
-                break
             reason = f"torch.export: {_first_line(error)}"
-            shapes.fixed |= {name: reason for name in names if name != "batch" or names == ("batch",)}
-    raise ExportError(
-        f"torch.export refuses {type(model).__name__}: {_first_line(failure)}; nothing was written"
-    ) from failure
+            failure = ExportError(
+                f"torch.export refuses {type(model).__name__}: {_first_line(error)}; nothing was written"
+            )
+            failure.__cause__ = error
+            tries = [left for left in tries if left != NAMES[1:]]  # sizes are what it refuses
+        else:
+            try:
+                operators = written(program)
+                break
+            except ExportError as error:
+                reason, failure = str(error).removesuffix("; nothing was written"), error
+        failed.append((names, reason))
+        if free == "size" or not tries:
+            raise failure
+    for tried, reason in failed:
+        shapes.fixed |= {name: reason for name in tried if name not in names}
+    return program, bounds, operators
 
 
 def _traced(

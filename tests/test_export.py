@@ -55,6 +55,15 @@ class Eights(nn.Module):
         return {"half": x[:, :, ::2, ::2], "mean": x.mean((2, 3))}
 
 
+class PerImage(nn.Module):
+    """A kernel of its own for each image, as in CondConv: a convolution with as many groups as there are images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        kernels = x.mean((2, 3)).view(n * c, 1, 1, 1).expand(-1, -1, 3, 3)
+        return nn.functional.conv2d(x.reshape(1, n * c, h, w), kernels, groups=n * c).view(n, c, h - 2, w - 2)
+
+
 class Untraceable(nn.Module):
     """Decides by the data."""
 
@@ -155,6 +164,19 @@ def test_the_channels_of_a_converted_first_layer_are_known(tmp_path: Path) -> No
     converted, _ = surgeon.convert(model, layers="0", type="sekg", input_size=(5, 16, 16))
     found = surgeon.export(converted, tmp_path / "m.pt2", format="torch")
     assert found.input_shape[1] == 5
+
+
+def test_what_only_the_format_does_not_allow_is_fixed_and_said(tmp_path: Path) -> None:
+    found = surgeon.export(PerImage(), tmp_path / "m.onnx", input_size=(3, 16, 16))
+    assert set(found.free) == {"height", "width"}
+    assert found.fixed.keys() == {"batch"}
+    assert "the conversion to ONNX refuses the model" in found.fixed["batch"]
+    x = torch.randn(2, 3, 9, 14)
+    assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], PerImage()(x)) <= 1e-5
+    found = surgeon.export(PerImage(), tmp_path / "m.pt2", format="torch", input_size=(3, 16, 16))
+    assert set(found.free) == {"batch", "height", "width"}
+    with pytest.raises(ExportError, match="the conversion to ONNX refuses the model"):
+        surgeon.export(PerImage(), tmp_path / "n.onnx", input_size=(3, 16, 16), free="size")
 
 
 def test_less_may_be_asked_for(tmp_path: Path) -> None:
