@@ -4,11 +4,11 @@
 
 Zoo entries as they are; of the libraries the smallest model of each family, all its spatial convolutions converted, the layer
 type changing from family to family. Weights that start at or near zero (generators, the last norm of a block, layer scales) are
-made larger, so that a wrong dynamic part would show: `varies` is what switching it off changes of the output, relative, and a
-network in which that is less than 1e-3 is "blind", not "ok". The file is checked by `surgeon.export` (onnxruntime or
-torch.export.load against eager, two batch sizes and two image sizes where the model allows). Each network runs in a process of
-its own with a limit on time. Interrupted, it goes on where it was. Writes benchmarks/results/export_coverage.json and the table
-in docs/export.md (benchmarks.report).
+made larger, and batch norms get statistics, so that a wrong dynamic part would show: `varies` is what switching it off changes
+of the output, relative, and a network in which that is less than 1e-3 is "blind", not "ok". The file is checked by
+`surgeon.export` (onnxruntime or torch.export.load against eager, two batch sizes and two image sizes where the model allows).
+Each network runs in a process of its own with a limit on time. Interrupted, it goes on where it was. Writes
+benchmarks/results/export_coverage.json and the table in docs/export.md (benchmarks.report).
 """
 
 import argparse
@@ -185,7 +185,19 @@ def _model(network: Network) -> tuple[nn.Module, tuple[int, ...] | None]:
         for name, parameter in model.named_parameters():
             if not name.endswith("bias") and parameter.numel() and parameter.abs().max() < NOTHING:
                 parameter.normal_(std=SCALE) if parameter.dim() > 1 else parameter.fill_(1.0)
+        _normalise(model, size)
     return model, size
+
+
+def _normalise(model: nn.Module, size: tuple[int, ...] | None) -> None:
+    """Take the statistics of batch norms from one batch: with fresh ones maps fade from layer to layer."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.track_running_stats]
+    for norm in norms:
+        norm.train().reset_running_stats()
+        norm.momentum = None  # the mean over batches, of which there is one
+    if norms:
+        model(*next(candidate_inputs(model, size)).args)
+        model.eval()
 
 
 def _varies(model: nn.Module, size: tuple[int, ...] | None) -> float | None:

@@ -6,7 +6,7 @@ ACDA filters with the whole basis before it mixes (K maps a channel), PAFU runs 
 Shapes are those of the references beside this file.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ def dconv_portable(
     channels, groups = x.shape[1], kernels.shape[1]
     outputs = max(channels, groups)
     taps = shifted(x, kernel_size, stride, padding, dilation, (kernels.shape[-2], kernels.shape[-1]))
-    return _filtered(taps, lambda tap: kernels[:, :, tap], channel_split(channels, groups, outputs))
+    return _filtered(taps, kernels.unbind(2), channel_split(channels, groups, outputs))
 
 
 def dconv_layer_portable(
@@ -71,10 +71,10 @@ def dconv_layer_portable(
 ) -> Tensor:
     """The static kernels are a depthwise convolution; the generated ones are made for one tap at a time."""
     channels, (outputs, _, *kernel_size) = x.shape[1], static.shape
-    by_tap = weight.view(-1, kernel_size[0] * kernel_size[1], weight.shape[1])
-    split = channel_split(channels, by_tap.shape[0], outputs)
+    by_tap = weight.view(-1, kernel_size[0] * kernel_size[1], weight.shape[1], 1, 1).unbind(1)
+    split = channel_split(channels, by_tap[0].shape[0], outputs)
     taps = shifted(x, kernel_size, stride, padding, dilation, (features.shape[-2], features.shape[-1]))
-    generated = _filtered(taps, lambda tap: F.conv2d(features, by_tap[:, tap, :, None, None]), split)
+    generated = _filtered(taps, (F.conv2d(features, of_tap) for of_tap in by_tap), split)
     y = F.conv2d(x, static, bias, tuple(stride), tuple(padding), tuple(dilation), channels)
     if split[3] == 1:
         return y + generated
@@ -100,8 +100,9 @@ def shifted(
     if tuple(stride) == (1, 1):
         padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
         for top in range(0, kernel_h * dilation[0], dilation[0]):
+            rows = padded[:, :, top : top + out_size[0]]  # sliced once for its taps: exporters pay for every operation
             for left in range(0, kernel_w * dilation[1], dilation[1]):
-                yield padded[:, :, top : top + out_size[0], left : left + out_size[1]]
+                yield rows[:, :, :, left : left + out_size[1]]
         return
     channels = x.shape[1]
     one_hot = torch.eye(kernel_h * kernel_w, dtype=x.dtype, device=x.device).view(-1, 1, 1, kernel_h, kernel_w)
@@ -110,18 +111,16 @@ def shifted(
         yield F.conv2d(x, kernel, None, tuple(stride), tuple(padding), tuple(dilation), channels)
 
 
-def _filtered(taps: Iterator[Tensor], kernel: Callable[[int], Tensor], split: tuple[int, int, int, int]) -> Tensor:
+def _filtered(taps: Iterable[Tensor], kernels: Iterable[Tensor], split: tuple[int, int, int, int]) -> Tensor:
     """Σ over taps of kernel (N, G, H', W') times input (N, C, H', W'), with C = P·Q and G = P·R: (N, P·Q·R, H', W')."""
     p, q, r, _ = split
-    shared = q > 1 or r > 1
+    shared = r > 1 or (p > 1 and q > 1)  # one kernel for all channels is broadcast as it is
     total: Tensor | None = None
-    for tap, x in enumerate(taps):
-        kernel_NGHW = kernel(tap)
-        size = kernel_NGHW.shape[-2:]
+    for x, kernel_NGHW in zip(taps, kernels, strict=True):
         if shared:
+            size = kernel_NGHW.shape[-2:]
             x, kernel_NGHW = x.reshape(-1, p, q, 1, *size), kernel_NGHW.reshape(-1, p, 1, r, *size)
-        product = x * kernel_NGHW
-        total = product if total is None else total + product
+        total = x * kernel_NGHW if total is None else torch.addcmul(total, x, kernel_NGHW)
     assert total is not None
     return total.flatten(1, 3) if shared else total
 
