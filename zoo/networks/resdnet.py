@@ -51,7 +51,9 @@ class ResDNet(nn.Module):
 
     def forward(self, x: Tensor, bound: Tensor) -> Tensor:
         residual = self.exit(self.blocks(self.entry(x)))
-        most = bound.view(-1, 1, 1, 1) * math.sqrt(x[0].numel() - 1)
+        # counted in a tensor: exporters make a constant of the square root of a symbolic size
+        count = torch.ones_like(x[0], dtype=torch.float64).sum()
+        most = bound.view(-1, 1, 1, 1) * (count - 1).sqrt().to(bound.dtype)
         norm = residual.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         bounded: Tensor = residual * (most / torch.maximum(norm, most))
         return bounded
@@ -74,7 +76,7 @@ class IterativeDemosaic(nn.Module):
 
     def forward(self, mosaic: Tensor, noise: Tensor | float = _NOISE) -> Tensor:
         mask = grbg_mosaic(torch.ones_like(mosaic[:1]))
-        level = torch.as_tensor(noise, dtype=mosaic.dtype, device=mosaic.device).expand(len(mosaic))
+        level = torch.as_tensor(noise, dtype=mosaic.dtype, device=mosaic.device).expand(mosaic.shape[0])
         before = now = _bilinear(mosaic)
         for step, bound in enumerate(self.bounds):
             guess = now if step == 0 else now + self.extrapolation[step - 1].exp() * (now - before)
