@@ -39,6 +39,7 @@ from surgeon.compare import compare
 from surgeon.errors import SurgeonError
 from surgeon.inputs import candidate_inputs
 from surgeon.layers.dconv import DConv2d
+from surgeon.layers.pafu import PAFUConv2d
 from surgeon.rewrite import dynamic_layers, static
 from surgeon.verify import run
 
@@ -185,6 +186,9 @@ def _model(network: Network) -> tuple[nn.Module, tuple[int, ...] | None]:
         for name, parameter in model.named_parameters():
             if not name.endswith("bias") and parameter.numel() and parameter.abs().max() < NOTHING:
                 parameter.normal_(std=SCALE) if parameter.dim() > 1 else parameter.fill_(1.0)
+        for layer in dynamic_layers(model).values():
+            if isinstance(layer, PAFUConv2d):  # it starts by preferring its first kernel
+                layer.selector.set_static_output(torch.zeros(layer.config.group_size))
         _normalise(model, size)
     return model, size
 
