@@ -3,7 +3,7 @@
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ AWKWARD = (
 )
 SIZES = (64, 96, 128, 160, 192, 224, 256, 299, 384)
 BATCH = 2
+ASLEEP = 1e-3  # the largest weight of a layer that makes kernels and has not been trained
 KINDS = ("classification", "segmentation", "detection", "video", "optical_flow")
 
 
@@ -152,8 +153,21 @@ def awaken(model: nn.Module) -> None:
                 parameter.uniform_(0.5, 1.5).mul_(level if level > 0.1 else 0.2)
 
 
-def settle_norms(model: nn.Module, case: Case, size: int) -> None:
-    """Give every batch norm the statistics of what it gets, its variance evened out over the channels; ends in eval mode.
+def awaken_kernels(model: nn.Module, std: float = 0.02) -> None:
+    """Give random weights to the matrices and convolutions that start at or near nothing: what makes kernels and offsets.
+
+    `awaken` would make all of their elements positive.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and parameter.numel() and float(parameter.abs().max()) < ASLEEP:
+                parameter.normal_(std=std)
+
+
+def settle_norms(model: nn.Module, run: Callable[[], object]) -> None:
+    """Give batch norms the statistics of what they get in `run`, a pass of one batch, their variance evened out over the channels.
+
+    Ends in eval mode.
 
     With the neutral ones of a fresh network the signal of many architectures dies on its way, and with it any error. Variances
     by channel, of so few values, would now and then be next to nothing and magnify rounding.
@@ -164,7 +178,8 @@ def settle_norms(model: nn.Module, case: Case, size: int) -> None:
         norm.momentum = 1.0  # only what is seen now counts
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        training_loss(model.train(), case, size)
+        model.train()
+        run()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             spread = torch.empty_like(norm.running_var).uniform_(0.5, 1.5)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._bench import in_subprocess, interleaved, peak_rss
+from benchmarks._models import awaken_kernels
 from benchmarks._results import RESULTS, table, write_json
 from surgeon import zoo
 from surgeon.layers.blocks import use_backend
@@ -74,10 +75,7 @@ def network(name: str, backend: str | None) -> nn.Module:
     """With generated kernels that are not zero, the same for every backend."""
     torch.manual_seed(0)
     net = zoo.create(name).eval()
-    with torch.no_grad():
-        for key, parameter in net.named_parameters():
-            if key.endswith("generator.weight"):
-                parameter.normal_(std=0.01)
+    awaken_kernels(net, std=0.01)
     use_backend(net, backend)
     return net
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._bench import interleaved
+from benchmarks._models import awaken_kernels
 from benchmarks._operator_cases import SHAPES
 from benchmarks._results import RESULTS, Rows, table, write_json
 from surgeon import zoo
@@ -104,10 +105,7 @@ def dconv_layer_runs(shape: str) -> tuple[Runs, Runs, dict[str, float]]:
 def adfnet_runs(shape: str) -> tuple[Runs, Runs, dict[str, float]]:
     """The colour ADFNet of the paper, its kernels awake; no backward pass."""
     model, x = zoo.create("adfnet").eval(), torch.rand(1, 3, ADFNET[shape], ADFNET[shape])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1 and not parameter.any():
-                parameter.normal_(std=0.02)
+    awaken_kernels(model)
     compiled = torch.compile(model, fullgraph=True)
     # The variable is read while the graph is made; two graphs of the same code need a name each.
     portable = torch.compile(lambda x: model(x), fullgraph=True)

@@ -8,9 +8,8 @@ recipes' preset `small` (minutes a row, small networks, few steps) on real image
 papers' scale; DIR holds one folder a data set (benchmarks/_paper_data.py names them). What a paper prints stands in columns of
 its own: small scale says which of two networks learns more in few steps, and no more.
 
-A row is one network and seed; an interrupted run goes on where it was, and a row that was trained for another number of steps than
-the comparison asks for now is trained again. Writes benchmarks/results/paper_tables.json
-(--data: paper_tables-full.json).
+A row is one network and seed; an interrupted run goes on where it was, and a row trained for other steps than its comparison says
+is trained again. Writes benchmarks/results/paper_tables.json (--data: paper_tables-full.json).
 """
 
 import argparse
@@ -155,7 +154,8 @@ def _changes(comparison: Comparison, arm: Arm, full: bool, steps: int | None) ->
 
 def _is_lacking(rows: Rows, key: str, changes: Mapping[str, Any]) -> bool:
     """Whether a row is not there, or was trained for other steps than these changes say, if they do."""
-    return key not in rows or rows.rows[key]["steps"] != changes.get("max_steps", rows.rows[key]["steps"])
+    row = rows.rows.get(key)
+    return row is None or changes.get("max_steps") not in (None, row["steps"])
 
 
 def run(

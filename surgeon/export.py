@@ -1,8 +1,9 @@
 """A model as one file that runs where surgeon is not installed: `torch.export` (.pt2) or ONNX, checked before it gets its name.
 
 The model is traced in eval mode; its dynamic layers become ordinary operations (`surgeon.layers.kernels.portable`). Batch and
-image size stay free as far as the model allows; what does not is said, with the reason. The file is written beside its
-place, read back, run at two batch sizes and two image sizes, compared with the model, and only then renamed.
+image size stay free as far as the model and the file allow; what does not is said, with the reason. The file is written beside its
+place, read back, run at two batch sizes and two image sizes, compared with the model, and only then renamed. Where any of that
+fails, it is tried again with fewer free dimensions.
 """
 
 import math
@@ -90,7 +91,7 @@ def export(
     """Write the model, in eval mode, to one file, and check what the file computes.
 
     `format` is "onnx" or "torch" (a `torch.export` archive). `free` says which dimensions of the input (N, C, H, W) may change:
-    "size" batch and image size, "batch", "none", or "auto": as much of that as the model allows. `input_size` and
+    "size" batch and image size, "batch", "none", or "auto": as much of that as the model and the file allow. `input_size` and
     `example_inputs` are as for `convert`. Raises `ExportError` where `torch.export` or the conversion to ONNX refuses the model
     or the file computes something else (nothing is written then), `ConfigError` for a missing package or a file that exists.
     """
@@ -101,38 +102,61 @@ def export(
     check_target(path, format, force=force)
     tell("trace", 0, 1)
     shapes = _Shapes.of(model, input_size, example_inputs, free)
-
-    def written(program: torch.export.ExportedProgram) -> int:
-        tell("convert", 0, 1)
-        with quiet():
-            return write(program, partial, format, opset)
-
     with _beside(path) as partial:
-        program, bounds, operators = _trace(model, shapes, free, written)
-        result = Exported(
-            path=str(path),
-            format=format,
-            input_shape=tuple(shapes.example.shape),
-            dtype=str(shapes.example.dtype).removeprefix("torch."),
-            free=bounds,
-            fixed=shapes.fixed,
-            operators=operators,
-        )
-        runner = read(partial, format)
-        result.foreign = foreign_operators(program, partial, format)
-        wanted = shapes.to_check(tuple(bounds))
-        for done, shape in enumerate(wanted):
-            tell("check", done, len(wanted))
-            result.checks.append(_check(model, runner, shape))
-        wrong = [check for check in result.checks if not check.good]
-        if wrong:
-            told = ", ".join(f"{c.max_rel:.1e} at {'x'.join(map(str, c.shape))}" for c in wrong)
-            raise ExportError(
-                f"the exported file does not compute what the model computes: relative error {told} "
-                f"(at most {TOLERANCE:g}); nothing was written"
-            )
-        result.size = partial.stat().st_size
+        failed: list[tuple[tuple[str, ...], str]] = []
+        tries = shapes.tries()
+        for names in tries:
+            try:
+                result = _attempt(model, partial, format, opset, shapes, names, tell)
+                break
+            except ExportError as error:
+                if free == "size" or names == tries[-1]:
+                    raise
+                failed.append((names, str(error).removesuffix("; nothing was written")))
+        for tried, reason in failed:
+            shapes.fixed |= {name: reason for name in tried if name not in names}
+        result.path, result.size = str(path), partial.stat().st_size
         partial.replace(path)
+    return result
+
+
+def _attempt(
+    model: nn.Module,
+    partial: Path,
+    format: str,
+    opset: int | None,
+    shapes: "_Shapes",
+    names: tuple[str, ...],
+    tell: Progress,
+) -> Exported:
+    """Trace with these dimensions free, write the file, and check what it computes."""
+    tell("trace", 0, 1)
+    program, bounds = _traced(model, shapes, names)
+    tell("convert", 0, 1)
+    with quiet():
+        operators = write(program, partial, format, opset)
+    result = Exported(
+        path=str(partial),
+        format=format,
+        input_shape=tuple(shapes.example.shape),
+        dtype=str(shapes.example.dtype).removeprefix("torch."),
+        free=bounds,
+        fixed=shapes.fixed,
+        operators=operators,
+        foreign=foreign_operators(program, partial, format),
+    )
+    runner = read(partial, format)
+    wanted = shapes.to_check(tuple(bounds))
+    for done, shape in enumerate(wanted):
+        tell("check", done, len(wanted))
+        result.checks.append(_check(model, runner, shape))
+    wrong = [check for check in result.checks if not check.good]
+    if wrong:
+        told = ", ".join(f"{c.max_rel:.1e} at {'x'.join(map(str, c.shape))}" for c in wrong)
+        raise ExportError(
+            f"the exported file does not compute what the model computes: relative error {told} "
+            f"(at most {TOLERANCE:g}); nothing was written"
+        )
     return result
 
 
@@ -249,40 +273,6 @@ def _images(like: Tensor, batch: int, size: Sequence[int]) -> Tensor:
 # --- tracing ------------------------------------------------------------------------------------------------------
 
 
-def _trace(
-    model: nn.Module, shapes: _Shapes, free: str, written: Callable[[torch.export.ExportedProgram], int]
-) -> tuple[torch.export.ExportedProgram, dict[str, str], int]:
-    """The program with as many free dimensions as can be traced and written, their bounds, and what `written` gave.
-
-    `shapes.fixed` learns why the others are not.
-    """
-    failed: list[tuple[tuple[str, ...], str]] = []
-    tries = shapes.tries()
-    while True:
-        names = tries.pop(0)
-        try:
-            program, bounds = _traced(model, shapes, names)
-        except Exception as error:  # torch.export raises whatever the model's code raises under its symbols
-            reason = f"torch.export: {_first_line(error)}"
-            failure = ExportError(
-                f"torch.export refuses {type(model).__name__}: {_first_line(error)}; nothing was written"
-            )
-            failure.__cause__ = error
-            tries = [left for left in tries if left != NAMES[1:]]  # sizes are what it refuses
-        else:
-            try:
-                operators = written(program)
-                break
-            except ExportError as error:
-                reason, failure = str(error).removesuffix("; nothing was written"), error
-        failed.append((names, reason))
-        if free == "size" or not tries:
-            raise failure
-    for tried, reason in failed:
-        shapes.fixed |= {name: reason for name in tried if name not in names}
-    return program, bounds, operators
-
-
 def _traced(
     model: nn.Module, shapes: _Shapes, names: tuple[str, ...]
 ) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
@@ -293,9 +283,10 @@ def _traced(
         try:
             program = _program(model, shapes.example, ({places[name]: dim for name, dim in dims.items()},))
             break
-        except torch._dynamo.exc.UserError as error:
-            if least == minima[-1] or _VIOLATED not in str(error):
-                raise
+        except Exception as error:  # torch.export raises whatever the model's code raises under its symbols
+            if least == minima[-1] or not isinstance(error, torch._dynamo.exc.UserError) or _VIOLATED not in str(error):
+                name = type(model).__name__
+                raise ExportError(f"torch.export refuses {name}: {_first_line(error)}; nothing was written") from error
     (given,) = program.graph_signature.user_inputs
     sizes = next(node for node in program.graph.nodes if node.name == given).meta["val"].shape
     free = {}

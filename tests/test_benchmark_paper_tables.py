@@ -50,6 +50,7 @@ def test_a_comparison_is_sound(comparison: Comparison) -> None:
             recipe = paper_tables._recipe(comparison, arm, full)
             recipe.config()
             recipe.make_task()
+            assert full or recipe.config().max_steps <= 1000
             assert full or recipe.config(**paper_tables._changes(comparison, arm, full, None)).max_steps <= 5000
 
 

@@ -166,6 +166,20 @@ def test_the_channels_of_a_converted_first_layer_are_known(tmp_path: Path) -> No
     assert found.input_shape[1] == 5
 
 
+def test_sizes_at_which_the_file_does_not_run_are_fixed_and_said(tmp_path: Path) -> None:
+    """ONNX has no adaptive pooling; what stands for it reaches over the edge of some maps (PSPNet's pyramid)."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(6))
+    found = surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 20, 20))
+    assert set(found.free) == {"batch"}
+    assert "does not run at 2x3x52x84" in found.fixed["height"]
+    assert {c.shape for c in found.checks} == {(2, 3, 20, 20), (3, 3, 20, 20)}
+    x = torch.randn(4, 3, 20, 20)
+    assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
+    with pytest.raises(ExportError, match="does not run at 2x3x52x84"):
+        surgeon.export(model, tmp_path / "n.onnx", input_size=(3, 20, 20), free="size")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
 def test_what_only_the_format_does_not_allow_is_fixed_and_said(tmp_path: Path) -> None:
     found = surgeon.export(PerImage(), tmp_path / "m.onnx", input_size=(3, 16, 16))
     assert set(found.free) == {"height", "width"}

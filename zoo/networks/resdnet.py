@@ -51,9 +51,9 @@ class ResDNet(nn.Module):
 
     def forward(self, x: Tensor, bound: Tensor) -> Tensor:
         residual = self.exit(self.blocks(self.entry(x)))
-        # counted in a tensor: exporters make a constant of the square root of a symbolic size
-        count = torch.ones_like(x[0], dtype=torch.float64).sum()
-        most = bound.view(-1, 1, 1, 1) * (count - 1).sqrt().to(bound.dtype)
+        # of a tensor: exporters make a constant of the square root of a symbolic size
+        root = torch.scalar_tensor(x[0].numel() - 1, dtype=torch.float64, device=bound.device).sqrt()
+        most = bound.view(-1, 1, 1, 1) * root.to(bound.dtype)
         norm = residual.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         bounded: Tensor = residual * (most / torch.maximum(norm, most))
         return bounded

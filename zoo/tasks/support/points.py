@@ -13,6 +13,7 @@ from surgeon.zoo.tasks.support.files import is_visible, list_images, named
 SUFFIXES = (".npy", ".json", ".mat")
 FOLDERS = ("ground_truth", "ground-truth", "annotations", "points", "labels")
 _KEYS = ("annPoints", "location", "points", "loc", "image_info")  # UCF, ShanghaiTech, NWPU
+_HDF5 = 2  # the major version that scipy gives to MATLAB 7.3's files
 
 
 def point_files(folder: Path) -> list[tuple[Path, Path]]:
@@ -89,14 +90,14 @@ def _from_json(value: Any) -> Any:
 def _from_mat(path: Path) -> Any:
     """The array under a known key, however deep MATLAB's structs wrap it; else the only (n, 2) array of the file."""
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
+    from scipy.io.matlab import MatReadError, matfile_version
 
     try:
+        if matfile_version(path)[0] == _HDF5:
+            raise ValueError("it is of MATLAB 7.3 (HDF5), which scipy does not read; save it with -v7")
         content = {key: value for key, value in loadmat(path).items() if not key.startswith("__")}
     except MatReadError as error:
         raise ValueError(error) from error
-    except NotImplementedError as error:
-        raise ValueError("it is of MATLAB 7.3 (HDF5), which scipy does not read; save it with -v7") from error
     for key in _KEYS:
         if key in content:
             content = {key: content[key]}
