@@ -39,6 +39,10 @@ from surgeon.zoo.recipes import TrainingRecipe, training_recipe
 from surgeon.zoo.tasks import Task
 from surgeon.zoo.tasks.support.pictures import sheet, to_image
 
+VALIDATED = {
+    "psnr": 1,
+    "error": 500,
+}  # images that say, at small scale, whether measuring BatchNorm statistics anew helped
 DERIVED = {"error": "top1", "error5": "top5"}  # one minus a share
 
 
@@ -164,7 +168,8 @@ def run(
     """Train one network: it, its task, and the rows of the arm and of those that are the same network judged otherwise."""
     recipe = _recipe(comparison, arm, full)
     model = network(recipe, arm, seed, full)
-    task = _task(recipe, found.train | ({} if full else {"val_limit": 1}), seed)
+    limit = {} if full else {"val_limit": VALIDATED.get(next(iter(comparison.metrics)), 32)}
+    task = _task(recipe, found.train | limit, seed)
     started = time.process_time()
     result = finetune(
         model, task, recipe.config(model, seed=seed, **_changes(comparison, arm, full, steps)), quiet=not full
