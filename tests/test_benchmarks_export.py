@@ -100,6 +100,8 @@ def test_the_libraries_are_covered_family_by_family_with_every_type() -> None:
     families = [(network.library, network.family) for network in found]
     assert len(families) == len(set(families)) > 80
     assert {network.type for network in found} == {"acda", "pafu", "sekg"}
+    names = {network.family: network.name for network in found if network.library == "torchvision"}
+    assert (names["resnet"], names["convnext"]) == ("resnet18", "convnext_tiny"), "the smallest"
 
 
 def test_the_tables_can_be_made_of_the_rows() -> None:
