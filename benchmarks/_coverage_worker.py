@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     size = smallest_size(model, case) if found else None
     known: dict[str, Any] = {"size": size, "found": found}
     if size:
-        settle_norms(model, lambda: training_loss(model, case, size))
+        settle_norms(model, lambda: training_loss(model.train(), case, size))
         known["sensitivity"] = sensitivity(model, case, size)
     for kind in types.split(","):
         start = time.perf_counter()

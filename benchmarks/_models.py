@@ -167,7 +167,7 @@ def awaken_kernels(model: nn.Module, std: float = 0.02) -> None:
 def settle_norms(model: nn.Module, run: Callable[[], object]) -> None:
     """Give batch norms the statistics of what they get in `run`, a pass of one batch, their variance evened out over the channels.
 
-    Ends in eval mode.
+    `run` says what else is in train mode; ends in eval mode.
 
     With the neutral ones of a fresh network the signal of many architectures dies on its way, and with it any error. Variances
     by channel, of so few values, would now and then be next to nothing and magnify rounding.
@@ -175,10 +175,9 @@ def settle_norms(model: nn.Module, run: Callable[[], object]) -> None:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = 1.0  # only what is seen now counts
+        norm.train().momentum = 1.0  # only what is seen now counts
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.train()
         run()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
