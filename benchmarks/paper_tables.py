@@ -67,9 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     rows.add(cost, {"table": cost, "costs": cost_rows(cost)})
             _train(args, chosen, sets, rows, full)
     wanted = {*costs, *(c.key for c in chosen)}
-    for title, headers, lines in texts([row for row in rows.values() if row.get("comparison", row["table"]) in wanted]):
+    shown = [row for row in rows.values() if row.get("comparison", row["table"]) in wanted]
+    for title, headers, lines in texts(shown):
         print(f"\n{title}")
         table(headers, lines)
+    print(f"\n{tally(shown)}")
     write_json(args.results / f"{name}.json", {"scale": "full" if full else "small", "rows": rows.values()})
     return 0
 
@@ -288,6 +290,18 @@ def texts(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Sequence[str
                 HEADERS,
                 lines(comparison, found),
             )
+
+
+def tally(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many of the networks that have one beside them were better, worse or neither."""
+    column = HEADERS.index("seen")
+    lines = [line for _, headers, found in texts(rows) if headers is HEADERS for line in found]
+    seen = [line[column].split()[0] for line in lines if line[column]]
+    better, worse, mixed = (seen.count(word) for word in ("better", "worse", "mixed"))
+    return (
+        f"Of {len(seen)} networks with another beside them: better on all test sets and seeds {better}, worse on all {worse}, "
+        f"mixed {mixed}."
+    )
 
 
 def _exact(line: dict[str, Any]) -> list[Any]:

@@ -226,9 +226,10 @@ def adfnet(content: dict[str, Any]) -> str:
 
 def paper_tables(content: dict[str, Any]) -> str:
     """Every table and setting that has rows, under a heading of its own."""
-    from benchmarks.paper_tables import texts
+    from benchmarks.paper_tables import tally, texts
 
-    return "\n".join(f"### {title}\n\n{markdown(headers, lines)}" for title, headers, lines in texts(content["rows"]))
+    tables = [f"### {title}\n\n{markdown(headers, lines)}" for title, headers, lines in texts(content["rows"])]
+    return "\n".join([f"{tally(content['rows'])}\n", *tables])
 
 
 def export_coverage(content: dict[str, Any]) -> str:

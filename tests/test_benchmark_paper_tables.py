@@ -251,6 +251,17 @@ def test_the_direction(lower: bool, said: str) -> None:
     assert paper_tables.lines(comparison, rows)[1][6] == said
 
 
+def test_the_tally(monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison, rows = rows_of({"plain": [20.0, 22.0], "ours": [21.0, 23.0]})
+    monkeypatch.setattr(paper_tables, "comparisons", lambda: [comparison])
+    for row in rows:
+        row |= {"table": "T", "comparison": comparison.key, "data": ""}
+    told = "Of 1 networks with another beside them: better on all test sets and seeds {}, worse on all 0, mixed {}."
+    assert paper_tables.tally(rows) == told.format(1, 0)
+    rows[-1]["scores"] = {"Set5 psnr": 21.5}
+    assert paper_tables.tally(rows) == told.format(0, 1)
+
+
 def test_an_arm_without_its_plain_twin_has_no_difference() -> None:
     comparison, rows = rows_of({"ours": [21.0]})
     (line,) = paper_tables.lines(comparison, rows)
