@@ -108,8 +108,8 @@ def _figure_7() -> list[Comparison]:
             arms = two(("DnCNN", "dncnn"), ("DConv-DnCNN", "dncnn_dconv"), model=(options, options))
             title = f"DnCNN with {depth} layers of {width}, with a DConv in the middle, σ = 50"
             gain = {"set and width not said psnr": gains[depth]}
-            # With batch norm, and without a start at the identity: a rate that learns in few steps. The deep ones are now
-            # and then stuck near 18 dB for the first 2000.
+            # With batch norm, and without a start at the identity: a rate that learns in few steps. The deep ones
+            # may take the first 2000 to begin.
             steps = 5000 if depth == 15 else 2000
             small, rate = {"width": width // 2}, {"lr": 1e-2, "max_steps": steps}
             made.append(_backbone(f"DnCNN {depth}-{width}", title, arms, gain, small, rate))

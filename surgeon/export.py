@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,18 +103,16 @@ def export(
     tell("trace", 0, 1)
     shapes = _Shapes.of(model, input_size, example_inputs, free)
     with _beside(path) as partial:
-        failed: list[tuple[tuple[str, ...], str]] = []
-        tries = shapes.tries()
-        for names in tries:
+        reasons: dict[str, str] = {}
+        for names in shapes.tries():
             try:
                 result = _attempt(model, partial, format, opset, shapes, names, tell)
                 break
             except ExportError as error:
-                if free == "size" or names == tries[-1]:
+                if free == "size" or not names:
                     raise
-                failed.append((names, str(error).removesuffix("; nothing was written")))
-        for tried, reason in failed:
-            shapes.fixed |= {name: reason for name in tried if name not in names}
+                reasons |= dict.fromkeys(names, _reason(error))
+        result.fixed = {name: why for name, why in (reasons | shapes.fixed).items() if name not in result.free}
         result.path, result.size = str(path), partial.stat().st_size
         partial.replace(path)
     return result
@@ -129,7 +127,10 @@ def _attempt(
     names: tuple[str, ...],
     tell: Progress,
 ) -> Exported:
-    """Trace with these dimensions free, write the file, and check what it computes."""
+    """Trace with these dimensions free, write the file, and check what it computes.
+
+    `shapes.fixed` learns what the next attempt need not try.
+    """
     tell("trace", 0, 1)
     program, bounds = _traced(model, shapes, names)
     tell("convert", 0, 1)
@@ -141,7 +142,6 @@ def _attempt(
         input_shape=tuple(shapes.example.shape),
         dtype=str(shapes.example.dtype).removeprefix("torch."),
         free=bounds,
-        fixed=shapes.fixed,
         operators=operators,
         foreign=foreign_operators(program, partial, format),
     )
@@ -149,15 +149,17 @@ def _attempt(
     wanted = shapes.to_check(tuple(bounds))
     for done, shape in enumerate(wanted):
         tell("check", done, len(wanted))
-        result.checks.append(_check(model, runner, shape))
-    wrong = [check for check in result.checks if not check.good]
-    if wrong:
-        told = ", ".join(f"{c.max_rel:.1e} at {'x'.join(map(str, c.shape))}" for c in wrong)
-        raise ExportError(
-            f"the exported file does not compute what the model computes: relative error {told} "
-            f"(at most {TOLERANCE:g}); nothing was written"
-        )
+        try:
+            result.checks.append(_check(model, runner, shape))
+        except ExportError as error:
+            if shape[2:] != shapes.example.shape[2:]:
+                shapes.fixed |= dict.fromkeys(NAMES[1:], _reason(error))
+            raise
     return result
+
+
+def _reason(error: ExportError) -> str:
+    return str(error).removesuffix("; nothing was written")
 
 
 def check_target(path: Path, format: str, *, force: bool = False) -> None:
@@ -224,10 +226,15 @@ class _Shapes:
             shapes.fixed["batch"] = "asked for"
         return shapes
 
-    def tries(self) -> list[tuple[str, ...]]:
-        """Names of the dimensions to leave free, the most first."""
-        sets = [NAMES, NAMES[1:], NAMES[:1], ()]
-        return [names for names in sets if not set(names) & set(self.fixed)]
+    def tries(self) -> Iterator[tuple[str, ...]]:
+        """Names of the dimensions to leave free, the most first, none last; without those that are fixed by then."""
+        tried: set[tuple[str, ...]] = set()
+        for names in (NAMES, NAMES[1:], NAMES[:1]):
+            left = tuple(name for name in names if name not in self.fixed)
+            if left and left not in tried:
+                tried.add(left)
+                yield left
+        yield ()
 
     def to_check(self, dims: Sequence[str]) -> list[tuple[int, ...]]:
         """Two batch sizes and two image sizes, as far as they are free."""
@@ -346,10 +353,14 @@ def _check(model: nn.Module, runner: Runner, shape: tuple[int, ...]) -> Check:
         ) from error
     difference = compare(expected, found)
     check = Check(shape=shape, max_rel=difference.max_rel, max_abs=difference.max_abs)
-    if check.good or not math.isfinite(check.max_rel):
-        return check
-    own = _own_rounding(model, images, expected).max_rel
-    return Check(shape=shape, max_rel=difference.max_rel, max_abs=difference.max_abs, own=own)
+    if not check.good and math.isfinite(check.max_rel):
+        check = replace(check, own=_own_rounding(model, images, expected).max_rel)
+    if not check.good:
+        raise ExportError(
+            f"the exported file does not compute what the model computes: relative error {check.max_rel:.1e} at "
+            f"{'x'.join(map(str, shape))} (at most {TOLERANCE:g}); nothing was written"
+        )
+    return check
 
 
 def _own_rounding(model: nn.Module, images: Tensor, expected: list[Tensor]) -> Difference:

@@ -169,9 +169,14 @@ def test_the_channels_of_a_converted_first_layer_are_known(tmp_path: Path) -> No
 def test_sizes_at_which_the_file_does_not_run_are_fixed_and_said(tmp_path: Path) -> None:
     """ONNX has no adaptive pooling; what stands for it reaches over the edge of some maps (PSPNet's pyramid)."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(6))
-    found = surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 20, 20))
+    stages: list[str] = []
+    found = surgeon.export(
+        model, tmp_path / "m.onnx", input_size=(3, 20, 20), progress=lambda stage, done, total: stages.append(stage)
+    )
     assert set(found.free) == {"batch"}
+    assert found.fixed.keys() == {"height", "width"}
     assert "does not run at 2x3x52x84" in found.fixed["height"]
+    assert stages.count("convert") == 2, "what is known to fail is not tried again"
     assert {c.shape for c in found.checks} == {(2, 3, 20, 20), (3, 3, 20, 20)}
     x = torch.randn(4, 3, 20, 20)
     assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5

@@ -25,28 +25,25 @@ from tests.search_servers import Server, free_port, postgresql, why_no_postgresq
 from tests.search_toys import toy_problem, toy_search, toy_space
 from tests.search_workers import finish, kill_midway, worker
 
-
-@pytest.fixture(scope="module")
-def startable() -> None:
-    """A server can be started here."""
-    reason = why_no_postgresql()
-    if reason is not None:
-        pytest.skip(reason)
+# A database server is the system's, not a package that `pip install ".[dev]"` could bring.
+NO_SERVER = why_no_postgresql()
+needs_postgresql = pytest.mark.skipif(NO_SERVER is not None, reason=NO_SERVER or "")
+POSTGRESQL = pytest.param("postgresql", marks=needs_postgresql)
 
 
 @pytest.fixture(scope="module")
-def server(startable: None) -> Iterator[Server]:
+def server() -> Iterator[Server]:
     with postgresql() as running:
         yield running
 
 
 # Processes that are killed: a file of SQLite is among the slow tests, a server and (test_search_study) a journal are not.
 ON_A_SERVER = pytest.mark.parametrize(
-    "storage", [pytest.param("sqlite", marks=pytest.mark.slow), "postgresql"], indirect=True
+    "storage", [pytest.param("sqlite", marks=pytest.mark.slow), POSTGRESQL], indirect=True
 )
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", POSTGRESQL])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty database."""
     if request.param == "sqlite":
@@ -296,7 +293,7 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("startable")
+@needs_postgresql
 def test_a_server_that_comes_back_gets_the_result(tmp_path: Path) -> None:
     with postgresql() as own:
         search = toy_search(tmp_path / "s", storage=own.url, trials=8)
@@ -312,7 +309,7 @@ def test_a_server_that_comes_back_gets_the_result(tmp_path: Path) -> None:
         assert read(own.url)[claim.trial.number].values == (1.5,)
 
 
-@pytest.mark.usefixtures("startable")
+@needs_postgresql
 def test_a_server_that_goes_away_costs_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "_PATIENCE", 0.5)
     with postgresql() as own:
