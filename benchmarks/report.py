@@ -285,6 +285,7 @@ TABLES: dict[str, Table] = {
     "large_image": large_image,
     "toys": toys,
     "operators": operators,
+    "operators_threads": operators,
     "trained": trained,
     "compress": compress,
     "memory_accuracy": memory_accuracy,

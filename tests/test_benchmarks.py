@@ -195,6 +195,16 @@ def test_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert all(row["what"] in printed for row in rows)
 
 
+@pytest.mark.parametrize(("clock", "ratio"), [("cpu_ms", 4.0), ("wall_ms", 3.0)])
+def test_operators_are_compared_by_one_clock(clock: str, ratio: float) -> None:
+    def step(cpu: float, wall: float) -> dict[str, Any]:
+        return {"forward": {"cpu_ms": cpu, "wall_ms": wall}}
+
+    found = {"ours": step(2, 1), "unfold": step(8, 3)}
+    target = next(t for t in TARGETS if t.operator == "dconv" and t.a == "unfold" and t.measure == "forward")
+    assert operators._ratio(target, "A", found, clock) == ratio
+
+
 @pytest.mark.parametrize(("ratio", "sign", "holds"), [(2.0, ">=", True), (1.9, ">=", False), (2.1, "<=", False)])
 def test_operator_targets_compare(ratio: float, sign: str, holds: bool) -> None:
     assert operators._holds(ratio, sign, 2.0) is holds
