@@ -71,10 +71,13 @@ def dconv_layer_portable(
 ) -> Tensor:
     """The static kernels are a depthwise convolution; the generated ones are made for one tap at a time."""
     channels, (outputs, _, *kernel_size) = x.shape[1], static.shape
-    by_tap = weight.view(-1, kernel_size[0] * kernel_size[1], weight.shape[1], 1, 1).unbind(1)
-    split = channel_split(channels, by_tap[0].shape[0], outputs)
+    by_tap = weight.view(-1, kernel_size[0] * kernel_size[1], weight.shape[1], 1, 1).transpose(0, 1)
+    groups = by_tap.shape[1]
+    split = channel_split(channels, groups, outputs)
     taps = shifted(x, kernel_size, stride, padding, dilation, (features.shape[-2], features.shape[-1]))
-    generated = _filtered(taps, (F.conv2d(features, of_tap) for of_tap in by_tap), split)
+    # Split, and not unbound: in ONNX that is one operation for all taps, and not two for each.
+    generators = by_tap.flatten(0, 1).split(groups)
+    generated = _filtered(taps, (F.conv2d(features, of_tap) for of_tap in generators), split)
     y = F.conv2d(x, static, bias, tuple(stride), tuple(padding), tuple(dilation), channels)
     if split[3] == 1:
         return y + generated
