@@ -65,7 +65,7 @@ def _bold_if(missed: bool, text: str) -> str:
 
 
 def operators(content: dict[str, Any]) -> str:
-    """Ratios by operator and shape; a missed must in bold."""
+    """Ratios by operator and shape; a missed must in bold, a reached aim in italics."""
     table: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in content["targets"]:
         case, measure = row["what"].split(": ", 1)
@@ -73,11 +73,23 @@ def operators(content: dict[str, Any]) -> str:
         table.setdefault((operator, measure), {})[shape] = row
     lines = []
     for (operator, measure), cells in table.items():
-        ratios = [_bold_if(cells[s]["met"] is False, f"{cells[s]['ratio']:.3g}") if s in cells else "" for s in "ABCD"]
-        musts = [row["must"].split()[-1] for row in cells.values() if row["must"]]
-        sign = next((row["must"].split()[0] for row in cells.values() if row["must"]), "")
-        lines.append([operator, measure, *ratios, f"{sign} {'/'.join(musts)}".strip()])
-    return markdown(["operator", "ratio", "A", "B", "C", "D", "must"], lines)
+        ratios = [_ratio(cells[s]) if s in cells else "" for s in "ABCD"]
+        lines.append([operator, measure, *ratios, _bounds(cells, "must"), _bounds(cells, "aim")])
+    musts = [not row["met"] for row in content["targets"] if row["must"]]
+    aims = [row["aim_met"] for row in content["targets"] if row["aim"]]
+    counted = f"Musts missed: {sum(musts)} of {len(musts)}. Aims reached: {sum(aims)} of {len(aims)}.\n"
+    return f"{markdown(['operator', 'ratio', *'ABCD', 'must', 'aim'], lines)}\n{counted}"
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    text = f"{row['ratio']:.3g}"
+    return _bold_if(row["met"] is False, f"*{text}*" if row["aim_met"] else text)
+
+
+def _bounds(cells: dict[str, dict[str, Any]], kind: str) -> str:
+    """`>= 25/16/8/20`, of the shapes that have one."""
+    said = [row[kind].split() for row in cells.values() if row[kind]]
+    return f"{said[0][0]} {'/'.join(bound for _, bound in said)}" if said else ""
 
 
 def trained(content: dict[str, Any]) -> str:

@@ -205,6 +205,27 @@ def test_operators_are_compared_by_one_clock(clock: str, ratio: float) -> None:
     assert operators._ratio(target, "A", found, clock) == ratio
 
 
+def test_the_table_of_operators_says_what_is_missed_and_reached() -> None:
+    said: dict[str, Any] = {"must": ">= 6", "aim": ">= 14"}
+    rows = [
+        said | {"what": "dconv apply A: forward, unfold / ours", "ratio": 5.0, "met": False, "aim_met": False},
+        said | {"what": "dconv apply B: forward, unfold / ours", "ratio": 7.0, "met": True, "aim_met": False},
+        said | {"what": "dconv apply D: forward, unfold / ours", "ratio": 15.0, "met": True, "aim_met": True},
+    ]
+    saved = {
+        "what": "dconv apply A: saved, ours / x",
+        "ratio": 0,
+        "met": True,
+        "aim_met": None,
+        "must": "<= 0",
+        "aim": "",
+    }
+    told = report.operators({"targets": [*rows, saved]})
+    assert "| dconv apply | forward, unfold / ours | **5** | 7 |  | *15* | >= 6/6/6 | >= 14/14/14 |" in told
+    assert "| dconv apply | saved, ours / x | 0 |  |  |  | <= 0 |  |" in told
+    assert told.endswith("\nMusts missed: 1 of 4. Aims reached: 1 of 3.\n")
+
+
 @pytest.mark.parametrize(("ratio", "sign", "holds"), [(2.0, ">=", True), (1.9, ">=", False), (2.1, "<=", False)])
 def test_operator_targets_compare(ratio: float, sign: str, holds: bool) -> None:
     assert operators._holds(ratio, sign, 2.0) is holds
