@@ -22,10 +22,11 @@ SHAPES = {"A": (8, 64, 56), "B": (8, 128, 28), "C": (8, 256, 14), "D": (4, 32, 1
 
 @dataclass(frozen=True)
 class Step:
-    """A forward computation and the tensors its gradient is taken by."""
+    """A forward computation and the tensors its gradient is taken by; not `trained`: only the forward pass is measured."""
 
     forward: Callable[[], Tensor]
     inputs: tuple[Tensor, ...]
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _acda_steps(shape: str, window: int) -> dict[str, Step]:
         run = partial(acda_conv, x, alpha, psi, static, coeff, *geometry, backend=backend)
         return Step(run, (x, alpha, coeff, psi, static))
 
-    multiplied = Step(partial(_multiplied, x, alpha, coeff, psi), (x, alpha, coeff))
+    multiplied = Step(partial(_multiplied, x, alpha, coeff, psi), (), trained=False)
     steps = {"ours": operator("torch"), "unfold": operator("reference"), "multiply": multiplied}
     return steps | _convolutions(x, 3, 7)
 

@@ -1,6 +1,7 @@
 """Our operators against the published way (unfold) and against plain convolutions, with the targets beside the ratios.
 
-    python -m benchmarks.operators                      # every case, about 20 minutes on one core
+    python -m benchmarks.operators                      # every case, about 15 minutes on one core
+    python -m benchmarks.operators --runs 3             # three times over: medians, and how far the machine makes them scatter
     python -m benchmarks.operators --threads 2          # on several cores, compared by wall time
     python -m benchmarks.operators --op acda --quick    # fewer repeats, in one process, no memory measurement
 
@@ -10,12 +11,14 @@ What is compared, and what it is held to, stands in `_operator_cases.py`.
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from benchmarks._bench import in_subprocess, interleaved, peak_rss, saved_bytes
 from benchmarks._operator_cases import OPERATORS, SHAPES, TARGETS, Case, Step, Target
@@ -23,7 +26,7 @@ from benchmarks._results import write_json
 
 
 def measure(case: Case, repeats: int, memory: bool, threads: int) -> dict[str, Any]:
-    """Times in ms, all steps interleaved; saved and peak bytes of every step of a case."""
+    """Times in ms, all steps interleaved; saved and peak bytes of every step of a case, of those that are trained."""
     steps = case.build()
     grad = torch.randn_like(next(iter(steps.values())).forward())
 
@@ -39,11 +42,12 @@ def measure(case: Case, repeats: int, memory: bool, threads: int) -> dict[str, A
         return lambda: torch.autograd.grad(step.forward(), wanted, grad)
 
     result: dict[str, Any] = {name: {} for name in steps}
-    for kind, wrap in (("forward", forward_only), ("both", both)):
-        times = interleaved([wrap(step) for step in steps.values()], repeats)
-        for name, (cpu, wall) in zip(steps, times, strict=True):
+    trained = {name: step for name, step in steps.items() if step.trained}
+    for kind, wrap, chosen in (("forward", forward_only, steps), ("both", both, trained)):
+        times = interleaved([wrap(step) for step in chosen.values()], repeats)
+        for name, (cpu, wall) in zip(chosen, times, strict=True):
             result[name][kind] = {"cpu_ms": cpu, "wall_ms": wall}
-    for name, step in steps.items():
+    for name, step in trained.items():
         result[name]["saved_bytes"] = saved_bytes(step.forward, step.inputs)
         if memory:
             arguments = ["--peak-of", case.name, name, "--threads", str(threads)]
@@ -61,19 +65,21 @@ def peak_of(case: Case, name: str) -> int:
     return peak_rss() - before
 
 
-def compare(results: dict[str, dict[str, Any]], clock: str) -> list[dict[str, Any]]:
-    """Every target with the ratio that was measured; `met` is None where there is only an aim."""
+def compare(results: dict[str, list[dict[str, Any]]], clock: str) -> list[dict[str, Any]]:
+    """Every target with the ratio that was measured, of a case's runs the median; `met` is None where there is only an aim."""
     rows = []
     for target in TARGETS:
         for shape in sorted(target.must | target.aim):
-            found = results.get(f"{target.operator}/{target.variant}/{shape}")
-            ratio = None if found is None else _ratio(target, shape, found, clock)
-            if ratio is None:
+            runs = results.get(f"{target.operator}/{target.variant}/{shape}", [])
+            ratios = [ratio for run in runs if (ratio := _ratio(target, shape, run, clock)) is not None]
+            if not ratios:
                 continue
-            must, aim = target.must.get(shape), target.aim.get(shape)
+            ratio, must, aim = median(ratios), target.must.get(shape), target.aim.get(shape)
             row = {
                 "what": f"{target.operator} {target.variant} {shape}: {target.measure}, {target.a} / {target.b}",
                 "ratio": ratio,
+                "least": min(ratios),
+                "most": max(ratios),
                 "must": "" if must is None else f"{target.sign} {must:.3g}",
                 "aim": "" if aim is None else f"{target.sign} {aim:.3g}",
                 "met": None if must is None else _holds(ratio, target.sign, must),
@@ -101,23 +107,31 @@ def _best(found: dict[str, Any], names: list[str], measure: str, clock: str) -> 
     return min(found[name][measure][clock] for name in names)
 
 
-def table(results: dict[str, dict[str, Any]], clock: str) -> str:
-    """One line a step: ms forward and forward + backward, saved and peak MB."""
+def table(results: dict[str, list[dict[str, Any]]], clock: str) -> str:
+    """One line a step: ms forward and forward + backward, saved and peak MB, medians of the runs; "-" where not measured."""
     lines = [f"{'case':<18} {'step':<10} {'forward':>9} {'fwd+bwd':>9} {'saved MB':>9} {'peak MB':>9}"]
-    for case, steps in results.items():
-        for name, result in steps.items():
-            peak = f"{result['peak_bytes'] / 1e6:9.0f}" if "peak_bytes" in result else f"{'-':>9}"
-            times = f"{result['forward'][clock]:9.1f} {result['both'][clock]:9.1f}"
-            lines.append(f"{case:<18} {name:<10} {times} {result['saved_bytes'] / 1e6:9.1f} {peak}")
+    for case, runs in results.items():
+        for name in runs[0]:
+            steps = [run[name] for run in runs]
+            values = [_median((step[kind][clock] for step in steps if kind in step), 1) for kind in ("forward", "both")]
+            values.append(_median((step["saved_bytes"] / 1e6 for step in steps if "saved_bytes" in step), 1))
+            values.append(_median((step["peak_bytes"] / 1e6 for step in steps if "peak_bytes" in step), 0))
+            lines.append(f"{case:<18} {name:<10} {' '.join(values)}")
     return "\n".join(lines)
 
 
+def _median(values: Iterable[float], digits: int) -> str:
+    found = list(values)
+    return f"{median(found):9.{digits}f}" if found else f"{'-':>9}"
+
+
 def comparison_table(rows: list[dict[str, Any]]) -> str:
-    """The targets, each with `MISSED` where a must is not met and `aim` where the aim is."""
-    lines = [f"{'ratio':<56} {'measured':>8} {'must':>9} {'aim':>9}"]
+    """The targets, each with `MISSED` where a must is not met and `aim` where the aim is; from least to most of the runs."""
+    lines = [f"{'ratio':<56} {'measured':>8} {'from to':>13} {'must':>9} {'aim':>9}"]
     for row in rows:
         met = "  MISSED" if row["met"] is False else "  aim" if row["aim_met"] else ""
-        lines.append(f"{row['what']:<56} {row['ratio']:>8.3g} {row['must']:>9} {row['aim']:>9}{met}")
+        scatter = f"{row['least']:.3g} {row['most']:.3g}"
+        lines.append(f"{row['what']:<56} {row['ratio']:>8.3g} {scatter:>13} {row['must']:>9} {row['aim']:>9}{met}")
     return "\n".join(lines)
 
 
@@ -126,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--op", choices=sorted(OPERATORS), help="only this operator")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--runs", type=int, default=1, help="how often everything is measured (default 1)")
     parser.add_argument("--quick", action="store_true", help="few repeats, no memory measurement")
     parser.add_argument("--case", metavar="NAME", help="measure one case here, and print its JSON")
     parser.add_argument("--peak-of", nargs=2, metavar=("CASE", "STEP"), help=argparse.SUPPRESS)
@@ -142,21 +157,25 @@ def main(argv: list[str] | None = None) -> int:
         case = next(case for case in cases if case.name == args.case)
         print(json.dumps(measure(case, repeats, memory=not args.quick, threads=args.threads)))
         return 0
-    results = {}
-    for i, case in enumerate(cases):
-        print(f"[{i + 1}/{len(cases)}] {case.name}", file=sys.stderr, flush=True)
+    results: dict[str, list[dict[str, Any]]] = {case.name: [] for case in cases}
+    for case in tqdm(cases * args.runs, desc="operators", unit="case", disable=None):
         if args.quick:
-            results[case.name] = measure(case, repeats, memory=False, threads=args.threads)
+            found = measure(case, repeats, memory=False, threads=args.threads)
         else:  # in a process of its own: what the allocator has kept from an earlier case decides about page faults
-            arguments = ["--case", case.name, "--threads", str(args.threads)]
-            results[case.name] = in_subprocess("benchmarks.operators", arguments, args.threads)
+            found = in_subprocess(
+                "benchmarks.operators", ["--case", case.name, "--threads", str(args.threads)], args.threads
+            )
+        results[case.name].append(found)
     # One thread: its CPU time, which other work on the machine does not touch. Several: what they are for is wall time.
     clock, said = ("cpu_ms", "CPU ms of the process") if args.threads == 1 else ("wall_ms", "wall ms")
     rows = compare(results, clock)
     print(f"{said}, {args.threads} thread(s), interleaved medians\n")
     print(table(results, clock), comparison_table(rows), sep="\n\n")
     if args.json:
-        write_json(args.json, {"threads": args.threads, "shapes": SHAPES, "results": results, "targets": rows})
+        write_json(
+            args.json,
+            {"threads": args.threads, "runs": args.runs, "shapes": SHAPES, "results": results, "targets": rows},
+        )
     return 0
 
 

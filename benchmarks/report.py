@@ -65,7 +65,7 @@ def _bold_if(missed: bool, text: str) -> str:
 
 
 def operators(content: dict[str, Any]) -> str:
-    """Ratios by operator and shape; a missed must in bold, a reached aim in italics."""
+    """Ratios by operator and shape; a missed must in bold, a reached aim in italics, by the median of the runs."""
     table: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in content["targets"]:
         case, measure = row["what"].split(": ", 1)
@@ -82,8 +82,10 @@ def operators(content: dict[str, Any]) -> str:
 
 
 def _ratio(row: dict[str, Any]) -> str:
+    """The median of the runs, and from where to where they reach."""
     text = f"{row['ratio']:.3g}"
-    return _bold_if(row["met"] is False, f"*{text}*" if row["aim_met"] else text)
+    text = _bold_if(row["met"] is False, f"*{text}*" if row["aim_met"] else text)
+    return text if row["least"] == row["most"] else f"{text} ({row['least']:.3g} to {row['most']:.3g})"
 
 
 def _bounds(cells: dict[str, dict[str, Any]], kind: str) -> str:
