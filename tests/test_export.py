@@ -55,6 +55,21 @@ class Eights(nn.Module):
         return {"half": x[:, :, ::2, ::2], "mean": x.mean((2, 3))}
 
 
+class Dense(nn.Module):
+    """Concatenates what a layer was given and what it made, as DenseNet does."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 2))
+        self.layer = awaken(make(kind, plain_conv(in_channels=8)), 0.1)
+        self.after = nn.Sequential(nn.BatchNorm2d(16), nn.Conv2d(16, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y: Tensor = self.after(torch.cat([x, self.layer(x)], 1))
+        return y
+
+
 class PerImage(nn.Module):
     """A kernel of its own for each image, as in CondConv: a convolution with as many groups as there are images."""
 
@@ -157,6 +172,13 @@ def test_sizes_that_strides_reduce_to_a_pixel_stay_free_from_a_bound_on(tmp_path
     for shape in ((1, 3, 17, 40), (2, 3, 100, 33)):
         x = torch.randn(shape)
         assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["acda", "pafu", "sekg"])
+def test_layers_keep_the_memory_format_of_what_they_are_concatenated_with(kind: str, tmp_path: Path) -> None:
+    """Where formats meet, torch.export compares strides of symbolic size, and refuses to leave the image size free."""
+    found = surgeon.export(Dense(kind).eval(), tmp_path / "m.pt2", format="torch", input_size=(3, 64, 64))
+    assert set(found.free) == {"batch", "height", "width"}
 
 
 def test_the_channels_of_a_converted_first_layer_are_known(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 No registered operator, no data-dependent shape, no `unfold`; what is left is convolution, matrix product, slice, product, sum
 and selection, which every runtime has. Batch and image size may be symbols. Slower than the lean versions and stores more:
 ACDA filters with the whole basis before it mixes (K maps a channel), PAFU runs all n convolutions. Differentiable by autograd.
-Shapes are those of the references beside this file.
+Shapes are those of the references beside this file. Contiguous inputs give contiguous results: where formats meet, as in DenseNet's
+concatenations, torch.export compares strides of symbolic size, and refuses to leave the image size free.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,7 +37,7 @@ def acda_conv_portable(
     )
     maps_NHWCK = maps.view(n, channels, elements, out_h, out_w).permute(0, 3, 4, 1, 2)
     alpha_NHWKM = alpha.view(n, atoms, elements, out_h, out_w).permute(0, 3, 4, 2, 1)
-    filtered = torch.matmul(maps_NHWCK, alpha_NHWKM).flatten(3).permute(0, 3, 1, 2)
+    filtered = torch.matmul(maps_NHWCK, alpha_NHWKM).flatten(3).permute(0, 3, 1, 2).contiguous()
     y = F.conv2d(filtered, coeff[:, :, :atoms].flatten(1)[:, :, None, None], groups=groups)
     if static.shape[0]:
         weight = torch.einsum("oca,ahw->ochw", coeff[:, :, atoms:], static)
@@ -142,7 +143,7 @@ def pafu_conv_portable(
     """Kernel by kernel: its convolution where it is selected, in training with the straight-through gradient of `soft`."""
     total: Tensor | None = None
     for i, weight in enumerate([kernel, *further.unbind()]):
-        y = F.conv2d(x, weight, None, tuple(stride), tuple(padding), tuple(dilation), groups)
+        y = F.conv2d(x, weight.contiguous(), None, tuple(stride), tuple(padding), tuple(dilation), groups)
         chosen = (index == i)[:, None]
         if soft is None:
             total = y if total is None else torch.where(chosen, y, total)
