@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+import surgeon
 from benchmarks import compiled, export_coverage, generators, large_image, report
+from surgeon.export import Check, Exported
 
 Capture = pytest.CaptureFixture[str]
 TINY = {"A": (1, 4, 6)}
@@ -96,6 +98,33 @@ def test_a_refusal_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> 
     row = vars(network) | export_coverage.measure(network, "torch")
     assert row["status"] == "refused"
     assert export_coverage.line(row)[-1] == row["reason"] != ""
+
+
+@pytest.mark.parametrize(
+    ("varies", "error", "status"), [(0.1, 1e-6, "ok"), (0.1, 1e-3, "loose"), (1e-4, 1e-3, "blind")]
+)
+def test_a_check_that_says_little_is_no_ok(
+    varies: float, error: float, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = [Check(shape=(1, 3, 8, 8), max_rel=error, max_abs=1.0)]
+    made = Exported(path="m", format="onnx", input_shape=(1, 3, 8, 8), dtype="float32", free={}, checks=checks)
+    monkeypatch.setattr(export_coverage, "_model", lambda network: (torch.nn.Identity(), None))
+    monkeypatch.setattr(export_coverage, "_varies", lambda model, size: varies)
+    monkeypatch.setattr(surgeon, "export", lambda *args, **words: made)
+    assert export_coverage.measure(export_coverage.Network("zoo", "lenet"), "onnx")["status"] == status
+
+
+def test_dynamic_parts_vary_as_much_as_rounding_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def awake(network: export_coverage.Network, std: float) -> tuple[torch.nn.Module, None]:
+        asked.append(std)
+        return torch.nn.Identity(), None
+
+    monkeypatch.setattr(export_coverage, "_awake", awake)
+    monkeypatch.setattr(export_coverage, "_rounding", lambda model, size: asked[-1] / 1e3)
+    export_coverage._model(export_coverage.Network("zoo", "lenet"))
+    assert asked == [0.02, 0.005]
 
 
 def test_the_libraries_are_covered_family_by_family_with_every_type() -> None:
