@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgeon.compare import Difference, compare
 from surgeon.copying import copy_model, evaluating, strict_float32
@@ -103,7 +104,9 @@ def export(
     check_target(path, format, force=force)
     tell("trace", 0, 1)
     shapes = _Shapes.of(model, input_size, example_inputs, free)
-    with _beside(path) as partial:
+    # Attention by its formula: fused kernels lay out their result so that a reshape behind them is traced as a view, which
+    # what stands for them in ONNX does not allow.
+    with _beside(path) as partial, sdpa_kernel(SDPBackend.MATH):
         reasons: dict[str, str] = {}
         for names in shapes.tries():
             try:
