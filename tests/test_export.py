@@ -58,10 +58,10 @@ class Eights(nn.Module):
 class Dense(nn.Module):
     """Concatenates what a layer was given and what it made, as DenseNet does."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, groups: int) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 2))
-        self.layer = awaken(make(kind, plain_conv(in_channels=8)), 0.1)
+        self.layer = awaken(make(kind, plain_conv(in_channels=8, groups=groups)), 0.1)
         self.after = nn.Sequential(nn.BatchNorm2d(16), nn.Conv2d(16, 2, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,10 +174,12 @@ def test_sizes_that_strides_reduce_to_a_pixel_stay_free_from_a_bound_on(tmp_path
         assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-4
 
 
-@pytest.mark.parametrize("kind", ["acda", "pafu", "sekg"])
-def test_layers_keep_the_memory_format_of_what_they_are_concatenated_with(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "groups"), [("acda", 1), ("pafu", 1), ("pafu", 8), ("sekg", 1)])
+def test_layers_keep_the_memory_format_of_what_they_are_concatenated_with(
+    kind: str, groups: int, tmp_path: Path
+) -> None:
     """Where formats meet, torch.export compares strides of symbolic size, and refuses to leave the image size free."""
-    found = surgeon.export(Dense(kind).eval(), tmp_path / "m.pt2", format="torch", input_size=(3, 64, 64))
+    found = surgeon.export(Dense(kind, groups).eval(), tmp_path / "m.pt2", format="torch", input_size=(3, 64, 64))
     assert set(found.free) == {"batch", "height", "width"}
 
 

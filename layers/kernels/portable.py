@@ -143,7 +143,9 @@ def pafu_conv_portable(
     """Kernel by kernel: its convolution where it is selected, in training with the straight-through gradient of `soft`."""
     total: Tensor | None = None
     for i, weight in enumerate([kernel, *further.unbind()]):
-        y = F.conv2d(x, weight.contiguous(), None, tuple(stride), tuple(padding), tuple(dilation), groups)
+        # A clone: with one input channel a group, packed kernels count as contiguous, and yet have strides of channels last.
+        weight = weight.clone(memory_format=torch.contiguous_format)
+        y = F.conv2d(x, weight, None, tuple(stride), tuple(padding), tuple(dilation), groups)
         chosen = (index == i)[:, None]
         if soft is None:
             total = y if total is None else torch.where(chosen, y, total)
