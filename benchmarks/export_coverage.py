@@ -39,9 +39,10 @@ from surgeon.compare import compare
 from surgeon.copying import copy_model
 from surgeon.errors import SurgeonError
 from surgeon.export import TOLERANCE
-from surgeon.inputs import candidate_inputs, map_tensors
+from surgeon.inputs import map_tensors
 from surgeon.layers.dconv import SEKG
 from surgeon.layers.pafu import PAFUConv2d
+from surgeon.observe import observe
 from surgeon.rewrite import dynamic_layers, static
 from surgeon.verify import run
 
@@ -210,14 +211,14 @@ def _awake(network: Network, std: float) -> tuple[nn.Module, tuple[int, ...] | N
         for layer in dynamic_layers(model).values():
             if isinstance(layer, PAFUConv2d):  # it starts by preferring its first kernel
                 layer.selector.set_static_output(torch.zeros(layer.config.group_size))
-    images = next(candidate_inputs(model, size)).args
+    images = observe(model, (), input_size=size).inputs.args
     settle_norms(model, lambda: model(*images))
     return model, size
 
 
 def _rounding(model: nn.Module, size: tuple[int, ...] | None) -> float:
     """How far the model in float32 is from itself in float64, relative."""
-    inputs = next(candidate_inputs(model, size))
+    inputs = observe(model, (), input_size=size).inputs
     exact = run(copy_model(model).double(), inputs.to_dtype(torch.float64))
     return compare(exact, map_tensors(run(model, inputs), Tensor.double)).max_rel
 
@@ -227,7 +228,7 @@ def _varies(model: nn.Module, size: tuple[int, ...] | None) -> float | None:
     generators = [name for name, module in model.named_modules() if isinstance(module, SEKG)]
     if not generators and not dynamic_layers(model):
         return None
-    inputs = next(candidate_inputs(model, size))
+    inputs = observe(model, (), input_size=size).inputs
     plain = copy_model(model)
     with torch.no_grad(), static(plain):
         for name in generators:

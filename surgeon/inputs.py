@@ -113,13 +113,14 @@ def candidate_inputs(model: nn.Module, input_size: Sequence[int] | int | None = 
     wanted = None if input_size is None else check_input_size(input_size)
     convs = _convolutions(model)
     channels = convs[0].in_channels if convs else 3
-    known = _known_size(model, convs)
-    if wanted is not None:
-        sizes = [wanted if len(wanted) == 3 else ((known or (channels,))[0], *wanted)]
-    elif known is not None:
-        sizes = [known]
+    known = _known_sizes(model, convs)
+    sizes: list[tuple[int, ...]]
+    if wanted is not None and len(wanted) == 3:
+        sizes = [wanted]
+    elif wanted is not None:
+        sizes = [(size[0], *wanted) for size in known] or [(channels, *wanted)]
     else:
-        sizes = [(channels, *size) for size in _usual_sizes(model, convs)]
+        sizes = [*known] or [(channels, *size) for size in _usual_sizes(model, convs)]
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     for size in sizes:
         yield Inputs(args=_arguments(model, size), given=False).map(lambda t: t.to(like.device, like.dtype))
@@ -130,13 +131,17 @@ def _convolutions(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, _ConvNd | DynamicConv2d)]
 
 
-def _known_size(model: nn.Module, convs: Sequence[Any]) -> tuple[int, ...] | None:
-    """The input size in the model's own configuration (timm)."""
+def _known_sizes(model: nn.Module, convs: Sequence[Any]) -> list[tuple[int, int, int]]:
+    """The input size in the model's own configuration (timm), first with the channels that its first convolution takes.
+
+    The configuration knows nothing of `in_chans`, and a convolution may come first that does not see the images (CSATv2).
+    """
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
     if not isinstance(size, list | tuple) or len(size) != 3:
-        return None
-    return (int(convs[0].in_channels if convs else size[0]), int(size[1]), int(size[2]))
+        return []
+    channels = dict.fromkeys([int(convs[0].in_channels if convs else size[0]), int(size[0])])
+    return [(c, int(size[1]), int(size[2])) for c in channels]
 
 
 def _usual_sizes(model: nn.Module, convs: list[Any]) -> list[tuple[int, ...]]:

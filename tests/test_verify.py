@@ -18,6 +18,7 @@ from surgeon.gradients import check_gradients, without_gradient
 from surgeon.inputs import Inputs, candidate_inputs, given_inputs
 from surgeon.layers import registry
 from surgeon.layers.registry import layer_types
+from surgeon.observe import observe
 from surgeon.rewrite import build_layer, dynamic_layers
 from surgeon.verify import Settled, judge, measure, run
 from tests.fake_layer import FakeConfig, FakeConv2d
@@ -161,6 +162,28 @@ def test_default_inputs_follow_the_model() -> None:
     assert first(nn.Conv3d(3, 1, 3)).args[0].shape == (2, 3, 16, 112, 112)
     raft = torchvision.models.optical_flow.raft_small(weights=None)
     assert [a.shape for a in first(raft).args] == [(1, 3, 128, 128)] * 2
+
+
+def test_a_convolution_that_does_not_see_the_images_may_come_first() -> None:
+    """CSATv2 of timm defines the convolution of a later map before that of the images."""
+
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pretrained_cfg = {"input_size": (3, 24, 24)}
+            self.second = nn.Conv2d(8, 4, 1)
+            self.first = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.second(self.first(x))
+            return y
+
+    model = Backwards()
+    assert [i.args[0].shape for i in candidate_inputs(model)] == [(2, 8, 24, 24), (2, 3, 24, 24)]
+    assert [i.args[0].shape for i in candidate_inputs(model, 16)] == [(2, 8, 16, 16), (2, 3, 16, 16)]
+    assert observe(model, ()).inputs.args[0].shape == (2, 3, 24, 24)
+    model.pretrained_cfg = {"input_size": (8, 24, 24)}
+    assert len(list(candidate_inputs(model))) == 1
 
 
 # --- judging ------------------------------------------------------------------------------------------------------
