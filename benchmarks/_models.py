@@ -167,22 +167,28 @@ def awaken_kernels(model: nn.Module, std: float = 0.02) -> None:
 def settle_norms(model: nn.Module, run: Callable[[], object]) -> None:
     """Give batch norms the statistics of what they get in `run`, a pass of one batch, their variance evened out over the channels.
 
-    `run` says what else is in train mode; ends in eval mode.
+    Each uses its new ones at once, so that those behind it see what they will see later. `run` says what else is in train mode;
+    ends in eval mode.
 
     With the neutral ones of a fresh network the signal of many architectures dies on its way, and with it any error. Variances
     by channel, of so few values, would now and then be next to nothing and magnify rounding.
     """
+
+    def settle(norm: nn.Module, args: tuple[Any, ...]) -> None:
+        norm.eval()
+        values = args[0].transpose(0, 1).flatten(1)
+        variance = float(values.var(1, correction=0).mean())
+        spread = torch.empty_like(norm.running_var).uniform_(0.5, 1.5)
+        norm.running_mean.copy_(values.mean(1))
+        norm.running_var.copy_((variance or 1.0) * spread)
+
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.train().momentum = 1.0  # only what is seen now counts
+    hooks = [norm.register_forward_pre_hook(settle) for norm in norms]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run()
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            spread = torch.empty_like(norm.running_var).uniform_(0.5, 1.5)
-            norm.running_var.copy_(norm.running_var.mean() * spread)
+    for hook in hooks:
+        hook.remove()
     model.eval()
 
 

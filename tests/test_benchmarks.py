@@ -229,7 +229,8 @@ def test_the_table_of_operators_says_what_is_missed_and_reached() -> None:
 
 def test_the_median_of_several_runs_counts() -> None:
     def run(unfold: float) -> dict[str, Any]:
-        return {"ours": {"forward": {"cpu_ms": 1.0}}, "unfold": {"forward": {"cpu_ms": unfold}}}
+        times = {"ours": 1.0, "unfold": unfold, "conv3": 2.0}
+        return {name: {"forward": {"cpu_ms": ms}} for name, ms in times.items()}
 
     (row,) = [
         row
@@ -377,11 +378,25 @@ def test_norms_take_the_statistics_of_what_they_get() -> None:
     _models.settle_norms(model, lambda: _models.training_loss(model, case, 16))
     assert before < 1e-3
     assert _models.sensitivity(model, case, 16) > 10 * before
-    batches = state.pop("1.num_batches_tracked")
     assert not model.training
     assert model[1].momentum == 0.1
-    assert model[1].num_batches_tracked == batches + 1
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+
+
+def test_norms_behind_a_settled_norm_take_what_it_gives() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+    ).train()
+    x = 5 * torch.randn(2, 3, 16, 16)
+    _models.settle_norms(model, lambda: model(x))
+    with torch.no_grad():
+        given, got = model[:4](x), model(x)
+    torch.testing.assert_close(model[4].running_mean, given.mean((0, 2, 3)))
+    spread = model[4].running_var / given.var((0, 2, 3), correction=0).mean()
+    assert 0.5 <= float(spread.min()) <= float(spread.max()) <= 1.5
+    torch.testing.assert_close(got.mean((0, 2, 3)), torch.zeros(8), atol=1e-5, rtol=0)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_spatial_convolutions() -> None:

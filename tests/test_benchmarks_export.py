@@ -1,6 +1,7 @@
 """The benchmark programs of export, generators, large images and compiled formulas run, resume and count right, on tiny inputs."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ def test_a_refusal_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("varies", "error", "status"), [(0.1, 1e-6, "ok"), (0.1, 1e-3, "loose"), (1e-4, 1e-3, "blind")]
+    ("varies", "error", "status"),
+    [(0.1, 1e-6, "ok"), (0.1, 1e-3, "loose"), (1e-4, 1e-3, "blind"), (math.inf, 0.0, "blind")],
 )
 def test_a_check_that_says_little_is_no_ok(
     varies: float, error: float, status: str, monkeypatch: pytest.MonkeyPatch
