@@ -5,9 +5,9 @@
 Zoo entries as they are; of the libraries the smallest model of each family, all its spatial convolutions converted, the layer
 type changing from family to family. Weights that start at or near zero (generators, the last norm of a block, layer scales) are
 made larger, and batch norms get statistics, so that a wrong dynamic part would show: `varies` is what switching it off changes
-of the output, relative, and a network in which that is less than 1e-3 is "blind", not "ok". The file is checked by
-`surgeon.export` (onnxruntime or torch.export.load against eager, two batch sizes and two image sizes where the model allows). One
-that magnifies float32's own rounding so much that the check allowed an error above 1e-4 is "loose".
+of the output, relative, and a network in which that is less than 1e-3, or that gives NaNs, is "blind", not "ok". The file is
+checked by `surgeon.export` (onnxruntime or torch.export.load against eager, two batch sizes and two image sizes where the model
+allows). One that magnifies float32's own rounding so much that the check allowed an error above 1e-4 is "loose".
 Each network runs in a process of its own with a limit on time. Interrupted, it goes on where it was. Writes
 benchmarks/results/export_coverage.json and the table in docs/export.md (benchmarks.report).
 """
@@ -40,7 +40,7 @@ from surgeon.compare import compare
 from surgeon.copying import copy_model
 from surgeon.errors import InputError, SurgeonError
 from surgeon.export import TOLERANCE
-from surgeon.inputs import map_tensors
+from surgeon.inputs import Inputs, map_tensors
 from surgeon.layers.dconv import SEKG
 from surgeon.layers.pafu import PAFUConv2d
 from surgeon.observe import observe
@@ -171,10 +171,10 @@ def measure(network: Network, form: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     started = time.perf_counter()
     try:
-        model, size = _model(network)
-        varies = _varies(model, size)
+        model, inputs = _model(network)
+        varies = _varies(model, inputs)
         with tempfile.TemporaryDirectory() as folder:
-            made = surgeon.export(model, Path(folder) / "model", format=form, input_size=size)
+            made = surgeon.export(model, Path(folder) / "model", format=form, example_inputs=inputs.args)
     except SurgeonError as error:
         return {"status": "refused", "reason": str(error), "seconds": round(time.perf_counter() - started, 1)}
     error = max(check.max_rel for check in made.checks)
@@ -189,37 +189,36 @@ def measure(network: Network, form: str) -> dict[str, Any]:
     }
 
 
-def _model(network: Network) -> tuple[nn.Module, tuple[int, ...] | None]:
+def _model(network: Network) -> tuple[nn.Module, Inputs]:
     """Its dynamic parts vary as much as they can (at most STDS[0]) while float32's own rounding stays small."""
-    for std in STDS:
-        model, size = _awake(network, std)
-        if _rounding(model, size) <= ROUNDING:
-            break
-    return model, size
-
-
-def _awake(network: Network, std: float) -> tuple[nn.Module, tuple[int, ...] | None]:
     torch.manual_seed(0)
     if network.library == "zoo":
-        model, size = zoo.create(network.name).eval(), zoo.entry(network.name).input_size
+        made, size = zoo.create(network.name).eval(), zoo.entry(network.name).input_size
     else:
         case = Case(network.library, network.kind, network.family, network.name)
-        model, _ = surgeon.convert(build(case), layers="all", type=network.type)
-        size = None
+        (made, _), size = surgeon.convert(build(case), layers="all", type=network.type), None
+    inputs = observe(made, (), input_size=size).inputs
+    for std in STDS:
+        model = copy_model(made)
+        _awaken(model, inputs, std)
+        if _rounding(model, inputs) <= ROUNDING:
+            break
+    return model, inputs
+
+
+def _awaken(model: nn.Module, inputs: Inputs, std: float) -> None:
+    torch.manual_seed(0)
     awaken_kernels(model, std)
     awaken(model)
     with torch.no_grad():
         for layer in dynamic_layers(model).values():
             if isinstance(layer, PAFUConv2d):  # it starts by preferring its first kernel
                 layer.selector.set_static_output(torch.zeros(layer.config.group_size))
-    images = observe(model, (), input_size=size).inputs.args
-    settle_norms(model, lambda: model(*images))
-    return model, size
+    settle_norms(model, lambda: model(*inputs.args))
 
 
-def _rounding(model: nn.Module, size: tuple[int, ...] | None) -> float:
+def _rounding(model: nn.Module, inputs: Inputs) -> float:
     """How far the model in float32 is from itself in float64, relative; 0 where it does not run in that, infinite with NaNs."""
-    inputs = observe(model, (), input_size=size).inputs
     found = map_tensors(run(model, inputs), Tensor.double)
     if not all(bool(tensor.isfinite().all()) for tensor in tensors(found)):
         return math.inf
@@ -230,12 +229,11 @@ def _rounding(model: nn.Module, size: tuple[int, ...] | None) -> float:
     return compare(exact, found).max_rel
 
 
-def _varies(model: nn.Module, size: tuple[int, ...] | None) -> float | None:
+def _varies(model: nn.Module, inputs: Inputs) -> float | None:
     """The relative change of the output where the dynamic parts are switched off; None without dynamic layers."""
     generators = [name for name, module in model.named_modules() if isinstance(module, SEKG)]
     if not generators and not dynamic_layers(model):
         return None
-    inputs = observe(model, (), input_size=size).inputs
     plain = copy_model(model)
     with torch.no_grad(), static(plain):
         for name in generators:

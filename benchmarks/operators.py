@@ -24,6 +24,8 @@ from benchmarks._bench import in_subprocess, interleaved, peak_rss, saved_bytes
 from benchmarks._operator_cases import OPERATORS, SHAPES, TARGETS, Case, Step, Target
 from benchmarks._results import write_json
 
+COLUMNS = {"forward": "forward", "both": "fwd+bwd", "saved_bytes": "saved MB", "peak_bytes": "peak MB"}
+
 
 def measure(case: Case, repeats: int, memory: bool, threads: int) -> dict[str, Any]:
     """Times in ms, all steps interleaved; saved and peak bytes of every step of a case, of those that are trained."""
@@ -109,20 +111,23 @@ def _best(found: dict[str, Any], names: list[str], measure: str, clock: str) -> 
 
 def table(results: dict[str, list[dict[str, Any]]], clock: str) -> str:
     """One line a step: ms forward and forward + backward, saved and peak MB, medians of the runs; "-" where not measured."""
-    lines = [f"{'case':<18} {'step':<10} {'forward':>9} {'fwd+bwd':>9} {'saved MB':>9} {'peak MB':>9}"]
+    lines = [f"{'case':<18} {'step':<10} {' '.join(f'{title:>9}' for title in COLUMNS.values())}"]
     for case, runs in results.items():
         for name in runs[0]:
             steps = [run[name] for run in runs]
-            values = [_median((step[kind][clock] for step in steps if kind in step), 1) for kind in ("forward", "both")]
-            values.append(_median((step["saved_bytes"] / 1e6 for step in steps if "saved_bytes" in step), 1))
-            values.append(_median((step["peak_bytes"] / 1e6 for step in steps if "peak_bytes" in step), 0))
+            values = [_median(_shown(step[kind], clock) for step in steps if kind in step) for kind in COLUMNS]
             lines.append(f"{case:<18} {name:<10} {' '.join(values)}")
     return "\n".join(lines)
 
 
-def _median(values: Iterable[float], digits: int) -> str:
+def _shown(value: Any, clock: str) -> float:
+    """Of a time its ms, of bytes their MB."""
+    return float(value[clock]) if isinstance(value, dict) else value / 1e6
+
+
+def _median(values: Iterable[float]) -> str:
     found = list(values)
-    return f"{median(found):9.{digits}f}" if found else f"{'-':>9}"
+    return f"{median(found):9.1f}" if found else f"{'-':>9}"
 
 
 def comparison_table(rows: list[dict[str, Any]]) -> str:

@@ -120,7 +120,7 @@ def candidate_inputs(model: nn.Module, input_size: Sequence[int] | int | None = 
     elif wanted is not None:
         sizes = [(size[0], *wanted) for size in known] or [(channels, *wanted)]
     else:
-        sizes = [*known] or [(channels, *size) for size in _usual_sizes(model, convs)]
+        sizes = known or [(channels, *size) for size in _usual_sizes(model, convs)]
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     for size in sizes:
         yield Inputs(args=_arguments(model, size), given=False).map(lambda t: t.to(like.device, like.dtype))
@@ -131,7 +131,7 @@ def _convolutions(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, _ConvNd | DynamicConv2d)]
 
 
-def _known_sizes(model: nn.Module, convs: Sequence[Any]) -> list[tuple[int, int, int]]:
+def _known_sizes(model: nn.Module, convs: Sequence[Any]) -> list[tuple[int, ...]]:
     """The input size in the model's own configuration (timm), first with the channels that its first convolution takes.
 
     The configuration knows nothing of `in_chans`, and a convolution may come first that does not see the images (CSATv2).

@@ -11,6 +11,7 @@ import torch
 import surgeon
 from benchmarks import compiled, export_coverage, generators, large_image, report
 from surgeon.export import Check, Exported
+from surgeon.inputs import Inputs
 
 Capture = pytest.CaptureFixture[str]
 TINY = {"A": (1, 4, 6)}
@@ -95,7 +96,7 @@ def test_export_coverage_gives_a_row_a_network(
 def test_a_refusal_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     network = export_coverage.Network("zoo", "lenet")
     model = torch.nn.Bilinear(2, 2, 2)
-    monkeypatch.setattr(export_coverage, "_model", lambda network: (model, None))
+    monkeypatch.setattr(export_coverage, "_model", lambda network: (model, Inputs(args=(torch.randn(2, 3, 8, 8),))))
     row = vars(network) | export_coverage.measure(network, "torch")
     assert row["status"] == "refused"
     assert export_coverage.line(row)[-1] == row["reason"] != ""
@@ -110,8 +111,8 @@ def test_a_check_that_says_little_is_no_ok(
 ) -> None:
     checks = [Check(shape=(1, 3, 8, 8), max_rel=error, max_abs=1.0)]
     made = Exported(path="m", format="onnx", input_shape=(1, 3, 8, 8), dtype="float32", free={}, checks=checks)
-    monkeypatch.setattr(export_coverage, "_model", lambda network: (torch.nn.Identity(), None))
-    monkeypatch.setattr(export_coverage, "_varies", lambda model, size: varies)
+    monkeypatch.setattr(export_coverage, "_model", lambda network: (torch.nn.Identity(), Inputs()))
+    monkeypatch.setattr(export_coverage, "_varies", lambda model, inputs: varies)
     monkeypatch.setattr(surgeon, "export", lambda *args, **words: made)
     assert export_coverage.measure(export_coverage.Network("zoo", "lenet"), "onnx")["status"] == status
 
@@ -119,12 +120,8 @@ def test_a_check_that_says_little_is_no_ok(
 def test_dynamic_parts_vary_as_much_as_rounding_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
 
-    def awake(network: export_coverage.Network, std: float) -> tuple[torch.nn.Module, None]:
-        asked.append(std)
-        return torch.nn.Identity(), None
-
-    monkeypatch.setattr(export_coverage, "_awake", awake)
-    monkeypatch.setattr(export_coverage, "_rounding", lambda model, size: asked[-1] / 1e3)
+    monkeypatch.setattr(export_coverage, "_awaken", lambda model, inputs, std: asked.append(std))
+    monkeypatch.setattr(export_coverage, "_rounding", lambda model, inputs: asked[-1] / 1e3)
     export_coverage._model(export_coverage.Network("zoo", "lenet"))
     assert asked == [0.02, 0.005]
 

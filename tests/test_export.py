@@ -70,6 +70,23 @@ class Dense(nn.Module):
         return y
 
 
+class Attention(nn.Module):
+    """Attention with a bias, as in BEiT: fused kernels lay out its result as ONNX's formula does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 64, 4, 4)
+        self.qkv = nn.Linear(64, 192)
+        self.bias = nn.Parameter(torch.randn(4, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        n, length, width = tokens.shape
+        q, k, v = self.qkv(tokens).view(n, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4).unbind()
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.bias[None].expand(n, -1, -1, -1))
+        return y.transpose(1, 2).reshape(n, length, width)
+
+
 class PerImage(nn.Module):
     """A kernel of its own for each image, as in CondConv: a convolution with as many groups as there are images."""
 
@@ -181,6 +198,14 @@ def test_layers_keep_the_memory_format_of_what_they_are_concatenated_with(
     """Where formats meet, torch.export compares strides of symbolic size, and refuses to leave the image size free."""
     found = surgeon.export(Dense(kind, groups).eval(), tmp_path / "m.pt2", format="torch", input_size=(3, 64, 64))
     assert set(found.free) == {"batch", "height", "width"}
+
+
+def test_attention_with_a_bias(tmp_path: Path) -> None:
+    model = Attention().eval()
+    found = surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 16, 16))
+    assert set(found.free) == {"batch"}
+    x = torch.randn(5, 3, 16, 16)
+    assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
 
 
 def test_the_channels_of_a_converted_first_layer_are_known(tmp_path: Path) -> None:
@@ -321,28 +346,3 @@ def test_wrong_usage_is_said(capsys: Capture) -> None:
         assert main(["export", *words, "--quiet"]) == code, words
         assert said in capsys.readouterr().err
     assert not list(Path().iterdir())
-
-
-class Attention(nn.Module):
-    """Attention with a bias, as in BEiT: fused kernels lay out its result as ONNX's formula does not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(3, 64, 4, 4)
-        self.qkv = nn.Linear(64, 192)
-        self.bias = nn.Parameter(torch.randn(4, 16, 16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.embed(x).flatten(2).transpose(1, 2)
-        n, length, width = tokens.shape
-        q, k, v = self.qkv(tokens).view(n, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4).unbind()
-        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.bias[None].expand(n, -1, -1, -1))
-        return y.transpose(1, 2).reshape(n, length, width)
-
-
-def test_attention_with_a_bias(tmp_path: Path) -> None:
-    model = Attention().eval()
-    found = surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 16, 16))
-    assert set(found.free) == {"batch"}
-    x = torch.randn(5, 3, 16, 16)
-    assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
