@@ -1,11 +1,13 @@
 """What the tests share: quiet determinism, tiny models, and the optional data folder."""
 
+import gc
 import os
 from pathlib import Path
 
-# The processes of one run share the cores, with what they start; torch reads this when it is imported.
+# The processes of one run share the cores, with what they start; torch reads both when it is imported, MKL's before OpenMP's.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ |= {"OMP_NUM_THREADS": str(share), "MKL_NUM_THREADS": str(share)}
 
 import pytest
 import torch
@@ -26,6 +28,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What the tests have imported stays; the collection after every training need not look through it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
