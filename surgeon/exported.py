@@ -47,7 +47,12 @@ def write(program: torch.export.ExportedProgram, path: Path, format: str, opset:
 
     try:
         made = torch.onnx.export(
-            program, dynamo=True, opset_version=opset, verbose=False, input_names=["images"], optimize=True
+            _attention_in_four(program),
+            dynamo=True,
+            opset_version=opset,
+            verbose=False,
+            input_names=["images"],
+            optimize=True,
         )
         assert made is not None
         made.save(path, external_data=False)
@@ -56,6 +61,15 @@ def write(program: torch.export.ExportedProgram, path: Path, format: str, opset:
     except Exception as error:
         raise ExportError(f"the conversion to ONNX refuses the model: {_cause(error)}; nothing was written") from error
     return len(model.graph.node)
+
+
+def _attention_in_four(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """With attention as its formula where a query has other dimensions than (N, heads, L, E), as Hiera's: ONNX has no other."""
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    queries = [node.args[0].meta["val"] for node in program.graph.nodes if node.target is attention]
+    if all(query.dim() == 4 for query in queries):
+        return program
+    return program.run_decompositions({attention: torch.export.default_decompositions()[attention]})
 
 
 def _cause(error: BaseException) -> str:

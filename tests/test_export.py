@@ -87,6 +87,22 @@ class Attention(nn.Module):
         return y.transpose(1, 2).reshape(n, length, width)
 
 
+class Windows(nn.Module):
+    """Attention within windows, as in Hiera: its tensors have five dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 16, 4, 4)
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        n, length, width = tokens.shape
+        q, k, v = self.qkv(tokens).view(n, 4, length // 4, 3, 2, width // 2).permute(3, 0, 4, 1, 2, 5).unbind()
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return y.permute(0, 2, 3, 1, 4).reshape(n, length, width)
+
+
 class PerImage(nn.Module):
     """A kernel of its own for each image, as in CondConv: a convolution with as many groups as there are images."""
 
@@ -200,10 +216,11 @@ def test_layers_keep_the_memory_format_of_what_they_are_concatenated_with(
     assert set(found.free) == {"batch", "height", "width"}
 
 
-def test_attention_with_a_bias(tmp_path: Path) -> None:
-    model = Attention().eval()
+@pytest.mark.parametrize(("attention", "free"), [(Attention, {"batch"}), (Windows, {"batch", "height", "width"})])
+def test_attention_as_onnx_does_not_have_it(attention: type[nn.Module], free: set[str], tmp_path: Path) -> None:
+    model = attention().eval()
     found = surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 16, 16))
-    assert set(found.free) == {"batch"}
+    assert set(found.free) == free
     x = torch.randn(5, 3, 16, 16)
     assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
 
