@@ -46,14 +46,15 @@ def write(program: torch.export.ExportedProgram, path: Path, format: str, opset:
     import onnx
 
     try:
-        made = torch.onnx.export(
-            _attention_in_four(program),
-            dynamo=True,
-            opset_version=opset,
-            verbose=False,
-            input_names=["images"],
-            optimize=True,
-        )
+        with _slices_left_alone():
+            made = torch.onnx.export(
+                _attention_in_four(program),
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                input_names=["images"],
+                optimize=True,
+            )
         assert made is not None
         made.save(path, external_data=False)
         model = onnx.load(path)
@@ -69,7 +70,30 @@ def _attention_in_four(program: torch.export.ExportedProgram) -> torch.export.Ex
     queries = [node.args[0].meta["val"] for node in program.graph.nodes if node.target is attention]
     if all(query.dim() == 4 for query in queries):
         return program
-    return program.run_decompositions({attention: torch.export.default_decompositions()[attention]})
+    made: torch.export.ExportedProgram = program.run_decompositions(
+        {attention: torch.export.default_decompositions()[attention]}
+    )
+    return made
+
+
+@contextmanager
+def _slices_left_alone() -> Iterator[None]:
+    """Without the one rule of onnxscript's optimizer that looks through the whole graph for every node of it.
+
+    It makes one Split of the two halves of a tensor. A DConv slices once for every tap of its kernel: with four of 7x7 the
+    search took half the time of an export, and found nothing.
+    """
+    from onnxscript.rewriter.rules import common
+
+    rule = getattr(common, "slice_split_rule", None)
+    if rule is None:
+        yield
+        return
+    rule.try_rewrite = lambda *arguments, **options: None
+    try:
+        yield
+    finally:
+        del rule.try_rewrite
 
 
 def _cause(error: BaseException) -> str:

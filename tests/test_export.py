@@ -216,6 +216,21 @@ def test_layers_keep_the_memory_format_of_what_they_are_concatenated_with(
     assert set(found.free) == {"batch", "height", "width"}
 
 
+def test_onnxscripts_search_for_pairs_of_slices_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time grows with the square of the operations. The rule is as it was afterwards, also after a failure."""
+    from onnxscript.rewriter.rules.common import slice_split_rule
+
+    asked: list[Any] = []
+    monkeypatch.setattr(type(slice_split_rule), "try_rewrite", lambda self, *rest, **options: asked.append(self))
+    model, _ = surgeon.convert(nn.Conv2d(3, 4, 3, padding=1), layers="all", type="sekg", input_size=(3, 16, 16))
+    surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 16, 16))
+    assert asked
+    assert slice_split_rule not in asked
+    with pytest.raises(ExportError, match="the conversion to ONNX refuses"):
+        surgeon.export(PerImage().eval(), tmp_path / "n.onnx", input_size=(3, 16, 16), free="size")
+    assert "try_rewrite" not in vars(slice_split_rule)
+
+
 @pytest.mark.parametrize(("attention", "free"), [(Attention, {"batch"}), (Windows, {"batch", "height", "width"})])
 def test_attention_as_onnx_does_not_have_it(attention: type[nn.Module], free: set[str], tmp_path: Path) -> None:
     model = attention().eval()
