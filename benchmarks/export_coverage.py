@@ -1,6 +1,7 @@
 """Which networks export, with what free, and how far the file is from the model: every zoo entry, then timm and torchvision.
 
-    python -m benchmarks.export_coverage [--only GLOB …] [--libraries zoo timm torchvision] [--format torch] [--retry] [--report]
+    python -m benchmarks.export_coverage [--only GLOB …] [--libraries zoo timm torchvision] [--format torch] [--report]
+                                         [--retry [--free batch]]
 
 Zoo entries as they are; of the libraries the smallest model of each family, all its spatial convolutions converted, the layer
 type changing from family to family. Weights that start at or near zero (generators, the last norm of a block, layer scales) are
@@ -8,7 +9,8 @@ made larger, and batch norms get statistics, so that a wrong dynamic part would 
 of the output, relative, and a network in which that is less than 1e-3, or that gives NaNs, is "blind", not "ok". The file is
 checked by `surgeon.export` (onnxruntime or torch.export.load against eager, two batch sizes and two image sizes where the model
 allows). One that magnifies float32's own rounding so much that the check allowed an error above 1e-4 is "loose".
-Each network runs in a process of its own with a limit on time. Interrupted, it goes on where it was. Writes
+Each network runs in a process of its own with a limit on time; `--retry --free batch` runs those again that did not keep it, with
+the batch alone free. Interrupted, it goes on where it was. Writes
 benchmarks/results/export_coverage.json and the table in docs/export.md (benchmarks.report).
 """
 
@@ -96,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="GLOB", help="networks by library/name, as 'zoo/adfnet*'")
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
     parser.add_argument("--format", choices=("onnx", "torch"), default="onnx")
+    parser.add_argument(
+        "--free", choices=("auto", "batch"), default="auto", help="batch: do not ask for free image sizes"
+    )
     parser.add_argument("--timeout", type=float, default=900, help="seconds for a network (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of an interrupted or finished run")
     parser.add_argument("--retry", action="store_true", help="run again what failed")
@@ -105,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.one:
         network = Network(**json.loads(args.one))
-        print(json.dumps(measure(network, args.format)), flush=True)
+        print(json.dumps(measure(network, args.format, args.free)), flush=True)
         return 0
     name = "export_coverage" if args.format == "onnx" else f"export_coverage-{args.format}"
     rows = Rows(args.results / f"{name}.jsonl", fresh=args.fresh)
@@ -114,7 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = [n for n in chosen if any(fnmatch.fnmatch(n.key, pattern) for pattern in args.only)]
     for network in tqdm([] if args.report else chosen, desc="export", unit="network", disable=None):
         if network.key not in rows or (args.retry and rows.rows[network.key]["status"] != "ok"):
-            rows.add(network.key, vars(network) | in_process(network, args))
+            row, before = vars(network) | in_process(network, args), rows.rows.get(network.key, {})
+            if args.free == "batch" and row["status"] == "ok" and before.get("status") == "unknown":
+                row["reason"] = f"with free image sizes {before['reason']}"
+            rows.add(network.key, row)
             write_json(args.results / f"{name}.json", {"format": args.format, "rows": rows.values()})
     write_json(args.results / f"{name}.json", {"format": args.format, "rows": rows.values()})
     table(HEADERS, [line(row) for row in rows.values()])
@@ -146,7 +154,7 @@ def line(row: dict[str, Any]) -> list[Any]:
 def in_process(network: Network, args: argparse.Namespace) -> dict[str, Any]:
     """The row of one network; a process that dies or takes too long gives one that says so."""
     command = [sys.executable, "-P", "-m", "benchmarks.export_coverage", "--format", args.format]
-    command += ["--one", json.dumps(vars(network))]
+    command += ["--free", args.free, "--one", json.dumps(vars(network))]
     try:
         done = subprocess.run(
             command,
@@ -166,7 +174,7 @@ def in_process(network: Network, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def measure(network: Network, form: str) -> dict[str, Any]:
+def measure(network: Network, form: str, free: str = "auto") -> dict[str, Any]:
     """Build, convert, export; in this process."""
     warnings.simplefilter("ignore")
     started = time.perf_counter()
@@ -174,7 +182,7 @@ def measure(network: Network, form: str) -> dict[str, Any]:
         model, inputs = _model(network)
         varies = _varies(model, inputs)
         with tempfile.TemporaryDirectory() as folder:
-            made = surgeon.export(model, Path(folder) / "model", format=form, example_inputs=inputs.args)
+            made = surgeon.export(model, Path(folder) / "model", format=form, example_inputs=inputs.args, free=free)
     except SurgeonError as error:
         return {"status": "refused", "reason": str(error), "seconds": round(time.perf_counter() - started, 1)}
     error = max(check.max_rel for check in made.checks)

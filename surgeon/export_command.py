@@ -122,6 +122,8 @@ def _text(run: str, result: "Exported") -> str:
     ]
     for check in result.checks:
         excuse = "" if check.own is None else f" (float32 moves the model itself by {error(check.own)})"
+        if check.draws > 1:
+            excuse += f" (draw {check.draws} of images: those before differ, as where PAFU's kernels are tied)"
         lines.append(line("check", f"{'x'.join(map(str, check.shape))}: {error(check.max_rel)} relative{excuse}"))
     if result.foreign:
         lines.append(line("needs", f"operators that are not standard: {', '.join(result.foreign)}"))

@@ -93,6 +93,27 @@ def test_export_coverage_gives_a_row_a_network(
     assert "takes no other size" in capsys.readouterr().out
 
 
+def test_what_was_not_done_in_time_is_tried_with_the_batch_alone_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = export_coverage.Network("zoo", "linear_demosaic")
+    late = {"status": "unknown", "reason": "not done after 5 s"}
+    monkeypatch.setattr(export_coverage, "in_process", lambda network, args: late)
+    words = ["--only", network.key, "--format", "torch", "--results", str(tmp_path)]
+    assert export_coverage.main(words) == 0
+    monkeypatch.setattr(
+        export_coverage,
+        "in_process",
+        lambda network, args: export_coverage.measure(network, args.format, args.free),
+    )
+    assert export_coverage.main([*words, "--retry", "--free", "batch"]) == 0
+    (row,) = json.loads((tmp_path / "export_coverage-torch.json").read_text())["rows"]
+    assert row["status"] == "ok"
+    assert list(row["free"]) == ["batch"]
+    assert row["fixed"] == {"height": "asked for", "width": "asked for"}
+    assert export_coverage.line(row)[-1] == "with free image sizes not done after 5 s"
+
+
 def test_a_refusal_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     network = export_coverage.Network("zoo", "lenet")
     model = torch.nn.Bilinear(2, 2, 2)

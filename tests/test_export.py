@@ -1,5 +1,6 @@
 """surgeon.export and the command: files that run without surgeon, checked, atomic, and clear words where it does not work."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from surgeon import exported
 from surgeon.cli import main
 from surgeon.errors import ConfigError, ExportError
 from tests.layer_contract import awaken, make, plain_conv, relative_error
+
+export_module = importlib.import_module("surgeon.export")  # `surgeon.export` is the function
 
 Capture = pytest.CaptureFixture[str]
 
@@ -301,6 +304,41 @@ def test_nothing_is_written_of_a_model_that_is_refused_or_differs(model: nn.Modu
 def test_a_model_of_other_inputs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="only models of one batch of images"):
         surgeon.export(nn.Bilinear(2, 2, 2), tmp_path / "m.onnx", example_inputs=(torch.ones(1, 2), torch.ones(1, 2)))
+
+
+@pytest.mark.parametrize(("kind", "good_from", "draws"), [("pafu", 3, 3), ("pafu", 9, None), ("sekg", 3, None)])
+def test_where_rounding_selects_another_kernel_other_images_are_drawn(
+    kind: str, good_from: int, draws: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A selection that is tied comes out otherwise in another program, which is wrong there; a wrong file is wrong everywhere."""
+    read, asked = exported.read, 0
+
+    def tied(path: Path, format: str) -> exported.Runner:
+        runner = read(path, format)
+
+        def run(images: Tensor) -> list[Tensor]:
+            nonlocal asked
+            asked += 1
+            (found,) = runner(images)
+            if asked < good_from:
+                found = found.clone()
+                found[0, 0, 2, 3] += 0.1
+            return [found]
+
+        return run
+
+    monkeypatch.setattr(export_module, "read", tied)
+    model, _ = surgeon.convert(nn.Conv2d(3, 4, 3, padding=1), layers="all", type=kind, input_size=(3, 16, 16))
+    path = tmp_path / "m.pt2"
+    if draws is None:
+        with pytest.raises(ExportError, match="does not compute what the model computes"):
+            surgeon.export(model, path, format="torch", input_size=(3, 16, 16), free="none")
+        assert not path.exists()
+    else:
+        found = surgeon.export(model, path, format="torch", input_size=(3, 16, 16), free="none")
+        assert [check.draws for check in found.checks] == [draws]
+        assert found.checks[0].max_rel <= 1e-5
+        assert found.to_dict()["checks"][0]["draws"] == draws
 
 
 def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
