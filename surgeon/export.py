@@ -9,7 +9,7 @@ fails, it is tried again with fewer free dimensions.
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,7 @@ _ROUNDING = 10.0  # times what float32 does to the model itself, that a file may
 _DRAWS = 5  # of images for a network whose kernels are selected
 _STEP = 32  # the second image size is larger by this and by twice this: what most networks divide by
 _REPAIRS = 4  # how often torch.export may ask for other bounds of a dimension
+_PLACES = {"batch": 0, "height": 2, "width": 3}
 _VIOLATED = "Constraints violated"  # how it says that a dimension cannot be as free as it was asked to be
 
 Progress = Callable[[str, int, int], None]
@@ -297,31 +298,54 @@ def _images(like: Tensor, batch: int, size: Sequence[int], draw: int = 1) -> Ten
 def _traced(
     model: nn.Module, shapes: _Shapes, names: tuple[str, ...]
 ) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
-    places = {"batch": 0, "height": 2, "width": 3}
     minima = [1, *_minima(shapes.example)] if "height" in names else [1]
+    solved = True
     for least in minima:
-        dims: Any = ({places[name]: torch.export.Dim(name, min=1 if name == "batch" else least) for name in names},)
+        dims = {_PLACES[name]: torch.export.Dim(name, min=1 if name == "batch" else least) for name in names}
         try:
-            if least != minima[-1] and dynamic_layers(model):
-                # Plain convolutions have the same sizes in a fraction of the operations, and rule out most bounds sooner.
-                with static(model):
-                    _, dims = _program(model, shapes.example, dims)
-            program, _ = _program(model, shapes.example, dims)
+            program = _trace(model, shapes.example, dims, explore=least != minima[-1])
             break
         except Exception as error:  # torch.export raises whatever the model's code raises under its symbols
-            if least == minima[-1] or not isinstance(error, torch._dynamo.exc.UserError) or _VIOLATED not in str(error):
-                name = type(model).__name__
-                raise ExportError(f"torch.export refuses {name}: {_first_line(error)}; nothing was written") from error
+            if least != minima[-1] and _asks_for_more(error):
+                continue
+            program = _unsolved(model, shapes.example, names, least, error)
+            solved = False
+            break
     (given,) = program.graph_signature.user_inputs
     sizes = next(node for node in program.graph.nodes if node.name == given).meta["val"].shape
     free = {}
     for name in names:
-        size = sizes[places[name]]
+        size = sizes[_PLACES[name]]
         if isinstance(size, int):
             shapes.fixed[name] = f"the model's code fixes it at {size}"
         else:
-            free[name] = _bounds(size, program)
+            free[name] = _bounds(size, program, solved or name == "batch")
     return program, free
+
+
+def _trace(model: nn.Module, example: Tensor, dims: Any, *, explore: bool) -> torch.export.ExportedProgram:
+    """`explore`: plain convolutions first. They have the same sizes in a fraction of the operations, and rule out bounds sooner."""
+    given: Any = (dims,)
+    if explore and dynamic_layers(model):
+        with static(model):
+            _, given = _program(model, example, given)
+    return _program(model, example, given)[0]
+
+
+def _asks_for_more(error: Exception) -> bool:
+    return isinstance(error, torch._dynamo.exc.UserError) and _VIOLATED in str(error)
+
+
+def _unsolved(
+    model: nn.Module, example: Tensor, names: tuple[str, ...], least: int, why: Exception
+) -> torch.export.ExportedProgram:
+    """Traced with sizes that torch.export need not put into bounds; some conditions it cannot (pooling with `ceil_mode`)."""
+    hint = torch.export.Dim.AUTO
+    dims = {_PLACES[name]: hint if name == "batch" else hint(min=least) for name in names}
+    if dims and not _asks_for_more(why):
+        with suppress(Exception):  # what it said first is what can be told
+            return _trace(model, example, dims, explore=True)
+    raise ExportError(f"torch.export refuses {type(model).__name__}: {_first_line(why)}; nothing was written") from why
 
 
 def _minima(example: Tensor) -> list[int]:
@@ -346,12 +370,14 @@ def _program(model: nn.Module, example: Tensor, dims: Any) -> tuple[torch.export
             dims, repairs = refine_dynamic_shapes_from_suggested_fixes(f"Suggested fixes:\n{fixes}", dims), repairs + 1
 
 
-def _bounds(size: torch.SymInt, program: torch.export.ExportedProgram) -> str:
+def _bounds(size: torch.SymInt, program: torch.export.ExportedProgram, solved: bool) -> str:
     """Which values a free dimension takes, for people. That a symbol is at least 2 is torch's habit, not a bound."""
     factor, symbol = size.node.expr.as_coeff_Mul()
     least = int(program.range_constraints[symbol].lower) if symbol in program.range_constraints else 1
     told = [f"multiples of {factor}"] if factor != 1 else []
     told += [f"at least {factor * least}"] if least > 2 else []
+    if not solved:
+        told.append("not all for certain: torch.export could not solve its conditions")
     return ", ".join(told) or "any"
 
 

@@ -243,6 +243,27 @@ def test_attention_as_onnx_does_not_have_it(attention: type[nn.Module], free: se
     assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
 
 
+@pytest.mark.parametrize("kind", ["sekg", None])
+def test_conditions_that_torch_export_cannot_solve_leave_sizes_free(kind: str | None, tmp_path: Path) -> None:
+    """Pooling with `ceil_mode`, as in GoogLeNet and SENet: named dimensions fail there with an error of torch.export's own."""
+    model: nn.Module = nn.Sequential(
+        nn.Conv2d(3, 8, 7, 2, 3),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.MaxPool2d(2, 2, ceil_mode=True),
+        nn.AdaptiveAvgPool2d(1),
+    ).eval()
+    if kind is not None:
+        model, _ = surgeon.convert(model, layers="2", type=kind, input_size=(3, 64, 64))
+        awaken(model[2], 0.1)
+    found = surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 64, 64))
+    assert found.free["batch"] == "any"
+    assert set(found.free) == {"batch", "height", "width"}
+    assert "could not solve" in found.free["height"]
+    x = torch.randn(1, 3, 101, 77)
+    assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
+
+
 def test_the_channels_of_a_converted_first_layer_are_known(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(5, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 3))
     converted, _ = surgeon.convert(model, layers="0", type="sekg", input_size=(5, 16, 16))
