@@ -19,6 +19,7 @@ import fnmatch
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -167,6 +168,11 @@ def in_process(network: Network, args: argparse.Namespace) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"status": "unknown", "reason": f"not done after {args.timeout:g} s"}
     lines = [text for text in done.stdout.splitlines() if text.startswith("{")]
+    if done.returncode < 0:
+        return {
+            "status": "crashed",
+            "reason": f"killed by {signal.Signals(-done.returncode).name} (SIGKILL: out of memory)",
+        }
     if done.returncode or not lines:
         said = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
         return {"status": "crashed", "reason": f"code {done.returncode}: {said}"}
