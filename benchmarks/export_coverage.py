@@ -169,9 +169,10 @@ def in_process(network: Network, args: argparse.Namespace) -> dict[str, Any]:
         return {"status": "unknown", "reason": f"not done after {args.timeout:g} s"}
     lines = [text for text in done.stdout.splitlines() if text.startswith("{")]
     if done.returncode < 0:
+        by = signal.Signals(-done.returncode).name
         return {
             "status": "crashed",
-            "reason": f"killed by {signal.Signals(-done.returncode).name} (SIGKILL: out of memory)",
+            "reason": f"killed by {by}" + (", as where memory ends" if by == "SIGKILL" else ""),
         }
     if done.returncode or not lines:
         said = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
