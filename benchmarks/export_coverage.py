@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for network in tqdm([] if args.report else chosen, desc="export", unit="network", disable=None):
         if network.key not in rows or (args.retry and rows.rows[network.key]["status"] != "ok"):
             row, before = vars(network) | in_process(network, args), rows.rows.get(network.key, {})
-            if args.free == "batch" and row["status"] == "ok" and before.get("status") == "unknown":
+            if args.free == "batch" and before.get("status") == "unknown" and "reason" not in row:
                 row["reason"] = f"with free image sizes {before['reason']}"
             rows.add(network.key, row)
             write_json(args.results / f"{name}.json", {"format": args.format, "rows": rows.values()})
