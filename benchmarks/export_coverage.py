@@ -135,11 +135,12 @@ HEADERS = ("network", "layers became", "status", "free", "relative error", "vari
 
 def line(row: dict[str, Any]) -> list[Any]:
     """What the table says of a network."""
-    reasons = list(dict.fromkeys(row.get("fixed", {}).values()))
+    reasons = [row["reason"]] if "reason" in row else []
+    reasons += [why for why in dict.fromkeys(row.get("fixed", {}).values()) if why != "asked for"]
     if row.get("foreign"):
         reasons.append(f"needs {', '.join(row['foreign'])}")
     error, varies = (f"{row[key]:.0e}" if row.get(key) is not None else "-" for key in ("rel_error", "varies"))
-    why = row.get("reason") or "; ".join(reasons)
+    why = "; ".join(reasons)
     return [
         f"{row['library']}/{row['name']}",
         row["type"] or "-",
