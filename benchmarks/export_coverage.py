@@ -173,7 +173,7 @@ def in_process(network: Network, args: argparse.Namespace) -> dict[str, Any]:
         by = signal.Signals(-done.returncode).name
         return {
             "status": "crashed",
-            "reason": f"killed by {by}" + (", as where memory ends" if by == "SIGKILL" else ""),
+            "reason": f"killed by {by}" + (", as when memory runs out" if by == "SIGKILL" else ""),
         }
     if done.returncode or not lines:
         said = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]

@@ -30,14 +30,14 @@ from surgeon.verify import run as run_model
 Format = Literal["onnx", "torch"]
 FORMATS = ("onnx", "torch")
 FREE = ("auto", "size", "batch", "none")
-NAMES = ("batch", "height", "width")
+_PLACES = {"batch": 0, "height": 2, "width": 3}
+NAMES = tuple(_PLACES)
 
 TOLERANCE = 1e-4  # of the relative error of the outputs
 _ROUNDING = 10.0  # times what float32 does to the model itself, that a file may differ where that is more
 _DRAWS = 5  # of images for a network whose kernels are selected
 _STEP = 32  # the second image size is larger by this and by twice this: what most networks divide by
 _REPAIRS = 4  # how often torch.export may ask for other bounds of a dimension
-_PLACES = {"batch": 0, "height": 2, "width": 3}
 _VIOLATED = "Constraints violated"  # how it says that a dimension cannot be as free as it was asked to be
 
 Progress = Callable[[str, int, int], None]
@@ -48,7 +48,7 @@ class Check:
     """One run of the file beside the model; `own` is how far float32 moves the model itself, where that was asked.
 
     `draws` is how many images it took: where PAFU's selection is tied, rounding decides, and single pixels get another kernel. What
-    a wrong file computes is wrong on every image.
+    is wrong beyond that shows on every image.
     """
 
     shape: tuple[int, ...]
@@ -299,18 +299,15 @@ def _traced(
     model: nn.Module, shapes: _Shapes, names: tuple[str, ...]
 ) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
     minima = [1, *_minima(shapes.example)] if "height" in names else [1]
-    solved = True
     for least in minima:
         dims = {_PLACES[name]: torch.export.Dim(name, min=1 if name == "batch" else least) for name in names}
         try:
-            program = _trace(model, shapes.example, dims, explore=least != minima[-1])
-            break
+            program, solved = _trace(model, shapes.example, dims, explore=least != minima[-1]), True
         except Exception as error:  # torch.export raises whatever the model's code raises under its symbols
             if least != minima[-1] and _asks_for_more(error):
                 continue
-            program = _unsolved(model, shapes.example, names, least, error)
-            solved = False
-            break
+            program, solved = _unsolved(model, shapes.example, names, least, error), False
+        break
     (given,) = program.graph_signature.user_inputs
     sizes = next(node for node in program.graph.nodes if node.name == given).meta["val"].shape
     free = {}

@@ -37,7 +37,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    gc.unfreeze()
+    gc.unfreeze()  # Triton's bindings report what is left at the end as leaked
 
 
 @pytest.fixture(autouse=True)
