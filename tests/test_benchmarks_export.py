@@ -147,6 +147,15 @@ def test_dynamic_parts_vary_as_much_as_rounding_allows(monkeypatch: pytest.Monke
     assert asked == [0.02, 0.005]
 
 
+def test_rounding_is_looked_for_on_many_images() -> None:
+    """With a batch of two, what explodes on one image in ten passed for calm, and its file for wrong."""
+    (many,) = export_coverage._many(Inputs(args=(torch.ones(2, 3, 8, 6),))).args
+    assert many.shape == (8, 3, 8, 6)
+    assert len({float(image.sum()) for image in many}) == 8
+    other = Inputs(args=([torch.ones(3, 8, 6)],))
+    assert export_coverage._many(other) is other
+
+
 def test_the_libraries_are_covered_family_by_family_with_every_type() -> None:
     found = export_coverage.networks(["timm", "torchvision"])
     families = [(network.library, network.family) for network in found]

@@ -362,6 +362,36 @@ def test_where_rounding_selects_another_kernel_other_images_are_drawn(
         assert found.to_dict()["checks"][0]["draws"] == draws
 
 
+class Sharp(nn.Module):
+    """Magnifies what float32 rounds of its input by 1e5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(1e5 * x)
+
+
+@pytest.mark.parametrize(("wrong_by", "allowed"), [(1e-3, True), (0.9, False)])
+def test_a_model_that_magnifies_rounding_is_allowed_what_it_does_to_itself(
+    wrong_by: float, allowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = exported.read
+
+    def other(path: Path, format: str) -> exported.Runner:
+        runner = read(path, format)
+        return lambda images: [output + wrong_by for output in runner(images)]
+
+    monkeypatch.setattr(export_module, "read", other)
+    words: Any = {"format": "torch", "input_size": (3, 16, 16), "free": "none"}
+    if allowed:
+        (check,) = surgeon.export(Sharp(), tmp_path / "m.pt2", **words).checks
+        assert check.own is not None
+        assert 1e-4 < check.max_rel <= 10 * check.own
+        return
+    with pytest.raises(
+        ExportError, match=r"at most 0\.0001, or 10 times the .*e-0\d by which float32 moves the model itself"
+    ):
+        surgeon.export(Sharp(), tmp_path / "m.pt2", **words)
+
+
 def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = exported.importlib.util.find_spec
     monkeypatch.setattr(
