@@ -139,11 +139,13 @@ class PAFUConv2d(CodedConv2d):
 
     @torch.no_grad()
     def _fill_further_kernels(self, weight: Tensor) -> None:
-        noise = torch.randn(self.further_kernels.shape).to(weight)  # on the CPU: the same on every device
+        """In place: the kernels of a large layer are gigabytes."""
+        kernels = self.further_kernels.copy_(torch.randn(self.further_kernels.shape))  # of the CPU: as on every device
         rms = weight.double().square().mean().sqrt().to(weight.dtype)
         centred = F.pad(weight, _margins((weight.shape[-2], weight.shape[-1]), self.window)).movedim(1, -1)
-        self.further_kernels.copy_(centred.flatten(1) + self.config.perturbation * rms * noise)
-        self.further_kernels.copy_(self._further_kernels())
+        kernels.mul_(self.config.perturbation * rms).add_(centred.flatten(1))
+        if self.support_mask is not None:
+            self._by_tap(kernels).mul_(self.support_mask[:, None, :, None])
 
     def _kernel(self) -> Tensor:
         """Kernel 0, zero-padded to the window, (O, C/G, k, l)."""
@@ -155,8 +157,11 @@ class PAFUConv2d(CodedConv2d):
         """Kernels 1.., zero outside of their supports, (n - 1, O, k·l·C/G)."""
         if self.support_mask is None:
             return self.further_kernels
-        taps = self.further_kernels.view(*self.further_kernels.shape[:2], -1, self.geometry.weight_shape[1])
-        return (taps * self.support_mask[:, None, :, None]).flatten(2)
+        return (self._by_tap(self.further_kernels) * self.support_mask[:, None, :, None]).flatten(2)
+
+    def _by_tap(self, packed: Tensor) -> Tensor:
+        """(..., k·l·C/G) as (..., k·l, C/G), without a copy."""
+        return packed.view(*packed.shape[:-1], -1, self.geometry.weight_shape[1])
 
     def _unpacked(self, packed: Tensor) -> Tensor:
         """(..., O, k·l·C/G) as (..., O, C/G, k, l), without a copy."""
@@ -250,11 +255,18 @@ class PAFUConv2d(CodedConv2d):
 
     def regularization(self) -> Tensor:
         """‖W_f W_fᵀ − I‖²_F, the rows of W_f (n, k·l·C/G·O) being the kernels, padded to the window and normalised (eq. 3)."""
-        kernels = torch.cat([self._kernel().movedim(1, -1).flatten(1)[None], self._further_kernels()]).flatten(1)
-        with torch.autocast(kernels.device.type, enabled=False):
-            rows = F.normalize(kernels.to(torch.promote_types(kernels.dtype, torch.float32)), dim=1)
-            eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-            return (rows @ rows.t() - eye).square().sum()
+        dtype = torch.promote_types(self.kernel.dtype, torch.float32)
+        first = self._kernel().movedim(1, -1).reshape(1, -1).to(dtype)
+        others = self._further_kernels().flatten(1).to(dtype)
+        with torch.autocast(first.device.type, enabled=False):
+            # Products of kernels first, normalised then: normalised copies of all kernels would be kept for the backward pass.
+            across = others @ first.t()
+            gram = torch.cat(
+                [torch.cat([first @ first.t(), across.t()], 1), torch.cat([across, others @ others.t()], 1)]
+            )
+            norms = gram.diagonal().clamp_min(1e-24).sqrt()  # before the root, whose slope at zero is none
+            eye = torch.eye(len(gram), dtype=dtype, device=gram.device)
+            return (gram / (norms[:, None] * norms) - eye).square().sum()
 
 
 def _margins(size: Pair, window: Pair) -> tuple[int, int, int, int]:

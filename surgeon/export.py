@@ -38,6 +38,7 @@ _ROUNDING = 10.0  # times what float32 does to the model itself, that a file may
 _DRAWS = 5  # of images for a network whose kernels are selected
 _STEP = 32  # the second image size is larger by this and by twice this: what most networks divide by
 _REPAIRS = 4  # how often torch.export may ask for other bounds of a dimension
+_LARGEST_ONNX = 2**31  # bytes
 _VIOLATED = "Constraints violated"  # how it says that a dimension cannot be as free as it was asked to be
 
 Progress = Callable[[str, int, int], None]
@@ -113,6 +114,8 @@ def export(
     if free not in FREE:
         raise ConfigError(f"free must be one of {', '.join(FREE)}, got {free!r}")
     check_target(path, format, force=force)
+    if format == "onnx":
+        _check_fits(model)
     tell("trace", 0, 1)
     shapes = _Shapes.of(model, input_size, example_inputs, free)
     # Attention by its formula: fused kernels lay out their result so that a reshape behind them is traced as a view, which
@@ -193,6 +196,16 @@ def check_target(path: Path, format: str, *, force: bool = False) -> None:
         raise ConfigError(f"{path} exists; choose another with -o, or replace it with --force")
     if not path.parent.is_dir():
         raise ConfigError(f"there is no folder {path.parent} to write {path.name} to")
+
+
+def _check_fits(model: nn.Module) -> None:
+    """Raise `ExportError` before hours of work for a file that cannot be: protobuf messages end at 2 GiB."""
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    if held >= _LARGEST_ONNX:
+        raise ExportError(
+            f"{type(model).__name__} has {held / 2**30:.1f} GiB of weights, and one ONNX file holds less than "
+            f"{_LARGEST_ONNX / 2**30:g} GiB; write a torch.export archive (--format torch); nothing was written"
+        )
 
 
 @contextmanager

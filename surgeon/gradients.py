@@ -30,7 +30,7 @@ def without_gradient(layer: DynamicConv2d, seed: int = 0) -> list[str]:
         x = torch.randn((2, twin.geometry.in_channels, side, side), dtype=like.dtype, device=like.device)
         for _ in range(2):
             _descend(twin, x, new)
-            missing -= {name for name, p in new.items() if p.grad is not None and bool((p.grad != 0).any())}
+            missing -= {name for name, p in new.items() if p.grad is not None and bool(p.grad.any())}
             if not missing:
                 break
     return [name for name in new if name in missing]
@@ -58,8 +58,10 @@ def _descend(twin: DynamicConv2d, x: Tensor, new: Mapping[str, nn.Parameter]) ->
     (loss if extra is None else loss + extra).backward()
     with torch.no_grad():
         for p in new.values():
-            if p.grad is not None and (largest := float(p.grad.abs().max())) > 0 and math.isfinite(largest):
-                p.add_(p.grad, alpha=-0.01 / largest)
+            if p.grad is not None:
+                largest = float(torch.linalg.vector_norm(p.grad, math.inf))
+                if 0 < largest < math.inf:
+                    p.add_(p.grad, alpha=-0.01 / largest)
 
 
 def check_gradients(layers: Mapping[str, DynamicConv2d]) -> list[str]:

@@ -327,6 +327,13 @@ def test_a_model_of_other_inputs_is_refused(tmp_path: Path) -> None:
         surgeon.export(nn.Bilinear(2, 2, 2), tmp_path / "m.onnx", example_inputs=(torch.ones(1, 2), torch.ones(1, 2)))
 
 
+def test_more_than_an_onnx_file_holds_is_refused_before_work_starts(tmp_path: Path) -> None:
+    model = nn.Conv2d(2**15, 2**14, 1, device="meta")  # 2 GiB, and a bias
+    with pytest.raises(ExportError, match=r"Conv2d has 2\.0 GiB of weights, .* less than 2 GiB; .*--format torch"):
+        surgeon.export(model, tmp_path / "m.onnx", input_size=(2**15, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("kind", "good_from", "draws"), [("pafu", 3, 3), ("pafu", 9, None), ("sekg", 3, None)])
 def test_where_rounding_selects_another_kernel_other_images_are_drawn(
     kind: str, good_from: int, draws: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

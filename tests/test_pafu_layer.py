@@ -200,6 +200,29 @@ def test_a_small_kernel_is_padded_before_it_is_compared() -> None:
     assert layer.regularization().item() == pytest.approx(2 * (1 / 3) ** 2)
 
 
+def test_the_regulariser_keeps_no_copy_of_the_kernels_and_takes_a_zero_kernel() -> None:
+    layer = make(group_size=4)
+    kept: set[tuple[int, int]] = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.add((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()))
+        return tensor
+
+    with torch.no_grad():
+        layer.further_kernels.normal_()
+        layer.further_kernels[1] = 0
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = layer.regularization()
+    loss.backward()
+    kernels = torch.cat([layer.kernel.movedim(1, -1).flatten()[None], layer.further_kernels.flatten(1)]).detach()
+    rows = F.normalize(kernels, dim=1)
+    assert loss.item() == pytest.approx(float((rows @ rows.t() - torch.eye(4)).square().sum()), rel=1e-5)
+    assert layer.further_kernels.grad is not None
+    assert layer.further_kernels.grad.isfinite().all()
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    assert sum(size for at, size in kept if at not in own) < 2 * kernels[0].nbytes
+
+
 def test_identical_kernels_are_a_stationary_point_of_the_regulariser() -> None:
     layer = make().double()
     slopes = []
