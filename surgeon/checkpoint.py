@@ -5,13 +5,11 @@ No pickles, and no code from the folder runs when it is read. A folder appears u
 
 import contextlib
 import copy
-import glob
 import hashlib
 import json
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +31,7 @@ from surgeon.recipe import CONVOLUTION, BaseModel, Recipe, Rule, get_recipe, par
 from surgeon.recipe import FILE as RECIPE
 from surgeon.report import Report
 from surgeon.rewrite import Rewrite, convolution_rule, dynamic_layers, folded_from, folded_windows
+from surgeon.unfinished import unfinished
 from surgeon.weights import mismatches, told_mismatches
 
 logger = logging.getLogger(__name__)
@@ -273,20 +272,16 @@ def _fill(model: nn.Module, file: Path) -> None:
 @contextlib.contextmanager
 def _fresh_folder(path: Path, force: bool) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends well, and goes when it does not."""
-    folder = path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
     try:
-        _remove_stale(path)
-        folder.mkdir(parents=True)
-        yield folder
-        for file in folder.iterdir():
-            _sync(file)
-        _sync(folder)
-        _take_place(folder, path, force)
-        _sync(path.parent)
+        with unfinished(path) as folder:
+            yield folder
+            for file in folder.iterdir():
+                _sync(file)
+            _sync(folder)
+            _take_place(folder, path, force)
+            _sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _take_place(folder: Path, path: Path, force: bool) -> None:
@@ -302,15 +297,6 @@ def _take_place(folder: Path, path: Path, force: bool) -> None:
         old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove what killed processes of this machine left beside `path`."""
-    stem = f".{path.name}.partial-{socket.gethostname()}-"
-    for left in path.parent.glob(f"{glob.escape(stem)}*"):
-        pid = left.name.removeprefix(stem)
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _write(file: Path, text: str) -> None:

@@ -7,7 +7,6 @@ fails, it is tried again with fewer free dimensions.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -21,10 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from surgeon.compare import Difference, compare
 from surgeon.copying import copy_model, evaluating, strict_float32
 from surgeon.errors import ConfigError, ExportError, InputError, SurgeonError
-from surgeon.exported import Runner, foreign_operators, missing_packages, quiet, read, write
+from surgeon.exported import Runner, data_of, foreign_operators, missing_packages, quiet, read, write
 from surgeon.inputs import Inputs, candidate_inputs, given_inputs
 from surgeon.layers.pafu import PAFUConv2d
 from surgeon.rewrite import dynamic_layers, static
+from surgeon.unfinished import unfinished
 from surgeon.verify import run as run_model
 
 Format = Literal["onnx", "torch"]
@@ -38,7 +38,6 @@ _ROUNDING = 10.0  # times what float32 does to the model itself, that a file may
 _DRAWS = 5  # of images for a network whose kernels are selected
 _STEP = 32  # the second image size is larger by this and by twice this: what most networks divide by
 _REPAIRS = 4  # how often torch.export may ask for other bounds of a dimension
-_LARGEST_ONNX = 2**31  # bytes
 _VIOLATED = "Constraints violated"  # how it says that a dimension cannot be as free as it was asked to be
 
 Progress = Callable[[str, int, int], None]
@@ -67,7 +66,8 @@ class Check:
 class Exported:
     """What was written: which dimensions are free and within what, why the others are not, and what the checks gave.
 
-    `operators` counts operations, `size` is in bytes, `foreign` names operators beyond torch's own or standard ONNX.
+    `operators` counts operations, `size` is in bytes, `foreign` names operators beyond torch's own or standard ONNX. `data` is the
+    second file of an ONNX model whose weights one file cannot hold: it must stay beside the first under its name.
     """
 
     path: str
@@ -80,6 +80,7 @@ class Exported:
     operators: int = 0
     foreign: list[str] = field(default_factory=list)
     size: int = 0
+    data: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -102,7 +103,7 @@ def export(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write the model, in eval mode, to one file, and check what the file computes.
+    """Write the model, in eval mode, to one file (ONNX above 1.5 GiB of weights: two), and check what it computes.
 
     `format` is "onnx" or "torch" (a `torch.export` archive). `free` says which dimensions of the input (N, C, H, W) may change:
     "size" batch and image size, "batch", "none", or "auto": as much of that as the model and the file allow. `input_size` and
@@ -114,8 +115,6 @@ def export(
     if free not in FREE:
         raise ConfigError(f"free must be one of {', '.join(FREE)}, got {free!r}")
     check_target(path, format, force=force)
-    if format == "onnx":
-        _check_fits(model)
     tell("trace", 0, 1)
     shapes = _Shapes.of(model, input_size, example_inputs, free)
     # Attention by its formula: fused kernels lay out their result so that a reshape behind them is traced as a view, which
@@ -131,8 +130,9 @@ def export(
                     raise
                 reasons |= dict.fromkeys(names, _reason(error))
         result.fixed = {name: why for name, why in (reasons | shapes.fixed).items() if name not in result.free}
-        result.path, result.size = str(path), partial.stat().st_size
-        partial.replace(path)
+        result.size = sum(file.stat().st_size for file in partial.parent.iterdir())
+        data = _put(partial, path)
+        result.path, result.data = str(path), None if data is None else str(data)
     return result
 
 
@@ -192,32 +192,32 @@ def check_target(path: Path, format: str, *, force: bool = False) -> None:
         )
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name a file")
-    if path.exists() and not force:
-        raise ConfigError(f"{path} exists; choose another with -o, or replace it with --force")
+    for there in [path, data_of(path)] if format == "onnx" else [path]:
+        if there.exists() and not force:
+            raise ConfigError(f"{there} exists; choose another with -o, or replace it with --force")
     if not path.parent.is_dir():
         raise ConfigError(f"there is no folder {path.parent} to write {path.name} to")
 
 
-def _check_fits(model: nn.Module) -> None:
-    """Raise `ExportError` before hours of work for a file that cannot be: protobuf messages end at 2 GiB."""
-    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    if held >= _LARGEST_ONNX:
-        raise ExportError(
-            f"{type(model).__name__} has {held / 2**30:.1f} GiB of weights, and one ONNX file holds less than "
-            f"{_LARGEST_ONNX / 2**30:g} GiB; write a torch.export archive (--format torch); nothing was written"
-        )
-
-
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A name in the same folder for the unfinished file, which goes where it is not renamed."""
-    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    """A place of that name in an unfinished folder beside it."""
     try:
-        yield partial
+        with unfinished(path) as folder:
+            yield folder / path.name
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _put(partial: Path, path: Path) -> Path | None:
+    """Move the file to its place. Weights of their own, whose place is returned, go first: it names them."""
+    data, place = data_of(partial), data_of(path)
+    found = data.exists()
+    if found:
+        path.unlink(missing_ok=True)  # the one that is replaced would be read with weights that are not its own
+        data.replace(place)
+    partial.replace(path)
+    return place if found else None
 
 
 # --- what may change ----------------------------------------------------------------------------------------------

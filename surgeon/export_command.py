@@ -18,7 +18,8 @@ EXAMPLES = """  surgeon export runs/resnet50-acda -o model.onnx
   surgeon export zoo/adfnet --weights random --free size -o adfnet.onnx --json
 
 The file is run at two batch sizes and two image sizes, as far as these are free, and compared
-with the model before it gets its name. Exit code 1: torch.export or ONNX refuses the model, or
+with the model before it gets its name. ONNX models of more than 1.5 GiB have their weights in a
+second file, FILE.data, which stays beside it. Exit code 1: torch.export or ONNX refuses the model, or
 the file computes something else; nothing is written then.
 """
 
@@ -127,4 +128,5 @@ def _text(run: str, result: "Exported") -> str:
         lines.append(line("check", f"{'x'.join(map(str, check.shape))}: {error(check.max_rel)} relative{excuse}"))
     if result.foreign:
         lines.append(line("needs", f"operators that are not standard: {', '.join(result.foreign)}"))
-    return "\n".join([*lines, f"written to  {result.path}"])
+    beside = "" if result.data is None else f", its weights beside it in {Path(result.data).name}"
+    return "\n".join([*lines, f"written to  {result.path}{beside}"])

@@ -17,6 +17,9 @@ from surgeon.errors import ExportError
 Runner = Callable[[Tensor], list[Tensor]]
 
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
+LARGE = (
+    3 * 2**29
+)  # bytes of weights from which ONNX keeps them in a file of their own; protobuf's messages end at 2 GiB
 _TORCH_OWN = ("aten", "prims", "prim", "higher_order", "_operator", "math", "torch")
 
 
@@ -56,12 +59,23 @@ def write(program: torch.export.ExportedProgram, path: Path, format: str, opset:
                 optimize=True,
             )
         assert made is not None
-        made.save(path, external_data=False)
-        model = onnx.load(path)
-        onnx.checker.check_model(model, full_check=True)
+        made.save(path, external_data=_weights(program) >= LARGE)
+        onnx.checker.check_model(path, full_check=True)
+        model = onnx.load(path, load_external_data=False)
     except Exception as error:
         raise ExportError(f"the conversion to ONNX refuses the model: {_cause(error)}; nothing was written") from error
     return len(model.graph.node)
+
+
+def data_of(path: Path) -> Path:
+    """Where the weights of a large ONNX model lie: beside it, as torch.onnx names them."""
+    return path.with_name(f"{path.name}.data")
+
+
+def _weights(program: torch.export.ExportedProgram) -> int:
+    """Bytes of what the program holds."""
+    held = [*program.state_dict.values(), *program.constants.values()]
+    return sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor))
 
 
 def _attention_in_four(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

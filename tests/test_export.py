@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -327,11 +328,24 @@ def test_a_model_of_other_inputs_is_refused(tmp_path: Path) -> None:
         surgeon.export(nn.Bilinear(2, 2, 2), tmp_path / "m.onnx", example_inputs=(torch.ones(1, 2), torch.ones(1, 2)))
 
 
-def test_more_than_an_onnx_file_holds_is_refused_before_work_starts(tmp_path: Path) -> None:
-    model = nn.Conv2d(2**15, 2**14, 1, device="meta")  # 2 GiB, and a bias
-    with pytest.raises(ExportError, match=r"Conv2d has 2\.0 GiB of weights, .* less than 2 GiB; .*--format torch"):
-        surgeon.export(model, tmp_path / "m.onnx", input_size=(2**15, 8, 8))
-    assert not list(tmp_path.iterdir())
+def test_weights_that_one_onnx_file_cannot_hold_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exported, "LARGE", 1000)
+    model, path = mixed(), tmp_path / "m.onnx"
+    for force in (False, True):
+        made = surgeon.export(model, path, input_size=(3, 24, 24), free="batch", force=force)
+        assert made.data == f"{path}.data"
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+        assert made.size == sum(file.stat().st_size for file in tmp_path.iterdir())
+        x = torch.randn(3, 3, 24, 24)
+        assert relative_error(onnx_run(path, x)[0], model(x)) <= 1e-5
+    before = [file.read_bytes() for file in sorted(tmp_path.iterdir())]
+    monkeypatch.setattr(export_module, "read", lambda path, format: lambda images: [torch.zeros(len(images), 8)])
+    with pytest.raises(ExportError, match="does not compute what the model computes"):
+        surgeon.export(model, path, input_size=(3, 24, 24), free="none", force=True)
+    assert [file.read_bytes() for file in sorted(tmp_path.iterdir())] == before
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"m\.onnx\.data exists; choose another with -o"):
+        surgeon.export(model, path, input_size=(3, 24, 24))
 
 
 @pytest.mark.parametrize(("kind", "good_from", "draws"), [("pafu", 3, 3), ("pafu", 9, None), ("sekg", 3, None)])
@@ -397,6 +411,13 @@ def test_a_model_that_magnifies_rounding_is_allowed_what_it_does_to_itself(
         ExportError, match=r"at most 0\.0001, or 10 times the .*e-0\d by which float32 moves the model itself"
     ):
         surgeon.export(Sharp(), tmp_path / "m.pt2", **words)
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    (left := tmp_path / f".m.pt2.partial-{socket.gethostname()}-4194305").mkdir()  # a process that cannot be
+    (left / "m.pt2").write_bytes(b"half")
+    surgeon.export(Fixed(), tmp_path / "m.pt2", format="torch", input_size=(3, 8, 8), free="none")
+    assert [file.name for file in tmp_path.iterdir()] == ["m.pt2"]
 
 
 def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
