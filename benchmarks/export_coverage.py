@@ -215,21 +215,22 @@ def _model(network: Network) -> tuple[nn.Module, Inputs]:
         case = Case(network.library, network.kind, network.family, network.name)
         (made, _), size = surgeon.convert(build(case), layers="all", type=network.type), None
     inputs = observe(made, (), input_size=size).inputs
-    many = _many(inputs)
+    batches = _batches(inputs)
     for std in STDS:
         model = copy_model(made)
         _awaken(model, inputs, std)
-        if _rounding(model, many) <= ROUNDING:
+        if _rounding(model, batches) <= ROUNDING:
             break
     return model, inputs
 
 
-def _many(inputs: Inputs) -> Inputs:
-    """IMAGES random images of that size where the model takes a batch of them: one in ten may be the one that explodes."""
+def _batches(inputs: Inputs) -> list[Inputs]:
+    """These and as many random images as make IMAGES, where the model takes a batch of images: one in ten may be what explodes."""
     if inputs.kwargs or len(inputs.args) != 1 or not isinstance(inputs.args[0], Tensor) or inputs.args[0].dim() != 4:
-        return inputs
-    generator = torch.Generator().manual_seed(0)
-    return Inputs(args=(torch.randn((IMAGES, *inputs.args[0].shape[1:]), generator=generator),))
+        return [inputs]
+    shape, generator = inputs.args[0].shape, torch.Generator().manual_seed(0)
+    others = [torch.randn(shape, generator=generator) for _ in range(IMAGES // len(inputs.args[0]) - 1)]
+    return [inputs, *(Inputs(args=(images,)) for images in others)]
 
 
 def _awaken(model: nn.Module, inputs: Inputs, std: float) -> None:
@@ -243,16 +244,23 @@ def _awaken(model: nn.Module, inputs: Inputs, std: float) -> None:
     settle_norms(model, lambda: model(*inputs.args))
 
 
-def _rounding(model: nn.Module, inputs: Inputs) -> float:
-    """How far the model in float32 is from itself in float64, relative; 0 where it does not run in that, infinite with NaNs."""
-    found = map_tensors(run(model, inputs), Tensor.double)
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors(found)):
-        return math.inf
-    try:
-        exact = run(copy_model(model).double(), inputs.to_dtype(torch.float64))
-    except InputError:
-        return 0.0
-    return compare(exact, found).max_rel
+def _rounding(model: nn.Module, batches: Sequence[Inputs]) -> float:
+    """How far the model in float32 is from itself in float64, relative, up to the first batch where that is more than ROUNDING.
+
+    0 where it does not run in float64, infinite with NaNs.
+    """
+    double, most = copy_model(model).double(), 0.0
+    for inputs in batches:
+        found = map_tensors(run(model, inputs), Tensor.double)
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors(found)):
+            return math.inf
+        try:
+            most = max(most, compare(run(double, inputs.to_dtype(torch.float64)), found).max_rel)
+        except InputError:
+            return most
+        if most > ROUNDING:
+            break
+    return most
 
 
 def _varies(model: nn.Module, inputs: Inputs) -> float | None:

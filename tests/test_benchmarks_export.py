@@ -147,13 +147,33 @@ def test_dynamic_parts_vary_as_much_as_rounding_allows(monkeypatch: pytest.Monke
     assert asked == [0.02, 0.005]
 
 
+class Explodes(torch.nn.Module):
+    """On some images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[torch.dtype] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append(x.dtype)
+        return torch.sin(1e6 * x) if len(self.calls) > 4 else x
+
+
 def test_rounding_is_looked_for_on_many_images() -> None:
     """With a batch of two, what explodes on one image in ten passed for calm, and its file for wrong."""
-    (many,) = export_coverage._many(Inputs(args=(torch.ones(2, 3, 8, 6),))).args
-    assert many.shape == (8, 3, 8, 6)
-    assert len({float(image.sum()) for image in many}) == 8
+    inputs = Inputs(args=(torch.ones(2, 3, 8, 6),))
+    batches = export_coverage._batches(inputs)
+    assert batches[0] is inputs
+    assert {batch.args[0].shape for batch in batches} == {(2, 3, 8, 6)}
+    assert len({float(image.sum()) for batch in batches for image in batch.args[0]}) == 7, "six more"
+    model = Explodes()
+    assert export_coverage._rounding(model, batches[:2]) == 0
+    model = Explodes()
+    model.calls += [torch.float32] * 4
+    assert export_coverage._rounding(model, batches[1:]) > export_coverage.ROUNDING
+    assert len(model.calls) == 5, "once it has exploded, no other image is looked at"
     other = Inputs(args=([torch.ones(3, 8, 6)],))
-    assert export_coverage._many(other) is other
+    assert export_coverage._batches(other) == [other]
 
 
 def test_the_libraries_are_covered_family_by_family_with_every_type() -> None:
