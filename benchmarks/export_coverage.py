@@ -15,6 +15,7 @@ benchmarks/results/export_coverage.json and the table in docs/export.md (benchma
 """
 
 import argparse
+import contextlib
 import fnmatch
 import json
 import math
@@ -56,6 +57,7 @@ NOTHING = 1e-3  # where the dynamic part changes less, it is not checked
 STDS = (0.02, 0.005, 0.001, 0.0001)  # of the weights that make kernels, the largest that leaves rounding small
 ROUNDING = 1e-5
 IMAGES = 8  # on which that is measured
+LARGE, SMALL = 256, 224  # pixels
 
 
 @dataclass(frozen=True)
@@ -210,11 +212,12 @@ def _model(network: Network) -> tuple[nn.Module, Inputs]:
     """Its dynamic parts vary as much as they can (at most STDS[0]) while float32's own rounding stays small."""
     torch.manual_seed(0)
     if network.library == "zoo":
-        made, size = zoo.create(network.name).eval(), zoo.entry(network.name).input_size
+        made = zoo.create(network.name).eval()
+        inputs = observe(made, (), input_size=zoo.entry(network.name).input_size).inputs
     else:
-        case = Case(network.library, network.kind, network.family, network.name)
-        (made, _), size = surgeon.convert(build(case), layers="all", type=network.type), None
-    inputs = observe(made, (), input_size=size).inputs
+        plain = build(Case(network.library, network.kind, network.family, network.name))
+        inputs = _inputs(plain)
+        made, _ = surgeon.convert(plain, layers="all", type=network.type, example_inputs=inputs.args, inplace=True)
     batches = _batches(inputs)
     for std in STDS:
         model = copy_model(made)
@@ -222,6 +225,16 @@ def _model(network: Network) -> tuple[nn.Module, Inputs]:
         if _rounding(model, batches) <= ROUNDING:
             break
     return model, inputs
+
+
+def _inputs(model: nn.Module) -> Inputs:
+    """Of its own size, or where that is above LARGE of SMALL, if the model takes it: larger images make nothing but longer sums."""
+    own = observe(model, ()).inputs
+    images = own.args[0] if own.args else None
+    if isinstance(images, Tensor) and images.dim() == 4 and max(images.shape[2:]) > LARGE:
+        with contextlib.suppress(InputError):
+            return observe(model, (), input_size=(images.shape[1], SMALL, SMALL)).inputs
+    return own
 
 
 def _batches(inputs: Inputs) -> list[Inputs]:

@@ -147,6 +147,21 @@ def test_dynamic_parts_vary_as_much_as_rounding_allows(monkeypatch: pytest.Monke
     assert asked == [0.02, 0.005]
 
 
+@pytest.mark.parametrize(("takes", "size"), [((768, 224), 224), ((768,), 768), ((256, 224), 256)])
+def test_large_images_become_small_ones_where_the_model_takes_them(takes: tuple[int, ...], size: int) -> None:
+    class Choosy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.default_cfg = {"input_size": (3, takes[0], takes[0])}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.shape[-1] in takes
+            return x
+
+    (images,) = export_coverage._inputs(Choosy()).args
+    assert images.shape[1:] == (3, size, size)
+
+
 class Explodes(torch.nn.Module):
     """On some images."""
 
