@@ -238,18 +238,14 @@ class _Shapes:
         if free in ("batch", "none"):
             shapes.fixed |= dict.fromkeys(NAMES[1:], "asked for")
         else:
-            height, width = example.shape[-2:]
-            other = (height + _STEP, width + 2 * _STEP)
             try:
-                run_model(model, Inputs(args=(_images(example, 2, other),)))
-                shapes.other = other
+                shapes.other = _other_size(model, example)
             except InputError as error:
-                told = _first_line(error.__cause__ or error)
                 if free == "size":
-                    raise ExportError(
-                        f"the model itself does not run at {other[0]}x{other[1]}, only at {height}x{width}: {told}"
-                    ) from error
-                shapes.fixed |= dict.fromkeys(NAMES[1:], f"the model takes no other size: {told}")
+                    raise ExportError(f"the model itself does not run {error}") from error
+                shapes.fixed |= dict.fromkeys(
+                    NAMES[1:], f"the model takes no other size: {_first_line(error.__cause__)}"
+                )
         if free == "none":
             shapes.fixed["batch"] = "asked for"
         return shapes
@@ -298,6 +294,22 @@ def _example(model: nn.Module, input_size: Any, example_inputs: Any) -> Tensor:
         return inputs.args[0]
     assert failure is not None
     raise failure
+
+
+def _other_size(model: nn.Module, example: Tensor) -> tuple[int, int]:
+    """Another image size that the model takes: what most networks divide by larger, or twice as large (patches of 14)."""
+    height, width = example.shape[-2:]
+    sizes = (height + _STEP, width + 2 * _STEP), (2 * height, 2 * width)
+    refused: BaseException | None = None
+    for size in sizes:
+        try:
+            run_model(model, Inputs(args=(_images(example, 2, size),)))
+        except InputError as error:
+            refused = refused or error.__cause__ or error
+        else:
+            return size
+    tried = " or ".join(f"{h}x{w}" for h, w in sizes)
+    raise InputError(f"at {tried}, only at {height}x{width}: {_first_line(refused)}") from refused
 
 
 def _images(like: Tensor, batch: int, size: Sequence[int], draw: int = 1) -> Tensor:

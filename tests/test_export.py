@@ -59,6 +59,19 @@ class Eights(nn.Module):
         return {"half": x[:, :, ::2, ::2], "mean": x.mean((2, 3))}
 
 
+class Patches(nn.Module):
+    """Takes only sides that are multiples of 14, as DINOv2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 4, 14, 14)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] % 14 or x.shape[3] % 14:
+            raise ValueError("sides must be multiples of 14")
+        return self.embed(x).mean((2, 3))
+
+
 class Dense(nn.Module):
     """Concatenates what a layer was given and what it made, as DenseNet does."""
 
@@ -186,7 +199,7 @@ def test_what_the_model_does_not_allow_is_fixed_and_said(tmp_path: Path) -> None
     assert set(found.fixed) == {"height", "width"}
     assert "takes no other size" in found.fixed["height"]
     assert {c.shape for c in found.checks} == {(2, 3, 8, 8), (3, 3, 8, 8)}
-    with pytest.raises(ExportError, match="does not run at 40x72, only at 8x8"):
+    with pytest.raises(ExportError, match="does not run at 40x72 or 16x16, only at 8x8"):
         surgeon.export(Fixed(), tmp_path / "n.onnx", input_size=(3, 8, 8), free="size")
     assert not (tmp_path / "n.onnx").exists()
 
@@ -198,6 +211,14 @@ def test_bounds_that_the_code_sets_are_kept_and_told(tmp_path: Path) -> None:
     half, mean = onnx_run(tmp_path / "m.onnx", x)
     assert torch.equal(half, x[:, :, ::2, ::2])
     assert relative_error(mean, x.mean((2, 3))) <= 1e-5
+
+
+def test_sizes_of_other_patches_than_32_are_free(tmp_path: Path) -> None:
+    found = surgeon.export(model := Patches(), tmp_path / "m.onnx", input_size=(3, 28, 42))
+    assert {found.free["height"], found.free["width"]} == {"multiples of 14"}
+    assert (3, 3, 56, 84) in {check.shape for check in found.checks}
+    x = torch.randn(1, 3, 42, 70)
+    assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
 
 
 def test_sizes_that_strides_reduce_to_a_pixel_stay_free_from_a_bound_on(tmp_path: Path) -> None:
