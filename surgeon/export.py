@@ -133,7 +133,7 @@ def export(
                 reasons |= dict.fromkeys(names, _reason(error))
         result.fixed = {name: why for name, why in (reasons | shapes.fixed).items() if name not in result.free}
         result.size = sum(file.stat().st_size for file in partial.parent.iterdir())
-        data = _put(partial, path)
+        data = _put(partial, path, format)
         result.path, result.data = str(path), None if data is None else str(data)
     return result
 
@@ -211,15 +211,17 @@ def _beside(path: Path) -> Iterator[Path]:
         raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _put(partial: Path, path: Path) -> Path | None:
+def _put(partial: Path, path: Path, format: str) -> Path | None:
     """Move the file to its place. Weights of their own, whose place is returned, go first: it names them."""
     data, place = data_of(partial), data_of(path)
-    found = data.exists()
-    if found:
+    apart = data.exists()
+    if apart:
         path.unlink(missing_ok=True)  # the one that is replaced would be read with weights that are not its own
         data.replace(place)
     partial.replace(path)
-    return place if found else None
+    if format == "onnx" and not apart:
+        place.unlink(missing_ok=True)  # those of the one that was replaced
+    return place if apart else None
 
 
 # --- what may change ----------------------------------------------------------------------------------------------

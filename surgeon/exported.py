@@ -17,9 +17,7 @@ from surgeon.errors import ExportError
 Runner = Callable[[Tensor], list[Tensor]]
 
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
-LARGE = (
-    3 * 2**29
-)  # bytes of weights from which ONNX keeps them in a file of their own; protobuf's messages end at 2 GiB
+LARGE = 3 * 2**29  # bytes: such weights ONNX keeps in a file of their own, because protobuf's messages end at 2 GiB
 _TORCH_OWN = ("aten", "prims", "prim", "higher_order", "_operator", "math", "torch")
 
 
@@ -62,6 +60,8 @@ def write(program: torch.export.ExportedProgram, path: Path, format: str, opset:
         made.save(path, external_data=_weights(program) >= LARGE)
         onnx.checker.check_model(path, full_check=True)
         model = onnx.load(path, load_external_data=False)
+    except OSError:  # a full disk says nothing of the model
+        raise
     except Exception as error:
         raise ExportError(f"the conversion to ONNX refuses the model: {_cause(error)}; nothing was written") from error
     return len(model.graph.node)

@@ -1,5 +1,6 @@
 """surgeon.export and the command: files that run without surgeon, checked, atomic, and clear words where it does not work."""
 
+import errno
 import importlib
 import json
 import socket
@@ -367,6 +368,19 @@ def test_weights_that_one_onnx_file_cannot_hold_lie_beside_it(tmp_path: Path, mo
     path.unlink()
     with pytest.raises(ConfigError, match=r"m\.onnx\.data exists; choose another with -o"):
         surgeon.export(model, path, input_size=(3, 24, 24))
+    monkeypatch.undo()
+    made = surgeon.export(model, path, input_size=(3, 24, 24), free="none", force=True)
+    assert made.data is None
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"], "weights of the one that was replaced"
+
+
+def test_a_full_disk_is_no_refusal_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("onnx.checker.check_model", full)
+    with pytest.raises(ExportError, match=r"cannot write .*m\.onnx: No space left on device"):
+        surgeon.export(Fixed(), tmp_path / "m.onnx", input_size=(3, 8, 8), free="none")
 
 
 @pytest.mark.parametrize(("kind", "good_from", "draws"), [("pafu", 3, 3), ("pafu", 9, None), ("sekg", 3, None)])
