@@ -13,7 +13,6 @@ from surgeon.errors import BackendError, GeometryError
 from surgeon.layers.kernels import pafu_frames, pafu_grouped
 from surgeon.layers.kernels.pafu import METHODS, PAFU_CONV, pafu_conv
 from surgeon.layers.kernels.pafu_frames import Problem, Window
-from tests.layer_contract import relative_error
 
 Case = tuple[dict[str, Tensor], Window]
 
@@ -118,33 +117,6 @@ def test_every_method_is_the_reference(case: Case, small_chunks: bool) -> None:
             patch.setattr(pafu_grouped, "BLOCK_BYTES", 700)
         for method in methods_for(case):
             assert_same(method, case)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_large_kernels_are_multiplied_by_onednn_and_give_what_mm_gives(
-    groups: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    multiplied = 0
-    onednn = pafu_grouped._onednn_linear
-    assert onednn is not None or not torch.backends.mkldnn.is_available(), "torch has renamed it"
-    if onednn is None:
-        pytest.skip("this torch is built without oneDNN")
-
-    def spy(*args: object) -> Tensor:
-        nonlocal multiplied
-        multiplied += 1
-        y: Tensor = onednn(*args)
-        return y
-
-    monkeypatch.setattr(pafu_grouped, "_onednn_linear", spy)
-    for dtype, expected in ((torch.float32, 3 * groups), (torch.float64, 0)):
-        tensors, window = make_case(per_group=(128, 120), groups=groups, dtype=dtype)
-        multiplied = 0
-        found = run("grouped", tensors, window)
-        assert multiplied == expected, "once for each kernel and group"
-        with monkeypatch.context() as without:
-            without.setattr(pafu_grouped, "_onednn_linear", None)
-            assert relative_error(found, run("grouped", tensors, window)) <= 1e-5
 
 
 @pytest.mark.parametrize("method", ["auto", "grouped", "dense"])

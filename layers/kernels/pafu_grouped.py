@@ -10,7 +10,7 @@ of a patch (channels last).
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from torch import Tensor
 from surgeon.layers.kernels.pafu_frames import Chunk, Grads, Problem
 
 BLOCK_BYTES = 2 << 20  # of gathered patches; measured: they must stay in the cache until they are multiplied
-ONEDNN_FROM = 1 << 17  # elements of a kernel; measured: below, it is as fast as torch.mm
-_onednn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # what torch.compile makes of nn.Linear
 
 
 class Block(NamedTuple):
@@ -127,18 +125,9 @@ def forward(problem: Problem, out: Tensor) -> None:
                 patches_RU = patches.view(-1, patch)
                 y_block = y_RO[block.pixels, outputs]
                 for i, segment in block.segments:
-                    _multiply(patches_RU[segment], kernels[i][outputs], y_block[segment])
+                    torch.mm(patches_RU[segment], kernels[i][outputs].t(), out=y_block[segment])
         target = chunk.outputs(out)
         target.copy_(torch.index_select(y_RO, 0, pixels.inverse).view(target.shape))
-
-
-def _multiply(patches_RU: Tensor, kernel_OU: Tensor, out_RO: Tensor) -> None:
-    """out = patches · kernelᵀ. Few rows for a large kernel are oneDNN's: it takes less time than `mm` to lay the kernel out."""
-    small = kernel_OU.numel() < ONEDNN_FROM or kernel_OU.dtype != torch.float32 or kernel_OU.device.type != "cpu"
-    if small or _onednn_linear is None or not torch.backends.mkldnn.enabled:
-        torch.mm(patches_RU, kernel_OU.t(), out=out_RO)
-    else:
-        out_RO.copy_(_onednn_linear(patches_RU, kernel_OU, None, "none", [], ""))
 
 
 def backward(problem: Problem, grad: Tensor, grads: Grads) -> None:
@@ -203,7 +192,7 @@ class _GroupWork(NamedTuple):
             g = g_RO.to(self.scores_Rn.dtype)
             y_RO = torch.empty_like(g_RO)
             for i, kernel in enumerate(self.kernels):
-                _multiply(patches_RU, kernel, y_RO)
+                torch.mm(patches_RU, kernel.t(), out=y_RO)
                 self.scores_Rn[block.pixels, i] += (y_RO * g).sum(1)
 
 
