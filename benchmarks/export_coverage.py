@@ -230,19 +230,27 @@ def _model(network: Network) -> tuple[nn.Module, Inputs]:
 def _inputs(model: nn.Module) -> Inputs:
     """Of its own size, or where that is above LARGE of SMALL, if the model takes it: larger images make nothing but longer sums."""
     own = observe(model, ()).inputs
-    images = own.args[0] if own.args else None
-    if isinstance(images, Tensor) and images.dim() == 4 and max(images.shape[2:]) > LARGE:
+    images = _images(own)
+    if images is not None and max(images.shape[2:]) > LARGE:
         with contextlib.suppress(InputError):
             return observe(model, (), input_size=(images.shape[1], SMALL, SMALL)).inputs
     return own
 
 
+def _images(inputs: Inputs) -> Tensor | None:
+    """The batch of images, where that is all that the model takes."""
+    if inputs.kwargs or len(inputs.args) != 1 or not isinstance(inputs.args[0], Tensor) or inputs.args[0].dim() != 4:
+        return None
+    return inputs.args[0]
+
+
 def _batches(inputs: Inputs) -> list[Inputs]:
     """These and as many random images as make IMAGES, where the model takes a batch of images: one in ten may be what explodes."""
-    if inputs.kwargs or len(inputs.args) != 1 or not isinstance(inputs.args[0], Tensor) or inputs.args[0].dim() != 4:
+    images = _images(inputs)
+    if images is None:
         return [inputs]
-    shape, generator = inputs.args[0].shape, torch.Generator().manual_seed(0)
-    others = [torch.randn(shape, generator=generator) for _ in range(IMAGES // len(inputs.args[0]) - 1)]
+    generator = torch.Generator().manual_seed(0)
+    others = [torch.randn(images.shape, generator=generator) for _ in range(IMAGES // len(images) - 1)]
     return [inputs, *(Inputs(args=(images,)) for images in others)]
 
 

@@ -226,8 +226,7 @@ class PAFUConv2d(CodedConv2d):
 
     @torch.no_grad()
     def energy_of(self, difference: Tensor) -> Tensor:
-        kernels = torch.cat([self._kernel().movedim(1, -1).flatten(1)[None], self._further_kernels()]).flatten(1)
-        gram = (kernels.double() @ kernels.double().T).to(difference)
+        gram = self._gram(torch.float64).to(difference)
         return torch.einsum("...i,ij,...j->...", difference, gram, difference).clamp_min(0)
 
     @torch.no_grad()
@@ -255,18 +254,19 @@ class PAFUConv2d(CodedConv2d):
 
     def regularization(self) -> Tensor:
         """‖W_f W_fᵀ − I‖²_F, the rows of W_f (n, k·l·C/G·O) being the kernels, padded to the window and normalised (eq. 3)."""
-        dtype = torch.promote_types(self.kernel.dtype, torch.float32)
+        gram = self._gram(torch.promote_types(self.kernel.dtype, torch.float32))
+        norms = gram.diagonal().clamp_min(1e-24).sqrt()  # before the root, whose slope at zero is none
+        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return (gram / (norms[:, None] * norms) - eye).square().sum()
+
+    def _gram(self, dtype: torch.dtype) -> Tensor:
+        """Products of all pairs of kernels, (n, n). Normalised copies of the kernels would be kept for the backward pass."""
         first = self._kernel().movedim(1, -1).reshape(1, -1).to(dtype)
         others = self._further_kernels().flatten(1).to(dtype)
         with torch.autocast(first.device.type, enabled=False):
-            # Products of kernels first, normalised then: normalised copies of all kernels would be kept for the backward pass.
             across = others @ first.t()
-            gram = torch.cat(
-                [torch.cat([first @ first.t(), across.t()], 1), torch.cat([across, others @ others.t()], 1)]
-            )
-            norms = gram.diagonal().clamp_min(1e-24).sqrt()  # before the root, whose slope at zero is none
-            eye = torch.eye(len(gram), dtype=dtype, device=gram.device)
-            return (gram / (norms[:, None] * norms) - eye).square().sum()
+            rows = [[first @ first.t(), across.t()], [across, others @ others.t()]]
+            return torch.cat([torch.cat(row, 1) for row in rows])
 
 
 def _margins(size: Pair, window: Pair) -> tuple[int, int, int, int]:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # The processes of one run share the cores, with what they start; torch reads both when it is imported, MKL's before OpenMP's.
@@ -44,6 +45,14 @@ def pytest_sessionfinish() -> None:
 def _seed() -> None:
     torch.manual_seed(0)
     return
+
+
+@pytest.fixture
+def nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests of what writes files: in a folder of their own, which holds no unfinished ones afterwards."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not list(tmp_path.rglob("*.partial*")), "nothing half-written may stay"
 
 
 @pytest.fixture(scope="session")

@@ -167,11 +167,11 @@ class Explodes(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[torch.dtype] = []
+        self.calls = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls.append(x.dtype)
-        return torch.sin(1e6 * x) if len(self.calls) > 4 else x
+        self.calls += 1
+        return torch.sin(1e6 * x) if self.calls > 4 else x
 
 
 def test_rounding_is_looked_for_on_many_images() -> None:
@@ -184,9 +184,9 @@ def test_rounding_is_looked_for_on_many_images() -> None:
     model = Explodes()
     assert export_coverage._rounding(model, batches[:2]) == 0
     model = Explodes()
-    model.calls += [torch.float32] * 4
+    model.calls = 4
     assert export_coverage._rounding(model, batches[1:]) > export_coverage.ROUNDING
-    assert len(model.calls) == 5, "once it has exploded, no other image is looked at"
+    assert model.calls == 5, "once it has exploded, no other image is looked at"
     other = Inputs(args=([torch.ones(3, 8, 6)],))
     assert export_coverage._batches(other) == [other]
 

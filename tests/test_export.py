@@ -6,7 +6,6 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,137 +17,15 @@ import surgeon
 from surgeon import exported
 from surgeon.cli import main
 from surgeon.errors import ConfigError, ExportError
-from tests.layer_contract import awaken, make, plain_conv, relative_error
+from tests.export_models import Fixed, Untraceable, Wrong, mixed, onnx_run
+from tests.layer_contract import relative_error
 
 export_module = importlib.import_module("surgeon.export")  # `surgeon.export` is the function
 
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(autouse=True)
-def _nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    yield
-    assert not list(tmp_path.rglob("*.partial*")), "nothing half-written may stay"
-
-
-def mixed() -> nn.Module:
-    """All three layer types, with dynamic parts that do something."""
-    layers = [awaken(make(kind, plain_conv(in_channels=c)), 0.1) for kind, c in (("acda", 6), ("pafu", 8), ("sekg", 8))]
-    return nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-
-
-class Fixed(nn.Module):
-    """Takes images of one size only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, padding=1)
-        self.head = nn.Linear(4 * 64, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.conv(x).flatten(1))
-        return y
-
-
-class Eights(nn.Module):
-    """Takes only sides that are multiples of 8, and gives two outputs."""
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        if x.shape[2] % 8 or x.shape[3] % 8:
-            raise ValueError("sides must be multiples of 8")
-        return {"half": x[:, :, ::2, ::2], "mean": x.mean((2, 3))}
-
-
-class Patches(nn.Module):
-    """Takes only sides that are multiples of 14, as DINOv2."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(3, 4, 14, 14)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2] % 14 or x.shape[3] % 14:
-            raise ValueError("sides must be multiples of 14")
-        return self.embed(x).mean((2, 3))
-
-
-class Dense(nn.Module):
-    """Concatenates what a layer was given and what it made, as DenseNet does."""
-
-    def __init__(self, kind: str, groups: int) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 2))
-        self.layer = awaken(make(kind, plain_conv(in_channels=8, groups=groups)), 0.1)
-        self.after = nn.Sequential(nn.BatchNorm2d(16), nn.Conv2d(16, 2, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        y: Tensor = self.after(torch.cat([x, self.layer(x)], 1))
-        return y
-
-
-class Attention(nn.Module):
-    """Attention with a bias, as in BEiT: fused kernels lay out its result as ONNX's formula does not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(3, 64, 4, 4)
-        self.qkv = nn.Linear(64, 192)
-        self.bias = nn.Parameter(torch.randn(4, 16, 16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.embed(x).flatten(2).transpose(1, 2)
-        n, length, width = tokens.shape
-        q, k, v = self.qkv(tokens).view(n, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4).unbind()
-        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.bias[None].expand(n, -1, -1, -1))
-        return y.transpose(1, 2).reshape(n, length, width)
-
-
-class Windows(nn.Module):
-    """Attention within windows, as in Hiera: its tensors have five dimensions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(3, 16, 4, 4)
-        self.qkv = nn.Linear(16, 48)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.embed(x).flatten(2).transpose(1, 2)
-        n, length, width = tokens.shape
-        q, k, v = self.qkv(tokens).view(n, 4, length // 4, 3, 2, width // 2).permute(3, 0, 4, 1, 2, 5).unbind()
-        y = nn.functional.scaled_dot_product_attention(q, k, v)
-        return y.permute(0, 2, 3, 1, 4).reshape(n, length, width)
-
-
-class PerImage(nn.Module):
-    """A kernel of its own for each image, as in CondConv: a convolution with as many groups as there are images."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        kernels = x.mean((2, 3)).view(n * c, 1, 1, 1).expand(-1, -1, 3, 3)
-        return nn.functional.conv2d(x.reshape(1, n * c, h, w), kernels, groups=n * c).view(n, c, h - 2, w - 2)
-
-
-class Untraceable(nn.Module):
-    """Decides by the data."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x if float(x.sum()) > 0 else -x
-
-
-class Wrong(nn.Module):
-    """Computes something else while it is exported."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (1.01 if torch.compiler.is_exporting() else 1.0)
-
-
-def onnx_run(path: Path, x: Tensor) -> list[Tensor]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return [torch.from_numpy(y) for y in session.run(None, {"images": x.numpy()})]
+pytestmark = pytest.mark.usefixtures("nothing_half_written")
 
 
 def test_onnx_with_every_layer_type_and_free_sizes(tmp_path: Path) -> None:
@@ -192,147 +69,6 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     surgeon.export(model, tmp_path / "m.pt2", format="torch", input_size=(3, 16, 16))
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_what_the_model_does_not_allow_is_fixed_and_said(tmp_path: Path) -> None:
-    found = surgeon.export(Fixed(), tmp_path / "m.onnx", input_size=(3, 8, 8))
-    assert set(found.free) == {"batch"}
-    assert set(found.fixed) == {"height", "width"}
-    assert "takes no other size" in found.fixed["height"]
-    assert {c.shape for c in found.checks} == {(2, 3, 8, 8), (3, 3, 8, 8)}
-    with pytest.raises(ExportError, match="does not run at 40x72 or 36x64, only at 8x8"):
-        surgeon.export(Fixed(), tmp_path / "n.onnx", input_size=(3, 8, 8), free="size")
-    assert not (tmp_path / "n.onnx").exists()
-
-
-def test_bounds_that_the_code_sets_are_kept_and_told(tmp_path: Path) -> None:
-    found = surgeon.export(Eights(), tmp_path / "m.onnx", input_size=(3, 16, 16))
-    assert found.free["height"].startswith("multiples of 8")
-    x = torch.randn(1, 3, 24, 40)
-    half, mean = onnx_run(tmp_path / "m.onnx", x)
-    assert torch.equal(half, x[:, :, ::2, ::2])
-    assert relative_error(mean, x.mean((2, 3))) <= 1e-5
-
-
-def test_sizes_of_other_patches_than_32_are_free(tmp_path: Path) -> None:
-    found = surgeon.export(model := Patches(), tmp_path / "m.onnx", input_size=(3, 28, 42))
-    assert {found.free["height"], found.free["width"]} == {"multiples of 14"}
-    assert (3, 3, 56, 98) in {check.shape for check in found.checks}
-    x = torch.randn(1, 3, 42, 70)
-    assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
-
-
-def test_sizes_that_strides_reduce_to_a_pixel_stay_free_from_a_bound_on(tmp_path: Path) -> None:
-    """torch.export refuses sizes whose map may be one pixel, and suggests nothing (torchvision's ResNets)."""
-    strided = [nn.Conv2d(3 if i == 0 else 4, 4, 3, stride=2, padding=1) for i in range(4)]
-    model = nn.Sequential(*strided, nn.AdaptiveAvgPool2d(1))
-    found = surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 64, 48))
-    assert found.free == {"batch": "any", "height": "at least 17", "width": "at least 17"}
-    for shape in ((1, 3, 17, 40), (2, 3, 100, 33)):
-        x = torch.randn(shape)
-        assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-4
-
-
-@pytest.mark.parametrize(("kind", "groups"), [("acda", 1), ("pafu", 1), ("pafu", 8), ("sekg", 1)])
-def test_layers_keep_the_memory_format_of_what_they_are_concatenated_with(
-    kind: str, groups: int, tmp_path: Path
-) -> None:
-    """Where formats meet, torch.export compares strides of symbolic size, and refuses to leave the image size free."""
-    found = surgeon.export(Dense(kind, groups).eval(), tmp_path / "m.pt2", format="torch", input_size=(3, 64, 64))
-    assert set(found.free) == {"batch", "height", "width"}
-
-
-def test_onnxscripts_search_for_pairs_of_slices_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its time grows with the square of the operations. The rule is as it was afterwards, also after a failure."""
-    from onnxscript.rewriter.rules.common import slice_split_rule
-
-    asked: list[Any] = []
-    monkeypatch.setattr(type(slice_split_rule), "try_rewrite", lambda self, *rest, **options: asked.append(self))
-    model, _ = surgeon.convert(nn.Conv2d(3, 4, 3, padding=1), layers="all", type="sekg", input_size=(3, 16, 16))
-    surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 16, 16))
-    assert asked
-    assert slice_split_rule not in asked
-    with pytest.raises(ExportError, match="the conversion to ONNX refuses"):
-        surgeon.export(PerImage().eval(), tmp_path / "n.onnx", input_size=(3, 16, 16), free="size")
-    assert "try_rewrite" not in vars(slice_split_rule)
-
-
-@pytest.mark.parametrize(("attention", "free"), [(Attention, {"batch"}), (Windows, {"batch", "height", "width"})])
-def test_attention_as_onnx_does_not_have_it(attention: type[nn.Module], free: set[str], tmp_path: Path) -> None:
-    model = attention().eval()
-    found = surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 16, 16))
-    assert set(found.free) == free
-    x = torch.randn(5, 3, 16, 16)
-    assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
-
-
-@pytest.mark.parametrize("kind", ["sekg", None])
-def test_conditions_that_torch_export_cannot_solve_leave_sizes_free(kind: str | None, tmp_path: Path) -> None:
-    """Pooling with `ceil_mode`, as in GoogLeNet and SENet: named dimensions fail there with an error of torch.export's own."""
-    model: nn.Module = nn.Sequential(
-        nn.Conv2d(3, 8, 7, 2, 3),
-        nn.MaxPool2d(3, 2, ceil_mode=True),
-        nn.Conv2d(8, 8, 3, padding=1),
-        nn.MaxPool2d(2, 2, ceil_mode=True),
-        nn.AdaptiveAvgPool2d(1),
-    ).eval()
-    if kind is not None:
-        model, _ = surgeon.convert(model, layers="2", type=kind, input_size=(3, 64, 64))
-        awaken(model[2], 0.1)
-    found = surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 64, 64))
-    assert found.free["batch"] == "any"
-    assert set(found.free) == {"batch", "height", "width"}
-    assert "could not solve" in found.free["height"]
-    x = torch.randn(1, 3, 101, 77)
-    assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
-
-
-def test_the_channels_of_a_converted_first_layer_are_known(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Conv2d(5, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 3))
-    converted, _ = surgeon.convert(model, layers="0", type="sekg", input_size=(5, 16, 16))
-    found = surgeon.export(converted, tmp_path / "m.pt2", format="torch")
-    assert found.input_shape[1] == 5
-
-
-def test_sizes_at_which_the_file_does_not_run_are_fixed_and_said(tmp_path: Path) -> None:
-    """ONNX has no adaptive pooling; what stands for it reaches over the edge of some maps (PSPNet's pyramid)."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(6))
-    stages: list[str] = []
-    found = surgeon.export(
-        model, tmp_path / "m.onnx", input_size=(3, 20, 20), progress=lambda stage, done, total: stages.append(stage)
-    )
-    assert set(found.free) == {"batch"}
-    assert found.fixed.keys() == {"height", "width"}
-    assert "does not run at 2x3x52x84" in found.fixed["height"]
-    assert stages.count("convert") == 2, "what is known to fail is not tried again"
-    assert {c.shape for c in found.checks} == {(2, 3, 20, 20), (3, 3, 20, 20)}
-    x = torch.randn(4, 3, 20, 20)
-    assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
-    with pytest.raises(ExportError, match="does not run at 2x3x52x84"):
-        surgeon.export(model, tmp_path / "n.onnx", input_size=(3, 20, 20), free="size")
-    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
-
-
-def test_what_only_the_format_does_not_allow_is_fixed_and_said(tmp_path: Path) -> None:
-    found = surgeon.export(PerImage(), tmp_path / "m.onnx", input_size=(3, 16, 16))
-    assert set(found.free) == {"height", "width"}
-    assert found.fixed.keys() == {"batch"}
-    assert "the conversion to ONNX refuses the model" in found.fixed["batch"]
-    x = torch.randn(2, 3, 9, 14)
-    assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], PerImage()(x)) <= 1e-5
-    found = surgeon.export(PerImage(), tmp_path / "m.pt2", format="torch", input_size=(3, 16, 16))
-    assert set(found.free) == {"batch", "height", "width"}
-    with pytest.raises(ExportError, match="the conversion to ONNX refuses the model"):
-        surgeon.export(PerImage(), tmp_path / "n.onnx", input_size=(3, 16, 16), free="size")
-
-
-def test_less_may_be_asked_for(tmp_path: Path) -> None:
-    found = surgeon.export(nn.Conv2d(3, 4, 3), tmp_path / "a.pt2", format="torch", input_size=(3, 9, 9), free="batch")
-    assert set(found.free) == {"batch"}
-    found = surgeon.export(nn.Conv2d(3, 4, 3), tmp_path / "b.pt2", format="torch", input_size=(3, 9, 9), free="none")
-    assert found.free == {}
-    assert found.fixed == dict.fromkeys(("batch", "height", "width"), "asked for")
-    assert len(found.checks) == 1
 
 
 @pytest.mark.parametrize(
