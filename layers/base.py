@@ -1,7 +1,7 @@
 """What every dynamic convolution has in common: its config, its plain part, and the promise of an exact birth."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -15,7 +15,13 @@ from surgeon.layers.source import ConvSource
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """Options of a dynamic layer. Children are frozen, keyword-only, and check themselves in `__post_init__`."""
+    """Options of a dynamic layer. Children are frozen, keyword-only, and check themselves in `__post_init__`.
+
+    `paper`: the options whose default departs from the paper, with the values that follow it. Recipes of version 1, which do not
+    name them, mean these.
+    """
+
+    paper: ClassVar[Mapping[str, Any]] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -171,6 +177,10 @@ class CodedConv2d(DynamicConv2d):
     @abstractmethod
     def code(self, x: Tensor) -> Tensor:
         """What fixes the filter at each output pixel in eval mode, (N, V, H', W'): the filter is an affine function of it."""
+
+    @abstractmethod
+    def signal(self, x: Tensor) -> Tensor:
+        """The generator's last feature map, (N, features, H', W'): all that it knows of its input."""
 
     @abstractmethod
     def energy_of(self, difference: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
 from surgeon.layers.geometry import ConvGeometry, pad_for_window
+from surgeon.layers.norm import SignalNorm, check_norm
 
 WINDOW = (3, 3)
 FORMS = ("full", "separable", "lowrank")
@@ -26,17 +27,28 @@ class PixelGenerator(nn.Module):
     The 3×3 convolution is 9·hidden·outputs multiply-accumulates a pixel, often more than the convolution that is replaced.
     `form` factorises it, without an activation in between: "separable" into a 3×3 depthwise convolution and a 1×1 one,
     hidden·(9 + outputs); "lowrank" into a 3×3 convolution to `rank` maps and a 1×1 one, rank·(9·hidden + outputs).
+
+    `norm` "batch" normalizes the map before each tanh. Without it the hidden map of small features is hardly more than its bias.
     """
 
     def __init__(
-        self, geometry: ConvGeometry, hidden: int, outputs: int, depth: int = 1, form: str = "full", rank: int = RANK
+        self,
+        geometry: ConvGeometry,
+        hidden: int,
+        outputs: int,
+        depth: int = 1,
+        form: str = "full",
+        rank: int = RANK,
+        norm: str | None = None,
     ) -> None:
         super().__init__()
+        check_norm("PixelGenerator", norm)
         if form not in FORMS:
             raise ConfigError(f"the form of a generator must be one of {', '.join(FORMS)}, got {form!r}")
         self.geometry = geometry
         self.reduce = nn.Conv2d(geometry.in_channels, hidden, 1)
         self.between = nn.ModuleList(nn.Conv2d(hidden, hidden, 3, padding=1) for _ in range(depth - 1))
+        self.norms = nn.ModuleList(SignalNorm(hidden) for _ in range(depth) if norm is not None)
         settings: dict[str, Any] = {"stride": geometry.stride, "dilation": geometry.dilation}
         self.around: nn.Conv2d | None = None
         if form == "full":
@@ -52,16 +64,21 @@ class PixelGenerator(nn.Module):
 
     def forward(self, x: Tensor, geometry: ConvGeometry | None = None) -> Tensor:
         """`geometry` stands in for the layer's own where x is a band of the image (`ConvGeometry.band`), for depth 1."""
-        hidden = torch.tanh(self.reduce(x))
-        for conv in self.between:
-            hidden = torch.tanh(conv(hidden))
-        hidden, padding = pad_for_window(hidden, geometry or self.geometry, WINDOW)
+        hidden, padding = pad_for_window(self.hidden(x), geometry or self.geometry, WINDOW)
         seeing = self.expand if self.around is None else self.around
         y = F.conv2d(hidden, seeing.weight, seeing.bias, seeing.stride, padding, seeing.dilation, seeing.groups)
         if self.around is None:
             return y
         out: Tensor = self.expand(y)
         return out
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The last hidden map, (N, hidden, H, W), within [-1, 1]: all that the generator knows of its input."""
+        y: Tensor = x
+        for index, conv in enumerate((self.reduce, *self.between)):
+            y = conv(y)
+            y = torch.tanh(self.norms[index](y) if self.norms else y)
+        return y
 
     @property
     def static_output(self) -> Tensor:

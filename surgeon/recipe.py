@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = "surgeon-recipe"
-VERSION = 1
+VERSION = 2  # 1: layers have the options of their papers where a rule does not name them
 FILE = "recipe.json"
 
 CONVOLUTION = (
@@ -110,7 +110,7 @@ class Recipe:
             raise RecipeError(f"{where}: rules must be a list of {{layers, type, options}}, got {_told(rules)}")
         base = values.get("base")
         return cls(
-            rules=tuple(_rule(rule, f"{where}: rule {i}") for i, rule in enumerate(rules, start=1)),
+            rules=tuple(_rule(rule, f"{where}: rule {i}", values["version"]) for i, rule in enumerate(rules, start=1)),
             base=None if base is None else _base(base, f"{where}: base"),
             seed=_typed(values, "seed", int, where, default=0),
             versions=_string_map(values.get("versions", {}), f"{where}: versions"),
@@ -207,7 +207,7 @@ def _check_version(values: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _rule(values: Any, where: str) -> Rule:
+def _rule(values: Any, where: str, version: int) -> Rule:
     from surgeon.layers.registry import layer_class
 
     values = _mapping(values, where)
@@ -223,7 +223,9 @@ def _rule(values: Any, where: str) -> Rule:
         _check_window(options, f"{where} ({layers})")
         return Rule(layers=layers, type=kind, options=options)
     try:
-        layer_class(kind).Config.from_dict(options)
+        config = layer_class(kind).Config
+        options = {**config.paper, **options} if version == 1 else options
+        config.from_dict(options)
     except (ConfigError, TypeError) as error:
         raise RecipeError(f"{where} ({layers}): {error}") from error
     return Rule(layers=layers, type=kind, options=options)

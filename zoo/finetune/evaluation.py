@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from surgeon.copying import evaluating
+from surgeon.layers.norm import SignalNorm
 from surgeon.zoo.finetune.batches import to_device, validation_batches
 from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.tasks import Batch, Task, TaskDataset
@@ -65,9 +66,9 @@ def evaluate(
 
 
 def freeze_batch_norms(model: nn.Module) -> None:
-    """Make BatchNorms use and keep the statistics they have, until the next `train()`."""
+    """Make BatchNorms use and keep the statistics they have, until the next `train()`; those inside of generators have none yet."""
     for module in model.modules():
-        if isinstance(module, BATCH_NORMS):
+        if isinstance(module, BATCH_NORMS) and not isinstance(module, SignalNorm):
             module.eval()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
 from surgeon.layers.blocks import CB, DCB, MCB, MDCB, leaky
+from surgeon.zoo.comparators import start_at_zero
 from surgeon.zoo.registry import Published, register, zero_based
 
 WIDTHS = (32, 64, 128, 256)
@@ -53,6 +54,7 @@ class ADFNet(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose2d(widths[i + 1], widths[i], 6, 2, 2) for i in finest_last)
         self.decode = nn.ModuleList(stage(scale, "decoder") for scale in finest_last)
         self.tail = nn.Conv2d(widths[0], channels, 3, padding=1)
+        start_at_zero(self.tail)
 
     def correction(self, x: Tensor) -> Tensor:
         """What is added to x, whose sides are multiples of 8."""

@@ -9,6 +9,8 @@ which are ways to train it and leave the class of functions as it is. PAFU repla
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +103,8 @@ def iterative_demosaic(steps: int = 10, depth: int = 5, width: int = 64) -> nn.M
 
 
 @register("pafu_iterative_demosaic", input_size=_SIZE, plain="iterative_demosaic", rules=RULES)
-def pafu_iterative_demosaic(steps: int = 10, depth: int = 5, width: int = 64) -> nn.Module:
+def pafu_iterative_demosaic(
+    steps: int = 10, depth: int = 5, width: int = 64, layer_options: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Iterative residual demosaicking with a PAFU of 16 kernels as the denoiser's input layer (PAFU Table 3)."""
-    return operate(IterativeDemosaic(steps, depth, width), RULES, _SIZE)
+    return operate(IterativeDemosaic(steps, depth, width), RULES, _SIZE, layer_options)

@@ -5,13 +5,15 @@ inverse Gamma distribution (alpha, beta). The loss is the negative lower bound o
 needed to denoise. It is the restoration network of `restorer`; the other is a chain of five 3×3 convolutions.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.recipe import Rule
+from surgeon.zoo.comparators import start_at_zero
 from surgeon.zoo.networks.ad_resnet import ACDA
 from surgeon.zoo.networks.restorer import BLOCKS, INNER, WIDTH, Trunk
 from surgeon.zoo.registry import Published, register
@@ -32,7 +34,7 @@ class Posterior(NamedTuple):
 
 
 class VDN(nn.Module):
-    """Noisy image (N, C, H, W) in [0, 1] -> the mean of the clean image, same shape, not clipped.
+    """Noisy image (N, C, H, W) in [0, 1] -> the mean of the clean image, same shape, not clipped. Starts at the identity.
 
     With `posterior` it is everything that the loss needs: a `Posterior`, see the method of that name.
     """
@@ -40,6 +42,7 @@ class VDN(nn.Module):
     def __init__(self, channels: int = 3, width: int = WIDTH, inner: int = INNER, blocks: int = BLOCKS) -> None:
         super().__init__()
         self.denoiser = Trunk(channels, 2 * channels, width, inner, blocks)
+        start_at_zero(self.denoiser.up2)
         layers: list[nn.Module] = [nn.Conv2d(channels, 64, 3, padding=1), nn.LeakyReLU(0.2)]
         for _ in range(3):
             layers += [nn.Conv2d(64, 64, 3, padding=1), nn.LeakyReLU(0.2)]
@@ -113,6 +116,12 @@ def vdn_conv(channels: int = 3, width: int = WIDTH, inner: int = INNER, blocks: 
     difference="the published number is that of the denoising network alone; the network for the noise, 116,038 parameters, is "
     "needed to train only",
 )
-def acda_vdn(channels: int = 3, width: int = WIDTH, inner: int = INNER, blocks: int = BLOCKS) -> nn.Module:
+def acda_vdn(
+    channels: int = 3,
+    width: int = WIDTH,
+    inner: int = INNER,
+    blocks: int = BLOCKS,
+    layer_options: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Variational denoising with ACDA (ACDA Table 5, "ACDA + VDNet")."""
-    return operate(VDN(channels, width, inner, blocks), RULES, (channels, *_SIZE[1:]))
+    return operate(VDN(channels, width, inner, blocks), RULES, (channels, *_SIZE[1:]), layer_options)
