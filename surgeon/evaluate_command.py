@@ -10,6 +10,7 @@ from surgeon.errors import ConfigError, DataError, ModelError, SurgeonError
 if TYPE_CHECKING:
     from torch import nn
 
+    from surgeon.adaptivity import Adaptivity
     from surgeon.recipe import BaseModel
     from surgeon.zoo.tasks import Task
 
@@ -167,6 +168,7 @@ def _measure(
     from surgeon.zoo.evaluate import evaluate
 
     before = {id(parameter) for parameter in model.parameters()}
+    layers: list[Adaptivity] = []
     model = task.bind(model)
     new = [key for key, parameter in model.named_parameters() if id(parameter) not in before]
     if new:
@@ -182,9 +184,16 @@ def _measure(
         amp=args.amp,
         workers=args.workers,
         progress=lambda stage, done, total: progress(name.rstrip("/").rpartition("/")[2], done, total),
+        layers=layers,
     )
     params = sum(p.numel() for p in model.parameters())
-    return {"metrics": metrics, "params": params, "flops": flops, "input_size": size}
+    return {
+        "metrics": metrics,
+        "params": params,
+        "flops": flops,
+        "input_size": size,
+        "layers": [x.to_dict() for x in layers],
+    }
 
 
 def _flops(model: "nn.Module", task: "Task", split: Any, name: str, notes: list[str]) -> tuple[int | None, list[int]]:
@@ -224,8 +233,27 @@ def text(document: dict[str, Any], width: int) -> str:
     lines = [paragraph(head, width=width), "", table(header, rows, width=width), ""]
     told = f"* decides, {way} is better. FLOPs (1 MAC = 2 FLOPs) are those of one input of {size}."
     lines.append(paragraph(told, width=width))
+    if document["layers"]:
+        lines += ["", _layers(document["layers"], width), ""]
+        lines.append(paragraph(ADAPTIVITY, width=width))
     lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in document["notes"]]
     return "\n".join(lines)
+
+
+ADAPTIVITY = (
+    "content: part of the generator's last map that varies over an image. saturated: part of it at the ends of tanh. distance: "
+    "1 - cos of the codes of two pixels (0: one filter everywhere). All on the first batch."
+)
+
+
+def _layers(layers: list[dict[str, Any]], width: int) -> str:
+    from surgeon.tables import table
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    rows = [[x["name"], x["type"], share(x["content"]), share(x["saturated"]), share(x["distance"])] for x in layers]
+    return table(["dynamic layer", "type", "content", "saturated", "distance"], rows, width=width)
 
 
 def _number(value: float | None) -> str:

@@ -7,7 +7,7 @@ conversion (`rules` name single layers, with every option resolved, so that a st
 import json
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -66,6 +66,13 @@ class Rule:
     layers: str
     type: str
     options: dict[str, Any] = field(default_factory=dict)
+
+
+def as_published(rule: Rule) -> Rule:
+    """The rule with the options of the layer's paper where it names none."""
+    from surgeon.layers.registry import layer_class
+
+    return replace(rule, options={**layer_class(rule.type).Config.paper, **rule.options})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +149,7 @@ def _of_zoo(name: str) -> Recipe:
     if not found.rules:
         why = f": {found.by_hand}" if found.by_hand else ""
         raise RecipeError(f"no recipe makes zoo/{name} of another network{why}")
-    return Recipe(rules=found.rules)
+    return Recipe(rules=tuple(as_published(rule) for rule in found.rules))
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -223,12 +230,11 @@ def _rule(values: Any, where: str, version: int) -> Rule:
         _check_window(options, f"{where} ({layers})")
         return Rule(layers=layers, type=kind, options=options)
     try:
-        config = layer_class(kind).Config
-        options = {**config.paper, **options} if version == 1 else options
-        config.from_dict(options)
+        layer_class(kind).Config.from_dict(options)
     except (ConfigError, TypeError) as error:
         raise RecipeError(f"{where} ({layers}): {error}") from error
-    return Rule(layers=layers, type=kind, options=options)
+    rule = Rule(layers=layers, type=kind, options=options)
+    return as_published(rule) if version == 1 else rule
 
 
 def _check_window(options: Mapping[str, Any], where: str) -> None:

@@ -9,8 +9,7 @@ from torch import nn
 
 from surgeon.convert import convert
 from surgeon.layers.acda import ACDAConv2d
-from surgeon.layers.registry import layer_class
-from surgeon.recipe import Recipe, Rule, set_recipe
+from surgeon.recipe import Recipe, Rule, as_published, set_recipe
 
 
 def operate(
@@ -28,17 +27,15 @@ def operate(
     follow from torch's generator.
     """
     seed = int(torch.randint(2**31, ()).item()) if not _on_meta(model) else 0
-    recipe = Recipe(rules=tuple(_as_published(rule, layer_options or {}) for rule in rules), seed=seed)
+    published = [as_published(rule) for rule in rules]
+    made = tuple(replace(rule, options={**rule.options, **(layer_options or {})}) for rule in published)
+    recipe = Recipe(rules=made, seed=seed)
     converted, _ = convert(model, recipe=recipe, input_size=tuple(input_size), inplace=True, check=False)
     for layer in converted.modules():
         if isinstance(layer, ACDAConv2d) and layer.config.static_atoms == 0:
             layer.load_state_dict(ACDAConv2d(layer.geometry, layer.config).state_dict())
     set_recipe(converted, None)
     return converted
-
-
-def _as_published(rule: Rule, layer_options: Mapping[str, Any]) -> Rule:
-    return replace(rule, options={**layer_class(rule.type).Config.paper, **rule.options, **layer_options})
 
 
 def _on_meta(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from surgeon.zoo.finetune.state import Log
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from surgeon.zoo.finetune.evaluation import Evaluation
 
 
 class Journal:
@@ -22,6 +22,7 @@ class Journal:
         self.folder = folder
         self.board: Any = None
         self.bar: Any = None
+        self.complained: set[str] = set()
 
     def start(self, step: int, total: int) -> None:
         """Begin, or begin again after a return to an earlier step."""
@@ -58,11 +59,24 @@ class Journal:
         """A row of a training step: its numbers go to TensorBoard under `train/`."""
         self._row("train", row)
 
-    def evaluation(self, row: dict[str, Any], picture: "Image | None") -> None:
-        """A row of an evaluation: its metrics go to TensorBoard under `val/`."""
-        self._row("val", row["metrics"] | {"step": row["step"]}, row)
-        if self.board is not None and picture is not None:
-            pixels = np.asarray(picture.convert("RGB"))
+    def evaluation(self, row: dict[str, Any], found: "Evaluation") -> None:
+        """A row of an evaluation: its metrics go to TensorBoard under `val/`, how adaptive layers are under `adaptivity/`.
+
+        Once training has begun, a generator that is blind or saturated is named, once.
+        """
+        layers = [layer.to_dict() for layer in found.layers]
+        self._row("val", row["metrics"] | {"step": row["step"]}, row | ({"layers": layers} if layers else {}))
+        for layer in layers:
+            for what in ("content", "saturated", "distance"):
+                if self.board is not None and layer[what] is not None:
+                    self.board.add_scalar(f"adaptivity/{layer['name']}/{what}", layer[what], row["step"])
+        for layer in found.layers if row["step"] else ():
+            complaint = layer.complaint()
+            if complaint is not None and layer.name not in self.complained:
+                self.complained.add(layer.name)
+                self.tell(complaint)
+        if self.board is not None and found.picture is not None:
+            pixels = np.asarray(found.picture.convert("RGB"))
             self.board.add_image("val/samples", pixels, row["step"], dataformats="HWC")
 
     def event(self, row: dict[str, Any]) -> None:

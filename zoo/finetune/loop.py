@@ -311,7 +311,7 @@ class Run:
             trainer.data.val,
             self.config,
             self.accelerator,
-            picture=self.journal.log is not None,
+            look=self.journal.log is not None,
         )
         self.newest = (self.progress.step, found)
         return found
@@ -329,7 +329,7 @@ class Run:
         else:
             progress.stale += 1
         row = {"step": progress.step, "epoch": round(self.plan.epoch(progress.step), 4), "metrics": found.metrics}
-        self.journal.evaluation(row | {"best": progress.best_step == progress.step}, found.picture)
+        self.journal.evaluation(row | {"best": progress.best_step == progress.step}, found)
         told = ", ".join(f"{name} {number:.4g}" for name, number in found.metrics.items())
         self.journal.tell(f"step {progress.step}/{self.plan.total}: {told}")
         if self.watch is not None and progress.step:
