@@ -33,7 +33,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
 from surgeon.search.database_url import DRIVERS, parse_url, shown
 from surgeon.search.journal import StudyError, file_lock
-from surgeon.search.study import Record, Study, worker_name
+from surgeon.search.study import Record, Study, checked, record, worker_name
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ class StudyDatabase(Study):
             raise StudyError(self._not_there())
         with self._errors():
             self.study = optuna.load_study(storage=self.connect(), study_name=self.name)
-            return self.records()
+            return [record(checked(trial, str(self))) for trial in self.trials()]
 
     def read_notes(self) -> Mapping[str, Any]:
         """What the worker that began the study noted. Raises `StudyError` where there is no study."""

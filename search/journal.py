@@ -18,6 +18,7 @@ from typing import Any
 from optuna.storages.journal import JournalFileBackend
 
 from surgeon.errors import SurgeonError
+from surgeon.files import inside
 
 _HELD: dict[
     str, tuple[int, int]
@@ -92,12 +93,12 @@ class Lease:
 
 
 def is_alive(folder: Path, worker: str) -> bool:
-    """Whether this worker's process still runs."""
-    path = folder / f"{worker}.lease"
+    """Whether this worker's process still runs. Raises `StudyError` for what is no worker's name."""
+    path = inside(folder, f"{worker}.lease", StudyError)
     if str(path.absolute()) in _HELD:
         return True  # it is this process; opening the file here would drop its lock
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return False
     try:
@@ -213,6 +214,6 @@ def _check_journal(path: Path) -> None:
 def forget_dead(folder: Path) -> None:
     """Remove the files of workers that are gone."""
     for path in folder.glob("*.lease"):
-        if not is_alive(folder, path.stem):
+        if not path.is_symlink() and not is_alive(folder, path.stem):
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -11,6 +11,7 @@ import numpy as np
 
 from surgeon.costs.table import KEEP, Option
 from surgeon.errors import ConfigError, RecipeError
+from surgeon.files import read_text, told
 from surgeon.recipe import Recipe, Rule, versions
 from surgeon.search.problem import Bools, Ints
 
@@ -88,16 +89,16 @@ class SpaceConfig:
     def from_dict(cls, values: Any, where: str = "space") -> "SpaceConfig":
         """From JSON or YAML values: the keys of this class, `options` as a list of {type, options}. Raises `ConfigError`."""
         if not isinstance(values, dict):
-            raise ConfigError(f"{where} must be a mapping with some of {', '.join(_KEYS)}, got {values!r}")
+            raise ConfigError(f"{where} must be a mapping with some of {', '.join(_KEYS)}, got {told(values)}")
         unknown = sorted(str(key) for key in set(values) - set(_KEYS))
         if unknown:
-            raise ConfigError(f"{where} has no key {unknown[0]!r}; it may have {', '.join(_KEYS)}")
+            raise ConfigError(f"{where} has no key {told(unknown[0])}; it may have {', '.join(_KEYS)}")
         read: dict[str, Any] = {}
         for key, value in values.items():
             if key == "layers":
                 read[key] = ",".join(value) if isinstance(value, list) else value
                 if not isinstance(read[key], str):
-                    raise ConfigError(f"{where}: layers must be a selection such as stage3,stage4, got {value!r}")
+                    raise ConfigError(f"{where}: layers must be a selection such as stage3,stage4, got {told(value)}")
             elif key == "options":
                 read[key] = _options(value, where)
             else:
@@ -109,12 +110,13 @@ class SpaceConfig:
         """From a YAML or JSON file; raises `ConfigError`."""
         import yaml
 
+        text = read_text(path, ConfigError, "the space")
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the space {path}: {error}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+            if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
+                raise yaml.YAMLError("it has aliases (*name), by which a short text may stand for a huge one")
+            values = yaml.safe_load(text)  # JSON is YAML
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())[:300]}") from error
         return cls.from_dict(values, str(path))
 
 
@@ -122,14 +124,14 @@ def _options(value: Any, where: str) -> tuple[Option, ...]:
     if not isinstance(value, list) or not all(
         isinstance(one, dict) and set(one) <= {"type", "options"} and isinstance(one.get("type"), str) for one in value
     ):
-        raise ConfigError(f"{where}: options must be a list of {{type, options}}, got {value!r}")
+        raise ConfigError(f"{where}: options must be a list of {{type, options}}, got {told(value)}")
     return tuple(Option(one["type"], dict(one.get("options") or {})) for one in value)
 
 
 def _listed(value: Any, kind: type, where: str) -> tuple[Any, ...]:
     items = value if isinstance(value, list) else [value]
     if not all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
-        raise ConfigError(f"{where} must be a list of {'names' if kind is str else 'whole numbers'}, got {value!r}")
+        raise ConfigError(f"{where} must be a list of {'names' if kind is str else 'whole numbers'}, got {told(value)}")
     return tuple(items)
 
 

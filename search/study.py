@@ -22,6 +22,8 @@ from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from surgeon.errors import SurgeonError
+from surgeon.files import check_fields
 from surgeon.search.budget import Calibration
 from surgeon.search.journal import Journal, Lease, StudyError, file_lock, forget_dead, is_alive
 
@@ -53,6 +55,28 @@ class Record:
     def counts(self) -> bool:
         """Whether it was an evaluation of its own."""
         return self.state in ("complete", "pruned") and self.duplicate_of is None
+
+
+_ATTRIBUTES: dict[str, Any] = {  # the types of what is read of a trial, where it has it
+    "hash": str,
+    "placement": {"*": str},
+    "source": str,
+    "gain": (int, float),
+    "worker": str,
+    "attempts": int,
+    "duplicate_of": int,
+    "refused": [str],
+    "predicted": {"*": (int, float)},
+    "traced": {"*": (int, float)},
+    "seconds": (int, float),
+}
+
+
+def checked(trial: FrozenTrial, where: str) -> FrozenTrial:
+    """The trial; raises `StudyError` for attributes of other types than ours: a study may be a stranger's."""
+    fields = {name: kind for name, kind in _ATTRIBUTES.items() if name in trial.user_attrs}
+    check_fields(dict(trial.user_attrs), fields, f"{where}: trial {trial.number}", StudyError)
+    return trial
 
 
 def record(trial: FrozenTrial) -> Record:
@@ -282,7 +306,7 @@ class StudyFile(Study):
     ) -> None:
         if resume and not self.exists():
             raise StudyError(f"there is no study {self.path} to go on with; leave out --resume to begin one")
-        try:
+        with self._readable():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(self.path)
             with self._journal.exclusive():
@@ -299,10 +323,6 @@ class StudyFile(Study):
                 else:
                     self.study = optuna.load_study(storage=storage, study_name=self.name, **rest)
                     self.check_identity(identity)
-        except (OSError, ValueError, AssertionError, KeyError) as error:
-            if isinstance(error, StudyError):
-                raise
-            raise StudyError(f"cannot read the study {self.path}: {error}") from error
 
     def close(self) -> None:
         """A file is open only while it is read or written: there is nothing to give back."""
@@ -316,14 +336,21 @@ class StudyFile(Study):
     def view(self) -> list[Record]:
         if not self.exists():
             raise StudyError(f"there is no study {self.path}")
-        try:
+        with self._readable():
             storage = JournalStorage(Journal(self.path))
             self.study = optuna.load_study(storage=storage, study_name=self.name)
-        except (OSError, ValueError, AssertionError, KeyError) as error:
-            if isinstance(error, StudyError):
+            found = [record(checked(trial, str(self.path))) for trial in self.trials()]
+        return found
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """What Optuna says of a journal that is none, as a `StudyError`: it takes every line for one of its own."""
+        try:
+            yield
+        except (OSError, ValueError, AssertionError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, SurgeonError):
                 raise
-            raise StudyError(f"cannot read the study {self.path}: {error}") from error
-        return self.records()
+            raise StudyError(f"cannot read the study {self.path}: {type(error).__name__}: {error}") from error
 
     def orphans(self) -> list[FrozenTrial]:
         running = [trial for trial in self.trials() if trial.state == TrialState.RUNNING]

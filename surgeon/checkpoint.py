@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from surgeon.collapse_report import CollapseReport, read
 from surgeon.errors import CheckpointError, RecipeError, SurgeonError
+from surgeon.files import sync
 from surgeon.identify import identify
 from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.registry import layer_class
@@ -59,7 +60,7 @@ def save(
     check_output(path, force=force)
     recipe = describe(model, base)
     tensors, aliases = _tensors(model)
-    with _fresh_folder(path, force) as folder:
+    with fresh_folder(path, force) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "aliases": json.dumps(aliases)})
         artefact = {
             "files": {WEIGHTS: {"sha256": _file_sha256(folder / WEIGHTS), "bytes": (folder / WEIGHTS).stat().st_size}},
@@ -270,17 +271,19 @@ def _fill(model: nn.Module, file: Path) -> None:
 
 
 @contextlib.contextmanager
-def _fresh_folder(path: Path, force: bool) -> Iterator[Path]:
+def fresh_folder(path: Path, force: bool) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends well, and goes when it does not."""
     try:
         with unfinished(path) as folder:
             yield folder
-            for file in folder.iterdir():
-                _sync(file)
-            _sync(folder)
+            for file in folder.rglob("*"):
+                sync(file)
+            sync(folder)
             _take_place(folder, path, force)
-            _sync(path.parent)
+            sync(path.parent)
     except (OSError, SafetensorError) as error:
+        if isinstance(error, SurgeonError):
+            raise
         raise CheckpointError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -301,14 +304,6 @@ def _take_place(folder: Path, path: Path, force: bool) -> None:
 
 def _write(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _file_sha256(file: Path) -> str:

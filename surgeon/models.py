@@ -90,6 +90,16 @@ def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool 
         raise ModelError(
             f"the weights of {base.name} were given as a model object and are not recorded; name their file with --weights"
         )
+    if (
+        weights is None
+        and recorded.sha256 is None
+        and recorded.kind in ("file", "pretrained")
+        and base.source != "factory"
+    ):
+        raise ModelError(
+            f"the recipe names weights of {base.name} ({recorded.path or recorded.kind}) without their SHA-256: "
+            "name the file with --weights if you know it"
+        )
     kind = weights or {"file": str(recorded.path), "given": "auto"}.get(recorded.kind, recorded.kind)
     model, found = _with_weights(base, kind, recorded.seed or 0)
     if recorded.sha256 is not None and found.weights.sha256 != recorded.sha256:
