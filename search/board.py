@@ -4,11 +4,11 @@ Every worker writes a folder of its own. The study itself has all of this as wel
 """
 
 import os
-import socket
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon.machine import machine
 from surgeon.search.gate import Gate
 from surgeon.search.study import Record
 
@@ -30,7 +30,7 @@ class Board:
         from torch.utils.tensorboard import SummaryWriter
 
         if self._writer is None:
-            self._writer = SummaryWriter(str(self.folder / f"{socket.gethostname()}-{os.getpid()}"))
+            self._writer = SummaryWriter(str(self.folder / f"{machine()}-{os.getpid()}"))
         writer, value = self._writer, one.values[0] if one.state == "complete" and one.values else None
         if value is not None:
             writer.add_scalar(f"search/{self.primary}", value, one.number)

@@ -7,7 +7,6 @@ Every trial is an Optuna trial, so that Optuna's own tools read the study. Its u
 
 import json
 import os
-import socket
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from surgeon.errors import SurgeonError
 from surgeon.files import check_fields
+from surgeon.machine import machine
 from surgeon.search.budget import Calibration
 from surgeon.search.journal import Journal, Lease, StudyError, file_lock, forget_dead, is_alive
 
@@ -383,8 +383,8 @@ class StudyFile(Study):
 
 
 def worker_name() -> str:
-    """A name for this process: host, process id, and something that no other has."""
-    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    """A name for this process: its machine, process id, and something that no other has."""
+    return f"{machine()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
 
 
 def as_stored(identity: Mapping[str, Any]) -> dict[str, Any]:

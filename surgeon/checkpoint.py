@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from surgeon.collapse_report import CollapseReport, read
 from surgeon.errors import CheckpointError, RecipeError, SurgeonError
-from surgeon.files import sync
+from surgeon.files import check_fields, parse_json, read_json, read_object, sync, told
 from surgeon.identify import identify
 from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.registry import layer_class
 from surgeon.layers.source import ConvSource
 from surgeon.models import build_structure
-from surgeon.recipe import CONVOLUTION, BaseModel, Recipe, Rule, get_recipe, parse_json, read_text, set_recipe, versions
+from surgeon.recipe import CONVOLUTION, BaseModel, Recipe, Rule, get_recipe, set_recipe, versions
 from surgeon.recipe import FILE as RECIPE
 from surgeon.report import Report
 from surgeon.rewrite import Rewrite, convolution_rule, dynamic_layers, folded_from, folded_windows
@@ -92,7 +92,7 @@ def load(
         raise CheckpointError(f"there is no surgeon folder {path}")
     if not (path / RECIPE).is_file():
         raise CheckpointError(f"{path} is not a surgeon folder: it has no {RECIPE}")
-    values = parse_json(read_text(path / RECIPE), str(path / RECIPE))
+    values = read_json(path / RECIPE, RecipeError, "the recipe")
     recipe = Recipe.from_dict(values, str(path / RECIPE))
     artefact = values.get("artefact")
     if not isinstance(artefact, dict):
@@ -101,8 +101,12 @@ def load(
     model = _structure(recipe, base, path, trust_factory)
     model = apply_rules(model, recipe.rules, str(path))
     _fill(model, path / WEIGHTS)
-    for name in artefact.get("static", []):
-        layer: Any = _submodule(model, str(name), str(path))
+    static = artefact.get("static", [])
+    check_fields(static, [str], f"{path / RECIPE}: artefact: static")
+    for name in static:
+        layer = _submodule(model, name, str(path))
+        if not isinstance(layer, DynamicConv2d):
+            raise CheckpointError(f"{path / RECIPE}: artefact: static: {name} is no dynamic layer")
         layer.adaptive = False
     set_recipe(model, recipe)
     return model.eval().to(device)
@@ -113,8 +117,7 @@ def read_report(path: str | Path) -> Report | CollapseReport | None:
     file = Path(path) / REPORT
     if not file.is_file():
         return None
-    values = parse_json(read_text(file), str(file))
-    return read(values if isinstance(values, dict) else {})
+    return read(read_object(file))
 
 
 def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
@@ -250,9 +253,14 @@ def _fill(model: nn.Module, file: Path) -> None:
     try:
         state = load_file(file)
         with safe_open(file, framework="pt") as opened:
-            aliases = json.loads((opened.metadata() or {}).get("aliases", "{}"))
+            text = (opened.metadata() or {}).get("aliases", "{}")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
+    aliases = parse_json(text, f"{file}: aliases", CheckpointError)
+    check_fields(aliases, {"*": str}, f"{file}: aliases")
+    unknown = [other for other in aliases.values() if other not in state]
+    if unknown:
+        raise CheckpointError(f"{file}: aliases: there is no tensor {told(unknown[0])}")
     state |= {name: state[other] for name, other in aliases.items()}
     problems = mismatches(state, model)
     if problems:
@@ -315,7 +323,8 @@ def _check_file(file: Path, artefact: dict[str, Any]) -> None:
     """Raise `CheckpointError` unless the file is the one that was saved."""
     try:
         expected = artefact["files"][file.name]
-        size, digest = int(expected["bytes"]), str(expected["sha256"])
+        check_fields(expected, {"bytes": int, "sha256": str}, "files", RecipeError)
+        size, digest = expected["bytes"], expected["sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the artefact section of {file.parent / RECIPE} does not describe {file.name}"
