@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import print_json
+from surgeon.arguments import print_json, whole
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=tuple(_ACTIONS), help="what to do; searches may be running meanwhile")
     parser.add_argument("folder", metavar="FOLDER", help="what surgeon search wrote")
     parser.add_argument("--storage", metavar="URL", help="the search's database, where it is on a server")
-    parser.add_argument("--count", type=int, default=5, metavar="K", help="status, best: so many (default: 5)")
+    parser.add_argument("--count", type=whole, default=5, metavar="K", help="status, best: so many (default: 5)")
     parser.add_argument("--against", metavar="FOLDER", help="report: another search (--mode random) to compare with")
     parser.add_argument("--best", action="store_true", help="export: the best placement with replacements (always so)")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="report, export: folder to write")

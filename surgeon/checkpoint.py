@@ -24,7 +24,8 @@ from surgeon.collapse_report import CollapseReport, read
 from surgeon.errors import CheckpointError, RecipeError, SurgeonError
 from surgeon.files import check_fields, parse_json, read_json, read_object, sync, told
 from surgeon.identify import identify
-from surgeon.layers.base import DynamicConv2d
+from surgeon.layers.base import DynamicConv2d, LayerConfig
+from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.registry import layer_class
 from surgeon.layers.source import ConvSource
 from surgeon.models import build_structure
@@ -32,6 +33,7 @@ from surgeon.recipe import CONVOLUTION, BaseModel, Recipe, Rule, get_recipe, set
 from surgeon.recipe import FILE as RECIPE
 from surgeon.report import Report
 from surgeon.rewrite import Rewrite, convolution_rule, dynamic_layers, folded_from, folded_windows
+from surgeon.sizes import check_layers
 from surgeon.unfinished import unfinished
 from surgeon.weights import mismatches, told_mismatches
 
@@ -148,6 +150,7 @@ def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Mod
     Returns the model, another object only if the model itself is replaced. Raises `RecipeError`.
     """
     layers: dict[str, nn.Module] = {}
+    check_layers(_wanted(model, rules))
     for rule in rules:
         old = _submodule(model, rule.layers, where)
         if rule.type == CONVOLUTION:
@@ -166,6 +169,15 @@ def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Mod
         except SurgeonError as error:
             raise RecipeError(f"{where}: {rule.layers} cannot become {rule.type}: {error}") from error
     return Rewrite(model, layers).apply()
+
+
+def _wanted(
+    model: nn.Module, rules: tuple[Rule, ...]
+) -> Iterator[tuple[type[DynamicConv2d], ConvGeometry, LayerConfig]]:
+    for rule in rules:
+        with contextlib.suppress(AttributeError, SurgeonError):  # said when it is built
+            cls = layer_class(rule.type)
+            yield cls, ConvSource.read(model.get_submodule(rule.layers)).geometry, cls.Config.from_dict(rule.options)
 
 
 def _folded(old: nn.Module, rule: Rule, where: str) -> nn.Module:

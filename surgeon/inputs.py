@@ -1,5 +1,6 @@
 """Example inputs: what a model is run on when it is observed and verified."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from surgeon.errors import InputError
 from surgeon.layers.base import DynamicConv2d
+from surgeon.machine import check_memory
 
 BATCH = 2  # one image would hide what mixes images
 
@@ -102,7 +104,8 @@ def given_inputs(example_inputs: Any) -> Inputs:
 
 def check_input_size(input_size: Sequence[int] | int) -> tuple[int, ...]:
     """An input size as (C, H, W), (H, W) or one side length; raises `InputError` for anything else."""
-    values = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    values = (input_size,) if isinstance(input_size, int) else tuple(input_size)
+    values = values * 2 if len(values) == 1 else values
     if len(values) not in (2, 3) or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
         raise InputError(f"input_size must be (C, H, W), (H, W) or one positive integer, got {input_size!r}")
     return values
@@ -123,6 +126,9 @@ def candidate_inputs(model: nn.Module, input_size: Sequence[int] | int | None = 
         sizes = known or [(channels, *size) for size in _usual_sizes(model, convs)]
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     for size in sizes:
+        check_memory(
+            BATCH * like.element_size() * math.prod(size), f"an input of {BATCH} x {' x '.join(map(str, size))}"
+        )
         yield Inputs(args=_arguments(model, size), given=False).map(lambda t: t.to(like.device, like.dtype))
 
 

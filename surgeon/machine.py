@@ -41,7 +41,7 @@ def memory() -> int:
     """Bytes that this machine, or this process's control group, has; `SURGEON_MEMORY` (16GiB) overrides."""
     given = os.environ.get(MEMORY)
     if given:
-        from surgeon.costs.parse import parse_quantity
+        from surgeon.parse import parse_quantity
 
         return int(parse_quantity(given, MEMORY))
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

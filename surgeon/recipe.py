@@ -27,6 +27,7 @@ CONVOLUTION = (
 )
 
 _SOURCES = ("timm", "torchvision", "zoo", "factory")
+_RULES = 10_000  # that a recipe may have; more than any network has layers
 _KINDS = ("pretrained", "random", "file", "given")
 _ATTRIBUTE = "_surgeon_recipe"
 
@@ -109,6 +110,8 @@ class Recipe:
         rules = values.get("rules")
         if not isinstance(rules, list):
             raise RecipeError(f"{where}: rules must be a list of {{layers, type, options}}, got {files.told(rules)}")
+        if len(rules) > _RULES:
+            raise RecipeError(f"{where}: there are {len(rules):,} rules, at most {_RULES:,} are read")
         base = values.get("base")
         return cls(
             rules=tuple(_rule(rule, f"{where}: rule {i}") for i, rule in enumerate(rules, start=1)),

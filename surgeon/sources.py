@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from surgeon.errors import ModelError
+from surgeon.errors import ModelError, SurgeonError
+from surgeon.files import told
 from surgeon.recipe import BaseModel, Weights
+from surgeon.sizes import build_bounded, is_modest
 from surgeon.weights import bounded_network
 
 HUB = re.compile(r"(hf-hub|hf_hub|local-dir):(?P<id>.+)")
@@ -35,7 +37,9 @@ def construct(base: BaseModel) -> nn.Module:
         warnings.simplefilter(
             "ignore", FutureWarning
         )  # torchvision's googlenet and inception warn of their own defaults
-        return builders[base.source](base)
+        if base.source == "factory" or is_modest(base.kwargs):
+            return builders[base.source](base)
+        return build_bounded(lambda: builders[base.source](base), f"{base.name} with {told(base.kwargs)}")
 
 
 @contextlib.contextmanager
@@ -43,7 +47,7 @@ def _telling(what: str) -> Iterator[None]:
     """Turn what a library raises into one `ModelError`."""
     try:
         yield
-    except ModelError:
+    except SurgeonError:
         raise
     except Exception as error:  # the libraries' factories and hubs raise anything
         told = " ".join(str(error).split()) or type(error).__name__

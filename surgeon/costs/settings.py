@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.costs.parse import parse_input_size
 from surgeon.errors import ConfigError, InputError
+from surgeon.parse import parse_input_size
 
 Mode = Literal["train", "infer"]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
