@@ -114,8 +114,8 @@ def check_fields(values: Any, fields: Any, where: str, error: type[SurgeonError]
 
 
 def told(value: Any) -> str:
-    """A value for a message: "nothing" for None, long ones cut."""
-    text = "nothing" if value is None else repr(value)
+    """A value for a message: "nothing" for None, on one line, long ones cut."""
+    text = "nothing" if value is None else " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from surgeon.errors import InputError
+from surgeon.files import told
 from surgeon.layers.base import DynamicConv2d
 from surgeon.machine import check_memory
 
@@ -83,23 +84,30 @@ def _shape_of(value: Any) -> str:
         return "{" + ", ".join(f"{key}: {_shape_of(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_shape_of, value)) + "]"
-    return repr(value)
+    return "None" if value is None else told(value)
 
 
 def given_inputs(example_inputs: Any) -> Inputs:
-    """Inputs from what a caller passed: a tensor or list is one argument, a tuple all of them, a dict keyword arguments."""
+    """Inputs from what a caller passed: a tensor or list is one argument, a tuple all of them, a dict keyword arguments.
+
+    Raises `InputError` for anything else, and for a batch without images.
+    """
     if isinstance(example_inputs, Inputs):
         return example_inputs
     if isinstance(example_inputs, Tensor | list):
-        return Inputs(args=(example_inputs,))
-    if isinstance(example_inputs, tuple):
-        return Inputs(args=example_inputs)
-    if isinstance(example_inputs, Mapping):
-        return Inputs(kwargs=dict(example_inputs))
-    raise InputError(
-        f"example_inputs must be a tensor, a tuple of arguments, a list (one argument) or a dict of keyword arguments, "
-        f"got {type(example_inputs).__name__}"
-    )
+        inputs = Inputs(args=(example_inputs,))
+    elif isinstance(example_inputs, tuple):
+        inputs = Inputs(args=example_inputs)
+    elif isinstance(example_inputs, Mapping):
+        inputs = Inputs(kwargs=dict(example_inputs))
+    else:
+        raise InputError(
+            f"example_inputs must be a tensor, a tuple of arguments, a list (one argument) or a dict of keyword arguments, "
+            f"got {type(example_inputs).__name__}"
+        )
+    if inputs.batch == 0:
+        raise InputError(f"example_inputs {inputs.shapes()} is a batch without images: nothing can be seen on it")
+    return inputs
 
 
 def check_input_size(input_size: Sequence[int] | int) -> tuple[int, ...]:

@@ -51,11 +51,15 @@ def memory() -> int:
     return found
 
 
+class TooLargeError(ConfigError):
+    """Something would take more than this machine has, or than anybody needs."""
+
+
 def check_memory(needed: int, what: str) -> None:
-    """Raise `ConfigError` for what this machine has no memory for, before it is allocated. `needed` is in bytes."""
+    """Raise `TooLargeError` for what this machine has no memory for, before it is allocated. `needed` is in bytes."""
     limit = memory()
     if needed > limit:
-        raise ConfigError(
+        raise TooLargeError(
             f"{what} would take {needed:,} bytes ({needed / 2**30:,.1f} GiB), and this machine has {limit / 2**30:,.1f} GiB; "
             f"if it is meant, set {MEMORY} to a higher number (64GiB)"
         )

@@ -13,11 +13,11 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from surgeon.errors import ConfigError, SurgeonError
+from surgeon.errors import SurgeonError
 from surgeon.files import told
 from surgeon.layers.base import DynamicConv2d, LayerConfig
 from surgeon.layers.geometry import ConvGeometry
-from surgeon.machine import check_memory, memory
+from surgeon.machine import TooLargeError, check_memory, memory
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _NUMBER = 2**24
 
 
 def check_layers(layers: Iterable[tuple[type[DynamicConv2d], ConvGeometry, LayerConfig]]) -> None:
-    """Raise `ConfigError` for layers, to be built of these options, that this machine has no memory for."""
+    """Raise `TooLargeError` for layers, to be built of these options, that this machine has no memory for."""
     total, largest = 0, (0, "")
     for kind, geometry, config in layers:
         size = _layer_bytes(kind, geometry, config)
@@ -53,13 +53,13 @@ def _bytes_of(module: nn.Module) -> int:
 def build_bounded(build: Callable[[], nn.Module], what: str) -> nn.Module:
     """Build a network whose options may ask for anything: without memory first, on the meta device.
 
-    Raises `ConfigError` where this machine has too little memory for it, or it would have no end of layers.
+    Raises `TooLargeError` where this machine has too little memory for it, or it would have no end of layers.
     """
     with _counting(what):
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 build()
-        except ConfigError:
+        except TooLargeError:
             raise
         except Exception as error:  # it computes with values, or does not take these options: what follows tells
             logger.debug("%s cannot be built without memory: %s", what, error)
@@ -69,7 +69,7 @@ def build_bounded(build: Callable[[], nn.Module], what: str) -> nn.Module:
 
 @contextmanager
 def _counting(what: str) -> Iterator[None]:
-    """Raise `ConfigError` as soon as what is built inside has too many modules, or more bytes than this machine."""
+    """Raise `TooLargeError` as soon as what is built inside has too many modules, or more bytes than this machine."""
     limit, found = memory(), {"bytes": 0, "modules": 0}
 
     def count_parameter(module: nn.Module, name: str, parameter: Any) -> None:
@@ -81,7 +81,7 @@ def _counting(what: str) -> Iterator[None]:
     def count_module(module: nn.Module, name: str, child: Any) -> None:
         found["modules"] += 1
         if found["modules"] > _MODULES:
-            raise ConfigError(f"{what} would have more than {_MODULES:,} modules")
+            raise TooLargeError(f"{what} would have more than {_MODULES:,} modules")
 
     handles = [
         register_module_parameter_registration_hook(count_parameter),
@@ -97,11 +97,11 @@ def _counting(what: str) -> Iterator[None]:
 def is_modest(options: Any) -> bool:
     """Whether a network's options cannot make it much larger than it is: most have none but these.
 
-    Raises `ConfigError` for numbers that no option of a network has.
+    Raises `TooLargeError` for numbers that no option of a network has.
     """
     for value in _numbers(options):
         if abs(value) > _NUMBER:
-            raise ConfigError(f"no option of a network is as large as {told(value)}")
+            raise TooLargeError(f"no option of a network is as large as {told(value)}")
     return all(
         isinstance(value, bool | str | None) or (key in ("num_classes", "in_chans") and value in range(2**16))
         for key, value in options.items()

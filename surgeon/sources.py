@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from surgeon.errors import ModelError, SurgeonError
+from surgeon.errors import ModelError
 from surgeon.files import told
+from surgeon.machine import TooLargeError
 from surgeon.recipe import BaseModel, Weights
 from surgeon.sizes import build_bounded, is_modest
 from surgeon.weights import bounded_network
@@ -47,7 +48,7 @@ def _telling(what: str) -> Iterator[None]:
     """Turn what a library raises into one `ModelError`."""
     try:
         yield
-    except SurgeonError:
+    except (ModelError, TooLargeError):
         raise
     except Exception as error:  # the libraries' factories and hubs raise anything
         told = " ".join(str(error).split()) or type(error).__name__

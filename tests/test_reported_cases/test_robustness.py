@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import surgeon
 from surgeon.cli import main
-from surgeon.errors import ConfigError, RecipeError
+from surgeon.errors import ConfigError, RecipeError, SurgeonError
 from surgeon.layers.registry import layer_class
 
 Capture = pytest.CaptureFixture[str]
@@ -61,7 +62,9 @@ def test_layers_for_which_there_is_no_memory(capsys: Capture, monkeypatch: pytes
     options = ["--layers", "stage4", "--type", "acda"]
     large = [*options, "--option", "hidden=65536", "atoms=256", "basis_size=64"]
     monkeypatch.setenv("SURGEON_MEMORY", "8GiB")
-    fails([*CONVERT, *large], "bytes (75.5 GiB), and this machine has 8.0 GiB; if it is meant, set SURGEON_MEMORY", capsys)
+    fails(
+        [*CONVERT, *large], "bytes (75.5 GiB), and this machine has 8.0 GiB; if it is meant, set SURGEON_MEMORY", capsys
+    )
     monkeypatch.setenv("SURGEON_MEMORY", "64KiB")
     fails([*CONVERT, *options], "this machine has 0.0 GiB", capsys)
     monkeypatch.setenv("SURGEON_MEMORY", "much")
@@ -128,3 +131,92 @@ def test_other_numbers_beyond_reason(capsys: Capture) -> None:
     rules = [{"layers": "stage4", "type": "pafu"}] * 10_001
     with pytest.raises(RecipeError, match="10,001 rules"):
         surgeon.Recipe.from_dict({"format": "surgeon-recipe", "version": 1, "rules": rules})
+
+
+# --- odd weights and inputs -----------------------------------------------------------------------------------------
+
+
+def three() -> nn.Sequential:
+    """Three convolutions in a row."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+
+
+@pytest.mark.parametrize("kind", ["acda", "pafu", "sekg"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(kind: str, value: float) -> None:
+    """R5: NaN or Inf weights: that layer is refused with its reason, the others are converted."""
+    model = three()
+    with torch.no_grad():
+        model[4].weight[0, 0] = value
+    _, report = surgeon.convert(model, layers="all", type=kind, example_inputs=torch.randn(1, 3, 16, 16))
+    assert [layer.name for layer in report.replaced] == ["0", "2"]
+    assert [(layer.name, layer.reasons) for layer in report.skipped] == [("4", ("its weights hold NaN or infinities",))]
+
+
+def test_calibration_data_that_are_not_finite() -> None:
+    """R5: NaN in what a compressed layer is fitted to."""
+    x = torch.randn(2, 3, 16, 16)
+    with pytest.raises(SurgeonError, match="its input holds NaN or infinities on the calibration data"):
+        surgeon.convert(
+            three(), layers="all", type="acda", static_atoms=0, example_inputs=x, calibration=x * float("nan")
+        )
+
+
+@pytest.mark.parametrize("kind", ["acda", "pafu", "sekg"])
+@pytest.mark.parametrize("size", [1e-45, 1e-41, 1e-36])
+def test_weights_that_are_denormal(kind: str, size: float) -> None:
+    """R5: the step down a gradient as small as a denormal number overflowed."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    with torch.no_grad():
+        model[0].weight.uniform_(-size, size)
+    _, report = surgeon.convert(model, layers="all", type=kind, example_inputs=torch.randn(1, 3, 16, 16))
+    assert len(report.replaced) == 1
+    assert any("denormal" in note for note in report.notes) == (size < 1e-38)
+
+
+class Constants(nn.Module):
+    """Its first convolution sees constants, whatever the input."""
+
+    def __init__(self, constant: str) -> None:
+        super().__init__()
+        self.first, self.second, self.constant = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), constant
+        self.parameter = nn.Parameter(torch.randn(1, 3, 16, 16))
+        self.register_buffer("buffer", torch.randn(1, 3, 16, 16))
+        self.plain = torch.randn(1, 3, 16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = {"fresh": torch.ones(1, 3, 16, 16), "like": torch.zeros_like(x)}
+        given = made.get(self.constant, getattr(self, self.constant, x))
+        out: torch.Tensor = self.second(self.first(given) * x.mean())
+        return out
+
+
+@pytest.mark.parametrize("constant", ["parameter", "buffer", "plain", "fresh", "like"])
+@pytest.mark.parametrize("as_graph", [False, True])
+def test_a_first_convolution_that_gets_constants(constant: str, as_graph: bool) -> None:
+    """R5: `Boolean value of Tensor with more than one value is ambiguous`."""
+    x = torch.randn(2, 3, 16, 16)
+    _, report = surgeon.convert(
+        Constants(constant).eval(), layers="all", type="pafu", example_inputs=x, as_graph=as_graph, calibration=x
+    )
+    assert len(report.replaced) == 2
+
+
+@pytest.mark.parametrize("do", ["convert", "inspect", "calibrate", "collapse", "verify", "export"])
+def test_a_batch_without_images(do: str) -> None:
+    """R5: a batch of 0 images as example."""
+    none, x = torch.zeros(0, 3, 16, 16), torch.randn(2, 3, 16, 16)
+    acts = {
+        "convert": lambda: surgeon.convert(three(), layers="all", type="pafu", example_inputs=none),
+        "inspect": lambda: surgeon.inspect(three(), none),
+        "calibrate": lambda: surgeon.convert(
+            three(), layers="all", type="acda", static_atoms=0, example_inputs=x, calibration=none
+        ),
+        "collapse": lambda: surgeon.collapse(
+            surgeon.convert(three(), layers="all", type="pafu", example_inputs=x)[0], calibration=none
+        ),
+        "verify": lambda: surgeon.verify(three(), three(), example_inputs=none),
+        "export": lambda: surgeon.export(three(), "m.pt2", format="torch", example_inputs=none),
+    }
+    with pytest.raises(SurgeonError, match="a batch without images"):
+        acts[do]()
