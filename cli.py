@@ -62,11 +62,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `surgeon models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except SurgeonError as error:
+    except (SurgeonError, OSError, MemoryError) as error:
         if args.debug:
             traceback.print_exc()
-        print(f"surgeon: error: {error}", file=sys.stderr)
-        return error.exit_code
+        print(f"surgeon: error: {_told(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+
+
+def _told(error: BaseException) -> str:
+    """What the system says (a full disk, no permission, no memory) in one line, as what surgeon says itself."""
+    if isinstance(error, SurgeonError):
+        return str(error)
+    if isinstance(error, OSError):
+        from surgeon.files import shortened
+
+        return f"{shortened(error.filename)}: {error.strerror}" if error.filename else error.strerror or str(error)
+    return "this machine has not enough memory"
 
 
 def _start_logging(args: argparse.Namespace) -> None:

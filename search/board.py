@@ -3,6 +3,7 @@
 Every worker writes a folder of its own. The study itself has all of this as well; nothing is read back from here.
 """
 
+import logging
 import os
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,8 @@ from surgeon.search.study import Record
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+logger = logging.getLogger(__name__)
+
 _MOST = 64  # layers that hparams can show one by one
 
 
@@ -24,9 +27,19 @@ class Board:
     def __init__(self, folder: Path, gate: Gate, primary: str) -> None:
         self.folder, self.gate, self.primary = folder, gate, primary
         self._writer: SummaryWriter | None = None
+        self._broken = False
 
     def add(self, one: Record, best: Record | None) -> None:
-        """A trial that ended."""
+        """A trial that ended. Curves that cannot be written do not end a search: that is said once."""
+        if self._broken:
+            return
+        try:
+            self._add(one, best)
+        except OSError as error:
+            self._broken = True
+            logger.warning("no more curves in %s: %s", self.folder, error.strerror or error)
+
+    def _add(self, one: Record, best: Record | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         if self._writer is None:

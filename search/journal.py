@@ -7,6 +7,7 @@ next one is written. Everything written inside `exclusive` appears at once.
 """
 
 import contextlib
+import errno
 import json
 import os
 import threading
@@ -166,11 +167,16 @@ class Journal(JournalFileBackend):
         if not logs:
             return
         lines = [(json.dumps(log, separators=(",", ":")) + "\n").encode() for log in logs]
-        with self.path.open("ab") as file:
-            place = file.tell()
-            file.write(b"".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
+        place = self.path.stat().st_size
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                file.write(b"".join(lines))
+                os.fsync(file.fileno())
+                if file.tell() != place + sum(map(len, lines)):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.truncate(self.path, place)
+            raise StudyError(f"cannot write the study {self.path}: {error.strerror or error}") from error
         if number is not None:
             for i, line in enumerate(lines, start=1):
                 place += len(line)

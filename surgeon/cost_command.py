@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.arguments import print_json, size, whole
-from surgeon.errors import ConfigError
+from surgeon.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,11 +67,12 @@ def run(args: argparse.Namespace) -> int:
     }
     settings = _settings(args)
     _check_device(args)
-    model = build(args.model, trust_factory=args.trust_factory)
-    found = cost(model, strict=args.strict, **settings)
+    model, found = _cost_of(args.model, args, strict=args.strict, **settings)
     other = None
-    if args.compare is not None:
-        other = cost(original_of(args) if not args.compare else build(args.compare), **settings)
+    if args.compare:
+        other = _cost_of(args.compare, args, **settings)[1]
+    elif args.compare is not None:
+        other = cost(original_of(args), **settings)
     document: dict[str, Any] = {"model": args.model, **found.to_dict()}
     if other is not None:
         document["compared_with"] = {"model": args.compare or "base model", **other.to_dict()}
@@ -88,6 +89,22 @@ def run(args: argparse.Namespace) -> int:
     document["over_budget"] = over
     _print(document, found, other, args)
     return 1 if over else 0
+
+
+def _cost_of(spec: str, args: argparse.Namespace, **settings: Any) -> "tuple[nn.Module, Cost]":
+    """A model and what it costs. Weights are made for --measure, and where the model cannot be traced without data."""
+    from surgeon.costs import cost
+    from surgeon.models import shapes_of
+
+    if not args.measure and not Path(spec, "recipe.json").is_file():
+        model = shapes_of(spec)
+        try:
+            return model, cost(model, **settings)
+        except InputError:
+            if not any(parameter.is_meta for parameter in model.parameters()):
+                raise
+    model = build(spec, trust_factory=args.trust_factory)
+    return model, cost(model, **settings)
 
 
 def build(spec: str, *, trust_factory: bool = False) -> "nn.Module":

@@ -112,10 +112,12 @@ def _text(run: str, result: "Exported") -> str:
 
     names = ("batch", "channels", "height", "width")
     shape = [name if name in result.free else str(n) for name, n in zip(names, result.input_shape, strict=True)]
+    opset = "" if result.opset is None else f" opset {result.opset}"
     lines = [
-        f"{run}: {result.format}, {result.operators} operations, {count(result.size, 'B')}",
+        f"{run}: {result.format}{opset}, {result.operators} operations, {count(result.size, 'B')}",
         "",
         line("input", f"({', '.join(shape)}), {result.dtype}"),
+        *([line("output", ", ".join(result.outputs))] if result.outputs else []),
         *(line("free", f"{name}: {told}") for name, told in result.free.items()),
         *(line("fixed", f"{name}: {why}") for name, why in result.fixed.items()),
     ]

@@ -1,8 +1,10 @@
 """Files: JSON is read within limits, what is written appears whole or not at all, and names in a file stay in its folder."""
 
+import atexit
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -164,6 +166,26 @@ def writing(path: str | Path, error: type[SurgeonError] = CheckpointError) -> It
         raise error(f"cannot write {shortened(path)}: {problem.strerror or problem}") from problem
 
 
+@contextmanager
+def filling(path: str | Path, error: type[SurgeonError] = CheckpointError) -> Iterator[Path]:
+    """A fresh folder whose files move into the folder `path`, which may have others, when the block ends well.
+
+    Raises `error` where they cannot be written; then nothing is left.
+    """
+    path = Path(path)
+    try:
+        with unfinished(path) as fresh:
+            yield fresh
+            for file in sorted(file for file in fresh.rglob("*") if file.is_file()):
+                place = path / file.relative_to(fresh)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(place)
+    except OSError as problem:
+        if isinstance(problem, SurgeonError):
+            raise
+        raise error(f"cannot write {shortened(path)}: {problem.strerror or problem}") from problem
+
+
 def write_text(path: str | Path, text: str, error: type[SurgeonError] = CheckpointError) -> None:
     """A text file that appears whole or not at all; raises `error`."""
     with writing(path, error) as fresh:
@@ -199,6 +221,7 @@ def _temporary_cache() -> Path:
     import logging
 
     folder = tempfile.mkdtemp(prefix="surgeon-cache-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     logging.getLogger(__name__).warning("there is no home folder: tables are kept in %s (or set SURGEON_CACHE)", folder)
     return Path(folder)
 

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code. Everything is read before anything is written."""
     from surgeon.checkpoint import load
     from surgeon.console import Progress, width
+    from surgeon.files import filling
     from surgeon.recipe import get_recipe
     from surgeon.report import jsonable
     from surgeon.rewrite import dynamic_layers
@@ -64,7 +65,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.run} does not name its base model, whose transform the pictures need")
     images = _read(args, model, base)
     original = _original(args, base)
-    with Progress(enabled=not args.quiet) as progress, _Writer(output, args.tensorboard) as writer:
+    with (
+        Progress(enabled=not args.quiet) as progress,
+        filling(output, ConfigError) as fresh,
+        _Writer(fresh, args.tensorboard) as writer,
+    ):
         found = _draw(model, layers, images, original, writer, progress)
         document = jsonable({"run": args.run, "output": str(output), "images": found, "bases": writer.bases})
         writer.numbers(document)

@@ -77,6 +77,11 @@ def image_size(model: nn.Module, given: Any) -> tuple[int, int, int]:
     return (channels, sizes[0], sizes[-1])
 
 
+def image_dtype(model: nn.Module) -> torch.dtype:
+    """That of the model: half of it takes half of an image's memory."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
     """The optimizer over these parameters; None where there are none."""
     if not parameters:
