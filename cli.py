@@ -6,6 +6,7 @@ could be replaced, 2 wrong usage or input, 130 interrupted. Nothing here imports
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
+        if argv is None:  # a further one would be a traceback of the interpreter's end
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("surgeon: interrupted, nothing was written", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `surgeon models | head`

@@ -91,10 +91,13 @@ def _search(args: argparse.Namespace, folder: "SearchFolder", file: "Study") -> 
     name = None if isinstance(file, StudyFile) else file.name
     if name is not None:
         _tell(args, f"the study is {file}; other machines join with --join {name}")
-    with helpers(args, folder.path, name, lambda text: _tell(args, text)) as processes:
-        outcome = search.run()
-        if outcome.stopped == "interrupted":
-            interrupt(processes)
+    try:
+        with helpers(args, folder.path, name, lambda text: _tell(args, text)) as processes:
+            outcome = search.run()
+            if outcome.stopped == "interrupted":
+                interrupt(processes)
+    except KeyboardInterrupt:  # the second one
+        return _interrupted()
     _tell(args, f"stopped ({outcome.stopped}) after {outcome.evaluated} evaluations here")
     if outcome.stopped == "interrupted":
         return _interrupted()

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,12 +150,12 @@ class Space:
     refused: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)  # (layer, option label) → why not
     selection: str | None = None
 
-    @property
+    @cached_property
     def labels(self) -> tuple[str, ...]:
         """Of all options, "keep" first."""
         return (KEEP, *(option.label for option in self.options))
 
-    @property
+    @cached_property
     def types(self) -> tuple[str, ...]:
         """Layer type of every option, "keep" first."""
         return (KEEP, *(option.type for option in self.options))
@@ -167,7 +168,15 @@ class Space:
             "allowed": [[int(j) for j in np.flatnonzero(row)] for row in self.allowed],
         }
 
-    @property
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {layer: i for i, layer in enumerate(self.layers)}
+
+    @cached_property
+    def _columns(self) -> dict[str, int]:
+        return {label: j for j, label in enumerate(self.labels)}
+
+    @cached_property
     def hash(self) -> str:
         """Stable over runs and machines."""
         return _sha(self.to_dict())
@@ -181,10 +190,10 @@ class Space:
         """Inverse of `names`; raises `ConfigError` for a layer or option that is not there or not allowed."""
         result = np.zeros(len(self.layers), dtype=np.int64)
         for layer, label in chosen.items():
-            if layer not in self.layers or label not in self.labels:
-                what = repr(layer) if layer not in self.layers else repr(label)
+            if layer not in self._rows or label not in self._columns:
+                what = repr(layer) if layer not in self._rows else repr(label)
                 raise ConfigError(f"the search space has no {what}; its options are {', '.join(self.labels)}")
-            result[self.layers.index(layer)] = self.labels.index(label)
+            result[self._rows[layer]] = self._columns[label]
         self.check(result)
         return result
 
@@ -192,6 +201,9 @@ class Space:
         """Raise `ConfigError` unless these are L options that exist and are allowed."""
         if len(placement) != len(self.layers):
             raise ConfigError(f"a placement names an option for {len(self.layers)} layers, got {len(placement)}")
+        chosen = np.asarray(placement)
+        if (chosen >= 0).all() and (chosen < len(self.labels)).all() and self.allowed[range(len(chosen)), chosen].all():
+            return
         for i, j in enumerate(placement):
             if not 0 <= j < len(self.labels):
                 raise ConfigError(f"{self.layers[i]}: there is no option {j}; there are 0 to {len(self.options)}")

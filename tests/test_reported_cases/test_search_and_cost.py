@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,10 @@ from surgeon import machine as machines
 from surgeon.cli import main
 from surgeon.errors import ExportError
 from surgeon.export import Exported
+from surgeon.search.journal import StudyError
 from surgeon.search.study import worker_name
+from tests.search_records import proposals
+from tests.search_toys import toy_search
 
 Capture = pytest.CaptureFixture[str]
 
@@ -288,3 +292,139 @@ def test_the_opset_is_the_one_that_was_asked_for(asked: int | None, found: int |
     assert result.opset >= found
     assert result.opset == found or asked is None
     assert result.to_dict()["opset"] == result.opset
+
+
+# --- searches -------------------------------------------------------------------------------------------------------
+
+
+def test_a_placement_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T21: for every proposal all old placements were decoded again, and the labels of all options made anew."""
+    from surgeon.search.space import Space
+
+    decoded: list[int] = []
+    read = Space.placement
+    monkeypatch.setattr(Space, "placement", lambda self, chosen: (decoded.append(1), read(self, chosen))[1])
+    search = toy_search(tmp_path / "s.jsonl", mode="random", trials=40, seed=3)
+    search.open()
+    assert search.run().evaluated == 40
+    assert len(decoded) <= 2 * 48  # once to be evaluated, once among the others
+    assert search.space.labels is search.space.labels
+
+
+def test_a_search_that_is_asked_to_stop_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R9: to be asked to stop four times in one trial is not to die four times: the same proposals follow."""
+    from surgeon.search.evaluator import StoppedError, TableEvaluator
+
+    evaluate, stops = TableEvaluator.evaluate, iter(range(5))
+
+    def stopped(self: Any, placement: Any, report: Any, rung: int) -> float:
+        value = evaluate(self, placement, report, rung)
+        if len(calls := (tmp_path / "calls.txt").read_text().split()) >= 8 and next(stops, None) is not None:
+            raise StoppedError(f"after {len(calls)} evaluations")
+        return value
+
+    def again(path: Path, resume: bool) -> Any:
+        search = toy_search(path, mode="posterior", trials=12, seed=3)
+        search.open(resume=resume)
+        return search, search.run()
+
+    monkeypatch.setattr(TableEvaluator, "evaluate", stopped)
+    (_, outcome), sittings = again(tmp_path / "s.jsonl", resume=False), 1
+    while outcome.stopped == "interrupted":
+        (broken, outcome), sittings = again(tmp_path / "s.jsonl", resume=True), sittings + 1
+    assert sittings == 6
+    (tmp_path / "whole").mkdir()
+    monkeypatch.setattr(TableEvaluator, "evaluate", evaluate)
+    whole, _ = again(tmp_path / "whole" / "s.jsonl", resume=False)
+    assert proposals(broken.file.records()) == proposals(whole.file.records())
+    assert {one.attempts for one in broken.file.records()} == {1}
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_signals_ask_a_search_to_stop(sign: signal.Signals) -> None:
+    """R9: SIGTERM asks to stop, as Ctrl-C does; the second one stops at once."""
+    from surgeon.search.stop import Stop, on_interrupt
+
+    before, stop = signal.getsignal(sign), Stop(None)
+
+    def twice() -> None:
+        with on_interrupt(stop):
+            signal.raise_signal(sign)
+            assert stop.reason == "interrupted"
+            signal.raise_signal(sign)
+
+    with pytest.raises(KeyboardInterrupt):
+        twice()
+    assert signal.getsignal(sign) is before
+
+
+def test_a_second_interruption_of_a_search(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R9: after a second Ctrl-C it is said how to go on, in place of "nothing was written"."""
+    from argparse import Namespace
+    from contextlib import nullcontext
+
+    from surgeon.search import search_command
+
+    class Search:
+        def run(self) -> None:
+            raise KeyboardInterrupt
+
+    names = search_command.__dict__
+    monkeypatch.setattr("surgeon.search.setup.make_setup", lambda args: None)
+    monkeypatch.setattr("surgeon.search.jobs.helpers", lambda *rest: nullcontext([]))
+    monkeypatch.setattr(search_command, "_make", lambda *rest: (Search(), None))
+    monkeypatch.setattr(search_command, "_begin", lambda *rest: None)
+    folder, file = search_command.__dict__["Path"]("s"), Namespace(name=None)
+    assert names["_search"](Namespace(quiet=True), Namespace(path=folder), file) == 130
+    assert "go on with the same command and --resume" in capsys.readouterr().err
+
+
+def test_curves_that_cannot_be_written_do_not_end_a_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """T20: a full disk under TensorBoard is said once, and the search goes on."""
+    import errno
+
+    from surgeon.search.board import Board
+
+    board, calls = Board(tmp_path, None, "loss"), []  # type: ignore[arg-type]
+
+    def full(self: Any, *rest: Any) -> None:
+        calls.append(rest)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Board, "_add", full)
+    for _ in range(3):
+        board.add(None, None)  # type: ignore[arg-type]
+    assert len(calls) == 1
+    assert [record.message for record in caplog.records] == [f"no more curves in {tmp_path}: No space left on device"]
+
+
+def test_a_journal_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T20: one line, and the journal is as it was: what was completed can be gone on with."""
+    import errno
+
+    search = toy_search(tmp_path / "s.jsonl", mode="random", trials=9, seed=3)
+    search.open()
+    written: list[int] = []
+    sync = os.fsync
+
+    def full(descriptor: int) -> None:
+        written.append(descriptor)
+        if len(written) == 12:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StudyError, match=r"cannot write the study .*s.jsonl: No space left on device"):
+            search.run()
+    assert (tmp_path / "s.jsonl").read_bytes().endswith(b"\n")
+    again = toy_search(tmp_path / "s.jsonl", mode="random", trials=9, seed=3)
+    again.open(resume=True)
+    again.run()
+    (tmp_path / "whole").mkdir()
+    whole = toy_search(tmp_path / "whole" / "s.jsonl", mode="random", trials=9, seed=3)
+    whole.open()
+    whole.run()
+    assert proposals(again.file.records()) == proposals(whole.file.records())
