@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from surgeon import (
@@ -28,6 +29,7 @@ from surgeon import (
     visualize_command,
     zoo_command,
 )
+from surgeon.arguments import one_document
 from surgeon.errors import SurgeonError
 from surgeon.search import gains_command, place_command, search_command, study_command
 
@@ -54,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler: Callable[[argparse.Namespace], int] = args.handler
     try:
         _start_logging(args)
-        code = handler(args)
+        with one_document() if args.json else nullcontext():
+            code = handler(args)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -136,6 +139,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Store(argparse._StoreAction):
+    """As argparse's own, but `-o=--` is an option without its value, and not an empty list."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values == [] and self.nargs is None:
+            raise argparse.ArgumentError(self, "expected one argument, got '--'")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def _command(
     commands: Any, name: str, handler: Callable[[argparse.Namespace], int], description: str, examples: str
 ) -> argparse.ArgumentParser:
@@ -147,6 +159,7 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.register("action", None, _Store)
     parser.set_defaults(handler=handler)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--quiet", action="store_true", help="show no progress")

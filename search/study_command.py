@@ -1,7 +1,6 @@
 """`surgeon study`: look at a search, running or finished, and take its best out. Imports torch only to export."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +75,10 @@ def _report(args: argparse.Namespace, found: "Finished") -> int:
 
     other = read_search(args.against, args.storage) if args.against else None
     page = write_report(found, args.output or found.folder.report, other)
-    print(json.dumps({"report": str(page)}) if args.json else f"written to  {page}")
+    if args.json:
+        print_json({"report": str(page)})
+    else:
+        print(f"written to  {page}")
     return 0
 
 

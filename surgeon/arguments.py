@@ -3,7 +3,11 @@
 import argparse
 import json
 import re
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TextIO
 
 from surgeon.errors import ConfigError
 from surgeon.files import parse_json, told
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     from surgeon.recipe import BaseModel
 
 MOST = 2**31 - 1  # of a count
+_STDOUT: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
 
 
 def assignment(text: str) -> tuple[str, Any]:
@@ -136,6 +141,17 @@ def input_size(args: argparse.Namespace, base: "BaseModel | None") -> tuple[int,
     return given or (base.input_size or None if base is not None else None)
 
 
+@contextmanager
+def one_document() -> Iterator[None]:
+    """What libraries print meanwhile goes to stderr: stdout holds what `print_json` prints, and nothing else."""
+    before = _STDOUT.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _STDOUT.reset(before)
+
+
 def print_json(values: Any) -> None:
     """The one document of --json."""
-    print(json.dumps(values, indent=2))
+    print(json.dumps(values, indent=2), file=_STDOUT.get(), flush=True)

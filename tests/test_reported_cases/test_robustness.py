@@ -1,5 +1,8 @@
 """Odd numbers, odd names, full disks, missing homes, kills: one clear line, nothing left behind."""
 
+import errno
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +223,199 @@ def test_a_batch_without_images(do: str) -> None:
     }
     with pytest.raises(SurgeonError, match="a batch without images"):
         acts[do]()
+
+
+# --- full disks, no home, odd names ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk on which nothing can be finished."""
+
+    def fail(*rest: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(Path, "replace", fail)
+
+
+PLACE = ["place", "test_resnet", "--weights", "random", "--gains", "uniform", "--max-flops", "+10%"]
+PLACE += ["--input-size", "64", "--batch-size", "2", "--layers", "stage4", "--types", "pafu", "--quiet"]
+WRITERS = {
+    "a cost's plot": ["cost", "test_resnet", "--input-size", "64", "--plot", "m.png"],
+    "a recipe": [*PLACE, "-o", "r.json"],
+    "an archive": ["export", "test_resnet", "-o", "m.pt2", "--input-size", "64", "--free", "none", "--quiet"],
+    "a folder": ["convert", *CONVERT[1:-1], "--layers", "stage4", "--type", "pafu", "-o", "run"],
+}
+
+
+@pytest.mark.usefixtures("full")
+@pytest.mark.parametrize("argv", WRITERS.values(), ids=WRITERS)
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    argv: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R6: cost --plot, place -o, export and convert; the caches of costs, which are not kept then, say nothing."""
+    monkeypatch.setenv("SURGEON_CACHE", "cache")
+    argv = [*argv, "--weights", "random"] if argv[0] == "export" else argv
+    assert main(argv) in (1, 2)
+    out, error = capsys.readouterr()
+    assert len(error.splitlines()) == 1, error
+    assert "No space left on device" in error
+    assert "cannot write" in error
+    assert out == ""
+    assert not [path for path in Path().rglob("*") if path.is_file()]
+
+
+@pytest.mark.usefixtures("full")
+def test_whatever_else_is_written_on_a_full_disk(tmp_path: Path) -> None:
+    """R6: the files of a search, gain tables, pictures, folders of pictures."""
+    import numpy as np
+
+    from surgeon.files import filling
+    from surgeon.search.folder import write_json
+    from surgeon.search.gain import GainTable, cached
+
+    table = GainTable(
+        layers=("a",), options=("keep", "pafu"), gain=np.zeros((1, 2)), error=np.zeros((1, 2)), estimator="toy"
+    )
+    with pytest.raises(SurgeonError, match=r"cannot write .*: No space left on device"):
+        write_json(tmp_path / "search.json", {})
+    with pytest.raises(SurgeonError, match=r"cannot write .*: No space left on device"):
+        table.write(tmp_path / "gains.json")
+    with (
+        pytest.raises(SurgeonError, match=r"cannot write .*: No space left on device"),
+        filling(tmp_path / "out") as fresh,
+    ):
+        (fresh / "a.png").write_bytes(b"x")
+    assert cached("key", lambda: table) is table
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_what_killed_processes_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """R6: files and folders of processes that were killed while they wrote."""
+    from surgeon.files import write_text
+    from surgeon.machine import machine
+
+    left = tmp_path / f".r.json.partial-{machine()}-4194305-0"
+    other = tmp_path / ".r.json.partial-elsewhere-4194305-0"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "r.json").write_text("half")
+    write_text(tmp_path / "r.json", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "r.json"]
+    os.utime(other, (0, 0))  # another machine's, of long ago
+    write_text(tmp_path / "r.json", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize("command", ["doctor", "place", "cost"])
+def test_no_home(
+    command: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """R7: HOME unset and no passwd entry: tables are kept in a temporary folder, which is said once."""
+    from surgeon import files
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SURGEON_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    files.__dict__["_temporary_cache"].cache_clear()
+    cost = ["cost", "test_resnet", "--table", "--layers", "stage4", "--input-size", "64", "--batch-size", "2"]
+    argv = {"doctor": ["doctor"], "place": PLACE, "cost": cost}
+    for _ in range(2):
+        assert main(argv[command]) == 0
+    told = [record for record in caplog.records if "no home folder" in record.message]
+    assert len(told) == 1
+    assert "set SURGEON_CACHE" in told[0].message
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["verify", LONG],
+        ["convert", LONG, "--type", "pafu"],
+        [*CONVERT[:-1], "--type", "pafu", "-o", LONG],
+        [*CONVERT, "--recipe", LONG],
+        ["convert", "test_resnet", "--weights", LONG, "--type", "pafu"],
+        ["study", "status", LONG],
+        ["cost", "test_resnet", "--input-size", "64", "--plot", f"{LONG}.png"],
+        ["export", "test_resnet", "-o", f"{LONG}.pt2", "--weights", "random"],
+        [*PLACE[:-5], "--space", LONG],
+        ["evaluate", LONG, "--task", "denoising", "--data", "."],
+    ],
+)
+def test_names_longer_than_any_file_has(argv: list[str], capsys: Capture) -> None:
+    """R8: names over 255 bytes."""
+    fails(argv, "File name too long", capsys)
+
+
+def test_names_of_just_the_longest_length(tmp_path: Path) -> None:
+    """R8: what is written has a longer name only in its own unfinished folder."""
+    from surgeon.files import write_text
+
+    write_text(tmp_path / ("x" * 255), "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 255]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["export", "test_resnet", "-o=--"],
+        ["convert", "test_resnet", "--output=--"],
+        ["inspect", "test_resnet", "--weights=--"],
+        ["place", "test_resnet", "--max-flops=--"],
+        ["cost", "test_resnet", "--batch-size=--"],
+        ["convert", "test_resnet", "-o", "a", "b"],
+    ],
+)
+def test_options_without_their_value(argv: list[str], capsys: Capture) -> None:
+    """R8: `-o=--` was an empty list in Python's argparse; several names for one option."""
+    fails(argv, "unrecognized arguments: b" if argv[-1] == "b" else "expected one argument, got '--'", capsys)
+
+
+def test_json_is_one_document_whatever_is_printed(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R10: what libraries print while weights are fetched goes to stderr."""
+    from surgeon import inspect_command
+
+    build = inspect_command.build
+    monkeypatch.setattr(inspect_command, "build", lambda args: (print("Downloading: 100 %"), build(args))[1])
+    assert main(["inspect", "test_resnet", "--weights", "random", "--input-size", "32", "--json"]) == 0
+    out, error = capsys.readouterr()
+    assert json.loads(out)["model"] == "test_resnet"
+    assert "Downloading" in error
+
+
+def test_the_table_of_the_zoo_is_there_at_once(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R10, N3: its numbers come with surgeon; to count them again is asked for."""
+    from surgeon.zoo import table
+
+    counted: list[str] = []
+    count = table.__dict__["_count"]
+    monkeypatch.setattr(table, "_count", lambda found, at: (counted.append(found.name), count(found, at))[1])
+    for how in ("--table", "--markdown"):
+        assert main(["zoo", how]) == 0
+        assert capsys.readouterr().out.count("adfnet") >= 1
+    assert counted == []
+    assert main(["zoo", "lenet", "--table", "--fresh", "--quiet"]) == 0
+    assert set(counted) == {"lenet"}
+
+
+@pytest.mark.parametrize("name", ["lenet_acda", "srcnn", "mcnn", "resnet20_cifar"])
+def test_numbers_of_the_zoo_are_those_of_its_networks(name: str) -> None:
+    """R10, N3: after a change: python -c "from surgeon import zoo; from surgeon.zoo.table import *; write_counted(zoo.names())"."""
+    from surgeon.zoo.table import make_row
+
+    assert make_row(name) == make_row(name, fresh=True)
+
+
+@pytest.mark.slow
+def test_all_numbers_of_the_zoo_are_those_of_its_networks() -> None:
+    """R10, N3: the whole table that comes with surgeon."""
+    from surgeon import zoo
+    from surgeon.zoo.table import make_table
+
+    assert make_table(zoo.names()) == make_table(zoo.names(), fresh=True)
