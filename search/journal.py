@@ -99,7 +99,7 @@ def is_alive(folder: Path, worker: str) -> bool:
     if str(path.absolute()) in _HELD:
         return True  # it is this process; opening the file here would drop its lock
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return False
     try:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from surgeon.errors import InputError
+from surgeon.errors import ConfigError, InputError
 from surgeon.files import told
 from surgeon.layers.base import DynamicConv2d
 from surgeon.machine import check_memory
+from surgeon.parse import parse_input_size
 
 BATCH = 2  # one image would hide what mixes images
 
@@ -110,13 +111,15 @@ def given_inputs(example_inputs: Any) -> Inputs:
     return inputs
 
 
-def check_input_size(input_size: Sequence[int] | int) -> tuple[int, ...]:
-    """An input size as (C, H, W), (H, W) or one side length; raises `InputError` for anything else."""
-    values = (input_size,) if isinstance(input_size, int) else tuple(input_size)
-    values = values * 2 if len(values) == 1 else values
-    if len(values) not in (2, 3) or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
-        raise InputError(f"input_size must be (C, H, W), (H, W) or one positive integer, got {input_size!r}")
-    return values
+def check_input_size(input_size: Any) -> tuple[int, ...]:
+    """An input size as (C, H, W), (H, W) or one side length, made two or three numbers; raises `InputError` for anything else."""
+    try:
+        values = parse_input_size(input_size)
+    except ConfigError as error:
+        raise InputError(
+            f"input_size must be (C, H, W), (H, W) or one positive integer, got {told(input_size)}"
+        ) from error
+    return values * 2 if len(values) == 1 else values
 
 
 def candidate_inputs(model: nn.Module, input_size: Sequence[int] | int | None = None) -> Iterator[Inputs]:

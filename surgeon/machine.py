@@ -44,6 +44,8 @@ def memory() -> int:
         from surgeon.parse import parse_quantity
 
         return int(parse_quantity(given, MEMORY))
+    if not hasattr(os, "sysconf"):
+        return 2**62  # nobody knows
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):

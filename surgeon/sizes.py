@@ -29,7 +29,7 @@ def check_layers(layers: Iterable[tuple[type[DynamicConv2d], ConvGeometry, Layer
     """Raise `TooLargeError` for layers, to be built of these options, that this machine has no memory for."""
     total, largest = 0, (0, "")
     for kind, geometry, config in layers:
-        size = _layer_bytes(kind, geometry, config)
+        size = _layer_bytes(kind, geometry, config)  # type: ignore[arg-type]  # a class is hashable
         total, largest = total + size, max(largest, (size, f"{kind.type_name} layers such as {config}"))
     check_memory(total, largest[1] or "the layers")
 
@@ -50,11 +50,15 @@ def _bytes_of(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def build_bounded(build: Callable[[], nn.Module], what: str) -> nn.Module:
-    """Build a network whose options may ask for anything: without memory first, on the meta device.
+@contextmanager
+def bounded(build: Callable[[], nn.Module], options: dict[str, Any], what: str) -> Iterator[None]:
+    """For building a network in it: what its options ask for is known first, by building it on the meta device.
 
     Raises `TooLargeError` where this machine has too little memory for it, or it would have no end of layers.
     """
+    if _is_modest(options):
+        yield
+        return
     with _counting(what):
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -64,7 +68,7 @@ def build_bounded(build: Callable[[], nn.Module], what: str) -> nn.Module:
         except Exception as error:  # it computes with values, or does not take these options: what follows tells
             logger.debug("%s cannot be built without memory: %s", what, error)
     with _counting(what):
-        return build()
+        yield
 
 
 @contextmanager
@@ -94,7 +98,7 @@ def _counting(what: str) -> Iterator[None]:
             handle.remove()
 
 
-def is_modest(options: Any) -> bool:
+def _is_modest(options: Any) -> bool:
     """Whether a network's options cannot make it much larger than it is: most have none but these.
 
     Raises `TooLargeError` for numbers that no option of a network has.

@@ -1,6 +1,5 @@
 """A place for what is being written: beside its target, on the same disk, gone when the writing fails."""
 
-import glob
 import hashlib
 import os
 import shutil
@@ -40,10 +39,15 @@ def _short(name: str) -> str:
 
 
 def _remove_stale(parent: Path, stem: str) -> None:
-    own = f"{stem}{machine()}-"
-    for left in parent.glob(f"{glob.escape(stem)}*"):
-        process = left.name.removeprefix(own).partition("-")[0]
+    """What ended processes of this machine left for any target, and what others left for this one long ago."""
+    here = f".partial-{machine()}-"
+    for left in parent.glob(".*.partial-*"):
+        _, ours, process = left.name.rpartition(here)
+        number = process.partition("-")[0]
         with suppress(OSError):
-            ours = left.name.startswith(own) and process.isdigit()
-            if has_ended(int(process)) if ours else time.time() - left.stat().st_mtime > _OLD:
+            if ours:
+                gone = number.isdigit() and has_ended(int(number))
+            else:
+                gone = left.name.startswith(stem) and time.time() - left.stat().st_mtime > _OLD
+            if gone:
                 shutil.rmtree(left, ignore_errors=True)

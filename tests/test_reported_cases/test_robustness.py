@@ -104,8 +104,9 @@ def test_options_of_a_network_that_ask_for_anything(
     """R2: timm's own size options."""
     monkeypatch.setattr("surgeon.sizes._MODULES", 1000)
     monkeypatch.setenv("SURGEON_MEMORY", "1GiB")
-    argv = ["convert", model, "--weights", "random", "--type", "pafu", "--dry-run", "--quiet"]
-    fails([*argv, "--model-args", *options], words, capsys)
+    for weights in ("random", "auto"):
+        argv = ["convert", model, "--weights", weights, "--type", "pafu", "--dry-run", "--quiet"]
+        fails([*argv, "--model-args", *options], words, capsys)
 
 
 @pytest.mark.parametrize(
@@ -296,9 +297,9 @@ def test_what_killed_processes_left_is_removed_by_the_next(tmp_path: Path) -> No
     from surgeon.files import write_text
     from surgeon.machine import machine
 
-    left = tmp_path / f".r.json.partial-{machine()}-4194305-0"
+    left = [tmp_path / f".{name}.partial-{machine()}-4194305-0" for name in ("r.json", "another.json")]
     other = tmp_path / ".r.json.partial-elsewhere-4194305-0"
-    for folder in (left, other):
+    for folder in (*left, other):
         folder.mkdir()
         (folder / "r.json").write_text("half")
     write_text(tmp_path / "r.json", "whole")
