@@ -32,6 +32,7 @@ DEFAULT_OPTIONS = (
     Option("sekg", {}),
 )
 _VALUES = {"acda": ("atoms", "scales"), "pafu": ("group_size",), "sekg": ("kernel_groups",)}
+_DEPTH = 32  # of lists and mappings in one another
 _KEYS = ("types", "atoms", "scales", "group_sizes", "kernel_groups", "layers", "options")
 
 
@@ -113,12 +114,26 @@ class SpaceConfig:
 
         text = read_text(path, ConfigError, "the space")
         try:
-            if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
-                raise yaml.YAMLError("it has aliases (*name), by which a short text may stand for a huge one")
+            _check_yaml(text)
             values = yaml.safe_load(text)  # JSON is YAML
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())[:300]}") from error
         return cls.from_dict(values, str(path))
+
+
+def _check_yaml(text: str) -> None:
+    """Raise `YAMLError` for what makes a short text a huge one, or one that takes for ever to read: aliases, deep nesting."""
+    import yaml
+
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        name = type(token).__name__
+        if name.startswith(("Flow", "Block")):
+            depth += ("Start" in name) - ("End" in name)
+        if isinstance(token, yaml.AliasToken):
+            raise yaml.YAMLError("it has aliases (*name), by which a short text may stand for a huge one")
+        if depth > _DEPTH:
+            raise yaml.YAMLError("it is nested too deep")
 
 
 def _options(value: Any, where: str) -> tuple[Option, ...]:

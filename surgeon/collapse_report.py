@@ -81,7 +81,7 @@ class CollapseReport:
         try:
             rest = {key: value for key, value in values.items() if key not in ("kind", "layers")}
             report = cls(layers=[entry(Collapsed, layer) for layer in values["layers"]], **read_fields(cls, rest))
-        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as problem:
             raise CheckpointError(
                 f"this is not a report of a collapse: {type(problem).__name__}: {problem}"
             ) from problem

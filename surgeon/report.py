@@ -84,7 +84,7 @@ class Report:
                 skipped=[entry(Skipped, item) for item in values["skipped"]],
                 **read_fields(cls, rest),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as problem:
             raise CheckpointError(f"this is not a report of surgeon: {type(problem).__name__}: {problem}") from problem
         return report
 

@@ -443,3 +443,18 @@ def test_texts_and_lists_of_a_report_that_are_none(field: str, value: Any, run: 
     _change(run / "report.json", lambda values: values | {field: value})
     with pytest.raises(CheckpointError, match="report"):
         read_report(run)
+
+
+def test_a_space_that_grows_while_it_is_read(tmp_path: Path) -> None:
+    """R3: aliases of YAML stand for more than there is, and nesting takes for ever."""
+    from surgeon.errors import ConfigError
+    from surgeon.search.space import SpaceConfig
+
+    file = tmp_path / "space.yaml"
+    lines = ["a: &a [x, x]", *(f"{b}: &{b} [*{a}, *{a}, *{a}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True))]
+    for text, words in (("\n".join(lines), "aliases"), ("layers: " + "[" * 20_000, "nested too deep")):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            SpaceConfig.read(file)
+    file.write_text("types: [pafu]\noptions:\n- {type: acda, options: {atoms: 4}}\n")
+    assert SpaceConfig.read(file).types == ("pafu",)

