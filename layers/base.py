@@ -39,11 +39,33 @@ class LayerConfig:
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
+# Upper ends of options: far beyond what any paper uses, and still made within seconds.
+_MOST = {
+    "atoms": 256,
+    "scales": 16,
+    "basis_size": 64,
+    "group_size": 1024,
+    "supports": 127,
+    "selector_depth": 64,
+    "kernel_size": 127,
+}
+_MOST_OF_ANY = 65536
+
+
 def check_at_least(config: LayerConfig, name: str, least: int) -> None:
-    """Raise `ConfigError` unless the named option is an integer of at least `least`."""
+    """Raise `ConfigError` unless the named option is an integer of at least `least`, and no more than any layer needs."""
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{type(config).__name__}: {name} must be an integer >= {least}, got {value!r}")
+    check_at_most(config, name, value)
+
+
+def check_at_most(config: LayerConfig, name: str, value: int) -> None:
+    """Raise `ConfigError` for a value of the named option beyond its upper end."""
+    most = _MOST.get(name, _MOST_OF_ANY)
+    if value > most:
+        told = value if value < 2**63 else f"a number of {value.bit_length()} bits"
+        raise ConfigError(f"{type(config).__name__}: {name} must be at most {most}, got {told}")
 
 
 class DynamicConv2d(nn.Module):

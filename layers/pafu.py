@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least
+from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, check_at_most
 from surgeon.layers.generator import PixelGenerator
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.kernels.pafu import pafu_conv
@@ -72,6 +72,7 @@ class PAFUConfig(LayerConfig):
         sizes = self.supports
         if not isinstance(sizes, tuple) or any(type(size) is not int or size < 1 or size % 2 == 0 for size in sizes):
             raise ConfigError(f"PAFUConfig: supports must be a tuple of odd kernel sizes, got {sizes!r}")
+        check_at_most(self, "supports", max(sizes, default=1))
         if len(sizes) >= self.group_size:
             raise ConfigError(
                 f"PAFUConfig: a group of {self.group_size} kernels has no place for {len(sizes)} further supports {sizes!r}; "

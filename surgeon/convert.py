@@ -22,6 +22,7 @@ from surgeon.report import Replaced, Report, Skipped, growth_notes
 from surgeon.rewrite import Rewrite, build_layer
 from surgeon.select import split_items
 from surgeon.sites import ConvSite, Sites, find_sites, macs_of
+from surgeon.sizes import check_layers
 from surgeon.trace import trace_graph
 from surgeon.verify import Settled, Verification, halves_agree, judge, measure, run, settle_in_double
 
@@ -203,6 +204,7 @@ class Surgery:
         """Make every planned layer; raises `NothingReplacedError` if none could be made."""
         self.refused = {plan.site.name: plan.reasons for plan in self.plans if plan.reasons}
         wanted = [plan for plan in self.plans if not plan.reasons]
+        check_layers((p.layer, p.site.geometry, p.config) for p in wanted if p.site.geometry is not None)
         if calibration is not None and wanted:
             self._build_on(calibration, wanted)
         for done, plan in enumerate(wanted):

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import assignment, positive, print_json
+from surgeon.arguments import add_seed, assignment, positive, print_json, whole
 from surgeon.errors import ConfigError, DataError, ModelError, SurgeonError
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how it is run")
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="of a MODEL")
     group.add_argument("--num-classes", type=positive, metavar="N", help="classes of a MODEL's head")
-    group.add_argument("--seed", type=int, default=0, help="of the task and of random weights (default: 0)")
+    add_seed(group, "of the task and of random weights")
     group.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
-    group.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load data (default: 0)")
+    group.add_argument("--workers", type=whole, default=0, metavar="N", help="processes that load data (default: 0)")
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N (default: cuda where there is one)")
     group.add_argument("--amp", nargs="?", const="float16", metavar="DTYPE", help="float16 or bfloat16")
     group.add_argument("--trust-factory", action="store_true", help="run the factory that a run's recipe names")

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from surgeon import files
 from surgeon.errors import ConfigError, RecipeError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ CONVOLUTION = (
 )
 
 _SOURCES = ("timm", "torchvision", "zoo", "factory")
+_RULES = 10_000  # that a recipe may have; more than any network has layers
 _KINDS = ("pretrained", "random", "file", "given")
 _ATTRIBUTE = "_surgeon_recipe"
 
@@ -114,7 +116,9 @@ class Recipe:
         _check_keys(values, ("format", "version", "base", "seed", "versions", "rules", "artefact"), where)
         rules = values.get("rules")
         if not isinstance(rules, list):
-            raise RecipeError(f"{where}: rules must be a list of {{layers, type, options}}, got {_told(rules)}")
+            raise RecipeError(f"{where}: rules must be a list of {{layers, type, options}}, got {files.told(rules)}")
+        if len(rules) > _RULES:
+            raise RecipeError(f"{where}: there are {len(rules):,} rules, at most {_RULES:,} are read")
         base = values.get("base")
         return cls(
             rules=tuple(_rule(rule, f"{where}: rule {i}", values["version"]) for i, rule in enumerate(rules, start=1)),
@@ -154,20 +158,12 @@ def _of_zoo(name: str) -> Recipe:
 
 def parse_json(text: str, where: str) -> Any:
     """JSON values of a text; raises `RecipeError` with the line of a mistake."""
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise RecipeError(f"{where} is not valid JSON: {error}") from error
+    return files.parse_json(text, where, RecipeError)
 
 
 def read_text(path: Path) -> str:
     """The text of a recipe file; raises `RecipeError`."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not a recipe: it is not UTF-8 text") from error
+    return files.read_text(path, RecipeError, "the recipe")
 
 
 def versions() -> dict[str, str]:
@@ -203,10 +199,10 @@ def set_recipe(model: "nn.Module", recipe: Recipe | None) -> None:
 
 def _check_version(values: Mapping[str, Any], where: str) -> None:
     if values.get("format") != FORMAT:
-        raise RecipeError(f'{where}: format must be "{FORMAT}", got {_told(values.get("format"))}')
+        raise RecipeError(f'{where}: format must be "{FORMAT}", got {files.told(values.get("format"))}')
     found = values.get("version")
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise RecipeError(f"{where}: version must be a positive integer, got {_told(found)}")
+        raise RecipeError(f"{where}: version must be a positive integer, got {files.told(found)}")
     if found > VERSION:
         raise RecipeError(
             f"{where} has version {found}, newer than version {VERSION} that this surgeon "
@@ -223,7 +219,7 @@ def _rule(values: Any, where: str, version: int) -> Rule:
     if isinstance(layers, list) and layers and all(isinstance(item, str) for item in layers):
         layers = ",".join(layers)
     if not isinstance(layers, str) or not layers.strip():
-        raise RecipeError(f'{where}: layers must be a selection such as "stage3,stage4", got {_told(layers)}')
+        raise RecipeError(f'{where}: layers must be a selection such as "stage3,stage4", got {files.told(layers)}')
     kind = _typed(values, "type", str, where)
     options = _mapping(values.get("options", {}), f"{where}: options")
     if kind == CONVOLUTION:
@@ -241,7 +237,7 @@ def _check_window(options: Mapping[str, Any], where: str) -> None:
     _check_keys(options, ("window",), f"{where}: options")
     window = options.get("window")
     if not isinstance(window, list) or len(window) != 2 or not all(type(n) is int and 0 < n < 256 for n in window):
-        raise RecipeError(f"{where}: window must be a kernel size [height, width], got {_told(window)}")
+        raise RecipeError(f"{where}: window must be a kernel size [height, width], got {files.told(window)}")
 
 
 def _base(values: Any, where: str) -> BaseModel:
@@ -249,7 +245,7 @@ def _base(values: Any, where: str) -> BaseModel:
     _check_keys(values, ("source", "name", "kwargs", "input_size", "weights"), where)
     size = values.get("input_size", [3, 224, 224])
     if not isinstance(size, list) or not all(type(n) is int and n > 0 for n in size):
-        raise RecipeError(f"{where}: input_size must be a list of positive integers, got {_told(size)}")
+        raise RecipeError(f"{where}: input_size must be a list of positive integers, got {files.told(size)}")
     return BaseModel(
         source=_one_of(values, "source", _SOURCES, where),
         name=_typed(values, "name", str, where),
@@ -272,7 +268,7 @@ def _weights(values: Any, where: str) -> Weights:
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise RecipeError(f"{where} must be a JSON object, got {_told(values)}")
+        raise RecipeError(f"{where} must be a JSON object, got {files.told(values)}")
     return values
 
 
@@ -290,17 +286,12 @@ def _check_keys(values: Iterable[str], known: tuple[str, ...], where: str) -> No
 def _typed(values: Mapping[str, Any], key: str, kind: type[T], where: str, default: T | None = None) -> T:
     value = values.get(key, default)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise RecipeError(f"{where}: {key} must be of type {kind.__name__}, got {_told(value)}")
+        raise RecipeError(f"{where}: {key} must be of type {kind.__name__}, got {files.told(value)}")
     return value
 
 
 def _one_of(values: Mapping[str, Any], key: str, allowed: tuple[str, ...], where: str) -> str:
     value = values.get(key)
     if value not in allowed:
-        raise RecipeError(f"{where}: {key} must be one of {', '.join(allowed)}, got {_told(value)}")
+        raise RecipeError(f"{where}: {key} must be one of {', '.join(allowed)}, got {files.told(value)}")
     return str(value)
-
-
-def _told(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import print_json
+from surgeon.arguments import print_json, size
 from surgeon.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
     parser.add_argument("--force", action="store_true", help="write into OUT though it is not empty")
     parser.add_argument("--layers", metavar="NAMES", help="which dynamic layers (default: all)")
-    parser.add_argument("--input-size", metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (default: the model's)")
+    parser.add_argument(
+        "--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (default: the model's)"
+    )
     parser.add_argument("--tensorboard", metavar="DIR", help="write pictures and numbers there, too")
     parser.add_argument(
         "--against", metavar="auto|MODEL", help="draw the original's features beside; auto is the run's base model"
@@ -46,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code. Everything is read before anything is written."""
     from surgeon.checkpoint import load
     from surgeon.console import Progress, width
+    from surgeon.files import filling
     from surgeon.recipe import get_recipe
     from surgeon.report import jsonable
     from surgeon.rewrite import dynamic_layers
@@ -62,7 +65,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.run} does not name its base model, whose transform the pictures need")
     images = _read(args, model, base)
     original = _original(args, base)
-    with Progress(enabled=not args.quiet) as progress, _Writer(output, args.tensorboard) as writer:
+    with (
+        Progress(enabled=not args.quiet) as progress,
+        filling(output, ConfigError) as fresh,
+        _Writer(fresh, args.tensorboard) as writer,
+    ):
         found = _draw(model, layers, images, original, writer, progress)
         document = jsonable({"run": args.run, "output": str(output), "images": found, "bases": writer.bases})
         writer.numbers(document)
@@ -82,14 +89,12 @@ def _check_output(output: Path, args: argparse.Namespace) -> None:
 
 def _read(args: argparse.Namespace, model: "nn.Module", base: "BaseModel") -> "dict[str, tuple[Tensor, Any]]":
     """By a name for each: the picture as the model gets it (C, H, W), and as people see it (H, W, 3) in [0, 1]."""
-    from surgeon.costs import parse_input_size
     from surgeon.images import evaluation_transform, read_image
 
     if args.input_size:
-        size = parse_input_size(args.input_size)
-        size = size * 2 if len(size) == 1 else size
+        given = args.input_size
         channels = base.input_size[0] if base.input_size else 3
-        base = replace(base, input_size=size if len(size) == 3 else (channels, *size))
+        base = replace(base, input_size=given if len(given) == 3 else (channels, *given))
     transform = evaluation_transform(model, base)
     found: dict[str, tuple[Tensor, Any]] = {}
     for file in map(Path, args.images):
