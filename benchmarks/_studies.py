@@ -14,10 +14,12 @@ from torch import nn
 
 import surgeon
 from benchmarks import _data as data
+from benchmarks import toys
 from benchmarks._cifar import TRAIN_SET, Cifar, CifarTask
 from benchmarks._experiments import EXPERIMENTS, lraspp
 from benchmarks._tasks import TASKS
 from benchmarks._tasks import evaluate as evaluate_trained
+from surgeon.layers import PAFUConfig, PAFUConv2d
 from surgeon.recipe import Recipe, Rule
 from surgeon.zoo import create
 from surgeon.zoo.evaluate import evaluate
@@ -344,7 +346,46 @@ def _segmenter() -> Study:
     )
 
 
+# --- made images ------------------------------------------------------------------------------------------------------
+
+
+def _selector_from_scratch(material: Path) -> nn.Module:
+    """Two independent kernels, drawn at random, and a selector of 3 layers and 44 channels."""
+    config = PAFUConfig(group_size=2, hidden=44, selector_depth=3, perturbation=1.0, shared=False)
+    layer = PAFUConv2d.from_conv(nn.Conv2d(3, 3, 5, padding=2, bias=False), config)
+    layer.selector.expand.reset_parameters()
+    return layer
+
+
+def _sad() -> Study:
+    def judge(model: nn.Module, material: Path) -> Scores:
+        """On 100 images that neither train nor choose: another seed's training images."""
+        task = create_task("sad", seed=1000, train_limit=100)
+        return {"error × 1000": 1000 * evaluate(model, task, split="train", batch_size=10)["l1"]}
+
+    return Study(
+        title="SAD (PAFU §3.2): dilate black pixels, leave the others; smooth L1",
+        arms={
+            "plain": lambda material: toys.Plain(35),
+            "residual": lambda material: toys.Residual(35),
+            "kernel prediction": lambda material: toys.Predicted(38, outputs=25, layers=4),
+            "PAFU, two kernels": _selector_from_scratch,
+        },
+        wide="kernel prediction",
+        task=lambda material, work, seed: create_task("sad", seed=seed, beta=0.1, images=2000),
+        judge=judge,
+        needs=(),
+        rates=(3e-3, 1e-2, 3e-2),
+        steps=2000,
+        batch=1,
+        unit="mean absolute error, lower is better",
+        lower=True,
+        changes=SCRATCH | {"regularization": 1.0},
+    )
+
+
 STUDIES: dict[str, Callable[[], Study]] = {
+    "sad": _sad,
     "acda-sr": _restorer,
     "dconv-denoising": _denoiser,
     "mdcb-denoising": _mdcb,
