@@ -56,8 +56,8 @@ class DnCNN(nn.Module):
         return x - self.noise(x)
 
 
-# In circulation: the bare chain, its position as the key ("0.weight"), or the chain in an attribute "dncnn".
-_LAYOUT = ((r"^(\d+)\.", r"body.\1."), (r"^dncnn\.", "body."))
+# In circulation: the bare chain, its position as the key ("0.weight"), or the chain in an attribute "dncnn" or "model" (KAIR).
+_LAYOUT = ((r"^(\d+)\.", r"body.\1."), (r"^(dncnn|model)\.", "body."))
 
 
 @register("dncnn", input_size=(1, 64, 64), layout=_LAYOUT)
