@@ -6,6 +6,7 @@ if __name__ != "surgeon.layers":
 from surgeon.layers.acda import ACDAConfig, ACDAConv2d
 from surgeon.layers.base import DynamicConv2d, LayerConfig
 from surgeon.layers.dconv import SEKG, DConv2d
+from surgeon.layers.fold import fold_batchnorm
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.pafu import PAFUConfig, PAFUConv2d
 from surgeon.layers.registry import layer_class, layer_types, register
@@ -26,6 +27,7 @@ __all__ = [
     "PAFUConv2d",
     "SEKGConfig",
     "SEKGConv2d",
+    "fold_batchnorm",
     "layer_class",
     "layer_types",
     "register",

@@ -5,6 +5,7 @@ Shapes: m dynamic and r static atoms, K basis elements in a window (l_h, l_w) th
 alpha (N, m·K, H', W'), psi (K, l_h, l_w), coeff (C_out, C/g, m + r), dynamic atoms first.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least
+from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, scaled_bias
 from surgeon.layers.bases import basis_elements, centred, fitting_elements, window_size
 from surgeon.layers.decompose import Decomposition, decompose, expand_in_basis, truncate_for_inputs
 from surgeon.layers.generator import FORMS, RANK, WINDOW, PixelGenerator
@@ -144,12 +145,8 @@ class ACDAConv2d(CodedConv2d):
             _take_over_flags(layer, conv)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) → (N, C_out, H', W')."""
-        self.check_input(x)
-        if not self.adaptive:
-            return self.static_conv2d(x)
-        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting()
+    def adapt(self, x: Tensor) -> Tensor:
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting() or torch.jit.is_tracing()
         if whole or batch_statistics(self.generator):
             return self._filter(x, self.geometry)
         return self._in_bands(x)
@@ -201,14 +198,14 @@ class ACDAConv2d(CodedConv2d):
 
     @property
     def _window(self) -> Pair:
-        return (self.psi.shape[1], self.psi.shape[2])
+        return window_size(self.geometry.kernel_size, self.config.scales)  # plain numbers, also while `psi` is traced
 
     @property
     def folds_static(self) -> bool:
         """Whether the static atoms run as one plain convolution, because that is cheaper than filtering with them one by one."""
         c_out, c_group = self.geometry.weight_shape[:2]
-        window, kernel = self.psi[0].numel(), self.static_atoms[0].numel() if len(self.static_atoms) else 0
-        two_layer = len(self.static_atoms) * (self.geometry.in_channels * window + c_out * c_group)
+        window, kernel = math.prod(self._window), math.prod(self.geometry.kernel_size)
+        two_layer = (self.config.static_atoms or 0) * (self.geometry.in_channels * window + c_out * c_group)
         return two_layer > kernel * c_out * c_group > 0
 
     def static_weight(self) -> Tensor:
@@ -247,6 +244,11 @@ class ACDAConv2d(CodedConv2d):
     @torch.no_grad()
     def fix(self, code: Tensor) -> None:
         self.generator.set_static_output(code)
+
+    @torch.no_grad()
+    def scale_output(self, scale: Tensor, shift: Tensor) -> None:
+        self.coeff.mul_(scale[:, None, None])
+        self.bias = scaled_bias(self.bias, scale, shift, self.coeff)
 
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The generator's; `coeff` and `static_atoms` are the old weight, factorised."""

@@ -3,14 +3,16 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from surgeon.errors import ConfigError, GeometryError, UnsupportedLayerError
+from surgeon.errors import ConfigError, GeometryError, ReadOnlyError, UnsupportedLayerError
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.source import ConvSource
+from surgeon.layers.static_weight import READ_ONLY, StaticWeight, read_only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,8 @@ class DynamicConv2d(nn.Module):
         """
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor: ...
+    def adapt(self, x: Tensor) -> Tensor:
+        """What `forward` computes with `adaptive` on, for an input that fits."""
 
     @abstractmethod
     def static_weight(self) -> Tensor:
@@ -151,12 +154,44 @@ class DynamicConv2d(nn.Module):
         """The layer's own loss term, a scalar, or None where its paper has none."""
         return None
 
+    def scale_output(self, scale: Tensor, shift: Tensor) -> None:
+        """Change the parameters so that the layer gives scale · y + shift, both (C_out,), where it gave y, adaptive or not.
+
+        Raises `UnsupportedLayerError`, with nothing changed, where no parameters do that.
+        """
+        reason = f"{type(self).__name__} has no rule for it"
+        raise UnsupportedLayerError(f"a scale and a shift cannot be folded into this layer: {reason}", (reason,))
+
     # --- what all share -------------------------------------------------------------------------------------------
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C_in, H, W) → (N, C_out, H', W'). Every tracer of torch.fx sees one leaf."""
+        if isinstance(input, fx.Proxy):
+            return cast(Tensor, _leaf(self, input))
+        self.check_input(input)
+        return self.adapt(input) if self.adaptive else self.static_conv2d(input)
 
     @property
     def weight(self) -> Tensor:
-        """The static weight, under the name that code written for `nn.Conv2d` looks for."""
-        return self.static_weight()
+        """The static weight to look at, under the name that code written for `nn.Conv2d` looks for.
+
+        It is computed: `ReadOnlyError` for writes to it. `static_weight` gives an ordinary tensor.
+        """
+        return read_only(self.static_weight())
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise ReadOnlyError(READ_ONLY)
+
+    @weight.deleter
+    def weight(self) -> None:
+        raise ReadOnlyError(READ_ONLY)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of every module, but `weight`, and what is made of it, is not taken."""
+        if name == "weight" or isinstance(param, StaticWeight):
+            raise ReadOnlyError(READ_ONLY)
+        super().register_parameter(name, param)
 
     def __getattr__(self, name: str) -> Any:
         # in_channels, out_channels, kernel_size, stride, dilation, groups, padding_mode: as on the convolution.
@@ -181,6 +216,8 @@ class DynamicConv2d(nn.Module):
 
     def check_input(self, x: Tensor) -> None:
         """Raise `GeometryError` for an input that is not (N, C_in, H, W), or too small."""
+        if torch.jit.is_tracing():  # sizes are what is traced
+            return
         if x.dim() != 4 or x.shape[1] != self.geometry.in_channels:
             raise GeometryError(
                 f"{type(self).__name__} expects an input (N, {self.geometry.in_channels}, H, W), got {tuple(x.shape)}"
@@ -191,6 +228,17 @@ class DynamicConv2d(nn.Module):
         g = self.geometry
         options = ", ".join(f"{k}={v}" for k, v in self.config.to_dict().items() if v is not None)
         return f"{g.in_channels}, {g.out_channels}, kernel_size={g.kernel_size}, stride={g.stride}, groups={g.groups}, {options}"
+
+
+def scaled_bias(bias: nn.Parameter | None, scale: Tensor, shift: Tensor, like: nn.Parameter) -> nn.Parameter:
+    """The bias of scale · y + shift, of the dtype of `like`."""
+    new = shift if bias is None else bias.detach() * scale + shift
+    return nn.Parameter(new.to(like.dtype), requires_grad=(like if bias is None else bias).requires_grad)
+
+
+def _leaf(layer: nn.Module, input: fx.Proxy) -> fx.Proxy:
+    """The call of a module as one node, for tracers that would look into it."""
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(layer), (input,), {})
 
 
 class CodedConv2d(DynamicConv2d):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import GeometryError
+from surgeon.layers.aligned import AlignedConv2d
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.kernels.dconv import channels_fit, dconv_layer
 from surgeon.layers.norm import SignalNorm, check_norm
@@ -33,23 +34,19 @@ class SEKG(nn.Module):
         check_norm("SEKG", norm)
         self.geometry = geometry
         channels = geometry.in_channels
-        self.spatial = nn.Conv2d(
-            channels, channels, WINDOW, stride=geometry.stride, dilation=geometry.dilation, groups=channels
-        )
+        self.spatial = AlignedConv2d(geometry, channels, channels, WINDOW, groups=channels)
         self.channel = nn.Conv1d(1, 1, 3, padding=1, bias=channel_bias)
         self.norm = None if norm is None else SignalNorm(channels)
         self.weight = nn.Parameter(torch.zeros(maps, channels))
 
     def features(self, x: Tensor) -> Tensor:
         """What the kernels are made of, (N, C, H', W')."""
-        spatial = self.spatial
-        padded, padding = pad_for_window(x, self.geometry, WINDOW)
-        around = F.conv2d(
-            padded, spatial.weight, spatial.bias, spatial.stride, padding, spatial.dilation, spatial.groups
-        )
+        around: Tensor = self.spatial(x)
         average = x.mean(dim=(2, 3)).unsqueeze(1)
         channel: Tensor = self.channel(average)
-        around.add_(channel.transpose(1, 2).unsqueeze(3))  # no second map of the image's size
+        channel = channel.transpose(1, 2).unsqueeze(3)
+        held = self.spatial._forward_hooks or self.spatial._backward_hooks  # somebody else may hold that map
+        around = around + channel if held else around.add_(channel)  # no second map of the image's size
         return around if self.norm is None else self.norm(around)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,13 +1,11 @@
 """The small network that tells a dynamic layer, at every output pixel, what to be there."""
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.geometry import ConvGeometry, pad_for_window
+from surgeon.layers.aligned import AlignedConv2d
+from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.norm import SignalNorm, check_norm
 
 WINDOW = (3, 3)
@@ -49,27 +47,24 @@ class PixelGenerator(nn.Module):
         self.reduce = nn.Conv2d(geometry.in_channels, hidden, 1)
         self.between = nn.ModuleList(nn.Conv2d(hidden, hidden, 3, padding=1) for _ in range(depth - 1))
         self.norms = nn.ModuleList(SignalNorm(hidden) for _ in range(depth) if norm is not None)
-        settings: dict[str, Any] = {"stride": geometry.stride, "dilation": geometry.dilation}
         self.around: nn.Conv2d | None = None
+        self.expand: nn.Conv2d
         if form == "full":
-            self.expand = nn.Conv2d(hidden, outputs, WINDOW, **settings)
+            self.expand = AlignedConv2d(geometry, hidden, outputs, WINDOW)
         elif form == "separable":
-            self.around = nn.Conv2d(hidden, hidden, WINDOW, groups=hidden, bias=False, **settings)
+            self.around = AlignedConv2d(geometry, hidden, hidden, WINDOW, groups=hidden, bias=False)
             self.expand = nn.Conv2d(hidden, outputs, 1)
         else:
-            self.around = nn.Conv2d(hidden, rank, WINDOW, bias=False, **settings)
+            self.around = AlignedConv2d(geometry, hidden, rank, WINDOW, bias=False)
             self.expand = nn.Conv2d(rank, outputs, 1)
         nn.init.zeros_(self.expand.weight)
         self.set_static_output(torch.zeros(outputs))
 
     def forward(self, x: Tensor, geometry: ConvGeometry | None = None) -> Tensor:
         """`geometry` stands in for the layer's own where x is a band of the image (`ConvGeometry.band`), for depth 1."""
-        hidden, padding = pad_for_window(self.hidden(x), geometry or self.geometry, WINDOW)
-        seeing = self.expand if self.around is None else self.around
-        y = F.conv2d(hidden, seeing.weight, seeing.bias, seeing.stride, padding, seeing.dilation, seeing.groups)
-        if self.around is None:
-            return y
-        out: Tensor = self.expand(y)
+        hidden = self.hidden(x)
+        band = () if geometry is None or geometry is self.geometry else (geometry,)
+        out: Tensor = self.expand(hidden, *band) if self.around is None else self.expand(self.around(hidden, *band))
         return out
 
     def hidden(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, check_at_most
+from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, check_at_most, scaled_bias
 from surgeon.layers.generator import PixelGenerator
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.kernels.pafu import pafu_conv
@@ -194,10 +194,7 @@ class PAFUConv2d(CodedConv2d):
         """(..., O, k·l·C/G) as (..., O, C/G, k, l), without a copy."""
         return packed.view(*packed.shape[:-1], *self.window, -1).movedim(-1, -3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.check_input(x)
-        if not self.adaptive:
-            return self.static_conv2d(x)
+    def adapt(self, x: Tensor) -> Tensor:
         g = self.geometry
         index, soft = self._select(self.selector(x))
         x, padding = pad_for_window(x, g, self.window)
@@ -266,6 +263,12 @@ class PAFUConv2d(CodedConv2d):
     @torch.no_grad()
     def fix(self, code: Tensor) -> None:
         self.selector.set_static_output(code)
+
+    @torch.no_grad()
+    def scale_output(self, scale: Tensor, shift: Tensor) -> None:
+        self.kernel.mul_(scale[:, None, None, None])
+        self.further_kernels.mul_(scale[:, None])
+        self.bias = scaled_bias(self.bias, scale, shift, self.kernel)
 
     def static_weight(self) -> Tensor:
         """The kernel that the selector's last bias prefers, (O, C/G, k, l): at birth the replaced weight."""

@@ -6,7 +6,7 @@ from functools import cache
 from importlib import import_module
 
 from surgeon.errors import ConfigError
-from surgeon.layers.base import DynamicConv2d
+from surgeon.layers.base import DynamicConv2d, LayerConfig
 
 _TYPES: dict[str, type[DynamicConv2d]] = {}
 
@@ -39,8 +39,17 @@ def layer_types() -> list[str]:
 def layer_class(name: str) -> type[DynamicConv2d]:
     """The class of a layer type; an unknown name is a `ConfigError` that lists the known ones."""
     _load()
-    if name not in _TYPES:
-        near = difflib.get_close_matches(name, _TYPES, n=1)
+    if not isinstance(name, str) or name not in _TYPES:
+        near = difflib.get_close_matches(str(name), _TYPES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"unknown layer type {name!r}; there are {', '.join(layer_types())}.{hint}")
     return _TYPES[name]
+
+
+def type_of(config: LayerConfig) -> str:
+    """Name of the layer type that these options are for; raises `ConfigError` where it is not registered."""
+    _load()
+    names = [name for name, cls in _TYPES.items() if cls.Config is type(config)]
+    if not names:
+        raise ConfigError(f"no layer type takes a {type(config).__name__}; there are {', '.join(layer_types())}")
+    return names[0]

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.errors import ConfigError
-from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least
+from surgeon.errors import ConfigError, UnsupportedLayerError
+from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, scaled_bias
 from surgeon.layers.dconv import DConv2d, misfit
 from surgeon.layers.factors import compose, composes, factorise
 from surgeon.layers.geometry import ConvGeometry, pad_for_window
@@ -87,12 +87,14 @@ class SEKGConv2d(CodedConv2d):
     config: SEKGConfig
     kernel: nn.Parameter | None
     pointwise: nn.Parameter | None
+    shift: nn.Parameter | None  # added behind the DConv of "dense" mode, where a norm was folded
 
     def __init__(self, geometry: ConvGeometry, config: LayerConfig) -> None:
         options = _options(config).resolve(geometry)
         super().__init__(geometry, options)
         self.register_parameter("kernel", None)
         self.register_parameter("pointwise", None)
+        self.register_parameter("shift", None)
         if options.mode == "dense":
             self.kernel = nn.Parameter(torch.zeros(geometry.weight_shape))
             self.dconv = DConv2d.same(
@@ -148,9 +150,8 @@ class SEKGConv2d(CodedConv2d):
                 old = conv.bias if name == "bias" else conv.weight
                 parameter.requires_grad_(cast(Tensor, old).requires_grad)
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.check_input(x)
-        return self._compute(x, self.dconv if self.adaptive else self.dconv.static_conv2d)
+    def adapt(self, x: Tensor) -> Tensor:
+        return self._compute(x, self.dconv)
 
     def static_conv2d(self, x: Tensor) -> Tensor:
         """The layer with every generated kernel at zero; in "dense" mode that may be two convolutions, see `static_weight`."""
@@ -158,7 +159,7 @@ class SEKGConv2d(CodedConv2d):
 
     def _compute(self, x: Tensor, dconv: Callable[..., Tensor]) -> Tensor:
         if self.kernel is not None:
-            return dconv(self.dconv_input(x))
+            return dconv(self.dconv_input(x), self.shift)
         if self.pointwise is not None:
             return F.conv2d(dconv(x), self.pointwise, self.bias, groups=self.geometry.groups)
         return dconv(x, self.bias)
@@ -180,7 +181,7 @@ class SEKGConv2d(CodedConv2d):
             inputs, taps = g.in_channels // g.groups, g.kernel_size
             depthwise = static.view(g.groups, inputs, -1, *taps)
             pointwise = self.pointwise.view(g.groups, g.out_channels // g.groups, inputs, -1)
-            return torch.einsum("gocr,gcryx->gocyx", pointwise, depthwise).reshape(g.weight_shape)
+            return torch.einsum("gocr,gcryx->gocyx", pointwise, depthwise).reshape(g.weight_shape).contiguous()
         return static
 
     def dconv_input(self, x: Tensor) -> Tensor:
@@ -218,10 +219,28 @@ class SEKGConv2d(CodedConv2d):
         static.add_(kernels.expand(-1, len(static) // len(kernels), -1, -1, -1).reshape(static.shape))
         self.dconv.generator.weight.zero_()
 
+    @torch.no_grad()
+    def scale_output(self, scale: Tensor, shift: Tensor) -> None:
+        if self.pointwise is not None:
+            self.pointwise.mul_(scale[:, None, None, None])
+        else:
+            generated, groups = self.dconv.generator.weight, self.dconv.kernel_groups
+            shared = scale.view(groups, -1)
+            if self.constant_code() is None and not torch.equal(shared, shared[:, :1].expand_as(shared)):
+                reason = f"{len(scale)} channels, each with a scale of its own, share {groups} generated kernels"
+                raise UnsupportedLayerError(f"the norm cannot be folded into this layer: {reason}", (reason,))
+            generated.view(groups, -1).mul_(shared[:, :1])
+            self.dconv.static.mul_(scale[:, None, None, None])
+        if self.kernel is None:
+            self.bias = scaled_bias(self.bias, scale, shift, self.dconv.static)
+        else:
+            self.shift = scaled_bias(self.shift, scale, shift, self.kernel)
+
     def static_bias(self) -> Tensor | None:
         if self.kernel is None or self.bias is None:
-            return self.bias
-        return self.bias * self.dconv.static.sum(dim=(1, 2, 3))
+            return self.bias if self.kernel is None else self.shift
+        bias = self.bias * self.dconv.static.sum(dim=(1, 2, 3))
+        return bias if self.shift is None else bias + self.shift
 
     def static_is_exact(self) -> bool:
         """False only in "dense" mode, for static kernels with elements off their centre that see the zero padding in between."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import add_seed, assignment, whole
+from surgeon.arguments import Assignments, add_seed, assignment, whole
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         type=assignment,
         dest="task_options",
         nargs="+",
-        action="extend",
+        action=Assignments,
         default=[],
         metavar="KEY=VALUE",
         help="any option of the task",

@@ -45,6 +45,20 @@ def whole(text: str) -> int:
     return value
 
 
+class Assignments(argparse.Action):
+    """Collects KEY=VALUE pairs over all uses of an option; a key that is given twice is an error."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        pairs = [*getattr(namespace, self.dest), *values]
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise argparse.ArgumentError(self, f"{key} is given {keys.count(key)} times; give it once")
+        setattr(namespace, self.dest, pairs)
+
+
 def positive(text: str) -> int:
     """An integer of at least 1; an argparse type."""
     value = _integer(text)
@@ -98,6 +112,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--model-args",
         type=assignment,
         nargs="+",
+        action=Assignments,
         default=[],
         metavar="KEY=VALUE",
         help="further options of the model",

@@ -15,7 +15,8 @@ from surgeon.copying import copy_model
 from surgeon.errors import ConfigError, GeometryError, UnsupportedLayerError, VerificationError
 from surgeon.gradients import check_gradients
 from surgeon.inputs import given_inputs
-from surgeon.layers.base import DynamicConv2d
+from surgeon.layers.base import DynamicConv2d, LayerConfig
+from surgeon.layers.registry import type_of
 from surgeon.plan import Planned, make_plan, may_compress, nothing_replaced
 from surgeon.recipe import CONVOLUTION, Recipe, Rule, get_recipe, set_recipe, versions
 from surgeon.report import Replaced, Report, Skipped, growth_notes
@@ -33,7 +34,7 @@ def convert(
     model: nn.Module,
     *,
     layers: str | Sequence[str] | Recipe | None = None,
-    type: str | None = None,
+    type: str | LayerConfig | None = None,
     example_inputs: Any = None,
     inplace: bool = False,
     as_graph: bool = False,
@@ -49,7 +50,7 @@ def convert(
 
     Args:
         layers: which convolutions, in the selector language of `surgeon.select`, or a recipe.
-        type: the layer type, "acda", "pafu" or "sekg"; `layer_options` are its options.
+        type: the layer type, "acda", "pafu" or "sekg", with `layer_options`; or a config such as `ACDAConfig(atoms=2)`.
         example_inputs: a tensor, a tuple of arguments, a list (one argument) or a dict of keyword arguments. Without it the
             model's own input size is used, or `input_size`: (C, H, W), (H, W) or one number.
         inplace: change the caller's model; otherwise a copy is changed. After an error the model is as it was.
@@ -93,6 +94,8 @@ def convert(
     except BaseException:
         surgery.undo()
         raise
+    if inplace:
+        report.notes.append(_optimizer_note(surgery))
     report.seconds = time.perf_counter() - started
     return result, report
 
@@ -112,6 +115,11 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if not is_lazy_tensor(p))
 
 
+def _optimizer_note(surgery: "Surgery") -> str:
+    count = sum(len(list(layer.parameters())) for layer in surgery.layers.values())
+    return f"an optimizer made before this conversion does not know {count} parameters of the new layers: make it anew"
+
+
 def _silent(stage: str, done: int, total: int) -> None:
     return None
 
@@ -128,7 +136,7 @@ class _Order:
 
 def _read_order(
     layers: str | Sequence[str] | Recipe | None,
-    type: str | None,
+    type: str | LayerConfig | None,
     recipe: Recipe | None,
     options: dict[str, Any],
     seed: int,
@@ -151,6 +159,12 @@ def _read_order(
     if layers is None or type is None:
         missing = "layers" if layers is None else "type"
         raise ConfigError(f"{missing} is missing: say which layers become which type, or pass a recipe")
+    if isinstance(type, LayerConfig):
+        if options:
+            raise ConfigError(
+                f"the type is a {type.__class__.__name__} and says its options itself: leave out {', '.join(options)}"
+            )
+        type, options = type_of(type), type.to_dict()
     rule = Rule(layers=",".join(split_items(layers)), type=type, options=options)
     return _Order(rules=(rule,), seed=seed, recipe=None)
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import add_model, add_output, assignment, build, input_size, print_json, whole
+from surgeon.arguments import Assignments, add_model, add_output, assignment, build, input_size, print_json, whole
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=assignment,
         dest="options",
         nargs="+",
+        action=Assignments,
         default=[],
         metavar="KEY=VALUE",
         help="any layer option",
@@ -114,7 +115,10 @@ def _layer_options(args: argparse.Namespace) -> dict[str, Any]:
         if args.type != "acda":
             raise ConfigError(f"--compress drops the static atoms of acda layers; it has no meaning for {args.type}")
         options["static_atoms"] = 0
-    return options | dict(args.options)
+    for key, value in args.options:
+        if options.setdefault(key, value) != value:
+            raise ConfigError(f"{key} is given twice: {options[key]!r}, and {value!r} by --option; give it once")
+    return options
 
 
 def _check_options(kind: str | None, options: dict[str, Any]) -> None:

@@ -25,6 +25,10 @@ class UnsupportedLayerError(SurgeonError, TypeError):
         self.reasons = reasons
 
 
+class ReadOnlyError(SurgeonError, RuntimeError):
+    """Somebody writes to what a dynamic layer only computes, as its static weight."""
+
+
 class SelectionError(SurgeonError, LookupError):
     """A layer selection cannot be read, or matches nothing."""
 

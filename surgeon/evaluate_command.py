@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import add_seed, assignment, positive, print_json, whole
+from surgeon.arguments import Assignments, add_seed, assignment, positive, print_json, whole
 from surgeon.errors import ConfigError, DataError, ModelError, SurgeonError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=assignment,
         dest="task_options",
         nargs="+",
-        action="extend",
+        action=Assignments,
         default=[],
         metavar="KEY=VALUE",
         help="any option of the task",

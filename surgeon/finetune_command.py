@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import assignment, print_json, whole
+from surgeon.arguments import Assignments, assignment, print_json, whole
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model-args",
         type=assignment,
         nargs="+",
-        action="extend",
+        action=Assignments,
         default=[],
         metavar="KEY=VALUE",
         help="further options of MODEL",
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=assignment,
         dest="task_options",
         nargs="+",
-        action="extend",
+        action=Assignments,
         default=[],
         metavar="KEY=VALUE",
         help="any option of the task",
@@ -117,7 +117,9 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sched", choices=schedules, help="of timm's schedules")
     _option(group, "--decay-rate", float, "X", "step, multistep: factor on the rate; poly: the power")
     _option(group, "--decay-every", str, "SPAN", "step: between decays")
-    group.add_argument("--milestones", nargs="+", metavar="SPAN", help="multistep: when the rate decays")
+    group.add_argument(
+        "--milestones", nargs="+", action="extend", metavar="SPAN", help="multistep: when the rate decays"
+    )
     _option(group, "--warmup", str, "SPAN", "linear warm-up")
     _option(group, "--min-lr", float, "X", "where the schedule ends")
     _option(group, "--clip", float, "X", "largest norm of the gradient; 0: no limit")
