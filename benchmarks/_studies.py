@@ -189,7 +189,7 @@ def _selected(name: str, title: str, options: dict[str, Any], rates: tuple[float
 
 # --- from trained weights ---------------------------------------------------------------------------------------------
 
-GENTLE: dict[str, Any] = {"new_lr_scale": 1.0}
+GENTLE: dict[str, Any] = {"new_lr_scale": 0.1}  # the default: new parameters beside trained ones
 
 
 def _converted(
