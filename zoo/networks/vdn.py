@@ -5,6 +5,7 @@ inverse Gamma distribution (alpha, beta). The loss is the negative lower bound o
 needed to denoise. It is the restoration network of `restorer`; the other is a chain of five 3×3 convolutions.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from surgeon.zoo.registry import Published, register
 from surgeon.zoo.surgery import operate
 
 _SIZE = (3, 64, 64)
-_LOG_RANGE = (-14.0, 14.0)
+_LOG_RANGE = (math.log(1e-8), math.log(1e4))  # as the authors' code has it
+_SPREAD = 3.0  # standard deviation of the window in which the true noise is estimated, pixels; the authors' code
 RULES = (Rule(layers="re:denoiser\\.blocks\\..*\\.conv2$", type="acda", options=ACDA),)
 
 
@@ -92,7 +94,7 @@ def variational_loss(
 def _blurred(x: Tensor, window: int) -> Tensor:
     """x (N, C, H, W) under a Gaussian window of this odd side, reflecting at the border."""
     at = torch.arange(window, dtype=x.dtype, device=x.device) - window // 2
-    line = torch.exp(-0.5 * (at / (0.3 * ((window - 1) * 0.5 - 1) + 0.8)) ** 2)
+    line = torch.exp(-0.5 * (at / _SPREAD) ** 2)
     line = line / line.sum()
     r, channels = window // 2, x.shape[1]
     x = F.pad(x, (r, r, r, r), mode="reflect")
