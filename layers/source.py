@@ -4,7 +4,8 @@ Subclasses of `nn.Conv2d` may standardise their weight (timm's `StdConv2d`), pad
 parametrised (`torch.nn.utils.parametrize`). Instead of a table of such classes, the call to `conv2d` is watched.
 """
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from surgeon.errors import UnsupportedLayerError
 from surgeon.layers.geometry import ConvGeometry, Quad
+
+CONV_ATTRIBUTES = frozenset(
+    vars(nn.Conv2d(1, 1, 1, device="meta"))
+)  # of a fresh convolution; without drawing random numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,8 @@ class ConvSource:
     def read(cls, conv: nn.Module) -> "ConvSource":
         """Read a convolution; raises `UnsupportedLayerError` with reasons for what cannot be read."""
         if type(conv) is nn.Conv2d:
+            if conv.weight.dim() != 4 or len(conv.weight) % conv.groups:
+                raise _unsupported(conv, f"its weight has shape {tuple(conv.weight.shape)} for {conv.groups} groups")
             return cls(geometry=_plain_geometry(conv), weight=conv.weight.detach(), bias=_detached(conv.bias))
         if not isinstance(conv, nn.Conv2d):
             raise _unsupported(conv, f"it is a {type(conv).__name__}, not a 2-D convolution")
@@ -52,29 +59,33 @@ def _unsupported(conv: nn.Module, reason: str) -> UnsupportedLayerError:
 
 
 def _plain_geometry(conv: nn.Conv2d) -> ConvGeometry:
+    """As torch computes: other padding modes than zeros by amounts that were fixed when the convolution was made."""
     padding: Quad
-    if conv.padding == "valid":
+    if conv.padding_mode != "zeros":
+        left, right, top, bottom = (int(p) for p in conv._reversed_padding_repeated_twice)
+        padding = (left, right, top, bottom)
+    elif conv.padding == "valid":
         padding = (0, 0, 0, 0)
     elif conv.padding == "same":
-        left, right, top, bottom = conv._reversed_padding_repeated_twice
-        padding = (left, right, top, bottom)
+        if _pair(conv.stride) != (1, 1):
+            raise _unsupported(conv, f"padding 'same' goes with stride 1 only, and its stride is {conv.stride}")
+        down, across = (d * (k - 1) for d, k in zip(_pair(conv.dilation), conv.weight.shape[2:], strict=True))
+        padding = (across // 2, across - across // 2, down // 2, down - down // 2)
     else:
-        vertical, horizontal = (int(p) for p in conv.padding)
+        vertical, horizontal = _pair(conv.padding)
         padding = (horizontal, horizontal, vertical, vertical)
     return _geometry(conv, padding, conv.bias is not None)
 
 
 def _geometry(conv: nn.Conv2d, padding: Any, bias: bool) -> ConvGeometry:
-    def pair(values: Iterable[int]) -> tuple[int, int]:
-        first, second = values
-        return int(first), int(second)
-
+    """Channels and kernel size are those of the weight: the attributes that say them too may have been left behind."""
+    outputs, inputs, height, width = conv.weight.shape
     return ConvGeometry(
-        in_channels=conv.in_channels,
-        out_channels=conv.out_channels,
-        kernel_size=pair(conv.kernel_size),
-        stride=pair(conv.stride),
-        dilation=pair(conv.dilation),
+        in_channels=inputs * conv.groups,
+        out_channels=outputs,
+        kernel_size=(height, width),
+        stride=_pair(conv.stride),
+        dilation=_pair(conv.dilation),
         groups=conv.groups,
         padding=padding,
         padding_mode=conv.padding_mode,
@@ -111,10 +122,10 @@ def _read_subclass(conv: nn.Conv2d) -> ConvSource:
         for extra in (5, 6):
             size = [
                 d * (k - 1) + 1 + s + extra
-                for k, d, s in zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
+                for k, d, s in zip(like.shape[2:], _pair(conv.dilation), _pair(conv.stride), strict=True)
             ]
             x = torch.testing.make_tensor(
-                (1, conv.in_channels, *size), dtype=like.dtype, device=like.device, low=-1, high=1
+                (1, like.shape[1] * conv.groups, *size), dtype=like.dtype, device=like.device, low=-1, high=1
             )
             with torch.no_grad(), _WatchConv2d() as watch:
                 out = conv.forward(x)
@@ -140,7 +151,7 @@ def _read_subclass(conv: nn.Conv2d) -> ConvSource:
 
 def _captured_geometry(conv: nn.Conv2d, call: dict[str, Any], x: Tensor) -> ConvGeometry:
     settings = (_pair(call["stride"]), _pair(call["dilation"]), call["groups"], tuple(call["weight"].shape))
-    expected = (tuple(conv.stride), tuple(conv.dilation), conv.groups, tuple(conv.weight.shape))
+    expected = (_pair(conv.stride), _pair(conv.dilation), conv.groups, tuple(conv.weight.shape))
     if settings != expected:
         raise _unsupported(conv, f"its call of conv2d has other settings than its attributes ({settings}, {expected})")
     has_bias = call["bias"] is not None
@@ -166,4 +177,49 @@ def _matches(a: Tensor, b: Tensor) -> bool:
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if len(values) == 1:
+        values *= 2
+    if len(values) != 2:
+        raise ValueError(f"expected one number or two, got {value}")
+    return int(values[0]), int(values[1])
+
+
+def written_by_call(conv: nn.Conv2d) -> list[str]:
+    """Which attributes that a convolution computes with its hooks write when it is called; a copy of it is called."""
+    if not (conv._forward_pre_hooks or conv._forward_hooks):
+        return []
+    try:
+        twin = copy.deepcopy(conv)
+        before = {name: (value, _version(value)) for name, value in _computing(twin).items()}
+        size = [d * (k - 1) + 6 for k, d in zip(twin.weight.shape[2:], _pair(twin.dilation), strict=True)]
+        with torch.no_grad(), torch.random.fork_rng():
+            twin(torch.zeros((1, twin.weight.shape[1] * twin.groups, *size)).to(twin.weight))
+    except Exception:
+        return []  # what a hook wants to see is not known here
+    after = _computing(twin)
+    return [name for name, (value, version) in before.items() if after[name] is not value or _version(value) != version]
+
+
+_COMPUTING = (
+    "weight",
+    "bias",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+    "_reversed_padding_repeated_twice",
+)
+
+
+def _computing(conv: nn.Conv2d) -> dict[str, Any]:
+    """What a convolution computes with; a computed weight (a parametrization) is not followed."""
+    return {name: conv._parameters.get(name, vars(conv).get(name)) for name in _COMPUTING}
+
+
+def _version(value: Any) -> Any:
+    """Changes when a tensor is written to, also by its `data`."""
+    return (
+        (value._version, value.data_ptr(), float(value.detach().double().sum())) if isinstance(value, Tensor) else None
+    )

@@ -25,7 +25,7 @@ from surgeon.select import split_items
 from surgeon.sites import ConvSite, Sites, find_sites, macs_of
 from surgeon.sizes import check_layers
 from surgeon.trace import trace_graph
-from surgeon.verify import Settled, Verification, halves_agree, judge, measure, run, settle_in_double
+from surgeon.verify import Settled, Verification, halves_agree, judge, measure, run, run_converted, settle_in_double
 
 Progress = Callable[[str, int, int], None]
 
@@ -239,6 +239,10 @@ class Surgery:
             self.refused[name] = error.reasons or (str(error),)
         except (ConfigError, GeometryError) as error:
             self.refused[name] = (str(error),)
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.refused[name] = (f"its layer cannot be made ({type(error).__name__}: {error})",)
 
     def _build_on(self, calibration: Any, wanted: list[Planned]) -> None:
         """Build layers while the model runs on calibration data, each for the input that its convolution gets first.
@@ -294,7 +298,7 @@ class Surgery:
             if not check:
                 return result, None
             self.tell("verify", 1, 3)
-            output = compare(expected, run(result, inputs, self.seed))
+            output = compare(expected, run_converted(result, inputs, self.seed))
             compressed = any(may_compress(plan.site.geometry, plan.config) for plan in self.plans if plan.site.geometry)
             verification = judge(output, errors, self._dtype(), self._settle, compressed=compressed)
             self.tell("verify", 2, 3)

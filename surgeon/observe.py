@@ -35,6 +35,7 @@ class Observation:
     calls: dict[str, list[Call]] = field(default_factory=dict)
     started: dict[str, int] = field(default_factory=dict)  # when a convolution was first called
     ended: dict[str, list[int]] = field(default_factory=dict)  # when the calls of any module ended
+    arguments: dict[str, list[str]] = field(default_factory=dict)  # what a convolution is given beside its input
     readers: dict[str, list[str]] = field(default_factory=dict)  # who reads a convolution's parameters from outside
 
 
@@ -112,6 +113,9 @@ def _install(twin: nn.Module, targets: set[str], stack: list[str], seen: Observa
             stack.pop()
             seen.ended.setdefault(name, []).append(next(clock))
             given = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            more = [f"argument {i + 1}" for i in range(1, len(args))] + [f"{key}=" for key in kwargs if key != "input"]
+            if name in targets and more:
+                seen.arguments.setdefault(name, more)
             if name in targets and isinstance(given, Tensor) and isinstance(output, Tensor):
                 call = Call(input=tuple(given.shape), output=tuple(output.shape))
                 seen.calls.setdefault(name, []).append(call)

@@ -13,7 +13,7 @@ from surgeon.copying import evaluating, seeded
 from surgeon.errors import SelectionError, UnsupportedLayerError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
-from surgeon.layers.source import ConvSource
+from surgeon.layers.source import CONV_ATTRIBUTES, ConvSource
 from surgeon.recipe import CONVOLUTION, Recipe, Rule, get_recipe, set_recipe
 from surgeon.select import Selector, is_below, split_items
 
@@ -29,6 +29,8 @@ _HOOKS = (
 )
 _ORIGIN = "_surgeon_origin"  # class name of the replaced module
 _WINDOW = "_surgeon_window"  # kernel size of a folded convolution that its base model would build otherwise
+_CARRIED = "_surgeon_carried"  # names of attributes that came from the replaced module
+_SURGEON = (_ORIGIN, _WINDOW, _CARRIED)
 _PLAIN = ("Conv2d", "Conv2dSame")  # modules that a reverted layer equals in class and parameters
 
 
@@ -72,6 +74,29 @@ def hand_over(old: nn.Module, new: nn.Module) -> None:
     if isinstance(weight, Tensor) and weight.dim() == 4 and _is_channels_last(weight):
         new.to(memory_format=torch.channels_last)
     setattr(new, _ORIGIN, getattr(old, _ORIGIN, type(old).__name__))
+    carry_attributes(old, new)
+
+
+def carry_attributes(old: nn.Module, new: nn.Module) -> None:
+    """Give the new module what people set on the old one, as `conv.index = 3`: what a fresh convolution does not have."""
+    if isinstance(old, DynamicConv2d):
+        given = {key: vars(old)[key] for key in getattr(old, _CARRIED, ()) if key in vars(old)}
+    else:
+        given = {
+            key: value
+            for key, value in vars(old).items()
+            if key not in CONV_ATTRIBUTES and not _replaces_method(key, value)
+        }
+    given = {key: value for key, value in given.items() if key not in vars(new) and key not in _SURGEON}
+    for key, value in given.items():
+        if not isinstance(getattr(type(new), key, None), property):
+            object.__setattr__(new, key, value)
+    if given:
+        object.__setattr__(new, _CARRIED, tuple(given))
+
+
+def _replaces_method(key: str, value: Any) -> bool:
+    return callable(value) and callable(getattr(nn.Conv2d, key, None))
 
 
 def _is_channels_last(weight: Tensor) -> bool:

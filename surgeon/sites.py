@@ -15,9 +15,9 @@ from surgeon.copying import copy_to_meta, is_lazy
 from surgeon.errors import UnsupportedLayerError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.geometry import ConvGeometry
-from surgeon.layers.source import ConvSource
+from surgeon.layers.source import ConvSource, written_by_call
 from surgeon.observe import Call, Observation, observe
-from surgeon.reads import written_reads
+from surgeon.reads import lost_reads, written_reads
 from surgeon.stages import find_stages, find_units
 from surgeon.trace import Neighbours, trace_neighbours
 
@@ -85,8 +85,9 @@ def find_sites(model: nn.Module, example_inputs: Any = None, input_size: Sequenc
     neighbours = _trace(model)
     strangers = _shared_parameters(model, names)
     _add_written_reads(model, names, seen)
+    lost = _lost_attributes(model, names)
     drafts = [
-        _site(model, name, aliases, seen, neighbours.get(name), strangers.get(name, ()))
+        _site(model, name, aliases, seen, neighbours.get(name), strangers.get(name, ()), lost.get(name, []))
         for name, aliases in names.items()
     ]
     return Sites(convs=tuple(_with_stages(model, drafts, seen)), seen=seen)
@@ -126,6 +127,15 @@ def _add_written_reads(model: nn.Module, names: Iterable[str], seen: Observation
             readers += methods
 
 
+def _lost_attributes(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """Reasons against convolutions of which other modules read what a dynamic layer does not have."""
+    by_id = {id(model.get_submodule(name)): name for name in names}
+    return {
+        by_id[key]: [f"its {attribute} is read by {method}, and the new layer has none" for method, attribute in reads]
+        for key, reads in lost_reads(model, by_id.keys()).items()
+    }
+
+
 def _trace(model: nn.Module) -> dict[str, Neighbours]:
     """What torch.fx tells; nothing if the model has no copy on the meta device. A failure never forbids anything."""
     try:
@@ -140,23 +150,44 @@ def _trace(model: nn.Module) -> dict[str, Neighbours]:
 def _shared_parameters(model: nn.Module, names: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """For every convolution, the parameters of other modules that are, or lie in the memory of, one of its own."""
 
-    def key(tensor: Tensor) -> int:
-        return id(tensor) if is_lazy_tensor(tensor) else int(tensor.untyped_storage()._cdata)
-
-    users: dict[int, dict[int, str]] = {}
+    users: dict[int, list[tuple[int, str, Tensor]]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            users.setdefault(key(parameter), {}).setdefault(id(module), name)
+            users.setdefault(_memory(parameter), []).append((id(module), name, parameter))
     shared = {}
     for name in names:
         conv = model.get_submodule(name)
         own = {id(m) for m in conv.modules()}
         others = [
-            other for p in conv.parameters() for owner, other in users.get(key(p), {}).items() if owner not in own
+            other
+            for p in conv.parameters()
+            for owner, other, tensor in users.get(_memory(p), [])
+            if owner not in own and _overlap(p, tensor)
         ]
         if others:
             shared[name] = tuple(dict.fromkeys(others))
     return shared
+
+
+def _memory(tensor: Tensor) -> int:
+    """A number for the storage of a tensor."""
+    return id(tensor) if is_lazy_tensor(tensor) else int(tensor.untyped_storage()._cdata)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the regions of one storage between the first and the last element of two tensors meet."""
+    if a is b or is_lazy_tensor(a) or is_lazy_tensor(b):
+        return True
+    (first, end), (other_first, other_end) = _region(a), _region(b)
+    return first < other_end and other_first < end
+
+
+def _region(tensor: Tensor) -> tuple[int, int]:
+    """Bytes from the start of the storage, the end exclusive; nothing for a tensor without elements."""
+    if not tensor.numel():
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.storage_offset() * tensor.itemsize, (tensor.storage_offset() + last + 1) * tensor.itemsize
 
 
 # --- one convolution ----------------------------------------------------------------------------------------------
@@ -169,10 +200,14 @@ def _site(
     seen: Observation,
     neighbours: Neighbours | None,
     strangers: tuple[str, ...],
+    lost: Sequence[str],
 ) -> ConvSite:
     conv: Any = model.get_submodule(name)
     geometry, reasons = _read_geometry(conv)
     calls = tuple(seen.calls.get(name, ()))
+    reasons += lost
+    if name in seen.arguments:
+        reasons.append(f"it is called with more than its input: {', '.join(seen.arguments[name])}")
     if strangers:
         reasons.append(f"its parameters are shared with {', '.join(strangers)}")
     if name in seen.readers:
@@ -185,12 +220,7 @@ def _site(
         aliases=aliases,
         module=type(conv).__name__,
         geometry=geometry,
-        in_channels=int(conv.in_channels),
-        out_channels=int(conv.out_channels),
-        kernel_size=tuple(conv.kernel_size),
-        stride=tuple(conv.stride),
-        dilation=tuple(conv.dilation),
-        groups=int(conv.groups),
+        **_shape_of(conv, geometry),
         params=0 if is_lazy(conv) else sum(p.numel() for p in conv.parameters()),
         calls=calls,
         macs=macs_of(conv if isinstance(conv, DynamicConv2d) else geometry, calls, seen.inputs.batch),
@@ -202,6 +232,15 @@ def _site(
         reasons=tuple(reasons),
         notes=tuple(notes),
     )
+
+
+def _shape_of(conv: Any, geometry: ConvGeometry | None) -> dict[str, Any]:
+    """Channels, kernel size and so on, from the geometry where there is one; the attributes may be plain numbers."""
+    like: Any = conv if geometry is None else geometry
+    sizes = {name: getattr(like, name) for name in ("kernel_size", "stride", "dilation")}
+    pairs = {name: (size,) if isinstance(size, int) else tuple(size) for name, size in sizes.items()}
+    counts = {name: int(getattr(like, name)) for name in ("in_channels", "out_channels", "groups")}
+    return pairs | counts
 
 
 def macs_of(what: ConvGeometry | DynamicConv2d | None, calls: Sequence[Call], batch: int) -> int | None:
@@ -228,12 +267,21 @@ def _read_geometry(conv: Any) -> tuple[ConvGeometry | None, list[str]]:
         f"it has an old-style {kind} hook: remove it with torch.nn.utils.remove_{kind}, or use parametrizations"
         for kind in _old_style_hooks(conv)
     ]
+    if not reasons and "weight" not in conv._parameters and not parametrize.is_parametrized(conv, "weight"):
+        reasons.append(
+            "its weight is no parameter but written by a hook, as by pruning: torch.nn.utils.prune.remove makes it one"
+        )
+    written = [] if reasons else written_by_call(conv)
+    if written:
+        reasons.append(f"calling it writes its {', '.join(written)}")
     try:
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             return ConvSource.read(conv).geometry, reasons
     except UnsupportedLayerError as error:
         return None, [*reasons, *error.reasons]
+    except Exception as error:  # one convolution that cannot be read does not stop the others
+        return None, [*reasons, f"it cannot be read ({type(error).__name__}: {error})"]
 
 
 def _old_style_hooks(conv: nn.Module) -> list[str]:

@@ -89,6 +89,18 @@ def run(model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
         ) from error
 
 
+def run_converted(model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
+    """`run` for inputs on which the original ran. Raises `VerificationError` if the converted model does not."""
+    try:
+        return run(model, inputs, seed)
+    except InputError as error:
+        cause = error.__cause__
+        raise VerificationError(
+            f"the converted model fails where the original runs: {type(cause).__name__}: {cause}. Its forward wants more of a "
+            f"replaced convolution than the new layer has; leave that one out with layers='...,!NAME'"
+        ) from cause
+
+
 def halves_agree(model: nn.Module, names: Sequence[str], pairs: Inputs, seed: int = 0) -> bool:
     """Whether these convolutions get the same in both halves of a batch that holds every image twice (see `Inputs.twice`)."""
     agree = True
@@ -313,7 +325,7 @@ def verify(
     folded = {name: converted.get_submodule(name) for name in folded_windows(converted) if name in modules}
     layers |= {name: conv for name, conv in folded.items() if folded_window(modules[name]) is None}
     expected, errors = measure(original, layers, inputs, seed)
-    output = compare(expected, run(converted, inputs, seed))
+    output = compare(expected, run_converted(converted, inputs, seed))
     build = {name: _rebuild(layer, seed) for name, layer in layers.items()}
     dtype = next((p.dtype for p in original.parameters() if p.is_floating_point()), torch.float32)
 

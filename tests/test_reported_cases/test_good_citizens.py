@@ -147,8 +147,8 @@ def test_a_norm_that_cannot_be_folded_is_refused_with_the_reason() -> None:
 @pytest.mark.parametrize("kind", layer_types())
 def test_reparameterising_a_converted_network_is_refused(kind: str) -> None:
     """D: timm's reparameterize_model made plain convolutions of the static weights; the dynamic layers were gone."""
-    block = RepVggBlock(4, 4).eval()
-    converted, _ = surgeon.convert(block, layers="conv_kxk.conv", type=kind, example_inputs=torch.randn(1, 4, 8, 8))
+    model = nn.Sequential(RepVggBlock(4, 4)).eval()
+    converted, _ = surgeon.convert(model, layers="0.conv_kxk.conv", type=kind, example_inputs=torch.randn(1, 4, 8, 8))
     with pytest.raises(ReadOnlyError, match="before converting"):
         reparameterize_model(converted)
 
