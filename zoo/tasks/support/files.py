@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from surgeon.errors import ConfigError, DataError
+from surgeon.picture_files import SUFFIXES, files_below, opened
 from surgeon.zoo.tasks.base import Split, TaskConfig
 from surgeon.zoo.tasks.support.options import check_types
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"})  # 8 bits a channel or less
 DECODED = 20_000  # files that a check decodes; of a larger set it decodes so many and opens the others
 VAL_STREAM = 0x5EED
@@ -139,43 +139,29 @@ def chosen(
 
 
 def list_images(folder: Path) -> list[Path]:
-    """All image files below a folder, by name; hidden ones are left out. Raises `DataError` where there is none."""
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and is_visible(p, folder))
+    """All image files below a folder, by name (see `files_below`). Raises `DataError` where there is none."""
+    found = files_below(folder)
     if not found:
         raise DataError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
     return found
 
 
-def is_visible(path: Path, folder: Path) -> bool:
-    """Whether a file's path below the folder has no part that begins with a dot or is what macOS leaves behind."""
-    parts = path.relative_to(folder).parts
-    return path.is_file() and not any(part.startswith(".") or part == "__MACOSX" for part in parts)
-
-
 def open_image(path: Path) -> "Image.Image":
     """A decoded image as it is stored. Raises `DataError` for what is no image, is truncated, or has more than 8 bits."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
+    with opened(path) as image:
+        try:
             image.load()
-            image_mode, opened = image.mode, image.copy()
-    except Exception as error:  # on broken files PIL's decoders raise whatever comes up
-        raise DataError(f"cannot read the image {path}: {error}") from error
-    if image_mode not in MODES:
-        raise DataError(f"{path} has mode {image_mode!r}; images must have 8 bits a channel")
-    return opened
+        except Exception as error:  # on broken files PIL's decoders raise whatever comes up
+            raise DataError(f"cannot read the image {path}: {error}") from error
+        if image.mode not in MODES:
+            raise DataError(f"{path} has mode {image.mode!r}; images must have 8 bits a channel")
+        return image.copy()
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) from the header alone."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except Exception as error:
-        raise DataError(f"cannot read the image {path}: {error}") from error
+    with opened(path) as image:
+        return image.height, image.width
 
 
 def named(what: str, problems: Sequence[str]) -> str:

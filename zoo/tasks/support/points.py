@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from surgeon.errors import DataError
-from surgeon.zoo.tasks.support.files import is_visible, list_images, named
+from surgeon.picture_files import files_below
+from surgeon.zoo.tasks.support.files import list_images, named
 
 SUFFIXES = (".npy", ".json", ".mat")
 FOLDERS = ("ground_truth", "ground-truth", "annotations", "points", "labels")
@@ -22,7 +23,7 @@ def point_files(folder: Path) -> list[tuple[Path, Path]]:
     The name of a file of points is the picture's, with `GT_` before it or `_ann` after it allowed.
     """
     pictures = list_images(folder)
-    inside = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and is_visible(p, folder))
+    inside = files_below(folder, SUFFIXES)
     left = {path: _plain(path) for path in inside}
     pairs, alone = [], []
     by_name: dict[str, list[Path]] = {}
