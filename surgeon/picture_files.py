@@ -70,7 +70,7 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], broken: list[str]) -
         elif entry.is_file():
             yield path
         elif entry.is_symlink():
-            broken.append(f"{path} -> {os.readlink(path)}")
+            broken.append(f"{path} -> {path.readlink()}")
 
 
 @cache

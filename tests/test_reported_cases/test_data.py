@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ from PIL import Image
 
 from surgeon.errors import DataError, InputError
 from surgeon.picture_files import files_below
+from surgeon.zoo.tasks import Task, create_task
 from surgeon.zoo.tasks.support.files import check_images, list_images, open_image
 from surgeon.zoo.tasks.support.labelled import _folder
-from surgeon.zoo.tasks.support.masks import mask_pairs
-from surgeon.zoo.tasks.support.points import point_files
+from surgeon.zoo.tasks.support.masks import mask_pairs, read_mask
+from surgeon.zoo.tasks.support.metrics import psnr
+from surgeon.zoo.tasks.support.points import point_files, read_points
 
 
 def picture(path: Path, seed: int = 0, side: int = 20, mode: str = "RGB") -> Path:
@@ -73,7 +76,8 @@ def test_leftovers_are_no_classes_and_no_pictures(tmp_path: Path) -> None:
     picture(tmp_path / "__MACOSX/ant/._1.png")
     picture(tmp_path / "ant/@eaDir/1.png/SYNOPHOTO_THUMB.png")
     found = _folder("classification", tmp_path, False)
-    assert found.classes == ["ant"] and len(found.items) == 1
+    assert found.classes == ["ant"]
+    assert len(found.items) == 1
 
 
 def test_jfif_is_read_and_other_pictures_are_said_to_be_left_out(
@@ -92,7 +96,7 @@ def test_large_pictures_are_let_in_by_an_option(tmp_path: Path, monkeypatch: pyt
     file = tmp_path / "large.png"
     Image.new("1", (20_000, 9_000)).save(file)
     before = Image.MAX_IMAGE_PIXELS
-    with pytest.raises(DataError, match="20000x9000 pixels, more than 178,956,970, .* SURGEON_MAX_PIXELS=180000000"):
+    with pytest.raises(DataError, match=r"20000x9000 pixels, more than 178,956,970, .* SURGEON_MAX_PIXELS=180000000"):
         check_images("denoising", [file])
     assert before == Image.MAX_IMAGE_PIXELS
     monkeypatch.setenv("SURGEON_MAX_PIXELS", "180000000")
@@ -122,7 +126,7 @@ def test_png_of_16_bits_is_refused_not_cut(tmp_path: Path, color_type: int, chan
     file = tmp_path / "deep.png"
     file.write_bytes(_png(color_type, channels))
     for call in (open_image, lambda path: check_images("denoising", [path])):
-        with pytest.raises(DataError, match="deep.png has 16 bits a channel, which would be cut to 8"):
+        with pytest.raises(DataError, match=r"deep.png has 16 bits a channel, which would be cut to 8"):
             call(file)
 
 
@@ -171,3 +175,96 @@ def test_calibration_looks_at_files_in_the_same_way(tmp_path: Path) -> None:
     (tmp_path / "pool/deep.png").write_bytes(_png(2, 3))
     with pytest.raises(InputError, match="16 bits a channel"):
         read_images(tmp_path / "set", torch.nn.Identity(), base)
+
+
+# --- annotations ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.ones((72, 64)), np.zeros((72, 64), bool), np.ones((72, 64), np.int64), np.ones((9, 4)), np.ones((5, 2), bool)],
+)
+def test_maps_are_no_points(tmp_path: Path, array: np.ndarray) -> None:
+    """T11: crowd `.npy` that is a density or boolean map."""
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(DataError, match=r"a.npy.*not points \(n, 2\)"):
+        read_points(tmp_path / "a.npy", (72, 64))
+
+
+def test_a_map_of_a_narrow_picture_is_no_points(tmp_path: Path) -> None:
+    """T11: never the picture's shape; points with a third column stay points."""
+    np.save(tmp_path / "a.npy", np.ones((40, 2)))
+    with pytest.raises(DataError, match=r"a map \(40, 2\) of float64"):
+        read_points(tmp_path / "a.npy", (40, 2))
+    assert read_points(tmp_path / "a.npy", (40, 64)).shape == (40, 2)
+    np.save(tmp_path / "b.npy", np.ones((4, 3)))
+    assert read_points(tmp_path / "b.npy", (40, 64)).shape == (4, 2)
+
+
+def test_one_file_of_points_for_two_pictures_is_refused(tmp_path: Path) -> None:
+    """T12: `0.png` beside `0.jpg`, here with one `0.npy`."""
+    picture(tmp_path / "0.png")
+    picture(tmp_path / "0.jpg")
+    np.save(tmp_path / "0.npy", np.ones((2, 2)))
+    with pytest.raises(DataError, match=r"0.npy has two pictures"):
+        point_files(tmp_path)
+
+
+def segmentation(root: Path, values: dict[str, list[int]], suffix: str = ".png", **options: Any) -> Task:
+    """A task with one picture a split, whose mask has stripes of these values."""
+    for split, stripes in values.items():
+        picture(root / split / "images/0.png")
+        mask = np.repeat(np.array(stripes, np.uint8), 20)[None].repeat(20, 0)[:, :: len(stripes)]
+        (root / split / "masks").mkdir(parents=True)
+        Image.fromarray(mask).save(root / split / f"masks/0{suffix}")
+    return create_task("segmentation", data=root, **options)
+
+
+def test_masks_of_0_and_255_are_refused_whatever_classes_says(tmp_path: Path) -> None:
+    """T12: masks 0/255 with `classes=2`: a constant predictor gets mIoU 1.0."""
+    task = segmentation(tmp_path, {"train": [0, 255], "val": [0, 255]}, classes=2)
+    with pytest.raises(DataError, match=r"hold only \[0\] beside ignore_index=255; there must be two classes"):
+        task.check()
+
+
+def test_lossy_masks_are_refused(tmp_path: Path) -> None:
+    """T12: JPEG masks (255 classes), also under another name."""
+    task = segmentation(tmp_path, {"train": [0, 1], "val": [0, 1]}, ".jpg")
+    (tmp_path / "val/masks/0.jpg").rename(tmp_path / "val/masks/0.png")
+    with pytest.raises(DataError, match=r"masks/0.jpg is a JPEG: .*masks must be lossless"):
+        task.check()
+    with pytest.raises(DataError, match=r"masks/0.png is a JPEG"):
+        read_mask(tmp_path / "val/masks/0.png")
+
+
+def test_gaps_between_labels_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """T12: masks 0/128."""
+    task = segmentation(tmp_path, {"train": [0, 128], "val": [0, 128]})
+    with caplog.at_level(logging.WARNING):
+        task.check()
+    assert "127 of 129 classes occur in no mask; labels are 0, 128" in caplog.text
+
+
+def test_validation_masks_without_a_class_are_refused(tmp_path: Path) -> None:
+    """T12: all-void validation (nan)."""
+    task = segmentation(tmp_path, {"train": [0, 1], "val": [255]})
+    with pytest.raises(DataError, match="the masks of val hold no class at all, only ignore_index=255"):
+        task.check()
+
+
+def test_two_pictures_of_one_mask_are_refused(tmp_path: Path) -> None:
+    """T12: `0.png` beside `0.jpg`."""
+    task = segmentation(tmp_path, {"train": [0, 1], "val": [0, 1]})
+    picture(tmp_path / "train/images/0.jpg")
+    with pytest.raises(DataError, match=r"images/0.jpg and .*images/0.png would both belong to one pair"):
+        task.check()
+
+
+def test_the_psnr_of_a_perfect_pair_is_a_number() -> None:
+    """T22: one perfect pair: mean PSNR inf."""
+    image = torch.rand(2, 3, 16, 16)
+    other = image.clone()
+    other[1] = (other[1] + 0.1).clamp(0, 1)
+    values = psnr(other, image)
+    assert values[0] == 100
+    assert 19 < values[1] < 25
