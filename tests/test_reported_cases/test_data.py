@@ -248,7 +248,7 @@ def test_gaps_between_labels_are_warned_of(tmp_path: Path, caplog: pytest.LogCap
 def test_validation_masks_without_a_class_are_refused(tmp_path: Path) -> None:
     """T12: all-void validation (nan)."""
     task = segmentation(tmp_path, {"train": [0, 1], "val": [255]})
-    with pytest.raises(DataError, match="the masks of val hold no class at all, only ignore_index=255"):
+    with pytest.raises(DataError, match="the masks of val hold only ignore_index=255"):
         task.check()
 
 
@@ -268,3 +268,24 @@ def test_the_psnr_of_a_perfect_pair_is_a_number() -> None:
     values = psnr(other, image)
     assert values[0] == 100
     assert 19 < values[1] < 25
+
+
+# --- layouts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_layout_of_div2k_is_known(tmp_path: Path) -> None:
+    """T14: LR and validation pictures are taken for training HR."""
+    for folder in ("DIV2K_train_HR", "DIV2K_valid_HR", "DIV2K_train_LR_bicubic/X2", "DIV2K_valid_LR_bicubic/X2"):
+        picture(tmp_path / folder / "0001.png", side=32)
+    task = create_task("super-resolution", data=tmp_path, patch=16)
+    task.check()
+    for split, folder in (("train", "DIV2K_train_HR"), ("val", "DIV2K_valid_HR")):
+        assert [item.parent.name for _, item in task.items(split)] == [folder]  # type: ignore[attr-defined]
+
+
+def test_reduced_images_beside_others_are_refused(tmp_path: Path) -> None:
+    """T14: other sets with a folder of reduced images."""
+    for folder in ("Flickr2K_HR", "Flickr2K_LR_bicubic/X2"):
+        picture(tmp_path / folder / "0001.png", side=32)
+    with pytest.raises(DataError, match=r"holds reduced images, too \(Flickr2K_LR_bicubic\)"):
+        create_task("denoising", data=tmp_path, patch=16).check()

@@ -351,12 +351,9 @@ def test_a_loss_that_is_none_under_a_scaler_returns_and_finishes(
 @pytest.mark.parametrize("opt", ["adahessian", "adafactorbv"])
 def test_optimizers_that_cannot_be_used_say_so_before_the_run(opt: str, tmp_path: Path) -> None:
     """T15: `--opt`: raw errors at the first checkpoint or step."""
-    try:
-        result = finetune(make_restorer(), regression(), with_(opt=opt, max_steps=1, lr=1e-4), tmp_path / "run")
-        assert result.summary.steps == 1
-    except ConfigError as error:
-        assert f"opt {opt} cannot be " in str(error)
-        assert opt == "adahessian"
+    with pytest.raises(ConfigError, match=f"opt {opt} cannot be used here: "):
+        finetune(make_restorer(), regression(), with_(opt=opt, max_steps=1, lr=1e-4), tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("step-*"))
 
 
 class Norm(nn.Module):
@@ -390,7 +387,7 @@ def test_other_backends_of_accelerate_are_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_an_input_size_that_is_a_text_is_told() -> None:
     """T25: `input_size=3,32,32`."""
-    with pytest.raises(ConfigError, match="input_size must be .*, got '3,32,32'"):
+    with pytest.raises(ConfigError, match=r"input_size must be .*, got '3,32,32'"):
         create_task("sad", input_size="3,32,32")
 
 

@@ -1,6 +1,7 @@
 """Folders of images: found, split into train and val, and looked through before anything is trained."""
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"})  # 8 bits a channel or less
 DECODED = 20_000  # files that a check decodes; of a larger set it decodes so many and opens the others
 VAL_STREAM = 0x5EED
+_DIV2K = {"train": "DIV2K_train_HR", "val": "DIV2K_valid_HR"}
+_REDUCED = re.compile(r"(^|_)LR(_|$)")
 NAMED = 5  # files that a message names
 
 T = TypeVar("T")
@@ -83,7 +86,7 @@ def find_roots(task: str, config: FolderConfig) -> Roots:
             raise DataError(f"task {task}: there is no folder {folder} ({option})")
     train, val = config.train, config.val
     if config.data is not None:
-        inside = {name: config.data / name for name in ("train", "val") if (config.data / name).is_dir()}
+        inside = _splits_of(config.data)
         if not inside:
             if train is not None and val is None:
                 raise DataError(f"task {task}: {config.data} has no val/; give train alone, or train and val")
@@ -99,6 +102,24 @@ def find_roots(task: str, config: FolderConfig) -> Roots:
     if train is None and val is None:
         raise DataError(f"task {task} needs a folder: data=FOLDER with train/ and val/, or train=FOLDER and val=FOLDER")
     return Roots(train, val if val is not None else train)
+
+
+def _splits_of(data: Path) -> dict[str, Path]:
+    """The folders of splits in a set, by split: `train` and `val`, or DIV2K's."""
+    inside = {name: data / name for name in ("train", "val") if (data / name).is_dir()}
+    if inside:
+        return inside
+    return {split: data / name for split, name in _DIV2K.items() if (data / name).is_dir()}
+
+
+def refuse_reduced(task: str, folder: Path) -> None:
+    """Raise `DataError` where images lie beside reduced copies of them, as super-resolution's sets have them."""
+    reduced = [child.name for child in sorted(folder.iterdir()) if child.is_dir() and _REDUCED.search(child.name)]
+    if reduced:
+        raise DataError(
+            f"task {task}: {folder} holds reduced images, too ({', '.join(reduced[:NAMED])}), which must not be trained on: name "
+            "the folders of the large ones with train= and val="
+        )
 
 
 def divide(count: int, split: Split, fraction: float, seed: int, groups: Sequence[int] | None = None) -> list[int]:

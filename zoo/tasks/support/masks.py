@@ -86,7 +86,7 @@ def check_labels(task: str, labels: Mapping[str, set[int]], classes: int | None,
     void = [split for split, held in labels.items() if not held]
     if void:
         raise DataError(
-            f"task {task}: the masks of {' and '.join(void)} hold no class at all, only ignore_index={ignore}"
+            f"task {task}: the masks of {' and '.join(void)} hold only ignore_index={ignore}; there must be two classes"
         )
     held = set().union(*labels.values())
     if len(held) < 2:

@@ -14,7 +14,15 @@ from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskDataset
 from surgeon.zoo.tasks.support.datasets import ItemDataset
 from surgeon.zoo.tasks.support.draws import integer
-from surgeon.zoo.tasks.support.files import FolderConfig, check_images, chosen, find_roots, image_size, list_images
+from surgeon.zoo.tasks.support.files import (
+    FolderConfig,
+    check_images,
+    chosen,
+    find_roots,
+    image_size,
+    list_images,
+    refuse_reduced,
+)
 from surgeon.zoo.tasks.support.images import Reader, by_size, centre, collate_padded, on_multiple, unpadded
 from surgeon.zoo.tasks.support.metrics import PIXEL_LOSSES, image_mean, pixel_loss, psnr, ssim
 from surgeon.zoo.tasks.support.pictures import sheet, to_image
@@ -127,6 +135,7 @@ class RestorationTask(Task):
 
     def list_items(self, folder: Path) -> Sequence[Any]:
         """All samples of a folder."""
+        refuse_reduced(self.name, folder)
         return list_images(folder)
 
     def check(self) -> None:
