@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from surgeon.errors import DataError, InputError
+from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.picture_files import files_below
+from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.tasks import Task, create_task
 from surgeon.zoo.tasks.support.files import check_images, list_images, open_image
+from surgeon.zoo.tasks.support.images import in_tiles
 from surgeon.zoo.tasks.support.labelled import _folder
 from surgeon.zoo.tasks.support.masks import mask_pairs, read_mask
 from surgeon.zoo.tasks.support.metrics import psnr
@@ -289,3 +291,55 @@ def test_reduced_images_beside_others_are_refused(tmp_path: Path) -> None:
         picture(tmp_path / folder / "0001.png", side=32)
     with pytest.raises(DataError, match=r"holds reduced images, too \(Flickr2K_LR_bicubic\)"):
         create_task("denoising", data=tmp_path, patch=16).check()
+
+
+# --- what was asked for ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(40, 40), (37, 90), (16, 100)])
+def test_tiles_give_what_the_whole_gives(sizes: tuple[int, int]) -> None:
+    """T26: tiled evaluation of large pictures; where the overlap covers what the network sees, nothing differs."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 5, padding=2), torch.nn.PixelShuffle(2))
+    x = torch.rand(1, 3, *sizes)
+    with torch.no_grad():
+        assert torch.allclose(in_tiles(net, x, 32, 8, 2), net(x), atol=1e-6)
+
+
+def test_restoration_is_evaluated_in_tiles(tmp_path: Path) -> None:
+    """T26: a task option; a network that gives less than it gets is told."""
+    for split in ("train", "val"):
+        picture(tmp_path / split / "0.png", side=60)
+    seen = []
+
+    class Net(torch.nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(tuple(x.shape[-2:]))
+            return super().forward(x)
+
+    task = create_task("denoising", data=tmp_path, patch=16, tile=32, tile_overlap=8)
+    net = task.bind(Net(3, 3, 3, padding=1))
+    plain = create_task("denoising", data=tmp_path, patch=16)
+    whole, seen[:] = evaluate(net, plain), []
+    assert evaluate(net, task) == pytest.approx(whole, rel=1e-5)
+    assert max(max(size) for size in seen) == 32
+    with pytest.raises(InputError, match="tile is for networks whose output is 1 times as large"):
+        evaluate(create_task("denoising", data=tmp_path, patch=16).bind(torch.nn.Conv2d(3, 3, 3)), task)
+    with pytest.raises(ConfigError, match="tile must be more than twice tile_overlap=32"):
+        create_task("denoising", data=tmp_path, tile=64)
+
+
+def test_classes_can_be_weighed(tmp_path: Path) -> None:
+    """T26: class weights, for classification and segmentation."""
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            picture(tmp_path / split / name / "0.png", side=8)
+    logits, target = torch.randn(4, 2), torch.tensor([0, 1, 1, 0])
+    each = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    task = create_task("classification", data=tmp_path, class_weights=(3.0, 1.0))
+    expected = (each * torch.tensor([3.0, 1.0, 1.0, 3.0])).mean()
+    assert torch.allclose(task.loss(logits, {"target": target}), expected)
+    pixels = segmentation(tmp_path / "masks", {"train": [0, 1], "val": [0, 1]}, class_weights=(3.0, 1.0))
+    picture_logits, labels = logits.T[None, :, None], target[None, None]
+    assert torch.allclose(pixels.loss(picture_logits, {"target": labels}), expected)
+    with pytest.raises(ConfigError, match="class_weights must be 2 numbers"):
+        create_task("classification", data=tmp_path, class_weights=(1.0,)).loss(logits, {"target": target})

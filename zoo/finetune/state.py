@@ -147,6 +147,8 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {"float": str(value)}  # JSON has none
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     raise CheckpointError(f"{path} in the state of the run is a {type(value).__name__}, which a checkpoint cannot hold")
 
 
@@ -160,6 +162,8 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[inner]
     if kind == "float":
         return float(inner)
+    if kind == "dtype" and isinstance(getattr(torch, inner), torch.dtype):
+        return getattr(torch, inner)
     if kind == "tuple":
         return tuple(_unpack(part, tensors) for part in inner)
     if kind != "dict":

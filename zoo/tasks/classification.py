@@ -14,6 +14,7 @@ from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.recipe import get_recipe
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
 from surgeon.zoo.tasks.registry import register
+from surgeon.zoo.tasks.support.class_weights import checked_weights
 from surgeon.zoo.tasks.support.classifier import fit_classifier
 from surgeon.zoo.tasks.support.datasets import ItemDataset
 from surgeon.zoo.tasks.support.draws import global_seed
@@ -42,7 +43,8 @@ class ClassificationConfig(FolderConfig):
     alphas (0: off), `mix_probability` is the share of batches that are mixed. `label_smoothing` holds for training.
 
     A model that was fine-tuned knows the names of its classes: the data's are put in that order, and some of them may be
-    absent. Data with other classes need `new_head`, which begins with an untrained classifier.
+    absent. Data with other classes need `new_head`, which begins with an untrained classifier. `class_weights` weigh the loss of
+    the samples of each class.
     """
 
     dataset: str = "auto"
@@ -59,6 +61,7 @@ class ClassificationConfig(FolderConfig):
     mix_probability: float = 1.0
     label_smoothing: float = 0.0
     new_head: bool = False
+    class_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,14 +179,20 @@ class Classification(Task):
 
     def bind(self, model: nn.Module) -> nn.Module:
         self._format = self._format_for(model)
+        fitting = self._fitted(model, self._format)
+        checked_weights(self.name, self.config.class_weights, len(self.classes))
+        return fitting
+
+    def _fitted(self, model: nn.Module, form: ImageFormat) -> nn.Module:
+        """The model with the classes of the data, in the order that it knows."""
         recipe = get_recipe(model)
         known = recipe.classes if recipe is not None else None
         if known is None:
-            return fit_classifier(self.name, model, len(self.classes), self._format.size, self.seed)
+            return fit_classifier(self.name, model, len(self.classes), form.size, self.seed)
         if self.config.new_head:
             self._names = None
             fresh = set(known) != set(self.data_classes)
-            return fit_classifier(self.name, model, len(self.classes), self._format.size, self.seed, fresh=fresh)
+            return fit_classifier(self.name, model, len(self.classes), form.size, self.seed, fresh=fresh)
         unknown = sorted(set(self.data_classes) - set(known))
         if unknown:
             raise InputError(
@@ -191,7 +200,7 @@ class Classification(Task):
                 f"{_some(unknown)}; new_head=true begins with an untrained classifier for them"
             )
         self._names = list(known)
-        return fit_classifier(self.name, model, len(known), self._format.size, self.seed)
+        return fit_classifier(self.name, model, len(known), form.size, self.seed)
 
     def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
         if not (self.config.mixup or self.config.cutmix):
@@ -224,6 +233,9 @@ class Classification(Task):
         smoothing = (
             0.0 if target.is_floating_point() else self.config.label_smoothing
         )  # mixed ones are smoothed already
+        weight = checked_weights(self.name, self.config.class_weights, len(self.classes), logits.device)
+        if weight is not None:  # a plain mean of weighted values: equal parts of a batch average to it
+            return F.cross_entropy(logits.float(), target, weight, reduction="none", label_smoothing=smoothing).mean()
         return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
 
     def distillation_loss(self, output: Any, teacher: Any) -> Tensor:

@@ -14,6 +14,7 @@ from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
 from surgeon.zoo.tasks.registry import register
+from surgeon.zoo.tasks.support.class_weights import checked_weights
 from surgeon.zoo.tasks.support.datasets import ItemDataset
 from surgeon.zoo.tasks.support.draws import integer, uniform
 from surgeon.zoo.tasks.support.files import FolderConfig, check_images, chosen, find_roots, look_through
@@ -35,7 +36,8 @@ class SegmentationConfig(FolderConfig):
     """`classes`: their number; by default one more than the largest label of the masks. `ignore_index`: label without a class.
 
     Training pieces have the size of `input_size`, by default 256x256: pictures are scaled by a factor between `scale_min` and
-    `scale_max`, cut, and mirrored. Whole pictures are continued to a `multiple` of so many pixels.
+    `scale_max`, cut, and mirrored. Whole pictures are continued to a `multiple` of so many pixels. `class_weights`
+    weigh the loss of the pixels of each class.
     """
 
     classes: int | None = None
@@ -44,6 +46,7 @@ class SegmentationConfig(FolderConfig):
     scale_min: float = 0.5
     scale_max: float = 2.0
     multiple: int = 1
+    class_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,6 +171,7 @@ class Segmentation(Task):
 
     def bind(self, model: nn.Module) -> nn.Module:
         self._set_format(model)
+        checked_weights(self.name, self.config.class_weights, self.classes)
         size = (3, *self.piece)
         logits = self._logits(trial(self.name, model, model, *size))
         if logits.shape[1] != self.classes:
@@ -203,8 +207,9 @@ class Segmentation(Task):
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         ignore = self.config.ignore_index
+        weight = checked_weights(self.name, self.config.class_weights, self.classes, logits.device)
         values = F.cross_entropy(
-            _enlarged(logits.float(), target.shape[-2:]), target, ignore_index=ignore, reduction="none"
+            _enlarged(logits.float(), target.shape[-2:]), target, weight, ignore_index=ignore, reduction="none"
         )
         counted = (target != ignore).sum((1, 2)).clamp(min=1)
         return (values.sum((1, 2)) / counted).mean()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from surgeon.errors import DataError
 from surgeon.zoo.tasks.base import Split, Task
@@ -21,7 +22,7 @@ def fingerprint(task: Task) -> dict[str, Any]:
     """JSON values about the samples of both splits: their number, names, sizes and classes, and contents as far as read.
 
     Names count from the folder that holds all files of a split, so that data may move. All files are read where they come to no
-    more than 64 MiB, else 64 of them. Of data that a task makes there is only their number. Raises `DataError`.
+    more than 64 MiB, else 64 of them. Raises `DataError`.
     """
     found: dict[str, Any] = {split: _split(task, split) for split in ("train", "val")}
     classes = getattr(task, "data_classes", None)
@@ -97,7 +98,9 @@ def _read(path: Path, limit: int) -> bytes:
 
 
 def _bytes(part: Any) -> bytes:
-    return np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else str(part).encode()
+    if isinstance(part, np.ndarray | torch.Tensor):
+        return np.ascontiguousarray(part).tobytes()
+    return (str(part) if isinstance(part, str | int | float) else type(part).__name__).encode()
 
 
 def _digest(parts: Iterator[bytes]) -> str:
