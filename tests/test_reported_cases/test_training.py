@@ -275,7 +275,7 @@ def test_a_log_that_cannot_be_written_ends_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """T20: disk full outside checkpoints: log.jsonl, TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
     from surgeon.zoo.finetune.state import Log
 
@@ -283,7 +283,7 @@ def test_a_log_that_cannot_be_written_ends_no_training(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Log, "add", full)
-    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    monkeypatch.setattr(RecordWriter, "write", full)  # in TensorBoard's thread
     result = finetune(make_restorer(), regression(), with_(max_steps=3), tmp_path / "run")
     assert result.summary.steps == 3
     assert caplog.text.count("rows are lost") == 1

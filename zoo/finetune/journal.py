@@ -2,8 +2,10 @@
 
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def _told_elsewhere(before: Any, error: Any) -> None:
+    """TensorBoard's thread hands its error to the next write, which tells it; no traceback beside that."""
+    if not (type(error.thread).__name__ == "_AsyncWriterThread" and isinstance(error.exc_value, OSError)):
+        before(error)
+
+
 class Journal:
     """`folder` is the run's `training/`, None for a run that leaves nothing; a bar only on a terminal, else lines."""
 
@@ -27,6 +35,7 @@ class Journal:
         self.folder = folder
         self.failing = False
         self.board: Any = None
+        self.hook: Any = None  # what tells errors of threads, while TensorBoard has one
         self.bar: Any = None
 
     def start(self, step: int, total: int) -> None:
@@ -36,6 +45,8 @@ class Journal:
             from torch.utils.tensorboard import SummaryWriter
 
             self.log.cut(step)
+            self.hook = threading.excepthook
+            threading.excepthook = partial(_told_elsewhere, self.hook)
             with self._board_kept():
                 self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
         self.bar = tqdm(
@@ -46,10 +57,13 @@ class Journal:
         """Close what is open."""
         if self.board is not None:
             with self._board_kept():
+                self.board.flush()
                 self.board.close()
         if self.bar is not None:
             self.bar.close()
-        self.board = self.bar = None
+        if self.hook is not None:
+            threading.excepthook = self.hook
+        self.board = self.bar = self.hook = None
 
     def tell(self, text: str) -> None:
         """A line for people."""
