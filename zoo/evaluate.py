@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from surgeon.copying import evaluating, seeded
 from surgeon.errors import ConfigError, DataError, InputError, SurgeonError
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task
+from surgeon.zoo.tasks.support.loading import loaded
 
 Progress = Callable[[str, int, int], None]
 AMP = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -61,7 +62,7 @@ def evaluate(
     if amp is not None:
         autocast = partial(torch.autocast, where.type, dtype=AMP[amp])
     with evaluating(model), seeded(0):
-        for done, batch in enumerate(loader):
+        for done, batch in enumerate(loaded(loader)):
             if progress is not None:
                 progress("evaluate", done, len(loader))
             batch = to_device(batch, where)

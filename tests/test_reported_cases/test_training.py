@@ -244,6 +244,23 @@ def test_a_run_that_is_alive_is_locked(tmp_path: Path, monkeypatch: pytest.Monke
     assert finetune(model, regression(), SHORT, tmp_path / "run", resume=True).summary.stopped == "steps"
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_the_lock_goes_with_the_run_not_with_its_loader_processes(tmp_path: Path) -> None:
+    """T8: the processes of a loader outlive a killed run for some seconds."""
+    (tmp_path / "training").mkdir()
+    folder = RunFolder(tmp_path)
+    with folder.locked():
+        child = os.fork()
+        if not child:
+            signal.pause()
+    try:
+        with folder.locked():
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 @pytest.mark.parametrize("number", STOPS)
 def test_each_signal_that_asks_to_stop_leaves_a_checkpoint(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

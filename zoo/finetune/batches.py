@@ -5,7 +5,6 @@ So a run that was killed needs no more than the number of its next step to go on
 
 import hashlib
 import random
-import re
 import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from surgeon.errors import DataError, SurgeonError, TrainingError
 from surgeon.zoo.tasks import Batch, Task, TaskDataset
+from surgeon.zoo.tasks.support.loading import loaded
 
 # Signals that ask a run to stop: Ctrl-C, a batch system, a terminal that is closed.
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -65,7 +64,7 @@ class Draws(Sampler[list[int]]):
 
 def training_batches(task: Task, dataset: TaskDataset, draws: Draws, workers: int) -> Iterator[Batch]:
     """This process's micro-batches, collated, on the CPU, from the sampler's start on."""
-    yield from _loaded(_loader(dataset, task, workers, draws))
+    yield from loaded(_loader(dataset, task, workers, draws))
 
 
 def validation_batches(
@@ -74,7 +73,7 @@ def validation_batches(
     """Every sample of the set once, in order; with several processes each takes its share."""
     mine = range(rank, len(dataset), processes)
     parts = [list(mine[first : first + batch]) for first in range(0, len(mine), batch)]
-    yield from _loaded(_loader(dataset, task, workers, parts))
+    yield from loaded(_loader(dataset, task, workers, parts))
 
 
 def _loader(dataset: TaskDataset, task: Task, workers: int, batches: Iterable[list[int]]) -> DataLoader[Batch]:
@@ -87,24 +86,6 @@ def _loader(dataset: TaskDataset, task: Task, workers: int, batches: Iterable[li
         generator=torch.Generator(),  # its own: a loader otherwise draws from the global one
         pin_memory=torch.cuda.is_available(),
     )
-
-
-def _loaded(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """The batches of a loader; what went wrong in one of its processes is said in one line. Raises `DataError`, `TrainingError`."""
-    try:
-        yield from loader
-    except SurgeonError as error:
-        lines = str(error).strip().splitlines()
-        if "DataLoader worker process" not in lines[0]:
-            raise
-        raise DataError(lines[-1].partition(": ")[2] or lines[-1]) from error
-    except RuntimeError as error:
-        if not re.match(r"DataLoader worker \(pid", str(error)):
-            raise
-        raise TrainingError(
-            f"a process that loads data is gone, killed perhaps for want of memory ({str(error).splitlines()[0]}); give fewer "
-            "--workers, and go on with --resume"
-        ) from error
 
 
 def _leave_signals_to_parent(worker: int) -> None:

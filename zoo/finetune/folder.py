@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,20 @@ _FIELDS = {
     **dict.fromkeys(("options", "config", "versions"), dict),
     "processes": int,
 }
+
+_HELD: set[int] = set()  # descriptors of the locks that this process has
+
+
+@cache
+def _free_in_children() -> None:
+    """Have processes that are forked (those that load data) close the locks: they may live a little longer than a killed run."""
+
+    def close() -> None:
+        while _HELD:
+            with contextlib.suppress(OSError):
+                os.close(_HELD.pop())
+
+    os.register_at_fork(after_in_child=close)
 
 
 class RunFolder:
@@ -85,7 +100,12 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise CheckpointError(f"the run in {self.output} is going on in another process") from error
-            yield
+            _free_in_children()
+            _HELD.add(lock.fileno())
+            try:
+                yield
+            finally:
+                _HELD.discard(lock.fileno())
 
     def create(self, record: dict[str, Any]) -> None:
         """Start a run: write down what is run, in the place of what `check` allowed to replace.
@@ -141,13 +161,13 @@ class RunFolder:
                     changed.append(told)
         if changed:
             raise ConfigError(f"a run goes on with the options it began with, and {'; '.join(changed)}")
+        other = changes(old["data"], record["data"]) if "data" in old else []
+        if other:
+            raise DataError(f"the data are not those that the run in {self.output} began with: {'; '.join(other)}")
         if old["weights"] != record["weights"]:
             raise ConfigError(
                 f"the weights of {record['model']} are not those that the run in {self.output} began with"
             )
-        other = changes(old["data"], record["data"]) if "data" in old else []
-        if other:
-            raise DataError(f"the data are not those that the run in {self.output} began with: {'; '.join(other)}")
         if old["processes"] != record["processes"]:
             notes.append(
                 f"begun with {old['processes']} processes, taken up with {record['processes']}: equal up to rounding"
