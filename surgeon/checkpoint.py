@@ -141,7 +141,8 @@ def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
             type(model).__name__,
         )
         found = None
-    return Recipe(rules=rules, base=found, seed=carried.seed if carried is not None else 0, versions=versions())
+    seed, classes = (carried.seed, carried.classes) if carried is not None else (0, None)
+    return Recipe(rules=rules, base=found, seed=seed, versions=versions(), classes=classes)
 
 
 def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Module:

@@ -180,7 +180,8 @@ def _remember(result: nn.Module, order: _Order, surgery: "Surgery") -> None:
         Rule(layers=name, type=layer.type_name, options=layer.config.to_dict())
         for name, layer in surgery.layers.items()
     )
-    set_recipe(result, Recipe(rules=rules + new, base=base, seed=order.seed, versions=versions()))
+    classes = earlier.classes if earlier is not None else None
+    set_recipe(result, Recipe(rules=rules + new, base=base, seed=order.seed, versions=versions(), classes=classes))
 
 
 def _as_graph(result: nn.Module, surgery: "Surgery", check: bool) -> nn.Module:

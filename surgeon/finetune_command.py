@@ -83,7 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("-o", "--output", type=Path, metavar="OUT", help="folder to write (default: runs/NAME-TASK)")
     group.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")
-    group.add_argument("--resume", action="store_true", help="go on with the run in OUT, with the same options")
+    group.add_argument(
+        "--resume", action="store_true", help="go on with the run in OUT, with the same options and data"
+    )
     group.add_argument(
         "--dry-run", action="store_true", help="check the data, try one step, predict its cost; write nothing"
     )

@@ -79,12 +79,16 @@ def as_published(rule: Rule) -> Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Rules, the base model if it is known, the seed of the conversion, and the versions it was made with."""
+    """Rules, the base model if it is known, the seed of the conversion, and the versions it was made with.
+
+    `classes`: names of what the outputs of a fine-tuned classifier stand for, in their order; None where they are not known.
+    """
 
     rules: tuple[Rule, ...]
     base: BaseModel | None = None
     seed: int = 0
     versions: dict[str, str] = field(default_factory=dict)
+    classes: tuple[str, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, in the order in which a person reads them."""
@@ -99,6 +103,7 @@ class Recipe:
             "seed": self.seed,
             "versions": dict(self.versions),
             "rules": [asdict(rule) for rule in self.rules],
+            **({} if self.classes is None else {"classes": list(self.classes)}),
         }
 
     def to_json(self) -> str:
@@ -113,7 +118,7 @@ class Recipe:
         """
         values = _mapping(values, where)
         _check_version(values, where)
-        _check_keys(values, ("format", "version", "base", "seed", "versions", "rules", "artefact"), where)
+        _check_keys(values, ("format", "version", "base", "seed", "versions", "rules", "classes", "artefact"), where)
         rules = values.get("rules")
         if not isinstance(rules, list):
             raise RecipeError(f"{where}: rules must be a list of {{layers, type, options}}, got {files.told(rules)}")
@@ -125,6 +130,7 @@ class Recipe:
             base=None if base is None else _base(base, f"{where}: base"),
             seed=_typed(values, "seed", int, where, default=0),
             versions=_string_map(values.get("versions", {}), f"{where}: versions"),
+            classes=_classes(values.get("classes"), where),
         )
 
     @classmethod
@@ -264,6 +270,15 @@ def _weights(values: Any, where: str) -> Weights:
         path=None if values.get("path") is None else _typed(values, "path", str, where),
         sha256=None if values.get("sha256") is None else _typed(values, "sha256", str, where),
     )
+
+
+def _classes(values: Any, where: str) -> tuple[str, ...] | None:
+    if values is None:
+        return None
+    files.check_fields(values, [str], f"{where}: classes", RecipeError)
+    if not values or len(set(values)) != len(values):
+        raise RecipeError(f"{where}: classes must be different names, got {files.told(values)}")
+    return tuple(values)
 
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:

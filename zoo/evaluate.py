@@ -13,6 +13,7 @@ from surgeon.adaptivity import Adaptivity, observed
 from surgeon.copying import evaluating, seeded
 from surgeon.errors import ConfigError, DataError, InputError, SurgeonError
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task
+from surgeon.zoo.tasks.support.loading import loaded
 
 Progress = Callable[[str, int, int], None]
 AMP = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -65,7 +66,7 @@ def evaluate(
         autocast = partial(torch.autocast, where.type, dtype=AMP[amp])
     with evaluating(model), seeded(0), ExitStack() as stack:
         found = stack.enter_context(observed(model)) if layers is not None else []
-        for done, batch in enumerate(loader):
+        for done, batch in enumerate(loaded(loader)):
             if progress is not None:
                 progress("evaluate", done, len(loader))
             batch = to_device(batch, where)

@@ -11,8 +11,10 @@ SCHEDULES = ("cosine", "poly", "step", "multistep", "tanh", "constant")
 PRECISIONS = ("no", "fp16", "bf16")
 DEVICES = ("auto", "cpu")
 KEEP = ("best", "last")
-# Options that may differ when a run is taken up again: none of them changes the weights it ends with.
+# Options that may differ when a run is taken up again: none of them changes the weights that a step leads to.
 FREE = ("max_time", "workers", "log_every")
+# These neither, but what is kept, or when the run ends: a note says so.
+TOLD = ("eval_batch_size", "eval_every", "patience", "checkpoint_every", "max_rollbacks", "device")
 
 _SPAN = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(|ep|%)")
 _TIME = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([smhd]?)")
