@@ -451,6 +451,19 @@ def test_a_record_without_a_field_is_refused(stopped: Path, tmp_path: Path, key:
         finetune(make_restorer(), regression(), SHORT, folder, resume=True)
 
 
+def test_a_record_whose_data_are_none_is_refused(stopped: Path, tmp_path: Path) -> None:
+    """R12: the fingerprint, too."""
+    folder = copied(stopped, tmp_path / "run")
+    values = json.loads((folder / "training/run.json").read_text())
+    for data, told in (
+        (5, "data must be"),
+        (values["data"] | {"classes": [{}]}, "classes: item 0 must be of type str"),
+    ):
+        (folder / "training/run.json").write_text(json.dumps(values | {"data": data}))
+        with pytest.raises(CheckpointError, match=told):
+            finetune(make_restorer(), regression(), SHORT, folder, resume=True)
+
+
 @pytest.mark.parametrize(
     "line", [b"\xff\xfe{}", b'{"step": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", b"[1]", b'{"step": "a"}']
 )
@@ -486,6 +499,7 @@ TAMPERED = {
     "no progress": (_drop("progress"), "progress must be of type dict"),
     "negative step": (_set("progress", "step", value=-1), "step must not be negative"),
     "another step": (_set("progress", "step", value=1), "step 1, best_step .* in a file of step"),
+    "no measures": (_set("progress", "start", value={}), "progress: start: start must be"),
     "unknown measures": (_set("progress", "start", "start", value={"x": 1}), "start: start: metrics must be"),
     "further measures": (lambda tree: _further(tree), "start: start must have metrics"),
     "rollbacks": (_set("progress", "rollbacks", value="many"), "rollbacks must be of type int"),

@@ -137,6 +137,7 @@ class RunFolder:
         check_fields(old, _FIELDS, str(self.record))
         if "data" in old:
             check_fields(old["data"], {"train": dict, "val": dict}, f"{self.record}: data")
+            check_fields(old["data"].get("classes", []), [str], f"{self.record}: data: classes")
         return old
 
     def compare(self, record: dict[str, Any]) -> list[str]:

@@ -11,6 +11,12 @@ from surgeon.files import check_fields, told
 from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.state import storable
 
+_STATE: dict[str, Any] = {
+    "model": {"*": Tensor},
+    "ema": (dict, type(None)),
+    "optimizer": {"state": dict, "param_groups": [dict]},
+    "scaler": (dict, type(None)),
+}
 _SHAPES = ((4, 4, 3, 3), (4, 4), (4,))  # of the parameters with which an optimizer is tried
 
 
@@ -54,13 +60,14 @@ def _line(error: Exception) -> str:
 
 def check_state(own: dict[str, Any], state: dict[str, Any], where: str) -> None:
     """Raise `CheckpointError`, which says where, unless a state has what a run's `own` has: before anything is changed."""
+    check_fields(state, _STATE, where)
     for key in ("model", "ema"):
         _check_tensors(own[key], state[key], f"{where}: {key}")
     groups, found = own["optimizer"]["param_groups"], state["optimizer"]["param_groups"]
     if len(groups) != len(found):
         raise CheckpointError(f"{where}: optimizer has {len(found)} groups of parameters, expected {len(groups)}")
     for number, (group, other) in enumerate(zip(groups, found, strict=True)):
-        if set(group) - set(other) or group["params"] != other["params"]:
+        if set(group) - set(other) or group["params"] != other.get("params"):
             raise CheckpointError(f"{where}: optimizer: group {number} is not that of this run")
     known = {number for group in groups for number in group["params"]}
     for key, values in state["optimizer"]["state"].items():
@@ -70,7 +77,7 @@ def check_state(own: dict[str, Any], state: dict[str, Any], where: str) -> None:
         check_fields(state["scaler"], {"scale": float, "_growth_tracker": int}, f"{where}: scaler")
 
 
-def _check_tensors(own: dict[str, Tensor] | None, found: dict[str, Tensor] | None, where: str) -> None:
+def _check_tensors(own: dict[str, Any] | None, found: dict[str, Any] | None, where: str) -> None:
     if (own is None) != (found is None):
         raise CheckpointError(f"{where} is {'not ' if found is None else ''}there, against the options of this run")
     if own is None or found is None:

@@ -17,6 +17,7 @@ from torch import nn
 from surgeon.collapse_report import CollapseReport
 from surgeon.copying import copy_model
 from surgeon.errors import ConfigError, ModelError, SurgeonError
+from surgeon.files import check_fields
 from surgeon.recipe import BaseModel, Recipe, get_recipe, set_recipe
 from surgeon.report import Report
 from surgeon.rewrite import dynamic_layers
@@ -178,7 +179,9 @@ class _Session:
         checkpoint = run.store.newest()
         if checkpoint is not None:
             state, run.progress = checkpoint
-            run.trainer.check(state, str(run.store.path("step", run.progress.step)))
+            where = str(run.store.path("step", run.progress.step))
+            check_fields(run.progress.start, {"start": dict}, f"{where}: progress: start")
+            run.trainer.check(state, where)
             run.trainer.load(state)
             if self.accelerator.is_main_process:
                 run.store.drop_after(run.progress.step)

@@ -39,12 +39,12 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             lines.append(f"classes {told}: {', '.join(shown[:5])}{', ...' if len(shown) > 5 else ''}")
     if before != now and not lines:
         lines.append("the classes have another order")
-    told = {"samples": "samples", "files": "files", "bytes": "bytes of files"}
+    counts = {"samples": "samples", "files": "files", "bytes": "bytes of files"}
     hashes = {"names": "names or order of the files", "sizes": "sizes of files", "contents": "contents of files"}
     for split in ("train", "val"):
         a, b = old.get(split) or {}, new.get(split) or {}
         numbers = [
-            f"{a.get(key)} {word} and are {b.get(key)}" for key, word in told.items() if a.get(key) != b.get(key)
+            f"{a.get(key)} {word} and are {b.get(key)}" for key, word in counts.items() if a.get(key) != b.get(key)
         ]
         if numbers:
             lines.append(f"{split} had {', '.join(numbers)}")

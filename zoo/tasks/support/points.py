@@ -72,7 +72,7 @@ def read_points(path: Path, picture: tuple[int, int] | None = None) -> np.ndarra
         found = np.asarray(found)
         if found.dtype == bool or (found.ndim == 2 and found.size and found.shape == picture):
             raise ValueError(f"it holds a map {found.shape} of {found.dtype}, not points (n, 2)")
-        points = found.astype(np.float64)
+        points: np.ndarray = found.astype(np.float64)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"cannot read points from {path}: {error}") from error
     if points.size == 0:
