@@ -162,13 +162,15 @@ MODELS = (
     Model("monai", "SegResNet", _monai("SegResNet", **_FLAT, init_filters=8), _image(1, 32, 32)),
     Model("segmentation_models_pytorch", "Unet", _segmentation("Unet", "resnet18"), _image(3, 64, 64)),
     Model("segmentation_models_pytorch", "FPN", _segmentation("FPN", "mobilenet_v2"), _image(3, 64, 64)),
-    Model("segmentation_models_pytorch", "DeepLabV3Plus", _segmentation("DeepLabV3Plus", "resnet18"), _image(3, 64, 64)),
+    Model(
+        "segmentation_models_pytorch", "DeepLabV3Plus", _segmentation("DeepLabV3Plus", "resnet18"), _image(3, 64, 64)
+    ),
     Model("ultralytics", "yolov8n", _yolo("yolov8n.yaml"), _image(3, 64, 64)),
     Model("ultralytics", "yolo11n", _yolo("yolo11n.yaml"), _image(3, 64, 64)),
     Model("ultralytics", "yolo11n-seg", _yolo("yolo11n-seg.yaml", "SegmentationModel"), _image(3, 64, 64)),
     Model("open_clip", "CLIP, ModifiedResNet", _clip, _image_and_text),
-    Model("kornia", "HardNet", _kornia("HardNet"), _image(1, 32, 32)),
-    Model("kornia", "SOSNet", _kornia("SOSNet"), _image(1, 32, 32)),
+    Model("kornia", "HardNet", _kornia("HardNet", pretrained=False), _image(1, 32, 32)),
+    Model("kornia", "SOSNet", _kornia("SOSNet", pretrained=False), _image(1, 32, 32)),
     Model("kornia", "DISK", _kornia("DISK", desc_dim=16), _image(3, 64, 64)),
     Model(
         "transformers",

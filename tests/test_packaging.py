@@ -51,9 +51,7 @@ def test_every_import_is_a_declared_dependency() -> None:
     assert {"torch", "sqlalchemy", "yaml", "huggingface_hub"} <= imported
     foreign = imported - sys.stdlib_module_names - {"surgeon", "_typeshed"} - brought
     sources = packages_distributions()
-    unknown = {
-        name for name in foreign if not names & {d.lower().replace("_", "-") for d in sources.get(name, [name])}
-    }
+    unknown = {name for name in foreign if not names & {d.lower().replace("_", "-") for d in sources.get(name, [name])}}
     assert unknown == set()
 
 
