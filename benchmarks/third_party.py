@@ -4,7 +4,8 @@
 
 Libraries that are not installed are left out; nothing is installed. All spatial convolutions of each model are converted, once
 to each type. Compared are the outputs in eval mode, on other inputs than the conversion had. Then one training step.
-Writes benchmarks/results/third_party.json and the last section of docs/coverage.md. Exit code 1 where something failed.
+Interrupted, it goes on where it was. Writes benchmarks/results/third_party.json and the last section of docs/coverage.md.
+Exit code 1 where something failed.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 import surgeon
 from benchmarks._models import awaken, relative_change, settle_norms, spatial_convolutions, tensors
-from benchmarks._results import RESULTS, ROOT, markdown, write_json
+from benchmarks._results import RESULTS, ROOT, Rows, markdown, write_json
 
 TYPES = ("acda", "pafu", "sekg")
 FLOAT32_ERROR, FLOAT64_ERROR = 1e-5, 1e-10
@@ -151,6 +152,10 @@ def _kornia(name: str, **options: Any) -> Callable[[Any], nn.Module]:
     return build
 
 
+def _kornia_disk(library: Any) -> nn.Module:
+    return importlib.import_module("kornia.feature").DISK(desc_dim=16).unet  # the whole gives objects with key points
+
+
 _FLAT: dict[str, Any] = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2}
 _UNET: dict[str, Any] = _FLAT | {"channels": (8, 16, 32), "strides": (2, 2)}
 MODELS = (
@@ -169,9 +174,9 @@ MODELS = (
     Model("ultralytics", "yolo11n", _yolo("yolo11n.yaml"), _image(3, 64, 64)),
     Model("ultralytics", "yolo11n-seg", _yolo("yolo11n-seg.yaml", "SegmentationModel"), _image(3, 64, 64)),
     Model("open_clip", "CLIP, ModifiedResNet", _clip, _image_and_text),
-    Model("kornia", "HardNet", _kornia("HardNet"), _image(1, 32, 32)),
-    Model("kornia", "SOSNet", _kornia("SOSNet"), _image(1, 32, 32)),
-    Model("kornia", "DISK", _kornia("DISK", desc_dim=16), _image(3, 64, 64)),
+    Model("kornia", "HardNet", _kornia("HardNet", pretrained=False), _image(1, 32, 32)),
+    Model("kornia", "SOSNet", _kornia("SOSNet", pretrained=False), _image(1, 32, 32)),
+    Model("kornia", "DISK, its U-Net", _kornia_disk, _image(3, 64, 64)),
     Model(
         "transformers",
         "ResNetForImageClassification",
@@ -303,32 +308,34 @@ def training_step(entry: Model, converted: nn.Module) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="GLOB", default=["*"], help="models by library/name")
+    parser.add_argument("--fresh", action="store_true", help="forget the rows of an interrupted or finished run")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "coverage.md", help="default: %(default)s")
     args = parser.parse_args(argv)
-    rows = []
+    rows = Rows(args.results / "third_party.jsonl", fresh=args.fresh)
     for entry in (e for e in MODELS if any(fnmatch.fnmatch(e.key, glob) for glob in args.only)):
         if why := missing(entry.library):
             print(f"{entry.key}: {why}")
             continue
-        for kind in TYPES:
+        for kind in (kind for kind in TYPES if f"{entry.key}/{kind}" not in rows):
             try:
                 facts = check(entry, kind)
             except Exception as error:  # a row of the table, whatever a library does
                 facts = {"failures": [f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"]}
-            rows.append({"library": entry.library, "model": entry.name, "type": kind} | facts)
+            identity = {"library": entry.library, "version": version(PACKAGES[entry.library]), "model": entry.name}
+            rows.add(f"{entry.key}/{kind}", identity | {"type": kind} | facts)
             print(f"{entry.key} {kind}: {'; '.join(facts['failures']) or 'ok'}", flush=True)
-    versions = {library: version(name) for library, name in PACKAGES.items() if find_spec(library)}
-    content = {"libraries": versions, "rows": rows}
+    known = {entry.key for entry in MODELS}
+    content = {"rows": [row for row in rows.values() if f"{row['library']}/{row['model']}" in known]}
     write_json(args.results / "third_party.json", content)
     before = args.docs.read_text().partition(TITLE)[0].rstrip("\n") if args.docs.is_file() else "# Coverage"
     args.docs.write_text(f"{before}\n\n{section(content)}")
-    return int(any(row["failures"] for row in rows))
+    return int(any(row["failures"] for row in content["rows"]))
 
 
 def section(content: dict[str, Any]) -> str:
     """The last section of docs/coverage.md."""
-    versions = ", ".join(f"{name} {number}" for name, number in content["libraries"].items())
+    versions = ", ".join(sorted({f"{row['library']} {row['version']}" for row in content["rows"]}))
     models: dict[str, dict[str, dict[str, Any]]] = {}
     for row in content["rows"]:
         models.setdefault(f"{row['library']}/{row['model']}", {})[row["type"]] = row

@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (default: the model's)"
     )
+    parser.add_argument(
+        "--bayer",
+        metavar="PATTERN",
+        help="show the model what an RGGB (BGGR, …) sensor sees; selections by its colors, too",
+    )
     parser.add_argument("--tensorboard", metavar="DIR", help="write pictures and numbers there, too")
     parser.add_argument(
         "--against", metavar="auto|MODEL", help="draw the original's features beside; auto is the run's base model"
@@ -64,13 +69,15 @@ def run(args: argparse.Namespace) -> int:
     if base is None:
         raise ConfigError(f"{args.run} does not name its base model, whose transform the pictures need")
     images = _read(args, model, base)
+    if args.bayer is not None:
+        images = _sensed(model, images, args.bayer)
     original = _original(args, base)
     with (
         Progress(enabled=not args.quiet) as progress,
         filling(output, ConfigError) as fresh,
         _Writer(fresh, args.tensorboard) as writer,
     ):
-        found = _draw(model, layers, images, original, writer, progress)
+        found = _draw(model, layers, images, original, writer, progress, args.bayer)
         document = jsonable({"run": args.run, "output": str(output), "images": found, "bases": writer.bases})
         writer.numbers(document)
     if args.json:
@@ -108,6 +115,23 @@ def _read(args: argparse.Namespace, model: "nn.Module", base: "BaseModel") -> "d
     return found
 
 
+def _sensed(
+    model: "nn.Module", images: "dict[str, tuple[Tensor, Any]]", pattern: str
+) -> "dict[str, tuple[Tensor, Any]]":
+    """The same for a model that demosaicks: it gets zero where a sensor of this pattern measures nothing."""
+    from surgeon.zoo.bayer import PATTERNS, bayer_mask, tell_pattern
+
+    if pattern not in PATTERNS:
+        raise ConfigError(f"--bayer must be one of {', '.join(PATTERNS)}, got {pattern!r}")
+    tell_pattern(model, pattern)
+    found = {}
+    for name, (picture, photo) in images.items():
+        if picture.shape[0] != 3:
+            raise InputError(f"--bayer is for models of color images; this one gets {picture.shape[0]} channels")
+        found[name] = (picture * bayer_mask(pattern, *picture.shape[1:]), photo)
+    return found
+
+
 def _photo(picture: "Tensor", transform: Any) -> Any:
     """The picture before normalisation."""
     import torch
@@ -136,6 +160,7 @@ def _draw(
     original: "nn.Module | None",
     writer: "_Writer",
     progress: Any,
+    bayer: str | None = None,
 ) -> list[dict[str, Any]]:
     from surgeon.layers import ACDAConv2d
     from surgeon.visualize.capture import capture
@@ -151,7 +176,7 @@ def _draw(
             values = numbers(layer)
             values["pictures"] = [
                 writer.picture(f"{image}/{safe(name)}-{what}", figure, step)
-                for what, figure in pictures(layer, photo).items()
+                for what, figure in pictures(layer, photo, bayer).items()
             ]
             writer.scalars(name, values, step)
             entries.append(values)

@@ -1,7 +1,7 @@
 """The Bayer sensor: which of the three colors it measures at which pixel. For the task and for the networks that need to know."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
 
@@ -24,3 +24,10 @@ def bayer_mask(pattern: str, height: int, width: int) -> Tensor:
     for index, color in enumerate(pattern):
         mask["RGB".index(color), index // 2 :: 2, index % 2 :: 2] = 1
     return mask
+
+
+def tell_pattern(model: nn.Module, pattern: str) -> None:
+    """Let the parts of a model that need to know where the sensor measures know it; one made for another sensor refuses."""
+    for module in model.modules():
+        if callable(use_pattern := getattr(module, "use_pattern", None)):
+            use_pattern(pattern)

@@ -1,18 +1,27 @@
 """Where the product differed from its three papers. The ids in the docstrings are those of the table of cases."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import surgeon
 import surgeon.zoo as zoo
+from surgeon.cli import main
 from surgeon.errors import ConfigError, InputError
+from surgeon.models import build_model
+from surgeon.visualize.capture import Seen
+from surgeon.visualize.pictures import selection_by_color
 from surgeon.zoo.bayer import PATTERNS, bayer_mask
-from surgeon.zoo.recipes import training_recipe
+from surgeon.zoo.networks.vdn import _blurred
+from surgeon.zoo.recipes import recipe_names, training_recipe
 from surgeon.zoo.tasks import create_task
-from tests.task_data import image_folders
+from tests.task_data import image_folders, masks, photo
 
 _ITERATIVE = ("iterative_demosaic", "pafu_iterative_demosaic")
 _TINY: dict[str, Any] = {"steps": 2, "depth": 1, "width": 16}
@@ -118,3 +127,94 @@ def test_dncnn_files_of_every_layout_load(prefix: str, tmp_path: Path) -> None:
     again = zoo.load_foreign(zoo.create("dncnn", depth=3, width=4, batch_norm=False), path, network="dncnn").eval()
     x = torch.rand(1, 1, 6, 6)
     assert torch.equal(again(x), net(x))
+
+
+# --- options and pictures that the papers have --------------------------------------------------------------------------
+
+
+class Shares(nn.Module):
+    """Logits that depend on the size of the picture, so that every scale counts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x[:, 0], x[:, 1] * x.shape[-1] / 20, x[:, 2] * 0], 1)
+
+
+def test_segmentation_is_judged_at_several_scales(tmp_path: Path) -> None:
+    """D10: multi-scale testing (PAFU, Table 6) had no option; it is the mean of the classes' shares over the sizes."""
+    options = masks(tmp_path)
+    one, two = (create_task("segmentation", **options, test_scales=scales) for scales in ((1.0,), [0.5, 1.5]))
+    plain = create_task("segmentation", **options)
+    x, model = torch.randn(2, 3, 12, 20), Shares()
+    assert torch.equal(one.predict(model, {"input": x}), plain.predict(model, {"input": x}))
+    expected = torch.zeros(2, 3, 12, 20)
+    for size in ((6, 10), (18, 30)):
+        logits = model(F.interpolate(x, size, mode="bilinear"))
+        expected += F.interpolate(logits, (12, 20), mode="bilinear").softmax(1) / 2
+    torch.testing.assert_close(two.predict(model, {"input": x}).exp(), expected)
+    with pytest.raises(ConfigError, match=r"test_scales must be positive factors"):
+        create_task("segmentation", **options, test_scales=(0.0,))
+
+
+def test_selections_are_drawn_by_the_sensors_colors(tmp_path: Path) -> None:
+    """D10: PAFU's Figure 3 has the masks split by Bayer color."""
+    model, base = build_model("zoo/pafu_linear_demosaic", weights="random", input_size=(3, 16, 16))
+    surgeon.save(model, tmp_path / "run", base=base)
+    picture = photo(tmp_path / "a.png", 20, 20)
+    arguments = ["visualize", str(tmp_path / "run"), str(picture), "-o", str(tmp_path / "out"), "--quiet", "--bayer"]
+    assert main([*arguments, "RGGB"]) == 0
+    assert [path.name for path in (tmp_path / "out").rglob("*selection-RGGB.png")] == ["output-selection-RGGB.png"]
+    assert main([*arguments, "RGBG", "--force"]) == 2
+
+
+def test_each_mask_holds_the_pixels_of_its_color() -> None:
+    """D10: the place in the cell decides the panel."""
+    code = torch.zeros(4, 6, 8)
+    for i in range(4):
+        code[i, i // 2 :: 2, i % 2 :: 2] = 1
+    layer = zoo.create("pafu_linear_demosaic").output
+    seen = Seen(name="x", layer=layer, input=code, output=code, static=code, code=code, variation=None)
+    figure = selection_by_color(seen, np.zeros((6, 8, 3)), "GRBG")
+    panels = {axes.get_title()[0] + str(i): axes.images[0].get_array() for i, axes in enumerate(figure.axes[1:3])}
+    assert set(panels) == {"G0", "R1"}
+    assert (panels["G0"] == 0).all()
+    assert (panels["R1"] == 1).all()
+
+
+# --- the variational loss ------------------------------------------------------------------------------------------------
+
+
+def test_the_window_of_the_noise_is_the_authors() -> None:
+    """D11: a Gaussian of 3 pixels in the 7x7 window, not 1.4."""
+    x = torch.zeros(1, 1, 15, 15)
+    x[..., 7, 7] = 1
+    found = _blurred(x, 7)[0, 0]
+    assert float(found[7, 10] / found[7, 7]) == pytest.approx(math.exp(-0.5), rel=1e-5)
+    assert float(found[7, 11]) == 0
+
+
+def test_the_posterior_has_the_authors_limits() -> None:
+    """D11: logarithms between those of 1e-8 and 1e4."""
+    net = zoo.create("vdn_conv", width=32, inner=8, blocks=1)
+    for layer in (net.noise[-1], [m for m in net.denoiser.modules() if isinstance(m, nn.Conv2d)][-1]):
+        nn.init.zeros_(layer.weight)
+        nn.init.constant_(layer.bias, 50.0)
+    high = net.posterior(torch.rand(1, 3, 8, 8))
+    assert float(high.alpha.detach().max()) == pytest.approx(1e4, rel=1e-4)
+    nn.init.constant_(net.noise[-1].bias, -50.0)
+    assert float(net.posterior(torch.rand(1, 3, 8, 8)).beta.detach().min()) == pytest.approx(1e-8, rel=1e-4)
+
+
+# --- what is said ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_weight_of_the_decorrelation_is_said_to_be_ours() -> None:
+    """D5: recipes said that the paper does not give the weight; equation 4 does."""
+    told = {
+        name: training_recipe(name).assumed
+        for name in recipe_names()
+        if training_recipe(name).source.startswith("PAFU")
+    }
+    assert len(told) == 8
+    for text in told.values():
+        assert "weight of the decorrelation is 1 (eq. 4" in text
+        assert "here 1e-3, because" in text

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from surgeon.errors import ConfigError
-from surgeon.zoo.bayer import PATTERNS, bayer_mask
+from surgeon.zoo.bayer import PATTERNS, bayer_mask, tell_pattern
 from surgeon.zoo.tasks.base import Batch, Sample, TaskConfig
 from surgeon.zoo.tasks.registry import register
 from surgeon.zoo.tasks.support.draws import turned
@@ -84,9 +84,7 @@ class Demosaicking(RestorationTask):
     def bind(self, model: torch.nn.Module) -> torch.nn.Module:
         model = super().bind(model)
         self.color = True
-        for module in model.modules():  # a network that knows where the sensor measured
-            if callable(use_pattern := getattr(module, "use_pattern", None)):
-                use_pattern(self.config.pattern)
+        tell_pattern(model, self.config.pattern)
         return model
 
     def target_channels(self) -> int:

@@ -37,7 +37,8 @@ class SegmentationConfig(FolderConfig):
 
     Training pieces have the size of `input_size`, by default 256x256: pictures are scaled by a factor between `scale_min` and
     `scale_max`, cut, and mirrored. Whole pictures are continued to a `multiple` of so many pixels. `class_weights`
-    weigh the loss of the pixels of each class.
+    weigh the loss of the pixels of each class. In evaluation the shares that a model gives the classes are averaged over the
+    picture at each of `test_scales` (multi-scale testing).
     """
 
     classes: int | None = None
@@ -47,6 +48,7 @@ class SegmentationConfig(FolderConfig):
     scale_max: float = 2.0
     multiple: int = 1
     class_weights: tuple[float, ...] | None = None
+    test_scales: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +60,8 @@ class SegmentationConfig(FolderConfig):
             )
         if self.multiple < 1:
             raise ConfigError(f"multiple must be a positive integer, got {self.multiple!r}")
+        if not self.test_scales or not all(scale > 0 for scale in self.test_scales):
+            raise ConfigError(f"test_scales must be positive factors, as 0.75,1,1.25, got {self.test_scales!r}")
         if self.input_size is not None and self.input_size[0] != 3:
             raise ConfigError(f"segmentation takes RGB pictures, not input_size={self.input_size!r}")
 
@@ -189,7 +193,7 @@ class Segmentation(Task):
         return logits
 
     def predict(self, model: nn.Module, batch: Batch) -> Any:
-        """Logits (N, classes, H, W) in the size of the pictures."""
+        """Logits (N, classes, H, W) in the size of the pictures; with several `test_scales` logarithms of the mean shares."""
 
         def run(x: Tensor) -> Tensor:
             return _enlarged(self._logits(model(x)), x.shape[-2:])
@@ -197,7 +201,15 @@ class Segmentation(Task):
         def whole(x: Tensor) -> Tensor:
             return on_multiple(run, x, self.config.multiple)
 
-        return by_size(whole, batch["input"], batch.get("input_size"))
+        def at_all_scales(x: Tensor) -> Tensor:
+            if self.config.test_scales == (1.0,):
+                return whole(x)
+            size = x.shape[-2:]
+            sizes = [tuple(max(round(side * factor), 1) for side in size) for factor in self.config.test_scales]
+            shares = [_enlarged(whole(_enlarged(x, scaled)), size).softmax(1) for scaled in sizes]
+            return torch.stack(shares).mean(0).log()
+
+        return by_size(at_all_scales, batch["input"], batch.get("input_size"))
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         target = batch["target"]
