@@ -1,7 +1,7 @@
 """Every convolution of a model, what it does there, and what forbids to replace it."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from surgeon.copying import copy_to_meta, is_lazy
 from surgeon.errors import UnsupportedLayerError
+from surgeon.held import outside_references
 from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.source import ConvSource
@@ -84,9 +85,10 @@ def find_sites(model: nn.Module, example_inputs: Any = None, input_size: Sequenc
     seen = observe(model, list(names), example_inputs, input_size)
     neighbours = _trace(model)
     strangers = _shared_parameters(model, names)
+    held = outside_references(model, {id(model.get_submodule(name)) for name in names})
     _add_written_reads(model, names, seen)
     drafts = [
-        _site(model, name, aliases, seen, neighbours.get(name), strangers.get(name, ()))
+        _site(model, name, aliases, seen, neighbours.get(name), strangers.get(name, ()), held)
         for name, aliases in names.items()
     ]
     return Sites(convs=tuple(_with_stages(model, drafts, seen)), seen=seen)
@@ -169,12 +171,16 @@ def _site(
     seen: Observation,
     neighbours: Neighbours | None,
     strangers: tuple[str, ...],
+    held: Mapping[int, list[str]],
 ) -> ConvSite:
     conv: Any = model.get_submodule(name)
     geometry, reasons = _read_geometry(conv)
     calls = tuple(seen.calls.get(name, ()))
     if strangers:
         reasons.append(f"its parameters are shared with {', '.join(strangers)}")
+    if id(conv) in held:
+        where = ", ".join(held[id(conv)])
+        reasons.append(f"it is held outside the module tree too, by {where}, which would go on using the old convolution")
     if name in seen.readers:
         reasons.append(f"its weight is read outside its own forward, by {', '.join(seen.readers[name])}")
     if any(len(call.input) == 3 for call in calls) and geometry is not None:
