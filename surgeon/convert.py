@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy as is_lazy_tensor
 from surgeon.calls import inside, run_converted
 from surgeon.compare import Difference, Leaves, compare
 from surgeon.copying import copy_model
-from surgeon.errors import ConfigError, GeometryError, UnsupportedLayerError, VerificationError
+from surgeon.errors import ConfigError, GeometryError, InputError, ModelError, UnsupportedLayerError, VerificationError
 from surgeon.gradients import check_gradients
 from surgeon.inputs import given_inputs
 from surgeon.layers.base import DynamicConv2d
@@ -73,9 +73,10 @@ def convert(
     started = time.perf_counter()
     order = _read_order(layers, type, recipe, layer_options, seed)
     tell = progress or _silent
+    _has_data(model)
     work = model if inplace else copy_model(model)
     tell("trace", 0, 1)
-    sites = find_sites(work, example_inputs, input_size)
+    sites = find_sites(work, example_inputs, input_size, origin=model)
     tell("trace", 1, 1)
     plans = make_plan(sites.convs, order.rules)
     surgery = Surgery(work=work, sites=sites, plans=plans, seed=order.seed, tell=tell, earlier=get_recipe(work))
@@ -112,6 +113,15 @@ def inspect(
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters of the whole model, shared ones once."""
     return sum(p.numel() for p in model.parameters() if not is_lazy_tensor(p))
+
+
+def _has_data(model: nn.Module) -> None:
+    empty = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    if empty:
+        raise ModelError(
+            f"{type(model).__name__} has tensors without data ({', '.join(empty[:3])}: on the meta device, or offloaded): "
+            f"load its weights, or take the offloading off (accelerate.hooks.remove_hook_from_module), before it is converted"
+        )
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -285,9 +295,8 @@ class Surgery:
                 return result, None
             self.tell("verify", 1, 3)
             output = compare(expected, run_converted(result, old, calls, inputs, self.seed))
-            if not output.compared:
-                output = self._compare_inside(result)
-            verification = self._judge(expected, output, errors)
+            seen = output if output.compared else self._compare_inside(result)
+            verification = self._judge(expected, seen, errors, settles=output.compared > 0)
             self.tell("verify", 2, 3)
             verification.notes += check_gradients(self.layers)
             self.tell("verify", 3, 3)
@@ -320,9 +329,13 @@ class Surgery:
         note = f"no tensor of the output can be compared: {len(before)} modules inside of the model were instead"
         return replace(found, notes=(*found.notes, note))
 
-    def _judge(self, expected: Leaves, output: Difference, errors: dict[str, Difference]) -> Verification:
+    def _judge(
+        self, expected: Leaves, output: Difference, errors: dict[str, Difference], *, settles: bool
+    ) -> Verification:
         compressed = any(may_compress(plan.site.geometry, plan.config) for plan in self.plans if plan.site.geometry)
         try:
+            if not settles:
+                return judge(output, errors, self._dtype(), _nothing_to_settle, compressed)
             return judge(output, errors, self._dtype(), self._settle, compressed, self._settle_by_layer)
         except VerificationError as error:
             again = self._as_it_was(lambda: outputs(self.work, self.sites.seen.inputs, self.seed))
@@ -424,6 +437,10 @@ class Surgery:
             max_rel_error=error.max_rel,
             notes=site.notes + error.notes,
         )
+
+
+def _nothing_to_settle() -> Settled:
+    raise InputError("its output has no tensor")
 
 
 def _skipped(site: ConvSite, selected: bool, reasons: tuple[str, ...]) -> Skipped:

@@ -5,7 +5,7 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,20 +52,21 @@ def own_attributes(module: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in vars(module).items() if key not in _OWN}
 
 
-def outside_references(model: nn.Module, targets: set[int]) -> dict[int, list[str]]:
-    """By the id of a module: the attributes that hold it outside the module tree, where a replacement would not reach it."""
-    found: dict[int, list[str]] = {}
+def outside_references(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """By the name of a module: attributes that hold it outside the module tree, where a replacement would not reach it."""
+    found: dict[str, list[str]] = {}
     tree = {id(module) for module in model.modules()}
+    by_name = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}  # torch.compile's prefix
+    targets = {id(by_name[name]): name for name in names if name in by_name}
     for prefix, owner in model.named_modules():
         for key, value in own_attributes(owner).items():
             for held in walk(value):
                 if not isinstance(held, nn.Module) or held is owner:
                     continue
-                inner = [held] if id(held) in tree else held.modules()  # another module may have it as a child
-                for module in inner:
+                for module in [held] if id(held) in tree else held.modules():
                     if id(module) in targets:
-                        found.setdefault(id(module), []).append(f"{prefix}.{key}" if prefix else key)
-    return {key: list(dict.fromkeys(names)) for key, names in found.items()}
+                        found.setdefault(targets[id(module)], []).append(f"{prefix}.{key}" if prefix else key)
+    return {name: list(dict.fromkeys(keys)) for name, keys in found.items()}
 
 
 def _is_filled(cell: Any) -> bool:

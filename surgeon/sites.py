@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy as is_lazy_tensor
 from torch.nn.utils import parametrize
 
-from surgeon.copying import copy_to_meta, is_lazy
+from surgeon.copying import copy_to_meta, is_lazy, seeded
 from surgeon.errors import UnsupportedLayerError
 from surgeon.held import outside_references
 from surgeon.layers.base import DynamicConv2d
@@ -76,8 +76,15 @@ class Sites:
     seen: Observation
 
 
-def find_sites(model: nn.Module, example_inputs: Any = None, input_size: Sequence[int] | int | None = None) -> Sites:
+def find_sites(
+    model: nn.Module,
+    example_inputs: Any = None,
+    input_size: Sequence[int] | int | None = None,
+    origin: nn.Module | None = None,
+) -> Sites:
     """List every convolution. The model is not touched: copies of it are run and traced.
+
+    `origin` is what the model is a copy of: closures, which no copy renews, hold the modules of that one.
 
     Raises `InputError` if the model does not run.
     """
@@ -85,7 +92,7 @@ def find_sites(model: nn.Module, example_inputs: Any = None, input_size: Sequenc
     seen = observe(model, list(names), example_inputs, input_size)
     neighbours = _trace(model)
     strangers = _shared_parameters(model, names)
-    held = outside_references(model, {id(model.get_submodule(name)) for name in names})
+    held = outside_references(model, names) | outside_references(model if origin is None else origin, names)
     _add_written_reads(model, names, seen)
     drafts = [
         _site(model, name, aliases, seen, neighbours.get(name), strangers.get(name, ()), held)
@@ -132,11 +139,12 @@ def _trace(model: nn.Module) -> dict[str, Neighbours]:
     """What torch.fx tells; nothing if the model has no copy on the meta device. A failure never forbids anything."""
     try:
         twin = copy_to_meta(model)
+        for module in twin.modules():
+            module.training = False
+        with seeded(0):
+            return trace_neighbours(twin)
     except Exception:
         return {}
-    for module in twin.modules():
-        module.training = False
-    return trace_neighbours(twin)
 
 
 def _shared_parameters(model: nn.Module, names: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -171,15 +179,15 @@ def _site(
     seen: Observation,
     neighbours: Neighbours | None,
     strangers: tuple[str, ...],
-    held: Mapping[int, list[str]],
+    held: Mapping[str, list[str]],
 ) -> ConvSite:
     conv: Any = model.get_submodule(name)
     geometry, reasons = _read_geometry(conv)
     calls = tuple(seen.calls.get(name, ()))
     if strangers:
         reasons.append(f"its parameters are shared with {', '.join(strangers)}")
-    if id(conv) in held:
-        where = ", ".join(held[id(conv)])
+    if name in held:
+        where = ", ".join(held[name])
         reasons.append(f"it is held outside the module tree too, by {where}, which would go on using the old convolution")
     if name in seen.readers:
         reasons.append(f"its weight is read outside its own forward, by {', '.join(seen.readers[name])}")
