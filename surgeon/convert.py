@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy as is_lazy_tensor
 
 from surgeon.calls import inside, run_converted
 from surgeon.compare import Difference, Leaves, compare
-from surgeon.copying import copy_model
+from surgeon.copying import copy_model, eager, without_compiler
 from surgeon.errors import ConfigError, GeometryError, InputError, ModelError, UnsupportedLayerError, VerificationError
 from surgeon.gradients import check_gradients
 from surgeon.inputs import given_inputs
@@ -26,11 +26,23 @@ from surgeon.rewrite import Rewrite, build_layer
 from surgeon.select import split_items
 from surgeon.sites import ConvSite, Sites, find_sites, macs_of
 from surgeon.trace import trace_graph
-from surgeon.verify import Settled, Verification, halves_agree, judge, layer_limit, measure, outputs, run, settle_by_layer, settle_in_double
+from surgeon.verify import (
+    Settled,
+    Verification,
+    halves_agree,
+    judge,
+    layer_limit,
+    measure,
+    outputs,
+    run,
+    settle_by_layer,
+    settle_in_double,
+)
 
 Progress = Callable[[str, int, int], None]
 
 
+@eager()
 def convert(
     model: nn.Module,
     *,
@@ -73,6 +85,7 @@ def convert(
     started = time.perf_counter()
     order = _read_order(layers, type, recipe, layer_options, seed)
     tell = progress or _silent
+    model = without_compiler(model)
     _has_data(model)
     work = model if inplace else copy_model(model)
     tell("trace", 0, 1)

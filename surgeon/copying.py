@@ -22,6 +22,11 @@ def copy_model(model: nn.Module) -> nn.Module:
 
     Raises `ModelError` for a model that cannot be copied.
     """
+    return _uncompiled(_deep_copy(model, _what_deepcopy_refuses(model)))
+
+
+def _what_deepcopy_refuses(model: nn.Module) -> dict[int, Any]:
+    """By id: computed tensors anywhere below the modules' attributes and hooks, copied, and locks, which are shared."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in walk(*own_attributes(module).values(), module._forward_hooks, module._forward_pre_hooks):
@@ -29,12 +34,12 @@ def copy_model(model: nn.Module) -> nn.Module:
                 memo[id(value)] = value.detach().clone()
             elif isinstance(value, _LOCKS):
                 memo[id(value)] = value
-    return _uncompiled(_deep_copy(model, memo))
+    return memo
 
 
 def _uncompiled(twin: nn.Module) -> nn.Module:
     """A copy without `torch.compile`: modules lose their wrapper, compiled methods belong to the copy, not to the original."""
-    twin = getattr(twin, "_orig_mod", twin) if _is_compiled(twin) else twin
+    twin = without_compiler(twin)
     for module in list(twin.modules()):
         for key, child in module._modules.items():
             if _is_compiled(child):
@@ -44,6 +49,12 @@ def _uncompiled(twin: nn.Module) -> nn.Module:
             if isinstance(method, types.MethodType):
                 module.__dict__[key] = method.__func__.__get__(module)
     return twin
+
+
+def without_compiler(model: nn.Module) -> nn.Module:
+    """The model itself, without the wrapper of `torch.compile`."""
+    inner: nn.Module = model._orig_mod if _is_compiled(model) else model
+    return inner
 
 
 def _is_compiled(module: Any) -> bool:
@@ -63,11 +74,11 @@ def _deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def copy_to_meta(model: nn.Module) -> nn.Module:
     """Copy with the same structure whose tensors have shapes but no data."""
-    memo: dict[int, Any] = {}
+    memo = _what_deepcopy_refuses(model)
     for tensor in [*model.parameters(), *model.buffers(), *_plain_tensors(model)]:
         if not is_lazy_tensor(tensor):
             memo[id(tensor)] = _to_meta(tensor)
-    return _deep_copy(model, memo)
+    return _uncompiled(_deep_copy(model, memo))
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
@@ -118,10 +129,16 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def quiet_eager() -> Iterator[None]:
-    """Without warnings, autocast, inference mode and compilation: what is compiled computes as it is written."""
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+    """As `eager`, without warnings."""
+    with warnings.catch_warnings(), eager():
         warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Without autocast, inference mode and compilation: what is compiled computes as it is written."""
+    with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         for device in _AUTOCAST:
             if torch.is_autocast_enabled(device):

@@ -60,7 +60,7 @@ def _descend(twin: DynamicConv2d, x: Tensor, new: Mapping[str, nn.Parameter]) ->
         for p in new.values():
             if p.grad is not None:
                 largest = float(torch.linalg.vector_norm(p.grad, math.inf))
-                if 0 < largest < math.inf:
+                if torch.finfo(p.dtype).tiny <= largest < math.inf:  # the factor must be a number, too
                     p.add_(p.grad, alpha=-0.01 / largest)
 
 

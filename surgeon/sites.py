@@ -188,7 +188,9 @@ def _site(
         reasons.append(f"its parameters are shared with {', '.join(strangers)}")
     if name in held:
         where = ", ".join(held[name])
-        reasons.append(f"it is held outside the module tree too, by {where}, which would go on using the old convolution")
+        reasons.append(
+            f"it is held outside the module tree too, by {where}, which would go on using the old convolution"
+        )
     if name in seen.readers:
         reasons.append(f"its weight is read outside its own forward, by {', '.join(seen.readers[name])}")
     if any(len(call.input) == 3 for call in calls) and geometry is not None:

@@ -128,7 +128,8 @@ def measure(
 ) -> tuple[Leaves, dict[str, Difference]]:
     """Run a model and compare, at the replaced layers, each new layer with what the old one gives for the same input.
 
-    Nothing is stored but the largest errors, and in `calls` how often each old one ran. A layer that the forward pass does not reach is compared on a random input.
+    Nothing is stored but the largest errors, and in `calls` how often each old one ran. A layer that the forward pass does not
+    reach is compared on a random input.
     """
     model = copy_model(model) if is_lazy(model) else model
     found: dict[str, Difference] = {}
@@ -211,7 +212,9 @@ def layer_limit(found: Difference, eps: float = 0.0) -> float:
     return max(_LAYER_LIMIT, 8 * (found.eps or eps))
 
 
-def _settle(result: Verification, settle: Callable[[], Settled], name: str, by_layer: Callable[[], Settled] | None = None) -> None:
+def _settle(
+    result: Verification, settle: Callable[[], Settled], name: str, by_layer: Callable[[], Settled] | None = None
+) -> None:
     output = result.output
     try:
         settled = settle()

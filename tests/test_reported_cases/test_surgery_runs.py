@@ -63,21 +63,24 @@ def test_a_convolution_held_outside_the_module_tree_is_refused(kind: str) -> Non
 
 def test_a_replaced_convolution_that_still_runs_is_an_error() -> None:
     """A: a reference that no search finds: the old convolution is seen to compute, and the new layer not to."""
-    model = nn.Sequential(conv(), nn.ReLU())
-    secret = {}
+    first = conv()
+    others: list[nn.Module] = [nn.Conv2d(4, 3, 1), first]
 
-    class Hidden(nn.Module):
+    class Again(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = secret[id(type(self))](x)
-            return out
+            for module in _OTHERS:
+                x = module(x)
+            return x
 
-    work = nn.Sequential(model[0], Hidden())
-    work[1].forward = work[1].forward
-    del work[1].forward
-    secret[id(Hidden)] = nn.Sequential(nn.Conv2d(4, 3, 1), work[0])
-    with pytest.raises(VerificationError, match="old convolution still runs|runs 1 times"):
-        convert(work, layers="0", inplace=True)
-    assert type(work[0]) is nn.Conv2d
+    _OTHERS[:] = others
+    model = nn.Sequential(first, Again())
+    with pytest.raises(VerificationError, match="old convolution still runs"):
+        convert(model, layers="0", inplace=True)
+    assert model[0] is first
+    _OTHERS.clear()
+
+
+_OTHERS: list[nn.Module] = []  # global: neither the tree nor the attributes lead to it
 
 
 class Box:
@@ -245,7 +248,18 @@ class Stateful(nn.Module):
         return self.r(y)
 
 
-WAYS = ["attribute", "list", "object", "buffer", "input in place", "pop", "python", "numpy", "generator", "numpy generator"]
+WAYS = [
+    "attribute",
+    "list",
+    "object",
+    "buffer",
+    "input in place",
+    "pop",
+    "python",
+    "numpy",
+    "generator",
+    "numpy generator",
+]
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -254,7 +268,12 @@ def test_runs_are_independent_of_each_other(way: str, inplace: bool) -> None:
     """H: state in attributes, lists, objects and buffers, changed inputs, every random state: all runs start alike."""
     model, x = Stateful(way), X.clone()
     given = [x] if way == "pop" else x
-    before = random.getstate(), np.random.get_state()[1].tolist(), model.own.get_state(), model.numpy_own.bit_generator.state
+    before = (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        model.own.get_state(),
+        model.numpy_own.bit_generator.state,
+    )
     converted, report = convert(model, (given,), inplace=inplace)
     assert len(report.replaced) == 2
     assert torch.equal(x, X)
