@@ -28,9 +28,11 @@ class Seen:
 def counting(model: nn.Module, names: Mapping[str, nn.Module], seen: Seen) -> Iterator[None]:
     """Count the calls of the modules with these names; those that `names` gives should not run: their weights are watched."""
 
-    def hook(name: str, wanted: nn.Module) -> Callable[..., None]:
+    def hook(name: str, old: nn.Module) -> Callable[..., None]:
         def look(module: nn.Module, args: Any) -> None:
-            if module is wanted:  # a replaced convolution has the same hooks
+            if module is old:  # it has the same hooks as its layer
+                seen.old.add(name)
+            else:
                 seen.calls[name] += 1
 
         return look
@@ -38,7 +40,7 @@ def counting(model: nn.Module, names: Mapping[str, nn.Module], seen: Seen) -> It
     new = {name: model.get_submodule(name) for name in names}
     kept = {id(p) for module in new.values() for p in module.parameters()}
     owners = {id(p): name for name, old in names.items() for p in old.parameters() if id(p) not in kept}
-    handles = [module.register_forward_pre_hook(hook(name, module)) for name, module in new.items()]
+    handles = [module.register_forward_pre_hook(hook(name, names[name])) for name, module in new.items()]
     try:
         with _WatchOld(owners, seen):
             yield

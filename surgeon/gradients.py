@@ -74,7 +74,9 @@ def check_gradients(layers: Mapping[str, DynamicConv2d]) -> list[str]:
     smallest: dict[tuple[Any, ...], str] = {}
     for name, layer in layers.items():
         weight = layer.static_weight().detach()
-        if not weight.isfinite().all() or not weight.any():
+        if (
+            not weight.isfinite().all() or weight.abs().max() < torch.finfo(weight.dtype).tiny
+        ):  # below it, digits are lost
             notes.append(f"{name}: its weight is zero or not finite, whether its new parameters learn was not checked")
             continue
         g = layer.geometry
