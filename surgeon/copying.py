@@ -42,8 +42,8 @@ def _uncompiled(twin: nn.Module) -> nn.Module:
     twin = without_compiler(twin)
     for module in list(twin.modules()):
         for key, child in module._modules.items():
-            if _is_compiled(child):
-                module._modules[key] = child._orig_mod
+            if child is not None and _is_compiled(child):
+                module._modules[key] = without_compiler(child)
         for key, value in own_attributes(module).items():
             method = getattr(value, "_torchdynamo_orig_callable", None)
             if isinstance(method, types.MethodType):
@@ -53,8 +53,7 @@ def _uncompiled(twin: nn.Module) -> nn.Module:
 
 def without_compiler(model: nn.Module) -> nn.Module:
     """The model itself, without the wrapper of `torch.compile`."""
-    inner: nn.Module = model._orig_mod if _is_compiled(model) else model
-    return inner
+    return model.get_submodule("_orig_mod") if _is_compiled(model) else model
 
 
 def _is_compiled(module: Any) -> bool:
