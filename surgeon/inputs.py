@@ -1,5 +1,6 @@
 """Example inputs: what a model is run on when it is observed and verified."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from surgeon.errors import ConfigError, InputError
 from surgeon.files import told
+from surgeon.held import walk
 from surgeon.layers.base import DynamicConv2d
 from surgeon.machine import check_memory
 from surgeon.parse import parse_input_size
@@ -30,6 +32,18 @@ class Inputs:
         """The same arguments with every tensor changed."""
         args = tuple(map_tensors(arg, change) for arg in self.args)
         return Inputs(args=args, kwargs=map_tensors(self.kwargs, change), given=self.given)
+
+    def fresh(self) -> "Inputs":
+        """A copy for one run: what a model changes in it stays there."""
+        memo: dict[int, Any] = {}
+        for value in walk(self.args, self.kwargs):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+        try:
+            args, kwargs = copy.deepcopy((self.args, self.kwargs), memo)
+        except Exception:  # holds something that cannot be copied: the tensors at least
+            return self.map(lambda t: t.clone())
+        return Inputs(args=args, kwargs=kwargs, given=self.given)
 
     def to_dtype(self, dtype: torch.dtype) -> "Inputs":
         """With the floating point tensors in another dtype."""
