@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, scaled_bias
+from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, jit_tracing, scaled_bias
 from surgeon.layers.bases import basis_elements, centred, fitting_elements, window_size
 from surgeon.layers.decompose import Decomposition, decompose, expand_in_basis, truncate_for_inputs
 from surgeon.layers.generator import FORMS, RANK, WINDOW, PixelGenerator
@@ -146,7 +146,7 @@ class ACDAConv2d(CodedConv2d):
         return layer
 
     def adapt(self, x: Tensor) -> Tensor:
-        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting() or torch.jit.is_tracing()
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting() or jit_tracing()
         if whole or batch_statistics(self.generator):
             return self._filter(x, self.geometry)
         return self._in_bands(x)

@@ -166,8 +166,9 @@ class DynamicConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, H, W) → (N, C_out, H', W'). Every tracer of torch.fx sees one leaf."""
-        if isinstance(input, fx.Proxy):
-            return cast(Tensor, _leaf(self, input))
+        traced: Any = input
+        if isinstance(traced, fx.Proxy):
+            return cast(Tensor, _leaf(self, traced))
         self.check_input(input)
         return self.adapt(input) if self.adaptive else self.static_conv2d(input)
 
@@ -216,7 +217,7 @@ class DynamicConv2d(nn.Module):
 
     def check_input(self, x: Tensor) -> None:
         """Raise `GeometryError` for an input that is not (N, C_in, H, W), or too small."""
-        if torch.jit.is_tracing():  # sizes are what is traced
+        if jit_tracing():  # sizes are what is traced
             return
         if x.dim() != 4 or x.shape[1] != self.geometry.in_channels:
             raise GeometryError(
@@ -238,7 +239,14 @@ def scaled_bias(bias: nn.Parameter | None, scale: Tensor, shift: Tensor, like: n
 
 def _leaf(layer: nn.Module, input: fx.Proxy) -> fx.Proxy:
     """The call of a module as one node, for tracers that would look into it."""
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(layer), (input,), {})
+    tracer: Any = input.tracer
+    found: fx.Proxy = tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
+    return found
+
+
+def jit_tracing() -> bool:
+    """Whether torch.jit.trace is at work."""
+    return bool(torch._C._get_tracing_state())
 
 
 class CodedConv2d(DynamicConv2d):

@@ -196,8 +196,8 @@ def _region(tensor: Tensor) -> tuple[int, int]:
     """Bytes from the start of the storage, the end exclusive; nothing for a tensor without elements."""
     if not tensor.numel():
         return 0, 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.storage_offset() * tensor.itemsize, (tensor.storage_offset() + last + 1) * tensor.itemsize
+    last = sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset()) * tensor.itemsize, (int(tensor.storage_offset()) + last + 1) * tensor.itemsize
 
 
 # --- one convolution ----------------------------------------------------------------------------------------------
