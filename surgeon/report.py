@@ -217,12 +217,7 @@ def _totals(report: Report, width: int) -> str:
     if report.max_abs_error is None or report.max_rel_error is None:
         lines.append("error       not measured")
     else:
-        kind = "" if report.exact else ", not exact by choice"
-        worst = max((r.max_rel_error for r in report.replaced if r.max_rel_error is not None), default=None)
-        lines.append(
-            f"error       {error(report.max_rel_error)} relative, {error(report.max_abs_error)} absolute "
-            f"({report.precision}{kind}), worst layer {error(worst)}"
-        )
+        lines.append(f"error       {_error(report)}")
     lines.append(took(report.seconds))
     lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in report.notes]
     of_layers: dict[str, list[str]] = {}
@@ -232,6 +227,16 @@ def _totals(report: Report, width: int) -> str:
     for note, names in of_layers.items():
         lines.append(paragraph(f"note: {note}: {name_list(names)}", width=width, hang="  "))
     return "\n".join(lines)
+
+
+def _error(report: Report) -> str:
+    """Of the outputs and the worst layer. Outputs that layers' errors leave as they are to the last bit say nothing."""
+    kind = report.precision + ("" if report.exact else ", not exact by choice")
+    worst = max((r.max_rel_error for r in report.replaced if r.max_rel_error is not None), default=None)
+    if report.max_abs_error == 0 and worst:
+        return f"worst layer {error(worst)} ({kind}); the outputs are insensitive here: 0"
+    outputs = f"{error(report.max_rel_error)} relative, {error(report.max_abs_error)} absolute"
+    return f"{outputs} ({kind}), worst layer {error(worst)}"
 
 
 def change(name: str, before: int | None, after: int | None) -> str:

@@ -197,6 +197,11 @@ def judge(
     Compressed conversions are not judged. Raises `VerificationError` naming the worst layers.
     """
     name = str(dtype).removeprefix("torch.")
+    if not output.compared and not (layers and all(found.compared for found in layers.values())):
+        raise VerificationError(
+            "nothing could be compared: the output holds no tensor, and no replaced layer ran on these inputs. Give "
+            "example_inputs that reach them, or check=False to convert without comparing"
+        )
     result = Verification(output=output, layers=layers, precision=name, notes=list(output.notes))
     worst = max([output.max_rel, *(d.max_rel for d in layers.values())])
     if worst <= TOLERANCE:
