@@ -13,7 +13,7 @@ import numpy as np
 from surgeon.costs.table import KEEP, Option
 from surgeon.errors import ConfigError, RecipeError
 from surgeon.files import read_text, told
-from surgeon.recipe import Recipe, Rule, versions
+from surgeon.recipe import Recipe, Rule, quoted, unquoted, versions
 from surgeon.search.problem import Bools, Ints
 
 if TYPE_CHECKING:
@@ -243,7 +243,9 @@ class Space:
         """What `surgeon convert --recipe` takes: one rule a replaced layer."""
         self.check(placement)
         rules = tuple(
-            Rule(layers=layer, type=self.options[int(j) - 1].type, options=dict(self.options[int(j) - 1].options))
+            Rule(
+                layers=quoted(layer), type=self.options[int(j) - 1].type, options=dict(self.options[int(j) - 1].options)
+            )
             for layer, j in zip(self.layers, placement, strict=True)
             if j
         )
@@ -256,15 +258,16 @@ class Space:
         """
         result = np.zeros(len(self.layers), dtype=np.int64)
         for rule in recipe.rules:
-            if rule.layers not in self.layers:
-                raise RecipeError(f"the recipe's layer {rule.layers!r} is not in the search space")
+            name = unquoted(rule.layers)
+            if name not in self.layers:
+                raise RecipeError(f"the recipe's layer {name!r} is not in the search space")
             fitting = [j for j, option in enumerate(self.options, start=1) if _agrees(option, rule)]
             if not fitting:
                 raise RecipeError(
                     f"{rule.layers} becomes {Option(rule.type, rule.options).label} in the recipe, which is none of the "
                     f"search space's options {', '.join(self.labels[1:])}"
                 )
-            result[self.layers.index(rule.layers)] = max(fitting, key=lambda j: len(self.options[j - 1].options))
+            result[self.layers.index(name)] = max(fitting, key=lambda j: len(self.options[j - 1].options))
         self.check(result)
         return result
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from surgeon.collapse_report import CollapseReport, read
 from surgeon.errors import CheckpointError, RecipeError, SurgeonError
@@ -29,7 +30,17 @@ from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.registry import layer_class
 from surgeon.layers.source import ConvSource
 from surgeon.models import build_structure
-from surgeon.recipe import CONVOLUTION, BaseModel, Recipe, Rule, get_recipe, set_recipe, versions
+from surgeon.recipe import (
+    CONVOLUTION,
+    BaseModel,
+    Recipe,
+    Rule,
+    get_recipe,
+    quoted,
+    set_recipe,
+    unquoted,
+    versions,
+)
 from surgeon.recipe import FILE as RECIPE
 from surgeon.report import Report
 from surgeon.rewrite import Rewrite, convolution_rule, dynamic_layers, folded_from, folded_windows
@@ -126,7 +137,7 @@ def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
     """The recipe of a model as it is now: a rule for each dynamic layer, and each convolution folded to another window."""
     carried = get_recipe(model)
     rules = tuple(
-        Rule(layers=name, type=layer.type_name, options=layer.config.to_dict())
+        Rule(layers=quoted(name), type=layer.type_name, options=layer.config.to_dict())
         for name, layer in dynamic_layers(model).items()
     )
     rules += tuple(convolution_rule(name, window) for name, window in folded_windows(model).items())
@@ -153,9 +164,10 @@ def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Mod
     layers: dict[str, nn.Module] = {}
     check_layers(_wanted(model, rules))
     for rule in rules:
-        old = _submodule(model, rule.layers, where)
+        name = unquoted(rule.layers)
+        old = _submodule(model, name, where)
         if rule.type == CONVOLUTION:
-            layers[rule.layers] = _folded(old, rule, where)
+            layers[name] = _folded(old, rule, where)
             continue
         cls = layer_class(rule.type)
         config = cls.Config.from_dict(rule.options)
@@ -166,7 +178,7 @@ def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Mod
                 )
             continue
         try:
-            layers[rule.layers] = cls(ConvSource.read(old).geometry, config)
+            layers[name] = cls(ConvSource.read(old).geometry, config)
         except SurgeonError as error:
             raise RecipeError(f"{where}: {rule.layers} cannot become {rule.type}: {error}") from error
     return Rewrite(model, layers).apply()
@@ -250,6 +262,11 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name} in the state dict is a {type(value).__name__}; only tensors can be saved")
+        kind = _unsavable(value)
+        if kind:
+            raise CheckpointError(
+                f"{name} in the state dict is {kind}; a surgeon folder holds ordinary, dense tensors with data"
+            )
         key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
         if value.numel() and key in first:
             aliases[name] = first[key]
@@ -259,6 +276,16 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size()
         tensors[name] = value if whole else value.clone(memory_format=torch.contiguous_format)
     return tensors, aliases
+
+
+def _unsavable(value: Tensor) -> str:
+    """What makes a tensor one that safetensors cannot hold; empty if it can."""
+    made: Any = value
+    if is_traceable_wrapper_subclass(made):
+        return f"a {type(made).__name__}, a tensor made of others (quantised or distributed)"
+    if value.is_quantized or value.is_nested or value.layout != torch.strided:
+        return f"quantised, nested or sparse ({value.layout}, {value.dtype})"
+    return "on the meta device" if value.is_meta else ""
 
 
 def _fill(model: nn.Module, file: Path) -> None:

@@ -70,6 +70,13 @@ def _alike(a: Any, b: Any) -> bool:
 
 def compare_tensors(expected: Tensor, found: Tensor, where: str = "output") -> Difference:
     """Compare two tensors. Where the first is not finite, the second must have the same infinities and NaNs."""
+    if expected.is_nested or found.is_nested:
+        return _compare_nested(expected, found, where)
+    if expected.layout != found.layout:
+        note = f"{where} has the layout {found.layout}, not {expected.layout}"
+        return Difference(max_abs=math.inf, max_rel=math.inf, where=where, notes=(note,), compared=1)
+    if expected.layout != torch.strided:
+        expected, found = expected.to_dense(), found.to_dense()
     if expected.shape != found.shape:
         note = f"{where} has the shape {tuple(found.shape)}, not {tuple(expected.shape)}"
         return Difference(max_abs=math.inf, max_rel=math.inf, where=where, notes=(note,), compared=1)
@@ -88,6 +95,18 @@ def compare_tensors(expected: Tensor, found: Tensor, where: str = "output") -> D
     else:
         found_difference = _not_finite(a, b, where)
     return replace(found_difference, compared=1, eps=eps)
+
+
+def _compare_nested(expected: Tensor, found: Tensor, where: str) -> Difference:
+    """Tensor by tensor; another number of them, or a dense one on one side only, is an infinite error."""
+    lists = [t.unbind() if t.is_nested else () for t in (expected, found)]
+    if len(lists[0]) != len(lists[1]):
+        note = f"{where} holds {len(lists[1])} nested tensors, not {len(lists[0])}"
+        return Difference(max_abs=math.inf, max_rel=math.inf, where=where, notes=(note,), compared=1)
+    total = Difference()
+    for i, (a, b) in enumerate(zip(*lists, strict=True)):
+        total = total.worse(compare_tensors(a, b, f"{where}[{i}]"))
+    return total
 
 
 def _relative(difference: float, scale: float, where: str, floor: float = 0.0) -> Difference:

@@ -21,7 +21,7 @@ from surgeon.layers.base import DynamicConv2d, LayerConfig
 from surgeon.layers.registry import type_of
 from surgeon.layers.source import ConvSource, PlainConvolution
 from surgeon.plan import Planned, make_plan, may_compress, nothing_replaced
-from surgeon.recipe import CONVOLUTION, Recipe, Rule, get_recipe, set_recipe, versions
+from surgeon.recipe import CONVOLUTION, Recipe, Rule, get_recipe, quoted, set_recipe, versions
 from surgeon.report import Replaced, Report, Skipped, growth_notes
 from surgeon.rewrite import Rewrite, build_layer
 from surgeon.select import split_items
@@ -204,7 +204,7 @@ def _remember(result: nn.Module, order: _Order, surgery: "Surgery") -> None:
     if base is None and earlier is not None:
         base = earlier.base
     new = tuple(
-        Rule(layers=name, type=layer.type_name, options=layer.config.to_dict())
+        Rule(layers=quoted(name), type=layer.type_name, options=layer.config.to_dict())
         for name, layer in surgery.layers.items()
     )
     classes = earlier.classes if earlier is not None else None

@@ -6,6 +6,7 @@ conversion (`rules` name single layers, with every option resolved, so that a st
 
 import json
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from surgeon import files
-from surgeon.errors import ConfigError, RecipeError
+from surgeon.errors import ConfigError, RecipeError, SelectionError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +32,24 @@ _RULES = 10_000  # that a recipe may have; more than any network has layers
 _KINDS = ("pretrained", "random", "file", "given")
 _ATTRIBUTE = "_surgeon_recipe"
 
+_PLAIN_NAME = re.compile(r"[\w.-]*")
+
 T = TypeVar("T")
+
+
+def quoted(name: str) -> str:
+    """A module's name as an item of a selection."""
+    return name if _PLAIN_NAME.fullmatch(name) else json.dumps(name, ensure_ascii=False)
+
+
+def unquoted(item: str) -> str:
+    """The name that an item in quotes stands for; another item as it is. Raises `SelectionError` for half a quotation."""
+    if not item.startswith('"'):
+        return item
+    try:
+        return str(json.loads(item))
+    except json.JSONDecodeError as error:
+        raise SelectionError(f"{item} is not a name in double quotes: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from surgeon.errors import SelectionError, UnsupportedLayerError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.source import CONV_ATTRIBUTES, ConvSource
-from surgeon.recipe import CONVOLUTION, Recipe, Rule, get_recipe, set_recipe
+from surgeon.recipe import CONVOLUTION, Recipe, Rule, get_recipe, quoted, set_recipe, unquoted
 from surgeon.select import Selector, is_below, split_items
 
 _HOOKS = (
@@ -114,7 +114,7 @@ def dynamic_layers(model: nn.Module, names: Selector | None = None) -> dict[str,
         if isinstance(module, DynamicConv2d):
             layers[id(module)] = module
             aliases.setdefault(id(module), []).append(name)
-    wanted = None if names is None else split_items(names)
+    wanted = None if names is None else [unquoted(item) for item in split_items(names)]
     chosen = {
         aliases[key][0]: layer
         for key, layer in layers.items()
@@ -165,14 +165,14 @@ def drop_rules(model: nn.Module, recipe: Recipe | None, names: Iterable[str]) ->
     """Make the model carry the recipe without the rules of these layers, which are plain convolutions now."""
     if recipe is not None:
         gone = set(names)
-        rules = [rule for rule in recipe.rules if rule.layers not in gone]
+        rules = [rule for rule in recipe.rules if unquoted(rule.layers) not in gone]
         rules += [convolution_rule(name, window) for name, window in folded_windows(model).items() if name in gone]
         set_recipe(model, replace(recipe, rules=tuple(rules)))
 
 
 def convolution_rule(name: str, window: Pair) -> Rule:
     """What a recipe says of a folded convolution."""
-    return Rule(layers=name, type=CONVOLUTION, options={"window": list(window)})
+    return Rule(layers=quoted(name), type=CONVOLUTION, options={"window": list(window)})
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ a glob over names (`blocks.*.conv_dw`), `re:` and a regular expression to be fou
 Filters are intersected: `k=3`, `in>=64`, `out<=256`, `stride=1`, `groups!=1`, `dilation=1`, `depthwise`, `dense`,
 `first-of-stage`. `!` before an item excludes what it matches. Filters alone filter `all`.
 
+A name that has other characters than letters, digits, `_`, `-` and dots is written in double quotes, as JSON writes it.
+
 1×1 convolutions are taken only by their full name, or when a filter on `k` is there that 1 satisfies.
 """
 
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from surgeon.errors import SelectionError
+from surgeon.recipe import unquoted
 from surgeon.sites import ConvSite
 
 Selector = str | Sequence[str]
@@ -100,16 +103,18 @@ def _without_pointwise(chosen: list[ConvSite], items: Sequence[Item]) -> tuple[l
 
 
 def split_items(layers: Selector) -> list[str]:
-    """Items of a selection; commas inside brackets (of a regular expression) do not separate."""
+    """Items of a selection; commas inside brackets (of a regular expression) and quotes do not separate."""
     parts = [layers] if isinstance(layers, str) else list(layers)
     items: list[str] = []
     for part in parts:
         if not isinstance(part, str):
             raise SelectionError(f"a selection is a string or a list of strings, got {part!r}")
-        depth, start = 0, 0
+        depth, start, inside = 0, 0, False
         for i, char in enumerate(part):
-            depth += (char in "([{") - (char in ")]}")
-            if char == "," and depth <= 0:
+            if char == '"' and (inside or not part[start:i].strip(" !")):
+                inside = not inside
+            depth += 0 if inside else (char in "([{") - (char in ")]}")
+            if char == "," and depth <= 0 and not inside:
                 items.append(part[start:i])
                 start = i + 1
         items.append(part[start:])
@@ -125,6 +130,11 @@ def parse_item(text: str, sites: Sequence[ConvSite] = ()) -> Item:
     body = text.removeprefix("!").strip()
     if not body:
         raise SelectionError("`!` must be followed by what to exclude")
+    if body.startswith('"'):
+        name = unquoted(body)
+        return Item(
+            text=name, kind="source", negated=negated, test=lambda site: any(is_below(n, name) for n in site.names)
+        )
     if body in _FLAGS and not _is_name(body, sites):
         return Item(text=body, kind="filter", negated=negated, test=_FLAGS[body])
     comparison = None if body.startswith("re:") else _COMPARISON.fullmatch(body)

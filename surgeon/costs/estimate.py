@@ -38,7 +38,7 @@ from surgeon.costs.settings import (
 )
 from surgeon.costs.trace import Trace, Tracker
 from surgeon.errors import InputError, SurgeonError
-from surgeon.inputs import call_arguments
+from surgeon.inputs import Inputs, call_arguments
 from surgeon.layers.base import DynamicConv2d
 
 
@@ -103,6 +103,7 @@ def cost(
     *,
     input_size: Any = None,
     batch_size: int = 1,
+    example_inputs: Any = None,
     mode: Mode = "train",
     optimizer: str | OptimizerFactory = "sgd",
     amp: bool | str = False,
@@ -119,6 +120,7 @@ def cost(
         model: stays untouched; its own device and data do not matter.
         input_size: of one image, `224`, `(H, W)` or `(C, H, W)`; by default what the model says, else 224.
         batch_size: images a step (a micro-step where gradients are accumulated).
+        example_inputs: for models that take more than images: one whole batch, as in `convert`, instead of the two.
         mode: "train" (forward, backward, optimizer) or "infer" (forward in eval mode, no gradients).
         optimizer: "sgd" (momentum 0.9), "sgd-plain", "adam", "adamw", as torch runs them on CUDA (foreach); or a function that
             makes one from the parameters.
@@ -138,6 +140,7 @@ def cost(
         model,
         input_size=input_size,
         batch_size=batch_size,
+        example_inputs=example_inputs,
         mode=mode,
         optimizer=optimizer,
         amp=amp,
@@ -174,24 +177,39 @@ def run_step(model: nn.Module, settings: Settings, counter: FlopCounter, device:
     tracker.recompute = autocast
     tracker.begin("setup")
     tracker.own([*model.parameters(), *model.buffers()], "weights")
-    x = torch.empty((settings.batch_size, *settings.input_size), device=device, dtype=image_dtype(model))
-    if device != "meta":
-        x.normal_()
-    if settings.channels_last:
-        x = x.to(memory_format=torch.channels_last)
-    tracker.own([x], "inputs")
+    call = _call(model, settings, device)
+    tensors: list[Tensor] = []
+    call.map(lambda t: tensors.append(t) or t)
+    tracker.own(tensors, "inputs")
     with warnings.catch_warnings(), tracker.hooked():
         warnings.simplefilter("ignore")
         if train:
-            _train_step(model, x, settings, tracker, autocast)
+            _train_step(model, call, settings, tracker, autocast)
         else:
             with tracker, torch.no_grad():
                 tracker.begin("forward")
                 with autocast():
-                    out = model(*call_arguments(model, x, train=False))
+                    out = model(*call.args, **call.kwargs)
                 del out
                 tracker.close()
     return tracker.trace
+
+
+def _call(model: nn.Module, settings: Settings, device: str) -> Inputs:
+    """The arguments of one call: those that were given, or a batch of random images."""
+    if settings.inputs is None:
+        x = torch.empty((settings.batch_size, *settings.input_size), device=device, dtype=image_dtype(model))
+        if device != "meta":
+            x.normal_()
+        if settings.channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        return Inputs(args=call_arguments(model, x, train=settings.mode == "train"), given=False)
+
+    def place(t: Tensor) -> Tensor:
+        t = t.detach().to(device)
+        return t.to(memory_format=torch.channels_last) if settings.channels_last and t.dim() == 4 else t
+
+    return settings.inputs.map(place)
 
 
 def _autocast(settings: Settings, device: str) -> Callable[[], AbstractContextManager[None]]:
@@ -204,7 +222,7 @@ def _autocast(settings: Settings, device: str) -> Callable[[], AbstractContextMa
 
 def _train_step(
     model: nn.Module,
-    x: Tensor,
+    call: Inputs,
     settings: Settings,
     tracker: Tracker,
     autocast: Callable[[], AbstractContextManager[None]],
@@ -220,7 +238,7 @@ def _train_step(
         for _ in range(min(settings.accumulate, 2)):  # from the second micro-step on nothing new happens
             tracker.begin("forward")
             with autocast():
-                out = model(*call_arguments(model, x, train=True))
+                out = model(*call.args, **call.kwargs)
                 tracker.begin("loss")
                 loss = (settings.loss or default_loss)(out)
             del out
@@ -302,6 +320,8 @@ def _own_params(module: nn.Module) -> int:
 
 def _extrapolated(model: nn.Module, settings: Settings, strict: bool, why: Exception) -> Cost:
     """Run two small batches on the CPU instead, and extrapolate to the batch size."""
+    if settings.inputs is not None:
+        return _once_on_cpu(model, settings, strict, why)
     small, large = (2, 4) if settings.mode == "train" else (1, 2)
     try:
         two = [_on_cpu(model, replace(settings, batch_size=n), strict) for n in (small, large)]
@@ -342,10 +362,23 @@ def _extrapolated(model: nn.Module, settings: Settings, strict: bool, why: Excep
 def cannot_run(model: nn.Module, settings: Settings, error: Exception) -> InputError:
     """What is said where a step cannot be run, with what would help."""
     size = "x".join(map(str, settings.input_size))
-    hint = "give the size that it takes as input_size"
+    hint = "give the size that it takes as input_size, or all its arguments as example_inputs"
     if "more than 1 value per channel" in str(error):
         hint = "its BatchNorm sees one value a channel: give a larger batch size, or larger images"
     return InputError(f"{type(model).__name__} fails on images of {size}: {_first_line(error)}; {hint}")
+
+
+def _once_on_cpu(model: nn.Module, settings: Settings, strict: bool, why: Exception) -> Cost:
+    """With inputs that were given the batch is what it is: it runs as a whole."""
+    try:
+        found = _on_cpu(model, settings, strict)
+    except UnknownOperatorError:
+        raise
+    except Exception as error:
+        told = settings.inputs.shapes() if settings.inputs is not None else ""
+        raise InputError(f"{type(model).__name__} does not run on {told}: {_first_line(error)}") from error
+    note = f"the model cannot be traced without data ({_first_line(why)}); it was run on the CPU"
+    return replace(found, notes=(note, *found.notes))
 
 
 def _on_cpu(model: nn.Module, settings: Settings, strict: bool) -> Cost:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError, InputError
+from surgeon.inputs import Inputs, given_inputs
 from surgeon.parse import parse_input_size
 
 Mode = Literal["train", "infer"]
@@ -30,6 +31,7 @@ class Settings:
     accumulate: int = 1
     checkpointing: bool = False
     loss: LossFunction | None = None
+    inputs: Inputs | None = None  # what the model is called with, in place of images
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
@@ -62,7 +64,17 @@ def make_settings(model: nn.Module, *, input_size: Any, batch_size: int, amp: bo
     if rest.get("checkpointing") and not hasattr(model, "set_grad_checkpointing"):
         raise ConfigError(f"{type(model).__name__} has no set_grad_checkpointing; checkpointing cannot be switched on")
     dtype = _AMP[amp.lower()] if isinstance(amp, str) else torch.float16 if amp else None
-    return Settings(input_size=image_size(model, input_size), batch_size=batch_size, amp=dtype, **rest)
+    example = rest.pop("example_inputs", None)
+    if example is None:
+        return Settings(input_size=image_size(model, input_size), batch_size=batch_size, amp=dtype, **rest)
+    if input_size is not None or batch_size != 1:
+        raise ConfigError("example_inputs say size and batch themselves: leave out input_size and batch_size")
+    inputs = given_inputs(example)
+    images = (
+        arg.shape[1:] for arg in (*inputs.args, *inputs.kwargs.values()) if isinstance(arg, Tensor) and arg.dim() == 4
+    )
+    size = next(((int(c), int(h), int(w)) for c, h, w in images), image_size(model, None))
+    return Settings(input_size=size, batch_size=inputs.batch, amp=dtype, inputs=inputs, **rest)
 
 
 def image_size(model: nn.Module, given: Any) -> tuple[int, int, int]:

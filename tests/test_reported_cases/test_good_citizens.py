@@ -11,11 +11,21 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.testing._internal.two_tensor import TwoTensor
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import surgeon
 from surgeon.cli import main
-from surgeon.errors import ConfigError, ReadOnlyError, UnsupportedLayerError
+from surgeon.compare import compare
+from surgeon.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    ReadOnlyError,
+    SelectionError,
+    UnsupportedLayerError,
+)
+from surgeon.inputs import Inputs
 from surgeon.layers import (
     ACDAConfig,
     DynamicConv2d,
@@ -26,6 +36,7 @@ from surgeon.layers import (
     layer_types,
 )
 from surgeon.layers.registry import type_of
+from surgeon.recipe import get_recipe
 from surgeon.rewrite import plain_convolution
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
@@ -333,3 +344,88 @@ def test_converting_in_place_tells_of_optimizers() -> None:
         nn.Sequential(nn.Conv2d(3, 4, 3)), layers="all", type="pafu", example_inputs=torch.randn(1, 3, 8, 8)
     )
     assert not any("optimizer" in note for note in report.notes)
+
+
+# --- K7: what cannot be saved, counted or named -------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("nothing_half_written")
+def test_tensors_that_no_folder_holds_are_refused_by_name() -> None:
+    """K7: quantised tensor subclasses, sparse and meta tensors at surgeon.save."""
+    for tensor in (
+        TwoTensor(torch.zeros(2), torch.zeros(2)),
+        torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8),
+        torch.zeros(2, 2).to_sparse(),
+        torch.zeros(2, device="meta"),
+    ):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3))
+        surgeon.convert(model, layers="all", type="sekg", example_inputs=torch.randn(1, 3, 8, 8), inplace=True)
+        model.register_buffer("odd", tensor)
+        with pytest.raises(CheckpointError, match="odd in the state dict is"):
+            surgeon.save(model, "out")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning", "ignore:Sparse")
+def test_sparse_and_nested_outputs_are_compared() -> None:
+    """K7: a raw error in the comparison."""
+    for change in (Tensor.to_sparse, lambda t: torch.nested.nested_tensor(list(t))):
+        a, b = change(torch.ones(2, 3)), change(torch.full((2, 3), 1.5))
+        assert compare(a, a).max_rel == 0
+        assert compare(a, b).max_rel == 0.5
+        assert compare(a, torch.ones(2, 3)).max_rel == float("inf")
+
+
+def test_costs_of_models_that_need_more_than_an_image() -> None:
+    """K7: surgeon.cost with arguments."""
+
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor, t: Tensor, *, scale: float) -> Tensor:
+            out: Tensor = self.conv(x) * t[:, None, None, None] * scale
+            return out
+
+    model, x = Conditioned(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(InputError, match="example_inputs"):
+        surgeon.cost(model, input_size=8)
+    for mode in ("train", "infer"):
+        found = surgeon.cost(model, example_inputs=Inputs(args=(x, torch.ones(2)), kwargs={"scale": 2.0}), mode=mode)
+        assert (found.batch_size, found.input_size) == (2, (3, 8, 8))
+        assert found.macs == 4 * 3 * 9 * 36
+    with pytest.raises(ConfigError, match="leave out"):
+        surgeon.cost(model, example_inputs=x, input_size=8)
+
+
+@pytest.mark.usefixtures("nothing_half_written")
+def test_a_module_may_have_any_name() -> None:
+    """K7: a comma in a ModuleDict's key: own recipe, reverting, saving, loading."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.ModuleDict({"3x3, (a": nn.Conv2d(3, 3, 3, padding=1), "k=3": nn.Conv2d(3, 3, 3, padding=1)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            for module in self.body.values():
+                x = module(x)
+            return x
+
+    x = torch.randn(1, 3, 8, 8)
+    model = Named().eval()
+    converted, report = surgeon.convert(model, layers='"body.3x3, (a"', type="sekg", example_inputs=x)
+    assert [entry.name for entry in report.replaced] == ["body.3x3, (a"]
+    recipe = get_recipe(converted)
+    assert recipe is not None
+    again, _ = surgeon.convert(model, recipe=recipe, example_inputs=x)
+    assert torch.equal(again(x), converted(x))
+    surgeon.save(converted, "out")
+    assert torch.equal(surgeon.load("out", base=model)(x), converted(x))
+    surgeon.revert(converted, '"body.3x3, (a"')
+    left = get_recipe(converted)
+    assert left is not None
+    assert not left.rules
+    for wrong in ('"body', "body.3x3, (a"):
+        with pytest.raises(SelectionError):
+            surgeon.convert(model, layers=wrong, type="sekg", example_inputs=x)
