@@ -72,6 +72,8 @@ def compare_tensors(expected: Tensor, found: Tensor, where: str = "output") -> D
     """Compare two tensors. Where the first is not finite, the second must have the same infinities and NaNs."""
     if expected.is_nested or found.is_nested:
         return _compare_nested(expected, found, where)
+    if expected.is_quantized and found.is_quantized:
+        expected, found = expected.dequantize(), found.dequantize()
     if expected.layout != found.layout:
         note = f"{where} has the layout {found.layout}, not {expected.layout}"
         return Difference(max_abs=math.inf, max_rel=math.inf, where=where, notes=(note,), compared=1)
@@ -136,7 +138,7 @@ def _not_finite(a: Tensor, b: Tensor, where: str) -> Difference:
 
 def _leaves(tree: Any, path: str, above: dict[int, Any]) -> Iterator[tuple[str, Any]]:
     if isinstance(tree, Tensor):
-        yield path, _dense(tree).detach().clone()
+        yield path, tree.detach().clone()
     elif isinstance(tree, bool | int | float):
         yield path, torch.tensor(tree)
     elif tree is None or isinstance(tree, str | bytes):
@@ -147,14 +149,6 @@ def _leaves(tree: Any, path: str, above: dict[int, Any]) -> Iterator[tuple[str, 
         above = above | {id(tree): tree}
         for name, value in _parts(tree):
             yield from _leaves(value, path + name, above)
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    if tensor.is_nested:
-        return torch.cat([part.flatten() for part in tensor.unbind()])
-    if tensor.is_quantized:
-        return tensor.dequantize()
-    return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
 def _parts(tree: Any) -> Iterator[tuple[str, Any]]:

@@ -190,7 +190,7 @@ def test_a_convolution_that_does_not_see_the_images_may_come_first() -> None:
 
 
 def difference(rel: float) -> Difference:
-    return Difference(max_abs=rel, max_rel=rel, where="output")
+    return Difference(max_abs=rel, max_rel=rel, where="output", compared=1)
 
 
 def never() -> tuple[Difference, dict[str, Difference]]:
