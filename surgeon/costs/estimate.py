@@ -329,8 +329,8 @@ def _extrapolated(model: nn.Module, settings: Settings, strict: bool, why: Excep
     except Exception as error:
         size = "x".join(map(str, settings.input_size))
         raise InputError(
-            f"{type(model).__name__} fails on images of {size}: {_first_line(error)}; give the size that it takes as input_size, or all its "
-            "arguments as example_inputs"
+            f"{type(model).__name__} fails on images of {size}: {_first_line(error)}; give the size that it takes "
+            "as input_size, or all its arguments as example_inputs"
         ) from error
     first, second = two
     steps = (settings.batch_size - small) / (large - small)

@@ -349,6 +349,7 @@ def test_converting_in_place_tells_of_optimizers() -> None:
 # --- K7: what cannot be saved, counted or named -------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.usefixtures("nothing_half_written")
 def test_tensors_that_no_folder_holds_are_refused_by_name() -> None:
     """K7: quantised tensor subclasses, sparse and meta tensors at surgeon.save."""
