@@ -22,7 +22,7 @@ from surgeon.layers.generator import FORMS, RANK, WINDOW, PixelGenerator
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.kernels.acda import acda_conv
 from surgeon.layers.kernels.acda_reference import acda_macs
-from surgeon.layers.kernels.dispatch import exporting
+from surgeon.layers.kernels.dispatch import exporting, tracing
 from surgeon.layers.registry import register
 from surgeon.layers.source import ConvSource
 
@@ -139,7 +139,7 @@ class ACDAConv2d(CodedConv2d):
         return layer
 
     def adapt(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting() or torch.jit.is_tracing():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting() or tracing():
             return self._filter(x, self.geometry)
         return self._in_bands(x)
 

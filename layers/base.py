@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from surgeon.errors import ConfigError, GeometryError, ReadOnlyError, UnsupportedLayerError
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
+from surgeon.layers.kernels.dispatch import tracing
 from surgeon.layers.source import ConvSource
 from surgeon.layers.static_weight import READ_ONLY, StaticWeight, read_only
 
@@ -138,8 +138,9 @@ class DynamicConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, H, W) → (N, C_out, H', W'). Every tracer of torch.fx sees one leaf."""
-        if isinstance(input, fx.Proxy):
-            return cast(Tensor, _leaf(self, input))
+        given: Any = input
+        if isinstance(given, fx.Proxy):
+            return cast(Tensor, _leaf(self, given))
         self.check_input(input)
         return self.adapt(input) if self.adaptive else self.static_conv2d(input)
 
@@ -188,7 +189,7 @@ class DynamicConv2d(nn.Module):
 
     def check_input(self, x: Tensor) -> None:
         """Raise `GeometryError` for an input that is not (N, C_in, H, W), or too small."""
-        if torch.jit.is_tracing():  # sizes are what is traced
+        if tracing():
             return
         if x.dim() != 4 or x.shape[1] != self.geometry.in_channels:
             raise GeometryError(
@@ -210,7 +211,9 @@ def scaled_bias(bias: nn.Parameter | None, scale: Tensor, shift: Tensor, like: n
 
 def _leaf(layer: nn.Module, input: fx.Proxy) -> fx.Proxy:
     """The call of a module as one node, for tracers that would look into it."""
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(layer), (input,), {})
+    tracer: Any = input.tracer
+    node: fx.Proxy = tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
+    return node
 
 
 class CodedConv2d(DynamicConv2d):

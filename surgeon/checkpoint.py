@@ -265,7 +265,8 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _unsavable(value: Tensor) -> str:
     """What makes a tensor one that safetensors cannot hold; empty if it can."""
-    if is_traceable_wrapper_subclass(value):
+    wrapped: bool = is_traceable_wrapper_subclass(value)
+    if wrapped:
         return f"a {type(value).__name__}, a tensor made of others (quantised or distributed)"
     if value.is_quantized or value.is_nested or value.layout != torch.strided:
         return f"quantised, nested or sparse ({value.layout}, {value.dtype})"

@@ -163,7 +163,8 @@ def _read_order(
             raise ConfigError(
                 f"the type is a {type.__class__.__name__} and says its options itself: leave out {', '.join(options)}"
             )
-        type, options = type_of(type), type.to_dict()
+        options = type.to_dict()
+        type = type_of(type)
     rule = Rule(layers=",".join(split_items(layers)), type=type, options=options)
     return _Order(rules=(rule,), seed=seed, recipe=None)
 

@@ -80,7 +80,8 @@ def _all_reads(model: nn.Module, wanted: Mapping[int, Collection[str]]) -> dict[
     found: dict[int, list[tuple[str, str]]] = {}
     names = frozenset().union(*wanted.values())
     for module in model.modules():
-        for method, read in _reads_of(type(module), names):
+        cls: Any = type(module)
+        for method, read in _reads_of(cls, names):
             for owner, attribute in _owners(module, read):
                 if owner is module or attribute not in wanted.get(id(owner), ()):
                     continue
