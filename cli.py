@@ -6,9 +6,11 @@ could be replaced, 2 wrong usage or input, 130 interrupted. Nothing here imports
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from surgeon import (
@@ -27,6 +29,7 @@ from surgeon import (
     visualize_command,
     zoo_command,
 )
+from surgeon.arguments import one_document
 from surgeon.errors import SurgeonError
 from surgeon.search import gains_command, place_command, search_command, study_command
 
@@ -53,20 +56,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler: Callable[[argparse.Namespace], int] = args.handler
     try:
         _start_logging(args)
-        code = handler(args)
+        with one_document() if args.json else nullcontext():
+            code = handler(args)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
+        if argv is None:  # a further one would be a traceback of the interpreter's end
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("surgeon: interrupted, nothing was written", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `surgeon models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except SurgeonError as error:
+    except (SurgeonError, OSError, MemoryError) as error:
         if args.debug:
             traceback.print_exc()
-        print(f"surgeon: error: {error}", file=sys.stderr)
-        return error.exit_code
+        print(f"surgeon: error: {_told(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+
+
+def _told(error: BaseException) -> str:
+    """What the system says (a full disk, no permission, no memory) in one line, as what surgeon says itself."""
+    if isinstance(error, SurgeonError):
+        return str(error)
+    if isinstance(error, OSError):
+        from surgeon.files import shortened
+
+        return f"{shortened(error.filename)}: {error.strerror}" if error.filename else error.strerror or str(error)
+    return "this machine has not enough memory"
 
 
 def _start_logging(args: argparse.Namespace) -> None:
@@ -122,6 +139,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Store(argparse._StoreAction):
+    """As argparse's own, but `-o=--` is an option without its value, and not an empty list."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values == [] and self.nargs is None:
+            raise argparse.ArgumentError(self, "expected one argument, got '--'")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def _command(
     commands: Any, name: str, handler: Callable[[argparse.Namespace], int], description: str, examples: str
 ) -> argparse.ArgumentParser:
@@ -133,6 +159,7 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.register("action", None, _Store)
     parser.set_defaults(handler=handler)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--quiet", action="store_true", help="show no progress")

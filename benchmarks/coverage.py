@@ -22,6 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks import third_party
 from benchmarks._models import Case, cases, timm_families
 from benchmarks._results import RESULTS, ROOT, Rows, machine, markdown, write_json
 
@@ -170,6 +171,8 @@ def report(rows: list[dict[str, Any]]) -> str:
     without = [(module, found["reason"]) for module, found in timm_families().items() if not found["model"]]
     if without:
         parts += ["## timm families that have none", "", markdown(("family", "why"), without)]
+    if (others := RESULTS / "third_party.json").is_file():
+        parts.append(third_party.section(json.loads(others.read_text())))
     return "\n".join(parts)
 
 

@@ -280,7 +280,44 @@ def large_image(content: dict[str, Any]) -> str:
     return f"Input {', '.join(sizes)}, float32.\n\n" + markdown(*lines(content["rows"]))
 
 
+def learning(content: dict[str, Any]) -> str:
+    """A table per study: every arm at the rate that its own images chose, and the paired differences."""
+    parts = []
+    headers = [
+        "network",
+        "parameters",
+        "FLOPs",
+        "cosine distance",
+        "rate (swept)",
+        "seeds",
+        "scores",
+        "against",
+        "difference",
+    ]
+    for entry in content["studies"].values():
+        lines = [
+            [
+                line["arm"],
+                f"{line['parameters']:,}",
+                f"{line['FLOPs'] / 1e6:.3g} M",
+                "" if line["distance"] is None else f"{line['distance']:.2f}",
+                f"{line['rate']:g} ({', '.join(f'{rate:g}' for rate in line['swept'])}{'; at its edge' * line['at edge']})",
+                line["seeds"],
+                line["scores"],
+                line["against"],
+                "; ".join(
+                    _bold_if(word != "undecided", f"{gap}: {word}")
+                    for gap, word in zip(line["difference"].split("; "), line["verdicts"].values(), strict=False)
+                ),
+            ]
+            for line in entry["lines"]
+        ]
+        parts.append(f"**{entry['title']}**\n\n{markdown(headers, lines)}")
+    return "\n".join(parts)
+
+
 TABLES: dict[str, Table] = {
+    "learning": learning,
     "placement": _search_tables.placement,
     "tabulated": _search_tables.tabulated,
     "tabulated-new": _search_tables.tabulated,

@@ -6,7 +6,7 @@ alpha (N, m·K, H', W'), psi (K, l_h, l_w), coeff (C_out, C/g, m + r), dynamic a
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, scaled_bias
+from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, jit_tracing, scaled_bias
 from surgeon.layers.bases import basis_elements, centred, fitting_elements, window_size
 from surgeon.layers.decompose import Decomposition, decompose, expand_in_basis, truncate_for_inputs
 from surgeon.layers.generator import FORMS, RANK, WINDOW, PixelGenerator
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.kernels.acda import acda_conv
 from surgeon.layers.kernels.acda_reference import acda_macs
-from surgeon.layers.kernels.dispatch import exporting, tracing
+from surgeon.layers.kernels.dispatch import exporting
+from surgeon.layers.norm import batch_statistics, check_norm
 from surgeon.layers.registry import register
 from surgeon.layers.source import ConvSource
 
@@ -37,8 +38,10 @@ class ACDAConfig(LayerConfig):
     fewer make the layer smaller and no longer exact (0: compress). `extra_elements`: how many basis elements are made from the
     weights; None is as many as the dynamic atoms need. In a layer both are numbers; built without a convolution, None is 0.
     `generator` is the form of the generator, "full" (the paper's), "separable" or "lowrank" (see `PixelGenerator`), the latter
-    of rank `generator_rank` (None: 16).
+    of rank `generator_rank` (None: 16). `norm` normalizes the generator's signal: "batch", or None as in the paper.
     """
+
+    paper: ClassVar[Mapping[str, Any]] = {"norm": None}
 
     atoms: int = 6
     scales: int = 3
@@ -48,8 +51,10 @@ class ACDAConfig(LayerConfig):
     extra_elements: int | None = None
     generator: str = "full"
     generator_rank: int | None = None
+    norm: str | None = "batch"
 
     def __post_init__(self) -> None:
+        check_norm("ACDAConfig", self.norm)
         for name in ("atoms", "scales", "basis_size", "hidden"):
             check_at_least(self, name, 1)
         for name in ("static_atoms", "extra_elements"):
@@ -89,7 +94,9 @@ class ACDAConv2d(CodedConv2d):
         extra = basis.new_zeros(config.extra_elements, *basis.shape[1:])
         self.register_buffer("psi", torch.cat([basis, extra]).to(torch.get_default_dtype()))
         form, rank = config.generator, config.generator_rank or RANK
-        self.generator = PixelGenerator(geometry, config.hidden, config.atoms * len(self.psi), form=form, rank=rank)
+        self.generator = PixelGenerator(
+            geometry, config.hidden, config.atoms * len(self.psi), form=form, rank=rank, norm=config.norm
+        )
         self.generator.set_static_output(_one_element_each(config.atoms, len(basis), len(self.psi)).flatten())
         c_out, c_group = geometry.weight_shape[:2]
         atoms = config.atoms + config.static_atoms
@@ -139,7 +146,8 @@ class ACDAConv2d(CodedConv2d):
         return layer
 
     def adapt(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting() or tracing():
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting() or jit_tracing()
+        if whole or batch_statistics(self.generator):
             return self._filter(x, self.geometry)
         return self._in_bands(x)
 
@@ -211,6 +219,9 @@ class ACDAConv2d(CodedConv2d):
         """alpha, (N, m·K, H', W')."""
         alpha: Tensor = self.generator(x)
         return alpha
+
+    def signal(self, x: Tensor) -> Tensor:
+        return self.generator.hidden(x)
 
     @torch.no_grad()
     def constant_code(self) -> Tensor | None:

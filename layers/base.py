@@ -1,7 +1,7 @@
 """What every dynamic convolution has in common: its config, its plain part, and the promise of an exact birth."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self, cast
 
@@ -17,7 +17,13 @@ from surgeon.layers.static_weight import READ_ONLY, StaticWeight, read_only
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """Options of a dynamic layer. Children are frozen, keyword-only, and check themselves in `__post_init__`."""
+    """Options of a dynamic layer. Children are frozen, keyword-only, and check themselves in `__post_init__`.
+
+    `paper`: the options whose default departs from the paper, with the values that follow it. Recipes of version 1, which do not
+    name them, mean these.
+    """
+
+    paper: ClassVar[Mapping[str, Any]] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -35,11 +41,33 @@ class LayerConfig:
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
+# Upper ends of options: far beyond what any paper uses, and still made within seconds.
+_MOST = {
+    "atoms": 256,
+    "scales": 16,
+    "basis_size": 64,
+    "group_size": 1024,
+    "supports": 127,
+    "selector_depth": 64,
+    "kernel_size": 127,
+}
+_MOST_OF_ANY = 65536
+
+
 def check_at_least(config: LayerConfig, name: str, least: int) -> None:
-    """Raise `ConfigError` unless the named option is an integer of at least `least`."""
+    """Raise `ConfigError` unless the named option is an integer of at least `least`, and no more than any layer needs."""
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{type(config).__name__}: {name} must be an integer >= {least}, got {value!r}")
+    check_at_most(config, name, value)
+
+
+def check_at_most(config: LayerConfig, name: str, value: int) -> None:
+    """Raise `ConfigError` for a value of the named option beyond its upper end."""
+    most = _MOST.get(name, _MOST_OF_ANY)
+    if value > most:
+        told = value if value < 2**63 else f"a number of {value.bit_length()} bits"
+        raise ConfigError(f"{type(config).__name__}: {name} must be at most {most}, got {told}")
 
 
 class DynamicConv2d(nn.Module):
@@ -138,9 +166,9 @@ class DynamicConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, H, W) → (N, C_out, H', W'). Every tracer of torch.fx sees one leaf."""
-        given: Any = input
-        if isinstance(given, fx.Proxy):
-            return cast(Tensor, _leaf(self, given))
+        traced: Any = input
+        if isinstance(traced, fx.Proxy):
+            return cast(Tensor, _leaf(self, traced))
         self.check_input(input)
         return self.adapt(input) if self.adaptive else self.static_conv2d(input)
 
@@ -189,7 +217,7 @@ class DynamicConv2d(nn.Module):
 
     def check_input(self, x: Tensor) -> None:
         """Raise `GeometryError` for an input that is not (N, C_in, H, W), or too small."""
-        if tracing():
+        if jit_tracing():  # sizes are what is traced
             return
         if x.dim() != 4 or x.shape[1] != self.geometry.in_channels:
             raise GeometryError(
@@ -212,8 +240,13 @@ def scaled_bias(bias: nn.Parameter | None, scale: Tensor, shift: Tensor, like: n
 def _leaf(layer: nn.Module, input: fx.Proxy) -> fx.Proxy:
     """The call of a module as one node, for tracers that would look into it."""
     tracer: Any = input.tracer
-    node: fx.Proxy = tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
-    return node
+    found: fx.Proxy = tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
+    return found
+
+
+def jit_tracing() -> bool:
+    """Whether torch.jit.trace is at work."""
+    return bool(torch._C._get_tracing_state())
 
 
 class CodedConv2d(DynamicConv2d):
@@ -222,6 +255,10 @@ class CodedConv2d(DynamicConv2d):
     @abstractmethod
     def code(self, x: Tensor) -> Tensor:
         """What fixes the filter at each output pixel in eval mode, (N, V, H', W'): the filter is an affine function of it."""
+
+    @abstractmethod
+    def signal(self, x: Tensor) -> Tensor:
+        """The generator's last feature map, (N, features, H', W'): all that it knows of its input."""
 
     @abstractmethod
     def energy_of(self, difference: Tensor) -> Tensor:

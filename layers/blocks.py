@@ -43,10 +43,10 @@ class CB(nn.Module):
 class DCB(nn.Module):
     """Dynamic convolution block (Figure 3 b): x + (3×3 convolution, DConv, activation, 3×3 convolution)(x)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, norm: str | None = None) -> None:
         super().__init__()
         self.conv1 = _conv3(channels, channels)
-        self.dconv = DConv2d.same(channels, channel_bias=True)
+        self.dconv = DConv2d.same(channels, channel_bias=True, norm=norm)
         self.conv2 = _conv3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,10 +125,10 @@ class SharedKernels(nn.Module):
     SEKG and a 1×1 convolution whose bias `static` (M, 1, 3, 3) starts at the identity and whose weight at zero.
     """
 
-    def __init__(self, channels: int, branch: int) -> None:
+    def __init__(self, channels: int, branch: int, *, norm: str | None = None) -> None:
         super().__init__()
         geometry = ConvGeometry(in_channels=channels, out_channels=channels, kernel_size=(3, 3), padding=(1, 1, 1, 1))
-        self.generator = SEKG(geometry, 9 * branch, channel_bias=True)
+        self.generator = SEKG(geometry, 9 * branch, channel_bias=True, norm=norm)
         self.static = nn.Parameter(torch.zeros(branch, 1, 3, 3))
         with torch.no_grad():
             self.static[:, :, 1, 1] = 1
@@ -149,12 +149,14 @@ class MDCB(nn.Module):
 
     backend: str | None = None
 
-    def __init__(self, channels: int, branch: int | None = None, *, attention: bool = True) -> None:
+    def __init__(
+        self, channels: int, branch: int | None = None, *, attention: bool = True, norm: str | None = None
+    ) -> None:
         super().__init__()
         branch = branch or channels
         self.features = _conv3(channels, OFFSET_FEATURES)
         self.deform = ModulatedDeformConv2d(channels)
-        self.kernels = SharedKernels(channels, branch)
+        self.kernels = SharedKernels(channels, branch, norm=norm)
         self.reduce = _reduce(channels, branch)
         self.branches = nn.ModuleList(_conv3(branch, branch) for _ in DILATIONS)
         self.attention = MFI() if attention else nn.Identity()

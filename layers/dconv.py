@@ -13,6 +13,7 @@ from surgeon.errors import GeometryError
 from surgeon.layers.aligned import AlignedConv2d
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.kernels.dconv import channels_fit, dconv_layer
+from surgeon.layers.norm import SignalNorm, check_norm
 
 WINDOW = (3, 3)
 
@@ -23,15 +24,19 @@ class SEKG(nn.Module):
     The features (N, C, H', W') are a 3×3 depthwise convolution of the input (N, C, H, W), with the stride and dilation of
     `geometry` and centred where its kernel is, plus one value a channel: the global average, convolved over the channels
     with width 3. `weight` (maps, C) starts at zero. A bias of the second branch is redundant (`spatial` has one) and is there
-    only on request, for weights trained elsewhere.
+    only on request, for weights trained elsewhere. `norm` "batch" normalizes the features; None, as in the paper, leaves them.
     """
 
-    def __init__(self, geometry: ConvGeometry, maps: int, *, channel_bias: bool = False) -> None:
+    def __init__(
+        self, geometry: ConvGeometry, maps: int, *, channel_bias: bool = False, norm: str | None = None
+    ) -> None:
         super().__init__()
+        check_norm("SEKG", norm)
         self.geometry = geometry
         channels = geometry.in_channels
         self.spatial = AlignedConv2d(geometry, channels, channels, WINDOW, groups=channels)
         self.channel = nn.Conv1d(1, 1, 3, padding=1, bias=channel_bias)
+        self.norm = None if norm is None else SignalNorm(channels)
         self.weight = nn.Parameter(torch.zeros(maps, channels))
 
     def features(self, x: Tensor) -> Tensor:
@@ -40,9 +45,9 @@ class SEKG(nn.Module):
         average = x.mean(dim=(2, 3)).unsqueeze(1)
         channel: Tensor = self.channel(average)
         channel = channel.transpose(1, 2).unsqueeze(3)
-        if self.spatial._forward_hooks or self.spatial._backward_hooks:  # somebody else may hold that map
-            return around + channel
-        return around.add_(channel)  # no second map of the image's size
+        held = self.spatial._forward_hooks or self.spatial._backward_hooks  # somebody else may hold that map
+        around = around + channel if held else around.add_(channel)  # no second map of the image's size
+        return around if self.norm is None else self.norm(around)
 
     def forward(self, x: Tensor) -> Tensor:
         """The generated kernels, (N, maps, H', W')."""
@@ -63,12 +68,19 @@ class DConv2d(nn.Module):
     `kernel_groups` is the number of generated kernels at a pixel: O (the default), a divisor of C, or a multiple of C that
     divides O; neighbouring channels share one. `static` starts at the identity; in the paper it is the bias of the 1×1
     convolution. Raises `GeometryError` for another geometry or number. `backend` names the operator's implementation, for
-    comparisons; None is the fastest that can run.
+    comparisons; None is the fastest that can run. `norm` is that of `SEKG`.
     """
 
     backend: str | None = None
 
-    def __init__(self, geometry: ConvGeometry, kernel_groups: int | None = None, *, channel_bias: bool = False) -> None:
+    def __init__(
+        self,
+        geometry: ConvGeometry,
+        kernel_groups: int | None = None,
+        *,
+        channel_bias: bool = False,
+        norm: str | None = None,
+    ) -> None:
         super().__init__()
         channels, outputs = geometry.in_channels, geometry.out_channels
         if geometry.groups != channels:
@@ -80,13 +92,19 @@ class DConv2d(nn.Module):
             raise GeometryError(misfit(channels, self.kernel_groups, outputs))
         self.geometry = geometry
         taps = geometry.kernel_size[0] * geometry.kernel_size[1]
-        self.generator = SEKG(geometry, self.kernel_groups * taps, channel_bias=channel_bias)
+        self.generator = SEKG(geometry, self.kernel_groups * taps, channel_bias=channel_bias, norm=norm)
         self.static = nn.Parameter(torch.empty(outputs, 1, *geometry.kernel_size))
         self.reset_static()
 
     @classmethod
     def same(
-        cls, channels: int, kernel_size: int = 3, *, kernel_groups: int | None = None, channel_bias: bool = False
+        cls,
+        channels: int,
+        kernel_size: int = 3,
+        *,
+        kernel_groups: int | None = None,
+        channel_bias: bool = False,
+        norm: str | None = None,
     ) -> Self:
         """Of stride 1 and zero padding that keeps the size; an even kernel reaches one pixel further down-right."""
         before = (kernel_size - 1) // 2
@@ -99,7 +117,7 @@ class DConv2d(nn.Module):
             groups=channels,
             bias=False,
         )
-        return cls(geometry, kernel_groups, channel_bias=channel_bias)
+        return cls(geometry, kernel_groups, channel_bias=channel_bias, norm=norm)
 
     @torch.no_grad()
     def reset_static(self) -> None:

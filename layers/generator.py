@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from surgeon.errors import ConfigError
 from surgeon.layers.aligned import AlignedConv2d
 from surgeon.layers.geometry import ConvGeometry
+from surgeon.layers.norm import SignalNorm, check_norm
 
 WINDOW = (3, 3)
 FORMS = ("full", "separable", "lowrank")
@@ -24,17 +25,28 @@ class PixelGenerator(nn.Module):
     The 3×3 convolution is 9·hidden·outputs multiply-accumulates a pixel, often more than the convolution that is replaced.
     `form` factorises it, without an activation in between: "separable" into a 3×3 depthwise convolution and a 1×1 one,
     hidden·(9 + outputs); "lowrank" into a 3×3 convolution to `rank` maps and a 1×1 one, rank·(9·hidden + outputs).
+
+    `norm` "batch" normalizes the map before each tanh. Without it the hidden map of small features is hardly more than its bias.
     """
 
     def __init__(
-        self, geometry: ConvGeometry, hidden: int, outputs: int, depth: int = 1, form: str = "full", rank: int = RANK
+        self,
+        geometry: ConvGeometry,
+        hidden: int,
+        outputs: int,
+        depth: int = 1,
+        form: str = "full",
+        rank: int = RANK,
+        norm: str | None = None,
     ) -> None:
         super().__init__()
+        check_norm("PixelGenerator", norm)
         if form not in FORMS:
             raise ConfigError(f"the form of a generator must be one of {', '.join(FORMS)}, got {form!r}")
         self.geometry = geometry
         self.reduce = nn.Conv2d(geometry.in_channels, hidden, 1)
         self.between = nn.ModuleList(nn.Conv2d(hidden, hidden, 3, padding=1) for _ in range(depth - 1))
+        self.norms = nn.ModuleList(SignalNorm(hidden) for _ in range(depth) if norm is not None)
         self.around: nn.Conv2d | None = None
         self.expand: nn.Conv2d
         if form == "full":
@@ -50,12 +62,18 @@ class PixelGenerator(nn.Module):
 
     def forward(self, x: Tensor, geometry: ConvGeometry | None = None) -> Tensor:
         """`geometry` stands in for the layer's own where x is a band of the image (`ConvGeometry.band`), for depth 1."""
-        hidden = torch.tanh(self.reduce(x))
-        for conv in self.between:
-            hidden = torch.tanh(conv(hidden))
+        hidden = self.hidden(x)
         band = () if geometry is None or geometry is self.geometry else (geometry,)
         out: Tensor = self.expand(hidden, *band) if self.around is None else self.expand(self.around(hidden, *band))
         return out
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The last hidden map, (N, hidden, H, W), within [-1, 1]: all that the generator knows of its input."""
+        y: Tensor = x
+        for index, conv in enumerate((self.reduce, *self.between)):
+            y = conv(y)
+            y = torch.tanh(self.norms[index](y) if self.norms else y)
+        return y
 
     @property
     def static_output(self) -> Tensor:

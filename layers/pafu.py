@@ -4,21 +4,24 @@ Legend: N batch, C channels, H W input size, P Q output size, n kernels of a gro
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, scaled_bias
+from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, check_at_most, scaled_bias
 from surgeon.layers.generator import PixelGenerator
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.kernels.pafu import pafu_conv
+from surgeon.layers.norm import check_norm
 from surgeon.layers.registry import register
 from surgeon.layers.source import ConvSource
+
+SELECTIONS = ("argmax", "gumbel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +31,20 @@ class PAFUConfig(LayerConfig):
     group_size: n, kernels to select from, at least 2.
     hidden: channels inside the selector.
     selector_depth: its 3×3 convolutions, at least 1; (2·depth + 1)² input pixels decide about one (stride and dilation 1).
-    temperature: of the Gumbel-softmax in training; the layer's attribute `temperature` starts from it and may be annealed.
+    temperature: of the softmax in training; the layer's attribute `temperature` starts from it and may be annealed.
     perturbation: how far kernels 1.. start from the replaced weight, as a part of its root mean square. They must differ: identical
         kernels are a stationary point of the regulariser and give the selector no gradient.
     supports: further (square, odd) kernel sizes in the group, dealt out in turn to kernels 1..; kernel 0 keeps its own. Empty: all
         kernels have the size of the replaced one.
+    shared: kernels 1.. are kernel 0 plus a difference (limited to their support): kernel 0 gets the gradient of every pixel. The
+        differences start at zero and the selector at random: exact whatever is selected, in training, too. `perturbation` has
+        no use then. False is the paper's form: independent kernels.
+    selection: in training. "argmax": the kernel that eval mode selects; the selector's gradient is that of the expected loss under
+        the softmax of its logits. "gumbel" is the paper's: sampled by a straight-through Gumbel-softmax.
+    norm: normalizes the selector's signal: "batch", or None as in the paper.
     """
+
+    paper: ClassVar[Mapping[str, Any]] = {"shared": False, "selection": "gumbel", "norm": None}
 
     group_size: int = 8
     hidden: int = 32
@@ -41,9 +52,17 @@ class PAFUConfig(LayerConfig):
     temperature: float = 1.0
     perturbation: float = 0.02
     supports: tuple[int, ...] = ()
+    shared: bool = True
+    selection: str = "argmax"
+    norm: str | None = "batch"
 
     def __post_init__(self) -> None:
         check_at_least(self, "group_size", 2)
+        check_norm("PAFUConfig", self.norm)
+        if self.selection not in SELECTIONS:
+            raise ConfigError(f"PAFUConfig: selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
+        if not isinstance(self.shared, bool):
+            raise ConfigError(f"PAFUConfig: shared must be true or false, got {self.shared!r}")
         check_at_least(self, "hidden", 1)
         check_at_least(self, "selector_depth", 1)
         for name in ("temperature", "perturbation"):
@@ -53,6 +72,7 @@ class PAFUConfig(LayerConfig):
         sizes = self.supports
         if not isinstance(sizes, tuple) or any(type(size) is not int or size < 1 or size % 2 == 0 for size in sizes):
             raise ConfigError(f"PAFUConfig: supports must be a tuple of odd kernel sizes, got {sizes!r}")
+        check_at_most(self, "supports", max(sizes, default=1))
         if len(sizes) >= self.group_size:
             raise ConfigError(
                 f"PAFUConfig: a group of {self.group_size} kernels has no place for {len(sizes)} further supports {sizes!r}; "
@@ -64,10 +84,11 @@ class PAFUConfig(LayerConfig):
 class PAFUConv2d(CodedConv2d):
     """A convolution whose kernel is selected anew at every pixel from a group of n (PAFU, eq. 2).
 
-    In training the selection is a straight-through Gumbel-softmax of the selector's logits (§3.4), in eval mode their
-    argmax. Kernel 0 is the replaced weight, in a parameter of its own, `kernel` (O, C/G, k_h, k_w), so that it keeps its
-    learning rate and may stay frozen while the group is learnt. Kernels 1.. are `further_kernels` (n - 1, O, k·l·C/G), packed
-    as the operator reads them, zero-padded to the largest support. One bias is shared by all kernels.
+    In eval mode the selection is the argmax of the selector's logits; in training it is that too, or a straight-through
+    Gumbel-softmax (§3.4), by `selection`. Kernel 0 is the replaced weight, in a parameter of its own, `kernel` (O, C/G, k_h, k_w),
+    so that it keeps its learning rate and may stay frozen while the group is learned. Kernels 1.. are `further_kernels`
+    (n - 1, O, k·l·C/G), or kernel 0 plus these (`shared`), packed as the operator reads them, zero-padded to the largest support.
+    One bias is shared by all kernels.
     """
 
     type_name = "pafu"
@@ -83,7 +104,7 @@ class PAFUConv2d(CodedConv2d):
         self.window: Pair = (max(k_h, *config.supports, 1), max(k_w, *config.supports, 1))
         self.kernel = nn.Parameter(torch.zeros(geometry.weight_shape))
         self.further_kernels = nn.Parameter(torch.zeros(n - 1, outputs, math.prod(self.window) * inputs))
-        self.selector = PixelGenerator(geometry, config.hidden, n, config.selector_depth)
+        self.selector = PixelGenerator(geometry, config.hidden, n, config.selector_depth, norm=config.norm)
         self.bias = nn.Parameter(torch.zeros(outputs)) if geometry.bias else None
         self.temperature = float(config.temperature)
         self.register_buffer("support_mask", self._support_mask(), persistent=False)
@@ -100,9 +121,10 @@ class PAFUConv2d(CodedConv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Module | ConvSource, config: LayerConfig | None = None, **context: Any) -> Self:
-        """Kernel 0 is the weight, the others are it plus noise; the selector's last bias prefers kernel 0.
+        """Kernel 0 is the weight. With `shared` the others are the same, and the selector selects at random.
 
-        Its logit is log n where the others' are 0: in eval mode it is selected everywhere, in training about half of the time.
+        Otherwise the others are the weight plus noise, and the selector's last bias prefers kernel 0: its logit is log n where the
+        others' are 0, so that in eval mode it is selected everywhere, in training with "gumbel" about half of the time.
         """
         source = conv if isinstance(conv, ConvSource) else ConvSource.read(conv)
         config = PAFUConfig() if config is None else config
@@ -112,10 +134,14 @@ class PAFUConv2d(CodedConv2d):
         layer = cls(source.geometry, config).to(device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             layer.kernel.data = weight.clone()
-            layer._fill_further_kernels(weight)
-            preference = torch.zeros(config.group_size)
-            preference[0] = math.log(config.group_size)
-            layer.selector.set_static_output(preference)
+            if config.shared:
+                layer.selector.expand.reset_parameters()
+                layer.selector.set_static_output(torch.zeros(config.group_size))
+            else:
+                layer._fill_further_kernels(weight)
+                preference = torch.zeros(config.group_size)
+                preference[0] = math.log(config.group_size)
+                layer.selector.set_static_output(preference)
             if layer.bias is not None and source.bias is not None:
                 layer.bias.copy_(source.bias)
         if isinstance(conv, nn.Module):
@@ -155,9 +181,10 @@ class PAFUConv2d(CodedConv2d):
 
     def _further_kernels(self) -> Tensor:
         """Kernels 1.., zero outside of their supports, (n - 1, O, k·l·C/G)."""
-        if self.support_mask is None:
-            return self.further_kernels
-        return (self._by_tap(self.further_kernels) * self.support_mask[:, None, :, None]).flatten(2)
+        kernels: Tensor = self.further_kernels
+        if self.support_mask is not None:
+            kernels = (self._by_tap(kernels) * self.support_mask[:, None, :, None]).flatten(2)
+        return kernels + self._kernel().movedim(1, -1).flatten(1) if self.config.shared else kernels
 
     def _by_tap(self, packed: Tensor) -> Tensor:
         """(..., k·l·C/G) as (..., k·l, C/G), without a copy."""
@@ -181,6 +208,8 @@ class PAFUConv2d(CodedConv2d):
         if not self.training:
             return logits_NnPQ.argmax(1), None
         logits_NnPQ = logits_NnPQ.to(torch.promote_types(logits_NnPQ.dtype, torch.float32))
+        if self.config.selection == "argmax":
+            return logits_NnPQ.detach().argmax(1), (logits_NnPQ / self.temperature).softmax(1)
         gumbel_NnPQ = -torch.empty_like(logits_NnPQ).exponential_().log()
         soft_NnPQ = ((logits_NnPQ + gumbel_NnPQ) / self.temperature).softmax(1)
         return soft_NnPQ.detach().argmax(1), soft_NnPQ
@@ -196,9 +225,14 @@ class PAFUConv2d(CodedConv2d):
         """The selection, one channel a kernel, 1 where it is selected and 0 elsewhere, (N, n, P, Q)."""
         return F.one_hot(self.selection(x), self.config.group_size).movedim(-1, 1).to(self.kernel.dtype)
 
+    def signal(self, x: Tensor) -> Tensor:
+        return self.selector.hidden(x)
+
     @torch.no_grad()
     def constant_code(self) -> Tensor | None:
-        """Where one logit is the largest whatever the hidden map, whose values tanh keeps within [-1, 1] (padding included)."""
+        """Where all kernels are the same, or one logit is the largest whatever the hidden map, which tanh keeps within [-1, 1]."""
+        if self.config.shared and not self.further_kernels.any():
+            return self._chosen(0)
         expand = self.selector.expand
         weight, bias = expand.weight.double().flatten(1), self.selector.static_output.double()
         best = int(bias.argmax())

@@ -1,6 +1,6 @@
 """A DConv in the place of a convolution, behind it, or inside of its factorisation (ADFNet, §3)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, cast
 
@@ -14,6 +14,7 @@ from surgeon.layers.dconv import DConv2d, misfit
 from surgeon.layers.factors import compose, composes, factorise
 from surgeon.layers.geometry import ConvGeometry, pad_for_window
 from surgeon.layers.kernels.dconv import channels_fit
+from surgeon.layers.norm import check_norm
 from surgeon.layers.registry import register
 from surgeon.layers.source import ConvSource
 
@@ -28,15 +29,20 @@ class SEKGConfig(LayerConfig):
     `kernel_size` is that of the DConv behind a dense convolution. `kernel_groups` is the number of generated kernels at a
     pixel; None takes one for each channel of the DConv, or in "factorised" mode one for each input channel, shared by the
     channels that come from it. `multiplier` is the number of depthwise kernels an input channel in "factorised" mode; None,
-    or more than the rank of the weight can be, min(k_h·k_w, C_out / groups), is exact.
+    or more than the rank of the weight can be, min(k_h·k_w, C_out / groups), is exact. `norm` normalizes the features that the
+    kernels are made of: "batch", or None as in the paper.
     """
+
+    paper: ClassVar[Mapping[str, Any]] = {"norm": None}
 
     kernel_size: int = 3
     kernel_groups: int | None = None
     mode: str = "auto"
     multiplier: int | None = None
+    norm: str | None = "batch"
 
     def __post_init__(self) -> None:
+        check_norm("SEKGConfig", self.norm)
         check_at_least(self, "kernel_size", 1)
         for name in ("kernel_groups", "multiplier"):
             if getattr(self, name) is not None:
@@ -91,9 +97,11 @@ class SEKGConv2d(CodedConv2d):
         self.register_parameter("shift", None)
         if options.mode == "dense":
             self.kernel = nn.Parameter(torch.zeros(geometry.weight_shape))
-            self.dconv = DConv2d.same(geometry.out_channels, options.kernel_size, kernel_groups=options.kernel_groups)
+            self.dconv = DConv2d.same(
+                geometry.out_channels, options.kernel_size, kernel_groups=options.kernel_groups, norm=options.norm
+            )
         else:
-            self.dconv = DConv2d(_dconv_geometry(geometry, options), options.kernel_groups)
+            self.dconv = DConv2d(_dconv_geometry(geometry, options), options.kernel_groups, norm=options.norm)
         if options.mode == "factorised":
             inner = self.dconv.geometry.out_channels // geometry.groups
             self.pointwise = nn.Parameter(torch.zeros(geometry.out_channels, inner, 1, 1))
@@ -188,6 +196,9 @@ class SEKGConv2d(CodedConv2d):
         """The generated kernels, (N, kernel_groups·k_h·k_w, H', W')."""
         generated: Tensor = self.dconv.generator(self.dconv_input(x))
         return generated
+
+    def signal(self, x: Tensor) -> Tensor:
+        return self.dconv.generator.features(self.dconv_input(x))
 
     def constant_code(self) -> Tensor | None:
         """Zero, where the generator's last weight is."""

@@ -33,7 +33,7 @@ class ConvSource:
     @classmethod
     def read(cls, conv: nn.Module) -> "ConvSource":
         """Read a convolution; raises `UnsupportedLayerError` with reasons for what cannot be read."""
-        if type(conv) is nn.Conv2d:
+        if type(conv) is nn.Conv2d and not ({"forward", "_conv_forward"} & vars(conv).keys()):
             if conv.weight.dim() != 4 or len(conv.weight) % conv.groups:
                 raise _unsupported(conv, f"its weight has shape {tuple(conv.weight.shape)} for {conv.groups} groups")
             return cls(geometry=_plain_geometry(conv), weight=conv.weight.detach(), bias=_detached(conv.bias))
@@ -48,6 +48,17 @@ class ConvSource:
         x = F.pad(x, left_right_top_bottom, mode=mode)
         g = self.geometry
         return F.conv2d(x, self.weight, self.bias, g.stride, 0, g.dilation, g.groups)
+
+
+class PlainConvolution(nn.Module):
+    """Nothing but the convolution that was read, for checks."""
+
+    def __init__(self, source: ConvSource) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.source.conv2d(x)
 
 
 def _detached(bias: Tensor | None) -> Tensor | None:
@@ -115,6 +126,7 @@ def _read_subclass(conv: nn.Conv2d) -> ConvSource:
     """Watch two calls on inputs of different sizes; accept what is one convolution of the (padded) input."""
     like = conv.weight
     seen: list[tuple[dict[str, Any], Tensor]] = []
+    given: list[tuple[Tensor, Tensor]] = []
     was_training = conv.training
     state = {name: buffer.clone() for name, buffer in conv.named_buffers()}
     try:
@@ -128,10 +140,11 @@ def _read_subclass(conv: nn.Conv2d) -> ConvSource:
                 (1, like.shape[1] * conv.groups, *size), dtype=like.dtype, device=like.device, low=-1, high=1
             )
             with torch.no_grad(), _WatchConv2d() as watch:
-                out = conv.forward(x)
+                out = conv.forward(x.clone())
             if len(watch.calls) != 1 or watch.calls[0][1] is not out:
                 raise _unsupported(conv, f"its forward is not one conv2d ({len(watch.calls)} calls seen)")
             seen.append((watch.calls[0][0], x))
+            given.append((x, out))
     except UnsupportedLayerError:
         raise
     except Exception as error:
@@ -146,7 +159,16 @@ def _read_subclass(conv: nn.Conv2d) -> ConvSource:
     geometry = _captured_geometry(conv, first, x_first)
     if geometry != _captured_geometry(conv, second, x_second):
         raise _unsupported(conv, "its padding depends on the input in an unknown way")
-    return ConvSource(geometry=geometry, weight=first["weight"].detach().clone(), bias=_detached(first["bias"]))
+    source = ConvSource(geometry=geometry, weight=first["weight"].detach().clone(), bias=_detached(first["bias"]))
+    if any(not _is_close(out, source.conv2d(x)) for x, out in given):
+        raise _unsupported(conv, "what it gives is not the convolution that it calls: its forward does more")
+    return source
+
+
+@torch.no_grad()
+def _is_close(found: Tensor, expected: Tensor) -> bool:
+    limit = 32 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+    return found.shape == expected.shape and bool(((found - expected).abs() <= limit).all())
 
 
 def _captured_geometry(conv: nn.Conv2d, call: dict[str, Any], x: Tensor) -> ConvGeometry:

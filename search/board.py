@@ -3,17 +3,20 @@
 Every worker writes a folder of its own. The study itself has all of this as well; nothing is read back from here.
 """
 
+import logging
 import os
-import socket
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon.machine import machine
 from surgeon.search.gate import Gate
 from surgeon.search.study import Record
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
 
 _MOST = 64  # layers that hparams can show one by one
 
@@ -24,13 +27,23 @@ class Board:
     def __init__(self, folder: Path, gate: Gate, primary: str) -> None:
         self.folder, self.gate, self.primary = folder, gate, primary
         self._writer: SummaryWriter | None = None
+        self._broken = False
 
     def add(self, one: Record, best: Record | None) -> None:
-        """A trial that ended."""
+        """A trial that ended. Curves that cannot be written do not end a search: that is said once."""
+        if self._broken:
+            return
+        try:
+            self._add(one, best)
+        except OSError as error:
+            self._broken = True
+            logger.warning("no more curves in %s: %s", self.folder, error.strerror or error)
+
+    def _add(self, one: Record, best: Record | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         if self._writer is None:
-            self._writer = SummaryWriter(str(self.folder / f"{socket.gethostname()}-{os.getpid()}"))
+            self._writer = SummaryWriter(str(self.folder / f"{machine()}-{os.getpid()}"))
         writer, value = self._writer, one.values[0] if one.state == "complete" and one.values else None
         if value is not None:
             writer.add_scalar(f"search/{self.primary}", value, one.number)

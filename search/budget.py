@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from surgeon.costs.parse import giga, mebibytes, parse_quantity
 from surgeon.errors import ConfigError
+from surgeon.parse import giga, mebibytes, parse_quantity
 from surgeon.search.problem import InfeasibleError, Problem
 
 if TYPE_CHECKING:

@@ -12,8 +12,6 @@ Nothing is written as one piece: what a worker left half-written is seen under t
 
 import contextlib
 import logging
-import os
-import socket
 import threading
 import time
 import warnings
@@ -31,9 +29,10 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
+from surgeon.machine import has_ended, machine
 from surgeon.search.database_url import DRIVERS, parse_url, shown
 from surgeon.search.journal import StudyError, file_lock
-from surgeon.search.study import Record, Study, worker_name
+from surgeon.search.study import Record, Study, checked, record, worker_name
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +197,7 @@ class StudyDatabase(Study):
             raise StudyError(self._not_there())
         with self._errors():
             self.study = optuna.load_study(storage=self.connect(), study_name=self.name)
-            return self.records()
+            return [record(checked(trial, str(self))) for trial in self.trials()]
 
     def read_notes(self) -> Mapping[str, Any]:
         """What the worker that began the study noted. Raises `StudyError` where there is no study."""
@@ -341,16 +340,13 @@ def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_gone(worker: str | None) -> bool:
     """Whether nobody runs the trial for sure: it has no name yet, or that of a process of this machine that ended."""
-    host, number = ("", "0") if worker is None else worker.rsplit("-", 2)[:2]
-    if worker is None or host != socket.gethostname():
-        return worker is None
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
+    if worker is None:
         return True
-    except OSError:  # it is there, and another user's
-        return False
-    return False
+    here = f"{machine()}-"
+    if not worker.startswith(here):
+        return False  # of another machine, boot or container: its heartbeats tell
+    number = worker.removeprefix(here).partition("-")[0]
+    return number.isdigit() and has_ended(int(number))
 
 
 def _is_connection(error: BaseException | None) -> bool:

@@ -1,6 +1,8 @@
 """Where a database is: URLs, and the drivers they need."""
 
+import contextlib
 import importlib.util
+import sqlite3
 from pathlib import Path
 
 from sqlalchemy.engine import URL, make_url
@@ -46,6 +48,30 @@ def parse_url(text: str) -> URL:
         hint = f": pip install '{package or error.name or url.get_driver_name()}'"
         raise StudyError(f"--storage: the driver of {url.drivername} is not installed{hint}") from error
     return url
+
+
+def check_named(text: str, where: str) -> None:
+    """Raise `StudyError` unless a database that a folder names, which may be a stranger's, is a file with studies in it.
+
+    A server would be told passwords of the environment, options of a driver may name files, and any file would become a database.
+    """
+    try:
+        url = make_url(text)
+        backend = url.get_backend_name()
+    except (ArgumentError, ValueError) as error:
+        raise StudyError(f"{where} names a database by {text[:80]!r}, which is no URL") from error
+    if backend != "sqlite" or url.query:
+        raise StudyError(
+            f"{where} names the database {shown(url)}, which is not on this machine: give it with --storage if you trust it"
+        )
+    path = Path(url.database or "")
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            found = connection.execute("SELECT name FROM sqlite_master WHERE name = 'studies'").fetchone()
+    except sqlite3.Error as error:
+        raise StudyError(f"cannot read the database {path} that {where} names: {error}") from error
+    if found is None:
+        raise StudyError(f"the database {path} that {where} names holds no studies")
 
 
 def shown(url: URL) -> str:

@@ -1,12 +1,12 @@
 """What a search asks: the value of a placement. Real fine-tunes and tabulated spaces answer through the same interface."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from surgeon.errors import ConfigError
+from surgeon.files import read_json
 from surgeon.search.problem import Ints
 from surgeon.search.space import Space
 
@@ -88,11 +88,11 @@ class TableEvaluator(Evaluator):
     def read(cls, path: str | Path, space: Space) -> "TableEvaluator":
         """From JSON: {"direction", "rows": [{"placement": {layer: option}, "curve": [values]}]}; raises `ConfigError`."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(path, ConfigError)
             rows = {
                 space.hash_of(space.placement(row["placement"])): [float(v) for v in row["curve"]]
                 for row in content["rows"]
             }
             return cls(space, rows, name=str(Path(path).name), direction=str(content.get("direction", "maximize")))
-        except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"cannot read the table of values {path}: {error!r}") from error

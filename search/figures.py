@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from surgeon.errors import ConfigError
+from surgeon.files import write_bytes
 from surgeon.search.folder import Finished
 from surgeon.search.gain import GainTable
 from surgeon.search.study import Record
@@ -39,11 +40,7 @@ def png(figure: Figure) -> bytes:
 
 def write_png(figure: Figure, path: Path) -> None:
     """To a file. Raises `ConfigError`."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(figure))
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+    write_bytes(path, png(figure), ConfigError)
 
 
 def gain_bars(gains: GainTable) -> Figure:

@@ -10,7 +10,7 @@ finals/          one folder a run of the final stage, and finals.json
 
 import contextlib
 import json
-import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from surgeon.costs.table import Option
+from surgeon.files import check_fields, inside, read_object, write_text
 from surgeon.search.journal import StudyError, file_lock
 from surgeon.search.space import Space
 from surgeon.search.study import Record, Study, StudyFile
@@ -45,11 +46,11 @@ class SearchFolder:
     def check(self, *, resume: bool, storage: Mapping[str, str] | None = None) -> None:
         """Raise `StudyError` unless a search may begin, or go on, here; `storage` is the study in a database, if it is in one."""
         if storage is not None:
-            known = _read_json(self.about).get("storage") if self.about.is_file() else storage
+            known = _storage(self.about) if self.about.is_file() else storage
             if known != storage:
                 where = "here" if known is None else f"named {known['name']!r} in {known['url']}"
                 raise StudyError(f"{self.path} is the folder of another search, {where}: give another -o")
-        elif resume and self.about.is_file() and _read_json(self.about).get("storage"):
+        elif resume and _storage(self.about):
             raise StudyError(f"the search in {self.path} is in a database: give its --storage")
         if storage is not None and self.about.is_file():
             return
@@ -64,8 +65,18 @@ class SearchFolder:
     @property
     def study_name(self) -> str:
         """Of its study in a database: the one it began or joined, else its own name."""
-        known = _read_json(self.about).get("storage") if self.about.is_file() else None
+        known = _storage(self.about)
         return known["name"] if known else self.path.absolute().name
+
+    def final_of(self, key: str) -> Path | None:
+        """The folder of an arm's first final run, of the longest training; None where there is none."""
+        stem = inside(self.finals, key, StudyError).name
+        runs = {
+            int(name[1]): name[0]
+            for path in (self.finals.iterdir() if self.finals.is_dir() else ())
+            if (name := re.fullmatch(rf"{re.escape(stem)}-rung(\d{{1,3}})-seed0", path.name))
+        }
+        return inside(self.finals, runs[max(runs)], StudyError) if runs else None
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -76,17 +87,14 @@ class SearchFolder:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """A file that appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    """A file that appears complete or not at all. Raises `StudyError`."""
+    write_text(path, json.dumps(values, indent=1) + "\n", StudyError)
 
 
 def read_kept(keep: Path) -> dict[str, Any] | None:
     """What is known of the model in `best`: hash (the name of its folder), value, placement; None before there is one."""
     note = keep / NOTE
-    return _read_json(note) if note.is_file() else None
+    return _read(note, _KEPT) if note.is_file() else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +133,10 @@ def study_of(folder: SearchFolder, known: Mapping[str, str] | None, url: str | N
     if known is None:
         return StudyFile(folder.study)
     from surgeon.search.database import StudyDatabase
+    from surgeon.search.database_url import check_named
 
+    if not url:
+        check_named(known["url"], str(folder.about))
     return StudyDatabase(url or known["url"], known["name"])
 
 
@@ -134,12 +145,13 @@ def read_search(path: str | Path, storage: str | None = None) -> Finished:
     folder = SearchFolder(path)
     if not folder.about.is_file():
         raise StudyError(f"there is no search in {folder.path}: it has no {folder.about.name}")
-    about = _read_json(folder.about)
+    about = read_object(folder.about, StudyError)
     if about.get("storage") is None and not folder.study.is_file():
         raise StudyError(f"there is no search in {folder.path}: it has no {folder.study.name}")
     if about.get("format") != FORMAT or about.get("version") != VERSION:
         raise StudyError(f"{folder.about} is not the record of a search that this version of surgeon can read")
-    file = study_of(folder, about.get("storage"), storage)
+    check_fields(about, _ABOUT, str(folder.about), StudyError)
+    file = study_of(folder, _storage(folder.about), storage)
     try:
         records, alive = file.view(), file.running()
     finally:
@@ -147,21 +159,62 @@ def read_search(path: str | Path, storage: str | None = None) -> Finished:
     return Finished(
         folder=folder,
         about=about,
-        space=_space(about["space"]),
+        space=_space(about["space"], str(folder.about)),
         records=records,
         alive=alive,
-        finals=_read_json(folder.table) if folder.table.is_file() else None,
+        finals=_read(folder.table, _FINALS) if folder.table.is_file() else None,
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise StudyError(f"cannot read {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise StudyError(f"cannot read {path}: it is not a JSON object")
+# The types of what is read of these files, for `check_fields`.
+_NUMBER = (int, float)
+_ABOUT = {
+    "model": {"name": str},
+    "task": {"name": str, "primary": str, "higher_is_better": bool},
+    "budgets": str,
+    "limits": {"*": (int, float, type(None))},
+    "original": {"*": _NUMBER},
+    "space": {
+        "layers": [str],
+        "stages": [(str, type(None))],
+        "options": [{"type": str, "options": dict}],
+        "allowed": [[int]],
+    },
+    "mode": str,
+    "seed": int,
+    "steps": int,
+    "gains": str,
+}
+_KEPT = {"hash": str, "value": _NUMBER, "placement": {"*": str}}
+_FINALS = {
+    "steps": int,
+    "seeds": int,
+    "arms": [
+        {
+            "role": str,
+            "hash": str,
+            "placement": {"*": str},
+            "values": [_NUMBER],
+            "trial": int,
+            "why_not": (str, type(None)),
+        }
+    ],
+}
+_STORAGE = {"url": str, "name": str}
+
+
+def _read(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    values = read_object(path, StudyError)
+    check_fields(values, fields, str(path), StudyError)
     return values
+
+
+def _storage(path: Path) -> dict[str, str] | None:
+    """The database that the study is in, as search.json says; None where it is in the folder."""
+    known = read_object(path, StudyError).get("storage") if path.is_file() else None
+    if known is not None:
+        check_fields(known, _STORAGE, f"{path}: storage", StudyError)
+    return known
 
 
 def space_values(space: Space) -> dict[str, Any]:
@@ -169,9 +222,13 @@ def space_values(space: Space) -> dict[str, Any]:
     return space.to_dict() | {"stages": list(space.stages)}
 
 
-def _space(values: Mapping[str, Any]) -> Space:
+def _space(values: Mapping[str, Any], where: str) -> Space:
     options = tuple(Option(one["type"], dict(one["options"])) for one in values["options"])
     allowed = np.zeros((len(values["layers"]), len(options) + 1), dtype=np.bool_)
+    if not len(values["layers"]) == len(values["stages"]) == len(values["allowed"]):
+        raise StudyError(f"{where}: space: layers, stages and allowed are not of one length")
     for row, columns in zip(allowed, values["allowed"], strict=True):
+        if not all(0 <= column <= len(options) for column in columns):
+            raise StudyError(f"{where}: space: allowed names an option that is not there")
         row[columns] = True
     return Space(layers=tuple(values["layers"]), stages=tuple(values["stages"]), options=options, allowed=allowed)

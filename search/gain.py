@@ -6,8 +6,7 @@ kept by the hash of what they were made from.
 
 import hashlib
 import json
-import os
-import tempfile
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,11 @@ from typing import Any
 import numpy as np
 
 from surgeon.errors import ConfigError
+from surgeon.files import cache_folder, read_json, write_text
 from surgeon.search.problem import Floats
 from surgeon.search.space import Space
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "surgeon-gains"
 VERSION = 1
@@ -121,20 +123,13 @@ class GainTable:
             ) from error
 
     def write(self, path: str | Path) -> None:
-        """To a JSON file; it appears complete or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            file.write(json.dumps(self.to_dict(), indent=1) + "\n")
-        Path(file.name).replace(path)
+        """To a JSON file; it appears complete or not at all. Raises `ConfigError`."""
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n", ConfigError)
 
     @classmethod
     def read(cls, path: str | Path) -> "GainTable":
         """From a JSON file; raises `ConfigError`."""
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")), str(path))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"cannot read the gain table {path}: {error}") from error
+        return cls.from_dict(read_json(path, ConfigError, "the gain table"), str(path))
 
 
 def uniform_gains(space: Space) -> GainTable:
@@ -166,8 +161,7 @@ def cache_key(space: Space, estimator: str, **facts: Any) -> str:
 
 def cached(key: str, make: Callable[[], GainTable]) -> GainTable:
     """The table of this key, made and kept (`SURGEON_CACHE`, else ~/.cache/surgeon) where there is none."""
-    folder = Path(os.environ.get("SURGEON_CACHE") or Path.home() / ".cache" / "surgeon") / "gains"
-    path = folder / f"{key}.json"
+    path = cache_folder() / "gains" / f"{key}.json"
     if path.is_file():
         try:
             return GainTable.read(path)
@@ -176,6 +170,6 @@ def cached(key: str, make: Callable[[], GainTable]) -> GainTable:
     table = make()
     try:
         table.write(path)
-    except OSError:
-        return table  # without a writable cache it is not kept
+    except ConfigError as error:
+        logger.debug("not kept: %s", error)
     return table

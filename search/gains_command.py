@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgeon.arguments import print_json
+from surgeon.arguments import print_json, whole
 from surgeon.errors import ConfigError
 from surgeon.search.place_command import add_space_arguments, space_config
 from surgeon.search.setup import GAINS, add_task_arguments, add_training_arguments
@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_training_arguments(parser)
     group = parser.add_argument_group("estimate")
     group.add_argument("--method", default=GAINS, metavar="METHOD", help=f"default: {GAINS}")
-    group.add_argument("--batches", type=int, default=16, metavar="N", help="of the gradient methods (default: 16)")
-    group.add_argument("--steps", type=int, default=20, metavar="N", help="of a training (default: 20)")
-    group.add_argument("--seeds", type=int, default=2, metavar="S", help="of every training (default: 2)")
+    group.add_argument("--batches", type=whole, default=16, metavar="N", help="of the gradient methods (default: 16)")
+    group.add_argument("--steps", type=whole, default=20, metavar="N", help="of a training (default: 20)")
+    group.add_argument("--seeds", type=whole, default=2, metavar="S", help="of every training (default: 2)")
     group.add_argument("--fresh", action="store_true", help="estimate again what is in the cache")
     group.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="write the table (JSON), and FILE's plot (PNG)"

@@ -7,6 +7,7 @@ next one is written. Everything written inside `exclusive` appears at once.
 """
 
 import contextlib
+import errno
 import json
 import os
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 from optuna.storages.journal import JournalFileBackend
 
 from surgeon.errors import SurgeonError
+from surgeon.files import inside
 
 _HELD: dict[
     str, tuple[int, int]
@@ -92,8 +94,8 @@ class Lease:
 
 
 def is_alive(folder: Path, worker: str) -> bool:
-    """Whether this worker's process still runs."""
-    path = folder / f"{worker}.lease"
+    """Whether this worker's process still runs. Raises `StudyError` for what is no worker's name."""
+    path = inside(folder, f"{worker}.lease", StudyError)
     if str(path.absolute()) in _HELD:
         return True  # it is this process; opening the file here would drop its lock
     try:
@@ -165,11 +167,16 @@ class Journal(JournalFileBackend):
         if not logs:
             return
         lines = [(json.dumps(log, separators=(",", ":")) + "\n").encode() for log in logs]
-        with self.path.open("ab") as file:
-            place = file.tell()
-            file.write(b"".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
+        place = self.path.stat().st_size
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                file.write(b"".join(lines))
+                os.fsync(file.fileno())
+                if file.tell() != place + sum(map(len, lines)):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.truncate(self.path, place)
+            raise StudyError(f"cannot write the study {self.path}: {error.strerror or error}") from error
         if number is not None:
             for i, line in enumerate(lines, start=1):
                 place += len(line)
@@ -213,6 +220,6 @@ def _check_journal(path: Path) -> None:
 def forget_dead(folder: Path) -> None:
     """Remove the files of workers that are gone."""
     for path in folder.glob("*.lease"):
-        if not is_alive(folder, path.stem):
+        if not path.is_symlink() and not is_alive(folder, path.stem):
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import print_json
+from surgeon.arguments import add_seed, positive, print_json, whole
 from surgeon.cost_command import add_step_arguments
 from surgeon.errors import ConfigError
+from surgeon.files import told, write_text
 
 if TYPE_CHECKING:
     from surgeon.search.gain import GainTable
@@ -27,13 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model's name")
     add_step_arguments(parser)
     parser.add_argument("--weights", default="random", metavar="auto|pretrained|random|FILE", help="default: random")
-    parser.add_argument("--seed", type=int, default=0, help="of the recipe (default: 0)")
+    add_seed(parser, "of the recipe")
     add_space_arguments(parser)
     add_budget_arguments(parser)
     group = parser.add_argument_group("what to do")
     group.add_argument("--gains", default="uniform", metavar="FILE|uniform", help="a gain table (default: uniform)")
-    group.add_argument("--count", type=int, default=1, metavar="K", help="so many different placements (default: 1)")
-    group.add_argument("--distance", type=int, default=1, metavar="D", help="layers in which they differ (default: 1)")
+    group.add_argument("--count", type=whole, default=1, metavar="K", help="so many different placements (default: 1)")
+    group.add_argument(
+        "--distance", type=whole, default=1, metavar="D", help="layers in which they differ (default: 1)"
+    )
     group.add_argument("-o", "--output", metavar="FILE", help="write the best as a recipe for surgeon convert --recipe")
     group.add_argument("--force", action="store_true", help="replace FILE")
 
@@ -63,7 +66,7 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--memory-mode", choices=("train", "infer"), default="train", help="which step (default: train)")
     group.add_argument("--max-latency", metavar="T|+P%", help="of an inference, measured on this machine (20ms, +30%%)")
-    group.add_argument("--max-layers", type=int, metavar="K", help="replace at most so many layers")
+    group.add_argument("--max-layers", type=whole, metavar="K", help="replace at most so many layers")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -71,10 +74,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"expected whole numbers such as 4,6,9, got {text!r}")
-    return tuple(int(part) for part in parts)
+    try:
+        return tuple(positive(part) for part in text.split(","))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 4,6,9, got {told(text)}") from error
 
 
 def space_config(args: argparse.Namespace) -> "SpaceConfig":
@@ -97,7 +100,6 @@ def space_config(args: argparse.Namespace) -> "SpaceConfig":
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 where no placement, or only that without replacements, is within the budgets."""
-    from surgeon.costs import parse_input_size
     from surgeon.models import build_model
     from surgeon.search.budget import Budgets
     from surgeon.search.gain import read_gains
@@ -117,13 +119,12 @@ def run(args: argparse.Namespace) -> int:
         max_layers=args.max_layers,
     )
     config = space_config(args)
-    size = parse_input_size(args.input_size) if args.input_size else None
-    model, _ = build_model(args.model, weights=args.weights, seed=args.seed, input_size=size)
+    model, _ = build_model(args.model, weights=args.weights, seed=args.seed, input_size=args.input_size)
     gate = Gate(
         model,
         config,
         budgets,
-        input_size=size,
+        input_size=args.input_size,
         batch_size=args.batch_size,
         optimizer=args.optimizer,
         amp=args.amp,
@@ -182,14 +183,7 @@ def _nothing(gate: "Gate", args: argparse.Namespace) -> int:
 
 
 def _write(gate: "Gate", placement: "Ints", args: argparse.Namespace) -> None:
-    path = Path(args.output)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(gate.space.recipe(placement, seed=args.seed).to_json(), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(f"cannot write the recipe {path}: {error.strerror or error}") from error
+    write_text(args.output, gate.space.recipe(placement, seed=args.seed).to_json(), ConfigError)
 
 
 # --- what is printed ----------------------------------------------------------------------------------------------

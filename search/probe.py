@@ -29,7 +29,7 @@ from surgeon.search.space import Space
 from surgeon.search.training import ShortConfig, TrainingEvaluator
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune.batches import Draws, mixed, to_device
-from surgeon.zoo.finetune.loop import make_optimizer
+from surgeon.zoo.finetune.optimizer import make_optimizer
 from surgeon.zoo.finetune.parameters import group_parameters, optimizer_groups
 from surgeon.zoo.tasks import Batch, Task
 

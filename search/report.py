@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from surgeon.errors import ConfigError
+from surgeon.files import filling
 from surgeon.search import figures
 from surgeon.search.folder import Finished
 from surgeon.search.gain import GainTable
@@ -32,12 +33,13 @@ def write_report(found: Finished, folder: Path, other: Finished | None = None) -
         pictures["finals"] = figures.finals_figure(found)
     if found.folder.gains.is_file():
         pictures["gains"] = figures.gain_bars(GainTable.read(found.folder.gains))
-    for name, figure in pictures.items():
-        figures.write_png(figure, folder / f"{name}.png")
-    page = folder / "report.html"
-    images = {name: base64.b64encode((folder / f"{name}.png").read_bytes()).decode() for name in pictures}
-    page.write_text(_page(found, images), encoding="utf-8")
-    return page
+    images = {name: figures.png(figure) for name, figure in pictures.items()}
+    with filling(folder, ConfigError) as fresh:
+        for name, picture in images.items():
+            (fresh / f"{name}.png").write_bytes(picture)
+        encoded = {name: base64.b64encode(picture).decode() for name, picture in images.items()}
+        (fresh / "report.html").write_text(_page(found, encoded), encoding="utf-8")
+    return folder / "report.html"
 
 
 def _page(found: Finished, images: dict[str, str]) -> str:

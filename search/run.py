@@ -97,6 +97,7 @@ class Search:
         self.proposer = Proposer(config.mode, space, gains, config.seed)
         self._identity = self._bound_to(gains, identity or {})
         self._pruner, self._progress = pruner, progress
+        self._decoded: dict[str, Ints] = {}
 
     def _bound_to(self, gains: GainTable, more: Mapping[str, Any]) -> dict[str, Any]:
         problem = self.problem
@@ -149,7 +150,11 @@ class Search:
                         done = self._evaluate(claim, stop)
                     evaluated, failures = evaluated + done, 0
                 except (_LeaveError, StoppedError):
+                    self._give_back(claim)
                     break
+                except KeyboardInterrupt:
+                    self._give_back(claim)
+                    raise
                 except _TakenError:
                     continue
                 except StudyError:
@@ -163,6 +168,17 @@ class Search:
                     self._fail(claim, error)
                     raise
         return self._outcome(stop.reason or "interrupted", evaluated)
+
+    def _give_back(self, claim: _Claim) -> None:
+        """Leave a trial open for those who go on: to be asked to stop is not to die, and does not count as an attempt."""
+
+        def write() -> None:
+            with self.file.exclusive():
+                attributes = self.file.trials()[claim.trial.number].user_attrs
+                if attributes.get("worker") == self.file.worker:
+                    claim.trial.set_user_attr("attempts", int(attributes["attempts"]) - 1)
+
+        self.file.patiently(write)
 
     def _outcome(self, stopped: str, evaluated: int) -> Outcome:
         return Outcome(stopped=stopped, evaluated=evaluated, best=self.file.best())
@@ -226,7 +242,7 @@ class Search:
             self._write(trial, proposal, started)
             self._answer(trial, twin)
             return None
-        seen = {one.hash: self.space.placement(one.placement) for one in others if one.hash is not None}
+        seen = {one.hash: self._placement(one) for one in others if one.hash is not None}
         if self.space.hash_of(proposal.placement) in seen:
             other = self.proposer.another(trial.number, problem, seen, proposal)
             if other is None:
@@ -237,10 +253,17 @@ class Search:
         self._write(trial, proposal, started)
         return _Claim(trial, proposal.placement)
 
+    def _placement(self, one: Record) -> Ints:
+        """A trial's placement: of hundreds of trials, each is decoded once."""
+        assert one.hash is not None
+        if one.hash not in self._decoded:
+            self._decoded[one.hash] = self.space.placement(one.placement)
+        return self._decoded[one.hash]
+
     def _measured(self, records: list[Record]) -> list[tuple[Ints, float]]:
         sign = 1.0 if self.evaluator.directions[0] == "maximize" else -1.0
         return [
-            (self.space.placement(one.placement), sign * one.values[0])
+            (self._placement(one), sign * one.values[0])
             for one in records
             if one.state == "complete" and one.values and one.duplicate_of is None
         ]

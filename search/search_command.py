@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import print_json
+from surgeon.arguments import print_json, whole
 from surgeon.errors import ConfigError
 from surgeon.search.place_command import add_budget_arguments, add_space_arguments, space_config
 from surgeon.search.setup import GAINS, add_task_arguments, add_training_arguments
@@ -44,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_space_arguments(parser)
     add_training_arguments(parser)
     group = parser.add_argument_group("search")
-    group.add_argument("--trials", type=int, default=30, metavar="N", help="placements to train (default: 30)")
-    group.add_argument("--steps", type=int, default=200, metavar="N", help="optimizer steps a trial (default: 200)")
-    group.add_argument("--rung", type=int, default=0, metavar="R", help="trials of steps x 2^R (default: 0)")
-    group.add_argument("--evaluations", type=int, default=4, metavar="N", help="values a trial reports (default: 4)")
+    group.add_argument("--trials", type=whole, default=30, metavar="N", help="placements to train (default: 30)")
+    group.add_argument("--steps", type=whole, default=200, metavar="N", help="optimizer steps a trial (default: 200)")
+    group.add_argument("--rung", type=whole, default=0, metavar="R", help="trials of steps x 2^R (default: 0)")
+    group.add_argument("--evaluations", type=whole, default=4, metavar="N", help="values a trial reports (default: 4)")
     group.add_argument("--no-pruning", action="store_true", help="train every trial to its end")
     group.add_argument("--gains", default=GAINS, metavar="FILE|METHOD", help=f"see surgeon gains (default: {GAINS})")
     group.add_argument(
@@ -55,13 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-time", metavar="TIME", help="of the trials: 90s, 30m, 1.5h")
     group.add_argument(
-        "--finals", type=int, default=0, metavar="K", help="train the best K again, in full (default: 0)"
+        "--finals", type=whole, default=0, metavar="K", help="train the best K again, in full (default: 0)"
     )
-    group.add_argument("--seeds", type=int, default=3, metavar="S", help="of the finals (default: 3)")
-    group.add_argument("--final-rung", type=int, default=2, metavar="R", help="finals of steps x 2^R (default: 2)")
+    group.add_argument("--seeds", type=whole, default=3, metavar="S", help="of the finals (default: 3)")
+    group.add_argument("--final-rung", type=whole, default=2, metavar="R", help="finals of steps x 2^R (default: 2)")
     group.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: runs/MODEL-TASK-search")
     group.add_argument("--resume", action="store_true", help="go on with the search in FOLDER")
-    group.add_argument("--jobs", type=int, default=1, metavar="N", help="workers on this machine (default: 1)")
+    group.add_argument("--jobs", type=whole, default=1, metavar="N", help="workers on this machine (default: 1)")
     group.add_argument("--storage", metavar="URL", help="keep the trials in a database: postgresql://me@host/db")
     group.add_argument("--join", metavar="NAME", help="be one more worker of the study NAME in --storage")
 
@@ -91,10 +91,13 @@ def _search(args: argparse.Namespace, folder: "SearchFolder", file: "Study") -> 
     name = None if isinstance(file, StudyFile) else file.name
     if name is not None:
         _tell(args, f"the study is {file}; other machines join with --join {name}")
-    with helpers(args, folder.path, name, lambda text: _tell(args, text)) as processes:
-        outcome = search.run()
-        if outcome.stopped == "interrupted":
-            interrupt(processes)
+    try:
+        with helpers(args, folder.path, name, lambda text: _tell(args, text)) as processes:
+            outcome = search.run()
+            if outcome.stopped == "interrupted":
+                interrupt(processes)
+    except KeyboardInterrupt:  # the second one
+        return _interrupted()
     _tell(args, f"stopped ({outcome.stopped}) after {outcome.evaluated} evaluations here")
     if outcome.stopped == "interrupted":
         return _interrupted()
@@ -122,6 +125,9 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("rung", "finals", "final_rung"):
         if getattr(args, name) < 0:
             raise ConfigError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    for name, most in (("rung", 20), ("final_rung", 20), ("jobs", 1024)):
+        if getattr(args, name) > most:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at most {most}, got {getattr(args, name)}")
 
 
 def work(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import Assignments, assignment
+from surgeon.arguments import Assignments, add_seed, assignment, whole
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,19 +39,19 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="any option of the task",
     )
-    group.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    add_seed(group, "of everything random")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """How a trial is trained; the memory of such a step is what --max-memory limits."""
     group = parser.add_argument_group("training")
-    group.add_argument("--batch-size", type=int, default=32, metavar="N", help="samples a step (default: 32)")
+    group.add_argument("--batch-size", type=whole, default=32, metavar="N", help="samples a step (default: 32)")
     group.add_argument("--lr", type=float, metavar="X", help="learning rate at its highest")
     group.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="default: adamw")
     group.add_argument("--weight-decay", type=float, metavar="X", help="not on norms and biases")
     group.add_argument("--new-lr-scale", type=float, metavar="X", help="rate of new parameters, as a part of --lr")
     group.add_argument("--amp", nargs="?", const="float16", choices=tuple(_PRECISION), help="automatic mixed precision")
-    group.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load data (default: 0)")
+    group.add_argument("--workers", type=whole, default=0, metavar="N", help="processes that load data (default: 0)")
     group.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: leave a GPU alone")
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from surgeon.costs.table import KEEP, Option
 from surgeon.errors import ConfigError, RecipeError
+from surgeon.files import read_text, told
 from surgeon.recipe import Recipe, Rule, quoted, unquoted, versions
 from surgeon.search.problem import Bools, Ints
 
@@ -30,6 +32,7 @@ DEFAULT_OPTIONS = (
     Option("sekg", {}),
 )
 _VALUES = {"acda": ("atoms", "scales"), "pafu": ("group_size",), "sekg": ("kernel_groups",)}
+_DEPTH = 32  # of lists and mappings in one another
 _KEYS = ("types", "atoms", "scales", "group_sizes", "kernel_groups", "layers", "options")
 
 
@@ -88,16 +91,16 @@ class SpaceConfig:
     def from_dict(cls, values: Any, where: str = "space") -> "SpaceConfig":
         """From JSON or YAML values: the keys of this class, `options` as a list of {type, options}. Raises `ConfigError`."""
         if not isinstance(values, dict):
-            raise ConfigError(f"{where} must be a mapping with some of {', '.join(_KEYS)}, got {values!r}")
+            raise ConfigError(f"{where} must be a mapping with some of {', '.join(_KEYS)}, got {told(values)}")
         unknown = sorted(str(key) for key in set(values) - set(_KEYS))
         if unknown:
-            raise ConfigError(f"{where} has no key {unknown[0]!r}; it may have {', '.join(_KEYS)}")
+            raise ConfigError(f"{where} has no key {told(unknown[0])}; it may have {', '.join(_KEYS)}")
         read: dict[str, Any] = {}
         for key, value in values.items():
             if key == "layers":
                 read[key] = ",".join(value) if isinstance(value, list) else value
                 if not isinstance(read[key], str):
-                    raise ConfigError(f"{where}: layers must be a selection such as stage3,stage4, got {value!r}")
+                    raise ConfigError(f"{where}: layers must be a selection such as stage3,stage4, got {told(value)}")
             elif key == "options":
                 read[key] = _options(value, where)
             else:
@@ -109,27 +112,42 @@ class SpaceConfig:
         """From a YAML or JSON file; raises `ConfigError`."""
         import yaml
 
+        text = read_text(path, ConfigError, "the space")
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the space {path}: {error}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+            _check_yaml(text)
+            values = yaml.safe_load(text)  # JSON is YAML
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())[:300]}") from error
         return cls.from_dict(values, str(path))
+
+
+def _check_yaml(text: str) -> None:
+    """Raise `YAMLError` for what makes a short text a huge one, or one that takes for ever to read: aliases, deep nesting."""
+    import yaml
+
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        name = type(token).__name__
+        if name.startswith(("Flow", "Block")):
+            depth += ("Start" in name) - ("End" in name)
+        if isinstance(token, yaml.AliasToken):
+            raise yaml.YAMLError("it has aliases (*name), by which a short text may stand for a huge one")
+        if depth > _DEPTH:
+            raise yaml.YAMLError("it is nested too deep")
 
 
 def _options(value: Any, where: str) -> tuple[Option, ...]:
     if not isinstance(value, list) or not all(
         isinstance(one, dict) and set(one) <= {"type", "options"} and isinstance(one.get("type"), str) for one in value
     ):
-        raise ConfigError(f"{where}: options must be a list of {{type, options}}, got {value!r}")
+        raise ConfigError(f"{where}: options must be a list of {{type, options}}, got {told(value)}")
     return tuple(Option(one["type"], dict(one.get("options") or {})) for one in value)
 
 
 def _listed(value: Any, kind: type, where: str) -> tuple[Any, ...]:
     items = value if isinstance(value, list) else [value]
     if not all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
-        raise ConfigError(f"{where} must be a list of {'names' if kind is str else 'whole numbers'}, got {value!r}")
+        raise ConfigError(f"{where} must be a list of {'names' if kind is str else 'whole numbers'}, got {told(value)}")
     return tuple(items)
 
 
@@ -147,12 +165,12 @@ class Space:
     refused: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)  # (layer, option label) → why not
     selection: str | None = None
 
-    @property
+    @cached_property
     def labels(self) -> tuple[str, ...]:
         """Of all options, "keep" first."""
         return (KEEP, *(option.label for option in self.options))
 
-    @property
+    @cached_property
     def types(self) -> tuple[str, ...]:
         """Layer type of every option, "keep" first."""
         return (KEEP, *(option.type for option in self.options))
@@ -165,7 +183,15 @@ class Space:
             "allowed": [[int(j) for j in np.flatnonzero(row)] for row in self.allowed],
         }
 
-    @property
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {layer: i for i, layer in enumerate(self.layers)}
+
+    @cached_property
+    def _columns(self) -> dict[str, int]:
+        return {label: j for j, label in enumerate(self.labels)}
+
+    @cached_property
     def hash(self) -> str:
         """Stable over runs and machines."""
         return _sha(self.to_dict())
@@ -179,10 +205,10 @@ class Space:
         """Inverse of `names`; raises `ConfigError` for a layer or option that is not there or not allowed."""
         result = np.zeros(len(self.layers), dtype=np.int64)
         for layer, label in chosen.items():
-            if layer not in self.layers or label not in self.labels:
-                what = repr(layer) if layer not in self.layers else repr(label)
+            if layer not in self._rows or label not in self._columns:
+                what = repr(layer) if layer not in self._rows else repr(label)
                 raise ConfigError(f"the search space has no {what}; its options are {', '.join(self.labels)}")
-            result[self.layers.index(layer)] = self.labels.index(label)
+            result[self._rows[layer]] = self._columns[label]
         self.check(result)
         return result
 
@@ -190,6 +216,9 @@ class Space:
         """Raise `ConfigError` unless these are L options that exist and are allowed."""
         if len(placement) != len(self.layers):
             raise ConfigError(f"a placement names an option for {len(self.layers)} layers, got {len(placement)}")
+        chosen = np.asarray(placement)
+        if (chosen >= 0).all() and (chosen < len(self.labels)).all() and self.allowed[range(len(chosen)), chosen].all():
+            return
         for i, j in enumerate(placement):
             if not 0 <= j < len(self.labels):
                 raise ConfigError(f"{self.layers[i]}: there is no option {j}; there are 0 to {len(self.options)}")

@@ -1,4 +1,4 @@
-"""When a worker stops: Ctrl-C, or the end of its time."""
+"""When a worker stops: Ctrl-C or SIGTERM, or the end of its time."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass
 class Stop:
-    """When to stop: Ctrl-C, or the end of the time."""
+    """When to stop: Ctrl-C or SIGTERM, or the end of the time."""
 
     deadline: float | None
     interrupted: bool = False
@@ -25,18 +25,21 @@ class Stop:
 
 @contextmanager
 def on_interrupt(stop: Stop) -> Iterator[None]:
-    """The first Ctrl-C asks the search to stop, the second stops it at once. Only the main thread can catch it."""
+    """The first Ctrl-C, or SIGTERM, asks the search to stop, the second stops it at once. Only the main thread can catch it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: Any) -> None:
+        if stop.interrupted:
+            raise KeyboardInterrupt
         stop.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, handle)
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -5,9 +5,7 @@ Every trial is an Optuna trial, so that Optuna's own tools read the study. Its u
 `predicted`, `traced`, `seconds`.
 """
 
-import json
 import os
-import socket
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +20,13 @@ from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from surgeon.errors import SurgeonError
+from surgeon.files import check_fields
+from surgeon.machine import machine
 from surgeon.search.budget import Calibration
+from surgeon.search.identity import as_stored, differences
 from surgeon.search.journal import Journal, Lease, StudyError, file_lock, forget_dead, is_alive
 
-VERSION = 1
 _IDENTITY = "surgeon:identity"
 _CALIBRATION = "surgeon:calibration"
 
@@ -53,6 +54,28 @@ class Record:
     def counts(self) -> bool:
         """Whether it was an evaluation of its own."""
         return self.state in ("complete", "pruned") and self.duplicate_of is None
+
+
+_ATTRIBUTES: dict[str, Any] = {  # the types of what is read of a trial, where it has it
+    "hash": str,
+    "placement": {"*": str},
+    "source": str,
+    "gain": (int, float),
+    "worker": str,
+    "attempts": int,
+    "duplicate_of": int,
+    "refused": [str],
+    "predicted": {"*": (int, float)},
+    "traced": {"*": (int, float)},
+    "seconds": (int, float),
+}
+
+
+def checked(trial: FrozenTrial, where: str) -> FrozenTrial:
+    """The trial; raises `StudyError` for attributes of other types than ours: a study may be a stranger's."""
+    fields = {name: kind for name, kind in _ATTRIBUTES.items() if name in trial.user_attrs}
+    check_fields(dict(trial.user_attrs), fields, f"{where}: trial {trial.number}", StudyError)
+    return trial
 
 
 def record(trial: FrozenTrial) -> Record:
@@ -282,7 +305,7 @@ class StudyFile(Study):
     ) -> None:
         if resume and not self.exists():
             raise StudyError(f"there is no study {self.path} to go on with; leave out --resume to begin one")
-        try:
+        with self._readable():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(self.path)
             with self._journal.exclusive():
@@ -299,10 +322,6 @@ class StudyFile(Study):
                 else:
                     self.study = optuna.load_study(storage=storage, study_name=self.name, **rest)
                     self.check_identity(identity)
-        except (OSError, ValueError, AssertionError, KeyError) as error:
-            if isinstance(error, StudyError):
-                raise
-            raise StudyError(f"cannot read the study {self.path}: {error}") from error
 
     def close(self) -> None:
         """A file is open only while it is read or written: there is nothing to give back."""
@@ -316,14 +335,21 @@ class StudyFile(Study):
     def view(self) -> list[Record]:
         if not self.exists():
             raise StudyError(f"there is no study {self.path}")
-        try:
+        with self._readable():
             storage = JournalStorage(Journal(self.path))
             self.study = optuna.load_study(storage=storage, study_name=self.name)
-        except (OSError, ValueError, AssertionError, KeyError) as error:
-            if isinstance(error, StudyError):
+            found = [record(checked(trial, str(self.path))) for trial in self.trials()]
+        return found
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """What Optuna says of a journal that is none, as a `StudyError`: it takes every line for one of its own."""
+        try:
+            yield
+        except (OSError, ValueError, AssertionError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, SurgeonError):
                 raise
-            raise StudyError(f"cannot read the study {self.path}: {error}") from error
-        return self.records()
+            raise StudyError(f"cannot read the study {self.path}: {type(error).__name__}: {error}") from error
 
     def orphans(self) -> list[FrozenTrial]:
         running = [trial for trial in self.trials() if trial.state == TrialState.RUNNING]
@@ -356,35 +382,5 @@ class StudyFile(Study):
 
 
 def worker_name() -> str:
-    """A name for this process: host, process id, and something that no other has."""
-    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-
-
-def as_stored(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity as a study gives it back."""
-    found: dict[str, Any] = json.loads(json.dumps({"version": VERSION, **identity}))
-    return found
-
-
-def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """Where two JSON values differ, in words."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            inner = f"{where}.{key}" if where else str(key)
-            if key not in old or key not in new:
-                yield f"{inner} is only in {'this search' if key in new else 'the study'}"
-            else:
-                yield from differences(old[key], new[key], inner)
-    elif isinstance(old, list) and isinstance(new, list) and all(isinstance(x, str) for x in [*old, *new]):
-        gone, come = [x for x in old if x not in new], [x for x in new if x not in old]
-        if gone or come or old != new:
-            parts = [f"without {', '.join(gone)}"] if gone else []
-            parts += [f"with {', '.join(come)}"] if come else []
-            yield f"{where} {' and '.join(parts) or 'in another order'}"
-    elif old != new:
-        yield f"{where} is {_short(old)} in the study and {_short(new)} here"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    """A name for this process: its machine, process id, and something that no other has."""
+    return f"{machine()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"

@@ -1,13 +1,12 @@
 """`surgeon study`: look at a search, running or finished, and take its best out. Imports torch only to export."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import print_json
-from surgeon.errors import CheckpointError, ConfigError
+from surgeon.arguments import print_json, whole
+from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
     from surgeon.search.folder import Finished
@@ -25,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `surgeon study`, beside --json, --quiet and --debug."""
     parser.add_argument("action", choices=tuple(_ACTIONS), help="what to do; searches may be running meanwhile")
     parser.add_argument("folder", metavar="FOLDER", help="what surgeon search wrote")
-    parser.add_argument("--storage", metavar="URL", help="the search's database, where its URL has a password")
-    parser.add_argument("--count", type=int, default=5, metavar="K", help="status, best: so many (default: 5)")
+    parser.add_argument("--storage", metavar="URL", help="the search's database, where it is on a server")
+    parser.add_argument("--count", type=whole, default=5, metavar="K", help="status, best: so many (default: 5)")
     parser.add_argument("--against", metavar="FOLDER", help="report: another search (--mode random) to compare with")
     parser.add_argument("--best", action="store_true", help="export: the best placement with replacements (always so)")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="report, export: folder to write")
@@ -74,9 +73,12 @@ def _report(args: argparse.Namespace, found: "Finished") -> int:
     from surgeon.search.folder import read_search
     from surgeon.search.report import write_report
 
-    other = read_search(args.against) if args.against else None
+    other = read_search(args.against, args.storage) if args.against else None
     page = write_report(found, args.output or found.folder.report, other)
-    print(json.dumps({"report": str(page)}) if args.json else f"written to  {page}")
+    if args.json:
+        print_json({"report": str(page)})
+    else:
+        print(f"written to  {page}")
     return 0
 
 
@@ -84,23 +86,15 @@ def _export(args: argparse.Namespace, found: "Finished") -> int:
     """The surgeon folder of the best: of the finals where there are any, else of the trials."""
     import shutil
 
-    from surgeon.checkpoint import check_output
+    from surgeon.checkpoint import check_output, fresh_folder
+    from surgeon.files import check_plain
 
     source, about = _source(found)
     output = args.output or found.folder.path / "export"
     check_output(output, force=args.force)
-    fresh = output.with_name(f".{output.name}.partial")
-    try:
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, fresh, ignore=shutil.ignore_patterns("training"))
-        if output.exists():
-            shutil.rmtree(output)
-        fresh.rename(output)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {output}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    check_plain(source)
+    with fresh_folder(output, args.force) as fresh:
+        shutil.copytree(source, fresh, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns("training"))
     original = _original_value(found, about["stage"])
     sign = 1.0 if found.higher_is_better else -1.0
     if original is not None and sign * (about["value"] - original) <= 0 and not args.quiet:
@@ -123,20 +117,20 @@ def _source(found: "Finished") -> tuple[Path, dict[str, Any]]:
     """The folder to copy, and what is in it."""
     import statistics
 
+    from surgeon.files import inside
     from surgeon.search.finals import best_arm
     from surgeon.search.folder import read_kept
 
     if found.finals is not None:
         arm = best_arm(found.finals["arms"], higher=found.higher_is_better)
-        folders = [] if arm is None else sorted(found.folder.finals.glob(f"{arm['hash']}-rung*-seed0"))
-        if arm is not None and folders:
+        folder = None if arm is None else found.folder.final_of(arm["hash"])
+        if arm is not None and folder is not None:
             value = statistics.fmean(arm["values"])
-            about = {"stage": "finals", "hash": arm["hash"], "value": value, "placement": arm["placement"]}
-            return folders[-1], about
+            return folder, {"stage": "finals", "hash": arm["hash"], "value": value, "placement": arm["placement"]}
     kept = read_kept(found.folder.best)
     if kept is None:
         raise ConfigError(f"no placement with replacements was trained to its end in {found.folder.path} yet")
-    return found.folder.best / kept["hash"], {"stage": "trials", **kept}
+    return inside(found.folder.best, kept["hash"]), {"stage": "trials", **kept}
 
 
 def _original_value(found: "Finished", stage: str) -> float | None:

@@ -31,6 +31,7 @@ from surgeon.weights import state_sha256
 from surgeon.zoo.finetune import FinetuneConfig, FinetuneResult, finetune
 from surgeon.zoo.finetune.loop import Interrupted
 from surgeon.zoo.tasks import Task, better
+from surgeon.zoo.tasks.support.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from surgeon.zoo.finetune.run import Source
@@ -95,6 +96,7 @@ class TrainingEvaluator(Evaluator):
         self.base, self.keep = base, keep
         self.directions = ("maximize" if task.higher_is_better else "minimize",)
         self._weights = state_sha256(model)
+        self._data = fingerprint(task)
         self._size = sample_size(task)
         self._start: dict[str, float] | None = None  # metrics before training: conversion keeps them
 
@@ -107,6 +109,7 @@ class TrainingEvaluator(Evaluator):
             "options": options | {"seed": self.task.seed},
             "training": training,
             "weights": self._weights,
+            "data": self._data,
         }
 
     def evaluate(self, placement: Ints, report: Report, rung: int) -> float:

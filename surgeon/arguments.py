@@ -2,12 +2,24 @@
 
 import argparse
 import json
-from typing import TYPE_CHECKING, Any
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TextIO
+
+from surgeon.errors import ConfigError
+from surgeon.files import parse_json, told
+from surgeon.parse import parse_input_size
 
 if TYPE_CHECKING:
     from torch import nn
 
     from surgeon.recipe import BaseModel
+
+MOST = 2**31 - 1  # of a count
+_STDOUT: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
 
 
 def assignment(text: str) -> tuple[str, Any]:
@@ -16,9 +28,21 @@ def assignment(text: str) -> tuple[str, Any]:
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
     try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
+        return key, parse_json(value, key, ConfigError)
+    except ConfigError as error:
+        if isinstance(error.__cause__, json.JSONDecodeError):
+            return key, value
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def whole(text: str) -> int:
+    """An integer that a count may be; an argparse type."""
+    value = _integer(text)
+    if value is None:
+        raise argparse.ArgumentTypeError(f"expected an integer, got {told(text)}")
+    if abs(value) > MOST:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST:,}, got {told(text)}")
+    return value
 
 
 class Assignments(argparse.Action):
@@ -37,27 +61,36 @@ class Assignments(argparse.Action):
 
 def positive(text: str) -> int:
     """An integer of at least 1; an argparse type."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    value = _integer(text)
+    if value is None or value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {told(text)}")
+    return whole(text)
+
+
+def seed(text: str) -> int:
+    """What starts random numbers: 63 bits; an argparse type."""
+    value = _integer(text)
+    if value is None or not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2^63 - 1, got {told(text)}")
     return value
 
 
+def _integer(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"\s*[+-]?\d{1,30}\s*", text) else None
+
+
 def size(text: str) -> tuple[int, ...]:
-    """(H, W) or (C, H, W); an argparse type."""
-    parts = text.lower().replace(",", "x").split("x")
+    """(H, W) or (C, H, W); an argparse type, the same for all commands."""
     try:
-        values = tuple(positive(part) for part in parts)
-    except argparse.ArgumentTypeError:
-        values = ()
-    if len(values) == 1:
-        values *= 2
-    if len(values) not in (2, 3):
-        raise argparse.ArgumentTypeError(f"expected SIZE, HxW or CxHxW, got {text!r}")
-    return values
+        values = parse_input_size(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"expected SIZE, HxW or CxHxW, got {told(text)}") from error
+    return values * 2 if len(values) == 1 else values
+
+
+def add_seed(parser: Any, of: str) -> None:
+    """`--seed`, which says what it is the seed of."""
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help=f"{of} (default: 0)")
 
 
 # --- groups of arguments ---------------------------------------------------------------------------------------------
@@ -72,7 +105,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("model")
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
-    group.add_argument("--seed", type=int, default=0, help="of random weights and of the conversion (default: 0)")
+    add_seed(group, "of random weights and of the conversion")
     group.add_argument("--num-classes", type=positive, metavar="N", help="classes of the model's head")
     group.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
     group.add_argument(
@@ -123,6 +156,17 @@ def input_size(args: argparse.Namespace, base: "BaseModel | None") -> tuple[int,
     return given or (base.input_size or None if base is not None else None)
 
 
+@contextmanager
+def one_document() -> Iterator[None]:
+    """What libraries print meanwhile goes to stderr: stdout holds what `print_json` prints, and nothing else."""
+    before = _STDOUT.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _STDOUT.reset(before)
+
+
 def print_json(values: Any) -> None:
     """The one document of --json."""
-    print(json.dumps(values, indent=2))
+    print(json.dumps(values, indent=2), file=_STDOUT.get(), flush=True)

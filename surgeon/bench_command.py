@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from surgeon.arguments import print_json
+from surgeon.arguments import print_json, whole
 from surgeon.cost_command import add_step_arguments, build, original_of
 from surgeon.errors import ConfigError
 
@@ -21,13 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare", metavar="ORIGINAL", help="the model to compare with (default: the run's base model)"
     )
     parser.add_argument("--train", action="store_true", help="training steps instead of inference")
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="steps of each model (default: 10)")
+    parser.add_argument("--rounds", type=whole, default=10, metavar="N", help="steps of each model (default: 10)")
     parser.add_argument("--device", metavar="cuda|cpu", help="default: cuda where there is one")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from surgeon.costs import parse_input_size
     from surgeon.costs.measure import NoDeviceError, has_device, interleaved
     from surgeon.costs.settings import make_settings
 
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     converted = build(args.run, trust_factory=args.trust_factory)
     original = build(args.compare) if args.compare else original_of(args)
     step = {
-        "input_size": parse_input_size(args.input_size) if args.input_size else None,
+        "input_size": args.input_size,
         "batch_size": args.batch_size,
         "mode": "train" if args.train else "infer",
         "optimizer": args.optimizer,

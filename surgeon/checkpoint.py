@@ -23,8 +23,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from surgeon.collapse_report import CollapseReport, read
 from surgeon.errors import CheckpointError, RecipeError, SurgeonError
+from surgeon.files import check_fields, parse_json, read_json, read_object, sync, told
 from surgeon.identify import identify
-from surgeon.layers.base import DynamicConv2d
+from surgeon.layers.base import DynamicConv2d, LayerConfig
+from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.registry import layer_class
 from surgeon.layers.source import ConvSource
 from surgeon.models import build_structure
@@ -34,9 +36,7 @@ from surgeon.recipe import (
     Recipe,
     Rule,
     get_recipe,
-    parse_json,
     quoted,
-    read_text,
     set_recipe,
     unquoted,
     versions,
@@ -44,6 +44,7 @@ from surgeon.recipe import (
 from surgeon.recipe import FILE as RECIPE
 from surgeon.report import Report
 from surgeon.rewrite import Rewrite, convolution_rule, dynamic_layers, folded_from, folded_windows
+from surgeon.sizes import check_layers
 from surgeon.unfinished import unfinished
 from surgeon.weights import mismatches, told_mismatches
 
@@ -72,7 +73,7 @@ def save(
     check_output(path, force=force)
     recipe = describe(model, base)
     tensors, aliases = _tensors(model)
-    with _fresh_folder(path, force) as folder:
+    with fresh_folder(path, force) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "aliases": json.dumps(aliases)})
         artefact = {
             "files": {WEIGHTS: {"sha256": _file_sha256(folder / WEIGHTS), "bytes": (folder / WEIGHTS).stat().st_size}},
@@ -104,7 +105,7 @@ def load(
         raise CheckpointError(f"there is no surgeon folder {path}")
     if not (path / RECIPE).is_file():
         raise CheckpointError(f"{path} is not a surgeon folder: it has no {RECIPE}")
-    values = parse_json(read_text(path / RECIPE), str(path / RECIPE))
+    values = read_json(path / RECIPE, RecipeError, "the recipe")
     recipe = Recipe.from_dict(values, str(path / RECIPE))
     artefact = values.get("artefact")
     if not isinstance(artefact, dict):
@@ -113,8 +114,12 @@ def load(
     model = _structure(recipe, base, path, trust_factory)
     model = apply_rules(model, recipe.rules, str(path))
     _fill(model, path / WEIGHTS)
-    for name in artefact.get("static", []):
-        layer: Any = _submodule(model, str(name), str(path))
+    static = artefact.get("static", [])
+    check_fields(static, [str], f"{path / RECIPE}: artefact: static")
+    for name in static:
+        layer = _submodule(model, name, str(path))
+        if not isinstance(layer, DynamicConv2d):
+            raise CheckpointError(f"{path / RECIPE}: artefact: static: {name} is no dynamic layer")
         layer.adaptive = False
     set_recipe(model, recipe)
     return model.eval().to(device)
@@ -125,8 +130,7 @@ def read_report(path: str | Path) -> Report | CollapseReport | None:
     file = Path(path) / REPORT
     if not file.is_file():
         return None
-    values = parse_json(read_text(file), str(file))
-    return read(values if isinstance(values, dict) else {})
+    return read(read_object(file))
 
 
 def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
@@ -148,7 +152,8 @@ def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
             type(model).__name__,
         )
         found = None
-    return Recipe(rules=rules, base=found, seed=carried.seed if carried is not None else 0, versions=versions())
+    seed, classes = (carried.seed, carried.classes) if carried is not None else (0, None)
+    return Recipe(rules=rules, base=found, seed=seed, versions=versions(), classes=classes)
 
 
 def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Module:
@@ -157,6 +162,7 @@ def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Mod
     Returns the model, another object only if the model itself is replaced. Raises `RecipeError`.
     """
     layers: dict[str, nn.Module] = {}
+    check_layers(_wanted(model, rules))
     for rule in rules:
         name = unquoted(rule.layers)
         old = _submodule(model, name, where)
@@ -176,6 +182,15 @@ def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Mod
         except SurgeonError as error:
             raise RecipeError(f"{where}: {rule.layers} cannot become {rule.type}: {error}") from error
     return Rewrite(model, layers).apply()
+
+
+def _wanted(
+    model: nn.Module, rules: tuple[Rule, ...]
+) -> Iterator[tuple[type[DynamicConv2d], ConvGeometry, LayerConfig]]:
+    for rule in rules:
+        with contextlib.suppress(AttributeError, SurgeonError):  # said when it is built
+            cls = layer_class(rule.type)
+            yield cls, ConvSource.read(model.get_submodule(rule.layers)).geometry, cls.Config.from_dict(rule.options)
 
 
 def _folded(old: nn.Module, rule: Rule, where: str) -> nn.Module:
@@ -265,9 +280,9 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _unsavable(value: Tensor) -> str:
     """What makes a tensor one that safetensors cannot hold; empty if it can."""
-    wrapped: bool = is_traceable_wrapper_subclass(value)
-    if wrapped:
-        return f"a {type(value).__name__}, a tensor made of others (quantised or distributed)"
+    made: Any = value
+    if is_traceable_wrapper_subclass(made):
+        return f"a {type(made).__name__}, a tensor made of others (quantised or distributed)"
     if value.is_quantized or value.is_nested or value.layout != torch.strided:
         return f"quantised, nested or sparse ({value.layout}, {value.dtype})"
     return "on the meta device" if value.is_meta else ""
@@ -278,9 +293,14 @@ def _fill(model: nn.Module, file: Path) -> None:
     try:
         state = load_file(file)
         with safe_open(file, framework="pt") as opened:
-            aliases = json.loads((opened.metadata() or {}).get("aliases", "{}"))
+            text = (opened.metadata() or {}).get("aliases", "{}")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
+    aliases = parse_json(text, f"{file}: aliases", CheckpointError)
+    check_fields(aliases, {"*": str}, f"{file}: aliases")
+    unknown = [other for other in aliases.values() if other not in state]
+    if unknown:
+        raise CheckpointError(f"{file}: aliases: there is no tensor {told(unknown[0])}")
     state |= {name: state[other] for name, other in aliases.items()}
     problems = mismatches(state, model)
     if problems:
@@ -299,17 +319,19 @@ def _fill(model: nn.Module, file: Path) -> None:
 
 
 @contextlib.contextmanager
-def _fresh_folder(path: Path, force: bool) -> Iterator[Path]:
+def fresh_folder(path: Path, force: bool) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends well, and goes when it does not."""
     try:
         with unfinished(path) as folder:
             yield folder
-            for file in folder.iterdir():
-                _sync(file)
-            _sync(folder)
+            for file in folder.rglob("*"):
+                sync(file)
+            sync(folder)
             _take_place(folder, path, force)
-            _sync(path.parent)
+            sync(path.parent)
     except (OSError, SafetensorError) as error:
+        if isinstance(error, SurgeonError):
+            raise
         raise CheckpointError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -332,14 +354,6 @@ def _write(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _file_sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -349,7 +363,8 @@ def _check_file(file: Path, artefact: dict[str, Any]) -> None:
     """Raise `CheckpointError` unless the file is the one that was saved."""
     try:
         expected = artefact["files"][file.name]
-        size, digest = int(expected["bytes"]), str(expected["sha256"])
+        check_fields(expected, {"bytes": int, "sha256": str}, "files", RecipeError)
+        size, digest = expected["bytes"], expected["sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the artefact section of {file.parent / RECIPE} does not describe {file.name}"

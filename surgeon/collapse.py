@@ -22,7 +22,7 @@ from surgeon.recipe import get_recipe
 from surgeon.rewrite import Rewrite, drop_rules, dynamic_layers, plain_convolution
 from surgeon.select import Selector
 from surgeon.sites import macs_of
-from surgeon.verify import Settled, Verification, judge, measure, run
+from surgeon.verify import Settled, Verification, judge, measure, outputs, run
 
 CHUNK = 8  # images a forward pass
 
@@ -171,7 +171,7 @@ class _Folding:
             difference = Difference()
             for done, (inputs, output) in enumerate(zip(self.batches, expected, strict=True), start=len(self.batches)):
                 self.tell("verify", done, 2 * len(self.batches))
-                difference = difference.worse(compare(output, run(result, inputs, self.seed)))
+                difference = difference.worse(compare(output, outputs(result, inputs, self.seed)))
             return result, self._judge(difference, rewrite)
         except BaseException:
             rewrite.undo()
@@ -209,7 +209,7 @@ class _Folding:
         folded = Rewrite(double, convs).apply()
         difference = Difference()
         for inputs, output in zip(batches, expected, strict=True):
-            difference = difference.worse(compare(output, run(folded, inputs, self.seed)))
+            difference = difference.worse(compare(output, outputs(folded, inputs, self.seed)))
         return Settled(difference, errors)
 
 

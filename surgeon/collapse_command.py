@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import add_run, print_json
+from surgeon.arguments import add_run, print_json, whole
 from surgeon.errors import ConfigError, NothingFoldedError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="fold and report, but write nothing")
     parser.add_argument("--layers", metavar="NAMES", help="which dynamic layers (default: all)")
     parser.add_argument("--images", metavar="DIR", help="pictures to observe the layers on")
-    parser.add_argument("--limit", type=int, default=32, metavar="N", help="of these at most N (default: 32)")
+    parser.add_argument("--limit", type=whole, default=32, metavar="N", help="of these at most N (default: 32)")
     parser.add_argument(
         "--tolerance",
         type=float,

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from surgeon.errors import CheckpointError
-from surgeon.report import Report, change, entry, flops, jsonable, name_list
+from surgeon.report import Report, change, entry, flops, jsonable, name_list, took
+from surgeon.report_fields import read_fields
 from surgeon.tables import count, error, paragraph, table
 
 KIND = "collapse"
@@ -79,11 +80,8 @@ class CollapseReport:
         """Inverse of `to_dict`; raises `CheckpointError` for what is not a report of a collapse."""
         try:
             rest = {key: value for key, value in values.items() if key not in ("kind", "layers")}
-            report = cls(layers=[entry(Collapsed, layer) for layer in values["layers"]], **rest)
-            for name in ("max_abs_error", "max_rel_error"):
-                value = getattr(report, name)
-                setattr(report, name, None if value is None else float(value))
-        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+            report = cls(layers=[entry(Collapsed, layer) for layer in values["layers"]], **read_fields(cls, rest))
+        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as problem:
             raise CheckpointError(
                 f"this is not a report of a collapse: {type(problem).__name__}: {problem}"
             ) from problem
@@ -151,7 +149,7 @@ def _totals(report: CollapseReport, width: int) -> str:
             f"error       {error(report.max_rel_error)} relative, {error(report.max_abs_error)} absolute "
             f"({report.precision}{kind})"
         )
-    given = f"{report.images} images, tolerance {report.tolerance:g}" if report.images else "none given"
-    lines += [f"images      {given}", f"time        {report.seconds:.1f} s"]
+    given = f"{report.images} images, tolerance {report.tolerance or 0:g}" if report.images else "none given"
+    lines += [f"images      {given}", took(report.seconds)]
     lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in report.notes]
     return "\n".join(lines)

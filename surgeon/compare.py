@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_DEEPEST = 20  # levels of an output that are looked into
+_MOST_ITEMS = 10_000  # of one list or iterator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,42 +21,67 @@ class Difference:
     max_rel: float = 0.0
     where: str = ""  # the worst tensor
     notes: tuple[str, ...] = ()
+    compared: int = 0  # number of tensors; 0: nothing is known
+    eps: float = 0.0  # of the coarsest dtype among them
 
     def worse(self, other: "Difference") -> "Difference":
         """The two taken together."""
         first = self if not other.max_rel > self.max_rel else other
         notes = tuple(dict.fromkeys((*self.notes, *other.notes)))
         return Difference(
-            max_abs=max(self.max_abs, other.max_abs), max_rel=first.max_rel, where=first.where, notes=notes
+            max_abs=max(self.max_abs, other.max_abs),
+            max_rel=first.max_rel,
+            where=first.where,
+            notes=notes,
+            compared=self.compared + other.compared,
+            eps=max(self.eps, other.eps),
         )
+
+
+class Leaves(dict[str, Any]):
+    """The tensors of an output by their paths, copied: what runs later cannot change them. Text and None stand for themselves."""
+
+
+def leaves(tree: Any) -> Leaves:
+    """Take an output apart: containers, dataclasses, iterators, and the attributes of any other object."""
+    return tree if isinstance(tree, Leaves) else Leaves(_leaves(tree, "output", {}))
 
 
 def compare(expected: Any, found: Any) -> Difference:
-    """Compare nested tensors: dictionaries, lists, tuples, dataclasses. Another structure or shape is an infinite error."""
-    a, b = dict(_leaves(expected, "output")), dict(_leaves(found, "output"))
-    if a.keys() != b.keys():
-        odd = ", ".join(sorted(a.keys() ^ b.keys())[:3])
-        return Difference(
-            max_abs=math.inf, max_rel=math.inf, notes=(f"the outputs differ in structure, first in {odd}",)
-        )
+    """Compare nested tensors (see `leaves`). Another structure, shape or text is an infinite error."""
+    a, b = leaves(expected), leaves(found)
+    odd = sorted(a.keys() ^ b.keys())
+    odd += [path for path in a.keys() & b.keys() if not _alike(a[path], b[path])]
+    if odd:
+        note = f"the outputs differ in structure, first in {', '.join(odd[:3])}"
+        return Difference(max_abs=math.inf, max_rel=math.inf, notes=(note,), compared=1)
     total = Difference()
     for path, tensor in a.items():
-        total = total.worse(compare_tensors(tensor, b[path], path))
+        if isinstance(tensor, Tensor):
+            total = total.worse(compare_tensors(tensor, b[path], path))
     return total
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor)
+    return type(a) is type(b) and bool(a == b)
 
 
 def compare_tensors(expected: Tensor, found: Tensor, where: str = "output") -> Difference:
     """Compare two tensors. Where the first is not finite, the second must have the same infinities and NaNs."""
     if expected.is_nested or found.is_nested:
         return _compare_nested(expected, found, where)
+    if expected.is_quantized and found.is_quantized:
+        expected, found = expected.dequantize(), found.dequantize()
     if expected.layout != found.layout:
         note = f"{where} has the layout {found.layout}, not {expected.layout}"
-        return Difference(max_abs=math.inf, max_rel=math.inf, where=where, notes=(note,))
+        return Difference(max_abs=math.inf, max_rel=math.inf, where=where, notes=(note,), compared=1)
     if expected.layout != torch.strided:
         expected, found = expected.to_dense(), found.to_dense()
     if expected.shape != found.shape:
         note = f"{where} has the shape {tuple(found.shape)}, not {tuple(expected.shape)}"
-        return Difference(max_abs=math.inf, max_rel=math.inf, where=where, notes=(note,))
+        return Difference(max_abs=math.inf, max_rel=math.inf, where=where, notes=(note,), compared=1)
     if expected.numel() == 0:
         return Difference(notes=("parts of the output are empty: they tell nothing",))
     wide = torch.complex128 if expected.is_complex() else torch.float64
@@ -60,9 +89,14 @@ def compare_tensors(expected: Tensor, found: Tensor, where: str = "output") -> D
         wide = torch.float32
     a, b = expected.detach().to(wide), found.detach().to(wide)
     difference, scale = (a - b).abs().max().item(), a.abs().max().item()
+    floating = [t.dtype for t in (expected, found) if t.is_floating_point()]
+    eps = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
+    floor = max((torch.finfo(dtype).tiny / torch.finfo(dtype).eps for dtype in floating), default=0.0)
     if math.isfinite(difference) and math.isfinite(scale):
-        return _relative(difference, scale, where)
-    return _not_finite(a, b, where)
+        found_difference = _relative(difference, scale, where, floor)
+    else:
+        found_difference = _not_finite(a, b, where)
+    return replace(found_difference, compared=1, eps=eps)
 
 
 def _compare_nested(expected: Tensor, found: Tensor, where: str) -> Difference:
@@ -70,17 +104,20 @@ def _compare_nested(expected: Tensor, found: Tensor, where: str) -> Difference:
     lists = [t.unbind() if t.is_nested else () for t in (expected, found)]
     if len(lists[0]) != len(lists[1]):
         note = f"{where} holds {len(lists[1])} nested tensors, not {len(lists[0])}"
-        return Difference(max_abs=math.inf, max_rel=math.inf, where=where, notes=(note,))
+        return Difference(max_abs=math.inf, max_rel=math.inf, where=where, notes=(note,), compared=1)
     total = Difference()
     for i, (a, b) in enumerate(zip(*lists, strict=True)):
         total = total.worse(compare_tensors(a, b, f"{where}[{i}]"))
     return total
 
 
-def _relative(difference: float, scale: float, where: str) -> Difference:
+def _relative(difference: float, scale: float, where: str, floor: float = 0.0) -> Difference:
+    """Below the floor (tiny / eps) numbers have lost digits: what differs there is measured by the floor."""
     if difference == 0:
         return Difference(where=where)
-    return Difference(max_abs=difference, max_rel=difference / scale if scale else math.inf, where=where)
+    if scale == 0 and difference > floor:
+        return Difference(max_abs=difference, max_rel=math.inf, where=where)
+    return Difference(max_abs=difference, max_rel=difference / max(scale, floor), where=where)
 
 
 def _not_finite(a: Tensor, b: Tensor, where: str) -> Difference:
@@ -99,17 +136,34 @@ def _not_finite(a: Tensor, b: Tensor, where: str) -> Difference:
     return found.worse(Difference(notes=(note,)))
 
 
-def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+def _leaves(tree: Any, path: str, above: dict[int, Any]) -> Iterator[tuple[str, Any]]:
     if isinstance(tree, Tensor):
-        yield path, tree
+        yield path, tree.detach().clone()
     elif isinstance(tree, bool | int | float):
         yield path, torch.tensor(tree)
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _leaves(value, f"{path}[{key!r}]")
-    elif isinstance(tree, list | tuple):
-        for i, value in enumerate(tree):
-            yield from _leaves(value, f"{path}[{i}]")
+    elif tree is None or isinstance(tree, str | bytes):
+        yield path, tree
+    elif type(tree).__module__ == "numpy":
+        yield path, torch.as_tensor(tree).clone()
+    elif id(tree) not in above and len(above) < _DEEPEST:
+        above = above | {id(tree): tree}
+        for name, value in _parts(tree):
+            yield from _leaves(value, path + name, above)
+
+
+def _parts(tree: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        yield from ((f"[{key!r}]", value) for key, value in tree.items())
+    elif isinstance(tree, list | tuple | Iterator):
+        yield from ((f"[{i}]", value) for i, value in enumerate(islice(tree, _MOST_ITEMS)))
     elif is_dataclass(tree) and not isinstance(tree, type):
-        for field in fields(tree):
-            yield from _leaves(getattr(tree, field.name), f"{path}.{field.name}")
+        yield from ((f".{field.name}", getattr(tree, field.name, None)) for field in fields(tree))
+    elif not isinstance(tree, type | nn.Module) and not callable(tree):
+        slots = [name for kind in type(tree).__mro__ for name in _slots(kind) if hasattr(tree, name)]
+        held = {name: getattr(tree, name) for name in slots} | getattr(tree, "__dict__", {})
+        yield from ((f".{name}", value) for name, value in held.items())
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots: Any = vars(kind).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)

@@ -2,33 +2,49 @@
 
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy as is_lazy_tensor
 
-from surgeon.compare import Difference, compare
-from surgeon.copying import copy_model
-from surgeon.errors import ConfigError, GeometryError, UnsupportedLayerError, VerificationError
+from surgeon.calls import inside, run_converted
+from surgeon.compare import Difference, Leaves, compare
+from surgeon.copying import copy_model, eager, without_compiler
+from surgeon.errors import ConfigError, GeometryError, InputError, ModelError, UnsupportedLayerError, VerificationError
 from surgeon.gradients import check_gradients
 from surgeon.inputs import given_inputs
 from surgeon.layers.base import DynamicConv2d, LayerConfig
 from surgeon.layers.registry import type_of
+from surgeon.layers.source import ConvSource, PlainConvolution
 from surgeon.plan import Planned, make_plan, may_compress, nothing_replaced
 from surgeon.recipe import CONVOLUTION, Recipe, Rule, get_recipe, quoted, set_recipe, versions
 from surgeon.report import Replaced, Report, Skipped, growth_notes
 from surgeon.rewrite import Rewrite, build_layer
 from surgeon.select import split_items
 from surgeon.sites import ConvSite, Sites, find_sites, macs_of
+from surgeon.sizes import check_layers
 from surgeon.trace import trace_graph
-from surgeon.verify import Settled, Verification, halves_agree, judge, measure, run, run_converted, settle_in_double
+from surgeon.verify import (
+    Settled,
+    Verification,
+    halves_agree,
+    judge,
+    layer_limit,
+    measure,
+    outputs,
+    run,
+    settle_by_layer,
+    settle_in_double,
+)
 
 Progress = Callable[[str, int, int], None]
 
 
+@eager()
 def convert(
     model: nn.Module,
     *,
@@ -71,9 +87,11 @@ def convert(
     started = time.perf_counter()
     order = _read_order(layers, type, recipe, layer_options, seed)
     tell = progress or _silent
+    model = without_compiler(model)
+    _has_data(model)
     work = model if inplace else copy_model(model)
     tell("trace", 0, 1)
-    sites = find_sites(work, example_inputs, input_size)
+    sites = find_sites(work, example_inputs, input_size, origin=model)
     tell("trace", 1, 1)
     plans = make_plan(sites.convs, order.rules)
     surgery = Surgery(work=work, sites=sites, plans=plans, seed=order.seed, tell=tell, earlier=get_recipe(work))
@@ -117,6 +135,15 @@ def count_parameters(model: nn.Module) -> int:
 def _optimizer_note(surgery: "Surgery") -> str:
     count = sum(len(list(layer.parameters())) for layer in surgery.layers.values())
     return f"an optimizer made before this conversion does not know {count} parameters of the new layers: make it anew"
+
+
+def _has_data(model: nn.Module) -> None:
+    empty = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    if empty:
+        raise ModelError(
+            f"{type(model).__name__} has tensors without data ({', '.join(empty[:3])}: on the meta device, or offloaded): "
+            f"load its weights, or take the offloading off (accelerate.hooks.remove_hook_from_module), before it is converted"
+        )
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -180,14 +207,15 @@ def _remember(result: nn.Module, order: _Order, surgery: "Surgery") -> None:
         Rule(layers=quoted(name), type=layer.type_name, options=layer.config.to_dict())
         for name, layer in surgery.layers.items()
     )
-    set_recipe(result, Recipe(rules=rules + new, base=base, seed=order.seed, versions=versions()))
+    classes = earlier.classes if earlier is not None else None
+    set_recipe(result, Recipe(rules=rules + new, base=base, seed=order.seed, versions=versions(), classes=classes))
 
 
 def _as_graph(result: nn.Module, surgery: "Surgery", check: bool) -> nn.Module:
     graph = trace_graph(result)
     if check:
         inputs = surgery.sites.seen.inputs
-        difference = compare(run(result, inputs, surgery.seed), run(graph, inputs, surgery.seed))
+        difference = compare(outputs(result, inputs, surgery.seed), outputs(graph, inputs, surgery.seed))
         if difference.max_rel > 1e-6:
             raise VerificationError(
                 f"the traced graph does not compute what the model computes (relative error {difference.max_rel:.1e}): "
@@ -218,6 +246,7 @@ class Surgery:
         """Make every planned layer; raises `NothingReplacedError` if none could be made."""
         self.refused = {plan.site.name: plan.reasons for plan in self.plans if plan.reasons}
         wanted = [plan for plan in self.plans if not plan.reasons]
+        check_layers((p.layer, p.site.geometry, p.config) for p in wanted if p.site.geometry is not None)
         if calibration is not None and wanted:
             self._build_on(calibration, wanted)
         for done, plan in enumerate(wanted):
@@ -288,18 +317,21 @@ class Surgery:
     def operate(self, *, check: bool) -> tuple[nn.Module, Verification | None]:
         """Put the layers in, and check. After any error the model has its own modules again."""
         inputs = self.sites.seen.inputs
+        calls: Counter[str] = Counter()
         if check:
             self.tell("verify", 0, 3)
-            expected, errors = measure(self.work, self.layers, inputs, self.seed)
+            expected, errors = measure(self.work, self.layers, inputs, self.seed, calls)
+            self._refuse_unfaithful(errors)
+        old = {name: self.work.get_submodule(name) for name in self.layers}
         self.rewrite = Rewrite(self.work, self.layers)
         try:
             result = self.rewrite.apply()
             if not check:
                 return result, None
             self.tell("verify", 1, 3)
-            output = compare(expected, run_converted(result, inputs, self.seed))
-            compressed = any(may_compress(plan.site.geometry, plan.config) for plan in self.plans if plan.site.geometry)
-            verification = judge(output, errors, self._dtype(), self._settle, compressed=compressed)
+            output = compare(expected, run_converted(result, old, calls, inputs, self.seed))
+            seen = output if output.compared else self._compare_inside(result)
+            verification = self._judge(expected, seen, errors, settles=output.compared > 0)
             self.tell("verify", 2, 3)
             verification.notes += check_gradients(self.layers)
             self.tell("verify", 3, 3)
@@ -308,17 +340,82 @@ class Surgery:
             raise
         return result, verification
 
+    def _refuse_unfaithful(self, errors: dict[str, Difference]) -> None:
+        """Refuse convolutions that do more in the model than what was read of them: their layer cannot know of it."""
+        wrong = [name for name, found in errors.items() if not found.max_rel <= layer_limit(found)]
+        if not wrong:
+            return
+        sources = {name: ConvSource.read(self.work.get_submodule(name)) for name in wrong}
+        plain = {name: PlainConvolution(source) for name, source in sources.items()}
+        _, own = measure(self.work, plain, self.sites.seen.inputs, self.seed)
+        for name, found in own.items():
+            if not found.max_rel <= layer_limit(found):
+                told = f"what it gives in the model is not the convolution that was read (relative error {found.max_rel:.1e})"
+                self.refused[name] = (told,)
+                del self.layers[name], errors[name]
+        if not self.layers:
+            raise nothing_replaced([(plan.site, self.refused[plan.site.name]) for plan in self.plans])
+
+    def _compare_inside(self, result: nn.Module) -> Difference:
+        assert self.rewrite is not None
+        after = inside(result, self.sites.seen.inputs, self.seed)
+        before = self._as_it_was(lambda: inside(self.work, self.sites.seen.inputs, self.seed))
+        found = compare(before, {name: after.get(name) for name in before})
+        note = f"no tensor of the output can be compared: {len(before)} modules inside of the model were instead"
+        return replace(found, notes=(*found.notes, note))
+
+    def _judge(
+        self, expected: Leaves, output: Difference, errors: dict[str, Difference], *, settles: bool
+    ) -> Verification:
+        compressed = any(may_compress(plan.site.geometry, plan.config) for plan in self.plans if plan.site.geometry)
+        try:
+            if not settles:
+                return judge(output, errors, self._dtype(), _nothing_to_settle, compressed)
+            return judge(output, errors, self._dtype(), self._settle, compressed, self._settle_by_layer)
+        except VerificationError as error:
+            again = self._as_it_was(lambda: outputs(self.work, self.sites.seen.inputs, self.seed))
+            own = compare(expected, again)
+            if own.max_rel == 0:
+                raise
+            raise VerificationError(
+                f"the original model does not give the same twice on the same inputs, state and seeds (relative error "
+                f"{own.max_rel:.1e}), so nothing can be compared with it: it may draw random numbers from a generator "
+                f"of its own. check=False converts without comparing. ({error})"
+            ) from error
+
+    def _as_it_was(self, look: Callable[[], Any]) -> Any:
+        """Do something with the model before the surgery."""
+        assert self.rewrite is not None
+        self.rewrite.undo()
+        try:
+            return look()
+        finally:
+            self.rewrite.apply()
+
     def _dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.work.parameters() if p.is_floating_point()), torch.float32)
 
     def _settle(self) -> Settled:
+        settled: Settled = self._as_it_was(
+            lambda: settle_in_double(self.work, self._builders(), self.sites.seen.inputs, self.seed)
+        )
+        return settled
+
+    def _settle_by_layer(self) -> Settled:
         assert self.rewrite is not None
-        build = {plan.site.name: self._builder(plan) for plan in self.plans if plan.site.name in self.layers}
-        self.rewrite.undo()
+        rewrite = self.rewrite
+
+        def original() -> nn.Module:
+            rewrite.undo()
+            return self.work
+
         try:
-            return settle_in_double(self.work, build, self.sites.seen.inputs, self.seed)
+            return settle_by_layer(original, rewrite.apply, self._builders(), self.sites.seen.inputs, self.seed)
         finally:
-            self.rewrite.apply()
+            rewrite.apply()
+
+    def _builders(self) -> dict[str, Callable[[nn.Module], nn.Module]]:
+        return {plan.site.name: self._builder(plan) for plan in self.plans if plan.site.name in self.layers}
 
     def _builder(self, plan: Planned) -> Callable[[nn.Module], DynamicConv2d]:
         return lambda conv: build_layer(conv, plan.layer, plan.config, self.layer_seed(plan.site.name))
@@ -375,6 +472,10 @@ class Surgery:
             max_rel_error=error.max_rel,
             notes=site.notes + error.notes,
         )
+
+
+def _nothing_to_settle() -> Settled:
+    raise InputError("its output has no tensor")
 
 
 def _skipped(site: ConvSite, selected: bool, reasons: tuple[str, ...]) -> Skipped:

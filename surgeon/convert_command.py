@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import Assignments, add_model, add_output, assignment, build, input_size, print_json
+from surgeon.arguments import Assignments, add_model, add_output, assignment, build, input_size, print_json, whole
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|zoo/NAME",
         help="rules from a recipe, or those of a zoo network, instead of --layers and --type",
     )
-    group.add_argument("--atoms", "-m", type=int, metavar="M", help="acda: dynamic atoms")
-    group.add_argument("--scales", "-S", type=int, metavar="S", help="acda: scales of the basis, 3x3, 5x5, ...")
-    group.add_argument("--basis-size", type=int, metavar="M'", help="acda: basis elements a scale")
-    group.add_argument("--group-size", "-n", type=int, metavar="N", help="pafu: kernels in a group")
-    group.add_argument("--kernel-groups", type=int, metavar="G", help="sekg: channels that share a kernel, as groups")
+    group.add_argument("--atoms", "-m", type=whole, metavar="M", help="acda: dynamic atoms")
+    group.add_argument("--scales", "-S", type=whole, metavar="S", help="acda: scales of the basis, 3x3, 5x5, ...")
+    group.add_argument("--basis-size", type=whole, metavar="M'", help="acda: basis elements a scale")
+    group.add_argument("--group-size", "-n", type=whole, metavar="N", help="pafu: kernels in a group")
+    group.add_argument("--kernel-groups", type=whole, metavar="G", help="sekg: channels that share a kernel, as groups")
     group.add_argument("--compress", action="store_true", help="acda: drop the static atoms; smaller, not exact")
     group.add_argument("--calibrate", metavar="DIR", help="pictures for an activation-aware --compress")
     group.add_argument(

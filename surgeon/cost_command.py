@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import print_json
-from surgeon.errors import ConfigError
+from surgeon.arguments import print_json, size, whole
+from surgeon.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_step_arguments(parser)
     parser.add_argument("--infer", action="store_true", help="inference instead of a training step")
     parser.add_argument(
-        "--accumulate", type=int, default=1, metavar="N", help="micro-steps an optimizer step (default: 1)"
+        "--accumulate", type=whole, default=1, metavar="N", help="micro-steps an optimizer step (default: 1)"
     )
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing (timm models)")
     parser.add_argument("--weight-decay", type=float, default=1e-4, metavar="X", help="default: 1e-4")
@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     """How a step is run; shared with `surgeon bench`."""
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images a step (default: 1)")
-    parser.add_argument("--input-size", metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
+    parser.add_argument("--batch-size", type=whole, default=1, metavar="N", help="images a step (default: 1)")
+    parser.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
     parser.add_argument("--optimizer", default="sgd", metavar="NAME", help="sgd (momentum), sgd-plain, adam, adamw")
     parser.add_argument("--amp", nargs="?", const="float16", default=False, metavar="DTYPE", help="float16 or bfloat16")
     parser.add_argument("--channels-last", action="store_true", help="channels-last memory format")
@@ -67,11 +67,12 @@ def run(args: argparse.Namespace) -> int:
     }
     settings = _settings(args)
     _check_device(args)
-    model = build(args.model, trust_factory=args.trust_factory)
-    found = cost(model, strict=args.strict, **settings)
+    model, found = _cost_of(args.model, args, strict=args.strict, **settings)
     other = None
-    if args.compare is not None:
-        other = cost(original_of(args) if not args.compare else build(args.compare), **settings)
+    if args.compare:
+        other = _cost_of(args.compare, args, **settings)[1]
+    elif args.compare is not None:
+        other = cost(original_of(args), **settings)
     document: dict[str, Any] = {"model": args.model, **found.to_dict()}
     if other is not None:
         document["compared_with"] = {"model": args.compare or "base model", **other.to_dict()}
@@ -88,6 +89,22 @@ def run(args: argparse.Namespace) -> int:
     document["over_budget"] = over
     _print(document, found, other, args)
     return 1 if over else 0
+
+
+def _cost_of(spec: str, args: argparse.Namespace, **settings: Any) -> "tuple[nn.Module, Cost]":
+    """A model and what it costs. Weights are made for --measure, and where the model cannot be traced without data."""
+    from surgeon.costs import cost
+    from surgeon.models import shapes_of
+
+    if not args.measure and not Path(spec, "recipe.json").is_file():
+        model = shapes_of(spec)
+        try:
+            return model, cost(model, **settings)
+        except InputError:
+            if not any(parameter.is_meta for parameter in model.parameters()):
+                raise
+    model = build(spec, trust_factory=args.trust_factory)
+    return model, cost(model, **settings)
 
 
 def build(spec: str, *, trust_factory: bool = False) -> "nn.Module":
@@ -118,10 +135,8 @@ def original_of(args: argparse.Namespace) -> "nn.Module":
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    from surgeon.costs import parse_input_size
-
     return {
-        "input_size": parse_input_size(args.input_size) if args.input_size else None,
+        "input_size": args.input_size,
         "batch_size": args.batch_size,
         "mode": "infer" if args.infer else "train",
         "optimizer": args.optimizer,
@@ -191,7 +206,7 @@ def _print(document: dict[str, Any], found: "Cost", other: "Cost | None", args: 
 
 def cost_lines(name: str, found: "Cost", other: "Cost | None" = None, other_name: str | None = None) -> list[str]:
     """The cost for people, one or two columns."""
-    from surgeon.costs.parse import giga, mebibytes
+    from surgeon.parse import giga, mebibytes
     from surgeon.tables import table
 
     step = "inference" if found.mode == "infer" else f"training step, {found.optimizer}"

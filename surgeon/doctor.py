@@ -13,6 +13,7 @@ import torch
 
 from surgeon.compare import compare
 from surgeon.errors import BackendError
+from surgeon.files import cache_folder
 from surgeon.layers.kernels.dispatch import Operator
 from surgeon.layers.kernels.examples import example, operators
 
@@ -166,11 +167,14 @@ def _settings() -> dict[str, Any]:
 
 def _folders() -> dict[str, str]:
     """Where weights and compiled kernels are kept."""
-    home = Path.home() / ".cache"
-    hub = os.environ.get("HF_HUB_CACHE") or str(Path(os.environ.get("HF_HOME", home / "huggingface")) / "hub")
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111  Path.home() fails where there is no home
+    hub = os.environ.get("HF_HUB_CACHE") or str(
+        Path(os.environ.get("HF_HOME", home / ".cache" / "huggingface")) / "hub"
+    )
     return {
         "surgeon": str(Path(__file__).resolve().parent),
         "torch weights": torch.hub.get_dir(),
         "Hugging Face weights": hub,
-        "Triton kernels": os.environ.get("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache")),
+        "Triton kernels": os.environ.get("TRITON_CACHE_DIR", str(home / ".triton" / "cache")),
+        "tables of costs and gains": str(cache_folder()),
     }

@@ -4,12 +4,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import Assignments, assignment, positive, print_json
+from surgeon.arguments import Assignments, add_seed, assignment, positive, print_json, whole
 from surgeon.errors import ConfigError, DataError, ModelError, SurgeonError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from surgeon.adaptivity import Adaptivity
     from surgeon.recipe import BaseModel
     from surgeon.zoo.tasks import Task
 
@@ -51,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how it is run")
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="of a MODEL")
     group.add_argument("--num-classes", type=positive, metavar="N", help="classes of a MODEL's head")
-    group.add_argument("--seed", type=int, default=0, help="of the task and of random weights (default: 0)")
+    add_seed(group, "of the task and of random weights")
     group.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
-    group.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load data (default: 0)")
+    group.add_argument("--workers", type=whole, default=0, metavar="N", help="processes that load data (default: 0)")
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N (default: cuda where there is one)")
     group.add_argument("--amp", nargs="?", const="float16", metavar="DTYPE", help="float16 or bfloat16")
     group.add_argument("--trust-factory", action="store_true", help="run the factory that a run's recipe names")
@@ -167,6 +168,7 @@ def _measure(
     from surgeon.zoo.evaluate import evaluate
 
     before = {id(parameter) for parameter in model.parameters()}
+    layers: list[Adaptivity] = []
     model = task.bind(model)
     new = [key for key, parameter in model.named_parameters() if id(parameter) not in before]
     if new:
@@ -182,9 +184,16 @@ def _measure(
         amp=args.amp,
         workers=args.workers,
         progress=lambda stage, done, total: progress(name.rstrip("/").rpartition("/")[2], done, total),
+        layers=layers,
     )
     params = sum(p.numel() for p in model.parameters())
-    return {"metrics": metrics, "params": params, "flops": flops, "input_size": size}
+    return {
+        "metrics": metrics,
+        "params": params,
+        "flops": flops,
+        "input_size": size,
+        "layers": [x.to_dict() for x in layers],
+    }
 
 
 def _flops(model: "nn.Module", task: "Task", split: Any, name: str, notes: list[str]) -> tuple[int | None, list[int]]:
@@ -224,8 +233,27 @@ def text(document: dict[str, Any], width: int) -> str:
     lines = [paragraph(head, width=width), "", table(header, rows, width=width), ""]
     told = f"* decides, {way} is better. FLOPs (1 MAC = 2 FLOPs) are those of one input of {size}."
     lines.append(paragraph(told, width=width))
+    if document["layers"]:
+        lines += ["", _layers(document["layers"], width), ""]
+        lines.append(paragraph(ADAPTIVITY, width=width))
     lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in document["notes"]]
     return "\n".join(lines)
+
+
+ADAPTIVITY = (
+    "content: part of the generator's last map that varies over an image. saturated: part of it at the ends of tanh. distance: "
+    "1 - cos of the codes of two pixels (0: one filter everywhere). All on the first batch."
+)
+
+
+def _layers(layers: list[dict[str, Any]], width: int) -> str:
+    from surgeon.tables import table
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    rows = [[x["name"], x["type"], share(x["content"]), share(x["saturated"]), share(x["distance"])] for x in layers]
+    return table(["dynamic layer", "type", "content", "saturated", "distance"], rows, width=width)
 
 
 def _number(value: float | None) -> str:

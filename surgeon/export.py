@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from surgeon.compare import Difference, compare
 from surgeon.copying import copy_model, strict_float32
 from surgeon.errors import ConfigError, ExportError, SurgeonError
+from surgeon.export_outputs import input_name, output_names, prepared
 from surgeon.export_trace import NAMES, Shapes, first_line, random_images, traced
 from surgeon.exported import Runner, data_of, foreign_operators, missing_packages, quiet, read, write
 from surgeon.inputs import Inputs
@@ -62,8 +63,9 @@ class Check:
 class Exported:
     """What was written: which dimensions are free and within what, why the others are not, and what the checks gave.
 
-    `operators` counts operations, `size` is in bytes, `foreign` names operators beyond torch's own or standard ONNX. `data` is the
-    second file of an ONNX model whose weights one file cannot hold: it must stay beside the first under its name.
+    `operators` counts operations, `opset` is that of an ONNX file, `outputs` are the names of what it gives. `size` is in bytes,
+    `foreign` names operators beyond torch's own or standard ONNX. `data` is the second file of an ONNX model whose weights one
+    file cannot hold: it must stay beside the first under its name.
     """
 
     path: str
@@ -74,6 +76,8 @@ class Exported:
     fixed: dict[str, str] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     operators: int = 0
+    opset: int | None = None
+    outputs: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     size: int = 0
     data: str | None = None
@@ -113,13 +117,15 @@ def export(
     check_target(path, format, force=force)
     tell("trace", 0, 1)
     shapes = Shapes.of(model, input_size, example_inputs, free)
+    output = _settled_output(model, shapes.example)
+    model = prepared(model, output, format)
     # Attention by its formula: fused kernels lay out their result so that a reshape behind them is traced as a view, which
     # what stands for them in ONNX does not allow.
     with _beside(path) as partial, sdpa_kernel(SDPBackend.MATH):
         reasons: dict[str, str] = {}
         for names in shapes.tries():
             try:
-                result = _attempt(model, partial, format, opset, shapes, names, tell)
+                result = _attempt(model, partial, format, opset, shapes, names, output_names(model, output), tell)
                 break
             except ExportError as error:
                 if free == "size" or not names:
@@ -139,6 +145,7 @@ def _attempt(
     opset: int | None,
     shapes: Shapes,
     names: tuple[str, ...],
+    outputs: list[str] | None,
     tell: Progress,
 ) -> Exported:
     """Trace with these dimensions free, write the file, and check what it computes.
@@ -148,15 +155,18 @@ def _attempt(
     tell("trace", 0, 1)
     program, bounds = traced(model, shapes, names)
     tell("convert", 0, 1)
+    given = input_name(model, outputs or ())
     with quiet():
-        operators = write(program, partial, format, opset)
+        written = write(program, partial, format, opset, given, outputs)
     result = Exported(
         path=str(partial),
         format=format,
         input_shape=tuple(shapes.example.shape),
         dtype=str(shapes.example.dtype).removeprefix("torch."),
         free=bounds,
-        operators=operators,
+        operators=written.operators,
+        opset=written.opset,
+        outputs=written.outputs if format == "onnx" else outputs or [],
         foreign=foreign_operators(program, partial, format),
     )
     runner = read(partial, format)
@@ -170,6 +180,18 @@ def _attempt(
                 shapes.fixed |= dict.fromkeys(NAMES[1:], _reason(error))
             raise
     return result
+
+
+def _settled_output(model: nn.Module, example: Tensor) -> Any:
+    """What the model gives. Raises `ExportError` for one that is random in eval mode: no file can be compared with it."""
+    first, second = (run_model(model, Inputs(args=(example,)), seed) for seed in (0, 1))
+    difference = compare(_leaves(first), _leaves(second))
+    if not difference.max_rel <= TOLERANCE:
+        raise ExportError(
+            f"{type(model).__name__} is random in eval mode: two runs on the same images differ by "
+            f"{difference.max_rel:.1e}; switch off what draws (dropout by hand, noise) before it is exported"
+        )
+    return first
 
 
 def _reason(error: ExportError) -> str:

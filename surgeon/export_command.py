@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from surgeon.arguments import print_json
+from surgeon.arguments import add_seed, print_json, size, whole
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,23 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write (.onnx, .pt2)")
     parser.add_argument("--format", choices=("onnx", "torch"), help="default: by FILE's ending")
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
-    parser.add_argument("--input-size", metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
+    parser.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
     parser.add_argument(
         "--free",
         choices=("auto", "size", "batch", "none"),
         default="auto",
         help="what may change: batch and image size, batch, nothing, or as much as the model allows (default: auto)",
     )
-    parser.add_argument("--opset", type=int, metavar="N", help="of ONNX (default: that of torch.onnx)")
+    parser.add_argument("--opset", type=whole, metavar="N", help="of ONNX (default: that of torch.onnx)")
     parser.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="of a MODEL by name")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
+    add_seed(parser, "of random weights")
     parser.add_argument("--trust-factory", action="store_true", help="run the factory that a run's recipe names")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from surgeon.console import Progress
-    from surgeon.costs import parse_input_size
     from surgeon.export import check_target, export
 
     path = Path(args.output)
@@ -58,7 +57,6 @@ def run(args: argparse.Namespace) -> int:
     if args.opset is not None and args.opset < 1:
         raise ConfigError(f"--opset must be at least 1, got {args.opset}")
     check_target(path.absolute(), form, force=args.force)
-    size = parse_input_size(args.input_size) if args.input_size else None
     with Progress(enabled=not args.quiet) as progress:
         progress("load", 0, 1)
         model, own = _model(args)
@@ -66,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             model,
             path,
             format=form,
-            input_size=size or own,
+            input_size=args.input_size or own,
             free=args.free,
             opset=args.opset,
             force=args.force,
@@ -114,10 +112,12 @@ def _text(run: str, result: "Exported") -> str:
 
     names = ("batch", "channels", "height", "width")
     shape = [name if name in result.free else str(n) for name, n in zip(names, result.input_shape, strict=True)]
+    opset = "" if result.opset is None else f" opset {result.opset}"
     lines = [
-        f"{run}: {result.format}, {result.operators} operations, {count(result.size, 'B')}",
+        f"{run}: {result.format}{opset}, {result.operators} operations, {count(result.size, 'B')}",
         "",
         line("input", f"({', '.join(shape)}), {result.dtype}"),
+        *([line("output", ", ".join(result.outputs))] if result.outputs else []),
         *(line("free", f"{name}: {told}") for name, told in result.free.items()),
         *(line("fixed", f"{name}: {why}") for name, why in result.fixed.items()),
     ]

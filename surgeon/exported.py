@@ -5,7 +5,8 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+from dataclasses import dataclass, field
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,29 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def write(program: torch.export.ExportedProgram, path: Path, format: str, opset: int | None) -> int:
-    """Write the program; returns the number of its operations. Raises `ExportError` where ONNX has no words for it."""
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A file: the number of its operations, and of an ONNX file its opset and the names of its outputs."""
+
+    operators: int
+    opset: int | None = None
+    outputs: list[str] = field(default_factory=list)
+
+
+def write(
+    program: torch.export.ExportedProgram,
+    path: Path,
+    format: str,
+    opset: int | None,
+    given: str = "images",
+    outputs: list[str] | None = None,
+) -> Written:
+    """Write the program, with these names of its input and outputs in ONNX.
+
+    Raises `ExportError` where the format has no words for it, or the file is not of the opset that was asked for.
+    """
     if format == "torch":
-        torch.export.save(program, path)
-        return sum(node.op == "call_function" for node in program.graph.nodes)
+        return _write_archive(program, path)
     import onnx
 
     try:
@@ -53,7 +72,8 @@ def write(program: torch.export.ExportedProgram, path: Path, format: str, opset:
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
-                input_names=["images"],
+                input_names=[given],
+                output_names=outputs,
                 optimize=True,
             )
         assert made is not None
@@ -64,7 +84,20 @@ def write(program: torch.export.ExportedProgram, path: Path, format: str, opset:
         raise
     except Exception as error:
         raise ExportError(f"the conversion to ONNX refuses the model: {_cause(error)}; nothing was written") from error
-    return len(model.graph.node)
+    found = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
+    if opset is not None and found != opset:
+        raise ExportError(f"torch.onnx wrote opset {found}, not {opset}, for this model; nothing was written")
+    return Written(operators=len(model.graph.node), opset=found, outputs=[one.name for one in model.graph.output])
+
+
+def _write_archive(program: torch.export.ExportedProgram, path: Path) -> Written:
+    archive = BytesIO()  # written here in one piece: a full disk under torch's own writer ends the process
+    try:
+        torch.export.save(program, archive)
+    except Exception as error:  # it serializes what it knows, and raises anything for the rest
+        raise ExportError(f"torch.export cannot save the model: {_cause(error)}; nothing was written") from error
+    path.write_bytes(archive.getbuffer())
+    return Written(operators=sum(node.op == "call_function" for node in program.graph.nodes))
 
 
 def data_of(path: Path) -> Path:
@@ -120,7 +153,13 @@ def _cause(error: BaseException) -> str:
 def read(path: Path, format: str) -> Runner:
     """The file as a function of a batch of images, its outputs in order."""
     if format == "torch":
-        module = torch.export.load(path).module()
+        try:
+            with quiet():
+                module = torch.export.load(path).module()
+        except Exception as error:
+            raise ExportError(
+                f"torch.export cannot load the file again: {_cause(error)}; nothing was written"
+            ) from error
 
         def run_torch(images: Tensor) -> list[Tensor]:
             from torch.utils._pytree import tree_leaves

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import Assignments, assignment, print_json
+from surgeon.arguments import Assignments, assignment, print_json, whole
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("-o", "--output", type=Path, metavar="OUT", help="folder to write (default: runs/NAME-TASK)")
     group.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")
-    group.add_argument("--resume", action="store_true", help="go on with the run in OUT, with the same options")
+    group.add_argument(
+        "--resume", action="store_true", help="go on with the run in OUT, with the same options and data"
+    )
     group.add_argument(
         "--dry-run", action="store_true", help="check the data, try one step, predict its cost; write nothing"
     )
@@ -133,7 +135,7 @@ def _add_layers(parser: argparse.ArgumentParser) -> None:
     _option(group, "--regularization", float, "X", "weight of the layers' own loss (PAFU: decorrelation)")
     _option(group, "--temperature-end", float, "X", "PAFU: temperature at the end, as a part of the first")
     group.add_argument(
-        "--alternate", type=int, nargs="?", const=3, metavar="K", help="PAFU: a selector step, then K others (3)"
+        "--alternate", type=whole, nargs="?", const=3, metavar="K", help="PAFU: a selector step, then K others (3)"
     )
     _option(group, "--distill", float, "X", "weight of the distance to the original network's outputs")
     group.add_argument("--freeze-bn", action="store_true", default=None, help="keep the BatchNorm statistics")

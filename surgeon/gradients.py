@@ -60,8 +60,8 @@ def _descend(twin: DynamicConv2d, x: Tensor, new: Mapping[str, nn.Parameter]) ->
         for p in new.values():
             if p.grad is not None:
                 largest = float(torch.linalg.vector_norm(p.grad, math.inf))
-                if 0 < largest < math.inf:
-                    p.add_(p.grad, alpha=-0.01 / largest)
+                if 0 < largest < math.inf:  # divided in float64: the reciprocal of a denormal is infinite in float32
+                    p.sub_((p.grad.double() * (0.01 / largest)).to(p.dtype))
 
 
 def check_gradients(layers: Mapping[str, DynamicConv2d]) -> list[str]:
@@ -76,6 +76,9 @@ def check_gradients(layers: Mapping[str, DynamicConv2d]) -> list[str]:
         weight = layer.static_weight().detach()
         if not weight.isfinite().all() or not weight.any():
             notes.append(f"{name}: its weight is zero or not finite, whether its new parameters learn was not checked")
+            continue
+        if weight.abs().max() < torch.finfo(torch.float32).tiny:
+            notes.append(f"{name}: its weight is denormal, whether its new parameters learn was not checked")
             continue
         g = layer.geometry
         kind = (g.kernel_size, g.stride, g.padding, g.dilation, g.padding_mode, g.bias, g.groups == 1, g.is_depthwise)

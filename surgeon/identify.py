@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from surgeon.errors import ModelError
 from surgeon.layers.base import DynamicConv2d
-from surgeon.models import build_structure
+from surgeon.models import build_shapes
 from surgeon.recipe import BaseModel, Weights
 from surgeon.rewrite import folded_window
 from surgeon.weights import state_sha256
@@ -24,7 +23,7 @@ def identify(model: nn.Module) -> BaseModel | None:
     """
     for base in _candidates(model):
         try:
-            twin = _on_meta(base)
+            twin = build_shapes(base)
         except ModelError:
             continue
         if _agree(model, twin):
@@ -86,15 +85,6 @@ def _torchvision_candidates(model: nn.Module, home: str, unset: Weights) -> Iter
             yield BaseModel(
                 source="torchvision", name=name, kwargs=kwargs, input_size=torchvision_size(name), weights=unset
             )
-
-
-def _on_meta(base: BaseModel) -> nn.Module:
-    """The structure on the meta device, which costs no memory; on the CPU where the factory computes with values."""
-    try:
-        with torch.device("meta"):
-            return build_structure(base)
-    except ModelError:
-        return build_structure(base)
 
 
 def _first_channels(model: nn.Module) -> int | None:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon.errors import InputError
+from surgeon.errors import DataError, InputError
+from surgeon.picture_files import SUFFIXES, files_below, opened
 from surgeon.recipe import BaseModel
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
 IMAGES = 32
 
 
@@ -25,7 +25,10 @@ def read_images(
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{option}: there is no folder {folder}")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    try:
+        files = files_below(folder)
+    except DataError as error:
+        raise InputError(f"{option}: {error}") from error
     if not files:
         raise InputError(f"{option}: {folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
     step = max(len(files) / limit, 1.0)
@@ -36,13 +39,11 @@ def read_images(
 
 def read_image(file: Path, transform: Callable[[Any], Tensor], base: BaseModel, *, option: str) -> Tensor:
     """One picture (C, H, W) as the model gets it, grey where the model takes one channel; raises `InputError`."""
-    from PIL import Image
-
     channels = base.input_size[0] if base.input_size else 3
     try:
-        with Image.open(file) as image:
+        with opened(file) as image:
             return transform(image.convert("L" if channels == 1 else "RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise InputError(f"{option}: cannot read the picture {file}: {error}") from error
 
 

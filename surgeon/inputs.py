@@ -1,5 +1,7 @@
 """Example inputs: what a model is run on when it is observed and verified."""
 
+import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,8 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from surgeon.errors import InputError
+from surgeon.errors import ConfigError, InputError
+from surgeon.files import told
+from surgeon.held import walk
 from surgeon.layers.base import DynamicConv2d
+from surgeon.machine import check_memory
+from surgeon.parse import parse_input_size
 
 BATCH = 2  # one image would hide what mixes images
 
@@ -26,6 +32,18 @@ class Inputs:
         """The same arguments with every tensor changed."""
         args = tuple(map_tensors(arg, change) for arg in self.args)
         return Inputs(args=args, kwargs=map_tensors(self.kwargs, change), given=self.given)
+
+    def fresh(self) -> "Inputs":
+        """A copy for one run: what a model changes in it stays there."""
+        memo: dict[int, Any] = {}
+        for value in walk(self.args, self.kwargs):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+        try:
+            args, kwargs = copy.deepcopy((self.args, self.kwargs), memo)
+        except Exception:  # holds something that cannot be copied: the tensors at least
+            return self.map(lambda t: t.clone())
+        return Inputs(args=args, kwargs=kwargs, given=self.given)
 
     def to_dtype(self, dtype: torch.dtype) -> "Inputs":
         """With the floating point tensors in another dtype."""
@@ -81,31 +99,41 @@ def _shape_of(value: Any) -> str:
         return "{" + ", ".join(f"{key}: {_shape_of(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_shape_of, value)) + "]"
-    return repr(value)
+    return "None" if value is None else told(value)
 
 
 def given_inputs(example_inputs: Any) -> Inputs:
-    """Inputs from what a caller passed: a tensor or list is one argument, a tuple all of them, a dict keyword arguments."""
+    """Inputs from what a caller passed: a tensor or list is one argument, a tuple all of them, a dict keyword arguments.
+
+    Raises `InputError` for anything else, and for a batch without images.
+    """
     if isinstance(example_inputs, Inputs):
         return example_inputs
     if isinstance(example_inputs, Tensor | list):
-        return Inputs(args=(example_inputs,))
-    if isinstance(example_inputs, tuple):
-        return Inputs(args=example_inputs)
-    if isinstance(example_inputs, Mapping):
-        return Inputs(kwargs=dict(example_inputs))
-    raise InputError(
-        f"example_inputs must be a tensor, a tuple of arguments, a list (one argument) or a dict of keyword arguments, "
-        f"got {type(example_inputs).__name__}"
-    )
+        inputs = Inputs(args=(example_inputs,))
+    elif isinstance(example_inputs, tuple):
+        inputs = Inputs(args=example_inputs)
+    elif isinstance(example_inputs, Mapping):
+        inputs = Inputs(kwargs=dict(example_inputs))
+    else:
+        raise InputError(
+            f"example_inputs must be a tensor, a tuple of arguments, a list (one argument) or a dict of keyword arguments, "
+            f"got {type(example_inputs).__name__}"
+        )
+    if inputs.batch == 0:
+        raise InputError(f"example_inputs {inputs.shapes()} is a batch without images: nothing can be seen on it")
+    return inputs
 
 
-def check_input_size(input_size: Sequence[int] | int) -> tuple[int, ...]:
-    """An input size as (C, H, W), (H, W) or one side length; raises `InputError` for anything else."""
-    values = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-    if len(values) not in (2, 3) or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
-        raise InputError(f"input_size must be (C, H, W), (H, W) or one positive integer, got {input_size!r}")
-    return values
+def check_input_size(input_size: Any) -> tuple[int, ...]:
+    """An input size as (C, H, W), (H, W) or one side length, made two or three numbers; raises `InputError` for anything else."""
+    try:
+        values = parse_input_size(input_size)
+    except ConfigError as error:
+        raise InputError(
+            f"input_size must be (C, H, W), (H, W) or one positive integer, got {told(input_size)}"
+        ) from error
+    return values * 2 if len(values) == 1 else values
 
 
 def candidate_inputs(model: nn.Module, input_size: Sequence[int] | int | None = None) -> Iterator[Inputs]:
@@ -123,6 +151,9 @@ def candidate_inputs(model: nn.Module, input_size: Sequence[int] | int | None = 
         sizes = known or [(channels, *size) for size in _usual_sizes(model, convs)]
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     for size in sizes:
+        check_memory(
+            BATCH * like.element_size() * math.prod(size), f"an input of {BATCH} x {' x '.join(map(str, size))}"
+        )
         yield Inputs(args=_arguments(model, size), given=False).map(lambda t: t.to(like.device, like.dtype))
 
 

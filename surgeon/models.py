@@ -79,6 +79,23 @@ def build_structure(base: BaseModel, *, trust_factory: bool = False) -> nn.Modul
         return construct(base)
 
 
+def build_shapes(base: BaseModel, *, trust_factory: bool = False) -> nn.Module:
+    """The structure on the meta device, which costs no memory; on the CPU where the factory computes with values."""
+    try:
+        with torch.device("meta"):
+            return build_structure(base, trust_factory=trust_factory)
+    except ModelError:
+        return build_structure(base, trust_factory=trust_factory)
+
+
+def shapes_of(spec: str) -> nn.Module:
+    """A model by its name for its shapes alone, in eval mode; nothing is fetched. Raises `ModelError`."""
+    base = _parse(spec)
+    if base.source == "factory" or HUB.fullmatch(base.name):
+        return build_model(spec, weights="random")[0]
+    return build_shapes(base).eval()
+
+
 def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool = False) -> nn.Module:
     """The base model with the weights it had when it was converted, in eval mode; their SHA-256 is checked.
 
@@ -89,6 +106,16 @@ def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool 
     if weights is None and recorded.kind == "given" and base.source != "factory":
         raise ModelError(
             f"the weights of {base.name} were given as a model object and are not recorded; name their file with --weights"
+        )
+    if (
+        weights is None
+        and recorded.sha256 is None
+        and recorded.kind in ("file", "pretrained")
+        and base.source != "factory"
+    ):
+        raise ModelError(
+            f"the recipe names weights of {base.name} ({recorded.path or recorded.kind}) without their SHA-256: "
+            "name the file with --weights if you know it"
         )
     kind = weights or {"file": str(recorded.path), "given": "auto"}.get(recorded.kind, recorded.kind)
     model, found = _with_weights(base, kind, recorded.seed or 0)

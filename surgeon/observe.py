@@ -3,7 +3,6 @@
 The pass runs on the meta device, on a copy. Where a model cannot run there, a copy of it runs for real, in eval mode.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from surgeon.copying import copy_model, copy_to_meta, evaluating, is_lazy, seeded, strict_float32
-from surgeon.errors import InputError
+from surgeon.copying import copy_model, copy_to_meta, evaluating, is_lazy, quiet_eager, seeded, strict_float32
+from surgeon.errors import InputError, ModelError
 from surgeon.inputs import Inputs, candidate_inputs, given_inputs
 from surgeon.reads import HARMLESS
 
@@ -59,6 +58,8 @@ def observe(
             seen = Observation(inputs=inputs, device=device)
             try:
                 _run_watched(model, targets, seen)
+            except ModelError:
+                raise
             except Exception as error:
                 failures.append((inputs.shapes(), error))
             else:
@@ -85,33 +86,37 @@ def _run_watched(model: nn.Module, targets: Sequence[str], seen: Observation) ->
         if is_lazy(model):
             raise InputError("uninitialised parameters have no shape on the meta device")
         twin = copy_to_meta(model)
-        inputs = seen.inputs.map(lambda t: t.to("meta"))
+        inputs = seen.inputs.fresh().map(lambda t: t.to("meta"))
     else:
-        twin, inputs = copy_model(model), seen.inputs
+        twin, inputs = copy_model(model), seen.inputs.fresh()
     stack: list[str] = []
     owners: dict[int, list[str]] = {}
     for name in targets:
         for parameter in twin.get_submodule(name).parameters():
             owners.setdefault(id(parameter), []).append(name)
     _install(twin, set(targets), stack, seen)
-    with warnings.catch_warnings(), evaluating(twin), seeded(0), strict_float32(), _WatchReads(owners, stack, seen):
-        warnings.simplefilter("ignore")
+    with quiet_eager(), evaluating(twin), seeded(0), strict_float32(), _WatchReads(owners, stack, seen):
         twin(*inputs.args, **inputs.kwargs)
 
 
 def _install(twin: nn.Module, targets: set[str], stack: list[str], seen: Observation) -> None:
     """Hooks on every module that keep the stack of running modules and note the calls of the targets."""
-    clock = iter(range(2**62))
+    now = 0
+
+    def tick() -> int:  # a plain int: compilers would trace an iterator without end
+        nonlocal now
+        now += 1
+        return now - 1
 
     def hook(name: str, module: nn.Module) -> None:
         def enter(module: nn.Module, args: Any) -> None:
             stack.append(name)
             if name in targets:
-                seen.started.setdefault(name, next(clock))
+                seen.started.setdefault(name, tick())
 
         def leave(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             stack.pop()
-            seen.ended.setdefault(name, []).append(next(clock))
+            seen.ended.setdefault(name, []).append(tick())
             given = args[0] if args else kwargs.get("input", kwargs.get("x"))
             more = [f"argument {i + 1}" for i in range(1, len(args))] + [f"{key}=" for key in kwargs if key != "input"]
             if name in targets and more:

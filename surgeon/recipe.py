@@ -8,18 +8,19 @@ import json
 import platform
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from surgeon import files
 from surgeon.errors import ConfigError, RecipeError, SelectionError
 
 if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = "surgeon-recipe"
-VERSION = 1
+VERSION = 2  # 1: layers have the options of their papers where a rule does not name them
 FILE = "recipe.json"
 
 CONVOLUTION = (
@@ -27,6 +28,7 @@ CONVOLUTION = (
 )
 
 _SOURCES = ("timm", "torchvision", "zoo", "factory")
+_RULES = 10_000  # that a recipe may have; more than any network has layers
 _KINDS = ("pretrained", "random", "file", "given")
 _ATTRIBUTE = "_surgeon_recipe"
 
@@ -86,14 +88,25 @@ class Rule:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def as_published(rule: Rule) -> Rule:
+    """The rule with the options of the layer's paper where it names none."""
+    from surgeon.layers.registry import layer_class
+
+    return replace(rule, options={**layer_class(rule.type).Config.paper, **rule.options})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Rules, the base model if it is known, the seed of the conversion, and the versions it was made with."""
+    """Rules, the base model if it is known, the seed of the conversion, and the versions it was made with.
+
+    `classes`: names of what the outputs of a fine-tuned classifier stand for, in their order; None where they are not known.
+    """
 
     rules: tuple[Rule, ...]
     base: BaseModel | None = None
     seed: int = 0
     versions: dict[str, str] = field(default_factory=dict)
+    classes: tuple[str, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, in the order in which a person reads them."""
@@ -108,6 +121,7 @@ class Recipe:
             "seed": self.seed,
             "versions": dict(self.versions),
             "rules": [asdict(rule) for rule in self.rules],
+            **({} if self.classes is None else {"classes": list(self.classes)}),
         }
 
     def to_json(self) -> str:
@@ -122,16 +136,19 @@ class Recipe:
         """
         values = _mapping(values, where)
         _check_version(values, where)
-        _check_keys(values, ("format", "version", "base", "seed", "versions", "rules", "artefact"), where)
+        _check_keys(values, ("format", "version", "base", "seed", "versions", "rules", "classes", "artefact"), where)
         rules = values.get("rules")
         if not isinstance(rules, list):
-            raise RecipeError(f"{where}: rules must be a list of {{layers, type, options}}, got {_told(rules)}")
+            raise RecipeError(f"{where}: rules must be a list of {{layers, type, options}}, got {files.told(rules)}")
+        if len(rules) > _RULES:
+            raise RecipeError(f"{where}: there are {len(rules):,} rules, at most {_RULES:,} are read")
         base = values.get("base")
         return cls(
-            rules=tuple(_rule(rule, f"{where}: rule {i}") for i, rule in enumerate(rules, start=1)),
+            rules=tuple(_rule(rule, f"{where}: rule {i}", values["version"]) for i, rule in enumerate(rules, start=1)),
             base=None if base is None else _base(base, f"{where}: base"),
             seed=_typed(values, "seed", int, where, default=0),
             versions=_string_map(values.get("versions", {}), f"{where}: versions"),
+            classes=_classes(values.get("classes"), where),
         )
 
     @classmethod
@@ -160,25 +177,17 @@ def _of_zoo(name: str) -> Recipe:
     if not found.rules:
         why = f": {found.by_hand}" if found.by_hand else ""
         raise RecipeError(f"no recipe makes zoo/{name} of another network{why}")
-    return Recipe(rules=found.rules)
+    return Recipe(rules=tuple(as_published(rule) for rule in found.rules))
 
 
 def parse_json(text: str, where: str) -> Any:
     """JSON values of a text; raises `RecipeError` with the line of a mistake."""
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise RecipeError(f"{where} is not valid JSON: {error}") from error
+    return files.parse_json(text, where, RecipeError)
 
 
 def read_text(path: Path) -> str:
     """The text of a recipe file; raises `RecipeError`."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not a recipe: it is not UTF-8 text") from error
+    return files.read_text(path, RecipeError, "the recipe")
 
 
 def versions() -> dict[str, str]:
@@ -214,10 +223,10 @@ def set_recipe(model: "nn.Module", recipe: Recipe | None) -> None:
 
 def _check_version(values: Mapping[str, Any], where: str) -> None:
     if values.get("format") != FORMAT:
-        raise RecipeError(f'{where}: format must be "{FORMAT}", got {_told(values.get("format"))}')
+        raise RecipeError(f'{where}: format must be "{FORMAT}", got {files.told(values.get("format"))}')
     found = values.get("version")
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise RecipeError(f"{where}: version must be a positive integer, got {_told(found)}")
+        raise RecipeError(f"{where}: version must be a positive integer, got {files.told(found)}")
     if found > VERSION:
         raise RecipeError(
             f"{where} has version {found}, newer than version {VERSION} that this surgeon "
@@ -225,7 +234,7 @@ def _check_version(values: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _rule(values: Any, where: str) -> Rule:
+def _rule(values: Any, where: str, version: int) -> Rule:
     from surgeon.layers.registry import layer_class
 
     values = _mapping(values, where)
@@ -234,7 +243,7 @@ def _rule(values: Any, where: str) -> Rule:
     if isinstance(layers, list) and layers and all(isinstance(item, str) for item in layers):
         layers = ",".join(layers)
     if not isinstance(layers, str) or not layers.strip():
-        raise RecipeError(f'{where}: layers must be a selection such as "stage3,stage4", got {_told(layers)}')
+        raise RecipeError(f'{where}: layers must be a selection such as "stage3,stage4", got {files.told(layers)}')
     kind = _typed(values, "type", str, where)
     options = _mapping(values.get("options", {}), f"{where}: options")
     if kind == CONVOLUTION:
@@ -244,14 +253,15 @@ def _rule(values: Any, where: str) -> Rule:
         layer_class(kind).Config.from_dict(options)
     except (ConfigError, TypeError) as error:
         raise RecipeError(f"{where} ({layers}): {error}") from error
-    return Rule(layers=layers, type=kind, options=options)
+    rule = Rule(layers=layers, type=kind, options=options)
+    return as_published(rule) if version == 1 else rule
 
 
 def _check_window(options: Mapping[str, Any], where: str) -> None:
     _check_keys(options, ("window",), f"{where}: options")
     window = options.get("window")
     if not isinstance(window, list) or len(window) != 2 or not all(type(n) is int and 0 < n < 256 for n in window):
-        raise RecipeError(f"{where}: window must be a kernel size [height, width], got {_told(window)}")
+        raise RecipeError(f"{where}: window must be a kernel size [height, width], got {files.told(window)}")
 
 
 def _base(values: Any, where: str) -> BaseModel:
@@ -259,7 +269,7 @@ def _base(values: Any, where: str) -> BaseModel:
     _check_keys(values, ("source", "name", "kwargs", "input_size", "weights"), where)
     size = values.get("input_size", [3, 224, 224])
     if not isinstance(size, list) or not all(type(n) is int and n > 0 for n in size):
-        raise RecipeError(f"{where}: input_size must be a list of positive integers, got {_told(size)}")
+        raise RecipeError(f"{where}: input_size must be a list of positive integers, got {files.told(size)}")
     return BaseModel(
         source=_one_of(values, "source", _SOURCES, where),
         name=_typed(values, "name", str, where),
@@ -280,9 +290,18 @@ def _weights(values: Any, where: str) -> Weights:
     )
 
 
+def _classes(values: Any, where: str) -> tuple[str, ...] | None:
+    if values is None:
+        return None
+    files.check_fields(values, [str], f"{where}: classes", RecipeError)
+    if not values or len(set(values)) != len(values):
+        raise RecipeError(f"{where}: classes must be different names, got {files.told(values)}")
+    return tuple(values)
+
+
 def _mapping(values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise RecipeError(f"{where} must be a JSON object, got {_told(values)}")
+        raise RecipeError(f"{where} must be a JSON object, got {files.told(values)}")
     return values
 
 
@@ -300,17 +319,12 @@ def _check_keys(values: Iterable[str], known: tuple[str, ...], where: str) -> No
 def _typed(values: Mapping[str, Any], key: str, kind: type[T], where: str, default: T | None = None) -> T:
     value = values.get(key, default)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise RecipeError(f"{where}: {key} must be of type {kind.__name__}, got {_told(value)}")
+        raise RecipeError(f"{where}: {key} must be of type {kind.__name__}, got {files.told(value)}")
     return value
 
 
 def _one_of(values: Mapping[str, Any], key: str, allowed: tuple[str, ...], where: str) -> str:
     value = values.get(key)
     if value not in allowed:
-        raise RecipeError(f"{where}: {key} must be one of {', '.join(allowed)}, got {_told(value)}")
+        raise RecipeError(f"{where}: {key} must be one of {', '.join(allowed)}, got {files.told(value)}")
     return str(value)
-
-
-def _told(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,11 +2,12 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from surgeon.errors import CheckpointError
 from surgeon.layers.registry import layer_class
+from surgeon.report_fields import read_fields
 from surgeon.tables import count, error, paragraph, table
 
 if TYPE_CHECKING:
@@ -81,12 +82,9 @@ class Report:
             report = cls(
                 replaced=[entry(Replaced, item) for item in values["replaced"]],
                 skipped=[entry(Skipped, item) for item in values["skipped"]],
-                **rest,
+                **read_fields(cls, rest),
             )
-            for name in ("max_abs_error", "max_rel_error"):
-                value = getattr(report, name)
-                setattr(report, name, None if value is None else float(value))
-        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as problem:
             raise CheckpointError(f"this is not a report of surgeon: {type(problem).__name__}: {problem}") from problem
         return report
 
@@ -132,13 +130,7 @@ def jsonable(value: Any) -> Any:
 
 def entry(kind: type[Entry], values: dict[str, Any]) -> Entry:
     """One dataclass of a report from its JSON values."""
-    values = dict(values)
-    for item in fields(kind):
-        if isinstance(values.get(item.name), list):
-            values[item.name] = tuple(values[item.name])
-        if item.name.endswith("_error") and values[item.name] is not None:
-            values[item.name] = float(values[item.name])
-    return kind(**values)
+    return kind(**read_fields(kind, values))
 
 
 def geometry_text(geometry: dict[str, Any] | None) -> str:
@@ -225,13 +217,8 @@ def _totals(report: Report, width: int) -> str:
     if report.max_abs_error is None or report.max_rel_error is None:
         lines.append("error       not measured")
     else:
-        kind = "" if report.exact else ", not exact by choice"
-        worst = max((r.max_rel_error for r in report.replaced), default=None)
-        lines.append(
-            f"error       {error(report.max_rel_error)} relative, {error(report.max_abs_error)} absolute "
-            f"({report.precision}{kind}), worst layer {error(worst)}"
-        )
-    lines.append(f"time        {report.seconds:.1f} s")
+        lines.append(f"error       {_error(report)}")
+    lines.append(took(report.seconds))
     lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in report.notes]
     of_layers: dict[str, list[str]] = {}
     for r in report.replaced:
@@ -242,7 +229,23 @@ def _totals(report: Report, width: int) -> str:
     return "\n".join(lines)
 
 
-def change(name: str, before: int, after: int) -> str:
-    """A line of totals: before, after, and the factor."""
-    factor = f" (x{after / before:.2f})" if before else ""
-    return f"{name:<11} {count(before)} -> {count(after)}{factor}"
+def _error(report: Report) -> str:
+    """Of the outputs and the worst layer. Outputs that layers' errors leave as they are to the last bit say nothing."""
+    kind = report.precision + ("" if report.exact else ", not exact by choice")
+    worst = max((r.max_rel_error for r in report.replaced if r.max_rel_error is not None), default=None)
+    if report.max_abs_error == 0 and worst:
+        return f"worst layer {error(worst)} ({kind}); the outputs are insensitive here: 0"
+    outputs = f"{error(report.max_rel_error)} relative, {error(report.max_abs_error)} absolute"
+    return f"{outputs} ({kind}), worst layer {error(worst)}"
+
+
+def change(name: str, before: int | None, after: int | None) -> str:
+    """A line of totals: before, after, and the factor; a number that is not known is "unknown"."""
+    factor = f" (x{after / before:.2f})" if before and after is not None else ""
+    old, new = ("unknown" if n is None else count(n) for n in (before, after))
+    return f"{name:<11} {old} -> {new}{factor}"
+
+
+def took(seconds: float | None) -> str:
+    """A line of totals: how long it took."""
+    return f"time        {'unknown' if seconds is None else f'{seconds:.1f} s'}"

@@ -328,6 +328,15 @@ def sample_input(layer: nn.Module, batch: int, extra: int) -> Tensor:
 def build_layer(
     conv: nn.Module, layer: type[DynamicConv2d], config: Any, seed: int, context: Mapping[str, Any] | None = None
 ) -> DynamicConv2d:
-    """Make the dynamic layer for a convolution; what it draws at random depends on the seed alone."""
+    """Make the dynamic layer for a convolution; what it draws at random depends on the seed alone.
+
+    Raises `UnsupportedLayerError` where the convolution, or what it is calibrated on, holds NaN or infinities.
+    """
+    if not all(parameter.isfinite().all() for parameter in conv.parameters()):
+        reason = "its weights hold NaN or infinities"
+        raise UnsupportedLayerError(f"{type(conv).__name__} cannot be replaced: {reason}", (reason,))
+    if not all(data.isfinite().all() for data in (context or {}).values() if isinstance(data, Tensor)):
+        reason = "its input holds NaN or infinities on the calibration data"
+        raise UnsupportedLayerError(f"{type(conv).__name__} cannot be replaced: {reason}", (reason,))
     with seeded(seed):
         return layer.from_conv(conv, config, **(context or {}))

@@ -1,7 +1,7 @@
 """Every convolution of a model, what it does there, and what forbids to replace it."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy as is_lazy_tensor
 from torch.nn.utils import parametrize
 
-from surgeon.copying import copy_to_meta, is_lazy
+from surgeon.copying import copy_to_meta, is_lazy, seeded
 from surgeon.errors import UnsupportedLayerError
+from surgeon.held import outside_references
 from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.source import ConvSource, written_by_call
@@ -75,8 +76,15 @@ class Sites:
     seen: Observation
 
 
-def find_sites(model: nn.Module, example_inputs: Any = None, input_size: Sequence[int] | int | None = None) -> Sites:
+def find_sites(
+    model: nn.Module,
+    example_inputs: Any = None,
+    input_size: Sequence[int] | int | None = None,
+    origin: nn.Module | None = None,
+) -> Sites:
     """List every convolution. The model is not touched: copies of it are run and traced.
+
+    `origin` is what the model is a copy of: closures, which no copy renews, hold the modules of that one.
 
     Raises `InputError` if the model does not run.
     """
@@ -84,10 +92,11 @@ def find_sites(model: nn.Module, example_inputs: Any = None, input_size: Sequenc
     seen = observe(model, list(names), example_inputs, input_size)
     neighbours = _trace(model)
     strangers = _shared_parameters(model, names)
+    held = outside_references(model, names) | outside_references(model if origin is None else origin, names)
     _add_written_reads(model, names, seen)
     lost = _lost_attributes(model, names)
     drafts = [
-        _site(model, name, aliases, seen, neighbours.get(name), strangers.get(name, ()), lost.get(name, []))
+        _site(model, name, aliases, seen, neighbours.get(name), strangers.get(name, ()), lost.get(name, []), held)
         for name, aliases in names.items()
     ]
     return Sites(convs=tuple(_with_stages(model, drafts, seen)), seen=seen)
@@ -140,11 +149,12 @@ def _trace(model: nn.Module) -> dict[str, Neighbours]:
     """What torch.fx tells; nothing if the model has no copy on the meta device. A failure never forbids anything."""
     try:
         twin = copy_to_meta(model)
+        for module in twin.modules():
+            module.training = False
+        with seeded(0):
+            return trace_neighbours(twin)
     except Exception:
         return {}
-    for module in twin.modules():
-        module.training = False
-    return trace_neighbours(twin)
 
 
 def _shared_parameters(model: nn.Module, names: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -186,9 +196,8 @@ def _region(tensor: Tensor) -> tuple[int, int]:
     """Bytes from the start of the storage, the end exclusive; nothing for a tensor without elements."""
     if not tensor.numel():
         return 0, 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = int(tensor.storage_offset())
-    return start * tensor.itemsize, (start + int(last) + 1) * tensor.itemsize
+    last = sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset()) * tensor.itemsize, (int(tensor.storage_offset()) + last + 1) * tensor.itemsize
 
 
 # --- one convolution ----------------------------------------------------------------------------------------------
@@ -202,6 +211,7 @@ def _site(
     neighbours: Neighbours | None,
     strangers: tuple[str, ...],
     lost: Sequence[str],
+    held: Mapping[str, list[str]],
 ) -> ConvSite:
     conv: Any = model.get_submodule(name)
     geometry, reasons = _read_geometry(conv)
@@ -211,6 +221,11 @@ def _site(
         reasons.append(f"it is called with more than its input: {', '.join(seen.arguments[name])}")
     if strangers:
         reasons.append(f"its parameters are shared with {', '.join(strangers)}")
+    if name in held:
+        where = ", ".join(held[name])
+        reasons.append(
+            f"it is held outside the module tree too, by {where}, which would go on using the old convolution"
+        )
     if name in seen.readers:
         reasons.append(f"its weight is read outside its own forward, by {', '.join(seen.readers[name])}")
     if any(len(call.input) == 3 for call in calls) and geometry is not None:

@@ -14,7 +14,10 @@ from typing import Any
 from torch import nn
 
 from surgeon.errors import ModelError
+from surgeon.files import told
+from surgeon.machine import TooLargeError
 from surgeon.recipe import BaseModel, Weights
+from surgeon.sizes import bounded
 from surgeon.weights import bounded_network
 
 HUB = re.compile(r"(hf-hub|hf_hub|local-dir):(?P<id>.+)")
@@ -22,20 +25,32 @@ HUB = re.compile(r"(hf-hub|hf_hub|local-dir):(?P<id>.+)")
 
 def construct(base: BaseModel) -> nn.Module:
     """Call the model's factory without weights; raises `ModelError` for options it does not take."""
+    with (
+        _telling(f"{base.source} cannot build {base.name} with {base.kwargs or 'its defaults'}"),
+        warnings.catch_warnings(),
+        _bounded(base),
+    ):
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # torchvision's googlenet and inception warn of their own defaults
+        return _bare(base)
+
+
+def _bare(base: BaseModel) -> nn.Module:
     builders: dict[str, Callable[[BaseModel], nn.Module]] = {
         "timm": _timm_model,
         "torchvision": _torchvision_model,
         "zoo": _zoo_model,
         "factory": _factory_model,
     }
-    with (
-        _telling(f"{base.source} cannot build {base.name} with {base.kwargs or 'its defaults'}"),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # torchvision's googlenet and inception warn of their own defaults
-        return builders[base.source](base)
+    return builders[base.source](base)
+
+
+def _bounded(base: BaseModel) -> contextlib.AbstractContextManager[None]:
+    """Raises `TooLargeError` for options that ask for more than this machine has; a caller's factory knows what it does."""
+    if base.source == "factory" or HUB.fullmatch(base.name):
+        return contextlib.nullcontext()
+    return bounded(lambda: _bare(base), base.kwargs, f"{base.name} with {told(base.kwargs)}")
 
 
 @contextlib.contextmanager
@@ -43,7 +58,7 @@ def _telling(what: str) -> Iterator[None]:
     """Turn what a library raises into one `ModelError`."""
     try:
         yield
-    except ModelError:
+    except (ModelError, TooLargeError):
         raise
     except Exception as error:  # the libraries' factories and hubs raise anything
         told = " ".join(str(error).split()) or type(error).__name__
@@ -124,7 +139,7 @@ def pretrained(base: BaseModel) -> tuple[nn.Module, BaseModel]:
         raise ModelError(f"{failed}: the zoo publishes none")
     if base.source == "factory":
         raise ModelError(f"{failed}: a factory brings its own weights (--weights auto)")
-    with bounded_network(), _telling(failed), warnings.catch_warnings():
+    with _bounded(base), bounded_network(), _telling(failed), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return _timm_pretrained(base) if base.source == "timm" else _torchvision_pretrained(base)
 

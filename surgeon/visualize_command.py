@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import print_json
+from surgeon.arguments import print_json, size
 from surgeon.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -33,7 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
     parser.add_argument("--force", action="store_true", help="write into OUT though it is not empty")
     parser.add_argument("--layers", metavar="NAMES", help="which dynamic layers (default: all)")
-    parser.add_argument("--input-size", metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (default: the model's)")
+    parser.add_argument(
+        "--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (default: the model's)"
+    )
+    parser.add_argument(
+        "--bayer",
+        metavar="PATTERN",
+        help="show the model what an RGGB (BGGR, …) sensor sees; selections by its colors, too",
+    )
     parser.add_argument("--tensorboard", metavar="DIR", help="write pictures and numbers there, too")
     parser.add_argument(
         "--against", metavar="auto|MODEL", help="draw the original's features beside; auto is the run's base model"
@@ -46,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code. Everything is read before anything is written."""
     from surgeon.checkpoint import load
     from surgeon.console import Progress, width
+    from surgeon.files import filling
     from surgeon.recipe import get_recipe
     from surgeon.report import jsonable
     from surgeon.rewrite import dynamic_layers
@@ -61,9 +69,15 @@ def run(args: argparse.Namespace) -> int:
     if base is None:
         raise ConfigError(f"{args.run} does not name its base model, whose transform the pictures need")
     images = _read(args, model, base)
+    if args.bayer is not None:
+        images = _sensed(model, images, args.bayer)
     original = _original(args, base)
-    with Progress(enabled=not args.quiet) as progress, _Writer(output, args.tensorboard) as writer:
-        found = _draw(model, layers, images, original, writer, progress)
+    with (
+        Progress(enabled=not args.quiet) as progress,
+        filling(output, ConfigError) as fresh,
+        _Writer(fresh, args.tensorboard) as writer,
+    ):
+        found = _draw(model, layers, images, original, writer, progress, args.bayer)
         document = jsonable({"run": args.run, "output": str(output), "images": found, "bases": writer.bases})
         writer.numbers(document)
     if args.json:
@@ -82,14 +96,12 @@ def _check_output(output: Path, args: argparse.Namespace) -> None:
 
 def _read(args: argparse.Namespace, model: "nn.Module", base: "BaseModel") -> "dict[str, tuple[Tensor, Any]]":
     """By a name for each: the picture as the model gets it (C, H, W), and as people see it (H, W, 3) in [0, 1]."""
-    from surgeon.costs import parse_input_size
     from surgeon.images import evaluation_transform, read_image
 
     if args.input_size:
-        size = parse_input_size(args.input_size)
-        size = size * 2 if len(size) == 1 else size
+        given = args.input_size
         channels = base.input_size[0] if base.input_size else 3
-        base = replace(base, input_size=size if len(size) == 3 else (channels, *size))
+        base = replace(base, input_size=given if len(given) == 3 else (channels, *given))
     transform = evaluation_transform(model, base)
     found: dict[str, tuple[Tensor, Any]] = {}
     for file in map(Path, args.images):
@@ -100,6 +112,23 @@ def _read(args: argparse.Namespace, model: "nn.Module", base: "BaseModel") -> "d
             name = f"{stem}-{number}"
         picture = read_image(file, transform, base, option="IMAGE")
         found[name] = (picture, _photo(picture, transform))
+    return found
+
+
+def _sensed(
+    model: "nn.Module", images: "dict[str, tuple[Tensor, Any]]", pattern: str
+) -> "dict[str, tuple[Tensor, Any]]":
+    """The same for a model that demosaicks: it gets zero where a sensor of this pattern measures nothing."""
+    from surgeon.zoo.bayer import PATTERNS, bayer_mask, tell_pattern
+
+    if pattern not in PATTERNS:
+        raise ConfigError(f"--bayer must be one of {', '.join(PATTERNS)}, got {pattern!r}")
+    tell_pattern(model, pattern)
+    found = {}
+    for name, (picture, photo) in images.items():
+        if picture.shape[0] != 3:
+            raise InputError(f"--bayer is for models of color images; this one gets {picture.shape[0]} channels")
+        found[name] = (picture * bayer_mask(pattern, *picture.shape[1:]), photo)
     return found
 
 
@@ -131,6 +160,7 @@ def _draw(
     original: "nn.Module | None",
     writer: "_Writer",
     progress: Any,
+    bayer: str | None = None,
 ) -> list[dict[str, Any]]:
     from surgeon.layers import ACDAConv2d
     from surgeon.visualize.capture import capture
@@ -146,7 +176,7 @@ def _draw(
             values = numbers(layer)
             values["pictures"] = [
                 writer.picture(f"{image}/{safe(name)}-{what}", figure, step)
-                for what, figure in pictures(layer, photo).items()
+                for what, figure in pictures(layer, photo, bayer).items()
             ]
             writer.scalars(name, values, step)
             entries.append(values)

@@ -66,7 +66,10 @@ def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def mismatches(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
-    """What keeps a state dict from fitting a model: missing, unexpected, other shapes. Counters of batch norms may be missing."""
+    """What keeps a state dict from fitting a model: missing, unexpected, other shapes, whole numbers for real ones.
+
+    Counters of batch norms may be missing.
+    """
     own = model.state_dict()
     return [
         *(f"missing {name}" for name in own if name not in state and not name.endswith("num_batches_tracked")),
@@ -76,7 +79,25 @@ def mismatches(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
             for name, value in state.items()
             if name in own and value.shape != own[name].shape
         ),
+        *(
+            f"{name} is of dtype {_dtype(value)}, expected {_dtype(own[name])}"
+            for name, value in state.items()
+            if name in own and value.shape == own[name].shape and _kind(value) != _kind(own[name])
+        ),
     ]
+
+
+def _kind(value: Tensor) -> str:
+    """Dtypes of one kind are converted, others are not meant."""
+    if value.is_floating_point():
+        return "real"
+    if value.is_complex():
+        return "complex"
+    return "truth" if value.dtype == torch.bool else "whole"
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def told_mismatches(problems: list[str]) -> str:

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--table", action="store_true", help="parameters and MACs, published and ours, and why they differ"
     )
     parser.add_argument("--markdown", action="store_true", help="the table as markdown, for documents")
+    parser.add_argument("--fresh", action="store_true", help="count again what is known (the whole table: a minute)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +69,7 @@ def _one(args: argparse.Namespace, name: str) -> int:
     from surgeon.zoo import entry
     from surgeon.zoo.table import describe, make_row
 
-    found, row = describe(entry(name)), make_row(name)
+    found, row = describe(entry(name)), make_row(name, fresh=args.fresh)
     if args.json:
         print_json(found | {"params": row.params, "macs": row.macs})
         return 0
@@ -111,7 +112,7 @@ def _table(args: argparse.Namespace, names: list[str]) -> int:
     from surgeon.zoo.table import make_table, markdown, percent
 
     with Progress(enabled=not args.quiet) as tell:
-        rows = make_table(names, tell)
+        rows = make_table(names, tell, fresh=args.fresh)
     unexplained = [row.name for row in rows if row.unexplained]
     if args.json:
         print_json([row.to_dict() for row in rows])

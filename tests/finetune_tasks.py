@@ -164,7 +164,7 @@ def make_restorer(norm: bool = True, width: int = 6) -> nn.Module:
         return Restorer(norm, width).eval()
 
 
-def converted(type: str = "pafu", *, layers: str = "middle", norm: bool = True, **options: Any) -> nn.Module:
+def converted(type: str = "pafu", *, layers: str = "middle", norms: bool = True, **options: Any) -> nn.Module:
     """A restorer with one dynamic layer, small."""
     defaults: dict[str, dict[str, Any]] = {
         "pafu": {"group_size": 3, "hidden": 4},
@@ -172,6 +172,6 @@ def converted(type: str = "pafu", *, layers: str = "middle", norm: bool = True, 
         "sekg": {},
     }
     model, _ = surgeon.convert(
-        make_restorer(norm), layers=layers, type=type, input_size=(3, SIZE, SIZE), **(defaults[type] | options)
+        make_restorer(norms), layers=layers, type=type, input_size=(3, SIZE, SIZE), **(defaults[type] | options)
     )
     return model

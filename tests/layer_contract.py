@@ -22,6 +22,9 @@ SMALL: dict[str, Any] = {"hidden": 8, "group_size": 3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "acda-separable": ("acda", {"generator": "separable"}),
     "acda-lowrank": ("acda", {"generator": "lowrank", "generator_rank": 5}),
+    "acda-paper": ("acda", {"norm": None}),
+    "sekg-paper": ("sekg", {"norm": None}),
+    "pafu-paper": ("pafu", {"shared": False, "selection": "gumbel", "norm": None}),
 }
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")

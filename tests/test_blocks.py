@@ -161,7 +161,7 @@ def test_blocks_of_the_ablations() -> None:
     assert kinds("adfnet_wo_mdcb") == (["CB", "MCB"] * 2, ["DCB", "MCB"])
     assert kinds("adfnet_wo_dcb_mdcb") == (["CB", "MCB"] * 2, ["CB", "MCB"])
     assert kinds("adfnet_all") == (["DCB", "MDCB"] * 2, ["DCB", "MDCB"])
-    assert kinds("adfnet_encoder") == (["DCB", "MDCB"] * 2, ["CB", "MCB"])
+    assert kinds("adfnet_encoder") == (["DCB", "MDCB", "CB", "MCB"], ["CB", "MCB"])
     assert not any(isinstance(m, MFI) for m in zoo.create("adfnet_wo_mfi", widths=(8, 16)).modules())
 
 

@@ -55,7 +55,7 @@ def test_force_leaves_alone_what_surgeon_did_not_write(tmp_path: Path) -> None:
     load(tmp_path / "empty")
 
 
-STEPS = ["save_file", "_write", "_sync", "_take_place"]
+STEPS = ["save_file", "_write", "sync", "_take_place"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -165,7 +165,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of 
 def slow(path):
     print('writing', flush=True)
     time.sleep(60)
-checkpoint._sync = slow
+checkpoint.sync = slow
 try:
     surgeon.save(timm.create_model('test_resnet'), sys.argv[1], force=True)
 except KeyboardInterrupt:
@@ -202,9 +202,9 @@ def test_a_kill_in_the_middle_of_writing_leaves_no_folder_of_that_name(saved: Pa
 
 
 def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
-    import socket
+    from surgeon.machine import machine
 
-    other = tmp_path / f".run.partial-{socket.gethostname()}-{os.getppid()}"
+    other = tmp_path / f".run.partial-{machine()}-{os.getppid()}-0"
     other.mkdir()
     save(tiny(), tmp_path / "run")
     assert other.is_dir()

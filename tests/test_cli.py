@@ -268,7 +268,7 @@ def test_ctrl_c_ends_with_one_line_and_nothing_written(tmp_path: Path) -> None:
         "import signal, sys, surgeon.checkpoint as c, surgeon.cli, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job of a shell starts with it ignored
         "def slow(path): print('writing', flush=True); time.sleep(60)\n"
-        "c._sync = slow\n"
+        "c.sync = slow\n"
         f"sys.exit(surgeon.cli.main({[*ARGS, '--layers', 'layer4.0.conv2', '--type', 'pafu', '-o', 'run']!r}))"
     )
     pipe = subprocess.PIPE

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import surgeon
 from surgeon.evidence import Watch, prove, settled
-from surgeon.layers import ACDAConv2d, ConvGeometry, DynamicConv2d, PAFUConv2d, SEKGConv2d, layer_class
+from surgeon.layers import ACDAConv2d, ConvGeometry, DynamicConv2d, PAFUConfig, PAFUConv2d, SEKGConv2d, layer_class
 from surgeon.layers.factors import composes
 from surgeon.rewrite import plain_convolution
 from tests.constant_layers import VARIANTS, shift_static, vary
@@ -89,7 +89,7 @@ def test_any_constant_code_folds_exactly(found: tuple[ConvGeometry, tuple[int, i
     geometry, size = found
     source = random_source(geometry, torch.float64)
     x = random_input(source, 2, *size)
-    for kind, options in (("acda", {}), ("sekg", {"mode": "factorised"}), ("pafu", {})):
+    for kind, options in (("acda", {}), ("sekg", {"mode": "factorised", "norm": None}), ("pafu", PAFUConfig.paper)):
         layer = make(kind, source, **options).double().eval()
         before = layer.code(x)
         assert before is not None
@@ -112,7 +112,7 @@ def test_any_constant_code_folds_exactly(found: tuple[ConvGeometry, tuple[int, i
 
 
 def test_the_selection_is_proved_from_a_bound_on_the_logits() -> None:
-    layer = make("pafu", plain_conv())
+    layer = make("pafu", plain_conv(), **PAFUConfig.paper)
     assert isinstance(layer, PAFUConv2d)
     with torch.no_grad():
         layer.selector.expand.weight.normal_(std=0.01)

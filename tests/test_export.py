@@ -3,7 +3,6 @@
 import errno
 import importlib
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import surgeon
 from surgeon import exported
 from surgeon.cli import main
 from surgeon.errors import ConfigError, ExportError
+from surgeon.machine import machine
 from tests.export_models import Fixed, Untraceable, Wrong, mixed, onnx_run
 from tests.layer_contract import relative_error
 
@@ -185,7 +185,7 @@ def test_a_model_that_magnifies_rounding_is_allowed_what_it_does_to_itself(
 
 
 def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    (left := tmp_path / f".m.pt2.partial-{socket.gethostname()}-4194305").mkdir()  # a process that cannot be
+    (left := tmp_path / f".m.pt2.partial-{machine()}-4194305-0").mkdir()  # a process that cannot be
     (left / "m.pt2").write_bytes(b"half")
     surgeon.export(Fixed(), tmp_path / "m.pt2", format="torch", input_size=(3, 8, 8), free="none")
     assert [file.name for file in tmp_path.iterdir()] == ["m.pt2"]

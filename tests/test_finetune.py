@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import ConfigError
-from surgeon.layers import regularization
+from surgeon.layers import PAFUConfig, regularization
 from surgeon.zoo.finetune import dry_run, finetune
 from surgeon.zoo.finetune.evaluation import recalibrate
 from surgeon.zoo.finetune.loop import Interrupted, Run
@@ -68,7 +68,7 @@ def test_workers_and_evaluations_do_not_change_the_weights() -> None:
 
 
 def test_accumulation_equals_a_big_batch() -> None:
-    model = converted("acda", norm=False)
+    model = converted("acda", norms=False)
     settings = {"keep": "last", "opt": "sgd", "eval_every": "50"}
     big = finetune(model, regression(), with_(batch_size=8, accumulate=1, **settings)).model
     parts = finetune(model, regression(), with_(batch_size=2, accumulate=4, **settings)).model
@@ -176,7 +176,8 @@ def test_distillation_pulls_to_the_original() -> None:
 
 def test_the_regulariser_is_in_the_loss() -> None:
     def similarity(weight: float) -> float:
-        model = finetune(converted("pafu"), regression(), with_(regularization=weight, epochs=10, keep="last")).model
+        model = converted("pafu", **PAFUConfig.paper)
+        model = finetune(model, regression(), with_(regularization=weight, epochs=10, keep="last")).model
         return float(regularization(model).detach())
 
     assert similarity(1.0) < 0.5 * similarity(0.0)

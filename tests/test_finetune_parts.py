@@ -21,7 +21,7 @@ from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.finetune.batches import Draws, seed_everything
 from surgeon.zoo.finetune.config import parse_span, parse_time, span_steps
 from surgeon.zoo.finetune.guard import Guard, NotFiniteError
-from surgeon.zoo.finetune.loop import make_optimizer
+from surgeon.zoo.finetune.optimizer import make_optimizer
 from surgeon.zoo.finetune.parameters import ROLES, group_parameters, optimizer_groups
 from surgeon.zoo.finetune.schedule import Plan, Rates, Temperature
 from surgeon.zoo.finetune.state import Log, Progress, Store, read_log, read_tree, write_tree

@@ -1,5 +1,6 @@
 """What installs: one top-level name, the mapped folders below it, and no import of them under their own names."""
 
+import ast
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,39 @@ def test_the_licence_is_apache() -> None:
     assert project()["license"] == "Apache-2.0"
     assert "Apache License" in text.splitlines()[0] + text.splitlines()[1]
     assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    """What the product imports it depends on itself, not through what it depends on (sqlalchemy came by way of optuna)."""
+    declared = [*project()["dependencies"], *project()["optional-dependencies"]["export"]]
+    names = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in declared}
+    brought = {"triton"}  # torch's own dependency where there are GPUs; guarded where it is imported
+    files = [file for name in ("surgeon", *MAPPED) for file in (ROOT / name).rglob("*.py")] + [ROOT / "cli.py"]
+    imported = {name for file in files for name in top_levels(ast.parse(file.read_text()))}
+    assert {"torch", "sqlalchemy", "yaml", "huggingface_hub"} <= imported
+    foreign = imported - sys.stdlib_module_names - {"surgeon", "_typeshed"} - brought
+    sources = packages_distributions()
+    unknown = {name for name in foreign if not names & {d.lower().replace("_", "-") for d in sources.get(name, [name])}}
+    assert unknown == set()
+
+
+def top_levels(tree: ast.Module) -> set[str]:
+    """The first parts of all absolute imports, also those within functions."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_supported_pythons_are_named() -> None:
+    """`requires-python` has both ends, and the classifiers list what lies between; this one is among them."""
+    low, high = map(int, re.fullmatch(r">=3\.(\d+),<3\.(\d+)", project()["requires-python"]).groups())
+    classified = [re.search(r":: 3\.(\d+)$", line) for line in project()["classifiers"]]
+    assert [int(match[1]) for match in classified if match] == list(range(low, high))
+    assert low <= sys.version_info.minor < high
 
 
 @pytest.mark.parametrize("name", MAPPED)

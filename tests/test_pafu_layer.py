@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError, UnsupportedLayerError
+from surgeon.evidence import prove
 from surgeon.layers import PAFUConfig, PAFUConv2d, regularization
 from tests.layer_contract import awaken, plain_conv, relative_error
 
@@ -19,7 +20,9 @@ def seed() -> None:
 
 
 def make(conv: nn.Conv2d | None = None, **options: Any) -> PAFUConv2d:
-    return PAFUConv2d.from_conv(conv or plain_conv(), PAFUConfig(**({"group_size": 4, "hidden": 8} | options)))
+    """The paper's form, unless the options say otherwise."""
+    options = {"group_size": 4, "hidden": 8, **PAFUConfig.paper, **options}
+    return PAFUConv2d.from_conv(conv or plain_conv(), PAFUConfig(**options))
 
 
 def kernels(layer: PAFUConv2d) -> Tensor:
@@ -41,6 +44,9 @@ def kernels(layer: PAFUConv2d) -> Tensor:
         ({"supports": (3, 4)}, r"supports must be a tuple of odd kernel sizes, got \(3, 4\)"),
         ({"supports": 5}, "got 5"),
         ({"group_size": 2, "supports": (3, 5)}, "at most 1"),
+        ({"shared": 1}, "shared must be true or false, got 1"),
+        ({"selection": "soft"}, "selection must be one of argmax, gumbel, got 'soft'"),
+        ({"norm": "layer"}, "norm must be 'batch' or None, got 'layer'"),
     ],
 )
 def test_wrong_options_print_the_value(options: dict[str, Any], said: str) -> None:
@@ -306,7 +312,7 @@ def test_a_deeper_selector_sees_further_and_changes_nothing_at_birth() -> None:
     conv = nn.Conv2d(4, 6, 3, padding=1)
     x = torch.randn(1, 4, 15, 15, requires_grad=True)
     for depth in (1, 3):
-        layer = PAFUConv2d.from_conv(conv, PAFUConfig(group_size=3, hidden=5, selector_depth=depth)).eval()
+        layer = make(conv, group_size=3, hidden=5, selector_depth=depth).eval()
         torch.testing.assert_close(layer(x), conv(x))
         nn.init.normal_(layer.selector.expand.weight)
         (seen,) = torch.autograd.grad(layer.selector(x)[0, :, 7, 7].sum(), x)
@@ -316,3 +322,58 @@ def test_a_deeper_selector_sees_further_and_changes_nothing_at_birth() -> None:
         assert layer.selector.macs(15, 15) == selector * 225
     with pytest.raises(ConfigError, match="selector_depth must be an integer >= 1, got 0"):
         PAFUConfig(selector_depth=0)
+
+
+def shared(conv: nn.Conv2d | None = None, **options: Any) -> PAFUConv2d:
+    """The default form: a shared base, argmax in training, a normalized selector."""
+    return PAFUConv2d.from_conv(conv or plain_conv(), PAFUConfig(group_size=4, hidden=8, **options))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("supports", [(), (1, 5)])
+def test_a_shared_base_is_exact_whatever_is_selected(training: bool, supports: tuple[int, ...]) -> None:
+    conv = plain_conv()
+    layer = shared(conv, supports=supports).train(training)
+    x = torch.randn(2, 6, 9, 9)
+    torch.testing.assert_close(layer(x), conv(x))
+    assert len(layer.selection(x).unique()) > 1, "the selector starts able to see"
+    assert prove(layer) is not None
+
+
+def test_the_base_gets_the_gradient_of_every_pixel() -> None:
+    conv, x = plain_conv(), torch.randn(2, 6, 9, 9)
+    layer = shared(conv)
+    conv(x).square().sum().backward()
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(layer.kernel.grad, conv.weight.grad, rtol=1e-4, atol=1e-4)
+    assert layer.further_kernels.grad is not None
+    assert layer.further_kernels.grad.abs().sum(dim=(1, 2)).gt(0).all()
+
+
+def test_argmax_trains_what_eval_selects_by_the_gradient_of_the_expected_loss() -> None:
+    """The selector's gradient is that of sum_i softmax_i <g, K_i * x>, as of autograd on the mixture's linearization."""
+    layer = shared().double().train()
+    with torch.no_grad():
+        layer.further_kernels.normal_()
+    x = torch.randn(1, 6, 7, 7, dtype=torch.float64)
+    logits = torch.randn(1, 4, 7, 7, dtype=torch.float64, requires_grad=True)
+    index, soft = layer._select(logits)
+    assert soft is not None
+    assert torch.equal(index, logits.argmax(1))
+    layer.selector.forward = lambda _: logits
+    y = layer(x)
+    weight = torch.randn_like(y)
+    (got,) = torch.autograd.grad((y * weight).sum(), logits)
+    kernels = (layer.kernel, *layer._unpacked(layer._further_kernels()))
+    responses = torch.stack([nn.functional.conv2d(x, k, padding=1) for k in kernels], 1).detach()
+    expected = (logits.softmax(1)[:, :, None] * responses * weight[:, None]).sum()
+    (wanted,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_the_norm_takes_a_single_pixel_in_training() -> None:
+    """Batch 1 and one pixel: the running statistics serve, and stay."""
+    layer = shared(nn.Conv2d(6, 5, 1)).train()
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    assert torch.isfinite(layer(torch.randn(1, 6, 1, 1))).all()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())

@@ -1,17 +1,20 @@
 """Recipes: written and read back unchanged; whatever is wrong in one is one clear error that says where."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import surgeon
 from surgeon.errors import RecipeError
 from surgeon.recipe import FORMAT, VERSION, BaseModel, Recipe, Rule, Weights, get_recipe, set_recipe, versions
 
-MINIMAL = {"format": "surgeon-recipe", "version": 1, "rules": [{"layers": "stage3", "type": "pafu"}]}
+MINIMAL = {"format": "surgeon-recipe", "version": 2, "rules": [{"layers": "stage3", "type": "pafu"}]}
 
 names = st.text(min_size=1, max_size=20).filter(str.strip)
 bases = st.builds(
@@ -42,6 +45,35 @@ def test_what_a_person_writes_needs_only_format_version_and_rules() -> None:
     recipe = Recipe.from_dict(MINIMAL)
     assert recipe == Recipe(rules=(Rule(layers="stage3", type="pafu"),))
     assert recipe.base is None
+
+
+def test_version_1_means_the_layers_of_the_papers() -> None:
+    """Recipes and folders written before the norm came keep what they were."""
+    from surgeon.layers import PAFUConfig
+
+    (rule,) = Recipe.from_dict(MINIMAL | {"version": 1}).rules
+    assert rule.options == {"shared": False, "selection": "gumbel", "norm": None}
+    named = {"layers": "stage3", "type": "pafu", "options": {"norm": "batch"}}
+    assert Recipe.from_dict(MINIMAL | {"version": 1, "rules": [named]}).rules[0].options["norm"] == "batch"
+    assert PAFUConfig.from_dict(Recipe.from_dict(MINIMAL).rules[0].options) == PAFUConfig()
+
+
+@pytest.mark.parametrize("type", ["acda", "pafu", "sekg"])
+def test_a_folder_of_version_1_loads_and_computes_the_same(type: str, tmp_path: Path) -> None:
+    from surgeon.layers import layer_class
+
+    paper = layer_class(type).Config.paper
+    model = timm.create_model("resnet10t", num_classes=3)
+    model, report = surgeon.convert(model, layers="layer4.0.conv1", type=type, check=False, **paper)
+    surgeon.save(model, tmp_path / "run", report=report)
+    file = tmp_path / "run" / "recipe.json"
+    values = json.loads(file.read_text())
+    for rule in values["rules"]:
+        rule["options"] = {key: value for key, value in rule["options"].items() if key not in paper}
+    file.write_text(json.dumps(values | {"version": 1}))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(surgeon.load(tmp_path / "run")(x), model.eval()(x))
 
 
 def test_layers_may_be_a_list() -> None:

@@ -271,7 +271,7 @@ def test_the_quadratic_model_is_exact_where_it_holds() -> None:
 
 @pytest.mark.parametrize("opt", ["momentum", "adamw"])
 def test_a_walk_is_what_the_optimizer_does_with_a_constant_gradient(opt: str) -> None:
-    from surgeon.zoo.finetune.loop import make_optimizer
+    from surgeon.zoo.finetune.optimizer import make_optimizer
 
     config = FinetuneConfig(
         opt=opt, lr=0.02, new_lr_scale=0.5, max_steps=40, weight_decay=0.0, sched="constant", warmup="0"

@@ -134,10 +134,10 @@ def test_layers_are_measured_on_what_their_convolution_gets() -> None:
     for layer in layers.values():
         nn.init.zeros_(layer.bias)
     output, errors = measure(model, layers, given_inputs(X))
-    assert torch.equal(output, run(model, given_inputs(X)))
+    assert torch.equal(output["output"], run(model, given_inputs(X)))
     assert errors["0"].max_rel == 0
     assert errors["2"].max_rel == pytest.approx(0.5, rel=1e-3)
-    assert errors["2"].max_abs == pytest.approx(0.5 * output.abs().max().item(), rel=1e-3)
+    assert errors["2"].max_abs == pytest.approx(0.5 * output["output"].abs().max().item(), rel=1e-3)
     assert not any(m._forward_hooks for m in model.modules())
 
 
@@ -190,7 +190,7 @@ def test_a_convolution_that_does_not_see_the_images_may_come_first() -> None:
 
 
 def difference(rel: float) -> Difference:
-    return Difference(max_abs=rel, max_rel=rel, where="output")
+    return Difference(max_abs=rel, max_rel=rel, where="output", compared=1)
 
 
 def never() -> tuple[Difference, dict[str, Difference]]:

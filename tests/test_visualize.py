@@ -18,7 +18,7 @@ import surgeon
 from surgeon.cli import main
 from surgeon.errors import InputError
 from surgeon.evidence import Watch
-from surgeon.layers import ACDAConv2d, DynamicConv2d, PAFUConv2d, SEKGConv2d
+from surgeon.layers import ACDAConv2d, DynamicConv2d, PAFUConfig, PAFUConv2d, SEKGConv2d
 from surgeon.layers.bases import basis_elements
 from surgeon.rewrite import dynamic_layers
 from surgeon.visualize.capture import Seen, capture
@@ -169,11 +169,14 @@ def test_coefficients_are_dealt_to_their_scales() -> None:
 def test_a_layer_at_birth_varies_nowhere() -> None:
     acda, _ = see(make("acda", plain_conv()).eval())
     assert numbers(acda)["cosine_distance"] == pytest.approx(0, abs=1e-9)
-    pafu, _ = see(make("pafu", plain_conv()).eval())
+    pafu, _ = see(make("pafu", plain_conv(), **PAFUConfig.paper).eval())
     assert numbers(pafu)["effective_kernels"] == pytest.approx(1, abs=1e-5)
     sekg, _ = see(make("sekg", plain_conv()).eval())
     assert numbers(sekg)["energy_about_mean"] == 0
     assert [numbers(seen)["variation"] for seen in (acda, pafu, sekg)] == [0, 0, 0]
+    shared, _ = see(make("pafu", plain_conv()).eval())  # selects at random among equal kernels
+    assert numbers(shared)["effective_kernels"] > 1.5
+    assert numbers(shared)["variation"] == pytest.approx(0, abs=1e-6)
 
 
 def test_shares_are_those_of_the_selection() -> None:
@@ -372,7 +375,7 @@ def test_file_names_are_safe() -> None:
         (["run", "a.png", "-o", "a.png"], "a.png exists and is not a folder"),
         (["run", "a.png", "-o", "run"], "the output run is not empty"),
         (["run", "a.png", "-o", "out", "--layers", "layer9"], "'layer9' is no dynamic layer"),
-        (["run", "a.png", "-o", "out", "--input-size", "big"], "input size: expected"),
+        (["run", "a.png", "-o", "out", "--input-size", "big"], "expected SIZE, HxW or CxHxW"),
         (["run", "a.png", "-o", "out", "--against", "test_vit"], "it is not the original of this model"),
         (["plain", "a.png", "-o", "out"], "plain has no dynamic layer"),
     ],

@@ -55,6 +55,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "carn_m": {"width": 16},
     "demosaicnet": {"depth": 3, "width": 8},
 }
+# What these are made of runs under another name: for some the small network is the very same, see `test_repeated_names`.
+SAME = {"adfnet_l": "adfnet", "adfnet_real": "adfnet", "acda_realsr": "acda_sidd", "realsr_conv": "sidd_conv"}
+REPEATED = {*SAME, "adfnet_wo_dcb", "adfnet_wo_mdcb", "resnet110_cifar"}
 SIZES = {"lenet": 32, "lenet_acda": 32, "demosaicnet": 32}
 # Parameters that a forward pass does not use: upsamplers of other scales, the network for the noise.
 IDLE = {"carn_m": "upsample.", "acda_vdn": "noise.", "vdn_conv": "noise."}
@@ -79,7 +82,7 @@ def test_published_size_or_the_reason(name: str) -> None:
     assert len(found.description) > len(found.summary) + 80
 
 
-@pytest.mark.parametrize("name", tiers(zoo.names(), (BIG - set(SMALL)) | {"pafu_resnet110_cifar"}))
+@pytest.mark.parametrize("name", tiers(zoo.names(), (BIG - set(SMALL)) | REPEATED | {"pafu_resnet110_cifar"}))
 def test_trains_and_comes_back_from_disk(name: str, tmp_path: Path) -> None:
     side = SIZES.get(name, 16)
     if name.startswith(("ad_resnet", "pafu_resnet5", "pafu_resnet101")):
@@ -103,6 +106,16 @@ def test_trains_and_comes_back_from_disk(name: str, tmp_path: Path) -> None:
     again = surgeon.load(tmp_path / "run")
     with torch.no_grad():
         assert torch.equal(model(x), again(x))
+
+
+def test_repeated_names() -> None:
+    """Training and converting them again would show nothing: the same modules with tensors of the same shapes."""
+    for name, other in SAME.items():
+        networks = [zoo.create(n, **SMALL[n]) for n in (name, other)]
+        kinds = [[(key, type(m)) for key, m in net.named_modules()] for net in networks]
+        shapes = [{key: t.shape for key, t in net.state_dict().items()} for net in networks]
+        assert kinds[0] == kinds[1]
+        assert shapes[0] == shapes[1]
 
 
 CLASSES = {"pafu_resnet110_cifar100": {"num_classes": 100}}  # its plain network is that of CIFAR-10
@@ -144,7 +157,7 @@ def test_what_is_made_by_hand_says_why() -> None:
     assert not any(zoo.entry(name).by_hand for name in DYNAMIC)
 
 
-@pytest.mark.parametrize("name", tiers(zoo.names(), BIG - set(SMALL)))
+@pytest.mark.parametrize("name", tiers(zoo.names(), (BIG - set(SMALL)) | REPEATED))
 def test_converts(name: str) -> None:
     """Any network, dynamic ones too, can be converted further, and computes what it computed."""
     model = zoo.create(name, **SMALL.get(name, {})).eval()
@@ -224,7 +237,7 @@ def test_self_ensemble_turns_everything_back() -> None:
 
 def test_iterative_demosaicking_keeps_a_flat_image() -> None:
     """A grey plane needs no denoising: with a silent denoiser the measured and the interpolated values are all the same."""
-    net = zoo.create("iterative_demosaic", steps=3, depth=1, width=8).eval()
+    net = zoo.create("iterative_demosaic", steps=3, depth=1, width=8, pattern="GRBG").eval()
     nn.init.zeros_(net.denoiser.exit.weight)
     nn.init.zeros_(net.denoiser.exit.bias)
     image = torch.full((1, 3, 8, 10), 0.25)

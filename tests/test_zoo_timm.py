@@ -5,6 +5,8 @@ compile; timm's `scriptable` mode is refused by `torch.jit.script` itself. `torc
 ways to a graph.
 """
 
+import copy
+import functools
 import json
 import subprocess
 import sys
@@ -34,6 +36,16 @@ def each(names: list[str]) -> list[Any]:
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+@functools.cache
+def _built(name: str) -> nn.Module:
+    return timm.create_model(name)
+
+
+def fresh(name: str) -> nn.Module:
+    """A copy of a model that is built once: surgery takes seconds."""
+    return copy.deepcopy(_built(name))
+
+
 def side(name: str) -> int:
     return min(int(default_cfgs[name]["input_size"][-1]), 64)
 
@@ -53,7 +65,7 @@ def test_all_are_registered() -> None:
 
 @pytest.mark.parametrize("name", each(NAMES))
 def test_forward_backward_and_configuration(name: str) -> None:
-    model = timm.create_model(name)
+    model = fresh(name)
     cfg = model.default_cfg
     state = model.state_dict()
     assert cfg["architecture"] == name
@@ -107,9 +119,12 @@ def test_features_only(name: str) -> None:
     assert last.feature_info.channels() == channels[-1:]
 
 
-@pytest.mark.parametrize("name", each(NAMES))
+@pytest.mark.parametrize("name", [n if n == "lenet" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_features_of_all(name: str) -> None:
-    """timm's test of `features_only`: as many maps as told, of the channels and, where the network pads, the sizes told."""
+    """timm's test of `features_only`: as many maps as told, of the channels and, where the network pads, the sizes told.
+
+    Slow but for LeNet: `test_features_only` has the others of the quick ones.
+    """
     model = timm.create_model(name, features_only=True).eval()
     size = side(name)
     with torch.no_grad():
@@ -130,7 +145,7 @@ RESNETS = [name for name in NAMES if name.startswith(("ad_resnet", "pafu_resnet5
 @pytest.mark.parametrize("name", each(RESNETS))
 def test_intermediates(name: str) -> None:
     """timm's test of `forward_intermediates`, for what is a timm ResNet: the maps told, the last of them the model's features."""
-    model = timm.create_model(name).eval()
+    model = fresh(name).eval()
     x = torch.rand(1, 3, side(name), side(name))
     with torch.no_grad():
         output, maps = model.forward_intermediates(x)
@@ -144,7 +159,7 @@ def test_intermediates(name: str) -> None:
 @pytest.mark.parametrize("name", ["ad_resnet_s", "resnet20_cifar"])
 def test_features_are_those_of_the_whole_model(name: str) -> None:
     """The wrapper runs the modules in their order: nothing that only the forward method does is lost."""
-    model = timm.create_model(name).eval()
+    model = fresh(name).eval()
     features = timm.create_model(name, features_only=True, out_indices=(-1,)).eval()
     features.load_state_dict({k: v for k, v in model.state_dict().items() if k in features.state_dict()})
     x = torch.rand(1, 3, side(name), side(name))
@@ -154,7 +169,7 @@ def test_features_are_those_of_the_whole_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ad_resnet_s", "resnet20_cifar"])
 def test_gradient_checkpointing(name: str) -> None:
-    model = timm.create_model(name)
+    model = fresh(name)
     x = torch.rand(2, 3, side(name), side(name))
     gradients = []
     for enable in (False, True):
@@ -169,7 +184,7 @@ def test_gradient_checkpointing(name: str) -> None:
 @pytest.mark.parametrize("name", ["ad_resnet_s", "lenet_acda", "resnet20_cifar"])
 def test_fx_backward(name: str) -> None:
     """timm's: every parameter of the traced model gets a gradient, the same as the model's."""
-    model = timm.create_model(name).eval()
+    model = fresh(name).eval()
     graph = trace_graph(model)
     x = torch.rand(1, 3, side(name), side(name))
     gradients = []
@@ -188,14 +203,14 @@ def test_fx_backward(name: str) -> None:
 def test_torchscript_is_refused_and_documented(name: str) -> None:
     """No TorchScript: it fails when it compiles, not with a wrong result, and the document says so."""
     with pytest.raises((RuntimeError, OSError)):
-        torch.jit.script(timm.create_model(name).eval())
+        torch.jit.script(fresh(name).eval())
     text = (Path(__file__).parent.parent / "docs" / "zoo.md").read_text(encoding="utf-8")
     assert "TorchScript, which cannot compile the dynamic layers' operators" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("name", ["ad_resnet_s", "lenet_acda", "resnet20_cifar"])
 def test_fx(name: str) -> None:
-    model = timm.create_model(name).eval()
+    model = fresh(name).eval()
     graph = trace_graph(model)
     x = torch.rand(1, 3, side(name), side(name))
     with torch.no_grad():

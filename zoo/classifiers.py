@@ -1,6 +1,6 @@
 """Classifiers of the zoo, known to timm as well: `timm.create_model("ad_resnet_s")` after `import surgeon.zoo`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,10 +37,10 @@ def classifier(
     last linear layer, `stages` are the feature maps of `features_only`. `about` are fields of the zoo's `Entry`.
     """
 
-    def plain_or_operated(**options: Any) -> nn.Module:
+    def plain_or_operated(layer_options: Mapping[str, Any] | None = None, **options: Any) -> nn.Module:
         model = build(**options)
         size = (options.get("in_chans", input_size[0]), *input_size[1:])
-        return operate(model, rules, size) if rules else model
+        return operate(model, rules, size, layer_options) if rules else model
 
     def make(pretrained: bool = False, **options: Any) -> nn.Module:
         features = {"out_indices": tuple(stages)}

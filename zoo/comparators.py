@@ -123,6 +123,13 @@ def filter_pixels(x: Tensor, filters: Tensor, kernel_size: int) -> Tensor:
     return dconv(x, filters.unflatten(1, (-1, kernel_size**2)), size, padding=padding)
 
 
+def start_at_zero(conv: nn.Conv2d) -> None:
+    """Let a convolution start with output zero: behind it, a network that corrects its input starts at the identity."""
+    nn.init.zeros_(conv.weight)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+
+
 @torch.no_grad()
 def identity_filters(conv: nn.Conv2d, kernel_size: int) -> None:
     """Let the convolution that predicts filters start with the identity at every pixel: weight zero, bias 1 at the centre."""

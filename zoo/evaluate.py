@@ -1,7 +1,7 @@
 """What a model is worth on a task: its metrics over a split, the same at every call."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from surgeon.adaptivity import Adaptivity, observed
 from surgeon.copying import evaluating, seeded
 from surgeon.errors import ConfigError, DataError, InputError, SurgeonError
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task
+from surgeon.zoo.tasks.support.loading import loaded
 
 Progress = Callable[[str, int, int], None]
 AMP = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -27,6 +29,7 @@ def evaluate(
     amp: str | None = None,
     workers: int = 0,
     progress: Progress | None = None,
+    layers: list[Adaptivity] | None = None,
 ) -> dict[str, float]:
     """Metrics of a model on a split of a task, by name, the task's `primary` among them.
 
@@ -38,6 +41,7 @@ def evaluate(
         amp: autocast to "float16" or "bfloat16".
         workers: processes that load data; 0 loads in this one.
         progress: called with ("evaluate", batches done, batches in all).
+        layers: filled with how adaptive each dynamic layer is on the first batch.
 
     Raises:
         DataError: the split is empty.
@@ -60,14 +64,17 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     if amp is not None:
         autocast = partial(torch.autocast, where.type, dtype=AMP[amp])
-    with evaluating(model), seeded(0):
-        for done, batch in enumerate(loader):
+    with evaluating(model), seeded(0), ExitStack() as stack:
+        found = stack.enter_context(observed(model)) if layers is not None else []
+        for done, batch in enumerate(loaded(loader)):
             if progress is not None:
                 progress("evaluate", done, len(loader))
             batch = to_device(batch, where)
             with autocast():
                 output = _predict(task, model, batch)
             task.update(metrics, output, batch)
+    if layers is not None:
+        layers += found
     if progress is not None:
         progress("evaluate", len(loader), len(loader))
     return {name: float(metric.compute()) for name, metric in metrics.items()}

@@ -1,24 +1,35 @@
 """Zoo networks that are a plain network after surgery: the same `surgeon.convert` that users call, with a stored recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from surgeon.convert import convert
 from surgeon.layers.acda import ACDAConv2d
-from surgeon.recipe import Recipe, Rule, set_recipe
+from surgeon.recipe import Recipe, Rule, as_published, set_recipe
 
 
-def operate(model: nn.Module, rules: Sequence[Rule], input_size: Sequence[int]) -> nn.Module:
-    """Convert `model` in place by the rules, and start its ACDA layers as their paper does.
+def operate(
+    model: nn.Module,
+    rules: Sequence[Rule],
+    input_size: Sequence[int],
+    layer_options: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Convert `model` in place by the rules, with layers as their papers have them, and start its ACDA layers as their paper does.
+
+    `layer_options` are laid over the options of every rule ({"norm": "batch"}, {"selection": "argmax"}).
 
     A network that is trained from scratch has no function to preserve: ACDA layers that are cut to the paper's size
     (`static_atoms` 0) begin at their own random start instead of a few atoms of a random kernel. The layers' random numbers
     follow from torch's generator.
     """
     seed = int(torch.randint(2**31, ()).item()) if not _on_meta(model) else 0
-    recipe = Recipe(rules=tuple(rules), seed=seed)
+    published = [as_published(rule) for rule in rules]
+    made = tuple(replace(rule, options={**rule.options, **(layer_options or {})}) for rule in published)
+    recipe = Recipe(rules=made, seed=seed)
     converted, _ = convert(model, recipe=recipe, input_size=tuple(input_size), inplace=True, check=False)
     for layer in converted.modules():
         if isinstance(layer, ACDAConv2d) and layer.config.static_atoms == 0:

@@ -1,17 +1,22 @@
 """Published against ours: parameters and multiply-accumulates of every network of the zoo, and why they differ."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from surgeon.files import read_object, write_text
 from surgeon.zoo.recipes import recipes_for
 from surgeon.zoo.registry import Entry, Size, create, entry
 
+COUNTED = Path(__file__).with_name("counted.json")
 TOLERANCE = 0.01  # above it a difference needs its reason
 
 
@@ -66,17 +71,18 @@ class Row:
         }
 
 
-def make_row(name: str) -> Row:
-    """Build a network and count it; nothing is run but on the meta device."""
+def make_row(name: str, *, fresh: bool = False) -> Row:
+    """One network, with the numbers that come with surgeon; `fresh`, and where there are none, they are counted."""
     found = entry(name)
     published = found.published
     at = (published.at if published is not None else None) or found.input_size
-    model = create(name)
+    known = {} if fresh else _counted().get(name, {})
+    numbers = known if known.get("at") == list(at) else _count(found, at)
     return Row(
         name=name,
-        params=count_parameters(model),
-        compared_params=count_parameters(model, without=found.uncounted),
-        macs=count_macs(model, at),
+        params=numbers["params"],
+        compared_params=numbers["compared_params"],
+        macs=numbers["macs"],
         at=at,
         published_params=published.params if published is not None else None,
         published_macs=published.macs if published is not None else None,
@@ -84,6 +90,33 @@ def make_row(name: str) -> Row:
         difference=found.difference,
         plain=found.plain,
     )
+
+
+@cache
+def _counted() -> dict[str, Any]:
+    return read_object(COUNTED)
+
+
+def _count(found: Entry, at: Size) -> dict[str, Any]:
+    """Build a network and count it; nothing is run but on the meta device."""
+    model = create(found.name)
+    return {
+        "params": count_parameters(model),
+        "compared_params": count_parameters(model, without=found.uncounted),
+        "macs": count_macs(model, at),
+        "at": list(at),
+    }
+
+
+def write_counted(names: Sequence[str]) -> None:
+    """Count the networks and write the numbers that come with surgeon: after a change of a network, or of what is counted."""
+    rows = make_table(names, fresh=True)
+    numbers = {
+        row.name: {"params": row.params, "compared_params": row.compared_params, "macs": row.macs, "at": list(row.at)}
+        for row in rows
+    }
+    lines = [f"{json.dumps(name)}: {json.dumps(values)}" for name, values in sorted(numbers.items())]
+    write_text(COUNTED, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def count_parameters(model: nn.Module, *, without: str = "") -> int:
@@ -98,14 +131,16 @@ def count_macs(model: nn.Module, size: Size) -> int:
     return round(cost(model.eval(), input_size=size, batch_size=1, mode="infer").macs)
 
 
-def make_table(names: Sequence[str], tell: Callable[[str, int, int], None] | None = None) -> list[Row]:
-    """Rows of the named networks; `tell(stage, done, total)` hears of the progress."""
+def make_table(
+    names: Sequence[str], tell: Callable[[str, int, int], None] | None = None, *, fresh: bool = False
+) -> list[Row]:
+    """Rows of the named networks, see `make_row`; `tell(stage, done, total)` hears of the progress."""
     rows = []
     for done, name in enumerate(names):
         if tell is not None:
             tell("count", done, len(names))
         with torch.random.fork_rng(devices=[]):
-            rows.append(make_row(name))
+            rows.append(make_row(name, fresh=fresh))
     if tell is not None:
         tell("count", len(names), len(names))
     return rows

@@ -5,9 +5,9 @@ The package is called `costs` because `surgeon.cost` is the function.
 
 from surgeon.costs.estimate import Cost, LayerCost, cost
 from surgeon.costs.flops import FlopCounter, UnknownOperatorError, register_formula
-from surgeon.costs.parse import parse_input_size, parse_quantity
 from surgeon.costs.settings import OPTIMIZERS
 from surgeon.costs.table import CostTable, Option, cost_table
+from surgeon.parse import parse_input_size, parse_quantity
 
 __all__ = [
     "OPTIMIZERS",

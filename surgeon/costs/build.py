@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from surgeon.costs.emulate import meta_copy
-from surgeon.costs.estimate import run_step
+from surgeon.costs.estimate import cannot_run, run_step
 from surgeon.costs.flops import FlopCounter
 from surgeon.costs.memory import timeline
 from surgeon.costs.profile import Call, Profile, profile
 from surgeon.costs.settings import Settings
 from surgeon.costs.table import KEEP, CostTable, Option, Row
 from surgeon.costs.trace import Trace
+from surgeon.errors import SurgeonError
 from surgeon.layers.base import DynamicConv2d, LayerConfig
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.registry import layer_class
@@ -81,9 +82,15 @@ def _trace_base(model: nn.Module, sites: Sequence[ConvSite], settings: Settings)
 
     modules = {name: model.get_submodule(name) for name in (site.name for site in sites)}
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
-    trace = run_step(model, settings, FlopCounter(), "meta")
-    for handle in handles:
-        handle.remove()
+    try:
+        trace = run_step(model, settings, FlopCounter(), "meta")
+    except SurgeonError:
+        raise
+    except Exception as error:
+        raise cannot_run(model, settings, error) from error
+    finally:
+        for handle in handles:
+            handle.remove()
     flops = [0, 0]
     for op in trace.ops:
         flops[op.phase == "backward"] += op.flops
@@ -144,7 +151,7 @@ def _profiles(
             module = model.get_submodule(site.name)
             assert site.geometry is not None
             trainable = tuple(p.requires_grad for p in module.parameters())
-            own = ("keep", type(module), site.geometry, call, trainable)
+            own = ("keep", type(module), site.geometry, call, trainable, next(module.parameters()).dtype)
             if own not in done:
                 done[own] = profile(meta_copy(module), call, settings)
             row: list[Profile | None] = [done[own]]
@@ -152,9 +159,10 @@ def _profiles(
                 if against:
                     row.append(None)
                     continue
-                same = (option.label, site.geometry, call, trainable)
+                dtype = next(module.parameters()).dtype
+                same = (option.label, site.geometry, call, trainable, dtype)
                 if same not in done:
-                    layer = option_layer(site.geometry, option, configs)
+                    layer = option_layer(site.geometry, option, configs).to(dtype)
                     freeze_like(layer, module)
                     done[same] = profile(layer, call, settings)
                 row.append(done[same])

@@ -105,12 +105,12 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """CUDA's choice, simplified: flash for half precision without a mask, else memory-efficient; neither saves the scores."""
-    fits = query.dim() == 4 and not enable_gqa and query.shape[-1] == value.shape[-1] and query.shape[-1] <= 256
+    fits = query.dim() == 4 and query.shape[-1] == value.shape[-1] and query.shape[-1] <= 256
     aten = torch.ops.aten
-    if fits and attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
+    if fits and attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):  # grouped queries, too
         out: Tensor = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
         return out
-    if fits:
+    if fits and not enable_gqa:
         mask = attn_mask
         if mask is not None and mask.dtype is torch.bool:
             mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)

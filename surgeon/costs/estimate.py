@@ -31,6 +31,7 @@ from surgeon.costs.settings import (
     OptimizerFactory,
     Settings,
     default_loss,
+    image_dtype,
     make_optimizer,
     make_settings,
     optimizer_name,
@@ -197,7 +198,7 @@ def run_step(model: nn.Module, settings: Settings, counter: FlopCounter, device:
 def _call(model: nn.Module, settings: Settings, device: str) -> Inputs:
     """The arguments of one call: those that were given, or a batch of random images."""
     if settings.inputs is None:
-        x = torch.empty((settings.batch_size, *settings.input_size), device=device)
+        x = torch.empty((settings.batch_size, *settings.input_size), device=device, dtype=image_dtype(model))
         if device != "meta":
             x.normal_()
         if settings.channels_last:
@@ -327,11 +328,7 @@ def _extrapolated(model: nn.Module, settings: Settings, strict: bool, why: Excep
     except UnknownOperatorError:
         raise
     except Exception as error:
-        size = "x".join(map(str, settings.input_size))
-        raise InputError(
-            f"{type(model).__name__} fails on images of {size}: {_first_line(error)}; give the size that it takes "
-            "as input_size, or all its arguments as example_inputs"
-        ) from error
+        raise cannot_run(model, settings, error) from error
     first, second = two
     steps = (settings.batch_size - small) / (large - small)
 
@@ -360,6 +357,15 @@ def _extrapolated(model: nn.Module, settings: Settings, strict: bool, why: Excep
         notes=(note, *second.notes),
         amp=None if settings.amp is None else str(settings.amp).removeprefix("torch."),
     )
+
+
+def cannot_run(model: nn.Module, settings: Settings, error: Exception) -> InputError:
+    """What is said where a step cannot be run, with what would help."""
+    size = "x".join(map(str, settings.input_size))
+    hint = "give the size that it takes as input_size, or all its arguments as example_inputs"
+    if "more than 1 value per channel" in str(error):
+        hint = "its BatchNorm sees one value a channel: give a larger batch size, or larger images"
+    return InputError(f"{type(model).__name__} fails on images of {size}: {_first_line(error)}; {hint}")
 
 
 def _once_on_cpu(model: nn.Module, settings: Settings, strict: bool, why: Exception) -> Cost:

@@ -10,7 +10,7 @@ from torch import nn
 
 from surgeon.copying import checkpoint_gradients
 from surgeon.costs.emulate import to_channels_last
-from surgeon.costs.settings import Settings, default_loss, make_optimizer
+from surgeon.costs.settings import Settings, default_loss, image_dtype, make_optimizer
 from surgeon.errors import BackendError
 from surgeon.inputs import call_arguments
 
@@ -38,7 +38,7 @@ class Step:
         self.model = deepcopy(model).to(device).train(settings.mode == "train")
         if settings.checkpointing:
             checkpoint_gradients(self.model)
-        self.x = torch.randn((settings.batch_size, *settings.input_size), device=device)
+        self.x = torch.randn((settings.batch_size, *settings.input_size), device=device).to(image_dtype(model))
         if settings.channels_last:
             to_channels_last(self.model)
             self.x = self.x.to(memory_format=torch.channels_last)

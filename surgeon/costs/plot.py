@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from surgeon.costs.estimate import Cost
 from surgeon.costs.memory import KINDS, Timeline
 from surgeon.errors import ConfigError
+from surgeon.files import writing
 from surgeon.tables import shorten
 
 SCALE = 2  # drawn larger, then reduced: smooth lines
@@ -67,7 +68,8 @@ class _Canvas:
         self.pen.rectangle((x * SCALE, y * SCALE, (x + width) * SCALE, (y + height) * SCALE), fill=fill)
 
     def save(self, path: Path) -> None:
-        self.image.resize(self.size, Image.Resampling.LANCZOS).save(path)
+        with writing(path, ConfigError) as fresh:
+            self.image.resize(self.size, Image.Resampling.LANCZOS).save(fresh, format="PNG")
 
 
 def _areas(canvas: _Canvas, times: Timeline) -> None:

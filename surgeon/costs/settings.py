@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.costs.parse import parse_input_size
 from surgeon.errors import ConfigError, InputError
 from surgeon.inputs import Inputs, given_inputs
+from surgeon.parse import parse_input_size
 
 Mode = Literal["train", "infer"]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -87,6 +87,11 @@ def image_size(model: nn.Module, given: Any) -> tuple[int, int, int]:
     first = next((m for m in model.modules() if hasattr(m, "in_channels") and hasattr(m, "kernel_size")), None)
     channels = int(str(first.in_channels)) if first is not None else own[0] if own else 3
     return (channels, sizes[0], sizes[-1])
+
+
+def image_dtype(model: nn.Module) -> torch.dtype:
+    """That of the model: half of it takes half of an image's memory."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:

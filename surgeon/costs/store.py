@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import os
-import tempfile
+import logging
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,11 +17,15 @@ from torch import nn
 import surgeon
 from surgeon.costs.settings import Settings
 from surgeon.costs.table import CostTable, Option, Row
+from surgeon.errors import CheckpointError
+from surgeon.files import cache_folder, writing
+
+logger = logging.getLogger(__name__)
 
 
 def folder() -> Path:
     """Where tables are kept."""
-    return Path(os.environ.get("SURGEON_CACHE") or Path.home() / ".cache" / "surgeon") / "cost"
+    return cache_folder() / "cost"
 
 
 def key(model: nn.Module, options: Sequence[Option], layers: Any, settings: Settings) -> str | None:
@@ -95,11 +98,9 @@ def save(key: str, table: CostTable) -> None:
         }
     )
     try:
-        folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder(), suffix=".tmp", delete=False) as file:
+        with writing(folder() / f"{key}.npz") as fresh:
             np.savez_compressed(
-                file, text=np.array(text), allowed=table.allowed, windows=table.windows, memory=table.memory
+                fresh, text=np.array(text), allowed=table.allowed, windows=table.windows, memory=table.memory
             )
-        Path(file.name).replace(folder() / f"{key}.npz")
-    except OSError:
-        return
+    except CheckpointError as error:
+        logger.debug("not kept: %s", error)

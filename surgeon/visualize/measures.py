@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from surgeon.layers import ACDAConv2d, PAFUConv2d, SEKGConv2d
+from surgeon.layers.base import CodedConv2d
 from surgeon.layers.bases import fourier_bessel, scale_boxes
 from surgeon.visualize.capture import Seen
 
@@ -15,13 +16,14 @@ FROM_WEIGHTS = "weights"
 def numbers(seen: Seen) -> dict[str, Any]:
     """What is measured of a layer, as JSON values; which numbers depends on its type."""
     found: dict[str, Any] = {"name": seen.name, "type": seen.layer.type_name, "variation": seen.variation}
-    if seen.code is None:
+    if seen.code is None or not isinstance(seen.layer, CodedConv2d):
         return found
+    found |= {"content": content_share(seen.layer.signal(seen.input[None].to(next(seen.layer.parameters()))))}
     if isinstance(seen.layer, ACDAConv2d):
-        scales = alpha_by_scale(seen.layer, seen.code)
-        distances = {name: cosine_distance(alpha.flatten(0, 1).flatten(1)) for name, alpha in scales.items()}
-        told = [d for name, d in distances.items() if name != FROM_WEIGHTS and d is not None]
-        found |= {"cosine_distance": sum(told) / len(told) if told else None, "cosine_distance_by_scale": distances}
+        found |= {
+            "cosine_distance": code_distance(seen.layer, seen.code),
+            "cosine_distance_by_scale": distance_by_scale(seen.layer, seen.code),
+        }
     if isinstance(seen.layer, PAFUConv2d):
         shares = seen.code.mean((1, 2))
         entropy = -(shares * shares.clamp_min(1e-12).log()).sum()
@@ -30,6 +32,14 @@ def numbers(seen: Seen) -> dict[str, Any]:
         about_static, about_mean = kernel_energy(seen.layer, seen.code)
         found |= {"energy_about_static": float(about_static.mean()), "energy_about_mean": float(about_mean.mean())}
     return found
+
+
+@torch.no_grad()
+def content_share(signal: Tensor) -> float:
+    """Part of the energy of a generator's map (N, features, H, W) that varies over the pixels of an image, 0 to 1."""
+    signal = signal.float()
+    energy = signal.square().mean((1, 2, 3)).clamp_min(torch.finfo(torch.float32).tiny)
+    return float((signal.flatten(2).var(2, correction=0).mean(1) / energy).mean())
 
 
 def alpha_by_scale(layer: ACDAConv2d, code: Tensor) -> dict[str, Tensor]:
@@ -44,6 +54,24 @@ def alpha_by_scale(layer: ACDAConv2d, code: Tensor) -> dict[str, Tensor]:
     if first < alpha.shape[1]:
         found[FROM_WEIGHTS] = alpha[:, first:]
     return found
+
+
+def distance_by_scale(layer: ACDAConv2d, code: Tensor) -> dict[str, float | None]:
+    """The cosine distance of each scale's coefficients, of the code (V, H, W) of one image."""
+    scales = alpha_by_scale(layer, code)
+    return {name: cosine_distance(alpha.flatten(0, 1).flatten(1)) for name, alpha in scales.items()}
+
+
+def code_distance(layer: CodedConv2d, code: Tensor) -> float | None:
+    """1 - cos of two pixels' codes, averaged over all pairs of an image (ACDA, A.5); code (V, H, W).
+
+    ACDA's is the mean over its scales, without the elements made from weights. PAFU's is the probability that two pixels select
+    different kernels.
+    """
+    if not isinstance(layer, ACDAConv2d):
+        return cosine_distance(code.flatten(1))
+    told = [d for name, d in distance_by_scale(layer, code).items() if name != FROM_WEIGHTS and d is not None]
+    return sum(told) / len(told) if told else None
 
 
 def cosine_distance(vectors: Tensor) -> float | None:

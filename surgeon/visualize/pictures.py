@@ -23,11 +23,16 @@ PALETTE = (
 POINTS = (3, 4)  # rows and columns of places whose atoms are shown
 
 
-def pictures(seen: Seen, photo: NDArray[Any]) -> dict[str, Figure]:
-    """Every picture of one layer for one photo (H, W, 3) in [0, 1], by what it shows."""
+def pictures(seen: Seen, photo: NDArray[Any], bayer: str | None = None) -> dict[str, Figure]:
+    """Every picture of one layer for one photo (H, W, 3) in [0, 1], by what it shows.
+
+    `bayer` is the pattern of the sensor, read row by row, where the photo is shown to the model as a mosaic.
+    """
     found: dict[str, Figure] = {}
     if seen.code is not None and isinstance(seen.layer, PAFUConv2d):
         found["selection"] = selection(seen, photo)
+        if bayer is not None and tuple(seen.code.shape[1:]) == photo.shape[:2]:
+            found[f"selection-{bayer}"] = selection_by_color(seen, photo, bayer)
     if seen.code is not None and isinstance(seen.layer, ACDAConv2d):
         found["scales"] = coefficient_maps(seen, photo)
         found["atoms"] = atoms(seen, photo)
@@ -70,6 +75,26 @@ def selection(seen: Seen, photo: NDArray[Any]) -> Figure:
     for spine in right.spines.values():
         spine.set_visible(False)
     return figure
+
+
+def selection_by_color(seen: Seen, photo: NDArray[Any], bayer: str) -> Figure:
+    """Selection masks of the pixels that measure each color of the Bayer cell, one below the other (PAFU, Figure 3)."""
+    assert seen.code is not None
+    n = len(seen.code)
+    colors = ListedColormap([PALETTE[i % len(PALETTE)] for i in range(n)])
+    chosen = _array(seen.code.argmax(0))
+    masks = [
+        Panel(
+            title=f"{color}, row {i // 2}, column {i % 2} of the cell",
+            values=chosen[i // 2 :: 2, i % 2 :: 2],
+            colours=colors,
+            limits=(-0.5, n - 0.5),
+            bar=False,
+        )
+        for i, color in enumerate(bayer)
+    ]
+    title = f"{seen.name}: kernel selected at each pixel, by what the {bayer} sensor measures there"
+    return sheet(title, [[_photo(photo), *masks[:2]], [None, *masks[2:]]])
 
 
 # --- ACDA ---------------------------------------------------------------------------------------------------------

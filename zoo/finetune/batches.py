@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from surgeon.zoo.tasks import Batch, Task, TaskDataset
+from surgeon.zoo.tasks.support.loading import loaded
+
+# Signals that ask a run to stop: Ctrl-C, a batch system, a terminal that is closed.
+STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def mixed(*numbers: int | str) -> int:
@@ -60,7 +64,7 @@ class Draws(Sampler[list[int]]):
 
 def training_batches(task: Task, dataset: TaskDataset, draws: Draws, workers: int) -> Iterator[Batch]:
     """This process's micro-batches, collated, on the CPU, from the sampler's start on."""
-    yield from _loader(dataset, task, workers, draws)
+    yield from loaded(_loader(dataset, task, workers, draws))
 
 
 def validation_batches(
@@ -69,7 +73,7 @@ def validation_batches(
     """Every sample of the set once, in order; with several processes each takes its share."""
     mine = range(rank, len(dataset), processes)
     parts = [list(mine[first : first + batch]) for first in range(0, len(mine), batch)]
-    yield from _loader(dataset, task, workers, parts)
+    yield from loaded(_loader(dataset, task, workers, parts))
 
 
 def _loader(dataset: TaskDataset, task: Task, workers: int, batches: Iterable[list[int]]) -> DataLoader[Batch]:
@@ -78,14 +82,20 @@ def _loader(dataset: TaskDataset, task: Task, workers: int, batches: Iterable[li
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=task.collate,
-        worker_init_fn=_leave_interrupts_to_parent if workers else None,
+        worker_init_fn=_leave_signals_to_parent if workers else None,
         generator=torch.Generator(),  # its own: a loader otherwise draws from the global one
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def _leave_interrupts_to_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_parent(worker: int) -> None:
+    """What asks the whole group to stop asks the training, which still needs its data for a step; a second SIGTERM ends."""
+
+    def once(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in STOPS:
+        signal.signal(number, once if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 def to_device(batch: Batch, device: torch.device, *, channels_last: bool) -> Batch:

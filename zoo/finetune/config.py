@@ -11,8 +11,10 @@ SCHEDULES = ("cosine", "poly", "step", "multistep", "tanh", "constant")
 PRECISIONS = ("no", "fp16", "bf16")
 DEVICES = ("auto", "cpu")
 KEEP = ("best", "last")
-# Options that may differ when a run is taken up again: none of them changes the weights it ends with.
+# Options that may differ when a run is taken up again: none of them changes the weights that a step leads to.
 FREE = ("max_time", "workers", "log_every")
+# These neither, but what is kept, or when the run ends: a note says so.
+TOLD = ("eval_batch_size", "eval_every", "patience", "checkpoint_every", "max_rollbacks", "device")
 
 _SPAN = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(|ep|%)")
 _TIME = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([smhd]?)")
@@ -40,7 +42,8 @@ class FinetuneConfig:
     turn the selectors for one step and everything else for k (PAFU, §4.1: 3).
     `distill`: weight of the distance to the original network's outputs.
     `ema`: decay of an average of the weights, which then is what is evaluated and kept (None: off).
-    BatchNorm: `freeze_bn` keeps its statistics; `recalibrate` is over how many training batches they are measured again at the
+    BatchNorm: `freeze_bn` keeps its statistics (not those inside of the generators of dynamic layers, which come with the
+    conversion); `recalibrate` is over how many training batches they are measured again at the
     end (0: not), with every other layer in eval mode.
     Evaluation: every span `eval_every` and at the end; `patience` evaluations without a better primary metric stop the run
     (None: never); `keep` says whether the best or the last weights make the result.

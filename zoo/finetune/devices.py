@@ -1,5 +1,6 @@
 """Accelerate: device, precision, processes."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,9 @@ from surgeon.zoo.finetune.config import FinetuneConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# Environment variables of `accelerate launch` that bring in another way to train.
+_BACKENDS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
+
 
 def make_accelerator(config: FinetuneConfig) -> "Accelerator":
     """Made for these options, whatever was made before in this process. Raises `ConfigError` for what the device cannot do."""
@@ -18,6 +22,9 @@ def make_accelerator(config: FinetuneConfig) -> "Accelerator":
     from accelerate.state import AcceleratorState
     from accelerate.utils import GradientAccumulationPlugin
 
+    for name in _BACKENDS:
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t"):
+            raise ConfigError(f"{name} is set: surgeon trains with Accelerate's plain data parallelism; unset it")
     # Said plainly, because Accelerate joins the processes of torchrun on a machine without a GPU only then.
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     known = AcceleratorState._shared_state

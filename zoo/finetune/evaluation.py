@@ -3,13 +3,16 @@
 import itertools
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from surgeon.adaptivity import Adaptivity, observed
 from surgeon.copying import evaluating
+from surgeon.layers.norm import SignalNorm
 from surgeon.zoo.finetune.batches import to_device, validation_batches
 from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.tasks import Batch, Task, TaskDataset
@@ -23,11 +26,15 @@ BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics by name; seconds for the pass over all samples, data included; a picture of the first batch if one was wanted."""
+    """Metrics by name; seconds for the pass over all samples, data included.
+
+    Of the first batch, if it was asked for: a picture, and how adaptive the dynamic layers are.
+    """
 
     metrics: dict[str, float]
     seconds: float
     picture: "Image | None" = field(default=None, compare=False)
+    layers: tuple[Adaptivity, ...] = field(default=(), compare=False)
 
 
 def evaluate(
@@ -37,7 +44,7 @@ def evaluate(
     config: FinetuneConfig,
     accelerator: "Accelerator",
     *,
-    picture: bool = False,
+    look: bool = False,
 ) -> Evaluation:
     """Every validation sample once, shared out over the processes, in eval mode; leaves the global random state as it was."""
     from accelerate.utils import convert_to_fp32
@@ -51,23 +58,24 @@ def evaluate(
     size = config.eval_batch_size or config.batch_size
     batches = validation_batches(task, dataset, size, config.workers, rank=rank, processes=processes)
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with evaluating(model), torch.random.fork_rng(devices=cuda):
+    with evaluating(model), torch.random.fork_rng(devices=cuda), ExitStack() as stack:
+        layers = stack.enter_context(observed(model)) if look else []
         for batch in batches:
             batch = to_device(batch, accelerator.device, channels_last=config.channels_last)
             with accelerator.autocast():
                 output = task.predict(model, batch)
             output = convert_to_fp32(output)
             task.update(metrics, output, batch)
-            if picture and drawn is None:
+            if look and drawn is None:
                 drawn = task.picture(batch, output)
     values = {name: float(metric.compute()) for name, metric in metrics.items()}
-    return Evaluation(values, time.perf_counter() - started, drawn)
+    return Evaluation(values, time.perf_counter() - started, drawn, tuple(layers))
 
 
 def freeze_batch_norms(model: nn.Module) -> None:
-    """Make BatchNorms use and keep the statistics they have, until the next `train()`."""
+    """Make BatchNorms use and keep the statistics they have, until the next `train()`; those inside of generators have none yet."""
     for module in model.modules():
-        if isinstance(module, BATCH_NORMS):
+        if isinstance(module, BATCH_NORMS) and not isinstance(module, SignalNorm):
             module.eval()
 
 

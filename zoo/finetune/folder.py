@@ -3,10 +3,13 @@
 `training/` holds run.json (model, task, options), checkpoints/, log.jsonl, tensorboard/ and, at the end, summary.json.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +17,39 @@ from torch import nn
 
 from surgeon.checkpoint import save
 from surgeon.collapse_report import CollapseReport
-from surgeon.errors import CheckpointError, ConfigError
+from surgeon.errors import CheckpointError, ConfigError, DataError
+from surgeon.files import check_fields, read_object
 from surgeon.recipe import FILE as RECIPE
-from surgeon.recipe import BaseModel, parse_json, read_text, versions
+from surgeon.recipe import BaseModel, versions
 from surgeon.report import Report
-from surgeon.zoo.finetune.config import FREE, FinetuneConfig
-from surgeon.zoo.finetune.state import sync, write_text
+from surgeon.zoo.finetune.config import FREE, TOLD, FinetuneConfig
+from surgeon.zoo.finetune.state import read_log, sync, write_text
 from surgeon.zoo.tasks import Task
+from surgeon.zoo.tasks.support.fingerprint import changes, fingerprint
 
 FORMAT = "surgeon-finetune"
 VERSION = 1
+LOCK = ".lock"
+_PLACES = ("data", "train", "val")  # options that say where the data lie
+_FIELDS = {
+    **dict.fromkeys(("model", "weights", "task"), str),
+    **dict.fromkeys(("options", "config", "versions"), dict),
+    "processes": int,
+}
+
+_HELD: set[int] = set()  # descriptors of the locks that this process has
+
+
+@cache
+def _free_in_children() -> None:
+    """Have processes that are forked (those that load data) close the locks: they may live a little longer than a killed run."""
+
+    def close() -> None:
+        while _HELD:
+            with contextlib.suppress(OSError):
+                os.close(_HELD.pop())
+
+    os.register_at_fork(after_in_child=close)
 
 
 class RunFolder:
@@ -54,6 +80,33 @@ class RunFolder:
         if any(self.output.iterdir()) and not ((self.output / RECIPE).is_file() or self.record.is_file()):
             raise CheckpointError(f"the output {self.output} was not written by surgeon: --force leaves it alone")
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run against other processes; raises `CheckpointError` where one has it. A folder without a run is free."""
+        if not self.training.is_dir():
+            yield
+            return
+        try:
+            import fcntl
+        except ImportError:  # not a POSIX system
+            yield
+            return
+        try:
+            lock = (self.training / LOCK).open("w")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.training}: {error.strerror or error}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise CheckpointError(f"the run in {self.output} is going on in another process") from error
+            _free_in_children()
+            _HELD.add(lock.fileno())
+            try:
+                yield
+            finally:
+                _HELD.discard(lock.fileno())
+
     def create(self, record: dict[str, Any]) -> None:
         """Start a run: write down what is run, in the place of what `check` allowed to replace.
 
@@ -74,24 +127,44 @@ class RunFolder:
             shutil.rmtree(fresh, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
 
-    def compare(self, record: dict[str, Any]) -> list[str]:
-        """Raise `ConfigError` naming the options that are not those of the run here; returns notes on what else changed."""
-        old = parse_json(read_text(self.record), str(self.record))
-        if not isinstance(old, dict) or old.get("format") != FORMAT or old.get("version") != VERSION:
+    def read_record(self) -> dict[str, Any]:
+        """What run.json says; raises `CheckpointError` for what no run of this version wrote."""
+        old = read_object(self.record)
+        if old.get("format") != FORMAT or old.get("version") != VERSION:
             raise CheckpointError(
                 f"{self.record} is not the record of a run that this version of surgeon can take up again"
             )
-        changed = []
-        for part in ("model", "task", "options", "config"):
+        check_fields(old, _FIELDS, str(self.record))
+        if "data" in old:
+            check_fields(old["data"], {"train": dict, "val": dict}, f"{self.record}: data")
+            check_fields(old["data"].get("classes", []), [str], f"{self.record}: data: classes")
+        return old
+
+    def compare(self, record: dict[str, Any]) -> list[str]:
+        """Raise `ConfigError` naming the options that are not those of the run here; returns notes on what else changed.
+
+        What the run has left so far is looked at as well: `CheckpointError` where it cannot be used.
+        """
+        old = self.read_record()
+        list(read_log(self.training / "log.jsonl"))
+        changed = [
+            f"{key} was {old[key]!r} and is {record[key]!r}" for key in ("model", "task") if old[key] != record[key]
+        ]
+        notes = []
+        moved = _PLACES if "data" in old else ()  # what lies there tells more than where it lies
+        for part, free in (("options", moved), ("config", FREE)):
             before, now = old[part], record[part]
-            if part in ("options", "config"):
-                keys = [key for key in {**before, **now} if key not in FREE and before.get(key) != now.get(key)]
-                changed += [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys]
-            elif before != now:
-                changed.append(f"{part} was {before!r} and is {now!r}")
+            for key in [key for key in {**before, **now} if key not in free and before.get(key) != now.get(key)]:
+                told = f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+                if part == "config" and key in TOLD:
+                    notes.append(f"taken up again with another option: {told}")
+                else:
+                    changed.append(told)
         if changed:
             raise ConfigError(f"a run goes on with the options it began with, and {'; '.join(changed)}")
-        notes = []
+        other = changes(old["data"], record["data"]) if "data" in old else []
+        if other:
+            raise DataError(f"the data are not those that the run in {self.output} began with: {'; '.join(other)}")
         if old["weights"] != record["weights"]:
             raise ConfigError(
                 f"the weights of {record['model']} are not those that the run in {self.output} began with"
@@ -131,6 +204,7 @@ def record(name: str, weights: str, task: Task, config: FinetuneConfig, processe
         "weights": weights,
         "task": task.name,
         "options": options | {"seed of the task": task.seed},
+        "data": fingerprint(task),
         "config": config.to_dict(),
         "processes": processes,
         "versions": versions(),

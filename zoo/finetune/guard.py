@@ -1,12 +1,15 @@
 """What keeps a run from going on with numbers that are none."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from surgeon.errors import TrainingError
+from surgeon.errors import ConfigError, TrainingError
 from surgeon.zoo.finetune.state import Progress
+from surgeon.zoo.tasks import Batch
 
 # A loss scaler in float16 starts at 2**16 and halves at every overflow: so many in a row are not its search for a scale.
 _MOST_SKIPPED = 20
@@ -14,6 +17,20 @@ _MOST_SKIPPED = 20
 
 class NotFiniteError(Exception):
     """A step gave numbers that are not finite; the message says which."""
+
+
+@contextmanager
+def one_value_told(batch: Batch) -> Iterator[None]:
+    """A BatchNorm that gets one value a channel says so in one line; raises `ConfigError`."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            f"a BatchNorm gets a single value a channel from a batch {tuple(batch['input'].shape)} in training, of which there is "
+            "no variance: keep its statistics with --freeze-bn, or give a larger --batch-size"
+        ) from error
 
 
 class Guard:

@@ -1,6 +1,11 @@
 """What a run tells while it goes: a bar on stderr, `log.jsonl`, TensorBoard."""
 
+import logging
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +15,15 @@ from tqdm import tqdm
 from surgeon.zoo.finetune.state import Log
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from surgeon.zoo.finetune.evaluation import Evaluation
+
+logger = logging.getLogger(__name__)
+
+
+def _told_elsewhere(before: Any, error: Any) -> None:
+    """TensorBoard's thread hands its error to the next write, which tells it; no traceback beside that."""
+    if not (type(error.thread).__name__ == "_AsyncWriterThread" and isinstance(error.exc_value, OSError)):
+        before(error)
 
 
 class Journal:
@@ -20,8 +33,11 @@ class Journal:
         self.quiet = quiet
         self.log = None if folder is None else Log(folder / "log.jsonl")
         self.folder = folder
+        self.failing = False
         self.board: Any = None
+        self.hook: Any = None  # what tells errors of threads, while TensorBoard has one
         self.bar: Any = None
+        self.complained: set[str] = set()
 
     def start(self, step: int, total: int) -> None:
         """Begin, or begin again after a return to an earlier step."""
@@ -30,7 +46,10 @@ class Journal:
             from torch.utils.tensorboard import SummaryWriter
 
             self.log.cut(step)
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+            self.hook = threading.excepthook
+            threading.excepthook = partial(_told_elsewhere, self.hook)
+            with self._board_kept():
+                self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
         self.bar = tqdm(
             total=total, initial=step, unit="step", file=sys.stderr, disable=True if self.quiet else None, leave=False
         )
@@ -38,10 +57,14 @@ class Journal:
     def stop(self) -> None:
         """Close what is open."""
         if self.board is not None:
-            self.board.close()
+            with self._board_kept():
+                self.board.flush()
+                self.board.close()
         if self.bar is not None:
             self.bar.close()
-        self.board = self.bar = None
+        if self.hook is not None:
+            threading.excepthook = self.hook
+        self.board = self.bar = self.hook = None
 
     def tell(self, text: str) -> None:
         """A line for people."""
@@ -58,17 +81,32 @@ class Journal:
         """A row of a training step: its numbers go to TensorBoard under `train/`."""
         self._row("train", row)
 
-    def evaluation(self, row: dict[str, Any], picture: "Image | None") -> None:
-        """A row of an evaluation: its metrics go to TensorBoard under `val/`."""
-        self._row("val", row["metrics"] | {"step": row["step"]}, row)
-        if self.board is not None and picture is not None:
-            pixels = np.asarray(picture.convert("RGB"))
-            self.board.add_image("val/samples", pixels, row["step"], dataformats="HWC")
+    def evaluation(self, row: dict[str, Any], found: "Evaluation") -> None:
+        """A row of an evaluation: its metrics go to TensorBoard under `val/`, how adaptive layers are under `adaptivity/`.
+
+        Once training has begun, a generator that is blind or saturated is named, once.
+        """
+        layers = [layer.to_dict() for layer in found.layers]
+        self._row("val", row["metrics"] | {"step": row["step"]}, row | ({"layers": layers} if layers else {}))
+        for seen in found.layers if row["step"] else ():
+            complaint = seen.complaint()
+            if complaint is not None and seen.name not in self.complained:
+                self.complained.add(seen.name)
+                self.tell(complaint)
+        if self.board is None:
+            return
+        with self._board_kept():
+            for layer in layers:
+                for what in ("content", "saturated", "distance"):
+                    if layer[what] is not None:
+                        self.board.add_scalar(f"adaptivity/{layer['name']}/{what}", layer[what], row["step"])
+            if found.picture is not None:
+                pixels = np.asarray(found.picture.convert("RGB"))
+                self.board.add_image("val/samples", pixels, row["step"], dataformats="HWC")
 
     def event(self, row: dict[str, Any]) -> None:
         """Something out of the ordinary (a return to an earlier step), in the log alone."""
-        if self.log is not None:
-            self.log.add(row)
+        self._add(row)
 
     def hparams(self, options: dict[str, Any], metrics: dict[str, float]) -> None:
         """The options beside the final metrics, for TensorBoard's table of runs."""
@@ -77,15 +115,36 @@ class Journal:
         from torch.utils.tensorboard.summary import hparams
 
         values = {name: value for name, value in options.items() if isinstance(value, bool | int | float | str)}
-        for summary in hparams(values, {f"final/{name}": value for name, value in metrics.items()}):
-            self.board.file_writer.add_summary(summary)
-        for name, value in metrics.items():
-            self.board.add_scalar(f"final/{name}", value)
+        with self._board_kept():
+            for summary in hparams(values, {f"final/{name}": value for name, value in metrics.items()}):
+                self.board.file_writer.add_summary(summary)
+            for name, value in metrics.items():
+                self.board.add_scalar(f"final/{name}", value)
 
     def _row(self, prefix: str, numbers: dict[str, Any], row: dict[str, Any] | None = None) -> None:
-        if self.log is not None:
-            self.log.add(row or numbers)
+        self._add(row or numbers)
         if self.board is not None:
-            for name, value in numbers.items():
-                if name != "step" and isinstance(value, int | float):
-                    self.board.add_scalar(f"{prefix}/{name}", value, numbers["step"])
+            with self._board_kept():
+                for name, value in numbers.items():
+                    if name != "step" and isinstance(value, int | float):
+                        self.board.add_scalar(f"{prefix}/{name}", value, numbers["step"])
+
+    # A log that cannot be written (a full disk) ends no training: that is said once, and the run goes on without it.
+
+    def _add(self, row: dict[str, Any]) -> None:
+        if self.log is None:
+            return
+        try:
+            self.log.add(row)
+        except OSError as error:
+            if not self.failing:
+                logger.warning("cannot write %s: %s; rows are lost", self.log.file, error.strerror or error)
+            self.failing = True
+
+    @contextmanager
+    def _board_kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            logger.warning("TensorBoard's files cannot be written any more: %s", error.strerror or error)
+            self.board = None

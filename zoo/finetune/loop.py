@@ -1,5 +1,6 @@
 """Training: one optimizer step, and the run of them with evaluations, checkpoints and returns."""
 
+import math
 import signal
 import threading
 import time
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.copying import checkpoint_gradients
-from surgeon.errors import ConfigError, TrainingError
+from surgeon.errors import TrainingError
 from surgeon.layers.regularizer import regularization
-from surgeon.zoo.finetune.batches import Draws, mixed, seed_everything, to_device, training_batches
+from surgeon.zoo.finetune.batches import STOPS, Draws, mixed, seed_everything, to_device, training_batches
 from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.devices import prepare
 from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, freeze_batch_norms
-from surgeon.zoo.finetune.guard import Guard, NotFiniteError
+from surgeon.zoo.finetune.guard import Guard, NotFiniteError, one_value_told
 from surgeon.zoo.finetune.journal import Journal
+from surgeon.zoo.finetune.optimizer import check_state, make_optimizer, try_optimizer
 from surgeon.zoo.finetune.parameters import group_parameters, optimizer_groups
 from surgeon.zoo.finetune.schedule import Plan, Rates, Temperature
 from surgeon.zoo.finetune.state import Progress, Store
@@ -71,6 +73,7 @@ class Trainer:
         self.ema = _average(self.model, config)
         self.train_mode()
         unused = accelerator.num_processes > 1 and self._has_unused_parameters()
+        try_optimizer(config, accelerator.device)
         optimizer = make_optimizer(optimizer_groups(self.groups, config), config)
         self.wrapped, self.optimizer = prepare(accelerator, self.model, optimizer, unused)
         self.rates = Rates(self.optimizer, config, self.plan)
@@ -112,7 +115,7 @@ class Trainer:
         losses = torch.zeros(2, device=self.accelerator.device)
         for _ in range(self.config.accumulate):
             batch = next(batches)
-            with self.accelerator.accumulate(self.wrapped):
+            with self.accelerator.accumulate(self.wrapped), one_value_told(batch):
                 loss, task_loss = self._losses(self.wrapped, batch)
                 self.accelerator.backward(loss)
             losses += torch.stack([loss.detach(), task_loss.detach()]) / self.config.accumulate
@@ -170,6 +173,17 @@ class Trainer:
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
+    def check(self, state: dict[str, Any], where: str) -> None:
+        """Raise `CheckpointError`, which says where, unless `load` can take this state: before anything is changed."""
+        check_state(self.state(), state, where)
+
+    def abandon(self) -> None:
+        """Forget a step that was begun: its gradients, and that a loss scaler has looked at them."""
+        self.optimizer.zero_grad()
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.update(scaler.get_scale())
+
     def load(self, state: dict[str, Any]) -> None:
         """Inverse of `state`."""
         self.model.load_state_dict(state["model"])
@@ -179,23 +193,6 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-
-
-def make_optimizer(groups: Any, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """By timm's name; an unknown one is a `ConfigError`."""
-    import difflib
-
-    from timm.optim import create_optimizer_v2, list_optimizers
-
-    known = [str(name) for name in list_optimizers(with_description=False)]
-    if config.opt not in known:
-        near = difflib.get_close_matches(config.opt, known, n=3)
-        hint = f" Did you mean {', '.join(near)}?" if near else ""
-        raise ConfigError(f"timm has no optimizer {config.opt!r}.{hint}")
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
-    )
-    return optimizer
 
 
 def _placed(model: nn.Module, config: FinetuneConfig, device: torch.device) -> nn.Module:
@@ -225,7 +222,7 @@ class Run:
         self.newest: tuple[int, Evaluation] | None = None  # step and evaluation, of this sitting
 
     def train(self) -> None:
-        """Up to the end. Raises `Interrupted` after a first SIGINT or SIGTERM, `TrainingError` where it cannot go on."""
+        """Up to the end. Raises `Interrupted` after a first SIGINT, SIGTERM or SIGHUP, `TrainingError` where it cannot go on."""
         batches = self.trainer.batches(self.progress.step)
         with _listening() as asked:
             while self.progress.stopped is None:
@@ -311,7 +308,7 @@ class Run:
             trainer.data.val,
             self.config,
             self.accelerator,
-            picture=self.journal.log is not None,
+            look=self.journal.log is not None,
         )
         self.newest = (self.progress.step, found)
         return found
@@ -320,7 +317,7 @@ class Run:
         """Enter an evaluation: is it the best?"""
         progress, task = self.progress, self.trainer.task
         value = found.metrics[task.primary]
-        first = progress.best is None and value == value
+        first = progress.best is None and math.isfinite(value)
         progress.last = found.metrics
         if first or (progress.best is not None and better(task, value, progress.best)):
             progress.best, progress.best_step, progress.stale = value, progress.step, 0
@@ -329,7 +326,7 @@ class Run:
         else:
             progress.stale += 1
         row = {"step": progress.step, "epoch": round(self.plan.epoch(progress.step), 4), "metrics": found.metrics}
-        self.journal.evaluation(row | {"best": progress.best_step == progress.step}, found.picture)
+        self.journal.evaluation(row | {"best": progress.best_step == progress.step}, found)
         told = ", ".join(f"{name} {number:.4g}" for name, number in found.metrics.items())
         self.journal.tell(f"step {progress.step}/{self.plan.total}: {told}")
         if self.watch is not None and progress.step:
@@ -344,7 +341,7 @@ class Run:
     def _return_from(self, error: NotFiniteError) -> None:
         """Go back to the last regular checkpoint, with lower rates."""
         failed = self.progress.step + 1
-        self.trainer.optimizer.zero_grad()
+        self.trainer.abandon()
         found = self.store.newest(regular=True)
         if found is None:
             raise TrainingError(f"step {failed}: {error}, and there is no checkpoint to go back to")
@@ -366,12 +363,13 @@ class Run:
 
 @contextmanager
 def _listening() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second one does what it always does."""
+    """An event that the first SIGINT, SIGTERM or SIGHUP sets; a second one does what it always does."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in STOPS}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}  # under nohup
 
     def ask(number: int, frame: FrameType | None) -> None:
         asked.set()

@@ -6,7 +6,7 @@ import math
 import random
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from torch import nn
 from surgeon.collapse_report import CollapseReport
 from surgeon.copying import copy_model
 from surgeon.errors import ConfigError, ModelError, SurgeonError
-from surgeon.recipe import BaseModel, get_recipe, set_recipe
+from surgeon.files import check_fields
+from surgeon.recipe import BaseModel, Recipe, get_recipe, set_recipe
 from surgeon.report import Report
 from surgeon.rewrite import dynamic_layers
 from surgeon.weights import state_sha256
@@ -26,7 +27,8 @@ from surgeon.zoo.finetune.devices import make_accelerator, release
 from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, measures_statistics, recalibrate
 from surgeon.zoo.finetune.folder import RunFolder, record
 from surgeon.zoo.finetune.journal import Journal
-from surgeon.zoo.finetune.loop import Data, Run, Trainer, Watch, make_optimizer
+from surgeon.zoo.finetune.loop import Data, Run, Trainer, Watch
+from surgeon.zoo.finetune.optimizer import make_optimizer
 from surgeon.zoo.finetune.schedule import describe
 from surgeon.zoo.finetune.state import Progress, Store
 from surgeon.zoo.finetune.summary import Measured, Summary, measured
@@ -102,7 +104,8 @@ def finetune(
         session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet)
         try:
             if folder is not None:
-                session.open(record(source.name, start_hash, task, config, accelerator.num_processes), resume=resume)
+                values = record(source.name, start_hash, task, config, accelerator.num_processes)
+                session.open(values, stack, resume=resume)
             return session.run(work, original, place, watch, known_start)
         finally:
             session.journal.stop()
@@ -128,13 +131,18 @@ class _Session:
         self.journal = Journal(folder.training if folder is not None and main else None, quiet=quiet or not main)
         self.data = Data(task.dataset("train"), task.dataset("val"))
 
-    def open(self, values: dict[str, Any], *, resume: bool) -> None:
-        """Write the record of a new run, or compare it with that of the run that goes on."""
+    def open(self, values: dict[str, Any], stack: contextlib.ExitStack, *, resume: bool) -> None:
+        """Write the record of a new run, or compare it with that of the run that goes on; hold the folder until the end."""
         assert self.folder is not None
+        main = self.accelerator.is_main_process
         if resume:
+            if main:
+                stack.enter_context(self.folder.locked())
             self.notes += self.folder.compare(values)
-        elif self.accelerator.is_main_process:
-            self.folder.create(values)
+        elif main:
+            with self.folder.locked():  # what is replaced
+                self.folder.create(values)
+            stack.enter_context(self.folder.locked())
         self.accelerator.wait_for_everyone()
 
     def run(
@@ -157,7 +165,7 @@ class _Session:
             run.train()
         summary = self._end(run)
         release(self.accelerator, trainer.wrapped)
-        model = _with_recipe(trainer.result, work).eval()
+        model = _with_classes(_with_recipe(trainer.result, work), self.task).eval()
         if self.folder is not None and self.accelerator.is_main_process:
             self.folder.finish(model, self.source.base, self.source.report, summary.to_json())
         self.accelerator.wait_for_everyone()
@@ -171,12 +179,18 @@ class _Session:
         checkpoint = run.store.newest()
         if checkpoint is not None:
             state, run.progress = checkpoint
+            where = str(run.store.path("step", run.progress.step))
+            check_fields(run.progress.start, {"start": dict}, f"{where}: progress: start")
+            run.trainer.check(state, where)
             run.trainer.load(state)
             if self.accelerator.is_main_process:
                 run.store.drop_after(run.progress.step)
             self.accelerator.wait_for_everyone()
             limit = self.config.max_time
             if run.progress.stopped == "time" and (limit is None or run.progress.seconds < limit):
+                run.progress.stopped = None
+            patience = self.config.patience
+            if run.progress.stopped == "patience" and (patience is None or run.progress.stale < patience):
                 run.progress.stopped = None
             self.journal.start(run.progress.step, run.plan.total)
             self.journal.tell(f"going on after step {run.progress.step}/{run.plan.total}")
@@ -270,6 +284,14 @@ def _with_recipe(model: nn.Module, carrier: nn.Module) -> nn.Module:
     recipe = get_recipe(carrier)
     if recipe is not None:
         set_recipe(model, recipe)
+    return model
+
+
+def _with_classes(model: nn.Module, task: Task) -> nn.Module:
+    """The model, whose recipe says what its outputs stand for."""
+    names = task.outputs()
+    if names is not None:
+        set_recipe(model, replace(get_recipe(model) or Recipe(rules=()), classes=names))
     return model
 
 

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from surgeon.errors import CheckpointError
+from surgeon.files import check_fields, parse_json, read_text, told
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,25 @@ class Progress:
     stopped: str | None = None  # why the run is at its end: "steps", "time", "patience"
     start: dict[str, Any] = field(default_factory=dict)  # what was measured before training
     last: dict[str, float] = field(default_factory=dict)  # metrics of the newest evaluation
+
+
+# What a checkpoint says of the progress, for `check_fields`.
+_NUMBER, _NONE = (int, float), type(None)
+_PROGRESS: dict[str, Any] = {
+    **dict.fromkeys(("step", "stale", "rollbacks"), int),
+    **dict.fromkeys(("seconds", "lr_factor"), _NUMBER),
+    "best": (*_NUMBER, _NONE),
+    "best_step": (int, _NONE),
+    "stopped": (str, _NONE),
+    "start": {"*": dict},
+    "last": {"*": _NUMBER},
+}
+_MEASURED: dict[str, Any] = {
+    "metrics": {"*": _NUMBER},
+    "parameters": int,
+    "flops": (*_NUMBER, _NONE),
+    "seconds": _NUMBER,
+}
 
 
 # --- one file -----------------------------------------------------------------------------------------------------
@@ -74,8 +95,8 @@ def read_tree(file: Path) -> Any:
         text = metadata["tree"]
         if _digest(text, tensors) != metadata["sha256"]:
             raise CheckpointError(f"{file} is damaged: its SHA-256 is not that of its content")
-        return _unpack(json.loads(text), tensors)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        return _unpack(parse_json(text, str(file)), tensors)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file} is damaged or no checkpoint ({type(error).__name__}: {error})") from error
@@ -115,8 +136,12 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list | tuple):
         inner = [_pack(part, f"{path}/{i}", tensors) for i, part in enumerate(value)]
         return {"tuple": inner} if isinstance(value, tuple) else inner
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}  # JSON has none
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     raise CheckpointError(f"{path} in the state of the run is a {type(value).__name__}, which a checkpoint cannot hold")
 
 
@@ -128,9 +153,21 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     ((kind, inner),) = value.items()
     if kind == "tensor":
         return tensors[inner]
+    if kind == "float":
+        return float(inner)
+    if kind == "dtype" and isinstance(getattr(torch, inner), torch.dtype):
+        return getattr(torch, inner)
     if kind == "tuple":
         return tuple(_unpack(part, tensors) for part in inner)
+    if kind != "dict":
+        raise ValueError(f"it holds a {told(kind)}")
     return {key: _unpack(part, tensors) for key, part in inner}
+
+
+def storable(value: Any) -> Any:
+    """A value as a checkpoint gives it back; raises `CheckpointError` where it cannot hold it."""
+    tensors: dict[str, Tensor] = {}
+    return _unpack(json.loads(json.dumps(_pack(value, "", tensors))), tensors)
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -193,7 +230,9 @@ class Store:
 
     def best(self, step: int) -> dict[str, Tensor]:
         """The weights that were the best at this step."""
-        weights: dict[str, Tensor] = read_tree(self.path("best", step))["weights"]
+        tree = read_tree(self.path("best", step))
+        check_fields(tree, {"weights": {"*": Tensor}}, str(self.path("best", step)))
+        weights: dict[str, Tensor] = tree["weights"]
         return weights
 
     def newest(self, regular: bool = False) -> tuple[dict[str, Any], Progress] | None:
@@ -201,20 +240,49 @@ class Store:
 
         Raises `CheckpointError` where there are checkpoints and all are damaged.
         """
-        steps = [step for step in self.steps() if not regular or step % self.every == 0]
+        steps = self.steps()
+        if regular:  # where the cadence was changed there may be none
+            steps = [step for step in steps if step % self.every == 0] or steps
+        first: CheckpointError | None = None
         for step in reversed(steps):
             try:
-                tree: dict[str, Any] = read_tree(self.path("step", step))
-                progress = Progress(**tree.pop("progress"))
+                tree, progress = self._read(step)
                 if self.keeps_best and progress.best_step is not None:
                     self.best(progress.best_step)
-            except (CheckpointError, TypeError) as error:
+            except CheckpointError as error:
                 logger.warning("%s: going back to the checkpoint before it", error)
+                first = first or error
                 continue
             return tree, progress
         if steps:
-            raise CheckpointError(f"every checkpoint in {self.folder} is damaged; start anew with --force")
+            raise CheckpointError(f"every checkpoint in {self.folder} is damaged; start anew with --force. {first}")
         return None
+
+    def _read(self, step: int) -> tuple[dict[str, Any], Progress]:
+        """The checkpoint of a step; raises `CheckpointError`, which names the field, for one that no run wrote."""
+        file = self.path("step", step)
+        tree = read_tree(file)
+        check_fields(tree, {"progress": dict}, str(file))
+        values = tree.pop("progress")
+        where = f"{file}: progress"
+        unknown = sorted(str(key) for key in set(values) ^ set(vars(Progress())))
+        if unknown:
+            raise CheckpointError(f"{where} lacks, or should not have, {', '.join(unknown)}")
+        check_fields(values, _PROGRESS, where)
+        for key in ("step", "best_step", "stale", "rollbacks", "seconds"):
+            if values[key] is not None and not values[key] >= 0:
+                raise CheckpointError(f"{where}: {key} must not be negative, got {told(values[key])}")
+        if values["step"] != step or (values["best_step"] or 0) > step:
+            raise CheckpointError(
+                f"{where}: step {values['step']}, best_step {values['best_step']} in a file of step {step}"
+            )
+        for name, measures in values["start"].items():
+            check_fields(measures, _MEASURED, f"{where}: start: {name}")
+            if set(measures) != set(_MEASURED):
+                raise CheckpointError(
+                    f"{where}: start: {name} must have {', '.join(_MEASURED)}, got {told(sorted(measures))}"
+                )
+        return tree, Progress(**values)
 
     def drop_after(self, step: int) -> None:
         """Forget what a run that was set back to `step` will do again."""
@@ -261,17 +329,40 @@ class Log:
     def cut(self, step: int) -> None:
         """Keep the rows up to a step."""
         rows = [row for row in read_log(self.file) if row.get("step", 0) <= step]
-        write_text(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self.file, "".join(map(_line, rows)))
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row."""
         with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+            stream.write(_line(row))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(finite(row), allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """JSON values whose numbers that are not finite have become null."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_log(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows; a line that a kill cut short is passed over."""
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+    """The rows; a line that a kill cut short is passed over. Raises `CheckpointError` for what is no row otherwise."""
+    if not file.is_file():
+        return
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        except RecursionError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step", 0), int):
+            raise CheckpointError(
+                f"{file}, line {number}: expected an object with the number of a step, got {told(line)}"
+            )
+        yield row

@@ -1,13 +1,13 @@
 """What a run came to: the original, the network it started from, and what it became, side by side."""
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
 from surgeon.tables import count, paragraph, table
+from surgeon.zoo.finetune.state import finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; numbers that are not finite become null."""
-        values: dict[str, Any] = _finite(asdict(self))
+        values: dict[str, Any] = finite(asdict(self))
         return values
 
     def to_json(self) -> str:
@@ -94,11 +94,3 @@ def _flops(model: nn.Module, input_size: tuple[int, ...]) -> float | None:
         return float(cost(model, input_size=input_size, mode="infer").flops)
     except SurgeonError:
         return None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,6 +5,7 @@ batch norm and ReLU back to the size of the image, and a 1×1 convolution to the
 The paper says "consecutive transposed convolution layers with batch normalization and ReLU"; their widths, 256 to 32, are ours.
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -47,10 +48,10 @@ _DECODER = (
 def _entry(name: str, doc: str, size: str, **about: Any) -> None:
     options = {"wide": WideBottleneck3} if about.pop("baseline", False) else {}
 
-    def build(in_chans: int = 3) -> nn.Module:
+    def build(in_chans: int = 3, layer_options: Mapping[str, Any] | None = None) -> nn.Module:
         model = CrowdNet(size, in_chans=in_chans, **options)
         rules = about.get("rules", ())
-        return operate(model, rules, (in_chans, *_SIZE[1:])) if rules else model
+        return operate(model, rules, (in_chans, *_SIZE[1:]), layer_options) if rules else model
 
     build.__doc__ = doc
     register(name, input_size=_SIZE, **about)(build)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
+from surgeon.zoo.bayer import bayer_mask
 from surgeon.zoo.registry import register, zero_based
 
 
@@ -48,12 +49,7 @@ class BayerDemosaic(nn.Module):
 
 def grbg_mosaic(image: Tensor) -> Tensor:
     """What a GRBG sensor sees of an RGB image (N, 3, H, W): the same shape, zero where a colour was not measured."""
-    mask = torch.zeros_like(image[:1])
-    mask[:, 1, ::2, ::2] = 1
-    mask[:, 0, ::2, 1::2] = 1
-    mask[:, 2, 1::2, ::2] = 1
-    mask[:, 1, 1::2, 1::2] = 1
-    return image * mask
+    return image * bayer_mask("GRBG", *image.shape[2:]).to(image)
 
 
 _LAYOUT = (

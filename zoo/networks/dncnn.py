@@ -11,18 +11,25 @@ from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
 from surgeon.layers.dconv import DConv2d
+from surgeon.zoo.comparators import start_at_zero
 from surgeon.zoo.registry import register
 
 
 class DnCNN(nn.Module):
-    """Noisy image (N, C, H, W) in [0, 1] -> denoised image of the same shape, not clipped.
+    """Noisy image (N, C, H, W) in [0, 1] -> denoised image of the same shape, not clipped. Starts at the identity.
 
     Without `batch_norm` the convolutions have biases: the form into which batch norm is folded after training. With `dconv`
-    the convolution in the middle is dynamic.
+    the convolution in the middle is dynamic, and `norm` normalizes what its kernels are made of ("batch"; None as in the paper).
     """
 
     def __init__(
-        self, channels: int = 1, depth: int = 17, width: int = 64, batch_norm: bool = True, dconv: bool = False
+        self,
+        channels: int = 1,
+        depth: int = 17,
+        width: int = 64,
+        batch_norm: bool = True,
+        dconv: bool = False,
+        norm: str | None = None,
     ) -> None:
         super().__init__()
         if depth < 3:
@@ -31,11 +38,13 @@ class DnCNN(nn.Module):
         body: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=bias), nn.ReLU()]
         for layer in range(1, depth - 1):
             dynamic = dconv and layer == depth // 2
-            body.append(DConv2d.same(width) if dynamic else nn.Conv2d(width, width, 3, padding=1, bias=bias))
+            body.append(DConv2d.same(width, norm=norm) if dynamic else nn.Conv2d(width, width, 3, padding=1, bias=bias))
             if batch_norm:
                 body.append(nn.BatchNorm2d(width))
             body.append(nn.ReLU())
-        body.append(nn.Conv2d(width, channels, 3, padding=1, bias=bias))
+        last = nn.Conv2d(width, channels, 3, padding=1, bias=bias)
+        start_at_zero(last)
+        body.append(last)
         self.body = nn.Sequential(*body)
 
     def noise(self, x: Tensor) -> Tensor:
@@ -47,8 +56,8 @@ class DnCNN(nn.Module):
         return x - self.noise(x)
 
 
-# In circulation: the bare chain, its position as the key ("0.weight"), or the chain in an attribute "dncnn".
-_LAYOUT = ((r"^(\d+)\.", r"body.\1."), (r"^dncnn\.", "body."))
+# In circulation: the bare chain, its position as the key ("0.weight"), or the chain in an attribute "dncnn" or "model" (KAIR).
+_LAYOUT = ((r"^(\d+)\.", r"body.\1."), (r"^(dncnn|model)\.", "body."))
 
 
 @register("dncnn", input_size=(1, 64, 64), layout=_LAYOUT)
@@ -70,6 +79,8 @@ def dncnn_color(channels: int = 3, depth: int = 20, width: int = 64, batch_norm:
     by_hand="the DConv takes the place of a convolution, which surgery cannot do without losing what that computes: its sekg "
     "layer keeps the convolution and puts the DConv behind it",
 )
-def dncnn_dconv(channels: int = 3, depth: int = 15, width: int = 64, batch_norm: bool = True) -> nn.Module:
+def dncnn_dconv(
+    channels: int = 3, depth: int = 15, width: int = 64, batch_norm: bool = True, norm: str | None = None
+) -> nn.Module:
     """DnCNN for colour images with one DConv in the middle (ADFNet Figure 7: depth=5, 10, 15 and width=32, 64)."""
-    return DnCNN(channels, depth, width, batch_norm, dconv=True)
+    return DnCNN(channels, depth, width, batch_norm, dconv=True, norm=norm)

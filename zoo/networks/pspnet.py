@@ -5,6 +5,7 @@ cells, each reduced to a quarter of the channels by a 1×1 convolution, enlarged
 fuses them and a 1×1 convolution gives the classes. PAFU replaces the 3×3 convolution, with 8 kernels.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -84,8 +85,13 @@ def pspnet(
 
 @register("pafu_pspnet", input_size=_SIZE, plain="pspnet", rules=RULES)
 def pafu_pspnet(
-    num_classes: int = 150, backbone: str = "resnet50", width: int = 512, auxiliary: bool = False, in_chans: int = 3
+    num_classes: int = 150,
+    backbone: str = "resnet50",
+    width: int = 512,
+    auxiliary: bool = False,
+    in_chans: int = 3,
+    layer_options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """PSPNet with a PAFU of 8 kernels behind the pyramid (PAFU Table 6)."""
     model = PSPNet(num_classes, backbone, width, auxiliary=auxiliary, in_chans=in_chans)
-    return operate(model, RULES, (in_chans, *_SIZE[1:]))
+    return operate(model, RULES, (in_chans, *_SIZE[1:]), layer_options)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
 from surgeon.layers.blocks import MDCB
+from surgeon.zoo.comparators import start_at_zero
 from surgeon.zoo.registry import register
 
 _SIZE = (3, 64, 64)
@@ -33,10 +34,19 @@ class ResidualDenseBlock(nn.Module):
 
 
 class RDN(nn.Module):
-    """Noisy image (N, C, H, W) in [0, 1] -> denoised image of the same shape, not clipped. `mdcb`: MDCBs in the middle."""
+    """Noisy image (N, C, H, W) in [0, 1] -> denoised image of the same shape, not clipped. Starts at the identity.
+
+    `mdcb`: MDCBs in the middle, whose generators have this `norm` ("batch"; None as in the paper).
+    """
 
     def __init__(
-        self, channels: int = 3, blocks: int = 9, width: int = 32, layers: int = 8, mdcb: bool = False
+        self,
+        channels: int = 3,
+        blocks: int = 9,
+        width: int = 32,
+        layers: int = 8,
+        mdcb: bool = False,
+        norm: str | None = None,
     ) -> None:
         super().__init__()
         if blocks < 1 or layers < 1:
@@ -45,10 +55,11 @@ class RDN(nn.Module):
         self.shallow2 = nn.Conv2d(width, width, 3, padding=1)
         dense: list[nn.Module] = [ResidualDenseBlock(width, layers) for _ in range(blocks)]
         if mdcb:
-            dense[blocks // 2] = nn.Sequential(*(MDCB(width) for _ in range(3)))
+            dense[blocks // 2] = nn.Sequential(*(MDCB(width, norm=norm) for _ in range(3)))
         self.blocks = nn.ModuleList(dense)
         self.fuse = nn.Sequential(nn.Conv2d(width * blocks, width, 1), nn.Conv2d(width, width, 3, padding=1))
         self.output = nn.Conv2d(width, channels, 3, padding=1)
+        start_at_zero(self.output)
 
     def forward(self, x: Tensor) -> Tensor:
         shallow = self.shallow1(x)
@@ -72,6 +83,8 @@ def rdn(channels: int = 3, blocks: int = 9, width: int = 32, layers: int = 8) ->
     plain="rdn",
     by_hand="three MDCBs take the place of a dense block, which they cannot be made of without losing what it computes",
 )
-def rdn_mdcb(channels: int = 3, blocks: int = 9, width: int = 32, layers: int = 8) -> nn.Module:
+def rdn_mdcb(
+    channels: int = 3, blocks: int = 9, width: int = 32, layers: int = 8, norm: str | None = None
+) -> nn.Module:
     """RDN with three MDCBs in place of the dense block in the middle (ADFNet Figure 7)."""
-    return RDN(channels, blocks, width, layers, mdcb=True)
+    return RDN(channels, blocks, width, layers, mdcb=True, norm=norm)

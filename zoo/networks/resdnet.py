@@ -3,19 +3,22 @@ Denoising Network" (2019), as PAFU's Table 3 uses it.
 
 A majorisation-minimisation scheme of K steps. Each extrapolates from the last two images, puts the measured values back, and
 lets one residual denoiser (the same in all steps) say what to subtract, a residual whose norm is bounded by what noise of
-that level can have. Differences from the authors' network: no weight normalisation and no subtraction of the filters' mean,
-which are ways to train it and leave the class of functions as it is. PAFU replaces the denoiser's input convolution, with
-16 kernels.
+that level can have. Differences from the authors' network: no weight normalization and no subtraction of the filters' mean,
+which are ways to train it and leave the class of functions as it is; the noise level is given (`noise`, 1/255 without it),
+where theirs is estimated from each mosaic (median of the finest wavelet coefficients, WMAD); the bilinear start reflects at
+the border, where theirs pads with zeros. PAFU replaces the denoiser's input convolution, with 16 kernels.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgeon.errors import ConfigError
+from surgeon.errors import ConfigError, InputError
 from surgeon.recipe import Rule
-from surgeon.zoo.networks.demosaicnet import grbg_mosaic
+from surgeon.zoo.bayer import bayer_cell
 from surgeon.zoo.registry import register
 from surgeon.zoo.surgery import operate
 
@@ -60,22 +63,38 @@ class ResDNet(nn.Module):
 
 
 class IterativeDemosaic(nn.Module):
-    """Mosaic (N, 3, H, W) in [0, 1], zero where a colour was not measured (GRBG) -> image (N, 3, H, W) in [0, 1].
+    """Mosaic (N, 3, H, W) in [0, 1], zero where a color was not measured -> image (N, 3, H, W) in [0, 1].
 
+    The measured values are put back where the sensor has them: `pattern` is its 2x2 cell, row by row. Without one the task's
+    is taken when they are bound (`use_pattern`), RGGB until then. It is kept with the weights.
     `noise` is the standard deviation of the mosaic's noise, a number or one for each image; without it 1/255.
     """
 
-    def __init__(self, steps: int = 10, depth: int = 5, width: int = 64) -> None:
+    cell: Tensor
+
+    def __init__(self, steps: int = 10, depth: int = 5, width: int = 64, pattern: str | None = None) -> None:
         super().__init__()
         if steps < 1 or depth < 1:
             raise ConfigError(f"iterative demosaicking has at least one step and one block, got {steps} and {depth}")
+        self.pattern = pattern
+        self.register_buffer("cell", bayer_cell(pattern or "RGGB"))
         self.denoiser = ResDNet(3, depth, width)
         self.bounds = nn.Parameter(torch.linspace(math.log(2), 0, steps))  # log of the bound in units of the noise
         start = [k / (k + 3) for k in range(1, steps)]  # Nesterov's extrapolation
         self.extrapolation = nn.Parameter(torch.tensor(start).log())
 
+    def use_pattern(self, pattern: str) -> None:
+        """Work on mosaics of this sensor. Raises `InputError` where the network was made for another."""
+        if self.pattern not in (None, pattern):
+            raise InputError(
+                f"the network puts back the values of a {self.pattern} sensor, the mosaics are {pattern}; make the network "
+                f"with pattern={pattern}, or without a pattern, or give the task pattern={self.pattern}"
+            )
+        self.cell.copy_(bayer_cell(pattern))
+
     def forward(self, mosaic: Tensor, noise: Tensor | float = _NOISE) -> Tensor:
-        mask = grbg_mosaic(torch.ones_like(mosaic[:1]))
+        height, width = mosaic.shape[-2:]
+        mask = self.cell.repeat(1, (height + 1) // 2, (width + 1) // 2)[:, :height, :width]
         level = torch.as_tensor(noise, dtype=mosaic.dtype, device=mosaic.device).expand(mosaic.shape[0])
         before = now = _bilinear(mosaic)
         for step, bound in enumerate(self.bounds):
@@ -95,12 +114,18 @@ def _bilinear(mosaic: Tensor) -> Tensor:
 
 
 @register("iterative_demosaic", input_size=_SIZE)
-def iterative_demosaic(steps: int = 10, depth: int = 5, width: int = 64) -> nn.Module:
-    """Iterative residual demosaicking (GRBG), 10 steps of one residual denoiser, 0.38 M parameters."""
-    return IterativeDemosaic(steps, depth, width)
+def iterative_demosaic(steps: int = 10, depth: int = 5, width: int = 64, pattern: str | None = None) -> nn.Module:
+    """Iterative residual demosaicking, 10 steps of one residual denoiser, 0.38 M parameters."""
+    return IterativeDemosaic(steps, depth, width, pattern)
 
 
 @register("pafu_iterative_demosaic", input_size=_SIZE, plain="iterative_demosaic", rules=RULES)
-def pafu_iterative_demosaic(steps: int = 10, depth: int = 5, width: int = 64) -> nn.Module:
+def pafu_iterative_demosaic(
+    steps: int = 10,
+    depth: int = 5,
+    width: int = 64,
+    pattern: str | None = None,
+    layer_options: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Iterative residual demosaicking with a PAFU of 16 kernels as the denoiser's input layer (PAFU Table 3)."""
-    return operate(IterativeDemosaic(steps, depth, width), RULES, _SIZE)
+    return operate(IterativeDemosaic(steps, depth, width, pattern), RULES, _SIZE, layer_options)

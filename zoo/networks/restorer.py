@@ -10,7 +10,7 @@ The comparators of Tables 3, 4 and 7 are the same network with their layer in th
 predict a filter for every pixel of the image instead of a correction (`kpn`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
 from surgeon.recipe import Rule
-from surgeon.zoo.comparators import CondConv2d, DyConv2d, DynamicFilterConv2d, filter_pixels, identity_filters
+from surgeon.zoo.comparators import (
+    CondConv2d,
+    DyConv2d,
+    DynamicFilterConv2d,
+    filter_pixels,
+    identity_filters,
+    start_at_zero,
+)
 from surgeon.zoo.networks.ad_resnet import ACDA
 from surgeon.zoo.registry import Published, register
 from surgeon.zoo.surgery import operate
@@ -87,11 +94,12 @@ class Trunk(nn.Module):
 
 
 class Restorer(nn.Module):
-    """Degraded image (N, C, H, W) in [0, 1] -> restored image of the same shape, not clipped."""
+    """Degraded image (N, C, H, W) in [0, 1] -> restored image of the same shape, not clipped. Starts at the identity."""
 
     def __init__(self, channels: int = 3, **options: Any) -> None:
         super().__init__()
         self.trunk = Trunk(channels, channels, **options)
+        start_at_zero(self.trunk.up2)
 
     def forward(self, x: Tensor) -> Tensor:
         correction: Tensor = self.trunk(x)
@@ -129,8 +137,8 @@ _ACDA: dict[str, Any] = {
 }
 
 
-def _operated(model: nn.Module, channels: int) -> nn.Module:
-    return operate(model, RULES, (channels, *_SIZE[1:]))
+def _operated(model: nn.Module, channels: int, layer_options: Mapping[str, Any] | None) -> nn.Module:
+    return operate(model, RULES, (channels, *_SIZE[1:]), layer_options)
 
 
 @register("sidd_conv", input_size=_SIZE, **_PLAIN)
@@ -140,9 +148,15 @@ def sidd_conv(channels: int = 3, width: int = WIDTH, inner: int = INNER, blocks:
 
 
 @register("acda_sidd", input_size=_SIZE, plain="sidd_conv", **_ACDA)
-def acda_sidd(channels: int = 3, width: int = WIDTH, inner: int = INNER, blocks: int = BLOCKS) -> nn.Module:
+def acda_sidd(
+    channels: int = 3,
+    width: int = WIDTH,
+    inner: int = INNER,
+    blocks: int = BLOCKS,
+    layer_options: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Real denoising with ACDA in eight bottleneck blocks (ACDA Table 5)."""
-    return _operated(Restorer(channels, width=width, inner=inner, blocks=blocks), channels)
+    return _operated(Restorer(channels, width=width, inner=inner, blocks=blocks), channels, layer_options)
 
 
 @register("realsr_conv", input_size=_SIZE)
@@ -152,9 +166,15 @@ def realsr_conv(channels: int = 3, width: int = WIDTH, inner: int = INNER, block
 
 
 @register("acda_realsr", input_size=_SIZE, plain="realsr_conv", rules=RULES)
-def acda_realsr(channels: int = 3, width: int = WIDTH, inner: int = INNER, blocks: int = BLOCKS) -> nn.Module:
+def acda_realsr(
+    channels: int = 3,
+    width: int = WIDTH,
+    inner: int = INNER,
+    blocks: int = BLOCKS,
+    layer_options: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Real super-resolution with ACDA in eight bottleneck blocks (ACDA Table 4), works on the enlarged image."""
-    return _operated(Restorer(channels, width=width, inner=inner, blocks=blocks), channels)
+    return _operated(Restorer(channels, width=width, inner=inner, blocks=blocks), channels, layer_options)
 
 
 def _comparator(name: str, middle: str, doc: str) -> None:

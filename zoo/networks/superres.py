@@ -6,6 +6,7 @@ last convolution, with 16 kernels. The linear networks are nothing but one such 
 5×5 ones. How many kernels the linear ones have the paper leaves to its supplement: 16, as everywhere else in it.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -115,9 +116,9 @@ def srcnn(channels: int = 3) -> nn.Module:
 
 
 @register("pafu_srcnn", input_size=_SIZE, plain="srcnn", rules=_rule(PAFU))
-def pafu_srcnn(channels: int = 3) -> nn.Module:
+def pafu_srcnn(channels: int = 3, layer_options: Mapping[str, Any] | None = None) -> nn.Module:
     """SRCNN with a PAFU of 16 kernels as its output layer (PAFU Table 4)."""
-    return operate(SRCNN(channels), _rule(PAFU), (channels, *_SIZE[1:]))
+    return operate(SRCNN(channels), _rule(PAFU), (channels, *_SIZE[1:]), layer_options)
 
 
 @register("espcnn", input_size=_SIZE)
@@ -127,13 +128,15 @@ def espcnn(scale: int = 3, channels: int = 3) -> nn.Module:
 
 
 @register("pafu_espcnn", input_size=_SIZE, plain="espcnn", rules=_rule(PAFU))
-def pafu_espcnn(scale: int = 3, channels: int = 3) -> nn.Module:
+def pafu_espcnn(scale: int = 3, channels: int = 3, layer_options: Mapping[str, Any] | None = None) -> nn.Module:
     """ESPCN with a PAFU of 16 kernels as its output layer (PAFU Table 4)."""
-    return operate(ESPCN(scale, channels), _rule(PAFU), (channels, *_SIZE[1:]))
+    return operate(ESPCN(scale, channels), _rule(PAFU), (channels, *_SIZE[1:]), layer_options)
 
 
-def _linear(model: nn.Module, rules: tuple[Rule, ...], ensemble: bool) -> nn.Module:
-    model = operate(model, rules, _SIZE) if rules else model
+def _linear(
+    model: nn.Module, rules: tuple[Rule, ...], ensemble: bool, layer_options: Mapping[str, Any] | None
+) -> nn.Module:
+    model = operate(model, rules, _SIZE, layer_options) if rules else model
     return SelfEnsemble(model) if ensemble else model
 
 
@@ -145,8 +148,13 @@ for _scale in (2, 3, 4):
     ):
         _rules = () if _options is None else _rule(_options)
 
-        def _sr(scale: int = _scale, ensemble: bool = False, rules: tuple[Rule, ...] = _rules) -> nn.Module:
-            return _linear(LinearSR(scale), rules, ensemble)
+        def _sr(
+            scale: int = _scale,
+            ensemble: bool = False,
+            rules: tuple[Rule, ...] = _rules,
+            layer_options: Mapping[str, Any] | None = None,
+        ) -> nn.Module:
+            return _linear(LinearSR(scale), rules, ensemble, layer_options)
 
         _sr.__doc__ = (
             f"Linear super-resolution ×{_scale} with {_told} (PAFU Table 2); `ensemble`: its self-ensemble variant."
@@ -162,12 +170,12 @@ def linear_demosaic() -> nn.Module:
 
 
 @register("pafu_linear_demosaic", input_size=_SIZE, plain="linear_demosaic", rules=_rule(PAFU))
-def pafu_linear_demosaic() -> nn.Module:
+def pafu_linear_demosaic(layer_options: Mapping[str, Any] | None = None) -> nn.Module:
     """Linear demosaicking with a PAFU of 16 5×5 kernels (PAFU Table 1)."""
-    return operate(LinearDemosaic(), _rule(PAFU), _SIZE)
+    return operate(LinearDemosaic(), _rule(PAFU), _SIZE, layer_options)
 
 
 @register("pafu_linear_demosaic_7x7", input_size=_SIZE, plain="linear_demosaic", rules=_rule(BOTH))
-def pafu_linear_demosaic_7x7() -> nn.Module:
+def pafu_linear_demosaic_7x7(layer_options: Mapping[str, Any] | None = None) -> nn.Module:
     """Linear demosaicking with a PAFU of 16 kernels, 5×5 and 7×7 (PAFU Table 1)."""
-    return operate(LinearDemosaic(), _rule(BOTH), _SIZE)
+    return operate(LinearDemosaic(), _rule(BOTH), _SIZE, layer_options)

@@ -5,20 +5,24 @@ inverse Gamma distribution (alpha, beta). The loss is the negative lower bound o
 needed to denoise. It is the restoration network of `restorer`; the other is a chain of five 3×3 convolutions.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.recipe import Rule
+from surgeon.zoo.comparators import start_at_zero
 from surgeon.zoo.networks.ad_resnet import ACDA
 from surgeon.zoo.networks.restorer import BLOCKS, INNER, WIDTH, Trunk
 from surgeon.zoo.registry import Published, register
 from surgeon.zoo.surgery import operate
 
 _SIZE = (3, 64, 64)
-_LOG_RANGE = (-14.0, 14.0)
+_LOG_RANGE = (math.log(1e-8), math.log(1e4))  # as the authors' code has it
+_SPREAD = 3.0  # standard deviation of the window in which the true noise is estimated, pixels; the authors' code
 RULES = (Rule(layers="re:denoiser\\.blocks\\..*\\.conv2$", type="acda", options=ACDA),)
 
 
@@ -32,7 +36,7 @@ class Posterior(NamedTuple):
 
 
 class VDN(nn.Module):
-    """Noisy image (N, C, H, W) in [0, 1] -> the mean of the clean image, same shape, not clipped.
+    """Noisy image (N, C, H, W) in [0, 1] -> the mean of the clean image, same shape, not clipped. Starts at the identity.
 
     With `posterior` it is everything that the loss needs: a `Posterior`, see the method of that name.
     """
@@ -40,6 +44,7 @@ class VDN(nn.Module):
     def __init__(self, channels: int = 3, width: int = WIDTH, inner: int = INNER, blocks: int = BLOCKS) -> None:
         super().__init__()
         self.denoiser = Trunk(channels, 2 * channels, width, inner, blocks)
+        start_at_zero(self.denoiser.up2)
         layers: list[nn.Module] = [nn.Conv2d(channels, 64, 3, padding=1), nn.LeakyReLU(0.2)]
         for _ in range(3):
             layers += [nn.Conv2d(64, 64, 3, padding=1), nn.LeakyReLU(0.2)]
@@ -89,7 +94,7 @@ def variational_loss(
 def _blurred(x: Tensor, window: int) -> Tensor:
     """x (N, C, H, W) under a Gaussian window of this odd side, reflecting at the border."""
     at = torch.arange(window, dtype=x.dtype, device=x.device) - window // 2
-    line = torch.exp(-0.5 * (at / (0.3 * ((window - 1) * 0.5 - 1) + 0.8)) ** 2)
+    line = torch.exp(-0.5 * (at / _SPREAD) ** 2)
     line = line / line.sum()
     r, channels = window // 2, x.shape[1]
     x = F.pad(x, (r, r, r, r), mode="reflect")
@@ -113,6 +118,12 @@ def vdn_conv(channels: int = 3, width: int = WIDTH, inner: int = INNER, blocks: 
     difference="the published number is that of the denoising network alone; the network for the noise, 116,038 parameters, is "
     "needed to train only",
 )
-def acda_vdn(channels: int = 3, width: int = WIDTH, inner: int = INNER, blocks: int = BLOCKS) -> nn.Module:
+def acda_vdn(
+    channels: int = 3,
+    width: int = WIDTH,
+    inner: int = INNER,
+    blocks: int = BLOCKS,
+    layer_options: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Variational denoising with ACDA (ACDA Table 5, "ACDA + VDNet")."""
-    return operate(VDN(channels, width, inner, blocks), RULES, (channels, *_SIZE[1:]))
+    return operate(VDN(channels, width, inner, blocks), RULES, (channels, *_SIZE[1:]), layer_options)

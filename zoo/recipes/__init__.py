@@ -36,6 +36,7 @@ class Preset:
     summary: str = ""
     networks: tuple[str, ...] = ()
     model: dict[str, Any] = field(default_factory=dict)
+    layer_options: dict[str, Any] = field(default_factory=dict)
     task_options: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
 
@@ -45,8 +46,9 @@ class TrainingRecipe:
     """One way to train.
 
     `networks` are names of the zoo, the first of them the one that is meant where none is named; `model` are options of their
-    factories. `train` are fields of `FinetuneConfig`. `source` is where the paper says so, `assumed` what it leaves open and is
-    chosen here, `data` what belongs into the folder.
+    factories, `layer_options` those of the dynamic layers in its networks made by surgery. `train` are fields of
+    `FinetuneConfig`. `source` is where the paper says so, `assumed` what it leaves open and is chosen here, `data` what belongs
+    into the folder.
     """
 
     name: str
@@ -57,6 +59,7 @@ class TrainingRecipe:
     networks: tuple[str, ...]
     task: str
     model: dict[str, Any] = field(default_factory=dict)
+    layer_options: dict[str, Any] = field(default_factory=dict)
     task_options: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     presets: dict[str, Preset] = field(default_factory=dict)
@@ -74,6 +77,7 @@ class TrainingRecipe:
                 made,
                 networks=preset.networks or made.networks,
                 model=made.model | preset.model,
+                layer_options=made.layer_options | preset.layer_options,
                 task_options=made.task_options | preset.task_options,
                 train=made.train | preset.train,
             )
@@ -126,7 +130,14 @@ class TrainingRecipe:
         own = spec.removeprefix("zoo/") in self.networks
         if own:
             weights = "random" if weights == "auto" else weights
-        return build_model(spec, weights=weights, seed=seed, options=(self.model if own else {}) | dict(options or {}))
+        made = self._factory_options(spec.removeprefix("zoo/")) if own else {}
+        return build_model(spec, weights=weights, seed=seed, options=made | dict(options or {}))
+
+    def _factory_options(self, network: str) -> dict[str, Any]:
+        from surgeon.zoo import entry
+
+        by_surgery = self.layer_options and entry(network).rules
+        return self.model | ({"layer_options": self.layer_options} if by_surgery else {})
 
     @property
     def command(self) -> str:
@@ -178,7 +189,7 @@ def _has_selectors(model: "nn.Module") -> bool:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 _TEXTS = ("summary", "source", "assumed", "data", "task")
-_MAPPINGS = ("model", "task_options", "train")
+_MAPPINGS = ("model", "layer_options", "task_options", "train")
 
 
 def _read(path: Path) -> TrainingRecipe:

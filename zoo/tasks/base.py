@@ -98,6 +98,10 @@ class Task(ABC):
         """
         return model
 
+    def outputs(self) -> tuple[str, ...] | None:
+        """Names of what a bound model's outputs stand for, in their order, for its recipe; None where they have none."""
+        return None
+
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """A batch of samples; tasks whose samples differ in size pad or stack by themselves."""
         batch: Batch = default_collate(list(samples))

@@ -11,8 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError, DataError, InputError
+from surgeon.recipe import get_recipe
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
 from surgeon.zoo.tasks.registry import register
+from surgeon.zoo.tasks.support.class_weights import checked_weights
 from surgeon.zoo.tasks.support.classifier import fit_classifier
 from surgeon.zoo.tasks.support.datasets import ItemDataset
 from surgeon.zoo.tasks.support.draws import global_seed
@@ -39,6 +41,10 @@ class ClassificationConfig(FolderConfig):
     `crop_scale`, `color_jitter`, `auto_augment`, `erase`, `interpolation` and `crop_pct` go to timm's transforms; pictures of at
     most 64 pixels are padded by an eighth, cropped and mirrored in place of random resizing. `mixup` and `cutmix` are their
     alphas (0: off), `mix_probability` is the share of batches that are mixed. `label_smoothing` holds for training.
+
+    A model that was fine-tuned knows the names of its classes: the data's are put in that order, and some of them may be
+    absent. Data with other classes need `new_head`, which begins with an untrained classifier. `class_weights` weigh the loss of
+    the samples of each class.
     """
 
     dataset: str = "auto"
@@ -54,6 +60,8 @@ class ClassificationConfig(FolderConfig):
     cutmix: float = 0.0
     mix_probability: float = 1.0
     label_smoothing: float = 0.0
+    new_head: bool = False
+    class_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,6 +96,7 @@ class Classification(Task):
     def __init__(self, config: ClassificationConfig, *, seed: int = 0) -> None:
         super().__init__(config, seed=seed)
         self._read: dict[str, Labelled] = {}
+        self._names: list[str] | None = None  # of the bound model's outputs
         self._format: ImageFormat | None = None
 
     # --- data -----------------------------------------------------------------------------------------------------
@@ -100,8 +109,16 @@ class Classification(Task):
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, in the order of their numbers."""
+        """Names of the classes, in the order of their numbers: that of the bound model, else that of the data."""
+        return self._names or self.data_classes
+
+    @property
+    def data_classes(self) -> list[str]:
+        """Names of the classes that the data have."""
         return self.labelled("val").classes
+
+    def outputs(self) -> tuple[str, ...] | None:
+        return tuple(self.classes)
 
     def check(self) -> None:
         val = self.labelled("val")
@@ -125,7 +142,8 @@ class Classification(Task):
 
     def dataset(self, split: Split) -> TaskDataset:
         data = self.labelled(split)
-        items = [(item, label) for item, label in zip(data.items, data.labels, strict=True)]
+        numbers = [self.classes.index(name) for name in data.classes]
+        items = [(item, numbers[label]) for item, label in zip(data.items, data.labels, strict=True)]
         config = self.config
         samples = chosen(items, split, config, data.divided, data.labels)
         make = SampleMaker(self.format(), self.config, split == "train")
@@ -161,7 +179,28 @@ class Classification(Task):
 
     def bind(self, model: nn.Module) -> nn.Module:
         self._format = self._format_for(model)
-        return fit_classifier(self.name, model, len(self.classes), self._format.size, self.seed)
+        fitting = self._fitted(model, self._format)
+        checked_weights(self.name, self.config.class_weights, len(self.classes))
+        return fitting
+
+    def _fitted(self, model: nn.Module, form: ImageFormat) -> nn.Module:
+        """The model with the classes of the data, in the order that it knows."""
+        recipe = get_recipe(model)
+        known = recipe.classes if recipe is not None else None
+        if known is None:
+            return fit_classifier(self.name, model, len(self.classes), form.size, self.seed)
+        if self.config.new_head:
+            self._names = None
+            fresh = set(known) != set(self.data_classes)
+            return fit_classifier(self.name, model, len(self.classes), form.size, self.seed, fresh=fresh)
+        unknown = sorted(set(self.data_classes) - set(known))
+        if unknown:
+            raise InputError(
+                f"task {self.name}: the model was trained on the classes {_some(list(known))}, and the data have others: "
+                f"{_some(unknown)}; new_head=true begins with an untrained classifier for them"
+            )
+        self._names = list(known)
+        return fit_classifier(self.name, model, len(known), form.size, self.seed)
 
     def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
         if not (self.config.mixup or self.config.cutmix):
@@ -194,6 +233,9 @@ class Classification(Task):
         smoothing = (
             0.0 if target.is_floating_point() else self.config.label_smoothing
         )  # mixed ones are smoothed already
+        weight = checked_weights(self.name, self.config.class_weights, len(self.classes), logits.device)
+        if weight is not None:  # a plain mean of weighted values: equal parts of a batch average to it
+            return F.cross_entropy(logits.float(), target, weight, reduction="none", label_smoothing=smoothing).mean()
         return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
 
     def distillation_loss(self, output: Any, teacher: Any) -> Tensor:

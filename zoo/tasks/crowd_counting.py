@@ -145,7 +145,7 @@ class CrowdCounting(Task):
 
     def _points(self, pair: Pair, height: int, width: int) -> np.ndarray:
         """Points inside the picture."""
-        points = read_points(pair[1])
+        points = read_points(pair[1], (height, width))
         low, high = np.zeros(2), np.array([width - 1, height - 1])
         outside = ((points < low - _TOLERANCE) | (points > high + _TOLERANCE)).any(1)
         if outside.any():

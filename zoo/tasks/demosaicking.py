@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from surgeon.errors import ConfigError
+from surgeon.zoo.bayer import PATTERNS, bayer_mask, tell_pattern
 from surgeon.zoo.tasks.base import Batch, Sample, TaskConfig
 from surgeon.zoo.tasks.registry import register
 from surgeon.zoo.tasks.support.draws import turned
@@ -17,16 +18,7 @@ from surgeon.zoo.tasks.support.noise import heteroskedastic, log_uniform, number
 from surgeon.zoo.tasks.support.pictures import to_image
 from surgeon.zoo.tasks.support.restoration import RestorationConfig, RestorationTask
 
-PATTERNS = ("RGGB", "BGGR", "GRBG", "GBRG")
 _CHANNELS = {"mosaic3": 3, "packed4": 4, "mosaic1": 1}
-
-
-def bayer_mask(pattern: str, height: int, width: int) -> Tensor:
-    """(3, H, W), 1 where the sensor measures a colour; `pattern` reads its 2x2 cell row by row."""
-    mask = torch.zeros(3, height, width)
-    for index, colour in enumerate(pattern):
-        mask["RGB".index(colour), index // 2 :: 2, index % 2 :: 2] = 1
-    return mask
 
 
 def arranged(mosaic: Tensor, layout: str) -> Tensor:
@@ -92,6 +84,7 @@ class Demosaicking(RestorationTask):
     def bind(self, model: torch.nn.Module) -> torch.nn.Module:
         model = super().bind(model)
         self.color = True
+        tell_pattern(model, self.config.pattern)
         return model
 
     def target_channels(self) -> int:

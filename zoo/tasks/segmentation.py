@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,11 +14,12 @@ from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
 from surgeon.zoo.tasks.registry import register
+from surgeon.zoo.tasks.support.class_weights import checked_weights
 from surgeon.zoo.tasks.support.datasets import ItemDataset
 from surgeon.zoo.tasks.support.draws import integer, uniform
 from surgeon.zoo.tasks.support.files import FolderConfig, check_images, chosen, find_roots, look_through
 from surgeon.zoo.tasks.support.images import Reader, by_size, collate_padded, on_multiple, to_tensor, unpadded
-from surgeon.zoo.tasks.support.masks import Pair, bad_pair, labels_of, mask_pairs, read_mask
+from surgeon.zoo.tasks.support.masks import Pair, bad_pair, check_labels, mask_pairs, read_mask
 from surgeon.zoo.tasks.support.pictures import labels_image, sheet, to_image
 from surgeon.zoo.tasks.support.probe import describe, outputs_of, replace_module, trial, with_outputs
 from surgeon.zoo.tasks.support.transforms import ImageFormat
@@ -34,7 +36,9 @@ class SegmentationConfig(FolderConfig):
     """`classes`: their number; by default one more than the largest label of the masks. `ignore_index`: label without a class.
 
     Training pieces have the size of `input_size`, by default 256x256: pictures are scaled by a factor between `scale_min` and
-    `scale_max`, cut, and mirrored. Whole pictures are continued to a `multiple` of so many pixels.
+    `scale_max`, cut, and mirrored. Whole pictures are continued to a `multiple` of so many pixels. `class_weights`
+    weigh the loss of the pixels of each class. In evaluation the shares that a model gives the classes are averaged over the
+    picture at each of `test_scales` (multi-scale testing).
     """
 
     classes: int | None = None
@@ -43,6 +47,8 @@ class SegmentationConfig(FolderConfig):
     scale_min: float = 0.5
     scale_max: float = 2.0
     multiple: int = 1
+    class_weights: tuple[float, ...] | None = None
+    test_scales: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +60,8 @@ class SegmentationConfig(FolderConfig):
             )
         if self.multiple < 1:
             raise ConfigError(f"multiple must be a positive integer, got {self.multiple!r}")
+        if not self.test_scales or not all(scale > 0 for scale in self.test_scales):
+            raise ConfigError(f"test_scales must be positive factors, as 0.75,1,1.25, got {self.test_scales!r}")
         if self.input_size is not None and self.input_size[0] != 3:
             raise ConfigError(f"segmentation takes RGB pictures, not input_size={self.input_size!r}")
 
@@ -93,19 +101,9 @@ class Segmentation(Task):
 
     @property
     def classes(self) -> int:
-        """Number of classes; read from the masks where the options do not say it."""
-        return self._counted()
-
-    def _counted(self) -> int:
-        """The same; raises `DataError` where the masks hold fewer than two."""
+        """Number of classes; read from the masks where the options do not say it. Raises `DataError`."""
         if self._classes is None:
-            splits: tuple[Split, ...] = ("train", "val")
-            roots = find_roots(self.name, self.config)
-            pairs = [pair for split in splits if roots.of(split) is not None for _, pair in self.items(split)]
-            labels = {label for _, mask in pairs for label in labels_of(mask)} - {self.config.ignore_index}
-            if len(labels) < 2:
-                raise DataError(f"task {self.name}: the masks hold only {sorted(labels)}; there must be two classes")
-            self._classes = max(labels) + 1
+            self._classes = self._look_at_masks()
         return self._classes
 
     # --- data -----------------------------------------------------------------------------------------------------
@@ -119,13 +117,24 @@ class Segmentation(Task):
         return chosen(mask_pairs(self.name, folder), split, self.config, roots.divided)
 
     def check(self) -> None:
-        splits: tuple[Split, ...] = ("train", "val")
-        for split in splits if find_roots(self.name, self.config).train is not None else splits[1:]:
+        for split in self._splits():
+            check_images(self.name, [picture for _, (picture, _) in self.items(split)])
+        self._classes = self._look_at_masks()
+
+    def _splits(self) -> tuple[Split, ...]:
+        return ("val",) if find_roots(self.name, self.config).train is None else ("train", "val")
+
+    def _look_at_masks(self) -> int:
+        """The number of classes; raises `DataError` for masks that cannot be used."""
+        config = self.config
+        labels: dict[str, set[int]] = {split: set() for split in self._splits()}
+        for split in self._splits():
             pairs = [pair for _, pair in self.items(split)]
-            check_images(self.name, [picture for picture, _ in pairs])
             what = f"task {self.name}: masks that cannot be used"
-            look_through(what, pairs, lambda pair: bad_pair(pair, self.config.classes, self.config.ignore_index))
-        self._counted()
+            look_through(
+                what, pairs, partial(bad_pair, classes=config.classes, ignore=config.ignore_index, labels=labels[split])
+            )
+        return check_labels(self.name, labels, config.classes, config.ignore_index)
 
     def _normalised(self, image: Image.Image) -> Tensor:
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
@@ -166,6 +175,7 @@ class Segmentation(Task):
 
     def bind(self, model: nn.Module) -> nn.Module:
         self._set_format(model)
+        checked_weights(self.name, self.config.class_weights, self.classes)
         size = (3, *self.piece)
         logits = self._logits(trial(self.name, model, model, *size))
         if logits.shape[1] != self.classes:
@@ -183,7 +193,7 @@ class Segmentation(Task):
         return logits
 
     def predict(self, model: nn.Module, batch: Batch) -> Any:
-        """Logits (N, classes, H, W) in the size of the pictures."""
+        """Logits (N, classes, H, W) in the size of the pictures; with several `test_scales` logarithms of the mean shares."""
 
         def run(x: Tensor) -> Tensor:
             return _enlarged(self._logits(model(x)), x.shape[-2:])
@@ -191,7 +201,15 @@ class Segmentation(Task):
         def whole(x: Tensor) -> Tensor:
             return on_multiple(run, x, self.config.multiple)
 
-        return by_size(whole, batch["input"], batch.get("input_size"))
+        def at_all_scales(x: Tensor) -> Tensor:
+            if self.config.test_scales == (1.0,):
+                return whole(x)
+            size = x.shape[-2:]
+            sizes = [tuple(max(round(side * factor), 1) for side in size) for factor in self.config.test_scales]
+            shares = [_enlarged(whole(_enlarged(x, scaled)), size).softmax(1) for scaled in sizes]
+            return torch.stack(shares).mean(0).log()
+
+        return by_size(at_all_scales, batch["input"], batch.get("input_size"))
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         target = batch["target"]
@@ -201,8 +219,9 @@ class Segmentation(Task):
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         ignore = self.config.ignore_index
+        weight = checked_weights(self.name, self.config.class_weights, self.classes, logits.device)
         values = F.cross_entropy(
-            _enlarged(logits.float(), target.shape[-2:]), target, ignore_index=ignore, reduction="none"
+            _enlarged(logits.float(), target.shape[-2:]), target, weight, ignore_index=ignore, reduction="none"
         )
         counted = (target != ignore).sum((1, 2)).clamp(min=1)
         return (values.sum((1, 2)) / counted).mean()

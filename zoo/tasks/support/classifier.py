@@ -10,14 +10,17 @@ from surgeon.layers.base import DynamicConv2d
 from surgeon.zoo.tasks.support.probe import describe, outputs_of, replace_module, trial, with_outputs
 
 
-def fit_classifier(task: str, model: nn.Module, classes: int, size: tuple[int, int, int], seed: int) -> nn.Module:
+def fit_classifier(
+    task: str, model: nn.Module, classes: int, size: tuple[int, int, int], seed: int, *, fresh: bool = False
+) -> nn.Module:
     """The same model, giving logits (N, classes) for inputs of this size.
 
     timm's models reset their classifier; of others the last linear layer or convolution with the old number of outputs is
-    replaced, auxiliary classifiers as well. New layers are initialised from the seed. Raises `InputError` where that fails.
+    replaced, auxiliary classifiers as well; with `fresh` also where the number is right. New layers are initialised from the
+    seed. Raises `InputError` where that fails.
     """
     logits = _logits(task, trial(task, model, lambda x: model(x), *size), size)
-    if logits.shape[1] == classes:
+    if logits.shape[1] == classes and not fresh:
         return model
     if callable(getattr(model, "reset_classifier", None)):
         _reset(model, classes, seed)

@@ -1,6 +1,7 @@
 """Folders of images: found, split into train and val, and looked through before anything is trained."""
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,16 +11,18 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from surgeon.errors import ConfigError, DataError
+from surgeon.picture_files import SUFFIXES, files_below, opened
 from surgeon.zoo.tasks.base import Split, TaskConfig
 from surgeon.zoo.tasks.support.options import check_types
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"})  # 8 bits a channel or less
 DECODED = 20_000  # files that a check decodes; of a larger set it decodes so many and opens the others
 VAL_STREAM = 0x5EED
+_DIV2K = {"train": "DIV2K_train_HR", "val": "DIV2K_valid_HR"}
+_REDUCED = re.compile(r"(^|_)LR(_|$)")
 NAMED = 5  # files that a message names
 
 T = TypeVar("T")
@@ -83,7 +86,7 @@ def find_roots(task: str, config: FolderConfig) -> Roots:
             raise DataError(f"task {task}: there is no folder {folder} ({option})")
     train, val = config.train, config.val
     if config.data is not None:
-        inside = {name: config.data / name for name in ("train", "val") if (config.data / name).is_dir()}
+        inside = _splits_of(config.data)
         if not inside:
             if train is not None and val is None:
                 raise DataError(f"task {task}: {config.data} has no val/; give train alone, or train and val")
@@ -99,6 +102,24 @@ def find_roots(task: str, config: FolderConfig) -> Roots:
     if train is None and val is None:
         raise DataError(f"task {task} needs a folder: data=FOLDER with train/ and val/, or train=FOLDER and val=FOLDER")
     return Roots(train, val if val is not None else train)
+
+
+def _splits_of(data: Path) -> dict[str, Path]:
+    """The folders of splits in a set, by split: `train` and `val`, or DIV2K's."""
+    inside = {name: data / name for name in ("train", "val") if (data / name).is_dir()}
+    if inside:
+        return inside
+    return {split: data / name for split, name in _DIV2K.items() if (data / name).is_dir()}
+
+
+def refuse_reduced(task: str, folder: Path) -> None:
+    """Raise `DataError` where images lie beside reduced copies of them, as super-resolution's sets have them."""
+    reduced = [child.name for child in sorted(folder.iterdir()) if child.is_dir() and _REDUCED.search(child.name)]
+    if reduced:
+        raise DataError(
+            f"task {task}: {folder} holds reduced images, too ({', '.join(reduced[:NAMED])}), which must not be trained on: name "
+            "the folders of the large ones with train= and val="
+        )
 
 
 def divide(count: int, split: Split, fraction: float, seed: int, groups: Sequence[int] | None = None) -> list[int]:
@@ -139,43 +160,29 @@ def chosen(
 
 
 def list_images(folder: Path) -> list[Path]:
-    """All image files below a folder, by name; hidden ones are left out. Raises `DataError` where there is none."""
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and is_visible(p, folder))
+    """All image files below a folder, by name (see `files_below`). Raises `DataError` where there is none."""
+    found = files_below(folder)
     if not found:
         raise DataError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
     return found
 
 
-def is_visible(path: Path, folder: Path) -> bool:
-    """Whether a file's path below the folder has no part that begins with a dot or is what macOS leaves behind."""
-    parts = path.relative_to(folder).parts
-    return path.is_file() and not any(part.startswith(".") or part == "__MACOSX" for part in parts)
-
-
 def open_image(path: Path) -> "Image.Image":
     """A decoded image as it is stored. Raises `DataError` for what is no image, is truncated, or has more than 8 bits."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
+    with opened(path) as image:
+        try:
             image.load()
-            image_mode, opened = image.mode, image.copy()
-    except Exception as error:  # on broken files PIL's decoders raise whatever comes up
-        raise DataError(f"cannot read the image {path}: {error}") from error
-    if image_mode not in MODES:
-        raise DataError(f"{path} has mode {image_mode!r}; images must have 8 bits a channel")
-    return opened
+        except Exception as error:  # on broken files PIL's decoders raise whatever comes up
+            raise DataError(f"cannot read the image {path}: {error}") from error
+        if image.mode not in MODES:
+            raise DataError(f"{path} has mode {image.mode!r}; images must have 8 bits a channel")
+        return image.copy()
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) from the header alone."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except Exception as error:
-        raise DataError(f"cannot read the image {path}: {error}") from error
+    with opened(path) as image:
+        return image.height, image.width
 
 
 def named(what: str, problems: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from surgeon.errors import InputError
 from surgeon.zoo.tasks.base import Batch, Sample
 from surgeon.zoo.tasks.support.draws import integer
 from surgeon.zoo.tasks.support.files import open_image
@@ -138,6 +139,46 @@ def continued(run: Callable[[Tensor], Tensor], x: Tensor, multiple: int) -> Tens
     """`run` on x with its right and bottom edge continued to a multiple of `multiple`."""
     bottom, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
     return run(F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x)
+
+
+def in_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, scale: int) -> Tensor:
+    """`run` on tiles of x, of which `overlap` pixels at inner edges are seen but not kept; the output is `scale` times as large.
+
+    Every tile begins at a multiple of tile - 2 * overlap. Raises `InputError` where an output is not `scale` times its input.
+    """
+    height, width = x.shape[-2:]
+    if max(height, width) <= tile:
+        return run(x)
+    whole: Tensor | None = None
+    for top, first, last in _spans(height, tile, overlap):
+        for left, start, end in _spans(width, tile, overlap):
+            piece = x[..., top : top + tile, left : left + tile]
+            out = run(piece)
+            if out.shape[-2] != piece.shape[-2] * scale or out.shape[-1] != piece.shape[-1] * scale:
+                raise InputError(
+                    f"tile is for networks whose output is {scale} times as large as their input; this one gives "
+                    f"{tuple(out.shape)} for {tuple(piece.shape)}"
+                )
+            if whole is None:
+                whole = out.new_empty((*out.shape[:-2], height * scale, width * scale))
+            rows, columns = (
+                slice((first - top) * scale, (last - top) * scale),
+                slice((start - left) * scale, (end - left) * scale),
+            )
+            whole[..., first * scale : last * scale, start * scale : end * scale] = out[..., rows, columns]
+    assert whole is not None
+    return whole
+
+
+def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int]]:
+    """(begin of a tile, first pixel that is kept of it, first that is not) along one direction."""
+    starts = [0]
+    while starts[-1] + tile < length:
+        starts.append(starts[-1] + tile - 2 * overlap)
+    return [
+        (start, start + overlap if start else 0, length if start == starts[-1] else start + tile - overlap)
+        for start in starts
+    ]
 
 
 def on_multiple(run: Callable[[Tensor], Tensor], x: Tensor, multiple: int, scale: int = 1) -> Tensor:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import DataError
+from surgeon.picture_files import files_below, is_left_out
 from surgeon.zoo.tasks.base import Split
-from surgeon.zoo.tasks.support.files import SUFFIXES, FolderConfig, find_roots, is_visible
+from surgeon.zoo.tasks.support.files import FolderConfig, find_roots
 
 _CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 DATASETS = (*_CIFAR, "folder")
@@ -67,15 +68,14 @@ def _cifar(task: str, config: FolderConfig, kind: str, split: Split, download: b
 
 
 def _folder(task: str, root: Path, divided: bool) -> Labelled:
-    classes = sorted(child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    classes = sorted(child.name for child in root.iterdir() if child.is_dir() and not is_left_out(child.name))
     if not classes:
         raise DataError(f"task {task}: {root} has no folders; there must be one a class, with its images")
     items: list[Path] = []
     labels: list[int] = []
     empty = []
     for number, name in enumerate(classes):
-        folder = root / name
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and is_visible(p, folder))
+        found = files_below(root / name)
         if not found:
             empty.append(name)
         items += found

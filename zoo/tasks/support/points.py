@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from surgeon.errors import DataError
-from surgeon.zoo.tasks.support.files import is_visible, list_images, named
+from surgeon.picture_files import files_below
+from surgeon.zoo.tasks.support.files import list_images, named
 
 SUFFIXES = (".npy", ".json", ".mat")
 FOLDERS = ("ground_truth", "ground-truth", "annotations", "points", "labels")
@@ -22,7 +23,7 @@ def point_files(folder: Path) -> list[tuple[Path, Path]]:
     The name of a file of points is the picture's, with `GT_` before it or `_ann` after it allowed.
     """
     pictures = list_images(folder)
-    inside = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and is_visible(p, folder))
+    inside = files_below(folder, SUFFIXES)
     left = {path: _plain(path) for path in inside}
     pairs, alone = [], []
     by_name: dict[str, list[Path]] = {}
@@ -32,9 +33,11 @@ def point_files(folder: Path) -> list[tuple[Path, Path]]:
         found = [p for p in by_name.get(picture.stem, []) if _belongs(picture, p)]
         if len(found) > 1:
             raise DataError(f"{picture} has {len(found)} files of points: {', '.join(str(p) for p in found)}")
+        if found and found[0] not in left:
+            raise DataError(f"{found[0]} has two pictures, one of them {picture}: what it marks cannot be told")
         if found:
             pairs.append((picture, found[0]))
-            left.pop(found[0], None)
+            del left[found[0]]
         else:
             alone.append(f"{picture} has no points ({picture.stem}{', '.join(SUFFIXES)})")
     alone += [f"{path} has no picture" for path in left]
@@ -54,8 +57,11 @@ def _belongs(picture: Path, points: Path) -> bool:
     )
 
 
-def read_points(path: Path) -> np.ndarray:
-    """(n, 2) of float64; raises `DataError` for what cannot be understood."""
+def read_points(path: Path, picture: tuple[int, int] | None = None) -> np.ndarray:
+    """(n, 2) of float64; a third column is left out. Raises `DataError` for what cannot be understood.
+
+    That is also a map of the `picture`, which is (height, width): it holds a number, or a yes or no, for every pixel.
+    """
     try:
         if path.suffix.lower() == ".npy":
             found: Any = np.load(path, allow_pickle=False)
@@ -63,12 +69,15 @@ def read_points(path: Path) -> np.ndarray:
             found = _from_json(json.loads(path.read_text()))
         else:
             found = _from_mat(path)
-        points = np.asarray(found, dtype=np.float64)
+        found = np.asarray(found)
+        if found.dtype == bool or (found.ndim == 2 and found.size and found.shape == picture):
+            raise ValueError(f"it holds a map {found.shape} of {found.dtype}, not points (n, 2)")
+        points: np.ndarray = found.astype(np.float64)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"cannot read points from {path}: {error}") from error
     if points.size == 0:
         return np.zeros((0, 2))
-    if points.ndim != 2 or points.shape[1] < 2 or (path.suffix.lower() != ".npy" and points.shape[1] != 2):
+    if points.ndim != 2 or points.shape[1] not in ((2, 3) if path.suffix.lower() == ".npy" else (2,)):
         raise DataError(f"{path} holds an array of shape {points.shape}, not points (n, 2)")
     if not np.isfinite(points).all():
         raise DataError(f"{path} holds points that are not finite")

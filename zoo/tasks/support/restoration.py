@@ -14,8 +14,16 @@ from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskDataset
 from surgeon.zoo.tasks.support.datasets import ItemDataset
 from surgeon.zoo.tasks.support.draws import integer
-from surgeon.zoo.tasks.support.files import FolderConfig, check_images, chosen, find_roots, image_size, list_images
-from surgeon.zoo.tasks.support.images import Reader, by_size, centre, collate_padded, on_multiple, unpadded
+from surgeon.zoo.tasks.support.files import (
+    FolderConfig,
+    check_images,
+    chosen,
+    find_roots,
+    image_size,
+    list_images,
+    refuse_reduced,
+)
+from surgeon.zoo.tasks.support.images import Reader, by_size, centre, collate_padded, in_tiles, on_multiple, unpadded
 from surgeon.zoo.tasks.support.metrics import PIXEL_LOSSES, image_mean, pixel_loss, psnr, ssim
 from surgeon.zoo.tasks.support.pictures import sheet, to_image
 from surgeon.zoo.tasks.support.probe import describe, first_channels, trial
@@ -34,7 +42,8 @@ class RestorationConfig(FolderConfig):
     `patch` is the side of a training sample in pixels of the target; by default it follows from `input_size`, else it is the
     task's own. `patches_per_image` lets the set count every image so often. `augment` draws one of the 8 symmetries of the
     square. `color`: RGB or grey; by default what the model's first convolution takes. `multiple`: whole images are continued
-    to a multiple of so many pixels and the result is cut, for networks that halve several times.
+    to a multiple of so many pixels and the result is cut, for networks that halve several times. `tile`: whole images are run
+    in tiles of so many pixels of the input, which see `tile_overlap` pixels of their neighbours; multiples of 8.
     """
 
     losses: ClassVar[tuple[str, ...]] = PIXEL_LOSSES
@@ -45,6 +54,8 @@ class RestorationConfig(FolderConfig):
     color: bool | None = None
     loss: str = "l1"
     multiple: int = 1
+    tile: int | None = None
+    tile_overlap: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +64,12 @@ class RestorationConfig(FolderConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if self.tile_overlap < 0 or self.tile_overlap % 8 or (self.tile or 0) % 8:
+            raise ConfigError(
+                f"tile and tile_overlap must be multiples of 8, got {self.tile!r} and {self.tile_overlap!r}"
+            )
+        if self.tile is not None and self.tile <= 2 * self.tile_overlap:
+            raise ConfigError(f"tile must be more than twice tile_overlap={self.tile_overlap}, got {self.tile!r}")
         if self.loss not in self.losses:
             raise ConfigError(f"loss must be one of {', '.join(self.losses)}, got {self.loss!r}")
 
@@ -127,6 +144,7 @@ class RestorationTask(Task):
 
     def list_items(self, folder: Path) -> Sequence[Any]:
         """All samples of a folder."""
+        refuse_reduced(self.name, folder)
         return list_images(folder)
 
     def check(self) -> None:
@@ -177,7 +195,12 @@ class RestorationTask(Task):
             out: Tensor = self.forward(model, {"input": x})
             return out
 
-        return on_multiple(run, x, self.config.multiple, self.patch_side() // self.input_side())
+        scale, tile = self.patch_side() // self.input_side(), self.config.tile
+
+        def whole(x: Tensor) -> Tensor:
+            return on_multiple(run, x, self.config.multiple, scale)
+
+        return whole(x) if tile is None else in_tiles(whole, x, tile, self.config.tile_overlap, scale)
 
     def predict(self, model: nn.Module, batch: Batch) -> Any:
         return by_size(lambda x: self.run_whole(model, x), batch["input"], batch.get("input_size"))

@@ -7,6 +7,7 @@ from surgeon.errors import ConfigError
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_MOST = 1e24
 _QUANTITY = re.compile(
     r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?|\.[0-9]+)\s*([kmgt]?i?)(b|flops?|macs?)?\s*", re.IGNORECASE
 )
@@ -26,6 +27,8 @@ def parse_quantity(value: str | int | float, what: str = "quantity") -> int:
     number, prefix = float(match[1]), match[2].lower()
     if prefix == "i":
         raise ConfigError(f"{what}: cannot read {value!r} as a number; expected e.g. 4.5G or 8GiB")
+    if number > _MOST:
+        raise ConfigError(f"{what}: {value!r} is more than any machine has")
     result = round(number * (_BINARY | _DECIMAL)[prefix])
     if result < 1:
         raise ConfigError(f"{what}: must be positive, got {value!r}")

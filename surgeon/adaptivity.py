@@ -1,0 +1,94 @@
+"""How much a dynamic layer adapts: what its generator sees of the content, and how far its code varies over one image."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.layers import SEKGConv2d
+from surgeon.layers.base import CodedConv2d
+from surgeon.visualize.measures import code_distance, content_share
+
+BLIND = 0.01  # content share below which a generator sees next to nothing of its input
+SATURATED = 0.9  # share of the hidden map beyond which hardly any gradient passes tanh
+FLAT = 0.97  # |tanh| above which its slope is below 6 %
+IMAGES = 4  # of a batch that are looked at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptivity:
+    """One layer on one batch of images.
+
+    content: part of the energy of the generator's last map that varies over the pixels of an image, 0 to 1.
+    saturated: part of that map at the flat ends of tanh; None where nothing bounds it (SEKG).
+    distance: 1 - cos of the codes of two pixels, averaged over all pairs in an image (ACDA, A.5); None where codes are zero.
+    """
+
+    name: str
+    type: str
+    content: float
+    saturated: float | None
+    distance: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    def complaint(self) -> str | None:
+        """What is wrong with the generator and what to do about it; None if nothing is."""
+        if self.saturated is not None and self.saturated > SATURATED:
+            return (
+                f"{self.name}: the generator is saturated ({self.saturated:.0%} of its hidden map at the ends of tanh), so that it "
+                "hardly learns: lower the rate of new parameters (--new-lr-scale), or convert with --option norm=batch"
+            )
+        if self.content < BLIND:
+            return (
+                f"{self.name}: the generator is blind (content is {self.content:.1%} of its hidden map, the rest is the same at "
+                "every pixel): convert with --option norm=batch, the default since recipes of version 2"
+            )
+        return None
+
+
+@contextmanager
+def observed(model: nn.Module) -> Iterator[list[Adaptivity]]:
+    """Fills the list, within the context, with the first call of every dynamic layer that runs in eval mode with its code on."""
+    found: list[Adaptivity] = []
+    seen: set[str] = set()
+
+    def hook(name: str) -> Any:
+        def look(layer: CodedConv2d, args: Any, kwargs: dict[str, Any]) -> None:
+            if name not in seen and layer.adaptive and not layer.training:
+                seen.add(name)
+                found.append(measure(name, layer, args[0] if args else next(iter(kwargs.values()))))
+
+        return look
+
+    handles = [
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if isinstance(module, CodedConv2d)
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def measure(name: str, layer: CodedConv2d, x: Tensor) -> Adaptivity:
+    """Of a layer in eval mode on an input (N, C, H, W), of which the first images are looked at."""
+    x = x[:IMAGES]
+    signal = layer.signal(x).float()
+    saturated = None if isinstance(layer, SEKGConv2d) else float((signal.abs() > FLAT).float().mean())
+    distances = [d for d in (code_distance(layer, code.float()) for code in layer.code(x)) if d is not None]
+    return Adaptivity(
+        name=name,
+        type=layer.type_name,
+        content=content_share(signal),
+        saturated=saturated,
+        distance=sum(distances) / len(distances) if distances else None,
+    )

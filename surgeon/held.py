@@ -1,0 +1,167 @@
+"""What objects hold: a walk through containers, objects, methods and closures, and putting back what a run changed."""
+
+import functools
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_OPAQUE = (type, types.ModuleType, str, bytes, int, float, complex, torch.dtype, torch.device, torch.Size)
+_OWN = frozenset(vars(nn.Module()))  # what PyTorch keeps in every module
+_MOST = 10_000  # objects that are looked at below one attribute
+
+
+def held_by(value: Any) -> Iterator[Any]:
+    """What an object directly holds. Modules, tensors and plain values hold nothing here."""
+    if isinstance(value, (*_OPAQUE, nn.Module, Tensor)):
+        return
+    if isinstance(value, Mapping):
+        yield from list(value.values())
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        yield from list(value)
+    elif isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.MethodType):
+        yield value.__self__
+    elif isinstance(value, types.FunctionType):
+        yield from (cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell))
+    yield from vars(value).values() if hasattr(value, "__dict__") else ()
+
+
+def walk(*roots: Any) -> Iterator[Any]:
+    """The roots and all that they hold, each object once."""
+    seen: dict[int, Any] = {}
+    waiting = list(roots)
+    while waiting and len(seen) < _MOST:
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, _OPAQUE):
+            continue
+        seen[id(value)] = value
+        yield value
+        waiting += held_by(value)
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that its class added to those of `nn.Module`."""
+    return {key: value for key, value in vars(module).items() if key not in _OWN}
+
+
+def outside_references(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """By the name of a module: attributes that hold it outside the module tree, where a replacement would not reach it."""
+    found: dict[str, list[str]] = {}
+    tree = {id(module) for module in model.modules()}
+    by_name = {
+        name.replace("_orig_mod.", ""): module for name, module in model.named_modules()
+    }  # torch.compile's prefix
+    targets = {id(by_name[name]): name for name in names if name in by_name}
+    for prefix, owner in model.named_modules():
+        for key, value in own_attributes(owner).items():
+            for held in walk(value):
+                if not isinstance(held, nn.Module) or held is owner:
+                    continue
+                for module in [held] if id(held) in tree else held.modules():
+                    if id(module) in targets:
+                        found.setdefault(targets[id(module)], []).append(f"{prefix}.{key}" if prefix else key)
+    return {name: list(dict.fromkeys(keys)) for name, keys in found.items()}
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # not assigned yet
+        return False
+
+
+@contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards attributes, lists, objects, tensors and random generators that the modules hold are as they were."""
+    before: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        own = own_attributes(module)
+        before.append((module, own))
+        before += [(module._buffers, dict(module._buffers))]
+        before += [(value, kept) for value in walk(*own.values()) if (kept := _content(value)) is not None]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for value, kept in before:
+                _put_back(value, kept)
+
+
+def _content(value: Any) -> Any:
+    """A shallow copy of what can change in an object; None where nothing can, or nothing is known of it."""
+    if isinstance(value, Tensor):
+        return value.detach().clone() if type(value) in (Tensor, nn.Parameter) and not value.is_meta else None
+    if isinstance(value, dict | list | set | deque):
+        return value.copy()
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if hasattr(value, "bit_generator"):  # numpy's Generator
+        return value.bit_generator.state
+    if type(value).__name__ == "RandomState":
+        return value.get_state()
+    if isinstance(value, nn.Module | types.FunctionType | types.MethodType) or not hasattr(value, "__dict__"):
+        return None
+    return dict(vars(value))
+
+
+def _put_back(value: Any, kept: Any) -> None:
+    if isinstance(value, nn.Module):
+        for key in own_attributes(value).keys() - kept.keys():
+            del value.__dict__[key]
+        value.__dict__.update(kept)
+    elif isinstance(value, Tensor):
+        if not torch.equal(value, kept):
+            value.copy_(kept)
+    elif isinstance(value, dict | set):
+        if not _same(value, kept):
+            value.clear()
+            value.update(kept)
+    elif isinstance(value, list):
+        value[:] = kept
+    elif isinstance(value, deque):
+        value.clear()
+        value.extend(kept)
+    elif isinstance(value, torch.Generator):
+        value.set_state(kept)
+    elif isinstance(value, random.Random):
+        value.setstate(kept)
+    elif hasattr(value, "bit_generator"):
+        value.bit_generator.state = kept
+    elif type(value).__name__ == "RandomState":
+        value.set_state(kept)
+    else:
+        value.__dict__.clear()
+        value.__dict__.update(kept)
+
+
+def _same(value: Any, kept: Any) -> bool:
+    """Whether a dictionary holds the same objects in the same order; sets are simply filled again."""
+    if not isinstance(value, dict):
+        return False
+    return [*map(id, value.values())] == [*map(id, kept.values())] and [*value] == [*kept]
+
+
+@contextmanager
+def python_seeded(seed: int) -> Iterator[None]:
+    """With the global generators of Python and numpy set to this seed; afterwards they are as before."""
+    numpy = sys.modules.get("numpy")
+    before, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
+    random.seed(seed)
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        if numpy is not None:
+            numpy.random.set_state(arrays)
