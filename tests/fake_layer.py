@@ -56,11 +56,8 @@ class FakeConv2d(DynamicConv2d):
             layer.kernel.requires_grad_(trainable)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.check_input(x)
+    def adapt(self, x: Tensor) -> Tensor:
         out = self.static_conv2d(x)
-        if not self.adaptive:
-            return out
         gain = self.expand(torch.tanh(self.reduce(x.mean((2, 3)))))[:, :, None, None]
         return out + out * (gain if self.config.keeps_gradient else gain.detach())
 
