@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, jit_tracing, scaled_bias
+from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, scaled_bias
 from surgeon.layers.bases import basis_elements, centred, fitting_elements, window_size
 from surgeon.layers.decompose import Decomposition, decompose, expand_in_basis, truncate_for_inputs
 from surgeon.layers.generator import FORMS, RANK, WINDOW, PixelGenerator
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.kernels.acda import acda_conv
 from surgeon.layers.kernels.acda_reference import acda_macs
-from surgeon.layers.kernels.dispatch import exporting
+from surgeon.layers.kernels.dispatch import exporting, tracing
 from surgeon.layers.norm import batch_statistics, check_norm
 from surgeon.layers.registry import register
 from surgeon.layers.source import ConvSource
@@ -146,7 +146,7 @@ class ACDAConv2d(CodedConv2d):
         return layer
 
     def adapt(self, x: Tensor) -> Tensor:
-        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting() or jit_tracing()
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting() or tracing()
         if whole or batch_statistics(self.generator):
             return self._filter(x, self.geometry)
         return self._in_bands(x)

@@ -217,7 +217,7 @@ class DynamicConv2d(nn.Module):
 
     def check_input(self, x: Tensor) -> None:
         """Raise `GeometryError` for an input that is not (N, C_in, H, W), or too small."""
-        if jit_tracing():  # sizes are what is traced
+        if tracing():  # sizes are what is traced
             return
         if x.dim() != 4 or x.shape[1] != self.geometry.in_channels:
             raise GeometryError(
@@ -242,11 +242,6 @@ def _leaf(layer: nn.Module, input: fx.Proxy) -> fx.Proxy:
     tracer: Any = input.tracer
     found: fx.Proxy = tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
     return found
-
-
-def jit_tracing() -> bool:
-    """Whether torch.jit.trace is at work."""
-    return bool(torch._C._get_tracing_state())
 
 
 class CodedConv2d(DynamicConv2d):
