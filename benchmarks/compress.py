@@ -25,6 +25,7 @@ from benchmarks import _data as data
 from benchmarks._results import RESULTS, Rows, table, write_json
 from benchmarks._tasks import TASKS, Score, Task, evaluate
 from surgeon.layers.base import DynamicConv2d
+from surgeon.layers.norm import SignalNorm
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,8 +138,9 @@ def errors(original: nn.Module, converted: nn.Module, inputs: tuple[Any, ...]) -
 
 
 def reestimate(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
-    """Measure batch-norm statistics again on these inputs, in place; False where the model has none."""
+    """Measure the model's batch-norm statistics again on these inputs, in place; False where it has none of its own."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    norms = [norm for norm in norms if not isinstance(norm, SignalNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

@@ -183,7 +183,9 @@ class _Folding:
         errors = {name: self.errors[name] for name in exact}
         if len(exact) == len(self.convs):
             return judge(output, errors, self._dtype(), lambda: self._settle(list(exact), rewrite))
-        checked = judge(Difference(), errors, self._dtype(), lambda: self._settle(list(exact), rewrite))
+        checked = judge(
+            Difference(compared=output.compared), errors, self._dtype(), lambda: self._settle(list(exact), rewrite)
+        )
         return replace(checked, output=output, exact=False, precision=str(self._dtype()).removeprefix("torch."))
 
     def _dtype(self) -> torch.dtype:

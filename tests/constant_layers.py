@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.layers import ACDAConv2d, DynamicConv2d, PAFUConv2d, SEKGConv2d, layer_types
+from surgeon.layers import ACDAConv2d, DynamicConv2d, PAFUConv2d, SEKGConv2d, layer_class, layer_types
 from tests.layer_contract import (
     awaken,
 )
@@ -65,6 +65,8 @@ def vary(layer: DynamicConv2d, scale: float = 0.3) -> DynamicConv2d:
 
 
 def network(kind: str, **options: Any) -> nn.Module:
+    """With layers as published: a group of PAFU has different kernels from the start."""
+    options = {**layer_class(kind).Config.paper, **options}
     model = timm.create_model("test_resnet", num_classes=5).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

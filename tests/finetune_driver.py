@@ -100,7 +100,7 @@ def main() -> None:
     if mode == "kill":
         print(json.dumps(kill(folder, int(sys.argv[3]), int(sys.argv[4]))))
     else:
-        finetune(converted("acda", norms=False), regression(noise=0.0), TOGETHER, folder)
+        finetune(converted("acda", norms=False, norm=None), regression(noise=0.0), TOGETHER, folder)
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def rewrite_recipe(folder: Path, change: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda v: v.update(version=2), ["version 2, newer than version 1"]),
+        (lambda v: v.update(version=3), ["version 3, newer than version 2"]),
         (lambda v: v["rules"][0].update(layers="layer9"), ["no layer 'layer9'"]),
         (lambda v: v["rules"][0].update(layers="fc"), ["fc cannot become pafu", "Linear"]),
         (lambda v: v["rules"].pop(), ["does not fit", "unexpected layer4.0.conv1"]),

@@ -110,7 +110,7 @@ def test_weights(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        ({"format": "surgeon-recipe", "version": 2, "rules": [RULE]}, ["version 2, newer than version 1"]),
+        ({"format": "surgeon-recipe", "version": 3, "rules": [RULE]}, ["version 3, newer than version 2"]),
         ({"format": "surgeon-recipe", "version": 1, "rules": [RULE | {"type": "x"}]}, ["rule 1", "'x'"]),
         ({"format": "surgeon-recipe", "version": 1, "rules": []}, ["no rules"]),
         ([], ["JSON object"]),

@@ -108,7 +108,7 @@ def test_a_conversion_is_reproducible_and_leaves_the_random_state_alone() -> Non
     alone, _ = surgeon.convert(model, layers="2", type="pafu", example_inputs=X, seed=3)
     other, _ = surgeon.convert(model, layers="2", type="pafu", example_inputs=X, seed=4)
     assert torch.equal(torch.random.get_rng_state(), state)
-    kernels = [m.get_submodule("2").further_kernels for m in (first, alone, other)]
+    kernels = [m.get_submodule("2").selector.expand.weight for m in (first, alone, other)]
     assert torch.equal(kernels[0], kernels[1])
     assert not torch.equal(kernels[0], kernels[2])
 

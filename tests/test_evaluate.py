@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import timm
@@ -34,15 +34,15 @@ class Reader(nn.Module):
     """Reads the class off the mean, as the task makes it; wrong on `wrong` classes."""
 
     num_classes = 5
+    modes: ClassVar[list[bool]] = []  # of all calls: the state of a module is as before after an evaluation
 
     def __init__(self, wrong: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.wrong = wrong
         self.norm = nn.BatchNorm2d(3)
-        self.modes: list[bool] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.modes.append(self.training)
+        Reader.modes.append(self.training)
         self.norm(x)
         found = (x.mean((1, 2, 3)) / 2).round().long()
         for label in self.wrong:
@@ -66,6 +66,7 @@ def test_metrics_are_those_of_the_whole_split(batch_size: int, wrong: tuple[int,
 def test_an_evaluation_leaves_no_trace() -> None:
     model = Reader().train()
     model.norm.eval()
+    Reader.modes.clear()
     before, state = model.norm.running_mean.clone(), torch.random.get_rng_state()
     evaluate(model, create_task("brightness"), batch_size=8)
     assert model.modes == [False] * 3

@@ -68,7 +68,7 @@ def test_workers_and_evaluations_do_not_change_the_weights() -> None:
 
 
 def test_accumulation_equals_a_big_batch() -> None:
-    model = converted("acda", norms=False)
+    model = converted("acda", norms=False, norm=None)
     settings = {"keep": "last", "opt": "sgd", "eval_every": "50"}
     big = finetune(model, regression(), with_(batch_size=8, accumulate=1, **settings)).model
     parts = finetune(model, regression(), with_(batch_size=2, accumulate=4, **settings)).model

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import ConfigError
+from surgeon.rewrite import dynamic_layers
 from surgeon.search.estimate import ESTIMATORS, gradient_gains
 from surgeon.search.gain import GainTable, cache_key, cached, read_gains, uniform_gains
 from surgeon.search.place import gain_of, optimum
@@ -172,6 +173,8 @@ def test_the_gradient_is_that_of_the_converted_model() -> None:
     table = gradient_gains(model, space, loss, batches, estimators=["gradient"], input_size=10)["gradient"]
     converted, _ = surgeon.convert(model, recipe=space.recipe([1, 1]), input_size=10)
     converted.eval()
+    for layer in dynamic_layers(converted).values():
+        layer.train()  # its generator sees what it sees in training
     torch.stack([loss(converted, batch) for batch in batches]).mean().backward()
     layer: Any = converted.get_submodule("used")
     whole = torch.cat([p.grad.flatten() for _, p in layer.new_parameters() if p.grad is not None]).norm()

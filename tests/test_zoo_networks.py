@@ -130,7 +130,7 @@ def test_the_recipe_makes_it_of_the_plain_network(name: str) -> None:
     options = SMALL.get(name, {}) | CLASSES.get(name, {})
     plain, base = build_model(found.plain, weights="random", options=options)
     assert not dynamic_layers(plain)
-    made, _ = surgeon.convert(plain, recipe=Recipe(rules=found.rules), input_size=found.input_size, check=False)
+    made, _ = surgeon.convert(plain, recipe=Recipe.read(f"zoo/{name}"), input_size=found.input_size, check=False)
     created = zoo.create(name, **options)
     assert {k: v.shape for k, v in made.state_dict().items()} == {k: v.shape for k, v in created.state_dict().items()}
     expected = dynamic_layers(created)

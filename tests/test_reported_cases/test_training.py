@@ -17,6 +17,7 @@ from surgeon.recipe import BaseModel, Recipe, Weights, get_recipe
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune import FinetuneConfig, dry_run, finetune
 from surgeon.zoo.finetune.batches import STOPS, _leave_signals_to_parent, training_batches
+from surgeon.zoo.finetune.evaluation import Evaluation
 from surgeon.zoo.finetune.folder import RunFolder
 from surgeon.zoo.finetune.journal import Journal
 from surgeon.zoo.finetune.loop import Interrupted, Trainer
@@ -547,7 +548,7 @@ def test_numbers_that_are_none_stay_what_they_are_and_the_log_stays_json(tmp_pat
     write_tree(tmp_path / "a.safetensors", {"best": float("inf"), "last": {"x": float("-inf")}})
     assert read_tree(tmp_path / "a.safetensors") == {"best": float("inf"), "last": {"x": float("-inf")}}
     journal = Journal(tmp_path, quiet=True)
-    journal.evaluation({"step": 1, "metrics": {"psnr": float("inf")}}, None)
+    journal.evaluation({"step": 1, "metrics": {"psnr": float("inf")}}, Evaluation({}, 0.0))
     assert "Infinity" not in (tmp_path / "log.jsonl").read_text()
     assert list(read_log(tmp_path / "log.jsonl")) == [{"step": 1, "metrics": {"psnr": None}}]
     assert finite([float("nan"), 1]) == [None, 1]

@@ -106,6 +106,7 @@ class RunFolder:
                 yield
             finally:
                 _HELD.discard(lock.fileno())
+                fcntl.flock(lock, fcntl.LOCK_UN)  # for copies in children, too
 
     def create(self, record: dict[str, Any]) -> None:
         """Start a run: write down what is run, in the place of what `check` allowed to replace.
