@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from surgeon.errors import ConfigError, GeometryError, ReadOnlyError, UnsupportedLayerError
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
+from surgeon.layers.kernels.dispatch import tracing
 from surgeon.layers.source import ConvSource
 from surgeon.layers.static_weight import READ_ONLY, StaticWeight, read_only
 

@@ -41,6 +41,11 @@ def exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def tracing() -> bool:
+    """Whether `torch.jit.trace` is at work: sizes are then what is traced, not numbers to judge."""
+    return bool(torch._C._get_tracing_state())
+
+
 def transforming() -> bool:
     """Whether a transform of `torch.func` (vmap, grad, jvp, jacrev, …) is at work: it looks into ordinary operations only.
 
