@@ -132,9 +132,12 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if not is_lazy_tensor(p))
 
 
+OPTIMIZER_NOTE = "an optimizer made before this conversion does not know"  # so begins a note of conversions in place
+
+
 def _optimizer_note(surgery: "Surgery") -> str:
     count = sum(len(list(layer.parameters())) for layer in surgery.layers.values())
-    return f"an optimizer made before this conversion does not know {count} parameters of the new layers: make it anew"
+    return f"{OPTIMIZER_NOTE} {count} parameters of the new layers: make it anew"
 
 
 def _has_data(model: nn.Module) -> None:

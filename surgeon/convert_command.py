@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     import surgeon
     from surgeon.checkpoint import check_output, save
     from surgeon.console import Progress, width
+    from surgeon.convert import OPTIMIZER_NOTE
     from surgeon.recipe import Recipe
 
     recipe = Recipe.read(args.recipe) if args.recipe else None
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
             **options,
         )
         report.model = args.model
+        report.notes = [note for note in report.notes if not note.startswith(OPTIMIZER_NOTE)]  # there is none here
         if not args.dry_run:
             progress("save", 0, 1)
             save(model, output, report=report, base=base, force=args.force)

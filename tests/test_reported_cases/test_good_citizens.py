@@ -346,6 +346,13 @@ def test_converting_in_place_tells_of_optimizers() -> None:
     assert not any("optimizer" in note for note in report.notes)
 
 
+def test_the_command_tells_nothing_of_optimizers(capsys: pytest.CaptureFixture[str]) -> None:
+    """K8: it converts in place a model of its own."""
+    arguments = ["convert", "test_resnet", "--weights", "random", "--input-size", "64", "--layers", "stage4"]
+    assert main([*arguments, "--type", "sekg", "--dry-run", "--quiet"]) == 0
+    assert "optimizer" not in capsys.readouterr().out
+
+
 # --- K7: what cannot be saved, counted or named -------------------------------------------------------------------------
 
 
