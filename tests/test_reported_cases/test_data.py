@@ -282,7 +282,7 @@ def test_the_layout_of_div2k_is_known(tmp_path: Path) -> None:
     task = create_task("super-resolution", data=tmp_path, patch=16)
     task.check()
     for split, folder in (("train", "DIV2K_train_HR"), ("val", "DIV2K_valid_HR")):
-        assert [item.parent.name for _, item in task.items(split)] == [folder]  # type: ignore[attr-defined]
+        assert [item.parent.name for _, item in task.items(split)] == [folder]
 
 
 def test_reduced_images_beside_others_are_refused(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_a_config_object_names_the_type() -> None:
     with pytest.raises(ConfigError, match="leave out atoms"):
         surgeon.convert(model, layers="all", type=ACDAConfig(), atoms=3, example_inputs=x)
     with pytest.raises(ConfigError, match="unknown layer type 3"):
-        surgeon.convert(model, layers="all", type=3, example_inputs=x)  # type: ignore[arg-type]
+        surgeon.convert(model, layers="all", type=3, example_inputs=x)
 
 
 # --- K2, K3: tracing --------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def test_sizes_are_read_by_one_parser(text: str) -> None:
 def test_export_takes_all_forms_of_a_size(given: object, tmp_path: Path) -> None:
     """T19: `surgeon export --input-size 64` failed after half a minute."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
-    found = surgeon.export(model, tmp_path / "m.pt2", format="torch", input_size=given, free="none")  # type: ignore[arg-type]
+    found = surgeon.export(model, tmp_path / "m.pt2", format="torch", input_size=given, free="none")
     assert found.input_shape[1:] == (3, 12, 12)
 
 
@@ -387,7 +387,7 @@ def test_curves_that_cannot_be_written_do_not_end_a_search(
 
     from surgeon.search.board import Board
 
-    board, calls = Board(tmp_path, None, "loss"), []  # type: ignore[arg-type]
+    board, calls = Board(tmp_path, None, "loss"), []
 
     def full(self: Any, *rest: Any) -> None:
         calls.append(rest)
@@ -395,7 +395,7 @@ def test_curves_that_cannot_be_written_do_not_end_a_search(
 
     monkeypatch.setattr(Board, "_add", full)
     for _ in range(3):
-        board.add(None, None)  # type: ignore[arg-type]
+        board.add(None, None)
     assert len(calls) == 1
     assert [record.message for record in caplog.records] == [f"no more curves in {tmp_path}: No space left on device"]
 

@@ -91,7 +91,7 @@ def test_attributes_set_on_a_convolution_go_over_to_the_new_layer() -> None:
         def __init__(self) -> None:
             super().__init__()
             for index, conv in enumerate((self.a, self.b)):
-                conv.i, conv.f, conv.type = index, -1, "conv"  # type: ignore[assignment]
+                conv.i, conv.f, conv.type = index, -1, "conv"
 
         def forward(self, x: Tensor) -> Tensor:
             for conv in self.children():
@@ -175,7 +175,7 @@ def test_a_failure_of_the_converted_model_is_not_blamed_on_the_inputs() -> None:
 
 
 def _numbers(conv: nn.Conv2d) -> None:
-    conv.stride, conv.padding, conv.dilation = 1, 1, 1  # type: ignore[assignment]
+    conv.stride, conv.padding, conv.dilation = 1, 1, 1
 
 
 def _gray(conv: nn.Conv2d) -> None:
@@ -368,7 +368,7 @@ def test_a_read_is_told_with_what_is_taken_of_it() -> None:
     def method(self: Any) -> Any:
         return self.a.b.weight.size(0), self.c["d"].bias
 
-    assert set(reads_of(method)) == {  # type: ignore[arg-type]
+    assert set(reads_of(method)) == {
         Read(("a", "b"), "weight", "size"),
         Read(("a",), "b", "weight"),
         Read(("a", "b", "weight"), "size"),

@@ -335,7 +335,7 @@ class Broken(TaskDataset):
 def test_what_breaks_in_a_loader_process_is_told_in_one_line(kills: bool, error: type[Exception], told: str) -> None:
     """T20: a loader worker killed, a bad file inside one."""
     with pytest.raises(error, match=told) as caught:
-        next(training_batches(regression(), Broken(kills), [[0, 1]], 1))  # type: ignore[arg-type]
+        next(training_batches(regression(), Broken(kills), [[0, 1]], 1))
     assert "\n" not in str(caught.value)
 
 

@@ -18,12 +18,12 @@ from torch import nn
 from surgeon.checkpoint import save
 from surgeon.collapse_report import CollapseReport
 from surgeon.errors import CheckpointError, ConfigError, DataError
-from surgeon.files import check_fields, read_object
+from surgeon.files import check_fields, read_object, sync
 from surgeon.recipe import FILE as RECIPE
 from surgeon.recipe import BaseModel, versions
 from surgeon.report import Report
 from surgeon.zoo.finetune.config import FREE, TOLD, FinetuneConfig
-from surgeon.zoo.finetune.state import read_log, sync, write_text
+from surgeon.zoo.finetune.state import read_log, write_text
 from surgeon.zoo.tasks import Task
 from surgeon.zoo.tasks.support.fingerprint import changes, fingerprint
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from surgeon.errors import CheckpointError
-from surgeon.files import check_fields, parse_json, read_text, told
+from surgeon.files import check_fields, parse_json, read_text, sync, told
 
 logger = logging.getLogger(__name__)
 
@@ -114,15 +114,6 @@ def write_text(file: Path, text: str) -> None:
         raise CheckpointError(f"cannot write {file}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Have the system write a file, or a folder's list of files, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
