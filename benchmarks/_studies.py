@@ -3,7 +3,7 @@
 Every study has images that choose (a tenth of the training images, which nothing is trained on) and images that judge.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -18,11 +18,11 @@ from benchmarks import toys
 from benchmarks._cifar import TRAIN_SET, Cifar, CifarTask
 from benchmarks._experiments import EXPERIMENTS, lraspp
 from benchmarks._tasks import TASKS
-from benchmarks._tasks import evaluate as evaluate_trained
 from surgeon.layers import PAFUConfig, PAFUConv2d
 from surgeon.recipe import Recipe, Rule
 from surgeon.zoo import create
 from surgeon.zoo.evaluate import evaluate
+from surgeon.zoo.networks.demosaicnet import grbg_mosaic
 from surgeon.zoo.tasks import Task, TaskConfig, create_task
 
 Scores = dict[str, float]
@@ -56,17 +56,27 @@ class Study:
 SCRATCH: dict[str, Any] = {"opt": "adam", "weight_decay": 0.0, "new_lr_scale": 1.0, "warmup": "5%"}
 
 
+def _place(path: Path, target: Path, crop: int | None = None) -> None:
+    """The image at another place: a link, or its centre crop as PNG."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if crop:
+        target = target.with_suffix(".png")
+    if target.exists():
+        return
+    if crop:
+        data.centre_crop(data.image(path), crop).save(target)
+    else:
+        target.symlink_to(path)
+
+
 @cache
-def _split(folder: Path, work: Path) -> tuple[Path, Path]:
-    """(training images, images that choose) of a folder: every tenth chooses."""
+def _split(folder: Path, work: Path, crop: int | None = None) -> tuple[Path, Path]:
+    """(training images, images that choose) of a folder: every tenth chooses, its centre only with `crop`."""
     parts = (work / folder.name / "train", work / folder.name / "choose")
-    for part in parts:
-        part.mkdir(parents=True, exist_ok=True)
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
     for index, path in enumerate(files):
-        target = parts[index % 10 == 9] / path.name
-        if not target.exists():
-            target.symlink_to(path)
+        chooses = index % 10 == 9
+        _place(path, parts[chooses] / path.name, crop if chooses else None)
     return parts
 
 
@@ -251,60 +261,134 @@ def _classifier(name: str, where: Mapping[str, str], steps: int) -> Study:
     )
 
 
-def _judged(name: str, model: nn.Module, material: Path) -> Scores:
-    return {key: score.summary for key, score in evaluate_trained(model, TASKS[name], material).items()}
+FAST: dict[str, Any] = {"new_lr_scale": 1.0}  # new parameters at the rate of the others, which is swept for every arm
+CROP = 128  # pixels of a side of the images that judge
 
 
-def _trained_denoiser(
-    name: str, folder: str, where: Mapping[str, str], channels: int, rates: tuple[float, ...]
-) -> Study:
-    options = {"sigma": 25, "color": channels == 3, "patch": 48, "patches_per_image": 8, "loss": "mse"}
-    return Study(
-        title=f"{name} converted and fine-tuned for Gaussian noise of σ 25",
-        arms=_arms(TASKS[name].build, (channels, 48, 48), _rules(where)),
-        task=partial(_denoise_task, options, folder),
-        judge=partial(_judged, name),
-        needs=(*TASKS[name].needs, f"denoise/{folder}"),
-        rates=rates,
-        steps=200,
-        batch=8,
-        changes=GENTLE,
-    )
+def _crops(material: Path, folder: str, mode: str) -> list[torch.Tensor]:
+    """(1, C, CROP, CROP) each: centre crops."""
+    found = data.images(material / "denoise" / folder, mode)
+    return [data.to_tensor(data.centre_crop(image, CROP))[None] for image in found]
 
 
-def _trained_sr() -> Study:
-    options = {"scale": 2, "patch": 72, "patches_per_image": 8}
-    return Study(
-        title="CARN-M converted and fine-tuned for ×2 super-resolution",
-        arms=_arms(TASKS["carn_m"].build, (3, 36, 36), _rules({"pafu": "exit", "sekg": "exit", "acda": "exit"})),
-        task=partial(_sr_task, options),
-        judge=partial(_judged, "carn_m"),
-        needs=TASKS["carn_m"].needs,
-        rates=(1e-5, 3e-5, 1e-4),
-        steps=200,
-        batch=8,
-        changes=GENTLE,
-    )
+def _mean_psnr(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    values = [data.psnr(restored.clamp(0, 1), clean) for restored, clean in pairs]
+    return sum(values) / len(values)
 
 
-def _trained_demosaicking() -> Study:
+@torch.no_grad()
+def _blind_judge(mode: str, model: nn.Module, material: Path) -> Scores:
+    """PSNR at σ 15 and 50."""
+    scores = {}
+    for folder in ("Kodak24", "CBSD68"):
+        crops = _crops(material, folder, mode)
+        for sigma in (15.0, 50.0):
+            noisy = [data.noisy(clean, sigma, seed=index) for index, clean in enumerate(crops)]
+            scores[f"{folder} σ {sigma:.0f}"] = _mean_psnr((model(x), y) for x, y in zip(noisy, crops, strict=True))
+    return scores
+
+
+def _blind_denoiser(name: str, folder: str, spread: str, mode: str, extra: Mapping[str, Rule]) -> Study:
+    """A denoiser of one noise level learns all levels: what to do depends on the image."""
+    channels = len(mode)
+    options = {"sigma": "0-55", "val_sigma": 40, "color": channels == 3, "patch": 40, "patches_per_image": 8}
+
     def task(material: Path, work: Path, seed: int) -> Task:
-        train, choose = _split(material / "denoise/BSDS500train_color", work)
-        options: dict[str, Any] = {"pattern": "GRBG", "patch": 96, "patches_per_image": 8, "loss": "mse"}
-        return create_task("demosaicking", seed=seed, train=train, val=choose, **options)
+        train, choose = _split(material / "denoise" / folder, work, CROP)
+        return create_task("denoising", seed=seed, train=train, val=choose, val_limit=10, loss="mse", **options)
 
+    rules = _rules(dict.fromkeys(("sekg", "acda", "pafu"), spread))
     return Study(
-        title="demosaicnet converted and fine-tuned",
-        arms=_arms(
-            TASKS["demosaicnet"].build, (3, 96, 96), _rules({"pafu": "chain.0", "acda": "chain.6", "sekg": "chain.6"})
-        ),
+        title=f"{name}, trained for σ 25, converted and fine-tuned for any σ from 0 to 55",
+        arms=_arms(TASKS[name].build, (channels, 40, 40), rules | extra),
         task=task,
-        judge=partial(_judged, "demosaicnet"),
+        judge=partial(_blind_judge, mode),
+        needs=TASKS[name].needs,
+        rates=(1e-4, 3e-4, 1e-3),
+        steps=200,
+        batch=4,
+        changes=FAST,
+        ours=dict.fromkeys(extra, GENTLE),
+    )
+
+
+def _real_noise() -> Study:
+    """Pairs of 15 scenes train, 5 choose, 5 judge."""
+    ends = ("_real", "_mean")
+
+    def pairs(material: Path) -> list[tuple[Path, ...]]:
+        noisy = sorted((material / "denoise/PolyU_real").glob("*_real.JPG"))
+        return [tuple(path.with_name(path.name.replace("_real", end)) for end in ends) for path in noisy]
+
+    def task(material: Path, work: Path, seed: int) -> Task:
+        for index, pair in enumerate(pairs(material)):
+            part = ("train", "train", "choose", "train", "judge")[index % 5]
+            for path in pair:
+                _place(path, work / "polyu" / part / path.name, 192 if part == "choose" else None)
+        options: dict[str, Any] = {"noisy": "*_real", "clean": "*_mean", "patch": 40, "patches_per_image": 32}
+        root = work / "polyu"
+        return create_task(
+            "real-denoising", seed=seed, train=root / "train", val=root / "choose", loss="mse", **options
+        )
+
+    @torch.no_grad()
+    def judge(model: nn.Module, material: Path) -> Scores:
+        shown = []
+        for noisy, clean in pairs(material)[4::5]:
+            x, y = (data.to_tensor(data.centre_crop(data.image(path), 256))[None] for path in (noisy, clean))
+            shown.append((model(x), y))
+        return {"PolyU": _mean_psnr(shown)}
+
+    spread = "body.8,body.16,body.24,body.32"
+    return Study(
+        title="dncnn_color, trained for Gaussian noise, converted and fine-tuned for a camera's noise (PolyU)",
+        arms=_arms(TASKS["dncnn_color"].build, (3, 40, 40), _rules(dict.fromkeys(("sekg", "acda", "pafu"), spread))),
+        task=task,
+        judge=judge,
+        needs=("weights/CDnCNN-S-25_color.pth", "denoise/PolyU_real"),
+        rates=(3e-5, 1e-4, 3e-4),
+        steps=200,
+        batch=4,
+        changes=FAST,
+    )
+
+
+NOISE = 0.08  # read noise of the mosaics that judge
+
+
+def _noisy_demosaicking() -> Study:
+    """A demosaicking network of clean mosaics learns noisy ones."""
+
+    def task(material: Path, work: Path, seed: int) -> Task:
+        train, choose = _split(material / "denoise/BSDS500train_color", work, CROP)
+        options: dict[str, Any] = {"pattern": "GRBG", "patch": 80, "patches_per_image": 8, "read": "0-0.15"}
+        return create_task("demosaicking", seed=seed, train=train, val=choose, loss="mse", **options)
+
+    @torch.no_grad()
+    def judge(model: nn.Module, material: Path) -> Scores:
+        scores = {}
+        for folder in ("Kodak24", "McMaster"):
+            shown = []
+            for index, clean in enumerate(_crops(material, folder, "RGB")):
+                mosaic = grbg_mosaic(clean)
+                noisy = mosaic + grbg_mosaic(data.noisy(torch.zeros_like(clean), 255 * NOISE, seed=index))
+                restored = model(noisy)
+                edge = (CROP - restored.shape[-1]) // 2
+                shown.append((restored, clean[..., edge : CROP - edge, edge : CROP - edge]))
+            scores[folder] = _mean_psnr(shown)
+        return scores
+
+    spread = "chain.3,chain.7,chain.11"
+    return Study(
+        title="demosaicnet, trained for clean mosaics, converted and fine-tuned for read noise up to 0.15",
+        arms=_arms(TASKS["demosaicnet"].build, (3, 80, 80), _rules(dict.fromkeys(("sekg", "acda", "pafu"), spread))),
+        task=task,
+        judge=judge,
         needs=(*TASKS["demosaicnet"].needs, "denoise/BSDS500train_color"),
-        rates=(1e-5, 3e-5, 1e-4),
-        steps=150,
-        batch=8,
-        changes=GENTLE,
+        rates=(1e-4, 3e-4, 1e-3),
+        steps=200,
+        batch=4,
+        changes=FAST,
     )
 
 
@@ -317,10 +401,7 @@ def _segmenter() -> Study:
         for kind in ("images", "labels"):
             files = sorted((material / "seg_camvid/train" / kind).iterdir())
             for index, path in enumerate(files):
-                target = root / ("val" if index % 5 == 4 else "train") / kind / path.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if not target.exists():
-                    target.symlink_to(path)
+                _place(path, root / ("val" if index % 5 == 4 else "train") / kind / path.name)
         size: dict[str, Any] = {"input_size": (3, 192, 256), "classes": 11, "ignore_index": 11}
         return create_task("segmentation", seed=seed, data=root, mean=(0.5,) * 3, std=(0.5,) * 3, multiple=32, **size)
 
@@ -408,13 +489,17 @@ STUDIES: dict[str, Callable[[], Study]] = {
         {"acda": "layer3", "pafu": "layer1.0.conv1,layer2.0.conv1,layer3.0.conv1"},
         320,
     ),
-    "dncnn": lambda: _trained_denoiser(
-        "dncnn", "Train400_gray", dict.fromkeys(("acda", "pafu", "sekg"), "body.23"), 1, (1e-4, 3e-4, 1e-3)
+    "blind-grey": lambda: _blind_denoiser(
+        "dncnn",
+        "Train400_gray",
+        "body.8,body.20,body.32,body.44",
+        "L",
+        {"SEKG, new rate × 0.1": Rule(layers="body.8,body.20,body.32,body.44", type="sekg")},
     ),
-    "dncnn_color": lambda: _trained_denoiser(
-        "dncnn_color", "BSDS500train_color", dict.fromkeys(("acda", "pafu", "sekg"), "body.20"), 3, (1e-5, 3e-5, 1e-4)
+    "blind-color": lambda: _blind_denoiser(
+        "dncnn_color", "BSDS500train_color", "body.8,body.16,body.24,body.32", "RGB", {}
     ),
-    "carn_m": _trained_sr,
-    "demosaicnet": _trained_demosaicking,
+    "real-noise": _real_noise,
+    "noisy-demosaicking": _noisy_demosaicking,
     "camvid": _segmenter,
 }

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import surgeon
 from benchmarks import _data as data
 from benchmarks._experiments import CIFAR, EXPERIMENTS, Experiment
+from benchmarks._paired import standard_error, verdict
 from benchmarks._results import RESULTS, Rows, table, write_json
 from benchmarks._tasks import TASKS, evaluate
 from surgeon.errors import TrainingError
@@ -143,7 +144,7 @@ def _own(experiment: Experiment, metrics: dict[str, float]) -> dict[str, float]:
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row an experiment, arm and data set or metric: before, and mean and spread (sample standard deviation) of after.
 
-    `gain` is the mean difference to the original of the same seed, `gain_spread` its standard deviation; None with one seed.
+    `gain` is the mean difference to the original of the same seed, `gain_error` its standard error (None with one seed).
     """
     groups: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in rows:
@@ -162,7 +163,8 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     **{"before": statistics.mean(row["before"][what] for row in good.values())},
                     **{"after": statistics.mean(after), "spread": _spread(after)},
                     **{"gain": statistics.mean(gains) if gains and arm != ORIGINAL else None},
-                    **{"gain_spread": _spread(gains) if arm != ORIGINAL else None},
+                    **{"gain_error": standard_error(gains) if arm != ORIGINAL else None},
+                    **{"verdict": verdict(gains, first["unit"] == "people") if gains and arm != ORIGINAL else ""},
                     **{"failed": len(by_seed) - len(good), "parameters": first["parameters"], "steps": first["steps"]},
                     **{"seconds": statistics.mean(row["seconds"] for row in good.values())},
                 }
@@ -175,7 +177,19 @@ def _spread(values: list[float]) -> float | None:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    columns = ("experiment", "arm", "what", "seeds", "before", "after", "spread", "gain", "gain_spread", "seconds")
+    columns = (
+        "experiment",
+        "arm",
+        "what",
+        "seeds",
+        "before",
+        "after",
+        "spread",
+        "gain",
+        "gain_error",
+        "verdict",
+        "seconds",
+    )
     lines = means(rows)
     table(columns, [[line[column] for column in columns] for line in lines])
 

@@ -1,6 +1,6 @@
 """Do dynamic layers learn more than the convolutions they replace? Every arm's rate swept alike, several seeds, paired differences.
 
-    python -m benchmarks.learning [--only NAME …] [--seeds N] [--list] [--report] [--fresh]
+    python -m benchmarks.learning [--only NAME …] [--arms ARM …] [--seeds N] [--list] [--report] [--fresh]
 
 For each arm of a study the learning rate is swept with seed 0 and chosen on images that neither train nor judge; where the best is
 at the edge of the sweep, the sweep goes on. The other seeds are trained at that rate. Judged are the last weights, on other images
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import _data as data
+from benchmarks._paired import differences, signed, tally, verdict
 from benchmarks._results import RESULTS, Rows, table, write_json
 from benchmarks._studies import STUDIES, Study
 from surgeon.adaptivity import observed
@@ -45,12 +46,16 @@ COLUMNS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     if args.list:
         print("\n".join(f"{name}: {make().title}" for name, make in STUDIES.items()))
         return 0
     rows = Rows(args.results / "learning.jsonl", fresh=args.fresh)
     chosen = {name: STUDIES[name]() for name in args.only}
+    known = dict.fromkeys(arm for study in chosen.values() for arm in study.arms)
+    if unknown := [arm for arm in args.arms or () if arm not in known]:
+        parser.error(f"no network {unknown[0]!r} in {', '.join(chosen)}; there are: {', '.join(known)}")
     if not args.report:
         with tempfile.TemporaryDirectory() as work:
             for name, study in chosen.items():
@@ -59,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(f"{name} left out: not in {args.data}: {', '.join(lacking)}", file=sys.stderr)
                     continue
                 for arm in study.arms:
-                    settle(name, study, arm, rows, args.data, Path(work), args.seeds)
+                    if args.arms is None or arm in args.arms:
+                        settle(name, study, arm, rows, args.data, Path(work), args.seeds)
     for name, study in chosen.items():
         lines = summary(name, study, rows)
         if lines:
@@ -67,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             table(COLUMNS, [[line[column] for column in COLUMNS] for line in lines])
     found = {name: {"title": make().title, "lines": summary(name, make(), rows)} for name, make in STUDIES.items()}
     found = {name: entry for name, entry in found.items() if entry["lines"]}
-    print(f"\n{tally(found)}")
+    verdicts = [word for entry in found.values() for line in entry["lines"] for word in line["verdicts"].values()]
+    print(f"\n{tally(verdicts)}")
     write_json(args.results / "learning.json", {"studies": found, "rows": rows.values()})
     return 0
 
@@ -75,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="NAME")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these networks of each study; default: all")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--list", action="store_true", help="only name the studies")
     parser.add_argument("--report", action="store_true", help="only print what there is")
@@ -96,7 +104,7 @@ def settle(name: str, study: Study, arm: str, rows: Rows, material: Path, work: 
         best = best_rate(name, study, arm, rows)
         if best is None or rates[0] < best < rates[-1]:
             break
-        rates = [best / 2, *rates] if best == rates[0] else [*rates, best * 2]
+        rates = [rates[0] / 2, *rates] if best <= rates[0] else [*rates, rates[-1] * 2]
     if best is not None:
         for seed in range(1, seeds):
             _ensure(name, study, arm, best, seed, rows, material, work)
@@ -192,12 +200,12 @@ def summary(name: str, study: Study, rows: Rows) -> list[dict[str, Any]]:
         }
         others = [other for other in (plain, study.wide) if other and other != arm and arm != study.wide]
         for other in others or [None]:
-            gaps = {} if other is None else paired(by_seed, settled[other])
+            gaps = {} if other is None else differences(_scores(by_seed), _scores(settled[other]))
             lines.append(
                 facts
                 | {
                     "against": other or "",
-                    "difference": "; ".join(f"{what} {_signed(values)}" for what, values in gaps.items()),
+                    "difference": "; ".join(f"{what} {signed(values)}" for what, values in gaps.items()),
                     "verdict": "; ".join(f"{what} {verdict(values, study.lower)}" for what, values in gaps.items()),
                     "verdicts": {what: verdict(values, study.lower) for what, values in gaps.items()},
                 }
@@ -211,36 +219,8 @@ def _settled(name: str, study: Study, arm: str, rows: Rows) -> dict[int, dict[st
     return {row["seed"]: row for row in _of(name, arm, rows) if row["rate"] == best and row["scores"] is not None}
 
 
-def paired(mine: Mapping[int, Any], other: Mapping[int, Any]) -> dict[str, list[float]]:
-    """Differences of the seeds that both have, by score."""
-    shared = sorted(set(mine) & set(other))
-    names = mine[shared[0]]["scores"] if shared else {}
-    return {what: [mine[s]["scores"][what] - other[s]["scores"][what] for s in shared] for what in names}
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None with fewer than two values."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def verdict(values: Sequence[float], lower: bool = False) -> str:
-    """ "won" or "lost" beyond two standard errors of at least three seeds, otherwise "undecided"."""
-    error = standard_error(values)
-    if error is None or len(values) < 3 or abs(statistics.mean(values)) <= 2 * error:
-        return "undecided"
-    return "won" if (statistics.mean(values) < 0) == lower else "lost"
-
-
-def tally(found: Mapping[str, Any]) -> str:
-    """How many comparisons of our arms are won, lost and undecided."""
-    verdicts = [v for entry in found.values() for line in entry["lines"] for v in line["verdicts"].values()]
-    counts = {word: verdicts.count(word) for word in ("won", "lost", "undecided")}
-    return f"of {len(verdicts)} comparisons: " + ", ".join(f"{count} {word}" for word, count in counts.items())
-
-
-def _signed(values: Sequence[float]) -> str:
-    error = standard_error(values)
-    return f"{statistics.mean(values):+.2f}" + ("" if error is None else f" ± {error:.2f}")
+def _scores(by_seed: Mapping[int, Any]) -> dict[int, dict[str, float]]:
+    return {seed: row["scores"] for seed, row in by_seed.items()}
 
 
 def _mean(by_seed: Mapping[int, Any], what: str) -> float:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import _data as data
+from benchmarks._paired import differences, signed, tally, verdict
 from benchmarks._paper_acda import acda
 from benchmarks._paper_adfnet import adfnet
 from benchmarks._paper_costs import COSTS, cost_rows
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for title, headers, lines in texts(shown):
         print(f"\n{title}")
         table(headers, lines)
-    print(f"\n{tally(shown)}")
+    print(f"\n{summary(shown)}")
     write_json(args.results / f"{name}.json", {"scale": "full" if full else "small", "rows": rows.values()})
     return 0
 
@@ -269,7 +270,17 @@ def _crop(image: Tensor) -> Tensor:
 
 # --- what came out ----------------------------------------------------------------------------------------------------
 
-HEADERS = ("network", "parameters", "steps", "seeds", "ours", "difference", "seen", "published", "published difference")
+HEADERS = (
+    "network",
+    "parameters",
+    "steps",
+    "seeds",
+    "ours",
+    "difference",
+    "verdict",
+    "published",
+    "published difference",
+)
 
 
 def texts(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Sequence[str], list[list[Any]]]]:
@@ -290,16 +301,11 @@ def texts(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Sequence[str
             )
 
 
-def tally(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many of the networks that have one beside them were better, worse or neither."""
-    column = HEADERS.index("seen")
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many of the networks that have one beside them won, lost, or neither."""
+    column = HEADERS.index("verdict")
     lines = [line for _, headers, found in texts(rows) if headers is HEADERS for line in found]
-    seen = [line[column].split()[0] for line in lines if line[column]]
-    better, worse, mixed = (seen.count(word) for word in ("better", "worse", "mixed"))
-    return (
-        f"Of {len(seen)} networks with another beside them: better on all test sets and seeds {better}, worse on all {worse}, "
-        f"mixed {mixed}."
-    )
+    return tally([word for line in lines if line[column] for word in line[column].split("; ")])
 
 
 def _exact(line: dict[str, Any]) -> list[Any]:
@@ -328,7 +334,7 @@ def lines(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[lis
         if not seeds:
             continue
         names = list(next(iter(seeds.values())))
-        gaps = _gaps(seeds, by_arm[arm.of] if arm.of and steps[arm.of] == steps[arm.name] else {})
+        gaps = differences(seeds, by_arm[arm.of] if arm.of and steps[arm.of] == steps[arm.name] else {})
         printed = published[arm.name]
         beside = {k: v - published[arm.of][k] for k, v in printed.items() if arm.of and k in published[arm.of]}
         if arm.of is not None:
@@ -340,38 +346,30 @@ def lines(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[lis
                 steps[arm.name],
                 len(seeds),
                 _numbers({name: mean(s[name] for s in seeds.values()) for name in names}),
-                _numbers({name: mean(values) for name, values in gaps.items()}, signed=True),
-                _seen(gaps, comparison),
+                _labelled({name: signed(values, 3 if name.endswith("ssim") else 2) for name, values in gaps.items()}),
+                _verdict(gaps, comparison),
                 _numbers(printed),
-                _numbers(beside, signed=True),
+                _numbers(beside, plus=True),
             ]
         )
     return made
 
 
-def _gaps(mine: Mapping[int, Mapping[str, float]], other: Mapping[int, Mapping[str, float]]) -> dict[str, list[float]]:
-    """Differences of the seeds that both have, by score."""
-    shared = sorted(set(mine) & set(other))
-    return {name: [mine[s][name] - other[s][name] for s in shared] for name in (mine[shared[0]] if shared else {})}
-
-
-def _seen(gaps: Mapping[str, Sequence[float]], comparison: Comparison) -> str:
-    """In how many of the seeds and judgements the network was better than the one beside it."""
+def _verdict(gaps: Mapping[str, Sequence[float]], comparison: Comparison) -> str:
+    """Of every test set by the primary metric."""
     primary = next(iter(comparison.metrics))
-    sign = -1 if comparison.lower else 1
-    values = [sign * gap for name, found in gaps.items() if name.endswith(f" {primary}") for gap in found]
-    if not values:
-        return ""
-    better = sum(value > 0 for value in values)
-    said = "better" if better == len(values) else "worse" if better == 0 else "mixed"
-    return f"{said} ({better} of {len(values)})"
+    return "; ".join(
+        verdict(found, comparison.lower) for name, found in gaps.items() if name.endswith(f" {primary}") and found
+    )
 
 
-def _numbers(values: Mapping[str, float], *, signed: bool = False) -> str:
-    parts = [
-        f"{name} {value:{'+' if signed else ''}{'.3f' if name.endswith('ssim') else '.2f'}}"
-        for name, value in values.items()
-    ]
+def _numbers(values: Mapping[str, float], *, plus: bool = False) -> str:
+    sign = "+" if plus else ""
+    return _labelled({name: f"{v:{sign}{'.3f' if name.endswith('ssim') else '.2f'}}" for name, v in values.items()})
+
+
+def _labelled(values: Mapping[str, str]) -> str:
+    parts = (f"{name} {value}" for name, value in values.items())
     return "; ".join(part.replace(" psnr ", " ").replace(" error ", " ") for part in parts)
 
 

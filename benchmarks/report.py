@@ -193,7 +193,7 @@ def finetuned(content: dict[str, Any]) -> str:
         [
             *(r["experiment"], f"{r['what']}, {r['unit']}", r["arm"], f"{r['parameters']:,}", r["seeds"], r["steps"]),
             *(f"{r['before']:.2f}", _plus_minus(r["after"], r["spread"])),
-            "" if r["gain"] is None else _plus_minus(r["gain"], r["gain_spread"], sign="+"),
+            "" if r["gain"] is None else f"{_plus_minus(r['gain'], r['gain_error'], sign='+')}: {r['verdict']}",
         ]
         for r in sorted(means(content["rows"]), key=lambda r: (r["experiment"], r["what"]))
     ]
@@ -240,10 +240,10 @@ def adfnet(content: dict[str, Any]) -> str:
 
 def paper_tables(content: dict[str, Any]) -> str:
     """Every table and setting that has rows, under a heading of its own."""
-    from benchmarks.paper_tables import tally, texts
+    from benchmarks.paper_tables import summary, texts
 
     tables = [f"### {title}\n\n{markdown(headers, lines)}" for title, headers, lines in texts(content["rows"])]
-    return "\n".join([f"{tally(content['rows'])}\n", *tables])
+    return "\n".join([f"{summary(content['rows'])}\n", *tables])
 
 
 def export_coverage(content: dict[str, Any]) -> str:

@@ -242,24 +242,28 @@ def test_differences_are_taken_seed_by_seed() -> None:
     comparison, rows = rows_of({"plain": [20.0, 22.0, 30.0], "ours": [21.0, 21.5]})
     plain, ours = paper_tables.lines(comparison, rows)
     assert plain == ["plain", "1,000", 9, 3, "Set5 24.00", "", "", "Set5 30.00", ""]
-    assert ours == ["ours", "1,000", 9, 2, "Set5 21.25", "Set5 +0.25", "mixed (1 of 2)", "Set5 30.50", "Set5 +0.50"]
+    assert ours == ["ours", "1,000", 9, 2, "Set5 21.25", "Set5 +0.25 ± 0.75", "undecided", "Set5 30.50", "Set5 +0.50"]
 
 
-@pytest.mark.parametrize(("lower", "said"), [(False, "better (1 of 1)"), (True, "worse (0 of 1)")])
+@pytest.mark.parametrize(("lower", "said"), [(False, "won"), (True, "lost")])
 def test_the_direction(lower: bool, said: str) -> None:
-    comparison, rows = rows_of({"plain": [20.0], "ours": [21.0]}, lower)
+    comparison, rows = rows_of({"plain": [20.0, 20.0, 20.0], "ours": [21.0, 21.1, 20.9]}, lower)
     assert paper_tables.lines(comparison, rows)[1][6] == said
 
 
+def test_fewer_than_three_seeds_decide_nothing() -> None:
+    comparison, rows = rows_of({"plain": [20.0, 20.0], "ours": [21.0, 21.0]})
+    assert paper_tables.lines(comparison, rows)[1][6] == "undecided"
+
+
 def test_the_tally(monkeypatch: pytest.MonkeyPatch) -> None:
-    comparison, rows = rows_of({"plain": [20.0, 22.0], "ours": [21.0, 23.0]})
+    comparison, rows = rows_of({"plain": [20.0, 22.0, 23.0], "ours": [21.0, 23.1, 24.0]})
     monkeypatch.setattr(paper_tables, "comparisons", lambda: [comparison])
     for row in rows:
         row |= {"table": "T", "comparison": comparison.key, "data": ""}
-    told = "Of 1 networks with another beside them: better on all test sets and seeds {}, worse on all 0, mixed {}."
-    assert paper_tables.tally(rows) == told.format(1, 0)
-    rows[-1]["scores"] = {"Set5 psnr": 21.5}
-    assert paper_tables.tally(rows) == told.format(0, 1)
+    assert paper_tables.summary(rows) == "of 1 comparisons: 1 won, 0 lost, 0 undecided"
+    rows[-1]["scores"] = {"Set5 psnr": 18.0}
+    assert paper_tables.summary(rows) == "of 1 comparisons: 0 won, 0 lost, 1 undecided"
 
 
 def test_an_arm_without_its_plain_twin_has_no_difference() -> None:

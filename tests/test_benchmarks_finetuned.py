@@ -110,9 +110,10 @@ def test_gains_are_of_equal_seeds() -> None:
     assert acda["gain"] == 1.25
     assert acda["failed"] == 1
     assert acda["seeds"] == 2
-    assert acda["gain_spread"] == pytest.approx(torch.tensor([1.0, 1.5]).std().item())
+    assert acda["gain_error"] == pytest.approx(torch.tensor([1.0, 1.5]).std().item() / 2**0.5)
+    assert acda["verdict"] == "undecided", "two seeds decide nothing"
     text = report.finetuned({"rows": rows})
-    assert "| e | set, dB | acda | 7 | 2 | 5 | 1.00 | 4.25 ± 1.77 | +1.25 ± 0.35 |" in text
+    assert "| e | set, dB | acda | 7 | 2 | 5 | 1.00 | 4.25 ± 1.77 | +1.25 ± 0.25: undecided |" in text
 
 
 def test_collapsed_is_the_original_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
