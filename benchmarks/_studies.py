@@ -15,7 +15,7 @@ from torch import nn
 import surgeon
 from benchmarks import _data as data
 from benchmarks import toys
-from benchmarks._cifar import TRAIN_SET, Cifar, CifarTask
+from benchmarks._cifar import TEST_SET, TRAIN_SET, Cifar, CifarTask
 from benchmarks._experiments import EXPERIMENTS, lraspp
 from benchmarks._tasks import TASKS
 from surgeon.layers import PAFUConfig, PAFUConv2d
@@ -223,17 +223,20 @@ def _rules(where: Mapping[str, str], group_size: int = 4) -> dict[str, Rule]:
     return {kind.upper(): Rule(layers=layers, type=kind, options=options[kind]) for kind, layers in where.items()}
 
 
-class CifarStudyTask(CifarTask):
-    """Trains on nine tenths of the training images; the other tenth chooses."""
+def _test_images(material: Path, *, choose: bool) -> data.Labelled:
+    """Every fifth test image chooses, the others judge. (The networks have seen the training images before.)"""
+    images = data.cifar_jpeg(material / TEST_SET)
+    mask = (torch.arange(len(images.y)) % 5 == 4) == choose
+    return data.Labelled(images.x[mask], images.y[mask])
 
-    def __init__(self, config: TaskConfig, *, seed: int = 0) -> None:
+
+class CifarStudyTask(CifarTask):
+    def __init__(self, config: TaskConfig, *, seed: int = 0, choose: bool = True) -> None:
         Task.__init__(self, config, seed=seed)
-        images = data.cifar_jpeg((config.data or data.data_folder()) / TRAIN_SET)
-        kept = torch.arange(len(images.y)) % 10 != 9
-        parts = (data.Labelled(images.x[mask], images.y[mask]) for mask in (kept, ~kept))
+        material = config.data or data.data_folder()
         self.sets = {
-            split: Cifar(part, seed, train=split == "train")
-            for split, part in zip(("train", "val"), parts, strict=True)
+            "train": Cifar(data.cifar_jpeg(material / TRAIN_SET), seed, train=True),
+            "val": Cifar(_test_images(material, choose=choose), seed, train=False),
         }
 
 
@@ -242,8 +245,8 @@ def _cifar_task(material: Path, work: Path, seed: int) -> Task:
 
 
 def _cifar_judge(model: nn.Module, material: Path) -> Scores:
-    task = CifarTask(TaskConfig(data=material))
-    return {"top-1": 100 * evaluate(model, task, batch_size=100)["top1"]}
+    found = evaluate(model, CifarStudyTask(TaskConfig(data=material), choose=False), batch_size=100)
+    return {"top-1": 100 * found["top1"]}
 
 
 def _classifier(name: str, where: Mapping[str, str], steps: int) -> Study:
@@ -486,7 +489,7 @@ STUDIES: dict[str, Callable[[], Study]] = {
     ),
     "resnet20": lambda: _classifier(
         "resnet20_cifar",
-        {"acda": "layer3", "pafu": "layer1.0.conv1,layer2.0.conv1,layer3.0.conv1"},
+        {"pafu": "layer1.0.conv1,layer2.0.conv1,layer3.0.conv1", "sekg": "layer3.1.conv1", "acda": "layer3"},
         320,
     ),
     "blind-grey": lambda: _blind_denoiser(
