@@ -18,9 +18,9 @@ TRAIN_SET, TEST_SET = "cifar10/train_jpeg_20k.npz", "cifar10/test_jpeg_5k.npz"
 
 
 class Cifar(TaskDataset):
-    """Images normalised as the network wants them; in training flipped and moved by up to four pixels."""
+    """Images normalized as the network wants them; in training flipped and moved by up to four pixels."""
 
-    def __init__(self, images: data.Labelled, seed: int, *, train: bool) -> None:
+    def __init__(self, images: data.Labeled, seed: int, *, train: bool) -> None:
         self.images, self.seed, self.train = images, seed, train
         self.mean, self.std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
 

@@ -31,7 +31,7 @@ def missing(names: tuple[str, ...], folder: Path) -> list[str]:
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
-    """(C, H, W) in [0, 1]; grey images have one channel."""
+    """(C, H, W) in [0, 1]; gray images have one channel."""
     array = np.asarray(picture, dtype=np.float32) / 255
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 
@@ -50,53 +50,53 @@ def images(folder: Path, mode: str = "RGB") -> Iterator[Image.Image]:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Images (N, 3, H, W) as uint8 and their classes (N)."""
 
     x: Tensor
     y: Tensor
 
-    def every(self, limit: int | None) -> "Labelled":
+    def every(self, limit: int | None) -> "Labeled":
         """At most `limit` images, spread evenly over the set."""
         if limit is None or limit >= len(self.y):
             return self
         chosen = torch.linspace(0, len(self.y) - 1, limit).round().long()
-        return Labelled(self.x[chosen], self.y[chosen])
+        return Labeled(self.x[chosen], self.y[chosen])
 
 
-def cifar_jpeg(path: Path) -> Labelled:
+def cifar_jpeg(path: Path) -> Labeled:
     """CIFAR images kept as JPEG bytes in an npz file."""
     with np.load(path) as file:
         blob, offsets, labels = file["blob"], file["offsets"], file["y"]
     frames = [np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes())).convert("RGB")) for a, b in pairwise(offsets)]
-    return _labelled(np.stack(frames), labels)
+    return _labeled(np.stack(frames), labels)
 
 
-def cifar_exact(path: Path) -> Labelled:
+def cifar_exact(path: Path) -> Labeled:
     """CIFAR images kept as uint8 in an npz file."""
     with np.load(path) as file:
-        return _labelled(file["x"], file["y"])
+        return _labeled(file["x"], file["y"])
 
 
-def _labelled(x_NHWC: Any, y: Any) -> Labelled:
-    return Labelled(torch.from_numpy(x_NHWC.transpose(0, 3, 1, 2).copy()), torch.from_numpy(y.astype(np.int64)))
+def _labeled(x_NHWC: Any, y: Any) -> Labeled:
+    return Labeled(torch.from_numpy(x_NHWC.transpose(0, 3, 1, 2).copy()), torch.from_numpy(y.astype(np.int64)))
 
 
-def imagenet_sample(folder: Path) -> Labelled:
-    """The sample images (one for every other class), centre crop 224x224; the name's first number is the class."""
+def imagenet_sample(folder: Path) -> Labeled:
+    """The sample images (one for every other class), center crop 224x224; the name's first number is the class."""
     paths = sorted(folder.glob("*.jpg"))
-    frames = [np.asarray(centre_crop(image(path), 224)) for path in paths]
-    return _labelled(np.stack(frames), np.array([int(path.name.split("_")[0]) for path in paths]))
+    frames = [np.asarray(center_crop(image(path), 224)) for path in paths]
+    return _labeled(np.stack(frames), np.array([int(path.name.split("_")[0]) for path in paths]))
 
 
-def centre_crop(picture: Image.Image, size: int) -> Image.Image:
+def center_crop(picture: Image.Image, size: int) -> Image.Image:
     """size x size pixels; where the rest is odd, the smaller part of it is left and above."""
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return picture.crop((left, top, left + size, top + size))
 
 
 def noisy(x: Tensor, sigma: float, seed: int) -> Tensor:
-    """The image with Gaussian noise; `sigma` in grey levels of 255. Not clipped."""
+    """The image with Gaussian noise; `sigma` in gray levels of 255. Not clipped."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     return x + noise * (sigma / 255)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from benchmarks._results import ROOT
 
 CHOICE = ROOT / "benchmarks" / "coverage_models.json"
-# Beyond one model a family: what is known to be awkward (standardised weights, TensorFlow's padding, sliced weights, …).
+# Beyond one model a family: what is known to be awkward (standardized weights, TensorFlow's padding, sliced weights, …).
 AWKWARD = (
     *("convnext_atto", "dm_nfnet_f0", "mobilevitv2_050", "mobilenetv2_100", "resnet50", "resnetv2_50x1_bit"),
     *("tf_efficientnet_b0", "vit_small_r26_s32_224"),
@@ -138,7 +138,7 @@ def _torchvision_options(case: Case) -> dict[str, Any]:
 
 
 def awaken(model: nn.Module) -> None:
-    """Give weight to what starts at nothing: zero-initialised norms, gates and layer scales.
+    """Give weight to what starts at nothing: zero-initialized norms, gates and layer scales.
 
     A fresh residual network is often the identity in every block, so that an error in a block would not be seen.
     """

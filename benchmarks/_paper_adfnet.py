@@ -23,7 +23,7 @@ def _adfnet(sigma: int) -> Comparison:
     return Comparison(
         table="ADFNet 1",
         setting=f"σ = {sigma}",
-        title=f"Colour denoising, σ = {sigma}",
+        title=f"Color denoising, σ = {sigma}",
         recipe="adfnet",
         data="denoise",
         task_options={"sigma": sigma},
@@ -56,7 +56,7 @@ def _adfnet_large() -> Comparison:
     return Comparison(
         table="ADFNet 2",
         setting="σ = 50",
-        title="Performance and cost, colour, σ = 50 (cost is that of one 128×128 image)",
+        title="Performance and cost, color, σ = 50 (cost is that of one 128×128 image)",
         recipe="adfnet",
         data="denoise",
         arms=(
@@ -88,14 +88,14 @@ def _adfnet_ablation() -> Comparison:
     return Comparison(
         table="ADFNet 4",
         setting="σ = 50",
-        title="Ablation, colour, σ = 50",
+        title="Ablation, color, σ = 50",
         recipe="adfnet",
         data="denoise",
         arms=tuple(
             Arm(name=name, network=network, of=None if name == plain else plain, published=_denoised((kodak, bsd)))
             for name, (network, kodak, bsd) in rows.items()
         ),
-        note="29.37 dB of w/o MDCB on BSD68 is as printed (its neighbours have 28.3)",
+        note="29.37 dB of w/o MDCB on BSD68 is as printed (its neighbors have 28.3)",
     )
 
 

@@ -1,6 +1,6 @@
 """What a comparison of a paper is: which networks, by which recipe, on which data, and what the paper prints.
 
-Scores are those of the papers' tables, by the name of a judgement and of a metric: PSNR in dB, errors in per cent of images,
+Scores are those of the papers' tables, by the name of a judgment and of a metric: PSNR in dB, errors in per cent of images,
 MAE and (root) MSE of counts, mIoU and pixel accuracy in per cent.
 """
 
@@ -19,7 +19,7 @@ class Arm:
 
     `of` is the arm whose difference from this one is asked for (None: this is what the others are measured against).
     `rules` make the network of `network` by surgery. `small_network` takes its place at small scale. `judged_by` are options
-    for the judgement; an arm `trained_as` another is that one judged otherwise.
+    for the judgment; an arm `trained_as` another is that one judged otherwise.
     """
 
     name: str

@@ -57,21 +57,21 @@ SCRATCH: dict[str, Any] = {"opt": "adam", "weight_decay": 0.0, "new_lr_scale": 1
 
 
 def _place(path: Path, target: Path, crop: int | None = None) -> None:
-    """The image at another place: a link, or its centre crop as PNG."""
+    """The image at another place: a link, or its center crop as PNG."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if crop:
         target = target.with_suffix(".png")
     if target.exists():
         return
     if crop:
-        data.centre_crop(data.image(path), crop).save(target)
+        data.center_crop(data.image(path), crop).save(target)
     else:
         target.symlink_to(path)
 
 
 @cache
 def _split(folder: Path, work: Path, crop: int | None = None) -> tuple[Path, Path]:
-    """(training images, images that choose) of a folder: every tenth chooses, its centre only with `crop`."""
+    """(training images, images that choose) of a folder: every tenth chooses, its center only with `crop`."""
     parts = (work / folder.name / "train", work / folder.name / "choose")
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
     for index, path in enumerate(files):
@@ -137,7 +137,7 @@ def _denoiser() -> Study:
     options = {"sigma": 50, "color": False, "patch": 48, "patches_per_image": 8, "loss": "mse"}
     small: dict[str, Any] = {"channels": 1, "depth": 5, "width": 16}
     return Study(
-        title="DConv from scratch: grey denoising, σ 50, DnCNN of 5 layers and 16 channels",
+        title="DConv from scratch: gray denoising, σ 50, DnCNN of 5 layers and 16 channels",
         arms={
             "DnCNN": partial(_zoo, "dncnn", **small),
             "DnCNN, as many parameters": partial(_zoo, "dncnn", **(small | {"width": 17})),
@@ -159,7 +159,7 @@ def _mdcb() -> Study:
     options = {"sigma": 50, "color": False, "patch": 48, "patches_per_image": 8, "loss": "mse"}
     small: dict[str, Any] = {"channels": 1, "blocks": 3, "width": 16, "layers": 4}
     return Study(
-        title="MDCB from scratch: grey denoising, σ 50, RDN of 3 dense blocks and 16 channels",
+        title="MDCB from scratch: gray denoising, σ 50, RDN of 3 dense blocks and 16 channels",
         arms={
             "RDN": partial(_zoo, "rdn", **small),
             "RDN, as many parameters": partial(_zoo, "rdn", **(small | {"width": 22})),
@@ -223,11 +223,11 @@ def _rules(where: Mapping[str, str], group_size: int = 4) -> dict[str, Rule]:
     return {kind.upper(): Rule(layers=layers, type=kind, options=options[kind]) for kind, layers in where.items()}
 
 
-def _test_images(material: Path, *, choose: bool) -> data.Labelled:
+def _test_images(material: Path, *, choose: bool) -> data.Labeled:
     """Every fifth test image chooses, the others judge. (The networks have seen the training images before.)"""
     images = data.cifar_jpeg(material / TEST_SET)
     mask = (torch.arange(len(images.y)) % 5 == 4) == choose
-    return data.Labelled(images.x[mask], images.y[mask])
+    return data.Labeled(images.x[mask], images.y[mask])
 
 
 class CifarStudyTask(CifarTask):
@@ -264,14 +264,14 @@ def _classifier(name: str, where: Mapping[str, str], steps: int) -> Study:
     )
 
 
-FAST: dict[str, Any] = {"new_lr_scale": 1.0}  # new parameters at the rate of the others, which is swept for every arm
+FAST: dict[str, Any] = {"new_lr_scale": 1.0}
 CROP = 128  # pixels of a side of the images that judge
 
 
 def _crops(material: Path, folder: str, mode: str) -> list[torch.Tensor]:
-    """(1, C, CROP, CROP) each: centre crops."""
+    """(1, C, CROP, CROP) each: center crops."""
     found = data.images(material / "denoise" / folder, mode)
-    return [data.to_tensor(data.centre_crop(image, CROP))[None] for image in found]
+    return [data.to_tensor(data.center_crop(image, CROP))[None] for image in found]
 
 
 def _mean_psnr(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -310,8 +310,8 @@ def _blind_denoiser(name: str, folder: str, spread: str, mode: str, extra: Mappi
         rates=(1e-4, 3e-4, 1e-3),
         steps=200,
         batch=4,
-        changes=FAST,
-        ours=dict.fromkeys(extra, GENTLE),
+        changes=GENTLE,
+        ours=dict.fromkeys(extra, FAST),
     )
 
 
@@ -338,7 +338,7 @@ def _real_noise() -> Study:
     def judge(model: nn.Module, material: Path) -> Scores:
         shown = []
         for noisy, clean in pairs(material)[4::5]:
-            x, y = (data.to_tensor(data.centre_crop(data.image(path), 256))[None] for path in (noisy, clean))
+            x, y = (data.to_tensor(data.center_crop(data.image(path), 256))[None] for path in (noisy, clean))
             shown.append((model(x), y))
         return {"PolyU": _mean_psnr(shown)}
 
@@ -352,7 +352,7 @@ def _real_noise() -> Study:
         rates=(3e-5, 1e-4, 3e-4),
         steps=200,
         batch=4,
-        changes=FAST,
+        changes=GENTLE,
     )
 
 
@@ -391,7 +391,7 @@ def _noisy_demosaicking() -> Study:
         rates=(1e-4, 3e-4, 1e-3),
         steps=200,
         batch=4,
-        changes=FAST,
+        changes=GENTLE,
     )
 
 
@@ -492,12 +492,12 @@ STUDIES: dict[str, Callable[[], Study]] = {
         {"pafu": "layer1.0.conv1,layer2.0.conv1,layer3.0.conv1", "sekg": "layer3.1.conv1", "acda": "layer3"},
         320,
     ),
-    "blind-grey": lambda: _blind_denoiser(
+    "blind-gray": lambda: _blind_denoiser(
         "dncnn",
         "Train400_gray",
         "body.8,body.20,body.32,body.44",
         "L",
-        {"SEKG, new rate × 0.1": Rule(layers="body.8,body.20,body.32,body.44", type="sekg")},
+        {"SEKG, new rate × 1": Rule(layers="body.8,body.20,body.32,body.44", type="sekg")},
     ),
     "blind-color": lambda: _blind_denoiser(
         "dncnn_color", "BSDS500train_color", "body.8,body.16,body.24,body.32", "RGB", {}

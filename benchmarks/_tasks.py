@@ -27,7 +27,7 @@ Split = Literal["all", "test"]  # "test" leaves out the images that `calibration
 Channels = tuple[float, ...]
 
 BATCH = 50
-SIGMA = 25.0  # grey levels
+SIGMA = 25.0  # gray levels
 HELD_OUT = 5  # where there is no training set, every fifth image is for calibration
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -138,13 +138,13 @@ def _image_psnr(out: Tensor, sample: Sample) -> float:
 # --- datasets ---------------------------------------------------------------------------------------------------------
 
 
-def _normalised(x: Tensor, mean: Channels, std: Channels) -> Tensor:
+def _normalized(x: Tensor, mean: Channels, std: Channels) -> Tensor:
     return (x / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def _batches(images: data.Labelled, mean: Channels, std: Channels) -> Iterator[Sample]:
+def _batches(images: data.Labeled, mean: Channels, std: Channels) -> Iterator[Sample]:
     for x, y in zip(images.x.split(BATCH), images.y.split(BATCH), strict=True):
-        yield Sample((_normalised(x, mean, std),), y)
+        yield Sample((_normalized(x, mean, std),), y)
 
 
 def _cifar(path: str, folder: Path, limit: int | None, split: Split) -> Iterator[Sample]:
@@ -157,7 +157,7 @@ def _imagenet(mean: Channels, std: Channels, folder: Path, limit: int | None, sp
     images = data.imagenet_sample(folder / "imagenet_sample")
     if split == "test":
         kept = torch.arange(len(images.y)) % HELD_OUT != 0
-        images = data.Labelled(images.x[kept], images.y[kept])
+        images = data.Labeled(images.x[kept], images.y[kept])
     return _batches(images.every(limit), mean, std)
 
 
@@ -204,20 +204,20 @@ def _calibrate_cifar(folder: Path, count: int) -> tuple[Any, ...]:
     """Half of them exact and half JPEG, as the test sets are: batch-norm statistics measured on the one do not suit the other."""
     exact = data.cifar_exact(folder / "cifar10/train_lossless_2k.npz").every(count - count // 2)
     jpeg = data.cifar_jpeg(folder / "cifar10/train_jpeg_20k.npz").every(count // 2)
-    return (_normalised(torch.cat([exact.x, jpeg.x]), IMAGENET_MEAN, IMAGENET_STD),)
+    return (_normalized(torch.cat([exact.x, jpeg.x]), IMAGENET_MEAN, IMAGENET_STD),)
 
 
 def _calibrate_imagenet(mean: Channels, std: Channels, folder: Path, count: int) -> tuple[Any, ...]:
     images = data.imagenet_sample(folder / "imagenet_sample")
     kept = torch.arange(len(images.y)) % HELD_OUT == 0
-    return (_normalised(data.Labelled(images.x[kept], images.y[kept]).every(count).x, mean, std),)
+    return (_normalized(data.Labeled(images.x[kept], images.y[kept]).every(count).x, mean, std),)
 
 
 def _crops(folder: Path, mode: str, size: int, count: int) -> Tensor:
-    """(count, C, size, size): centre crops of the first images."""
+    """(count, C, size, size): center crops of the first images."""
     crops = []
     for image in data.images(folder, mode):
-        crops.append(data.to_tensor(data.centre_crop(image, size)))
+        crops.append(data.to_tensor(data.center_crop(image, size)))
         if len(crops) == count:
             break
     return torch.stack(crops)

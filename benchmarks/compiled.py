@@ -103,7 +103,7 @@ def dconv_layer_runs(shape: str) -> tuple[Runs, Runs, dict[str, float]]:
 
 
 def adfnet_runs(shape: str) -> tuple[Runs, Runs, dict[str, float]]:
-    """The colour ADFNet of the paper, its kernels awake; no backward pass."""
+    """The color ADFNet of the paper, its kernels awake; no backward pass."""
     model, x = zoo.create("adfnet").eval(), torch.rand(1, 3, ADFNET[shape], ADFNET[shape])
     awaken_kernels(model)
     compiled = torch.compile(model, fullgraph=True)

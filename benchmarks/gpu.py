@@ -111,7 +111,7 @@ def search(device: torch.device, deadline: Deadline, budget: int = SEARCH_BUDGET
     model = "resnet18"
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder) / "data", Path(folder) / "search"
-        coloured_images(data)
+        colored_images(data)
         arguments = ["search", model, "--task", "classification", "--data", str(data), "--weights", "random", "--json"]
         arguments += ["--max-memory", str(budget), "--gains", "uniform", "--quiet", "-o", str(out)]
         arguments += [word for key, value in chosen.items() for word in (f"--{key}", value)]
@@ -137,8 +137,8 @@ def search(device: torch.device, deadline: Deadline, budget: int = SEARCH_BUDGET
         }
 
 
-def coloured_images(folder: Path, classes: int = 2, each: int = 64, size: int = 64) -> None:
-    """An image folder whose classes differ in colour, for trainings that need no download."""
+def colored_images(folder: Path, classes: int = 2, each: int = 64, size: int = 64) -> None:
+    """An image folder whose classes differ in color, for trainings that need no download."""
     generator = torch.Generator().manual_seed(0)
     for split in ("train", "val"):
         for label in range(classes):

@@ -346,7 +346,7 @@ def lines(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[lis
                 steps[arm.name],
                 len(seeds),
                 _numbers({name: mean(s[name] for s in seeds.values()) for name in names}),
-                _labelled({name: signed(values, 3 if name.endswith("ssim") else 2) for name, values in gaps.items()}),
+                _labeled({name: signed(values, 3 if name.endswith("ssim") else 2) for name, values in gaps.items()}),
                 _verdict(gaps, comparison),
                 _numbers(printed),
                 _numbers(beside, plus=True),
@@ -365,10 +365,10 @@ def _verdict(gaps: Mapping[str, Sequence[float]], comparison: Comparison) -> str
 
 def _numbers(values: Mapping[str, float], *, plus: bool = False) -> str:
     sign = "+" if plus else ""
-    return _labelled({name: f"{v:{sign}{'.3f' if name.endswith('ssim') else '.2f'}}" for name, v in values.items()})
+    return _labeled({name: f"{v:{sign}{'.3f' if name.endswith('ssim') else '.2f'}}" for name, v in values.items()})
 
 
-def _labelled(values: Mapping[str, str]) -> str:
+def _labeled(values: Mapping[str, str]) -> str:
     parts = (f"{name} {value}" for name, value in values.items())
     return "; ".join(part.replace(" psnr ", " ").replace(" error ", " ") for part in parts)
 

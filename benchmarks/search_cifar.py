@@ -71,7 +71,7 @@ class Half(CifarTask):
     def __init__(self, config: TaskConfig, first: int, images: int) -> None:
         super().__init__(config, seed=0)
         tests = data.cifar_jpeg((config.data or data.data_folder()) / TEST_SET)
-        half = data.Labelled(tests.x[first::2], tests.y[first::2]).every(images)
+        half = data.Labeled(tests.x[first::2], tests.y[first::2]).every(images)
         self.sets["val"] = Cifar(half, 0, train=False)
 
 

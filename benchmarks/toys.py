@@ -147,7 +147,7 @@ class Residual(Plain):
 
 
 class Predicted(Plain):
-    """Kernel prediction: a 5×5 filter for every pixel, shared by the colours."""
+    """Kernel prediction: a 5×5 filter for every pixel, shared by the colors."""
 
     def forward(self, x: Tensor) -> Tensor:
         kernels = super().forward(x)[:, None].expand(-1, 3, -1, -1, -1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
 from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, scaled_bias
-from surgeon.layers.bases import basis_elements, centred, fitting_elements, window_size
+from surgeon.layers.bases import basis_elements, centered, fitting_elements, window_size
 from surgeon.layers.decompose import Decomposition, decompose, expand_in_basis, truncate_for_inputs
 from surgeon.layers.generator import FORMS, RANK, WINDOW, PixelGenerator
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
@@ -120,7 +120,7 @@ class ACDAConv2d(CodedConv2d):
         kernel, m = source.geometry.kernel_size, config.atoms
         basis = basis_elements(kernel, config.scales, config.basis_size)
         fitting = fitting_elements(kernel, config.scales, config.basis_size)
-        extra, alpha_fit = expand_in_basis(parts.atoms[:m], centred(basis[:fitting], kernel), config.extra_elements)
+        extra, alpha_fit = expand_in_basis(parts.atoms[:m], centered(basis[:fitting], kernel), config.extra_elements)
         config = replace(config, static_atoms=max(0, parts.rank - m), extra_elements=len(extra))
         layer = cls(source.geometry, config)
 
@@ -135,7 +135,7 @@ class ACDAConv2d(CodedConv2d):
         coeff[:, :, m:] = parts.coeff[:, :, m:]
         layer = layer.to(source.weight.device, source.weight.dtype)
         with torch.no_grad():
-            layer.psi.copy_(torch.cat([basis, centred(extra, window_size(kernel, config.scales)).to(basis)]))
+            layer.psi.copy_(torch.cat([basis, centered(extra, window_size(kernel, config.scales)).to(basis)]))
             layer.generator.set_static_output(alpha.flatten())
             layer.coeff.copy_(coeff)
             layer.static_atoms.copy_(parts.atoms[m:])
@@ -157,7 +157,7 @@ class ACDAConv2d(CodedConv2d):
         alpha = self.generator(x, g)
         padded, padding = pad_for_window(x, g, window)
         dynamic = self.config.atoms
-        static: Tensor = centred(self.static_atoms, window)
+        static: Tensor = centered(self.static_atoms, window)
         coeff: Tensor = self.coeff
         if self.folds_static:
             static, coeff = static[:0], coeff[:, :, :dynamic]
@@ -212,7 +212,7 @@ class ACDAConv2d(CodedConv2d):
         """Weight (C_out, C/g, l_h, l_w) where the generator gives its last bias everywhere."""
         alpha = self.generator.static_output.view(self.config.atoms, -1)
         dynamic = torch.einsum("ak,khw->ahw", alpha, self.psi)
-        static = centred(self.static_atoms, self._window)
+        static = centered(self.static_atoms, self._window)
         return torch.einsum("oca,ahw->ochw", self.coeff, torch.cat([dynamic, static]))
 
     def code(self, x: Tensor) -> Tensor:

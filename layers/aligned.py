@@ -9,7 +9,7 @@ from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 
 
 class AlignedConv2d(nn.Conv2d):
-    """Convolution with a window of its own, and the stride, dilation and padding of a geometry, centred where its kernel is.
+    """Convolution with a window of its own, and the stride, dilation and padding of a geometry, centered where its kernel is.
 
     It is called as a module, so that hooks, pruning, adapters and sharding on it do what they do on every convolution. `padding` is
     what adapters read; where no symmetric one says it, it is 0 and the input is padded here.

@@ -74,7 +74,7 @@ class DynamicConv2d(nn.Module):
     """A content-adaptive layer in the place of a convolution.
 
     It maps (N, C_in, H, W) to what the replaced convolution would give, (N, C_out, H', W'). With `adaptive` off it computes
-    the plain convolution `static_weight()`, whatever its generator has learnt.
+    the plain convolution `static_weight()`, whatever its generator has learned.
     """
 
     type_name: ClassVar[str]
@@ -87,7 +87,7 @@ class DynamicConv2d(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(self, geometry: ConvGeometry, config: LayerConfig) -> None:
-        """Uninitialised in what `from_conv` or a state dict will fill; `geometry` is that of the replaced convolution."""
+        """Uninitialized in what `from_conv` or a state dict will fill; `geometry` is that of the replaced convolution."""
         super().__init__()
         reasons = self.why_not(geometry, config)
         if reasons:
@@ -123,7 +123,7 @@ class DynamicConv2d(nn.Module):
     def static_weight(self) -> Tensor:
         """Weight (C_out, C_in/g, h, w) of the plain convolution that remains when the dynamic part is off.
 
-        Differentiable. May be larger than the replaced kernel (h >= k_h, w >= k_w); it is centred on it.
+        Differentiable. May be larger than the replaced kernel (h >= k_h, w >= k_w); it is centered on it.
         """
 
     def static_bias(self) -> Tensor | None:

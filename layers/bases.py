@@ -38,8 +38,8 @@ def window_size(kernel_size: Pair, scales: int) -> Pair:
     return max(h, kernel_size[0]), max(w, kernel_size[1])
 
 
-def centred(elements: Tensor, window: Pair) -> Tensor:
-    """Pad (…, h, w) with zeros, or crop it, to the window about the same centre; the parities must agree."""
+def centered(elements: Tensor, window: Pair) -> Tensor:
+    """Pad (…, h, w) with zeros, or crop it, to the window about the same center; the parities must agree."""
     bottom, right = ((window[i] - elements.shape[i - 2]) // 2 for i in (0, 1))
     return torch.nn.functional.pad(elements, (right, right, bottom, bottom))
 
@@ -50,7 +50,7 @@ def basis_elements(kernel_size: Pair, scales: int, basis_size: int) -> Tensor:
     K is smaller than scales · basis_size where a box has fewer dimensions than that.
     """
     window = window_size(kernel_size, scales)
-    return torch.cat([centred(fourier_bessel(box, basis_size), window) for box in scale_boxes(kernel_size, scales)])
+    return torch.cat([centered(fourier_bessel(box, basis_size), window) for box in scale_boxes(kernel_size, scales)])
 
 
 def fitting_elements(kernel_size: Pair, scales: int, basis_size: int) -> int:
@@ -66,7 +66,7 @@ def fitting_elements(kernel_size: Pair, scales: int, basis_size: int) -> int:
 def fourier_bessel(box: Pair, count: int) -> Tensor:
     """The first `count` linearly independent elements (n, h, w) on a box; n < count where it has no more. Do not modify.
 
-    Elements that vanish on the grid, or depend linearly on those before them, are passed over in favour of the next ones.
+    Elements that vanish on the grid, or depend linearly on those before them, are passed over in favor of the next ones.
     Where the sides of the box differ, the circle becomes an ellipse that touches them all.
     """
     y, x = (np.arange(size) - (size - 1) / 2 for size in box)

@@ -22,7 +22,7 @@ class SEKG(nn.Module):
     """Spatially enhanced kernel generation: features of every output pixel, and the 1×1 convolution to `maps` kernel elements.
 
     The features (N, C, H', W') are a 3×3 depthwise convolution of the input (N, C, H, W), with the stride and dilation of
-    `geometry` and centred where its kernel is, plus one value a channel: the global average, convolved over the channels
+    `geometry` and centered where its kernel is, plus one value a channel: the global average, convolved over the channels
     with width 3. `weight` (maps, C) starts at zero. A bias of the second branch is redundant (`spatial` has one) and is there
     only on request, for weights trained elsewhere. `norm` "batch" normalizes the features; None, as in the paper, leaves them.
     """
@@ -66,7 +66,7 @@ class DConv2d(nn.Module):
     Maps (N, C, H, W) to (N, O, H', W') as the depthwise convolution of `geometry` would; O may be a multiple of C. The kernel
     at a pixel is `static` (O, 1, k_h, k_w), one for each output channel, plus a generated part, which is zero at the start.
     `kernel_groups` is the number of generated kernels at a pixel: O (the default), a divisor of C, or a multiple of C that
-    divides O; neighbouring channels share one. `static` starts at the identity; in the paper it is the bias of the 1×1
+    divides O; neighboring channels share one. `static` starts at the identity; in the paper it is the bias of the 1×1
     convolution. Raises `GeometryError` for another geometry or number. `backend` names the operator's implementation, for
     comparisons; None is the fastest that can run. `norm` is that of `SEKG`.
     """
@@ -121,13 +121,13 @@ class DConv2d(nn.Module):
 
     @torch.no_grad()
     def reset_static(self) -> None:
-        """Make the static kernels the identity: 1 at the centre tap."""
-        row, column = self.centre
+        """Make the static kernels the identity: 1 at the center tap."""
+        row, column = self.center
         self.static.zero_()
         self.static[:, :, row, column] = 1
 
     @property
-    def centre(self) -> Pair:
+    def center(self) -> Pair:
         """The tap over the pixel itself, (row, column)."""
         kernel_h, kernel_w = self.geometry.kernel_size
         return (kernel_h - 1) // 2, (kernel_w - 1) // 2

@@ -36,7 +36,7 @@ def factorise(weight: Tensor, groups: int, multiplier: int) -> tuple[Tensor, Ten
 
 
 def compose(kernel: Tensor, static: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Weight of the convolution with `kernel` followed by the depthwise one with `static`, centred on `kernel`."""
+    """Weight of the convolution with `kernel` followed by the depthwise one with `static`, centered on `kernel`."""
     steps = []
     for stride, dilation in zip(geometry.stride, geometry.dilation, strict=True):
         if stride % dilation:

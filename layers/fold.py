@@ -16,7 +16,7 @@ def fold_batchnorm(conv: nn.Module, norm: nn.Module) -> nn.Module:
     """A copy of a dynamic layer, or of a convolution, that computes what `norm` makes of its output, adaptive or not.
 
     It stands for `torch.nn.utils.fusion.fuse_conv_bn_eval`, which fits convolutions only. Both modules must be in eval mode. What
-    was learnt to vary stays. The layer gets a bias where it had none: its state dict then fits no layer that was not folded.
+    was learned to vary stays. The layer gets a bias where it had none: its state dict then fits no layer that was not folded.
     Raises `ConfigError` for a norm that is no BatchNorm with running statistics, and `UnsupportedLayerError` where the layer's
     parameters cannot take it: a `SEKGConv2d` whose channels share generated kernels.
     """

@@ -17,7 +17,7 @@ class PixelGenerator(nn.Module):
     """1×1 convolution C → `hidden`, tanh, 3×3 convolution `hidden` → `outputs`, aligned with the replaced convolution.
 
     Maps the layer's input (N, C, H, W) to (N, outputs, H', W') with (H', W') the output size of the replaced convolution,
-    whose stride and dilation the 3×3 convolution takes over; its window is centred where the kernel is. The last
+    whose stride and dilation the 3×3 convolution takes over; its window is centered where the kernel is. The last
     convolution's weight starts at zero: at birth the output is its bias everywhere. tanh bounds the hidden map: with an
     unbounded activation joint training diverges. `depth` - 1 further 3×3 convolutions, each with its tanh, may stand between
     the two: the generator then sees as many pixels further.

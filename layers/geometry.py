@@ -112,12 +112,12 @@ def _tf_same(size: int, k: int, s: int, d: int) -> Pair:
 
 
 def pad_for_window(x: Tensor, geometry: ConvGeometry, window: Pair) -> tuple[Tensor, Pair]:
-    """Pad x so that a `window` (h, w) taken with the geometry's stride and dilation is centred where its kernel is.
+    """Pad x so that a `window` (h, w) taken with the geometry's stride and dilation is centered where its kernel is.
 
     Returns the tensor and the symmetric zero padding (vertical, horizontal) that the operator has to add itself. What can be
     left to the operator is left to it: in the common case x comes back untouched. The convolution's own padding follows its
     `padding_mode`; what a larger window needs beyond it is zeros, and a smaller window crops. For windows of the other
-    parity than the kernel the centre is rounded up-left.
+    parity than the kernel the center is rounded up-left.
     """
     own = geometry.explicit_padding(x.shape[-2], x.shape[-1])
     extra_h, extra_w = (d * (w - k) for w, k, d in zip(window, geometry.kernel_size, geometry.dilation, strict=True))

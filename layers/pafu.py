@@ -1,4 +1,4 @@
-"""PAFU: a selector picks, at every pixel, one kernel of a learnt group (Kokkinos et al., Pixel Adaptive Filtering Units).
+"""PAFU: a selector picks, at every pixel, one kernel of a learned group (Kokkinos et al., Pixel Adaptive Filtering Units).
 
 Legend: N batch, C channels, H W input size, P Q output size, n kernels of a group, O output channels, k l window, G groups.
 """
@@ -33,7 +33,7 @@ class PAFUConfig(LayerConfig):
     selector_depth: its 3×3 convolutions, at least 1; (2·depth + 1)² input pixels decide about one (stride and dilation 1).
     temperature: of the softmax in training; the layer's attribute `temperature` starts from it and may be annealed.
     perturbation: how far kernels 1.. start from the replaced weight, as a part of its root mean square. They must differ: identical
-        kernels are a stationary point of the regulariser and give the selector no gradient.
+        kernels are a stationary point of the regularizer and give the selector no gradient.
     supports: further (square, odd) kernel sizes in the group, dealt out in turn to kernels 1..; kernel 0 keeps its own. Empty: all
         kernels have the size of the replaced one.
     shared: kernels 1.. are kernel 0 plus a difference (limited to their support): kernel 0 gets the gradient of every pixel. The
@@ -114,7 +114,7 @@ class PAFUConv2d(CodedConv2d):
         """A window of the other parity than the kernel has its taps between those of a dilated kernel."""
         assert isinstance(config, PAFUConfig)
         return [
-            f"supports {config.supports} cannot be centred on a kernel of size {k} at dilation {d}: the parity differs"
+            f"supports {config.supports} cannot be centered on a kernel of size {k} at dilation {d}: the parity differs"
             for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)
             if d > 1 and (max(k, *config.supports, 1) - k) % 2
         ][:1]
@@ -168,8 +168,8 @@ class PAFUConv2d(CodedConv2d):
         """In place: the kernels of a large layer are gigabytes."""
         kernels = self.further_kernels.copy_(torch.randn(self.further_kernels.shape))  # of the CPU: as on every device
         rms = weight.double().square().mean().sqrt().to(weight.dtype)
-        centred = F.pad(weight, _margins((weight.shape[-2], weight.shape[-1]), self.window)).movedim(1, -1)
-        kernels.mul_(self.config.perturbation * rms).add_(centred.flatten(1))
+        centered = F.pad(weight, _margins((weight.shape[-2], weight.shape[-1]), self.window)).movedim(1, -1)
+        kernels.mul_(self.config.perturbation * rms).add_(centered.flatten(1))
         if self.support_mask is not None:
             self._by_tap(kernels).mul_(self.support_mask[:, None, :, None])
 
@@ -290,14 +290,14 @@ class PAFUConv2d(CodedConv2d):
         return outputs * inputs * math.prod(self.window) * rows * columns + self.selector.macs(height, width)
 
     def regularization(self) -> Tensor:
-        """‖W_f W_fᵀ − I‖²_F, the rows of W_f (n, k·l·C/G·O) being the kernels, padded to the window and normalised (eq. 3)."""
+        """‖W_f W_fᵀ − I‖²_F, the rows of W_f (n, k·l·C/G·O) being the kernels, padded to the window and normalized (eq. 3)."""
         gram = self._gram(torch.promote_types(self.kernel.dtype, torch.float32))
         norms = gram.diagonal().clamp_min(1e-24).sqrt()  # before the root, whose slope at zero is none
         eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         return (gram / (norms[:, None] * norms) - eye).square().sum()
 
     def _gram(self, dtype: torch.dtype) -> Tensor:
-        """Products of all pairs of kernels, (n, n). Normalised copies of the kernels would be kept for the backward pass."""
+        """Products of all pairs of kernels, (n, n). Normalized copies of the kernels would be kept for the backward pass."""
         first = self._kernel().movedim(1, -1).reshape(1, -1).to(dtype)
         others = self._further_kernels().flatten(1).to(dtype)
         with torch.autocast(first.device.type, enabled=False):
@@ -307,6 +307,6 @@ class PAFUConv2d(CodedConv2d):
 
 
 def _margins(size: Pair, window: Pair) -> tuple[int, int, int, int]:
-    """Padding (left, right, top, bottom) that centres `size` in `window` as `pad_for_window` does; negative where it is larger."""
+    """Padding (left, right, top, bottom) that centers `size` in `window` as `pad_for_window` does; negative where it is larger."""
     (down, across) = (w - s for s, w in zip(size, window, strict=True))
     return (across // 2, across - across // 2, down // 2, down - down // 2)

@@ -7,7 +7,7 @@ from surgeon.layers.base import DynamicConv2d
 
 
 def regularization(model: nn.Module) -> Tensor:
-    """Average of the regularisation losses of a model's units, to be added to the task's loss (PAFU, §3.5, eq. 4).
+    """Average of the regularization losses of a model's units, to be added to the task's loss (PAFU, §3.5, eq. 4).
 
     A differentiable scalar; zero, on the device of the model's parameters, where no unit has one.
     """

@@ -173,8 +173,8 @@ class SEKGConv2d(CodedConv2d):
         """
         g, static = self.geometry, self.dconv.static
         if self.kernel is not None:
-            if self._static_is_centred():
-                row, column = self.dconv.centre
+            if self._static_is_centered():
+                row, column = self.dconv.center
                 return self.kernel * static[:, :, row : row + 1, column : column + 1]
             return compose(self.kernel, static, g)
         if self.pointwise is not None:
@@ -243,14 +243,14 @@ class SEKGConv2d(CodedConv2d):
         return bias if self.shift is None else bias + self.shift
 
     def static_is_exact(self) -> bool:
-        """False only in "dense" mode, for static kernels with elements off their centre that see the zero padding in between."""
-        if self.kernel is None or self._static_is_centred():
+        """False only in "dense" mode, for static kernels with elements off their center that see the zero padding in between."""
+        if self.kernel is None or self._static_is_centered():
             return True
         no_bias = self.bias is None or not self.bias.detach().any()
         return no_bias and composes(self.geometry)
 
-    def _static_is_centred(self) -> bool:
-        row, column = self.dconv.centre
+    def _static_is_centered(self) -> bool:
+        row, column = self.dconv.center
         return int(self.dconv.static.count_nonzero()) == int(self.dconv.static[:, :, row, column].count_nonzero())
 
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

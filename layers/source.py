@@ -1,7 +1,7 @@
 """What a convolution module really computes: its geometry and its effective weight, read off one call.
 
-Subclasses of `nn.Conv2d` may standardise their weight (timm's `StdConv2d`), pad by the size of the input (`Conv2dSame`) or be
-parametrised (`torch.nn.utils.parametrize`). Instead of a table of such classes, the call to `conv2d` is watched.
+Subclasses of `nn.Conv2d` may standardize their weight (timm's `StdConv2d`), pad by the size of the input (`Conv2dSame`) or be
+parametrized (`torch.nn.utils.parametrize`). Instead of a table of such classes, the call to `conv2d` is watched.
 """
 
 import copy

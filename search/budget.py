@@ -61,7 +61,7 @@ def parse_bound(text: str, resource: str) -> Bound:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How predicted memory is turned into needed memory; `events` are the runs that it was learnt from.
+    """How predicted memory is turned into needed memory; `events` are the runs that it was learned from.
 
     `reserve`, in bytes, is what the table counts with since a whole trace refused what it had let pass.
     `memory` is what the device turned out to have, in bytes: a limit also where no budget was given.
@@ -85,7 +85,7 @@ class Calibration:
         return int((memory - reserve) / self.margin)
 
     def after_out_of_memory(self, peak: int, reserve: int, memory: int | None) -> "Calibration":
-        """What is learnt where a step with this prediction did not fit into `memory` bytes (None: not known).
+        """What is learned where a step with this prediction did not fit into `memory` bytes (None: not known).
 
         The same placement is refused from now on.
         """
@@ -98,7 +98,7 @@ class Calibration:
         return replace(self, margin=margin, memory=least, events=(*self.events, event))
 
     def after_refusal(self, reserve: int, original: int) -> "Calibration":
-        """What is learnt where the whole trace of a placement that the table let pass did not fit.
+        """What is learned where the whole trace of a placement that the table let pass did not fit.
 
         The reserve that the table counts with goes half of the way to that of the placement: reserves differ between placements,
         and to count with the highest one everywhere would forbid much that fits.
@@ -156,7 +156,7 @@ class Budgets:
         limit = self.memory_limit(original, calibration)
         memory = None if limit is None else calibration.room(limit, reserve)
         if memory is not None and calibration.needed(original.peak_bytes, own) <= (limit or 0):
-            memory = max(memory, original.peak_bytes)  # what is learnt of others does not speak against the original
+            memory = max(memory, original.peak_bytes)  # what is learned of others does not speak against the original
         return {
             "flops": None if self.flops is None else int(self.flops.of(original.flops)),
             "params": None if self.params is None else int(self.params.of(original.params)),

@@ -51,7 +51,7 @@ def gradient_gains(
     """Gain tables by estimator, all from the same passes: one backward pass for every (option, batch).
 
     Args:
-        model: stays untouched; its device is where the passes run. Normalisation layers use their running statistics.
+        model: stays untouched; its device is where the passes run. Normalization layers use their running statistics.
         loss: from a model and a batch to the mean loss; the batch is whatever `batches` holds.
         batches: at least 4, of equal size; a batch is a dict of tensors, a tensor, or a sequence of them.
         damping: of "fisher", relative to the mean of a layer's Fisher diagonal.

@@ -98,7 +98,7 @@ def front(points: Sequence[tuple[float, float]], *, higher: bool) -> list[tuple[
 
 
 def placement_map(found: Finished) -> Figure:
-    """Layers × trials, best trial first; the colour is the option."""
+    """Layers × trials, best trial first; the color is the option."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -107,12 +107,12 @@ def placement_map(found: Finished) -> Figure:
     figure, axes = new_figure(
         max(5.0, 0.16 * len(ranked) + 3.5), max(2.5, 0.16 * len(space.layers) + 1.2), "placements, best trial first"
     )
-    colours = [KEPT, *(COLOURS[j % len(COLOURS)] for j in range(len(space.labels) - 1))]
-    axes.imshow(values, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5, aspect="auto")
+    colors = [KEPT, *(COLOURS[j % len(COLOURS)] for j in range(len(space.labels) - 1))]
+    axes.imshow(values, cmap=ListedColormap(colors), vmin=-0.5, vmax=len(colors) - 0.5, aspect="auto")
     axes.set_yticks(range(len(space.layers)), space.layers, fontsize=6)
     axes.set_xticks(range(len(ranked)), [str(one.number) for one in ranked], fontsize=6, rotation=90)
     axes.set_xlabel("trial", fontsize=8)
-    handles = [Patch(color=colour, label=label) for colour, label in zip(colours, space.labels, strict=True)]
+    handles = [Patch(color=color, label=label) for color, label in zip(colors, space.labels, strict=True)]
     figure.legend(handles=handles, fontsize=6, frameon=False, loc="outside right upper")
     return figure
 
@@ -135,10 +135,10 @@ def budget_figure(found: Finished) -> Figure:
     limits = {name: limit for name, limit in found.about["limits"].items() if limit}
     for row, (name, limit) in enumerate(limits.items()):
         axes.plot([found.about["original"][name] / limit] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=1)
-        for refused, colour in ((False, COLOURS[0]), (True, COLOURS[3])):
+        for refused, color in ((False, COLOURS[0]), (True, COLOURS[3])):
             own = [one for one in found.records if (one.state == "refused") is refused]
             used = [cost / limit for one in own if (cost := _cost(one, name)) is not None]
-            axes.scatter(used, np.full(len(used), row), s=18, color=colour, alpha=0.6)
+            axes.scatter(used, np.full(len(used), row), s=18, color=color, alpha=0.6)
     axes.axvline(1, color=COLOURS[3], linewidth=0.8)
     axes.set_yticks(range(len(limits)), list(limits), fontsize=8)
     axes.set_ylim(-0.6, max(len(limits), 1) - 0.4)

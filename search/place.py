@@ -8,7 +8,7 @@ from scipy import sparse
 
 from surgeon.errors import ConfigError
 from surgeon.search.problem import FREE, Floats, Ints, Problem
-from surgeon.search.solver import Program, minimise
+from surgeon.search.solver import Program, minimize
 
 GAP = 1e-6  # relative, of an optimum's gain
 
@@ -129,7 +129,7 @@ def nearest(problem: Problem, *, at_least: int = 0) -> dict[str, int]:
     cost = np.concatenate([np.full(n, 1e-9), [1.0]])
     integrality = np.concatenate([np.ones(n), [0]]).astype(np.int64)
     bounds = np.concatenate([np.ones(n), [np.inf]])
-    solved = minimise(cost, integrality, bounds, matrix, np.concatenate([upper, room]))
+    solved = minimize(cost, integrality, bounds, matrix, np.concatenate([upper, room]))
     placement = np.zeros(problem.shape[0], dtype=np.int64)
     if solved is not None:
         chosen = solved[:-1] > 0.5

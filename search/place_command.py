@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def choose(gate: "Gate", gains: "GainTable", count: int, distance: int) -> "list[tuple[Ints, Verdict]]":
-    """The best placements that the gate lets pass, with its verdicts; those it refuses are learnt from and stayed away from."""
+    """The best placements that the gate lets pass, with its verdicts; those it refuses are learned from and stayed away from."""
     from surgeon.search.place import Cut, gain_of, optimum
 
     found: list[tuple[Ints, Verdict]] = []

@@ -105,7 +105,7 @@ def single(space: Space, layer: int, option: int) -> Ints:
 
 
 def probe_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: Progress | None = None) -> GainTable:
-    """A few steps of one layer, as each of its options and as a convolution; normalisation uses its running statistics."""
+    """A few steps of one layer, as each of its options and as a convolution; normalization uses its running statistics."""
     space, values = evaluator.space, _Values(evaluator.space, "probe", config)
     batches = [_Batches(evaluator, config, seed) for seed in _seeds(evaluator, config)]
     todo = entries(space)

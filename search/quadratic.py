@@ -44,7 +44,7 @@ def walk_of(config: FinetuneConfig, samples: int) -> Walk:
     rates = Rates(torch.optim.SGD([group], lr=config.lr), config, plan)
     moves = [rates.set(step)["new"] if "new" in plan.active(step) else 0.0 for step in range(plan.total)]
     adaptive = config.opt not in _LINEAR
-    # Adam's average is normalised: it delays a gradient's step, and does not lengthen it
+    # Adam's average is normalized: it delays a gradient's step, and does not lengthen it
     momentum = 0.0 if adaptive else config.momentum
     return Walk(rates=tuple(moves), momentum=momentum, accumulate=config.accumulate, adaptive=adaptive)
 
@@ -64,8 +64,8 @@ def decrease(gram: Floats, walk: Walk, samples: int) -> float:
     if not np.isfinite(gram).all():
         return float("nan")  # the gain table says so; the eigenvalues of such a matrix are an error
     count = len(gram)
-    centred = gram - gram.mean(axis=0) - gram.mean(axis=1)[:, None] + gram.mean()
-    values, vectors = np.linalg.eigh(centred)
+    centered = gram - gram.mean(axis=0) - gram.mean(axis=1)[:, None] + gram.mean()
+    values, vectors = np.linalg.eigh(centered)
     kept = values > values[-1] * 1e-9
     if not kept.any() or values[-1] <= 0:
         return 0.0

@@ -24,7 +24,7 @@ _TIGHTEN = 1e-9
 
 @dataclass
 class Program:
-    """maximise values @ x over x in {0, 1}ⁿ with fixed rows, and pool rows that are added once a solution breaks them.
+    """maximize values @ x over x in {0, 1}ⁿ with fixed rows, and pool rows that are added once a solution breaks them.
 
     `matrix @ x <= upper` always; `pool @ x <= room` is checked, in whole numbers, on every solution.
     """
@@ -143,7 +143,7 @@ class Program:
         return self._broken(chosen) is None and bool((self.upper >= -1e-6).all())
 
 
-def minimise(cost: Floats, integrality: Ints, upper: Floats, matrix: Any, limit: Floats) -> Floats | None:
+def minimize(cost: Floats, integrality: Ints, upper: Floats, matrix: Any, limit: Floats) -> Floats | None:
     """min cost @ x, 0 <= x <= upper, matrix @ x <= limit; None if there is no such x."""
     solved = _quiet_milp(
         cost,

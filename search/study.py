@@ -269,7 +269,7 @@ class Study(ABC):
 
     @property
     def calibration(self) -> Calibration | None:
-        """What the study learnt about memory; None before it learnt anything."""
+        """What the study learned about memory; None before it learned anything."""
         found = self.study.user_attrs.get(_CALIBRATION)
         return None if found is None else Calibration.from_dict(found)
 

@@ -282,9 +282,9 @@ def _unsavable(value: Tensor) -> str:
     """What makes a tensor one that safetensors cannot hold; empty if it can."""
     made: Any = value
     if is_traceable_wrapper_subclass(made):
-        return f"a {type(made).__name__}, a tensor made of others (quantised or distributed)"
+        return f"a {type(made).__name__}, a tensor made of others (quantized or distributed)"
     if value.is_quantized or value.is_nested or value.layout != torch.strided:
-        return f"quantised, nested or sparse ({value.layout}, {value.dtype})"
+        return f"quantized, nested or sparse ({value.layout}, {value.dtype})"
     return "on the meta device" if value.is_meta else ""
 
 

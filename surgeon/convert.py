@@ -120,7 +120,7 @@ def convert(
 def inspect(
     model: nn.Module, example_inputs: Any = None, *, input_size: Sequence[int] | int | None = None
 ) -> list[ConvSite]:
-    """Every convolution of a model: names, geometry, stage, shapes, cost, neighbours, and what forbids to replace it.
+    """Every convolution of a model: names, geometry, stage, shapes, cost, neighbors, and what forbids to replace it.
 
     The model is not touched. Raises `InputError` if it does not run on the inputs.
     """

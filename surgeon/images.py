@@ -38,7 +38,7 @@ def read_images(
 
 
 def read_image(file: Path, transform: Callable[[Any], Tensor], base: BaseModel, *, option: str) -> Tensor:
-    """One picture (C, H, W) as the model gets it, grey where the model takes one channel; raises `InputError`."""
+    """One picture (C, H, W) as the model gets it, gray where the model takes one channel; raises `InputError`."""
     channels = base.input_size[0] if base.input_size else 3
     try:
         with opened(file) as image:

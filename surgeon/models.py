@@ -215,7 +215,7 @@ def _has_fixed_size(name: str) -> bool:
 def _torchvision_names() -> list[str]:
     from torchvision import models
 
-    # The quantised twins are made of packed integer modules: nothing in them can be replaced.
+    # The quantized twins are made of packed integer modules: nothing in them can be replaced.
     return [name for name in models.list_models() if not name.startswith("quantized_")]
 
 

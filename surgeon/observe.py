@@ -84,7 +84,7 @@ def _first_line(error: Exception) -> str:
 def _run_watched(model: nn.Module, targets: Sequence[str], seen: Observation) -> None:
     if seen.device == "meta":
         if is_lazy(model):
-            raise InputError("uninitialised parameters have no shape on the meta device")
+            raise InputError("uninitialized parameters have no shape on the meta device")
         twin = copy_to_meta(model)
         inputs = seen.inputs.fresh().map(lambda t: t.to("meta"))
     else:

@@ -85,7 +85,7 @@ def _warn(text: str) -> None:
 def opened(path: Path) -> "Iterator[Image.Image]":
     """An image whose header was read. Raises `DataError` for what is none, is cut to 8 bits, or is larger than allowed.
 
-    Pillow reads colours of 16 bits as their upper 8 bits, which makes dark pictures black: so they are refused.
+    Pillow reads colors of 16 bits as their upper 8 bits, which makes dark pictures black: so they are refused.
     """
     from PIL import Image
 

@@ -146,7 +146,7 @@ def static(model: nn.Module, names: Selector | None = None) -> Iterator[nn.Modul
 def revert(model: nn.Module, names: Selector | None = None) -> nn.Module:
     """Put a plain convolution with the static weight in the place of all dynamic layers, or of the named ones.
 
-    Changes the model in place and returns it (another object only if the model itself is a dynamic layer). What a layer learnt
+    Changes the model in place and returns it (another object only if the model itself is a dynamic layer). What a layer learned
     to vary is lost; what it computes with `adaptive` off stays.
 
     Raises `SelectionError` for a name that is no dynamic layer, and `UnsupportedLayerError`, with nothing changed, for a layer
@@ -236,7 +236,7 @@ def _cropped(weight: Tensor, geometry: ConvGeometry) -> Tensor:
 
 @torch.no_grad()
 def convolution_from(geometry: ConvGeometry, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-    """The plain convolution with this weight (C_out, C_in/g, h, w), its window centred where the geometry's kernel is."""
+    """The plain convolution with this weight (C_out, C_in/g, h, w), its window centered where the geometry's kernel is."""
     conv = _empty_convolution(geometry, (weight.shape[2], weight.shape[3]), weight, bias is not None)
     conv.weight.copy_(weight)
     if conv.bias is not None and bias is not None:
@@ -280,7 +280,7 @@ def _empty_convolution(geometry: ConvGeometry, window: Pair, like: Tensor, bias:
 
 
 class PaddedConv2d(nn.Conv2d):
-    """Convolution in the place of one of another geometry: padded as that one, its window centred where that kernel is."""
+    """Convolution in the place of one of another geometry: padded as that one, its window centered where that kernel is."""
 
     def __init__(self, geometry: ConvGeometry, **options: Any) -> None:
         super().__init__(**options)

@@ -20,7 +20,7 @@ from surgeon.layers.source import ConvSource, written_by_call
 from surgeon.observe import Call, Observation, observe
 from surgeon.reads import lost_reads, written_reads
 from surgeon.stages import find_stages, find_units
-from surgeon.trace import Neighbours, trace_neighbours
+from surgeon.trace import Neighbors, trace_neighbors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +90,13 @@ def find_sites(
     """
     names = _conv_names(model)
     seen = observe(model, list(names), example_inputs, input_size)
-    neighbours = _trace(model)
+    neighbors = _trace(model)
     strangers = _shared_parameters(model, names)
     held = outside_references(model, names) | outside_references(model if origin is None else origin, names)
     _add_written_reads(model, names, seen)
     lost = _lost_attributes(model, names)
     drafts = [
-        _site(model, name, aliases, seen, neighbours.get(name), strangers.get(name, ()), lost.get(name, []), held)
+        _site(model, name, aliases, seen, neighbors.get(name), strangers.get(name, ()), lost.get(name, []), held)
         for name, aliases in names.items()
     ]
     return Sites(convs=tuple(_with_stages(model, drafts, seen)), seen=seen)
@@ -145,14 +145,14 @@ def _lost_attributes(model: nn.Module, names: Iterable[str]) -> dict[str, list[s
     }
 
 
-def _trace(model: nn.Module) -> dict[str, Neighbours]:
+def _trace(model: nn.Module) -> dict[str, Neighbors]:
     """What torch.fx tells; nothing if the model has no copy on the meta device. A failure never forbids anything."""
     try:
         twin = copy_to_meta(model)
         for module in twin.modules():
             module.training = False
         with seeded(0):
-            return trace_neighbours(twin)
+            return trace_neighbors(twin)
     except Exception:
         return {}
 
@@ -208,7 +208,7 @@ def _site(
     name: str,
     aliases: tuple[str, ...],
     seen: Observation,
-    neighbours: Neighbours | None,
+    neighbors: Neighbors | None,
     strangers: tuple[str, ...],
     lost: Sequence[str],
     held: Mapping[str, list[str]],
@@ -241,9 +241,9 @@ def _site(
         calls=calls,
         macs=macs_of(conv if isinstance(conv, DynamicConv2d) else geometry, calls, seen.inputs.batch),
         order=seen.started.get(name),
-        traced=neighbours is not None,
-        producer=None if neighbours is None else neighbours.producer,
-        followers=() if neighbours is None else neighbours.followers,
+        traced=neighbors is not None,
+        producer=None if neighbors is None else neighbors.producer,
+        followers=() if neighbors is None else neighbors.followers,
         dynamic=conv.type_name if isinstance(conv, DynamicConv2d) else None,
         reasons=tuple(reasons),
         notes=tuple(notes),
@@ -272,11 +272,11 @@ def _read_geometry(conv: Any) -> tuple[ConvGeometry | None, list[str]]:
     if isinstance(conv, DynamicConv2d):
         return conv.geometry, [f"it is already a dynamic layer ({conv.type_name})"]
     if _is_quantized(conv):
-        return None, ["it is quantised"]
+        return None, ["it is quantized"]
     if not isinstance(conv, nn.Conv2d):
         return None, [f"it is a {type(conv).__name__}: only 2-D convolutions are replaced"]
     if is_lazy(conv):
-        return None, ["its parameters are not initialised yet: run the model once first"]
+        return None, ["its parameters are not initialized yet: run the model once first"]
     if not conv.weight.is_floating_point():
         return None, [f"its weight is {str(conv.weight.dtype).removeprefix('torch.')}, not floating point"]
     reasons = [
@@ -317,7 +317,7 @@ def _notes(conv: nn.Module, *, called: bool, calls: int) -> list[str]:
     if calls > 1:
         notes.append(f"called {calls} times in one forward pass")
     if parametrize.is_parametrized(conv):
-        notes.append("parametrised: the new layer starts from the effective weight and is not parametrised")
+        notes.append("parametrized: the new layer starts from the effective weight and is not parametrized")
     if any(getattr(conv, hooks, None) for hooks in _HOOKS):
         notes.append("its forward and backward hooks move to the new layer")
     if any(getattr(conv, hooks, None) for hooks in _STATE_HOOKS) and not isinstance(conv, DynamicConv2d):

@@ -1,4 +1,4 @@
-"""Plain-text tables that read well at 80 columns and in a pipe: ASCII only, no colours, nothing cut without a mark."""
+"""Plain-text tables that read well at 80 columns and in a pipe: ASCII only, no colors, nothing cut without a mark."""
 
 import textwrap
 from collections.abc import Sequence

@@ -22,20 +22,20 @@ _DEPTH = 4  # how many operations behind a convolution are told
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neighbours:
+class Neighbors:
     """Where a convolution stands in the graph: what feeds it, and the operations after it until they fan out."""
 
     producer: str
     followers: tuple[str, ...]
 
 
-def trace_neighbours(model: nn.Module) -> dict[str, Neighbours]:
-    """Neighbours of every convolution and dynamic layer that torch.fx can see, by first name.
+def trace_neighbors(model: nn.Module) -> dict[str, Neighbors]:
+    """Neighbors of every convolution and dynamic layer that torch.fx can see, by first name.
 
     What cannot be traced is missing. The model may be on the meta device, and should be a copy: untraceable modules may keep
     proxies in their attributes.
     """
-    found: dict[str, Neighbours] = {}
+    found: dict[str, Neighbors] = {}
     first_name = {id(module): name for name, module in model.named_modules()}
     pending = [("", model)]
     while pending:
@@ -132,14 +132,14 @@ def _holds_conv(module: nn.Module) -> bool:
 # --- reading the graph --------------------------------------------------------------------------------------------
 
 
-def _collect(graph: fx.Graph, root: nn.Module, first_name: dict[int, str], found: dict[str, Neighbours]) -> None:
+def _collect(graph: fx.Graph, root: nn.Module, first_name: dict[int, str], found: dict[str, Neighbors]) -> None:
     for node in graph.nodes:
         if node.op != "call_module":
             continue
         module = root.get_submodule(str(node.target))
         if isinstance(module, _ConvNd | DynamicConv2d):
-            neighbours = Neighbours(producer=_producer(node, root), followers=_followers(node, root))
-            found.setdefault(first_name[id(module)], neighbours)
+            neighbors = Neighbors(producer=_producer(node, root), followers=_followers(node, root))
+            found.setdefault(first_name[id(module)], neighbors)
 
 
 def _producer(node: fx.Node, root: nn.Module) -> str:

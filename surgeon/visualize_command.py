@@ -133,7 +133,7 @@ def _sensed(
 
 
 def _photo(picture: "Tensor", transform: Any) -> Any:
-    """The picture before normalisation."""
+    """The picture before normalization."""
     import torch
 
     for step in getattr(transform, "transforms", ()):

@@ -81,8 +81,8 @@ class TinyRegression(Task):
         return Image.fromarray(pixels)
 
 
-class Colours(TaskDataset):
-    """Images whose mean colour is their class."""
+class Colors(TaskDataset):
+    """Images whose mean color is their class."""
 
     def __init__(self, count: int, seed: int, noise: float) -> None:
         self.count, self.seed, self.noise = count, seed, noise
@@ -98,14 +98,14 @@ class Colours(TaskDataset):
 
 
 class TinyClassification(TinyRegression):
-    """Which colour? Mixup of each batch with itself reversed, by a weight that the batch's generator draws."""
+    """Which color? Mixup of each batch with itself reversed, by a weight that the batch's generator draws."""
 
     name: ClassVar[str] = "tiny-classification"
     primary: ClassVar[str] = "top1"
     higher_is_better: ClassVar[bool] = True
 
     def dataset(self, split: Split) -> TaskDataset:
-        return Colours(self.config.samples if split == "train" else 9, self.seed, self.config.noise)
+        return Colors(self.config.samples if split == "train" else 9, self.seed, self.config.noise)
 
     def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
         weight = 0.8 + 0.2 * torch.rand((), generator=generator)

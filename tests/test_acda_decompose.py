@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.layers.bases import basis_elements, centred, fitting_elements
+from surgeon.layers.bases import basis_elements, centered, fitting_elements
 from surgeon.layers.decompose import decompose, expand_in_basis, output_error, truncate_for_inputs
 from surgeon.layers.source import ConvSource
 
@@ -38,7 +38,7 @@ def test_truncation_is_the_best_in_weights() -> None:
 
 
 def smooth_inputs(channels: int, seed: int) -> Tensor:
-    """Images with correlated neighbours and channels, as feature maps have."""
+    """Images with correlated neighbors and channels, as feature maps have."""
     generator = torch.Generator().manual_seed(seed)
     x = F.avg_pool2d(torch.randn(6, channels, 20, 20, generator=generator), 3, 1, 1)
     return torch.relu(x + 0.1 * torch.randn(6, channels, 20, 20, generator=generator))
@@ -88,7 +88,7 @@ def test_output_error_is_relative() -> None:
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (4, 4), (1, 1), (1, 5)])
 def test_atoms_are_exact_in_the_basis_and_its_extra_elements(kernel: tuple[int, int]) -> None:
-    psi = centred(basis_elements(kernel, 3, 6)[: fitting_elements(kernel, 3, 6)], kernel)
+    psi = centered(basis_elements(kernel, 3, 6)[: fitting_elements(kernel, 3, 6)], kernel)
     atoms = torch.linalg.qr(torch.randn(kernel[0] * kernel[1], kernel[0] * kernel[1], dtype=torch.float64)).Q
     atoms = atoms[:6].view(-1, *kernel)
     extra, alpha = expand_in_basis(atoms, psi)
@@ -101,7 +101,7 @@ def test_atoms_are_exact_in_the_basis_and_its_extra_elements(kernel: tuple[int, 
 
 
 def test_a_limit_keeps_the_extra_elements_that_carry_most() -> None:
-    psi = centred(basis_elements((3, 3), 3, 6)[:6], (3, 3))
+    psi = centered(basis_elements((3, 3), 3, 6)[:6], (3, 3))
     atoms = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64)).Q[:6].view(-1, 3, 3)
     errors = []
     for limit in range(4):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.special import jn_zeros, jv
 
-from surgeon.layers.bases import basis_elements, centred, fitting_elements, fourier_bessel, scale_boxes, window_size
+from surgeon.layers.bases import basis_elements, centered, fitting_elements, fourier_bessel, scale_boxes, window_size
 
 KERNELS = [(3, 3), (5, 5), (7, 7), (11, 11), (2, 2), (4, 4), (1, 5), (3, 1), (1, 1), (3, 4), (3, 5), (1, 2)]
 
@@ -75,7 +75,7 @@ def test_the_basis_is_centred_in_its_window(kernel: tuple[int, int]) -> None:
     psi = basis_elements(kernel, 3, 6)
     assert tuple(psi.shape[1:]) == window_size(kernel, 3)
     assert torch.equal(psi, basis_elements(kernel, 3, 6))
-    # Fourier-Bessel elements are even or odd about the centre.
+    # Fourier-Bessel elements are even or odd about the center.
     turned = psi.flip(1, 2)
     assert all(torch.allclose(a, b) or torch.allclose(a, -b) for a, b in zip(psi, turned, strict=True))
 
@@ -83,6 +83,6 @@ def test_the_basis_is_centred_in_its_window(kernel: tuple[int, int]) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_fitting_elements_vanish_outside_the_kernel(kernel: tuple[int, int]) -> None:
     psi, count = basis_elements(kernel, 3, 6), fitting_elements(kernel, 3, 6)
-    inside = centred(centred(psi, kernel), window_size(kernel, 3))
+    inside = centered(centered(psi, kernel), window_size(kernel, 3))
     assert torch.equal(inside[:count], psi[:count])
     assert all(not torch.equal(a, b) for a, b in zip(inside[count:], psi[count:], strict=True))

@@ -75,7 +75,7 @@ def test_luma_and_low_resolution() -> None:
 
 
 def test_even_choice_of_images() -> None:
-    images = _data.Labelled(torch.zeros(10, 3, 1, 1), torch.arange(10))
+    images = _data.Labeled(torch.zeros(10, 3, 1, 1), torch.arange(10))
     assert images.every(4).y.tolist() == [0, 3, 6, 9]
     assert images.every(None).y.tolist() == list(range(10))
 

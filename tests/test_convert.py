@@ -226,7 +226,7 @@ def test_hooks_move_and_their_handles_go_on_working() -> None:
     assert "hooks move" in report.replaced[0].notes[0]
 
 
-def test_parametrised_and_same_padded_convolutions() -> None:
+def test_parametrized_and_same_padded_convolutions() -> None:
     model = nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3, padding="same", padding_mode="reflect")),
         nn.Conv2d(4, 4, (2, 3), padding="same"),
@@ -429,10 +429,10 @@ def test_revert_takes_names_and_knows_same_padding() -> None:
         surgeon.revert(converted)
 
 
-def test_a_reverted_standardised_convolution_is_in_the_recipe() -> None:
+def test_a_reverted_standardized_convolution_is_in_the_recipe() -> None:
     model = nn.Sequential(timm.layers.StdConv2d(3, 4, 3))
     converted, _ = fakes(model)
-    recipe = get_recipe(surgeon.revert(converted))  # the base model alone would standardise the weight again
+    recipe = get_recipe(surgeon.revert(converted))  # the base model alone would standardize the weight again
     assert recipe is not None
     assert recipe.rules == (Rule(layers="0", type="conv", options={"window": [3, 3]}),)
     assert torch.allclose(evaluated(converted), evaluated(model), atol=1e-6)

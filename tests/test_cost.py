@@ -197,7 +197,7 @@ def test_segments_of_the_allocator() -> None:
     assert allocator.reserved == 34 * MIB
     allocator.release(3)
     allocator.release(2)
-    allocator.allocate(5, 19 * MIB)  # its neighbours have merged; what is left is too small to be split off
+    allocator.allocate(5, 19 * MIB)  # its neighbors have merged; what is left is too small to be split off
     assert allocator.reserved == 34 * MIB
     assert allocator.allocated == 512 + 20 * MIB + 12 * MIB
 

@@ -174,7 +174,7 @@ def test_distillation_pulls_to_the_original() -> None:
         finetune(converted("acda"), regression(), with_(distill=1.0))
 
 
-def test_the_regulariser_is_in_the_loss() -> None:
+def test_the_regularizer_is_in_the_loss() -> None:
     def similarity(weight: float) -> float:
         model = converted("pafu", **PAFUConfig.paper)
         model = finetune(model, regression(), with_(regularization=weight, epochs=10, keep="last")).model

@@ -20,7 +20,7 @@ from tests.finetune_tasks import TinyRegression, classification, converted, make
 
 
 class Worse(TinyRegression):
-    """Its metric gets worse from the third evaluation on, whatever is learnt."""
+    """Its metric gets worse from the third evaluation on, whatever is learned."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -12,10 +12,10 @@ from torch import nn
 from benchmarks import _data, finetune_defaults
 
 
-def _images(path: Path) -> _data.Labelled:
+def _images(path: Path) -> _data.Labeled:
     generator = torch.Generator().manual_seed(3)
     x = torch.randint(0, 256, (12, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return _data.Labelled(x, torch.arange(12) % 10)
+    return _data.Labeled(x, torch.arange(12) % 10)
 
 
 def _network(folder: Path) -> nn.Module:

@@ -15,7 +15,7 @@ from surgeon.rewrite import dynamic_layers
 pytestmark = pytest.mark.slow
 
 MODELS: dict[str, int] = {  # convolutions in it
-    "resnetv2_50x1_bit": 54,  # 53 weight-standardised
+    "resnetv2_50x1_bit": 54,  # 53 weight-standardized
     "dm_nfnet_f0": 81,
     "hrnet_w18_small": 91,
     "densenet121": 120,

@@ -34,7 +34,7 @@ def test_versions_agree() -> None:
     assert re.search(rf"^## {re.escape(surgeon.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
-def test_the_licence_is_apache() -> None:
+def test_the_license_is_apache() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert project()["license"] == "Apache-2.0"
     assert "Apache License" in text.splitlines()[0] + text.splitlines()[1]

@@ -1,4 +1,4 @@
-"""The PAFU layer: its group of kernels, its selector, its regulariser. What all layers share is in test_layer_contract.py."""
+"""The PAFU layer: its group of kernels, its selector, its regularizer. What all layers share is in test_layer_contract.py."""
 
 import math
 from typing import Any
@@ -151,7 +151,7 @@ def test_the_static_weight_is_the_kernel_that_the_bias_prefers() -> None:
     [{}, {"kernel_size": (2, 3)}, {"kernel_size": 5, "padding": 0, "stride": 2}, {"padding_mode": "circular"}],
 )
 def test_further_supports(supports: tuple[int, ...], changes: dict[str, Any]) -> None:
-    """Birth stays exact, every kernel is centred where the replaced one was, and gradients stay inside of each support."""
+    """Birth stays exact, every kernel is centered where the replaced one was, and gradients stay inside of each support."""
     conv = plain_conv(**changes)
     layer = make(conv, supports=supports).eval()
     x = torch.randn(2, 6, 13, 12)
@@ -187,7 +187,7 @@ def test_a_larger_support_is_aligned_with_the_replaced_kernel() -> None:
     assert relative_error(layer(x), conv(x)) <= 1e-5
 
 
-def test_the_regulariser_by_hand() -> None:
+def test_the_regularizer_by_hand() -> None:
     """Two kernels at an angle of 60°: W_f W_fᵀ − I has 0.5 in two places, so that the loss is 0.5; orthogonal ones cost nothing."""
     layer = make(plain_conv(in_channels=2, out_channels=1, kernel_size=1, padding=0), group_size=2)
     for other, expected in (([3 * 0.5, 3 * math.sqrt(0.75)], 0.5), ([0.0, -2.0], 0.0), ([5.0, 0.0], 2.0)):
@@ -198,7 +198,7 @@ def test_the_regulariser_by_hand() -> None:
 
 
 def test_a_small_kernel_is_padded_before_it_is_compared() -> None:
-    """A 1×1 kernel against a 3×3 one: only the centre counts in the product, everything in the norm (§3.5)."""
+    """A 1×1 kernel against a 3×3 one: only the center counts in the product, everything in the norm (§3.5)."""
     layer = make(plain_conv(in_channels=1, out_channels=1, kernel_size=1, padding=0), group_size=2, supports=(3,))
     with torch.no_grad():
         layer.kernel.fill_(-2.0)
@@ -206,7 +206,7 @@ def test_a_small_kernel_is_padded_before_it_is_compared() -> None:
     assert layer.regularization().item() == pytest.approx(2 * (1 / 3) ** 2)
 
 
-def test_the_regulariser_keeps_no_copy_of_the_kernels_and_takes_a_zero_kernel() -> None:
+def test_the_regularizer_keeps_no_copy_of_the_kernels_and_takes_a_zero_kernel() -> None:
     layer = make(group_size=4)
     kept: set[tuple[int, int]] = set()
 
@@ -229,7 +229,7 @@ def test_the_regulariser_keeps_no_copy_of_the_kernels_and_takes_a_zero_kernel() 
     assert sum(size for at, size in kept if at not in own) < 2 * kernels[0].nbytes
 
 
-def test_identical_kernels_are_a_stationary_point_of_the_regulariser() -> None:
+def test_identical_kernels_are_a_stationary_point_of_the_regularizer() -> None:
     layer = make().double()
     slopes = []
     for _ in range(2):
@@ -243,7 +243,7 @@ def test_identical_kernels_are_a_stationary_point_of_the_regulariser() -> None:
     assert slopes[1] < 1e-12
 
 
-def test_a_model_is_regularised_by_the_average_of_its_units() -> None:
+def test_a_model_is_regularized_by_the_average_of_its_units() -> None:
     model = nn.Sequential(make(), nn.ReLU(), make(plain_conv(in_channels=8), group_size=2), plain_conv(in_channels=8))
     first, second = (unit.regularization() for unit in model if isinstance(unit, PAFUConv2d))
     total = regularization(model)

@@ -117,9 +117,9 @@ def _network(folder: Path, name: str = "") -> nn.Module:
     return Tiny().eval()
 
 
-def _images(path: Path) -> _data.Labelled:
+def _images(path: Path) -> _data.Labeled:
     x = torch.randint(0, 256, (24, 3, 32, 32), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-    return _data.Labelled(x, torch.arange(24) % 10)
+    return _data.Labeled(x, torch.arange(24) % 10)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Budgets as people write them, the gate before every training, and what is learnt from a run that did not fit."""
+"""Budgets as people write them, the gate before every training, and what is learned from a run that did not fit."""
 
 from typing import Any
 
@@ -116,8 +116,8 @@ def test_a_whole_trace_can_refuse_what_the_table_lets_pass(model: Any) -> None:
     assert "by a whole trace" in verdict.reasons[0]
     assert verdict.traced["needed"] > (found.budgets.memory_limit(found.original, found.calibration) or 0)
     before = found.problem.limit("memory") or 0
-    learnt = found.refused(verdict)
-    assert 0 < learnt.reserve <= verdict.traced["reserve"]
+    learned = found.refused(verdict)
+    assert 0 < learned.reserve <= verdict.traced["reserve"]
     assert (found.problem.limit("memory") or 0) < before
     for _ in range(20):
         found.refused(verdict)

@@ -322,13 +322,13 @@ def test_the_posterior_learns_the_gains_it_is_shown() -> None:
     rng = np.random.default_rng(0)
     shown = [np.array([rng.choice(np.flatnonzero(row)) for row in space.allowed]) for _ in range(80)]
     posterior = Posterior(space, table, shown, [gain_of(true, p) for p in shown])
-    learnt = posterior.draw(np.random.default_rng(1), 0.0)
+    learned = posterior.draw(np.random.default_rng(1), 0.0)
     inside = space.allowed.copy()
     inside[:, 0] = False
     before = np.corrcoef(table.gain[inside], true[inside])[0, 1]
-    after = np.corrcoef(learnt[inside], true[inside])[0, 1]
+    after = np.corrcoef(learned[inside], true[inside])[0, 1]
     assert after > 0.95 > before
-    assert (learnt[:, 0] == 0).all()
+    assert (learned[:, 0] == 0).all()
     few = Posterior(space, table, shown[:3], [gain_of(true, p) for p in shown[:3]])
     spread = [
         np.std([p.draw(np.random.default_rng(k))[inside] for k in range(20)], axis=0).mean() for p in (few, posterior)

@@ -286,14 +286,14 @@ def test_the_gate_stands_before_every_evaluation_and_learns(tmp_path: Path) -> N
     for one in records:
         if "traced" in one.attributes:
             assert one.attributes["traced"]["flops"] <= 1.6 * gate.original.flops
-    learnt = search.file.calibration
-    assert learnt is not None
-    assert len(learnt.events) == len(short) == sum(peak > evaluator.needed for peak in evaluator.asked)
+    learned = search.file.calibration
+    assert learned is not None
+    assert len(learned.events) == len(short) == sum(peak > evaluator.needed for peak in evaluator.asked)
     failed = [peak for peak in evaluator.asked if peak > evaluator.needed]
     assert all(later < earlier for earlier, later in itertools.pairwise(failed))  # as much was never asked for again
     again, fresh, _ = begin(True)
     again.run()
-    assert fresh.calibration.memory == (again.file.calibration or learnt).memory
+    assert fresh.calibration.memory == (again.file.calibration or learned).memory
     assert fresh.calibration.memory is not None
     with pytest.raises(OtherStudyError, match=r"budgets\.flops\.text"):
         begin(True, "+70%")

@@ -177,7 +177,7 @@ def failing(error: BaseException, number: int) -> Callable[[Run], None]:
     return call
 
 
-def test_out_of_memory_is_learnt_from_and_the_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_learned_from_and_the_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     search = search_of(tmp_path, evaluator_of())
     assert search.gate is not None
     search.open()

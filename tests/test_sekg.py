@@ -155,7 +155,7 @@ class TestLearning:
         assert kernels.shape == (1, 12 * 9, 5, 5)
         assert bool((kernels.std(dim=(2, 3)) > 0).all())
 
-    def test_adaptive_off_ignores_what_the_generator_learnt(self) -> None:
+    def test_adaptive_off_ignores_what_the_generator_learned(self) -> None:
         for kind in KINDS:
             conv, layer = make(**kind)
             with torch.no_grad():
@@ -259,7 +259,7 @@ class TestStaticWeight:
         torch.testing.assert_close(composed[..., 5:-5, 5:-5], layer(x)[..., 5:-5, 5:-5])
         assert not torch.allclose(composed, layer(x))
 
-    def test_is_exact_where_only_the_centre_was_scaled(self) -> None:
+    def test_is_exact_where_only_the_center_was_scaled(self) -> None:
         layer = self.trained(padding=1)
         with torch.no_grad():
             layer.dconv.static[..., 0] = layer.dconv.static[..., 2] = 0

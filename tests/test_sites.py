@@ -1,4 +1,4 @@
-"""What is observed of a model: every convolution, calls, stages, neighbours, and what forbids a replacement."""
+"""What is observed of a model: every convolution, calls, stages, neighbors, and what forbids a replacement."""
 
 import warnings
 
@@ -159,9 +159,9 @@ def test_modules_that_cannot_be_read_are_refused() -> None:
     sites = by_name(model, torch.randn(1, 3, 8, 8))
     assert "not one conv2d" in sites["0"].reasons[0]
     assert "old-style weight_norm" in sites["1"].reasons[0]
-    assert "not initialised" in sites["2"].reasons[0]
+    assert "not initialized" in sites["2"].reasons[0]
     assert sites["3"].reasons == ()
-    assert "parametrised" in sites["3"].notes[0]
+    assert "parametrized" in sites["3"].notes[0]
     assert sites["4"].reasons == ()
     assert "hooks move" in sites["4"].notes[0]
 

@@ -140,8 +140,8 @@ def test_options_come_before_the_model(folders: Path) -> None:
     task.bind(timm.create_model("resnet10t", num_classes=3))
     form = task.format()
     assert (form.size, form.mean, form.std) == ((3, 48, 40), (0.1, 0.2, 0.3), (1, 2, 4))
-    grey = task_of(folders, input_size=(1, 32, 32))
-    assert grey.dataset("val")[0]["input"].shape == (1, 32, 32)
+    gray = task_of(folders, input_size=(1, 32, 32))
+    assert gray.dataset("val")[0]["input"].shape == (1, 32, 32)
     for options in ({"input_size": (4, 32, 32)}, {"mean": (0.5,)}, {"std": (0, 1, 1)}):
         with pytest.raises(ConfigError):
             task_of(folders, **options).dataset("val")

@@ -215,8 +215,8 @@ def test_the_model_says_channels_and_stride(tmp_path: Path) -> None:
     model = zoo.create("mcnn")
     task.bind(model)
     sample = task.dataset("val")[0]
-    grey = torch.tensor(np.asarray(Image.open(tmp_path / "val/0.jpg").convert("L"), dtype=np.float32))
-    assert torch.allclose(sample["input"][0], (grey - 127.5) / 128, atol=1e-5)
+    gray = torch.tensor(np.asarray(Image.open(tmp_path / "val/0.jpg").convert("L"), dtype=np.float32))
+    assert torch.allclose(sample["input"][0], (gray - 127.5) / 128, atol=1e-5)
     assert sample["target"].shape == (1, 18, 18)
     assert task.predict(model, task.collate([sample])).shape == (1, 1, 18, 18)
     other = create_task("crowd-counting", **options)

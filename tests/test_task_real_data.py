@@ -36,14 +36,14 @@ def training_loss(task: Task, model: nn.Module) -> torch.Tensor:
     return task.loss(task.forward(model.train(), batch), batch)
 
 
-def test_grey_and_colour_denoising(data: Path) -> None:
+def test_gray_and_color_denoising(data: Path) -> None:
     folder = data / "denoise"
-    grey = create_task("denoising", train=folder / "Train400_gray", val=folder / "Kodak24", val_limit=1)
+    gray = create_task("denoising", train=folder / "Train400_gray", val=folder / "Kodak24", val_limit=1)
     model = trained(data, "dncnn", "DnCNN-S-25.pth")
-    assert 31 < scores(grey, model)["psnr"] < 34
-    assert training_loss(grey, model).item() < 0.04
-    colour = create_task("denoising", train=folder / "BSDS500train_color", val=folder / "CBSD68", val_limit=1)
-    assert scores(colour, trained(data, "dncnn_color", "CDnCNN-S-25_color.pth"))["psnr"] > 28
+    assert 31 < scores(gray, model)["psnr"] < 34
+    assert training_loss(gray, model).item() < 0.04
+    color = create_task("denoising", train=folder / "BSDS500train_color", val=folder / "CBSD68", val_limit=1)
+    assert scores(color, trained(data, "dncnn_color", "CDnCNN-S-25_color.pth"))["psnr"] > 28
 
 
 def test_real_pairs(data: Path) -> None:

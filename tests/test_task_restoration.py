@@ -71,7 +71,7 @@ def test_a_model_of_the_noise_is_judged_by_the_image(folders: Path) -> None:
     assert metrics[0]["psnr"].compute() == metrics[1]["psnr"].compute()
 
 
-def test_zoo_denoisers_fit_and_choose_grey_or_colour(folders: Path) -> None:
+def test_zoo_denoisers_fit_and_choose_gray_or_color(folders: Path) -> None:
     for name, channels in (("dncnn", 1), ("dncnn_color", 3)):
         task = create_task("denoising", data=folders, patch=16)
         model = zoo.create(name, depth=3)
@@ -320,9 +320,9 @@ def test_the_mosaic_of_a_known_image(pattern: str) -> None:
     mosaic = image * bayer_mask(pattern, 4, 6)
     for y in range(4):
         for x in range(6):
-            colour = "RGB".index(pattern[2 * (y % 2) + x % 2])
+            color = "RGB".index(pattern[2 * (y % 2) + x % 2])
             expected = torch.zeros(3)
-            expected[colour] = image[colour, y, x]
+            expected[color] = image[color, y, x]
             assert torch.equal(mosaic[:, y, x], expected)
     single = arranged(mosaic, "mosaic1")
     packed = arranged(mosaic, "packed4")

@@ -325,10 +325,10 @@ def test_a_sheet_holds_its_pictures_in_rows() -> None:
     red = Image.new("RGB", (10, 5), (255, 0, 0))
     blue = Image.new("RGB", (600, 300), (0, 0, 255))
     out = sheet([[red, blue], [blue]], ("a", "b"), [["x", "y"], ["z"]], side=100)
-    colours = {colour for _, colour in out.getcolors(out.width * out.height)}
-    assert {(255, 0, 0), (0, 0, 255), (255, 255, 255)} <= colours
+    colors = {color for _, color in out.getcolors(out.width * out.height)}
+    assert {(255, 0, 0), (0, 0, 255), (255, 255, 255)} <= colors
     assert out.width >= 200
-    count = {colour: n for n, colour in out.getcolors(out.width * out.height)}
+    count = {color: n for n, color in out.getcolors(out.width * out.height)}
     assert count[255, 0, 0] == 100 * 50
     assert count[0, 0, 255] == 2 * 100 * 50
 
@@ -338,7 +338,7 @@ def test_maps_and_labels_as_pictures() -> None:
     assert heat(torch.tensor([[0.0, 3.0]])).getpixel((1, 0)) == (255, 255, 255)
     assert heat(torch.zeros(2, 2)).getpixel((0, 0)) == (0, 0, 0)
     labels = labels_image(torch.tensor([[0, 1, 2, 7]]), ignore=7)
-    colours = [labels.getpixel((x, 0)) for x in range(4)]
-    assert len(set(colours)) == 4
-    assert colours[3] == (255, 255, 255)
+    colors = [labels.getpixel((x, 0)) for x in range(4)]
+    assert len(set(colors)) == 4
+    assert colors[3] == (255, 255, 255)
     assert to_image(torch.full((1, 2, 2), float("nan"))).getpixel((0, 0)) == (0, 0, 0)

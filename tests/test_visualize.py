@@ -229,7 +229,7 @@ def test_every_picture_can_be_drawn(kind: str, names: list[str], size: tuple[int
             assert values.std() > 5  # not an empty sheet
 
 
-def test_a_selection_mask_has_the_colours_of_the_selection() -> None:
+def test_a_selection_mask_has_the_colors_of_the_selection() -> None:
     from matplotlib.colors import to_rgb
 
     from surgeon.visualize.pictures import PALETTE
@@ -332,7 +332,7 @@ def test_text_and_input_size(capsys: pytest.CaptureFixture[str], kind: str) -> N
     assert main([*given, "--force"]) == 0
 
 
-def test_a_grey_model_gets_grey_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gray_model_gets_gray_pictures(capsys: pytest.CaptureFixture[str]) -> None:
     saved("pafu")
     given = [
         "convert",
@@ -346,9 +346,9 @@ def test_a_grey_model_gets_grey_pictures(capsys: pytest.CaptureFixture[str]) -> 
         "--input-size",
         "32",
     ]
-    assert main([*given, "-o", "grey", "--json", "--quiet"]) == 0
+    assert main([*given, "-o", "gray", "--json", "--quiet"]) == 0
     capsys.readouterr()
-    assert main(["visualize", "grey", "a.png", "-o", "out", "--json", "--quiet"]) == 0
+    assert main(["visualize", "gray", "a.png", "-o", "out", "--json", "--quiet"]) == 0
     assert [layer["type"] for layer in json.loads(capsys.readouterr().out)["images"][0]["layers"]] == ["sekg"]
 
 

@@ -236,7 +236,7 @@ def test_self_ensemble_turns_everything_back() -> None:
 
 
 def test_iterative_demosaicking_keeps_a_flat_image() -> None:
-    """A grey plane needs no denoising: with a silent denoiser the measured and the interpolated values are all the same."""
+    """A gray plane needs no denoising: with a silent denoiser the measured and the interpolated values are all the same."""
     net = zoo.create("iterative_demosaic", steps=3, depth=1, width=8, pattern="GRBG").eval()
     nn.init.zeros_(net.denoiser.exit.weight)
     nn.init.zeros_(net.denoiser.exit.bias)

@@ -132,7 +132,7 @@ def start_at_zero(conv: nn.Conv2d) -> None:
 
 @torch.no_grad()
 def identity_filters(conv: nn.Conv2d, kernel_size: int) -> None:
-    """Let the convolution that predicts filters start with the identity at every pixel: weight zero, bias 1 at the centre."""
+    """Let the convolution that predicts filters start with the identity at every pixel: weight zero, bias 1 at the center."""
     assert conv.bias is not None
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)

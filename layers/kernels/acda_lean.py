@@ -7,7 +7,7 @@ exist for one chunk of rows at a time, in buffers that are used again; the coeff
 Dilation splits the columns into residue classes (`Phase`), each of which is a convolution without dilation.
 
 Backward saves only the inputs and goes through the same chunks. The gradient of D takes the unfolded rows channel by channel,
-(C, columns, l_h). The gradient of x is gathered instead of scattered: a padded column sees l_w neighbouring pixels, which
+(C, columns, l_h). The gradient of x is gathered instead of scattered: a padded column sees l_w neighboring pixels, which
 are again one contiguous run of the gradient of Z, so that it, too, is an overlapping `bmm`.
 
 Half precision is computed in float32 and rounded at the end.
@@ -28,7 +28,7 @@ CHUNK_BYTES_ELSEWHERE = 24 << 20
 class Phase:
     """Output columns first, first + every, …: `count` of them, whose taps read padded columns start, start + dilation, ….
 
-    Among those columns the taps of neighbouring pixels lie `step` apart; `width` columns are read.
+    Among those columns the taps of neighboring pixels lie `step` apart; `width` columns are read.
     """
 
     first: int

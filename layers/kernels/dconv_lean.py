@@ -127,7 +127,7 @@ class LayerInputs:
         return Plan.make(self.x, channels, kernel, (self.stride, self.padding, self.dilation), out_size)
 
     def static_conv2d(self) -> Tensor:
-        """What the static kernels give; uninitialised where they are added to the generated ones."""
+        """What the static kernels give; uninitialized where they are added to the generated ones."""
         x = self.x
         if not self.one_kernel_an_output:
             return F.conv2d(x, self.static, self.bias, self.stride, self.padding, self.dilation, x.shape[1])

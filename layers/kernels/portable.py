@@ -82,7 +82,7 @@ def dconv_layer_portable(
     y = F.conv2d(x, static, bias, tuple(stride), tuple(padding), tuple(dilation), channels)
     if split[3] == 1:
         return y + generated
-    # The generated part is the same for the S neighbouring output channels of a kernel.
+    # The generated part is the same for the S neighboring output channels of a kernel.
     size = y.shape[-2:]
     return (y.view(y.shape[0], -1, split[3], *size) + generated[:, :, None]).view(y.shape)
 

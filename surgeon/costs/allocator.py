@@ -2,7 +2,7 @@
 
 Constants and policy of `c10/cuda/CUDACachingAllocator.cpp`, default settings: sizes are rounded to 512 bytes; requests up to
 1 MiB are cut from 2 MiB segments, below 10 MiB from 20 MiB segments, larger ones get their own segment, rounded to 2 MiB; best
-fit; freed neighbours merge; segments are kept.
+fit; freed neighbors merge; segments are kept.
 """
 
 from bisect import bisect_left, insort
@@ -30,7 +30,7 @@ def segment_size(nbytes: int) -> int:
 
 @dataclass(eq=False)
 class _Block:
-    start: int  # address; segments lie apart, so that only blocks of one segment are neighbours
+    start: int  # address; segments lie apart, so that only blocks of one segment are neighbors
     size: int
     free: bool
     segment: list[int]  # [bytes, blocks in use], shared by the blocks of one segment

@@ -1,7 +1,7 @@
 """FLOPs of single operators from their shapes: 1 MAC = 2 FLOPs.
 
 What counts are the multiply-accumulates of matrix products, convolutions, sampling and multiply-then-sum. By convention (that of
-fvcore, ptflops and the papers) biases, normalisations, activations, pooling, interpolation and elementwise arithmetic count
+fvcore, ptflops and the papers) biases, normalizations, activations, pooling, interpolation and elementwise arithmetic count
 zero. An operator that is in neither group is *unknown*: it is listed, never silently zero.
 """
 

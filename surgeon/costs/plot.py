@@ -136,8 +136,8 @@ def _bars(canvas: _Canvas, rows: list[tuple[str, float, float]], top: int) -> No
     for i, (name, saved, flops) in enumerate(rows):
         y = top + 24 * (i + 1)
         canvas.text(LEFT + name_width - 10, y + 9, shorten(name, 28), anchor="rm")
-        for row, (value, colour) in enumerate(((saved, COLOURS["saved activations"]), (flops, COLOURS["weights"]))):
-            canvas.box(LEFT + name_width, y + 9 * row, room * value / longest, 8, colour)
+        for row, (value, color) in enumerate(((saved, COLOURS["saved activations"]), (flops, COLOURS["weights"]))):
+            canvas.box(LEFT + name_width, y + 9 * row, room * value / longest, 8, color)
             canvas.text(
                 LEFT + name_width + room * value / longest + 5, y + 9 * row + 4, f"{value:.1%}", size=10, anchor="lm"
             )

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from surgeon.layers import ACDAConv2d, PAFUConv2d, SEKGConv2d
-from surgeon.layers.bases import basis_elements, centred, fourier_bessel, scale_boxes
+from surgeon.layers.bases import basis_elements, centered, fourier_bessel, scale_boxes
 from surgeon.visualize.capture import Seen, channel_rms
 from surgeon.visualize.measures import FROM_WEIGHTS, alpha_by_scale, kernel_energy, numbers
 from surgeon.visualize.sheet import SIDE, SIGNED, Panel, draw, figure_of, sheet, side_of
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, then more of the kind.
+# Okabe and Ito's colors, which the color-blind can tell apart, then more of the kind.
 PALETTE = (
     *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#555555"),
     *("#7b3294", "#a6761d", "#1b9e77", "#e7298a", "#66a61e", "#b2182b", "#2166ac", "#bbbbbb"),
@@ -50,7 +50,7 @@ def selection(seen: Seen, photo: NDArray[Any]) -> Figure:
     assert seen.code is not None
     n = len(seen.code)
     shares = numbers(seen)["shares"]
-    colours = [PALETTE[i % len(PALETTE)] for i in range(n)]
+    colors = [PALETTE[i % len(PALETTE)] for i in range(n)]
     tall = max(side_of(photo), 0.19 * n) + 0.6
     figure = figure_of(3 * SIDE + 0.4, tall, f"{seen.name}: kernel selected at each pixel")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 0.9))
@@ -58,12 +58,12 @@ def selection(seen: Seen, photo: NDArray[Any]) -> Figure:
     mask = Panel(
         title=f"selection, {_size(seen.code[0])}",
         values=_array(seen.code.argmax(0)),
-        colours=ListedColormap(colours),
+        colors=ListedColormap(colors),
         limits=(-0.5, n - 0.5),
         bar=False,
     )
     draw(figure, middle, mask)
-    right.barh(range(n), [100 * s for s in shares], color=colours)
+    right.barh(range(n), [100 * s for s in shares], color=colors)
     right.set_title("share of pixels, %", fontsize=9)
     right.set_yticks(range(n), [f"kernel {i}" for i in range(n)], fontsize=8)
     right.tick_params(length=0)
@@ -87,7 +87,7 @@ def selection_by_color(seen: Seen, photo: NDArray[Any], bayer: str) -> Figure:
         Panel(
             title=f"{color}, row {i // 2}, column {i % 2} of the cell",
             values=chosen[i // 2 :: 2, i % 2 :: 2],
-            colours=colors,
+            colors=colors,
             limits=(-0.5, n - 0.5),
             bar=False,
         )
@@ -140,10 +140,10 @@ def atoms(seen: Seen, photo: NDArray[Any]) -> Figure:
     )
     halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.3))
     left, right = halves
-    draw(figure, left.subplots(), Panel(title="picture", values=photo, colours=None, marks=marks))
+    draw(figure, left.subplots(), Panel(title="picture", values=photo, colors=None, marks=marks))
     grid = right.subplots(rows, columns)
     for i, (place, atom) in enumerate(zip(grid.flat, found, strict=True), start=1):
-        draw(figure, place, Panel(title=str(i), values=_array(atom), colours=SIGNED, limits=(-most, most), bar=False))
+        draw(figure, place, Panel(title=str(i), values=_array(atom), colors=SIGNED, limits=(-most, most), bar=False))
     bar = right.colorbar(grid[0, 0].images[0], ax=grid, shrink=0.8, aspect=30, pad=0.02)
     bar.ax.tick_params(labelsize=7, length=2)
     bar.outline.set_visible(False)
@@ -162,7 +162,7 @@ def bases(layer: ACDAConv2d) -> Figure:
     )
     grid = figure.subplots(len(boxes), config.basis_size, squeeze=False)
     for row, box in zip(grid, boxes, strict=True):
-        elements = centred(fourier_bessel(box, config.basis_size), (window[0], window[1]))
+        elements = centered(fourier_bessel(box, config.basis_size), (window[0], window[1]))
         for i, place in enumerate(row):
             if i >= len(elements):
                 place.set_axis_off()
@@ -171,7 +171,7 @@ def bases(layer: ACDAConv2d) -> Figure:
             draw(
                 figure,
                 place,
-                Panel(title="", values=_array(elements[i]), colours=SIGNED, limits=(-most, most), bar=False),
+                Panel(title="", values=_array(elements[i]), colors=SIGNED, limits=(-most, most), bar=False),
             )
         row[0].set_ylabel(f"{box[0]}x{box[1]}", fontsize=9)
     return figure
@@ -227,7 +227,7 @@ def feature_maps(seen: Seen, photo: NDArray[Any]) -> Figure:
 
 
 def _photo(photo: NDArray[Any]) -> Panel:
-    return Panel(title="picture", values=photo, colours=None)
+    return Panel(title="picture", values=photo, colors=None)
 
 
 def _array(values: Tensor) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""One picture: a title, and panels in rows, each with its own title and colour bar."""
+"""One picture: a title, and panels in rows, each with its own title and color bar."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ MAGNITUDE, SIGNED = "magma", "RdBu_r"
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One map (H, W), or a picture (H, W, 3) in [0, 1] where `colours` is None.
+    """One map (H, W), or a picture (H, W, 3) in [0, 1] where `colors` is None.
 
-    `limits` are those of the colour bar; None takes them from the values. `marks` are points (x, y, text) in pixels.
+    `limits` are those of the color bar; None takes them from the values. `marks` are points (x, y, text) in pixels.
     """
 
     title: str
     values: NDArray[Any]
-    colours: Any = MAGNITUDE
+    colors: Any = MAGNITUDE
     limits: tuple[float, float] | None = None
     bar: bool = True
     marks: Sequence[tuple[float, float, str]] = ()
@@ -66,11 +66,11 @@ def draw(figure: Figure, place: Any, panel: Panel) -> None:
     place.set_yticks([])
     for spine in place.spines.values():
         spine.set_visible(False)
-    if panel.colours is None:
+    if panel.colors is None:
         place.imshow(panel.values.clip(0, 1), interpolation="nearest")
     else:
         low, high = panel.limits or limits(panel.values)
-        shown = place.imshow(panel.values, cmap=panel.colours, vmin=low, vmax=high, interpolation="nearest")
+        shown = place.imshow(panel.values, cmap=panel.colors, vmin=low, vmax=high, interpolation="nearest")
         if panel.bar:
             bar = figure.colorbar(shown, cax=place.inset_axes((1.03, 0, 0.045, 1)))
             bar.ax.tick_params(labelsize=7, length=2)

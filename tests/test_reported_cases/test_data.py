@@ -1,4 +1,4 @@
-"""Data as people have them: links, deep colours, odd annotations, other classes, changes between two sittings."""
+"""Data as people have them: links, deep colors, odd annotations, other classes, changes between two sittings."""
 
 import logging
 from pathlib import Path
@@ -15,7 +15,7 @@ from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.tasks import Task, create_task
 from surgeon.zoo.tasks.support.files import check_images, list_images, open_image
 from surgeon.zoo.tasks.support.images import in_tiles
-from surgeon.zoo.tasks.support.labelled import _folder
+from surgeon.zoo.tasks.support.labeled import _folder
 from surgeon.zoo.tasks.support.masks import mask_pairs, read_mask
 from surgeon.zoo.tasks.support.metrics import psnr
 from surgeon.zoo.tasks.support.points import point_files, read_points
@@ -49,7 +49,7 @@ def test_pictures_behind_a_link_to_a_folder_are_seen_once(linked: Path) -> None:
 
 
 def test_classes_masks_and_points_behind_links_are_seen(tmp_path: Path) -> None:
-    """T3: the other readers of folders: labelled, mask_pairs, point_files."""
+    """T3: the other readers of folders: labeled, mask_pairs, point_files."""
     picture(tmp_path / "pool/a.png")
     picture(tmp_path / "pool_masks/a.png", mode="L")
     np.save(tmp_path / "pool/a.npy", np.ones((2, 2)))

@@ -359,7 +359,7 @@ def test_the_command_tells_nothing_of_optimizers(capsys: pytest.CaptureFixture[s
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.usefixtures("nothing_half_written")
 def test_tensors_that_no_folder_holds_are_refused_by_name() -> None:
-    """K7: quantised tensor subclasses, sparse and meta tensors at surgeon.save."""
+    """K7: quantized tensor subclasses, sparse and meta tensors at surgeon.save."""
     for tensor in (
         TwoTensor(torch.zeros(2), torch.zeros(2)),
         torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8),

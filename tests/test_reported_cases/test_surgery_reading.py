@@ -283,7 +283,7 @@ def test_a_weight_that_is_read_in_training_only_forbids_the_replacement(kind: ty
 
 
 def test_a_look_at_the_shape_and_upkeep_are_no_reads() -> None:
-    """J: dtype and shape tell nothing of the values; methods that initialise or fuse do not compute."""
+    """J: dtype and shape tell nothing of the values; methods that initialize or fuse do not compute."""
 
     class Model(Pair):
         def forward(self, x: Tensor) -> Tensor:

@@ -142,19 +142,19 @@ def adfnet(
     multi: str = "decoder",
     attention: bool = True,
 ) -> nn.Module:
-    """ADFNet for colour images, 32 to 256 channels, 8.63 M parameters."""
+    """ADFNet for color images, 32 to 256 channels, 8.63 M parameters."""
     return ADFNet(channels, tuple(widths), single=single, multi=multi, attention=attention)
 
 
 @register("adfnet_gray", input_size=(1, 128, 128), **_PAPER)
 def adfnet_gray(channels: int = 1, widths: tuple[int, ...] = WIDTHS) -> nn.Module:
-    """ADFNet for grey images, 8.63 M parameters."""
+    """ADFNet for gray images, 8.63 M parameters."""
     return ADFNet(channels, tuple(widths))
 
 
 @register("adfnet_real", input_size=_AT, **_PAPER)
 def adfnet_real(channels: int = 3, widths: tuple[int, ...] = WIDTHS) -> nn.Module:
-    """ADFNet for real noise (SIDD, DND): the colour network, trained with the Charbonnier loss on 256×256 patches."""
+    """ADFNet for real noise (SIDD, DND): the color network, trained with the Charbonnier loss on 256×256 patches."""
     return ADFNet(channels, tuple(widths))
 
 

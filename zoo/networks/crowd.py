@@ -22,7 +22,7 @@ RULES = (Rule(layers="re:trunk\\.layer[34]\\..*conv2$", type="acda", options=ACD
 
 
 class CrowdNet(nn.Module):
-    """Image (N, 3, H, W), normalised as for ImageNet -> density map (N, 1, H, W)."""
+    """Image (N, 3, H, W), normalized as for ImageNet -> density map (N, 1, H, W)."""
 
     def __init__(self, size: str, **options: Any) -> None:
         super().__init__()

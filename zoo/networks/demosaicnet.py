@@ -16,7 +16,7 @@ from surgeon.zoo.registry import register, zero_based
 
 
 class BayerDemosaic(nn.Module):
-    """Mosaic (N, 3, H, W), H and W even, zero where a colour was not measured (GRBG) -> image (N, 3, H - 2b, W - 2b).
+    """Mosaic (N, 3, H, W), H and W even, zero where a color was not measured (GRBG) -> image (N, 3, H - 2b, W - 2b).
 
     b is `border`, 2 * depth + 1 pixels.
     """
@@ -48,7 +48,7 @@ class BayerDemosaic(nn.Module):
 
 
 def grbg_mosaic(image: Tensor) -> Tensor:
-    """What a GRBG sensor sees of an RGB image (N, 3, H, W): the same shape, zero where a colour was not measured."""
+    """What a GRBG sensor sees of an RGB image (N, 3, H, W): the same shape, zero where a color was not measured."""
     return image * bayer_mask("GRBG", *image.shape[2:]).to(image)
 
 

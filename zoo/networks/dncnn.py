@@ -62,13 +62,13 @@ _LAYOUT = ((r"^(\d+)\.", r"body.\1."), (r"^(dncnn|model)\.", "body."))
 
 @register("dncnn", input_size=(1, 64, 64), layout=_LAYOUT)
 def dncnn(channels: int = 1, depth: int = 17, width: int = 64, batch_norm: bool = True) -> nn.Module:
-    """DnCNN-S for grey images: 17 layers, batch norm, 0.56 M parameters."""
+    """DnCNN-S for gray images: 17 layers, batch norm, 0.56 M parameters."""
     return DnCNN(channels, depth, width, batch_norm)
 
 
 @register("dncnn_color", input_size=(3, 64, 64), layout=_LAYOUT)
 def dncnn_color(channels: int = 3, depth: int = 20, width: int = 64, batch_norm: bool = False) -> nn.Module:
-    """CDnCNN for colour images: 20 layers, batch norm folded into the convolutions, 0.67 M parameters."""
+    """CDnCNN for color images: 20 layers, batch norm folded into the convolutions, 0.67 M parameters."""
     return DnCNN(channels, depth, width, batch_norm)
 
 
@@ -82,5 +82,5 @@ def dncnn_color(channels: int = 3, depth: int = 20, width: int = 64, batch_norm:
 def dncnn_dconv(
     channels: int = 3, depth: int = 15, width: int = 64, batch_norm: bool = True, norm: str | None = None
 ) -> nn.Module:
-    """DnCNN for colour images with one DConv in the middle (ADFNet Figure 7: depth=5, 10, 15 and width=32, 64)."""
+    """DnCNN for color images with one DConv in the middle (ADFNet Figure 7: depth=5, 10, 15 and width=32, 64)."""
     return DnCNN(channels, depth, width, batch_norm, dconv=True, norm=norm)

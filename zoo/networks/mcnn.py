@@ -1,6 +1,6 @@
 """MCNN: Zhang et al., "Single-Image Crowd Counting via Multi-Column Convolutional Neural Network" (2016), figure 3.
 
-Three columns with large, medium and small kernels see the same grey image, are concatenated, and a 1x1 convolution makes the
+Three columns with large, medium and small kernels see the same gray image, are concatenated, and a 1x1 convolution makes the
 density map of them, at a quarter of the size. Its sum is the number of people.
 """
 
@@ -18,7 +18,7 @@ _COLUMNS = {
 
 
 class MCNN(nn.Module):
-    """Grey image (N, 1, H, W), (grey value - 127.5) / 128 -> density map (N, 1, ceil(H/4), ceil(W/4))."""
+    """Gray image (N, 1, H, W), (gray value - 127.5) / 128 -> density map (N, 1, ceil(H/4), ceil(W/4))."""
 
     def __init__(self, in_chans: int = 1) -> None:
         super().__init__()

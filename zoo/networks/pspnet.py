@@ -22,7 +22,7 @@ RULES = (Rule(layers="fuse.0", type="pafu", options={"group_size": 8}),)
 
 
 class PSPNet(nn.Module):
-    """Image (N, 3, H, W), normalised as for ImageNet -> logits (N, classes, H, W).
+    """Image (N, 3, H, W), normalized as for ImageNet -> logits (N, classes, H, W).
 
     In training with `auxiliary` the result is a pair, with the logits of a small head on the third stage behind the others.
     `width` is that of the fusing convolution and `backbone` any timm network that takes `features_only` and `output_stride`.

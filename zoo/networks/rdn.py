@@ -73,7 +73,7 @@ class RDN(nn.Module):
 
 @register("rdn", input_size=_SIZE)
 def rdn(channels: int = 3, blocks: int = 9, width: int = 32, layers: int = 8) -> nn.Module:
-    """RDN for colour denoising; Figure 7 of ADFNet has blocks=3, 6, 9 and width=16, 32."""
+    """RDN for color denoising; Figure 7 of ADFNet has blocks=3, 6, 9 and width=16, 32."""
     return RDN(channels, blocks, width, layers)
 
 

@@ -1,7 +1,7 @@
 """Iterative residual demosaicking: Kokkinos & Lefkimmatis, "Iterative Joint Image Demosaicking and Denoising Using a Residual
 Denoising Network" (2019), as PAFU's Table 3 uses it.
 
-A majorisation-minimisation scheme of K steps. Each extrapolates from the last two images, puts the measured values back, and
+A majorisation-minimization scheme of K steps. Each extrapolates from the last two images, puts the measured values back, and
 lets one residual denoiser (the same in all steps) say what to subtract, a residual whose norm is bounded by what noise of
 that level can have. Differences from the authors' network: no weight normalization and no subtraction of the filters' mean,
 which are ways to train it and leave the class of functions as it is; the noise level is given (`noise`, 1/255 without it),
@@ -105,7 +105,7 @@ class IterativeDemosaic(nn.Module):
 
 
 def _bilinear(mosaic: Tensor) -> Tensor:
-    """Every colour interpolated from its measured neighbours."""
+    """Every color interpolated from its measured neighbors."""
     corner = mosaic.new_tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 4
     cross = mosaic.new_tensor([[0, 1, 0], [1, 4, 1], [0, 1, 0]]) / 4
     kernels = torch.stack([corner, cross, corner])[:, None]

@@ -109,7 +109,7 @@ class Restorer(nn.Module):
 class KPN(nn.Module):
     """Kernel prediction (Bako et al. 2017; Mildenhall et al. 2018): the trunk predicts a k×k filter for every pixel.
 
-    Degraded image (N, C, H, W) -> filtered image of the same shape; the filters are shared by the colours and start at the
+    Degraded image (N, C, H, W) -> filtered image of the same shape; the filters are shared by the colors and start at the
     identity.
     """
 

@@ -67,7 +67,7 @@ class LinearSR(nn.Module):
 
 
 class LinearDemosaic(nn.Module):
-    """Mosaic (N, 3, H, W), zero where a colour was not measured -> image (N, 3, H, W): one 5×5 convolution without bias."""
+    """Mosaic (N, 3, H, W), zero where a color was not measured -> image (N, 3, H, W): one 5×5 convolution without bias."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -92,7 +92,7 @@ class Task(ABC):
         """The samples of a split; "val" ones are the same at every draw."""
 
     def bind(self, model: nn.Module) -> nn.Module:
-        """Make task and model fit each other: take the model's normalisation, give the model the head that the data need.
+        """Make task and model fit each other: take the model's normalization, give the model the head that the data need.
 
         Returns the model, the same object where that is possible. Raises `InputError` where they cannot fit.
         """

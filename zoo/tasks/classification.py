@@ -20,7 +20,7 @@ from surgeon.zoo.tasks.support.datasets import ItemDataset
 from surgeon.zoo.tasks.support.draws import global_seed
 from surgeon.zoo.tasks.support.files import FolderConfig, check_images, chosen, open_image
 from surgeon.zoo.tasks.support.images import as_mode
-from surgeon.zoo.tasks.support.labelled import DATASETS, Labelled, find_dataset, read_split
+from surgeon.zoo.tasks.support.labeled import DATASETS, Labeled, find_dataset, read_split
 from surgeon.zoo.tasks.support.metrics import image_mean
 from surgeon.zoo.tasks.support.pictures import sheet, to_image
 from surgeon.zoo.tasks.support.probe import first_channels
@@ -83,7 +83,7 @@ class Classification(Task):
 
     Data: the folder that torchvision downloads CIFAR into (`cifar-10-batches-py/`, `cifar-100-python/`), or `train/` and `val/`
     with one folder a class, or such folders without a split, of which a stratified `val_fraction` is for validation. Image size,
-    normalisation, interpolation and crop are those of a timm model; other models get ImageNet's normalisation and the size of
+    normalization, interpolation and crop are those of a timm model; other models get ImageNet's normalization and the size of
     the pictures (CIFAR) or 224. Metrics: top1, top5 (shares of 1), loss (cross-entropy).
     """
 
@@ -95,13 +95,13 @@ class Classification(Task):
 
     def __init__(self, config: ClassificationConfig, *, seed: int = 0) -> None:
         super().__init__(config, seed=seed)
-        self._read: dict[str, Labelled] = {}
+        self._read: dict[str, Labeled] = {}
         self._names: list[str] | None = None  # of the bound model's outputs
         self._format: ImageFormat | None = None
 
     # --- data -----------------------------------------------------------------------------------------------------
 
-    def labelled(self, split: Split) -> Labelled:
+    def labeled(self, split: Split) -> Labeled:
         """All pictures and classes that a split is taken from."""
         if split not in self._read:
             self._read[split] = read_split(self.name, self.config, split, self.config.dataset, self.config.download)
@@ -115,15 +115,15 @@ class Classification(Task):
     @property
     def data_classes(self) -> list[str]:
         """Names of the classes that the data have."""
-        return self.labelled("val").classes
+        return self.labeled("val").classes
 
     def outputs(self) -> tuple[str, ...] | None:
         return tuple(self.classes)
 
     def check(self) -> None:
-        val = self.labelled("val")
+        val = self.labeled("val")
         try:
-            train: Labelled | None = self.labelled("train")
+            train: Labeled | None = self.labeled("train")
         except DataError:
             if self.config.train is not None or self.config.data is not None:
                 raise
@@ -141,7 +141,7 @@ class Classification(Task):
         check_images(self.name, sorted(paths))
 
     def dataset(self, split: Split) -> TaskDataset:
-        data = self.labelled(split)
+        data = self.labeled(split)
         numbers = [self.classes.index(name) for name in data.classes]
         items = [(item, numbers[label]) for item, label in zip(data.items, data.labels, strict=True)]
         config = self.config
@@ -152,7 +152,7 @@ class Classification(Task):
         return ItemDataset(samples, make, seed=self.config.val_stream, fixed=True)
 
     def format(self) -> ImageFormat:
-        """Size and normalisation of the pictures: the options', else the bound model's, else that of the data."""
+        """Size and normalization of the pictures: the options', else the bound model's, else that of the data."""
         if self._format is None:
             self._format = self._format_for(None)
         return self._format

@@ -45,7 +45,7 @@ _GREY: tuple[tuple[float, ...], ...] = (127.5 / 255,), (128 / 255,)  # mean and 
 
 @dataclass(frozen=True, kw_only=True)
 class CrowdConfig(FolderConfig):
-    """`sigma`: spread of a head in pixels of the picture, or "adaptive", 0.3 of the mean distance of its 3 nearest neighbours.
+    """`sigma`: spread of a head in pixels of the picture, or "adaptive", 0.3 of the mean distance of its 3 nearest neighbors.
 
     `stride`: pixels of the picture a cell of the density map, in each direction; None: what the model gives. `patch`: side of
     training pieces. `outside`: what to do with points outside of the picture: error, clip (to the border) or drop.
@@ -105,8 +105,8 @@ class CrowdCounting(Task):
 
     def _set_format(self, model: nn.Module | None, channels: int) -> None:
         form = ImageFormat.of(model, side=256).with_channels(channels)
-        grey = channels == 1 and not isinstance(getattr(model, "pretrained_cfg", None), dict)
-        mean, std = _GREY if grey else (form.mean, form.std)
+        gray = channels == 1 and not isinstance(getattr(model, "pretrained_cfg", None), dict)
+        mean, std = _GREY if gray else (form.mean, form.std)
         self.mean, self.std = self.config.mean or mean, self.config.std or std
         if len(self.mean) != channels or len(self.std) != channels:
             raise ConfigError(f"task {self.name}: mean={self.mean} and std={self.std} must have {channels} values each")

@@ -1,4 +1,4 @@
-"""Demosaicking: a colour image out of the one colour that a Bayer sensor measures at each pixel, with or without its noise."""
+"""Demosaicking: a color image out of the one color that a Bayer sensor measures at each pixel, with or without its noise."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ class DemosaickingConfig(RestorationConfig):
         number_range("shot", self.shot)
         number_range("read", self.read)
         if self.color is False:
-            raise ConfigError("demosaicking gives colour images; color=false has no meaning here")
+            raise ConfigError("demosaicking gives color images; color=false has no meaning here")
         if self.border < 0:
             raise ConfigError(f"border must not be negative, got {self.border!r}")
         if self.patch is not None and self.patch % 2:
@@ -66,7 +66,7 @@ class DemosaickingConfig(RestorationConfig):
 
 @register
 class Demosaicking(RestorationTask):
-    """Colour images sampled by a Bayer pattern, noise-free or with heteroskedastic noise (shot and read).
+    """Color images sampled by a Bayer pattern, noise-free or with heteroskedastic noise (shot and read).
 
     Images are cut to even sizes and patches start at even pixels. Networks that do not pad may give back a frame less on all
     sides: the target is cut to the middle. PSNR is that over all pixels and channels of an image (CPSNR), mean over images.

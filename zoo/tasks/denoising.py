@@ -1,4 +1,4 @@
-"""Gaussian denoising, grey and colour, with a fixed or an unknown noise level."""
+"""Gaussian denoising, gray and color, with a fixed or an unknown noise level."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from surgeon.zoo.tasks.support.restoration import RestorationConfig, Restoration
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingConfig(RestorationConfig):
-    """`sigma` in grey levels of 255: a number, or a range as "0-55" of which every training patch draws its own (blind).
+    """`sigma` in gray levels of 255: a number, or a range as "0-55" of which every training patch draws its own (blind).
 
     `val_sigma` is that of validation; by default `sigma`, for a range 25 where it holds 25, else its middle.
     `predicts`: whether the model gives the image or the noise.
@@ -50,7 +50,7 @@ class Denoising(RestorationTask):
     config: DenoisingConfig
 
     def val_sigma(self) -> float:
-        """Noise level of validation images, grey levels."""
+        """Noise level of validation images, gray levels."""
         if self.config.val_sigma is not None:
             return float(self.config.val_sigma)
         low, high = number_range("sigma", self.config.sigma)
@@ -72,4 +72,4 @@ class Denoising(RestorationTask):
         return image
 
     def hint(self) -> str:
-        return "; color=true or color=false chooses between RGB and grey"
+        return "; color=true or color=false chooses between RGB and gray"

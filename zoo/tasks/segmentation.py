@@ -136,7 +136,7 @@ class Segmentation(Task):
             )
         return check_labels(self.name, labels, config.classes, config.ignore_index)
 
-    def _normalised(self, image: Image.Image) -> Tensor:
+    def _normalized(self, image: Image.Image) -> Tensor:
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
         return (to_tensor(image) - mean) / std
 
@@ -148,7 +148,7 @@ class Segmentation(Task):
             size = max(round(image.width * factor), 1), max(round(image.height * factor), 1)
             image = image.resize(size, Image.Resampling.BILINEAR)
             mask = F.interpolate(mask[None, None].float(), size[::-1], mode="nearest-exact")[0, 0].long()
-        x = self._normalised(image)
+        x = self._normalized(image)
         bottom, right = max(height - x.shape[1], 0), max(width - x.shape[2], 0)
         x = F.pad(x, (0, right, 0, bottom))
         mask = F.pad(mask, (0, right, 0, bottom), value=config.ignore_index)
@@ -160,7 +160,7 @@ class Segmentation(Task):
         return {"input": x.contiguous(), "target": mask.contiguous()}
 
     def val_sample(self, pair: Pair, generator: torch.Generator) -> Sample:
-        return {"input": self._normalised(self._read(pair[0])), "target": read_mask(pair[1])}
+        return {"input": self._normalized(self._read(pair[0])), "target": read_mask(pair[1])}
 
     def dataset(self, split: Split) -> TaskDataset:
         items = self.items(split)

@@ -70,7 +70,7 @@ class SuperResolution(RestorationTask):
         return self.patch_side() // (self.config.scale if self.config.input == "lr" else 1)
 
     def read(self, path: Path) -> Image.Image:
-        """RGB also for luma: the reduction is that of the colour image."""
+        """RGB also for luma: the reduction is that of the color image."""
         color, self.color = self.color, True
         try:
             return super().read(path)

@@ -16,7 +16,7 @@ def fit_classifier(
     """The same model, giving logits (N, classes) for inputs of this size.
 
     timm's models reset their classifier; of others the last linear layer or convolution with the old number of outputs is
-    replaced, auxiliary classifiers as well; with `fresh` also where the number is right. New layers are initialised from the
+    replaced, auxiliary classifiers as well; with `fresh` also where the number is right. New layers are initialized from the
     seed. Raises `InputError` where that fails.
     """
     logits = _logits(task, trial(task, model, lambda x: model(x), *size), size)

@@ -13,9 +13,9 @@ NEIGHBOURS, BETA = 3, 0.3  # Zhang et al. (2016), section 2.2
 
 
 def adaptive_sigmas(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Spread of every point, pixels: 0.3 times the mean distance of its 3 nearest neighbours (Zhang et al. 2016, MCNN).
+    """Spread of every point, pixels: 0.3 times the mean distance of its 3 nearest neighbors (Zhang et al. 2016, MCNN).
 
-    Points with fewer neighbours take those there are; a single one counts a quarter of the picture's mean side as its distance,
+    Points with fewer neighbors take those there are; a single one counts a quarter of the picture's mean side as its distance,
     and a spread is at least one pixel.
     """
     from scipy.spatial import cKDTree

@@ -55,7 +55,7 @@ def as_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """(C, H, W) in [0, 1]; grey images have one channel."""
+    """(C, H, W) in [0, 1]; gray images have one channel."""
     array = np.asarray(image, dtype=np.float32) / 255
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 
@@ -79,7 +79,7 @@ def luma(x: Tensor) -> Tensor:
     return (x * weights).sum(-3, keepdim=True) + 16 / 255
 
 
-def centre(x: Tensor, height: int, width: int) -> Tensor:
+def center(x: Tensor, height: int, width: int) -> Tensor:
     """The middle of the last two dimensions: what a network without padding can give."""
     top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
     return x[..., top : top + height, left : left + width]

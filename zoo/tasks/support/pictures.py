@@ -29,17 +29,17 @@ def heat(x: Tensor, top: float | None = None) -> Image.Image:
 
 
 def labels_image(labels: Tensor, ignore: int | None = None) -> Image.Image:
-    """Classes (H, W) in colours that differ between neighbouring numbers; the ignored one is white."""
-    table = np.array([_colour(index) for index in range(256)], dtype=np.uint8)
+    """Classes (H, W) in colors that differ between neighboring numbers; the ignored one is white."""
+    table = np.array([_color(index) for index in range(256)], dtype=np.uint8)
     array = labels.detach().cpu().clamp(0, 255).numpy().astype(np.uint8)
-    colours = table[array]
+    colors = table[array]
     if ignore is not None:
-        colours[labels.cpu().numpy() == ignore] = 255
-    return Image.fromarray(colours)
+        colors[labels.cpu().numpy() == ignore] = 255
+    return Image.fromarray(colors)
 
 
-def _colour(index: int) -> tuple[int, int, int]:
-    """Bits of the number dealt to the three colours, high bits first, as in the PASCAL VOC palette."""
+def _color(index: int) -> tuple[int, int, int]:
+    """Bits of the number dealt to the three colors, high bits first, as in the PASCAL VOC palette."""
     rgb = [0, 0, 0]
     for bit in range(8):
         for channel in range(3):

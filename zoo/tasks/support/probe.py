@@ -47,7 +47,7 @@ def describe(output: Any) -> str:
 
 
 def with_outputs(module: nn.Module, outputs: int, seed: int) -> nn.Module:
-    """A new linear layer or convolution like this one with another number of outputs, freshly initialised from the seed."""
+    """A new linear layer or convolution like this one with another number of outputs, freshly initialized from the seed."""
     bias = module.bias is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -23,7 +23,7 @@ from surgeon.zoo.tasks.support.files import (
     list_images,
     refuse_reduced,
 )
-from surgeon.zoo.tasks.support.images import Reader, by_size, centre, collate_padded, in_tiles, on_multiple, unpadded
+from surgeon.zoo.tasks.support.images import Reader, by_size, center, collate_padded, in_tiles, on_multiple, unpadded
 from surgeon.zoo.tasks.support.metrics import PIXEL_LOSSES, image_mean, pixel_loss, psnr, ssim
 from surgeon.zoo.tasks.support.pictures import sheet, to_image
 from surgeon.zoo.tasks.support.probe import describe, first_channels, trial
@@ -41,9 +41,9 @@ class RestorationConfig(FolderConfig):
 
     `patch` is the side of a training sample in pixels of the target; by default it follows from `input_size`, else it is the
     task's own. `patches_per_image` lets the set count every image so often. `augment` draws one of the 8 symmetries of the
-    square. `color`: RGB or grey; by default what the model's first convolution takes. `multiple`: whole images are continued
+    square. `color`: RGB or gray; by default what the model's first convolution takes. `multiple`: whole images are continued
     to a multiple of so many pixels and the result is cut, for networks that halve several times. `tile`: whole images are run
-    in tiles of so many pixels of the input, which see `tile_overlap` pixels of their neighbours; multiples of 8.
+    in tiles of so many pixels of the input, which see `tile_overlap` pixels of their neighbors; multiples of 8.
     """
 
     losses: ClassVar[tuple[str, ...]] = PIXEL_LOSSES
@@ -212,13 +212,13 @@ class RestorationTask(Task):
         sizes = batch.get("target_size")
         inner = None if sizes is None else sizes - torch.tensor(frame, device=sizes.device)
         cut = unpadded(images, inner)
-        return [(a, centre(b, *a.shape[-2:])) for a, b in zip(cut, unpadded(targets, sizes), strict=True)]
+        return [(a, center(b, *a.shape[-2:])) for a, b in zip(cut, unpadded(targets, sizes), strict=True)]
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         if "target_size" in batch:  # every image counts the same, whatever its size
             return torch.stack([pixel_loss(self.config.loss, *pair) for pair in self.pairs(output, batch)]).mean()
         image = self.restored(output, batch)
-        return pixel_loss(self.config.loss, image, centre(batch["target"], *image.shape[-2:]))
+        return pixel_loss(self.config.loss, image, center(batch["target"], *image.shape[-2:]))
 
     def metrics(self) -> "dict[str, Metric]":
         return {"psnr": image_mean(), "ssim": image_mean()}

@@ -16,7 +16,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFormat:
-    """What a classifier takes: size (C, H, W), normalisation, and how pictures are brought to that size."""
+    """What a classifier takes: size (C, H, W), normalization, and how pictures are brought to that size."""
 
     size: tuple[int, int, int]
     mean: tuple[float, ...] = MEAN
@@ -27,7 +27,7 @@ class ImageFormat:
 
     @classmethod
     def of(cls, model: nn.Module | None, side: int) -> Self:
-        """That of a timm model; for other models `side` pixels and ImageNet's normalisation."""
+        """That of a timm model; for other models `side` pixels and ImageNet's normalization."""
         if not isinstance(getattr(model, "pretrained_cfg", None), dict):
             return cls(size=(3, side, side))
         from timm.data import resolve_model_data_config
@@ -43,7 +43,7 @@ class ImageFormat:
         )
 
     def with_channels(self, channels: int) -> Self:
-        """For another number of channels; grey pictures take the means over the colours."""
+        """For another number of channels; gray pictures take the means over the colors."""
         if channels == self.size[0]:
             return self
 
@@ -64,7 +64,7 @@ class ImageFormat:
         return self
 
     def shown(self, x: Tensor) -> Tensor:
-        """A normalised picture (C, H, W) as values in [0, 1]."""
+        """A normalized picture (C, H, W) as values in [0, 1]."""
         mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return x.detach().float() * std + mean
 
@@ -78,7 +78,7 @@ def make_transform(
     auto_augment: str | None,
     erase: float,
 ) -> Callable[[Image.Image], Tensor]:
-    """Picture -> normalised tensor. Random ones draw from the global state of `random`, numpy and torch."""
+    """Picture -> normalized tensor. Random ones draw from the global state of `random`, numpy and torch."""
     if max(form.size[1:]) <= SMALL:
         return _small(form, train, color_jitter, auto_augment, erase)
     from timm.data import create_transform

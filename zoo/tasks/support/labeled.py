@@ -15,7 +15,7 @@ DATASETS = (*_CIFAR, "folder")
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Pictures (paths, or arrays (H, W, 3) of uint8), their classes, and the classes' names.
 
     `divided`: both splits are parts of this one set.
@@ -38,7 +38,7 @@ def find_dataset(task: str, config: FolderConfig, wanted: str) -> str:
     return "folder"
 
 
-def read_split(task: str, config: FolderConfig, split: Split, wanted: str, download: bool) -> Labelled:
+def read_split(task: str, config: FolderConfig, split: Split, wanted: str, download: bool) -> Labeled:
     """The set that a split is taken from; raises `DataError`."""
     kind = find_dataset(task, config, wanted)
     if kind in _CIFAR:
@@ -50,7 +50,7 @@ def read_split(task: str, config: FolderConfig, split: Split, wanted: str, downl
     return _folder(task, root, roots.divided)
 
 
-def _cifar(task: str, config: FolderConfig, kind: str, split: Split, download: bool) -> Labelled:
+def _cifar(task: str, config: FolderConfig, kind: str, split: Split, download: bool) -> Labeled:
     from torchvision import datasets
 
     if config.data is None:
@@ -64,10 +64,10 @@ def _cifar(task: str, config: FolderConfig, kind: str, split: Split, download: b
         raise DataError(
             f"task {task}: {root / _CIFAR[kind]} is not there, or not as torchvision downloads it: {error}.{hint}"
         ) from error
-    return Labelled(read.data, [int(label) for label in read.targets], list(read.classes))
+    return Labeled(read.data, [int(label) for label in read.targets], list(read.classes))
 
 
-def _folder(task: str, root: Path, divided: bool) -> Labelled:
+def _folder(task: str, root: Path, divided: bool) -> Labeled:
     classes = sorted(child.name for child in root.iterdir() if child.is_dir() and not is_left_out(child.name))
     if not classes:
         raise DataError(f"task {task}: {root} has no folders; there must be one a class, with its images")
@@ -83,4 +83,4 @@ def _folder(task: str, root: Path, divided: bool) -> Labelled:
     if empty:
         shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         raise DataError(f"task {task}: classes without an image in {root}: {shown}")
-    return Labelled(items, labels, classes, divided)
+    return Labeled(items, labels, classes, divided)
