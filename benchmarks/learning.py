@@ -23,7 +23,8 @@ import torch
 from benchmarks import _data as data
 from benchmarks._paired import differences, signed, tally, verdict
 from benchmarks._results import RESULTS, Rows, table, write_json
-from benchmarks._studies import STUDIES, Study
+from benchmarks.studies import STUDIES
+from benchmarks.studies.study import Study
 from surgeon.adaptivity import observed
 from surgeon.costs import cost
 from surgeon.errors import TrainingError

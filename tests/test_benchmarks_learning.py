@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks import learning, report
 from benchmarks._paired import differences, standard_error, verdict
-from benchmarks._studies import Study
+from benchmarks.studies.study import Study
 from surgeon.zoo.tasks import Task, create_task
 
 
