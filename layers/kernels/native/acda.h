@@ -24,7 +24,7 @@ typedef struct {
     float *gx, *galpha, *gpsi, *gstatic, *gcoeff; /* null: not wanted; the last three are partial sums of the caller's */
 } AcdaTensors;
 
-enum { BAND_BYTES = 1 << 20, TILE_BYTES = 1 << 19, LEAST_TASKS = 8, VECTOR = LANES };
+enum { BAND_BYTES = 1 << 20, TILE_BYTES = 1 << 18, TILE_PIXELS = 160, LEAST_TASKS = 8, CHUNK = 16 };
 
 /* ---- one block of pixels ------------------------------------------------------------------------------------------------ */
 
@@ -33,7 +33,7 @@ typedef struct {
     const float *x;
     int64_t plane, taps, m_all;
     float *d;           /* [tap][atom][lane] */
-    float *z;           /* [channel * M + atom][pixel] */
+    float *z;           /* [channel * M + atom][pixel]; its gradient: [channel][atom][lane] */
     int64_t z_row;
 } Block;
 
@@ -55,45 +55,43 @@ INLINE void filter(const int channels, const int atoms, const Block *b, int64_t 
         store(b->z + ((c0 + c) * b->m_all + m0 + m) * b->z_row, sum[c][m]);
 }
 
-/* gx[c][p + t] += sum over atoms of d[t][m] gz[c][m]; `v` outside, so that a sum is stored long before its neighbor is loaded. */
-INLINE void spread(const int channels, const int atoms, const Block *b, int64_t c0, int64_t m0, int64_t lw, float *gx,
-                   int64_t lanes) {
+/* gx[c][p + t] += sum over atoms of d[t][m] gz[c][m], for the taps of column v. Columns come outside of everything: a sum must have
+ * been stored long before its neighbor, which overlaps it, is loaded. */
+INLINE void spread(const int channels, const int atoms, const Block *b, int64_t c0, int64_t m0, int64_t v, int64_t lw, float *gx) {
     vec gz[4][6];
     const int64_t plane = b->plane;
     UNROLLED for (int c = 0; c < channels; c++) UNROLLED for (int m = 0; m < atoms; m++)
-        gz[c][m] = first_lanes(load(b->z + ((c0 + c) * b->m_all + m0 + m) * b->z_row), lanes);
-    for (int64_t v = 0; v < lw; v++)
-        for (int64_t t = v; t < b->taps; t += lw) {
-            const float *d = b->d + (t * b->m_all + m0) * LANES;
-            float *at = gx + c0 * plane + b->place[t];
-            UNROLLED for (int c = 0; c < channels; c++) {
-                vec sum = load(at + c * plane);
-                UNROLLED for (int m = 0; m < atoms; m++) sum += load(d + m * LANES) * gz[c][m];
-                store(at + c * plane, sum);
-            }
+        gz[c][m] = load(b->z + ((c0 + c) * b->m_all + m0 + m) * LANES);
+    for (int64_t t = v; t < b->taps; t += lw) {
+        const float *d = b->d + (t * b->m_all + m0) * LANES;
+        float *at = gx + c0 * plane + b->place[t];
+        UNROLLED for (int c = 0; c < channels; c++) {
+            vec sum = load(at + c * plane);
+            UNROLLED for (int m = 0; m < atoms; m++) sum += load(d + m * LANES) * gz[c][m];
+            store(at + c * plane, sum);
         }
+    }
 }
 
-/* gd[t][m] = sum over channels of gz[c][m] x[c][p + t], `taps` taps from t0. */
-INLINE void atom_gradient(const int taps, const int atoms, const Block *b, int64_t t0, int64_t m0, int64_t channels, float *gd,
-                          int64_t lanes) {
+/* gd[t][m] += sum over channels of gz[c][m] x[c][p + t], `taps` taps from t0. */
+INLINE void atom_gradient(const int taps, const int atoms, const Block *b, int64_t t0, int64_t m0, int64_t channels, float *gd) {
     vec sum[4][6];
-    const float *x[4], *z = b->z + m0 * b->z_row;
-    const int64_t z_row = b->z_row, z_step = b->m_all * z_row;
+    const float *x[4], *z = b->z + m0 * LANES;
+    const int64_t step = b->m_all * LANES;
+    gd += (t0 * b->m_all + m0) * LANES;
     UNROLLED for (int t = 0; t < taps; t++) {
         x[t] = b->x + b->place[t0 + t];
-        UNROLLED for (int m = 0; m < atoms; m++) sum[t][m] = (vec){0};
+        UNROLLED for (int m = 0; m < atoms; m++) sum[t][m] = load(gd + t * step + m * LANES);
     }
-    for (int64_t c = 0, at = 0; c < channels; c++, at += b->plane, z += z_step) {
+    for (int64_t c = 0, at = 0; c < channels; c++, at += b->plane, z += step) {
         vec gz[6];
-        UNROLLED for (int m = 0; m < atoms; m++) gz[m] = load(z + m * z_row);
+        UNROLLED for (int m = 0; m < atoms; m++) gz[m] = load(z + m * LANES);
         UNROLLED for (int t = 0; t < taps; t++) {
             vec in = load(x[t] + at);
             UNROLLED for (int m = 0; m < atoms; m++) sum[t][m] += gz[m] * in;
         }
     }
-    UNROLLED for (int t = 0; t < taps; t++) UNROLLED for (int m = 0; m < atoms; m++)
-        store(gd + ((t0 + t) * b->m_all + m0 + m) * LANES, first_lanes(sum[t][m], lanes));
+    UNROLLED for (int t = 0; t < taps; t++) UNROLLED for (int m = 0; m < atoms; m++) store(gd + t * step + m * LANES, sum[t][m]);
 }
 
 /* Call a function above for every channel (or tap) and atom, in blocks that fit the registers. */
@@ -119,14 +117,16 @@ static void filter_all(const Block *b, int64_t channels) {
 #undef CALL
 }
 
-static void spread_all(const Block *b, int64_t channels, int64_t lw, float *gx, int64_t lanes) {
-#define CALL(WIDTH, HERE) spread(WIDTH, HERE, b, at, m0, lw, gx, lanes)
-    EVERY(channels, b->m_all, CALL)
+static void spread_all(const Block *b, int64_t channels, int64_t lw, float *gx) {
+    for (int64_t v = 0; v < lw; v++) {
+#define CALL(WIDTH, HERE) spread(WIDTH, HERE, b, at, m0, v, lw, gx)
+        EVERY(channels, b->m_all, CALL)
 #undef CALL
+    }
 }
 
-static void atom_gradients(const Block *b, int64_t channels, float *gd, int64_t lanes) {
-#define CALL(WIDTH, HERE) atom_gradient(WIDTH, HERE, b, at, m0, channels, gd, lanes)
+static void atom_gradients(const Block *b, int64_t channels, float *gd) {
+#define CALL(WIDTH, HERE) atom_gradient(WIDTH, HERE, b, at, m0, channels, gd)
     EVERY(b->taps, b->m_all, CALL)
 #undef CALL
 }
@@ -134,7 +134,7 @@ static void atom_gradients(const Block *b, int64_t channels, float *gd, int64_t 
 /* ---- tiles and bands ---------------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    float *x, *gx, *alpha, *galpha, *d, *gd, *z, *gz, *zt, *grad, *packed;
+    float *x, *gx, *alpha, *galpha, *d, *gd, *z, *gz, *chunk, *zt, *grad, *packed;
     int64_t *place;
 } AcdaScratch;
 
@@ -154,6 +154,7 @@ static int64_t acda_layout(const Acda *a, float *at, int backward, AcdaScratch *
         w->galpha = take(&next, a->m * a->k * row);
         w->gd = take(&next, block);
         w->gz = take(&next, a->c * a->m_all * row);
+        w->chunk = take(&next, CHUNK * a->m_all * LANES);
         w->zt = take(&next, (a->features + 16) * row);
         w->grad = take(&next, a->c_out * row);
         w->packed = take(&next, a->c_out * row);
@@ -247,14 +248,21 @@ static void backward_block(const Acda *a, const AcdaTensors *t, const AcdaScratc
         block.z = w->z + q;
         filter_all(&block, a->c);
     }
-    block.z = w->gz + q;
-    if (t->gx) {
-        if (lanes < LANES)
-            for (int64_t i = 0; i < size; i++) store(w->d + i * LANES, first_lanes(load(w->d + i * LANES), lanes));
-        spread_all(&block, a->c, a->s.lw, w->gx + (block.x - w->x), lanes);
+    const int atoms = t->galpha || t->gpsi || t->gstatic;
+    if (t->gx && lanes < LANES)
+        for (int64_t i = 0; i < size; i++) store(w->d + i * LANES, first_lanes(load(w->d + i * LANES), lanes));
+    if (atoms) memset(w->gd, 0, (size_t)(size * LANES) * 4);
+    const float *x = block.x;
+    for (int64_t c = 0; c < a->c && (t->gx || atoms); c += CHUNK) { /* what a chunk needs stays in the first-level cache */
+        int64_t channels = least(CHUNK, a->c - c);
+        const float *gz = w->gz + c * a->m_all * row + q;
+        for (int64_t i = 0; i < channels * a->m_all; i++) store(w->chunk + i * LANES, first_lanes(load(gz + i * row), lanes));
+        block.z = w->chunk;
+        block.x = x + c * block.plane;
+        if (t->gx) spread_all(&block, channels, a->s.lw, w->gx + (block.x - w->x));
+        if (atoms) atom_gradients(&block, channels, w->gd);
     }
-    if (t->galpha || t->gpsi || t->gstatic) {
-        atom_gradients(&block, a->c, w->gd, lanes);
+    if (atoms) {
         Operands at = {w->gd, a->m_all * LANES, LANES, w->galpha + q, row, a->k * row};
         if (t->galpha && a->m) product(a->k, a->m, a->taps, t->psi_back, at, LANES, 0);
         basis_gradients(a, t, w->alpha + q, row, w->gd, lanes);
@@ -304,7 +312,7 @@ void acda_plan(Acda *a) {
     a->bands = ceil_div(s->oh, a->band);
     a->band = ceil_div(s->oh, a->bands);
     if (a->band < reach && a->bands > 1) a->band = least(s->oh, reach), a->bands = ceil_div(s->oh, a->band);
-    int64_t rows = most(1, TILE_BYTES / (4 * s->ow * (a->c * a->m_all + 1)));
+    int64_t rows = most(1, most(TILE_PIXELS / s->ow, TILE_BYTES / (4 * s->ow * (a->c * a->m_all + 1))));
     a->tile = even_part(a->band, rows);
     a->forward = acda_layout(a, NULL, 0, &unused);
     a->backward = acda_layout(a, NULL, 1, &unused);

@@ -7,7 +7,7 @@
 
 #include "lanes.h"
 
-enum { DEPTH = 128 }; /* of k at a time: DEPTH rows of VECTORS vectors of B stay in the first-level cache */
+enum { DEPTH = 256 }; /* of k at a time: DEPTH rows of VECTORS vectors of B stay in the first-level cache, or near it */
 
 /* Rows of A (`rows` × `depth`, at distances row and k) in blocks of height even_part(rows, ROWS), in each k by k. */
 static void pack(const float *A, int64_t row, int64_t k_step, int64_t rows, int64_t depth, float *to) {

@@ -32,7 +32,7 @@ typedef float vec_anywhere __attribute__((vector_size(LANES * 4), aligned(4), ma
 
 INLINE vec load(const float *p) { return (vec) * (const vec_anywhere *)p; }
 INLINE void store(float *p, vec v) { *(vec_anywhere *)p = (vec_anywhere)v; }
-INLINE vec splat(float a) { return (vec){0} + a; }
+INLINE vec splat(float a) { return a - (vec){0}; } /* not plus, which would make 0 of -0, and an addition of a copy */
 
 /* The first n lanes of v, zero in the others, whatever is there (NaN too). */
 INLINE vec first_lanes(vec v, int64_t n) {
