@@ -59,9 +59,7 @@ def results(operands: tuple[Tensor, ...], geometry: tuple[Any, ...], backend: st
 def check(operands: tuple[Tensor, ...], geometry: tuple[Any, ...]) -> None:
     """Within 1e-5 of the largest number of the reference in float64."""
     doubles = tuple(t.detach().double().requires_grad_() for t in operands)
-    for got, exact in zip(
-        results(operands, geometry, "native"), results(doubles, geometry, "reference"), strict=True
-    ):
+    for got, exact in zip(results(operands, geometry, "native"), results(doubles, geometry, "reference"), strict=True):
         assert got.shape == exact.shape
         assert got.dtype == torch.float32
         assert (got - exact).abs().max() <= 1e-5 * exact.abs().max() if exact.numel() else True

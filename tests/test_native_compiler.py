@@ -212,9 +212,7 @@ def test_a_folder_of_somebody_else(
 
 @needs_compiler
 @pytest.mark.usefixtures("at_once")
-def test_a_library_that_others_may_write_to(
-    fresh: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_library_that_others_may_write_to(fresh: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compiler.why_no_library() == ()
     (library,) = (tmp_path / "cache" / "native").iterdir()
     library.chmod(0o766)

@@ -147,6 +147,9 @@ def _run_triton(*args: Any) -> Tensor:
 
 
 def _why_not_native(x: Tensor, alpha: Tensor, psi: Tensor, static: Tensor, coeff: Tensor, *geometry: Any) -> list[str]:
+    groups = geometry[3]
+    if coeff.numel() > groups * native.MOST_COEFFICIENTS:
+        return [f"torch multiplies more than {native.MOST_COEFFICIENTS} coefficients a group faster"]
     return native_reasons_against([x, alpha, psi, static, coeff])
 
 

@@ -11,6 +11,7 @@ from surgeon.layers.kernels.native.compiler import library
 from surgeon.layers.kernels.native.support import in_parallel, pointer
 
 MOST_PARTIAL_BYTES = 32 << 20  # of partial sums of the gradients of coeff, psi and static
+MOST_COEFFICIENTS = 1 << 20  # of a group: with more, their product is bound by memory, and slower than torch's
 PARTS = 8  # into which a batch is cut for them, whatever the number of threads
 
 _SIZES = ("h", "w", "oh", "ow", "lh", "lw", "sh", "sw", "ph", "pw", "dh", "dw")
@@ -77,9 +78,7 @@ class Problem:
         given = self.tensors(psi=psi, coeff=coeff, y=y)
 
         def work(task: int, scratch: Tensor) -> None:
-            self.library.acda_forward(
-                ctypes.byref(plan), ctypes.byref(given), pointer(scratch), ctypes.c_int64(task)
-            )
+            self.library.acda_forward(ctypes.byref(plan), ctypes.byref(given), pointer(scratch), ctypes.c_int64(task))
 
         in_parallel(work, plan.n * plan.bands, plan.forward)
         return y

@@ -23,7 +23,7 @@ from threading import Lock
 from surgeon.errors import BackendError
 from surgeon.files import cache_folder, write_bytes
 
-SOURCES = ("lanes.h", "gemm.h", "window.h", "acda.h", "native.c")
+SOURCES = ("lanes.h", "gemm.h", "window.h", "acda.h", "dconv.h", "native.c")
 MAIN = "native.c"
 ABI = 1  # what `surgeon_abi` of native.c returns
 TIME_LIMIT = 120.0  # seconds, of one run of the compiler
@@ -123,7 +123,9 @@ def check_own(path: Path) -> None:
     """Raise `BackendError` unless the file or folder is the user's own and nobody else may write to it: it holds code that is run."""
     found = path.stat()
     if found.st_uid != os.geteuid():
-        raise BackendError(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}: nothing is loaded from there")
+        raise BackendError(
+            f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}: nothing is loaded from there"
+        )
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise BackendError(f"others may write to {path}: nothing is loaded from there (chmod go-w makes it your own)")
 
@@ -238,6 +240,14 @@ def why_no_library() -> tuple[str, ...]:
     """The reason why there is no library; empty where there is one. Compiles it where that has not been tried yet."""
     _state.settle()
     return () if _state.library is not None else (_state.reason,)
+
+
+def told_library() -> str:
+    """For `surgeon doctor`: which library there is, or why there is none and what one would bring."""
+    reasons = why_no_library()
+    if not reasons:
+        return str(library()._name)
+    return f"none, because {reasons[0]}. With one, ACDA and DConv are about 1.2 to 4 times as fast on the CPU"
 
 
 # To torch.compile its answer is a constant, as with torch.compiler.assume_constant_result, which would load all of torch._dynamo.

@@ -3,6 +3,7 @@
 #include "gemm.h"
 #include "window.h"
 #include "acda.h"
+#include "dconv.h"
 
 int surgeon_abi(void) { return 1; }
 int surgeon_lanes(void) { return LANES; }
