@@ -141,7 +141,7 @@ def test_the_environment_names_the_backend(monkeypatch: pytest.MonkeyPatch) -> N
     on_meta = [t.to("meta") for t in operands]
     assert acda_conv(*on_meta, *geometry).shape == (2, 8, 7, 8)
     monkeypatch.setenv(ENVIRONMENT, "cutlass")
-    with pytest.raises(BackendError, match=f"{ENVIRONMENT} is 'cutlass', but acda_conv has only triton, torch"):
+    with pytest.raises(BackendError, match=f"{ENVIRONMENT} is 'cutlass', but acda_conv has only triton, native, torch"):
         acda_conv(*operands, *geometry)
 
 

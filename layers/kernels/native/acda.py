@@ -24,13 +24,13 @@ _GRADIENTS = ("gx", "galpha", "gpsi", "gstatic", "gcoeff")
 class _Plan(ctypes.Structure):
     """`Acda` of acda.h."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in (*_SIZES, *_COUNTS, *_PLANNED)]  # noqa: RUF012  ctypes' own way
+    _fields_ = [(name, ctypes.c_int64) for name in (*_SIZES, *_COUNTS, *_PLANNED)]
 
 
 class _Tensors(ctypes.Structure):
     """`AcdaTensors` of acda.h."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in (*_TENSORS, *_GRADIENTS)]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_void_p) for name in (*_TENSORS, *_GRADIENTS)]
 
 
 class Problem:

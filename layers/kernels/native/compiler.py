@@ -54,7 +54,10 @@ def flags() -> list[str]:
 
 
 def _run(command: Sequence[str]) -> str:
-    """What a command prints. Raises `BackendError` where it fails, or takes longer than `TIME_LIMIT`: it is then ended, with what it started."""
+    """What a command prints. Raises `BackendError` where it fails, or takes longer than `TIME_LIMIT`.
+
+    It is then ended, with what it started.
+    """
     name = Path(command[0]).name
     try:
         process = subprocess.Popen(
@@ -120,7 +123,7 @@ def library_folder() -> Path:
 
 
 def check_own(path: Path) -> None:
-    """Raise `BackendError` unless the file or folder is the user's own and nobody else may write to it: it holds code that is run."""
+    """Raise `BackendError` unless the file or folder is the user's own and nobody else may write to it: it holds code."""
     found = path.stat()
     if found.st_uid != os.geteuid():
         raise BackendError(

@@ -19,13 +19,13 @@ _TENSORS = ("x", "kernels", "y", "grad", "gx", "gkernels")
 class _Plan(ctypes.Structure):
     """`Dconv` of dconv.h."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in (*_SIZES, *_COUNTS)]  # noqa: RUF012  ctypes' own way
+    _fields_ = [(name, ctypes.c_int64) for name in (*_SIZES, *_COUNTS)]
 
 
 class _Tensors(ctypes.Structure):
     """`DconvTensors` of dconv.h."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in _TENSORS]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_void_p) for name in _TENSORS]
 
 
 def _plan(x: Tensor, kernels: Tensor, kernel_size: Sequence[int], geometry: Sequence[Sequence[int]]) -> _Plan:

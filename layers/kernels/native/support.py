@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from surgeon.layers.kernels.inputs import floating
 from surgeon.layers.kernels.native.compiler import forget_lock, why_no_library
 
 Work = Callable[[int, Tensor], None]
@@ -19,6 +20,8 @@ def reasons_against(tensors: Sequence[Tensor | None]) -> list[str]:
     kinds = sorted({t.device.type for t in given})
     if kinds != ["cpu"]:
         return [f"it runs on the CPU, the tensors are on {' and '.join(kinds)}"]
+    if integers := floating(*given):
+        return integers
     dtypes = sorted({str(t.dtype) for t in given if t.dtype != torch.float32})
     if dtypes:
         return [f"it computes in float32, not in {', '.join(dtypes)}"]
