@@ -161,6 +161,24 @@ def _triton_layer(*args: Any) -> Tensor:
     return y
 
 
+def _why_not_native_layer(
+    x: Tensor, features: Tensor, weight: Tensor, static: Tensor, bias: Tensor | None, *geometry: Any
+) -> list[str]:
+    reasons = native_reasons_against([x, features, weight, static, bias])
+    if weight.shape[0] != static.numel():
+        reasons.append("several output channels share a generated kernel")
+    if memory_format_of(x) != torch.contiguous_format:
+        reasons.append("the input is channels last, and so must be the result")
+    return reasons
+
+
+@DCONV_LAYER.backend(NATIVE, why_not=_why_not_native_layer)
+def _native_layer(*args: Any) -> Tensor:
+    """Forward in C; the backward pass is torch's, which makes the kernels again as well."""
+    y: Tensor = _dconv_layer(*args, NATIVE)
+    return y
+
+
 @DCONV.backend("torch", why_not=one_dtype)
 def _lean_apply(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     y: Tensor = _dconv(x, kernels, kernel_size, stride, padding, dilation)
@@ -299,6 +317,8 @@ def _dconv_layer(
         from surgeon.layers.kernels.triton import dconv_layer as on_cuda
 
         return on_cuda.forward(given)
+    if backend == NATIVE:
+        return native.layer_forward(x, features, weight, static, bias, stride, padding, dilation)
     return lean.layer_forward(given)
 
 

@@ -5,6 +5,7 @@
 #ifndef SURGEON_DCONV_H
 #define SURGEON_DCONV_H
 
+#include "gemm.h"
 #include "window.h"
 
 typedef struct {
@@ -30,13 +31,13 @@ INLINE vec load_first(const float *p, int64_t lanes) {
 }
 
 /* A row of one output channel: `k` its kernels, taps `size` apart, `x` the padded pixel under its first tap. Whole vectors are read
- * up to `k_end`, and written up to `y_end`: what they write beyond the row, the next row writes over. */
+ * up to `k_end`, and written up to `y_end`: what they write beyond the row, the next row writes over. Sums start at `start`. */
 static void dconv_row(int64_t width, int64_t taps, const int64_t *place, const float *x, const float *k, int64_t size,
-                      const float *k_end, float *y, const float *y_end) {
+                      const float *k_end, float *y, const float *y_end, float start) {
     for (int64_t j = 0; j < width; j += LANES) {
         if (width >= LANES) j = least(j, width - LANES); /* the last block overlaps the one before */
         int64_t lanes = k + (taps - 1) * size + j + LANES <= k_end ? LANES : width - j;
-        vec even = {0}, odd = {0};
+        vec even = splat(start), odd = {0};
         int64_t t = 0;
         for (; t + 1 < taps; t += 2) {
             even += load_first(k + t * size + j, lanes) * load(x + place[t] + j);
@@ -93,7 +94,7 @@ static void dconv_unit(const Dconv *d, const DconvTensors *t, float *scratch, in
                     int64_t own = r * taps * pixels + i * s->ow;
                     if (!backward) {
                         dconv_row(s->ow, taps, place, x + at, kernels + own, pixels, k_end, t->y + o,
-                                  t->y + o + pixels - i * s->ow);
+                                  t->y + o + pixels - i * s->ow, 0);
                         continue;
                     }
                     if (t->gkernels)
@@ -105,6 +106,71 @@ static void dconv_unit(const Dconv *d, const DconvTensors *t, float *scratch, in
         }
     }
 }
+
+/* ---- kernels made from features, one an output channel: weight * features + static ---------------------------------------- */
+
+typedef struct {
+    Window s;
+    int64_t n, c, outputs, features;
+    int64_t bands, band, chunk, scratch; /* chunk: outputs whose kernels are made by one product */
+} DconvLayer;
+
+typedef struct {
+    const float *x, *features, *weight, *fixed, *bias; /* weight packed by dconv_layer_pack; bias may be null */
+    float *y;
+} DconvLayerTensors;
+
+enum { LAYER_BAND_BYTES = 1 << 20, LAYER_PIXELS = 256, LAYER_ROWS = 72 };
+
+void dconv_layer_plan(DconvLayer *d) {
+    const Window *s = &d->s;
+    int64_t taps = s->lh * s->lw;
+    int64_t fits = (LAYER_BAND_BYTES / (4 * d->c * padded(s, 0, 1).row) - (s->lh - 1) * s->dh - 1) / s->sh + 1;
+    d->band = even_part(s->oh, most(1, least(fits, LAYER_PIXELS / s->ow)));
+    d->bands = ceil_div(s->oh, d->band);
+    d->chunk = even_part(d->outputs, most(1, LAYER_ROWS / taps));
+    int64_t row = round_up(d->band * s->ow) + 16;
+    d->scratch = round_up(2 * taps) + round_up(padded_floats(padded(s, 0, d->band), d->c)) + (d->features + d->chunk * taps) * row + 64;
+}
+
+void dconv_layer_pack(const DconvLayer *d, const float *weight, float *to) {
+    int64_t taps = d->s.lh * d->s.lw;
+    for (int64_t o = 0; o < d->outputs; o += d->chunk)
+        pack(weight + o * taps * d->features, d->features, 1, least(d->chunk, d->outputs - o) * taps, d->features,
+             to + o * taps * d->features);
+}
+
+void dconv_layer_forward(const DconvLayer *d, const DconvLayerTensors *t, float *scratch, int64_t task) {
+    const Window *s = &d->s;
+    int64_t n = task / d->bands, i0 = task % d->bands * d->band, i1 = least(i0 + d->band, s->oh);
+    int64_t pixels = s->oh * s->ow, taps = s->lh * s->lw, count = (i1 - i0) * s->ow, row = round_up(d->band * s->ow) + 16;
+    Padded p = padded(s, i0, i1);
+    int64_t *place = (int64_t *)take(&scratch, 2 * taps);
+    float *x = take(&scratch, padded_floats(p, d->c));
+    float *features = take(&scratch, d->features * row), *k = take(&scratch, d->chunk * taps * row);
+    const float *k_end = k + d->chunk * taps * row;
+    tap_places(s, p, place);
+    window_copy(s, p, d->c, (float *)t->x + n * d->c * s->h * s->w, x, 0);
+    for (int64_t f = 0; f < d->features; f++) {
+        memcpy(features + f * row, t->features + (n * d->features + f) * pixels + i0 * s->ow, (size_t)count * 4);
+        memset(features + f * row + count, 0, (size_t)(row - count) * 4);
+    }
+    for (int64_t first = 0; first < d->outputs; first += d->chunk) {
+        int64_t end = least(first + d->chunk, d->outputs), rows = (end - first) * taps;
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t q = 0; q < count; q += LANES) store(k + r * row + q, splat(t->fixed[first * taps + r]));
+        gemm(rows, ceil_div(count, LANES) * LANES, d->features, t->weight + first * taps * d->features, features, row, k, row, 1);
+        for (int64_t o = first; o < end; o++) {
+            float *y = t->y + (n * d->outputs + o) * pixels;
+            const float *in = x + o / (d->outputs / d->c) * p.plane;
+            for (int64_t i = i0; i < i1; i++)
+                dconv_row(s->ow, taps, place, in + (i - i0) * s->sh * p.row, k + (o - first) * taps * row + (i - i0) * s->ow, row,
+                          k_end, y + i * s->ow, y + i1 * s->ow, t->bias ? t->bias[o] : 0);
+        }
+    }
+}
+
+/* ---- kernels given, again ------------------------------------------------------------------------------------------------- */
 
 /* Fills in the rows of a band and the scratch of a call. */
 void dconv_plan(Dconv *d) {
