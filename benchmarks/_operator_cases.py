@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surgeon.layers.kernels.acda import acda_conv
+from surgeon.layers.kernels.acda_reference import acda_macs
 from surgeon.layers.kernels.dconv import dconv, dconv_layer
 from surgeon.layers.kernels.pafu import pafu_conv
 
@@ -37,6 +38,8 @@ class Case:
     shape: str
     variant: str
     build: Callable[[], dict[str, Step]]
+    flops: int  # of the definition, forward, 1 MAC = 2; three times as many with backward
+    moved: int = 0  # bytes of inputs and output, for what is bound by memory
 
     @property
     def name(self) -> str:
@@ -63,7 +66,10 @@ def acda_cases() -> Iterator[Case]:
     """ACDA with the paper's m = 6 and K = 18, for windows 7 and 3; the operator without the generator."""
     for window in (7, 3):
         for shape in SHAPES:
-            yield Case("acda", shape, f"l={window}", partial(_acda_steps, shape, window))
+            n, c, size = SHAPES[shape]
+            sizes = {"channels": c, "out_channels": c, "groups": 1, "window": window**2, "pixels": n * size**2}
+            flops = 2 * acda_macs(**sizes, atoms=6, static=0, elements=18)
+            yield Case("acda", shape, f"l={window}", partial(_acda_steps, shape, window), flops)
 
 
 def _acda_steps(shape: str, window: int) -> dict[str, Step]:
@@ -73,12 +79,17 @@ def _acda_steps(shape: str, window: int) -> dict[str, Step]:
     coeff, psi, static = _parameter(c, c, m), torch.randn(k, window, window), torch.empty(0, window, window)
     geometry = ((1, 1), (window // 2, window // 2), (1, 1), 1)
 
-    def operator(backend: str) -> Step:
+    def operator(backend: str | None) -> Step:
         run = partial(acda_conv, x, alpha, psi, static, coeff, *geometry, backend=backend)
         return Step(run, (x, alpha, coeff, psi, static))
 
     multiplied = Step(partial(_multiplied, x, alpha, coeff, psi), (), trained=False)
-    steps = {"ours": operator("torch"), "unfold": operator("reference"), "multiply": multiplied}
+    steps = {
+        "ours": operator(None),
+        "torch": operator("torch"),
+        "unfold": operator("reference"),
+        "multiply": multiplied,
+    }
     return steps | _convolutions(x, 3, 7)
 
 
@@ -98,7 +109,11 @@ def dconv_cases() -> Iterator[Case]:
     """DConv with 3×3 kernels: applying given kernels, and the layer that makes them by a 1×1 convolution C → 9C."""
     for variant, build in (("apply", _apply_steps), ("layer", _layer_steps)):
         for shape in SHAPES:
-            yield Case("dconv", shape, variant, partial(build, shape))
+            n, c, size = SHAPES[shape]
+            flops, moved = 2 * 9 * n * c * size**2, 4 * 11 * n * c * size**2
+            if variant == "layer":
+                flops, moved = flops * (c + 1), 0
+            yield Case("dconv", shape, variant, partial(build, shape), flops, moved)
 
 
 def _apply_steps(shape: str) -> dict[str, Step]:
@@ -106,6 +121,7 @@ def _apply_steps(shape: str) -> dict[str, Step]:
     x, kernels = _parameter(n, c, size, size), _parameter(n, c, 9, size, size)
     return {
         "ours": Step(partial(dconv, x, kernels, (3, 3), padding=(1, 1)), (x, kernels)),
+        "torch": Step(partial(dconv, x, kernels, (3, 3), padding=(1, 1), backend="torch"), (x, kernels)),
         "unfold": Step(partial(_unfolded, x, kernels), (x, kernels)),
     } | _convolutions(x, 3)
 
@@ -136,7 +152,8 @@ def pafu_cases() -> Iterator[Case]:
     for variant, build in (("eval", _eval_steps), ("train", _train_steps)):
         for n in (4, 8, 16):
             for shape in SHAPES:
-                yield Case("pafu", shape, f"{variant} n={n}", partial(build, shape, n))
+                images, c, size = SHAPES[shape]
+                yield Case("pafu", shape, f"{variant} n={n}", partial(build, shape, n), 18 * images * (c * size) ** 2)
 
 
 def _group(shape: str, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -24,6 +24,8 @@ from benchmarks._bench import in_subprocess, interleaved, peak_rss, saved_bytes
 from benchmarks._operator_cases import OPERATORS, SHAPES, TARGETS, Case, Step, Target
 from benchmarks._results import write_json
 
+PROBE = 512  # rows and columns of the matrix product whose rate is taken for the machine's
+COPIED = 1 << 23  # floats whose copy is taken for its bandwidth
 COLUMNS = {"forward": "forward", "both": "fwd+bwd", "saved_bytes": "saved MB", "peak_bytes": "peak MB"}
 
 
@@ -45,16 +47,58 @@ def measure(case: Case, repeats: int, memory: bool, threads: int) -> dict[str, A
 
     result: dict[str, Any] = {name: {} for name in steps}
     trained = {name: step for name, step in steps.items() if step.trained}
+    probes = _probes()
     for kind, wrap, chosen in (("forward", forward_only, steps), ("both", both, trained)):
-        times = interleaved([wrap(step) for step in chosen.values()], repeats)
-        for name, (cpu, wall) in zip(chosen, times, strict=True):
-            result[name][kind] = {"cpu_ms": cpu, "wall_ms": wall}
+        times = interleaved([*probes.values(), *(wrap(step) for step in chosen.values())], repeats)
+        for name, (cpu, wall) in zip((*probes, *chosen), times, strict=True):
+            result.setdefault(name, {})[kind] = {"cpu_ms": cpu, "wall_ms": wall}
     for name, step in trained.items():
         result[name]["saved_bytes"] = saved_bytes(step.forward, step.inputs)
         if memory:
             arguments = ["--peak-of", case.name, name, "--threads", str(threads)]
             result[name]["peak_bytes"] = in_subprocess("benchmarks.operators", arguments, threads)
     return result
+
+
+def _probes() -> dict[str, Callable[[], object]]:
+    """What the machine can do: a matrix product, and a copy."""
+    a, b, product = (torch.randn(PROBE, PROBE) for _ in range(3))
+    source = torch.randn(COPIED)
+    target = torch.empty_like(source)
+    return {"mm": lambda: torch.mm(a, b, out=product), "copy": lambda: target.copy_(source)}
+
+
+def shares(cases: Iterable[Case], results: dict[str, list[dict[str, Any]]], clock: str) -> list[dict[str, Any]]:
+    """What part of the machine's rate an operator reaches, medians of the runs: of a matrix product's, or of a copy's.
+
+    The arithmetic of the definition (or the bytes of inputs and output) over time and rate. Forward and backward are three times
+    the forward arithmetic: what is computed again in the backward pass does not count.
+    """
+    rows = []
+    for case in cases:
+        for step, kind in ((step, kind) for step in ("ours", "torch") for kind in ("forward", "both")):
+            probe, whole, most = ("copy", case.moved, 8 * COPIED) if case.moved else ("mm", case.flops, 2 * PROBE**3)
+            whole *= 3 if kind == "both" else 1
+            found = [
+                whole / run[step][kind][clock] * run[probe][kind][clock] / most
+                for run in results[case.name]
+                if kind in run.get(step, {})
+            ]
+            if found and not (case.moved and kind == "both"):  # how often memory must be read backward is no definition
+                rows.append({"case": case.name, "step": step, "measure": kind, "of": probe, "share": median(found)})
+    return rows
+
+
+def shares_table(rows: list[dict[str, Any]]) -> str:
+    """A line a case and step: the share forward, and forward and backward."""
+    found: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in rows:
+        found.setdefault((row["case"], row["step"], row["of"]), {})[row["measure"]] = row["share"]
+    lines = [f"{'share of the rate of a product (mm) or a copy':<48} {'forward':>9} {'fwd+bwd':>9}"]
+    for (case, step, of), values in found.items():
+        told = " ".join(f"{values[kind]:9.2f}" if kind in values else f"{'-':>9}" for kind in ("forward", "both"))
+        lines.append(f"{f'{case} {step}, of {of}':<48} {told}")
+    return "\n".join(lines)
 
 
 def peak_of(case: Case, name: str) -> int:
@@ -175,11 +219,19 @@ def main(argv: list[str] | None = None) -> int:
     clock, said = ("cpu_ms", "CPU ms of the process") if args.threads == 1 else ("wall_ms", "wall ms")
     rows = compare(results, clock)
     print(f"{said}, {args.threads} thread(s), interleaved medians\n")
-    print(table(results, clock), comparison_table(rows), sep="\n\n")
+    of_rate = shares(cases, results, clock)
+    print(table(results, clock), comparison_table(rows), shares_table(of_rate), sep="\n\n")
     if args.json:
         write_json(
             args.json,
-            {"threads": args.threads, "runs": args.runs, "shapes": SHAPES, "results": results, "targets": rows},
+            {
+                "threads": args.threads,
+                "runs": args.runs,
+                "shapes": SHAPES,
+                "results": results,
+                "targets": rows,
+                "shares": of_rate,
+            },
         )
     return 0
 

@@ -16,6 +16,7 @@ from surgeon.errors import BackendError
 from surgeon.files import cache_folder
 from surgeon.layers.kernels.dispatch import Operator
 from surgeon.layers.kernels.examples import example, operators
+from surgeon.layers.kernels.native.compiler import library_folder, told_library
 
 PACKAGES = (
     *("torch", "torchvision", "timm", "triton", "accelerate", "optuna", "torchmetrics", "safetensors"),
@@ -161,6 +162,7 @@ def _settings() -> dict[str, Any]:
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "float32 products": torch.get_float32_matmul_precision(),
         "C++ compiler (torch.compile on the CPU)": shutil.which(os.environ.get("CXX", "g++")),
+        "compiled CPU operators": told_library(),
         "interpreter": sys.executable,
     } | {name: os.environ.get(name) for name in (*_VARIABLES, *own)}
 
@@ -176,5 +178,6 @@ def _folders() -> dict[str, str]:
         "torch weights": torch.hub.get_dir(),
         "Hugging Face weights": hub,
         "Triton kernels": os.environ.get("TRITON_CACHE_DIR", str(home / ".triton" / "cache")),
+        "compiled CPU operators": str(library_folder()),
         "tables of costs and gains": str(cache_folder()),
     }

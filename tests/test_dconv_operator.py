@@ -278,7 +278,7 @@ class TestErrors:
         assert reasons == ["its tensors are of different dtypes (torch.float32, torch.float64)"]
         with pytest.raises(BackendError, match="different dtypes"):
             dconv(x, kernels.float(), (3, 3), padding=(1, 1))
-        with pytest.raises(BackendError, match="no backend 'cuda'; it has triton, torch, portable, reference"):
+        with pytest.raises(BackendError, match="no backend 'cuda'; it has triton, native, torch, portable, reference"):
             dconv(x, kernels, (3, 3), padding=(1, 1), backend="cuda")
 
 

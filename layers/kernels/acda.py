@@ -1,4 +1,4 @@
-"""The ACDA operator: the registered version (plain torch, or Triton), its gradient, and the choice among backends."""
+"""The ACDA operator: the registered version (plain torch, C, or Triton), its gradient, and the choice among backends."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -10,9 +10,11 @@ from torch import Tensor
 from surgeon.errors import GeometryError
 from surgeon.layers.kernels.acda_lean import Gradients, Problem
 from surgeon.layers.kernels.acda_reference import acda_conv_reference
-from surgeon.layers.kernels.dispatch import PORTABLE, Operator
+from surgeon.layers.kernels.dispatch import NATIVE, PORTABLE, Operator
 from surgeon.layers.kernels.inputs import check_window, floating
 from surgeon.layers.kernels.library import autocast_dtype, define, differentiable_once, memory_format_of, shapes_of
+from surgeon.layers.kernels.native import acda as native
+from surgeon.layers.kernels.native.support import reasons_against as native_reasons_against
 from surgeon.layers.kernels.portable import acda_conv_portable
 from surgeon.layers.kernels.triton.support import reasons_against
 
@@ -35,6 +37,8 @@ def _acda_conv(
     if backend == "triton":
         y: Tensor = _on_cuda().forward(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
         return y
+    if backend == NATIVE:
+        return native.forward(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
     return Problem(x, alpha, psi, static, coeff, stride, padding, dilation, groups).run()
 
 
@@ -76,6 +80,8 @@ def _acda_conv_backward(
             grad, x, alpha, psi, static, coeff, stride, padding, dilation, groups, needs
         )
         return found
+    if backend == NATIVE:
+        return native.backward(grad, x, alpha, psi, static, coeff, stride, padding, dilation, groups, needs)
     problem = Problem(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
     grads = Gradients(problem, needs)
     for chunk in problem.chunks():
@@ -137,6 +143,19 @@ def _why_not_triton(x: Tensor, alpha: Tensor, psi: Tensor, static: Tensor, coeff
 @ACDA_CONV.backend("triton", why_not=_why_not_triton)
 def _run_triton(*args: Any) -> Tensor:
     y: Tensor = _acda_conv(*args, "triton")
+    return y
+
+
+def _why_not_native(x: Tensor, alpha: Tensor, psi: Tensor, static: Tensor, coeff: Tensor, *geometry: Any) -> list[str]:
+    groups = geometry[3]
+    if coeff.numel() > groups * native.MOST_COEFFICIENTS:
+        return [f"torch multiplies more than {native.MOST_COEFFICIENTS} coefficients a group faster"]
+    return native_reasons_against([x, alpha, psi, static, coeff])
+
+
+@ACDA_CONV.backend(NATIVE, why_not=_why_not_native)
+def _run_native(*args: Any) -> Tensor:
+    y: Tensor = _acda_conv(*args, NATIVE)
     return y
 
 

@@ -16,9 +16,11 @@ from surgeon.layers.geometry import Pair
 from surgeon.layers.kernels import dconv_flops as flops
 from surgeon.layers.kernels import dconv_lean as lean
 from surgeon.layers.kernels.dconv_reference import dconv_layer_reference, dconv_reference
-from surgeon.layers.kernels.dispatch import PORTABLE, Operator
+from surgeon.layers.kernels.dispatch import NATIVE, PORTABLE, Operator
 from surgeon.layers.kernels.inputs import check_window, one_dtype
 from surgeon.layers.kernels.library import autocast_dtype, define, differentiable_once, memory_format_of, shapes_of
+from surgeon.layers.kernels.native import dconv as native
+from surgeon.layers.kernels.native.support import reasons_against as native_reasons_against
 from surgeon.layers.kernels.portable import dconv_layer_portable, dconv_portable
 from surgeon.layers.kernels.triton.support import reasons_against
 
@@ -143,9 +145,37 @@ def _triton_apply(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, p
     return y
 
 
+def _why_not_native(x: Tensor, kernels: Tensor, *geometry: Any) -> list[str]:
+    return native_reasons_against([x, kernels])
+
+
+@DCONV.backend(NATIVE, why_not=_why_not_native)
+def _native_apply(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    y: Tensor = _dconv(x, kernels, kernel_size, stride, padding, dilation, NATIVE)
+    return y
+
+
 @DCONV_LAYER.backend("triton", why_not=_why_not_triton)
 def _triton_layer(*args: Any) -> Tensor:
     y: Tensor = _dconv_layer(*args, "triton")
+    return y
+
+
+def _why_not_native_layer(
+    x: Tensor, features: Tensor, weight: Tensor, static: Tensor, bias: Tensor | None, *geometry: Any
+) -> list[str]:
+    reasons = native_reasons_against([x, features, weight, static, bias])
+    if weight.shape[0] != static.numel():
+        reasons.append("several output channels share a generated kernel")
+    if memory_format_of(x) != torch.contiguous_format:
+        reasons.append("the input is channels last, and so must be the result")
+    return reasons
+
+
+@DCONV_LAYER.backend(NATIVE, why_not=_why_not_native_layer)
+def _native_layer(*args: Any) -> Tensor:
+    """Forward in C; the backward pass is torch's, which makes the kernels again as well."""
+    y: Tensor = _dconv_layer(*args, NATIVE)
     return y
 
 
@@ -193,6 +223,8 @@ def _dconv(
         from surgeon.layers.kernels.triton import dconv as on_cuda
 
         return on_cuda.forward(x, kernels, kernel_size, stride, padding, dilation)
+    if backend == NATIVE:
+        return native.forward(x, kernels, kernel_size, stride, padding, dilation)
     return lean.apply_forward(x, kernels, kernel_size, stride, padding, dilation)
 
 
@@ -221,6 +253,8 @@ def _dconv_backward(
         from surgeon.layers.kernels.triton import dconv as on_cuda
 
         return on_cuda.backward(grad, x, kernels, kernel_size, needs, stride, padding, dilation)
+    if backend == NATIVE:
+        return native.backward(grad, x, kernels, kernel_size, needs, stride, padding, dilation)
     return lean.apply_backward(grad, x, kernels, kernel_size, needs, stride, padding, dilation)
 
 
@@ -283,6 +317,8 @@ def _dconv_layer(
         from surgeon.layers.kernels.triton import dconv_layer as on_cuda
 
         return on_cuda.forward(given)
+    if backend == NATIVE:
+        return native.layer_forward(x, features, weight, static, bias, stride, padding, dilation)
     return lean.layer_forward(given)
 
 

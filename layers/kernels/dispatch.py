@@ -20,6 +20,7 @@ ENVIRONMENT = "SURGEON_BACKEND"
 
 WhyNot = Callable[..., list[str]]
 
+NATIVE = "native"
 PORTABLE = "portable"
 
 

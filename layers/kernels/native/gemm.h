@@ -1,0 +1,124 @@
+/* Products of a packed matrix A with rows of vectors B: C[r][p] (+)= sum over k of A[r][k] B[k][p].
+ *
+ * The sum over k runs in the same order for every r and p, whatever block they fall into: results do not depend on how the pixels
+ * are cut into tiles, bands and threads. */
+#ifndef SURGEON_GEMM_H
+#define SURGEON_GEMM_H
+
+#include "lanes.h"
+
+enum { DEPTH = 256 }; /* of k at a time: DEPTH rows of VECTORS vectors of B stay in the first-level cache, or near it */
+
+/* Rows of A (`rows` × `depth`, at distances row and k) in blocks of height even_part(rows, ROWS), in each k by k. */
+static void pack(const float *A, int64_t row, int64_t k_step, int64_t rows, int64_t depth, float *to) {
+    int64_t height = even_part(rows, ROWS);
+    for (int64_t r0 = 0; r0 < rows; r0 += height) {
+        int64_t h = least(height, rows - r0);
+        for (int64_t r = 0; r < h; r++) {
+            const float *from = A + (r0 + r) * row;
+            for (int64_t k = 0; k < depth; k++) to[r0 * depth + k * h + r] = from[k * k_step];
+        }
+    }
+}
+
+typedef struct {
+    const float *b;
+    int64_t b_k, b_vector; /* distances between rows, and between vectors of a row */
+    float *c;
+    int64_t c_row, c_vector;
+} Operands;
+
+INLINE void block(const int rows, const int vectors, int64_t depth, const float *A, Operands at, int64_t last, int add) {
+    vec sum[8][3];
+    const float *b = at.b;
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = (vec){0};
+    for (int64_t k = 0; k < depth; k++, A += rows, b += at.b_k) {
+        vec x[3];
+        UNROLLED for (int v = 0; v < vectors; v++) x[v] = load(b + v * at.b_vector);
+        UNROLLED for (int r = 0; r < rows; r++) {
+            vec a = splat(A[r]);
+            UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] += a * x[v];
+        }
+    }
+    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) {
+        float *c = at.c + r * at.c_row + v * at.c_vector;
+        int64_t lanes = v == vectors - 1 ? last : LANES;
+        vec old = {0};
+        if (add && lanes >= LANES)
+            old = load(c);
+        else if (add)
+            memcpy(&old, c, (size_t)lanes * 4);
+        store_first(c, sum[r][v] + old, lanes);
+    }
+}
+
+static void block_of(int64_t rows, int64_t vectors, int64_t depth, const float *A, Operands at, int64_t last, int add) {
+#define CASE(R, V) \
+    case R * 4 + V: block(R, V, depth, A, at, last, add); return;
+#define CASES(R) CASE(R, 1) CASE(R, 2) CASE(R, 3)
+    switch (rows * 4 + vectors) {
+        CASES(1) CASES(2) CASES(3) CASES(4)
+#if defined(__AVX512F__) || defined(__aarch64__)
+        CASES(5) CASES(6) CASES(7) CASES(8)
+#endif
+    }
+#undef CASES
+#undef CASE
+}
+
+/* `count` vectors of a row, of the last only `last` lanes. */
+static void product(int64_t rows, int64_t count, int64_t depth, const float *packed, Operands at, int64_t last, int add) {
+    int64_t height = even_part(rows, ROWS), width = even_part(count, VECTORS);
+    for (int64_t k = 0; k < depth; k += DEPTH) {
+        int64_t deep = least(DEPTH, depth - k);
+        for (int64_t v = 0; v < count; v += width) {
+            int64_t wide = least(width, count - v);
+            for (int64_t r = 0; r < rows; r += height) {
+                int64_t high = least(height, rows - r);
+                Operands part = at;
+                part.b += k * at.b_k + v * at.b_vector;
+                part.c += r * at.c_row + v * at.c_vector;
+                block_of(high, wide, deep, packed + r * depth + k * high, part, v + wide == count ? last : LANES, add || k);
+            }
+        }
+    }
+}
+
+/* C (rows × columns) (+)= A B with contiguous rows of B and C at distances b_row and c_row. */
+static void gemm(int64_t rows, int64_t columns, int64_t depth, const float *packed, const float *b, int64_t b_row, float *c,
+                 int64_t c_row, int add) {
+    int64_t count = ceil_div(columns, LANES);
+    Operands at = {b, b_row, LANES, c, c_row, LANES};
+    product(rows, count, depth, packed, at, columns - (count - 1) * LANES, add);
+}
+
+/* to[p][f] = from[f][p], LANES × LANES at a time; reads and writes whole blocks. */
+static void transpose(const float *from, int64_t from_row, int64_t rows, int64_t columns, float *to, int64_t to_row) {
+    for (int64_t f = 0; f < rows; f += LANES)
+        for (int64_t p = 0; p < columns; p += LANES) {
+            vec v[LANES];
+            UNROLLED for (int i = 0; i < LANES; i++) v[i] = load(from + (f + i) * from_row + p);
+            UNROLLED for (int s = 1; s < LANES; s *= 2) {
+                ivec low, high; /* of a pair's lanes: where lane bit s is 0, and where it is 1 */
+                UNROLLED for (int i = 0; i < LANES; i++) {
+                    low[i] = i & s ? i - s + LANES : i;
+                    high[i] = i & s ? i + LANES : i + s;
+                }
+                UNROLLED for (int i = 0; i < LANES; i++) if (!(i & s)) {
+                    vec a = v[i], b = v[i + s];
+#if defined(__clang__)
+                    for (int j = 0; j < LANES; j++) {
+                        v[i][j] = low[j] < LANES ? a[low[j]] : b[low[j] - LANES];
+                        v[i + s][j] = high[j] < LANES ? a[high[j]] : b[high[j] - LANES];
+                    }
+#else
+                    v[i] = __builtin_shuffle(a, b, low);
+                    v[i + s] = __builtin_shuffle(a, b, high);
+#endif
+                }
+            }
+            UNROLLED for (int i = 0; i < LANES; i++) store(to + (p + i) * to_row + f, v[i]);
+        }
+}
+
+#endif

@@ -1,0 +1,70 @@
+/* A vector of floats as wide as the target's registers, by the vector extensions that GCC and Clang share.
+ *
+ * Wider types than the target has are split and spilled, and several times slower. */
+#ifndef SURGEON_LANES_H
+#define SURGEON_LANES_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4 /* SSE, NEON */
+#endif
+
+/* How many sums a loop can hold in registers: rows and vectors of a matrix product, atoms and channels of an atom convolution. */
+#if defined(__AVX512F__) || defined(__aarch64__)
+enum { ROWS = 8, VECTORS = 3, ATOMS = 6, CHANNELS = 4 };
+#else
+enum { ROWS = 4, VECTORS = 3, ATOMS = 6, CHANNELS = 2 };
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 16")
+#endif
+
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+typedef float vec_anywhere __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+INLINE vec load(const float *p) { return (vec) * (const vec_anywhere *)p; }
+INLINE void store(float *p, vec v) { *(vec_anywhere *)p = (vec_anywhere)v; }
+INLINE vec splat(float a) { return a - (vec){0}; } /* not plus, which would make 0 of -0, and an addition of a copy */
+
+/* The first n lanes of v, zero in the others, whatever is there (NaN too). */
+INLINE vec first_lanes(vec v, int64_t n) {
+    ivec lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    return (vec)((ivec)v & (lane < (ivec){0} + (int32_t)n));
+}
+
+INLINE void store_first(float *p, vec v, int64_t n) {
+    if (n >= LANES)
+        store(p, v);
+    else
+        memcpy(p, &v, (size_t)n * 4);
+}
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t round_up(int64_t a) { return ceil_div(a, 16) * 16; } /* floats: whole cache lines, whatever LANES is */
+
+/* Into how large parts to cut `n` so that they are at most `limit` and nearly equal. */
+INLINE int64_t even_part(int64_t n, int64_t limit) { return ceil_div(n, ceil_div(n, limit)); }
+
+/* Floats from a scratch buffer, one block after another, each from the start of a cache line. */
+INLINE float *take(float **scratch, int64_t floats) {
+    float *block = *scratch;
+    *scratch += round_up(floats) + 16; /* loads of whole vectors may reach beyond the end */
+    return block;
+}
+
+#endif
