@@ -25,6 +25,7 @@ from surgeon import (
     inspect_command,
     models_command,
     revert_command,
+    try_command,
     verify_command,
     visualize_command,
     zoo_command,
@@ -37,6 +38,7 @@ EPILOG = """examples:
   surgeon models 'resnet*'
   surgeon inspect resnet50
   surgeon convert resnet50 --layers stage3,stage4 --type acda
+  surgeon try resnet18 --task classification --data photos/ --max-time 30m
   surgeon verify runs/resnet50-acda
   surgeon revert runs/resnet50-acda --layers stage3 -o runs/resnet50-stage4
   surgeon collapse runs/resnet50-pafu --images photos/ -o runs/resnet50-lean
@@ -120,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         "convert": convert_command,
         "verify": verify_command,
         "revert": revert_command,
+        "try": try_command,
         "finetune": finetune_command,
         "evaluate": evaluate_command,
         "collapse": collapse_command,

@@ -119,6 +119,48 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def amp(text: str) -> str:
+    """A precision as fine-tuning names it: no, fp16 or bf16; an argparse type, the same words for all commands."""
+    known = {"no": "no", "fp16": "fp16", "float16": "fp16", "bf16": "bf16", "bfloat16": "bf16"}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"expected no, fp16 (float16) or bf16 (bfloat16), got {told(text)}")
+    return known[text]
+
+
+def amp_dtype(text: str) -> str | None:
+    """A precision as torch names its dtype, None for no; an argparse type, the same words for all commands."""
+    return {"no": None, "fp16": "float16", "bf16": "bfloat16"}[amp(text)]
+
+
+def device(text: str) -> str:
+    """auto, cpu, cuda or cuda:N; an argparse type, the same for all commands."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {told(text)}")
+    return text
+
+
+def add_amp(parser: Any, kind: Any = amp_dtype) -> None:
+    """`--amp`, alone or with a precision."""
+    const = kind("fp16")
+    help_ = "automatic mixed precision: fp16 (the meaning of --amp alone), bf16 or no"
+    parser.add_argument("--amp", type=kind, nargs="?", const=const, default=None, metavar="fp16|bf16|no", help=help_)
+
+
+def add_device(parser: Any) -> None:
+    """`--device`."""
+    told_ = "default: auto, a GPU where there is one"
+    parser.add_argument("--device", type=device, default=None, metavar="auto|cpu|cuda:N", help=told_)
+
+
+def add_training_options(group: Any) -> Any:
+    """`--batch-size`, `--amp`, `--device` and `--workers`, left to the config where they are not given; returns the group."""
+    group.add_argument("--batch-size", type=positive, metavar="N", help="samples a step (default: 32)")
+    add_amp(group, amp)
+    add_device(group)
+    group.add_argument("--workers", type=whole, metavar="N", help="processes that load data (default: 0)")
+    return group
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     """A folder that surgeon wrote."""
     parser.add_argument("run", metavar="RUN", help="a folder that surgeon wrote")
