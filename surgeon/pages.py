@@ -25,7 +25,8 @@ border-bottom:1px solid var(--line);vertical-align:top}td.n,th.n{text-align:righ
 svg{display:block;width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
 svg .axis{stroke:var(--line)}svg .zero{stroke:var(--soft);stroke-dasharray:4 3}
 svg [data-tip]{cursor:pointer;outline:none}svg [data-tip]:hover,svg [data-tip]:focus,svg .on{stroke:var(--ink);stroke-width:2.5}
-.tip{min-height:3.1em;font-size:.88rem;white-space:pre-wrap;overflow-wrap:anywhere;border-top:1px solid var(--line);padding-top:.4rem;
+.tip{min-height:3.1em;font-size:.88rem;white-space:pre-wrap;
+overflow-wrap:anywhere;border-top:1px solid var(--line);padding-top:.4rem;
 color:var(--soft)}.key{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.85rem}.key i{display:inline-block;width:.75em;
 height:.75em;border-radius:2px;margin-right:.35em}code,pre{font-size:.88rem}pre{overflow-x:auto;background:var(--card);padding:.7rem;
 border:1px solid var(--line);border-radius:6px}@media(max-width:520px){svg text{font-size:14px}main{padding:.8rem .8rem 2rem}}"""
@@ -113,7 +114,9 @@ def chart(
     """
     marks = [mark for mark in marks if math.isfinite(mark.x) and math.isfinite(mark.y)]
     xs = [mark.x for mark in marks] + [x for points, _ in lines for x, _ in points] or [1.0]
-    ys = [v for m in marks for v in (m.y, m.low, m.high) if v is not None] + [y for points, _ in lines for _, y in points]
+    ys = [v for m in marks for v in (m.y, m.low, m.high) if v is not None] + [
+        y for points, _ in lines for _, y in points
+    ]
     ys = ys + ([] if level is None else [level]) or [0.0]
     scale_x = _Scale(xs, _LEFT, WIDTH - _RIGHT, log=log)
     scale_y = _Scale(ys, HEIGHT - _BOTTOM, _TOP)
@@ -134,7 +137,11 @@ def chart(
 
 
 def map_of(
-    cells: Sequence[Sequence[int]], down: Sequence[str], across: Sequence[str], labels: Sequence[str], told: Sequence[str]
+    cells: Sequence[Sequence[int]],
+    down: Sequence[str],
+    across: Sequence[str],
+    labels: Sequence[str],
+    told: Sequence[str],
 ) -> str:
     """A grid of colours: `cells[row][column]` is the number of a label, 0 the empty one; `told` is what a column shows."""
     left = min(max((len(name) for name in down), default=1), 22) * 6.2 + 8
@@ -144,7 +151,9 @@ def map_of(
     for row, name in enumerate(down):
         y = _TOP + row * tall
         shown = name if len(name) <= 22 else f"…{name[-21:]}"
-        parts.append(f'<text x="{left - 5:.1f}" y="{y + 11}" text-anchor="end" style="font-size:10px">{html.escape(shown)}</text>')
+        parts.append(
+            f'<text x="{left - 5:.1f}" y="{y + 11}" text-anchor="end" style="font-size:10px">{html.escape(shown)}</text>'
+        )
         for column, tip in enumerate(told):
             label = cells[row][column]
             colour = "var(--line)" if label == 0 else f"var(--c{(label - 1) % 8})"
@@ -163,10 +172,12 @@ def map_of(
 def _figure(parts: Sequence[str], groups: Sequence[str], height: float, label: str) -> str:
     rest = "Point at a mark, or tap it, to see what it is; a click keeps it."
     keys = "".join(
-        f'<span><i style="background:var(--c{number % 8})"></i>{html.escape(name)}</span>' for number, name in enumerate(groups)
+        f'<span><i style="background:var(--c{number % 8})"></i>{html.escape(name)}</span>'
+        for number, name in enumerate(groups)
     )
     key = f'<div class="key">{keys}</div>' if groups else ""
-    drawn = f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{html.escape(label, quote=True)}">{"".join(parts)}</svg>'
+    named = html.escape(label, quote=True)
+    drawn = f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{named}">{"".join(parts)}</svg>'
     return f'<figure style="margin:0">{drawn}{key}<div class="tip" data-rest="{rest}">{rest}</div></figure>'
 
 
@@ -206,9 +217,13 @@ def _axes(x: _Scale, y: _Scale, across: str, up: str, names: Sequence[str] | Non
     told = told or [(value, f"{value:+.3g}%" if percent else f"{value:.3g}") for value in x.ticks()]
     for place, name in told:
         parts.append(f'<text x="{x(place):.1f}" y="{bottom + 16}" text-anchor="middle">{html.escape(name)}</text>')
-    parts.append(f'<text x="{(_LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{html.escape(across)}</text>')
+    parts.append(
+        f'<text x="{(_LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{html.escape(across)}</text>'
+    )
     middle = (_TOP + bottom) / 2
-    parts.append(f'<text transform="translate(13 {middle:.0f}) rotate(-90)" text-anchor="middle">{html.escape(up)}</text>')
+    parts.append(
+        f'<text transform="translate(13 {middle:.0f}) rotate(-90)" text-anchor="middle">{html.escape(up)}</text>'
+    )
     return "".join(parts)
 
 

@@ -56,15 +56,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="any layer option",
     )
     group = parser.add_argument_group("how long")
-    group.add_argument("--max-time", default="30m", metavar="TIME", help="for everything: 90s, 30m, 1.5h (default: 30m)")
+    group.add_argument(
+        "--max-time", default="30m", metavar="TIME", help="for everything: 90s, 30m, 1.5h (default: 30m)"
+    )
     group.add_argument("--seeds", type=positive, default=5, metavar="N", help="at most so many pairs (default: 5)")
-    group.add_argument("--steps", type=positive, metavar="N", help="optimizer steps a run (default: what the time allows)")
+    group.add_argument(
+        "--steps", type=positive, metavar="N", help="optimizer steps a run (default: what the time allows)"
+    )
     group = add_training_options(parser.add_argument_group("training"))
     group.add_argument(
         "--lr", type=float, nargs="+", metavar="X", help="one for both, or those to try (default: 1e-4 3e-4 1e-3)"
     )
     group = parser.add_argument_group("output")
-    group.add_argument("-o", "--output", type=Path, metavar="OUT", help="folder to write (default: runs/MODEL-TASK-try)")
+    group.add_argument(
+        "-o", "--output", type=Path, metavar="OUT", help="folder to write (default: runs/MODEL-TASK-try)"
+    )
     group.add_argument("--resume", action="store_true", help="go on with the trial in OUT; --max-time may be longer")
     group.add_argument("--force", action="store_true", help="replace OUT if surgeon try wrote it")
 
@@ -133,9 +139,7 @@ def _print(args: argparse.Namespace, answer: "Answer", output: Path) -> None:
 
     folder = TryFolder(output)
     data = "" if args.data is None else f" --data {args.data}"
-    page = write_report(
-        answer, folder.report, f"surgeon finetune {output}/model --task {args.task}{data} --epochs 10"
-    )
+    page = write_report(answer, folder.report, f"surgeon finetune {output}/model --task {args.task}{data} --epochs 10")
     model = str(output / "model") if folder.model.is_dir() else None
     values = {"output": str(output), "model_folder": model, "report": str(page), **answer.to_dict()}
     folder.write(folder.answer, values)
@@ -143,7 +147,9 @@ def _print(args: argparse.Namespace, answer: "Answer", output: Path) -> None:
         print_json(values)
     else:
         print(answer.to_text(width()), end="")
-        print("".join(f"{told:<11} {path}\n" for told, path in (("report", page), ("go on with", model)) if path), end="")
+        print(
+            "".join(f"{told:<11} {path}\n" for told, path in (("report", page), ("go on with", model)) if path), end=""
+        )
 
 
 def _tell(args: argparse.Namespace, text: str) -> None:

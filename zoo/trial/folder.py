@@ -1,4 +1,4 @@
-"""The folder of a trial: `try.json` (what is tried), `scores/` (one file a run), `model/` (the best converted network), `report/`."""
+"""The folder of a trial: `try.json` (what is tried), `scores/` (one file a run), `model/` (the best conversion), `report/`."""
 
 import json
 import shutil
@@ -39,7 +39,9 @@ class TryFolder:
                 raise CheckpointError(f"there is no trial to go on with in {self.path}: it has no try.json")
         elif self.path.exists() or self.path.is_symlink():
             if not force:
-                hint = "go on with it (--resume), or replace it (--force)" if self.record.is_file() else "choose another"
+                hint = (
+                    "go on with it (--resume), or replace it (--force)" if self.record.is_file() else "choose another"
+                )
                 raise CheckpointError(f"the output {self.path} exists; {hint}")
             if self.path.is_symlink() or not self.record.is_file():
                 raise CheckpointError(f"the output {self.path} was not written by surgeon try: --force leaves it alone")
@@ -55,7 +57,9 @@ class TryFolder:
         """The record. Raises `CheckpointError` where it is none of this version."""
         values = read_object(self.record)
         if values.get("format") != FORMAT or values.get("version") != VERSION:
-            raise CheckpointError(f"{self.record} is not the record of a trial that this version of surgeon can go on with")
+            raise CheckpointError(
+                f"{self.record} is not the record of a trial that this version of surgeon can go on with"
+            )
         check_fields(values, _FIELDS, str(self.record))
         check_fields(values["plan"], _PLAN, f"{self.record}: plan")
         return values

@@ -14,7 +14,7 @@ _SPARE = 0.9  # part of the time that is planned; steps are not all equally fast
 _EVALUATION = 0.2  # largest part of the time that evaluations get
 
 # The layer of the paper that is on the task; selections in the order in which they are tried.
-_DEEP = ("stage3,stage4", "all")
+_DEEP = ("stage3,stage4", "stage2", "stage1", "all")  # late stages cost least
 DEFAULTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "classification": ("acda", _DEEP),
     "crowd-counting": ("acda", _DEEP),
@@ -68,6 +68,6 @@ def make_plan(
             return Plan(steps=found, rates=tried, choose=choose, judge=judge)
     needed = LEAST_SEEDS * (LEAST_STEPS * speed.step + speed.run) / _SPARE / (1 - _EVALUATION)
     raise ConfigError(
-        f"--max-time leaves {max(seconds, 0):.0f} s for training, and {LEAST_SEEDS} seeds of {LEAST_STEPS} steps of both networks take "
-        f"about {math.ceil(needed)} s: give more time, or a smaller --batch-size"
+        f"--max-time leaves {max(seconds, 0):.0f} s for training, and {LEAST_SEEDS} seeds of {LEAST_STEPS} steps of both networks "
+        f"take about {math.ceil(needed)} s: give more time, or a smaller --batch-size"
     )

@@ -1,6 +1,7 @@
 """The page of a trial: the answer first, then what it rests on."""
 
 import statistics
+from html import escape
 from pathlib import Path
 
 from surgeon import pages
@@ -20,7 +21,7 @@ def write_report(answer: Answer, folder: Path, go_on: str) -> Path:
     """Write `report.html` into the folder; returns the page. `go_on` is the command that follows. Raises `CheckpointError`."""
     title = f"{answer.model} on {answer.task}: does the conversion pay?"
     body = [
-        f"<h1>{pages.html.escape(title)}</h1>",
+        f"<h1>{escape(title)}</h1>",
         pages.paragraph(_upper(answer.sentence()) + ".", "lead"),
         pages.paragraph(_MEANS[answer.verdict]),
         pages.section("What it costs", "FLOPs are for one image; time is the median of all runs.", _costs(answer)),
@@ -30,7 +31,7 @@ def write_report(answer: Answer, folder: Path, go_on: str) -> Path:
     if answer.notes:
         body.append(pages.section("Notes", "", "".join(pages.paragraph(note) for note in answer.notes)))
     if answer.scores["converted"]:
-        body.append(pages.section("To go on", "", f"<pre>{pages.html.escape(go_on)}</pre>"))
+        body.append(pages.section("To go on", "", f"<pre>{escape(go_on)}</pre>"))
     with filling(folder, CheckpointError) as fresh:
         (fresh / "report.html").write_text(pages.page(title, body), encoding="utf-8")
     return folder / "report.html"
@@ -55,7 +56,9 @@ def _differences(answer: Answer) -> str:
     marks = []
     for place, (seed, gain) in enumerate(zip(answer.seeds, answer.gains, strict=True)):
         scores = ", ".join(f"{arm} {answer.scores[arm][place]:.5g}" for arm in ARMS)
-        marks.append(pages.Mark(x=place, y=gain, told=f"seed {seed}: {gain:+.3g} {answer.unit}\n{answer.primary}: {scores}"))
+        marks.append(
+            pages.Mark(x=place, y=gain, told=f"seed {seed}: {gain:+.3g} {answer.unit}\n{answer.primary}: {scores}")
+        )
     names = [f"seed {seed}" for seed in answer.seeds]
     if answer.gain is not None:
         spread = 2 * (answer.error or 0.0)
@@ -64,9 +67,16 @@ def _differences(answer: Answer) -> str:
         marks.append(pages.Mark(x=len(names), y=answer.gain, told=told, group=1, **ends))
         names.append("mean")
     drawn = pages.chart(
-        marks, across="", up=f"gain, {answer.unit}", groups=["a seed", "mean ± 2 standard errors"], level=0.0, names=names
+        marks,
+        across="",
+        up=f"gain, {answer.unit}",
+        groups=["a seed", "mean ± 2 standard errors"],
+        level=0.0,
+        names=names,
     )
-    sentence = "Every point is converted minus original for one seed. A bar that does not touch the dashed line is an answer."
+    sentence = (
+        "Every point is converted minus original for one seed. A bar that does not touch the dashed line is an answer."
+    )
     return pages.section("Converted against original, seed by seed", sentence, drawn)
 
 
@@ -87,11 +97,15 @@ def _rates(answer: Answer) -> str:
 def _adaptive(answer: Answer) -> str:
     known = [layer for layer in answer.layers if layer["distance"] is not None]
     marks = [
-        pages.Mark(x=place, y=layer["distance"], told=f"{layer['name']} ({layer['type']}): distance {layer['distance']:.3f}")
+        pages.Mark(
+            x=place, y=layer["distance"], told=f"{layer['name']} ({layer['type']}): distance {layer['distance']:.3f}"
+        )
         for place, layer in enumerate(known)
     ]
     mean = statistics.fmean(layer["distance"] for layer in known) if known else None
-    sentence = "1 - cos of the codes of two pixels of an image: at 0 a layer uses one filter everywhere, and surgeon collapse folds it."
+    sentence = (
+        "1 - cos of the codes of two pixels: at 0 a layer uses one filter everywhere, and surgeon collapse folds it."
+    )
     told = "layer, from input to output" + ("" if mean is None else f" (mean {mean:.2f})")
     drawn = pages.chart(marks, across=told, up="distance", level=0.0)
     return pages.section("How far the new layers adapt", sentence, drawn)

@@ -60,7 +60,9 @@ def try_conversion(
     folder = TryFolder(Path(output))
     folder.check(resume=resume, force=force)
     if dynamic_layers(model):
-        raise ConfigError("a trial starts from a plain model, and this one has dynamic layers: surgeon revert makes it one")
+        raise ConfigError(
+            "a trial starts from a plain model, and this one has dynamic layers: surgeon revert makes it one"
+        )
     trial = _Trial(model, make_task, folder, config, name, base, quiet, tell)
     if not resume and folder.path.exists():
         shutil.rmtree(folder.path)
@@ -129,10 +131,15 @@ class _Trial:
         else:
             self.tell("measuring a training step of both")
             self.speed = self._measure()
-            lengths = {split: len(self.task.dataset(split)) for split in ("train", "val")}  # type: ignore[arg-type]
-            batch = self.config.base.batch_size * self.config.base.accumulate
-            given = {"batch": batch, "rates": self.config.rates, "steps": self.config.steps}
-            self.plan = make_plan(self.left, self.speed, **lengths, **given)  # type: ignore[arg-type]
+            self.plan = make_plan(
+                self.left,
+                self.speed,
+                train=len(self.task.dataset("train")),
+                val=len(self.task.dataset("val")),
+                batch=self.config.base.batch_size * self.config.base.accumulate,
+                rates=self.config.rates,
+                steps=self.config.steps,
+            )
             plan = asdict(self.plan) | {"rates": list(self.plan.rates)}
             self.folder.create({"identity": identity, "data": data, "plan": plan, "speed": asdict(self.speed)})
         self.ready = True
@@ -180,8 +187,8 @@ class _Trial:
     def training(self, *, rate: float, seed: int, steps: int, limit: float | None) -> FinetuneConfig:
         """The same for both networks."""
         changes: dict[str, Any] = {"lr": rate, "seed": seed, "max_steps": steps, "max_time": limit}
-        fixed = {"epochs": _EPOCHS, "keep": "last", "eval_every": "100%"}
-        return replace(self.config.base, **changes, **fixed)
+        changes |= {"epochs": _EPOCHS, "keep": "last", "eval_every": "100%"}  # its last weights are judged
+        return replace(self.config.base, **changes)
 
     def judge(self, network: nn.Module, task: Task, layers: list[Adaptivity] | None = None) -> float:
         """The primary metric on the task's validation samples."""
@@ -361,7 +368,9 @@ class _Trial:
     def _notes(self, answer: Answer) -> list[str]:
         notes = []
         if self.plan.rates != self.config.rates:
-            notes.append("the time is too short to sweep the learning rate: one for both, which may suit one of them better")
+            notes.append(
+                "the time is too short to sweep the learning rate: one for both, which may suit one of them better"
+            )
         for arm, rate in answer.rates.items():
             if len(self.plan.rates) > 1 and rate in (min(self.plan.rates), max(self.plan.rates)):
                 notes.append(f"the best rate of {arm}, {rate:g}, is at the edge of those tried: --lr takes others")
