@@ -115,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     from surgeon import __version__
 
     parser.add_argument("--version", action="version", version=f"surgeon {__version__}")
+    shells = ("bash", "zsh", "tcsh")
+    completion = 'print what makes the shell complete commands and options: eval "$(surgeon --print-completion bash)"'
+    parser.add_argument("--print-completion", action=_Completion, choices=shells, metavar="bash|zsh", help=completion)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     modules = {
         "models": models_command,
@@ -140,6 +143,18 @@ def _parser() -> argparse.ArgumentParser:
     for name, module in modules.items():
         module.add_arguments(_command(commands, name, module.run, module.DESCRIPTION, module.EXAMPLES))
     return parser
+
+
+class _Completion(argparse.Action):
+    """Prints the script that makes a shell complete `surgeon`, by shtab, and ends."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error("--print-completion needs the package shtab, which is not installed: pip install shtab")
+        print(shtab.complete(parser, values))
+        parser.exit()
 
 
 class _Store(argparse._StoreAction):

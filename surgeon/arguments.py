@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
@@ -133,23 +133,22 @@ def amp_dtype(text: str) -> str | None:
 
 
 def device(text: str) -> str:
-    """auto, cpu, cuda or cuda:N; an argparse type, the same for all commands."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", text):
-        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {told(text)}")
+    """auto, cpu, cuda, cuda:N or mps; an argparse type, the same for all commands."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,4})?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda, cuda:N or mps, got {told(text)}")
     return text
 
 
-def add_amp(parser: Any, kind: Any = amp_dtype) -> None:
-    """`--amp`, alone or with a precision."""
+def add_amp(parser: Any, kind: Callable[[str], str | None] = amp_dtype) -> None:
+    """`--amp`, alone or with a precision; None where it is not given."""
     const = kind("fp16")
-    help_ = "automatic mixed precision: fp16 (the meaning of --amp alone), bf16 or no"
-    parser.add_argument("--amp", type=kind, nargs="?", const=const, default=None, metavar="fp16|bf16|no", help=help_)
+    help_ = "automatic mixed precision: fp16 (--amp alone), bf16 or no"
+    parser.add_argument("--amp", type=kind, nargs="?", const=const, metavar="fp16|bf16|no", help=help_)
 
 
 def add_device(parser: Any) -> None:
     """`--device`."""
-    told_ = "default: auto, a GPU where there is one"
-    parser.add_argument("--device", type=device, default=None, metavar="auto|cpu|cuda:N", help=told_)
+    parser.add_argument("--device", type=device, metavar="auto|cpu|cuda:N", help="default: auto, a GPU if there is one")
 
 
 def add_training_options(group: Any) -> Any:
@@ -169,7 +168,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_output(parser: argparse.ArgumentParser, *, required: bool, help_: str) -> None:
+def add_output(parser: Any, *, required: bool, help_: str) -> None:
     """A folder to write."""
     parser.add_argument("-o", "--output", required=required, metavar="OUT", help=help_)
     parser.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")

@@ -126,7 +126,7 @@ def test_a_plan_is_no_longer_than_ten_epochs() -> None:
 def test_a_short_time_takes_the_sweep_first_and_then_the_answer() -> None:
     plan = make_plan(100, Speed(step=1.0, sample=0.0, run=1.0), **LENGTHS, rates=(1e-4, 3e-4, 1e-3))
     assert (plan.rates, plan.choose, plan.judge) == ((3e-4,), 0, 100)
-    with pytest.raises(ConfigError, match="leaves 20 s for training, and 3 seeds of 20 steps .* take about 88 s"):
+    with pytest.raises(ConfigError, match=r"leaves 20 s for training, and 3 seeds of 20 steps .* take about 88 s"):
         make_plan(20, Speed(step=1.0, sample=0.0, run=1.0), **LENGTHS, rates=(1e-3,))
 
 
@@ -219,7 +219,7 @@ def test_the_time_is_honored(attempt: Try, monkeypatch: pytest.MonkeyPatch, caps
         (["--lr", "0"], "a learning rate must be a number > 0, got 0.0"),
         (["--lr", "0.1", "0.1"], "learning rates must be given, each once"),
         (["--seeds", "0"], "--seeds: expected a positive integer, got '0'"),
-        (["--device", "gpu"], "--device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
+        (["--device", "gpu"], "--device: expected auto, cpu, cuda, cuda:N or mps, got 'gpu'"),
         (["--amp", "int8"], "--amp: expected no, fp16 (float16) or bf16 (bfloat16), got 'int8'"),
         (["--recipe", "r.json"], "--recipe says layers, types and options itself"),
         (["--resume"], "there is no trial to go on with"),

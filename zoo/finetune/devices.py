@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from surgeon.errors import ConfigError
+from surgeon.machine import take_gpu
 from surgeon.zoo.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def make_accelerator(config: FinetuneConfig) -> "Accelerator":
     for name in _BACKENDS:
         if os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t"):
             raise ConfigError(f"{name} is set: surgeon trains with Accelerate's plain data parallelism; unset it")
-    _take_gpu(config.device)
+    take_gpu(config.device)
     # Said plainly, because Accelerate joins the processes of torchrun on a machine without a GPU only then.
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     known = AcceleratorState._shared_state
@@ -47,19 +48,6 @@ def make_accelerator(config: FinetuneConfig) -> "Accelerator":
             f"batch_size is over all processes: {config.batch_size} samples cannot be shared by {accelerator.num_processes}"
         )
     return accelerator
-
-
-def _take_gpu(device: str) -> None:
-    """Make the GPU that is asked for the one that "cuda" means. Raises `ConfigError` where there is none."""
-    if not device.startswith("cuda"):
-        return
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = int(device.partition(":")[2] or 0)
-    if index >= count:
-        raise ConfigError(f"device {device}: this machine has {count or 'no'} CUDA device{'s' if count != 1 else ''}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"device {device}: of several processes each takes its own GPU; leave it at auto")
-    torch.cuda.set_device(index)
 
 
 def prepare(
