@@ -25,6 +25,7 @@ from surgeon import (
     inspect_command,
     models_command,
     revert_command,
+    try_command,
     verify_command,
     visualize_command,
     zoo_command,
@@ -37,6 +38,7 @@ EPILOG = """examples:
   surgeon models 'resnet*'
   surgeon inspect resnet50
   surgeon convert resnet50 --layers stage3,stage4 --type acda
+  surgeon try resnet18 --task classification --data photos/ --max-time 30m
   surgeon verify runs/resnet50-acda
   surgeon revert runs/resnet50-acda --layers stage3 -o runs/resnet50-stage4
   surgeon collapse runs/resnet50-pafu --images photos/ -o runs/resnet50-lean
@@ -113,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     from surgeon import __version__
 
     parser.add_argument("--version", action="version", version=f"surgeon {__version__}")
+    shells = ("bash", "zsh", "tcsh")
+    completion = 'print what makes the shell complete commands and options: eval "$(surgeon --print-completion bash)"'
+    parser.add_argument("--print-completion", action=_Completion, choices=shells, metavar="bash|zsh", help=completion)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     modules = {
         "models": models_command,
@@ -120,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "convert": convert_command,
         "verify": verify_command,
         "revert": revert_command,
+        "try": try_command,
         "finetune": finetune_command,
         "evaluate": evaluate_command,
         "collapse": collapse_command,
@@ -137,6 +143,18 @@ def _parser() -> argparse.ArgumentParser:
     for name, module in modules.items():
         module.add_arguments(_command(commands, name, module.run, module.DESCRIPTION, module.EXAMPLES))
     return parser
+
+
+class _Completion(argparse.Action):
+    """Prints the script that makes a shell complete `surgeon`, by shtab, and ends."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error("--print-completion needs the package shtab, which is not installed: pip install shtab")
+        print(shtab.complete(parser, values))
+        parser.exit()
 
 
 class _Store(argparse._StoreAction):

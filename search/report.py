@@ -1,24 +1,26 @@
-"""A search as one HTML page that needs nothing beside it, and its pictures as PNGs."""
+"""A search as one HTML page that needs nothing beside it, and its pictures as PNGs, for papers."""
 
-import base64
-import html
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
+from typing import Any
 
+from surgeon import pages
 from surgeon.errors import ConfigError
 from surgeon.files import filling
-from surgeon.search import figures
+from surgeon.search import figures, report_figures
+from surgeon.search.finals import best_arm
 from surgeon.search.folder import Finished
 from surgeon.search.gain import GainTable
 from surgeon.search.study import Record
 from surgeon.search.summary import mean_and_spread, relative, status_values
+from surgeon.zoo.trial import standard_error, verdict
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0;font-size:13px}td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:left}
-td.n{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%;height:auto}h2{font-size:1.1rem;margin-top:2rem}"""
+Other = Finished | None
 
 
-def write_report(found: Finished, folder: Path, other: Finished | None = None) -> Path:
+def write_report(found: Finished, folder: Path, other: Other = None) -> Path:
     """Write `report.html` and the PNGs; returns the page. Raises `ConfigError` where nothing was evaluated yet."""
     if not found.ranked():
         raise ConfigError(f"no trial of {found.folder.path} is complete yet: there is nothing to report")
@@ -31,38 +33,116 @@ def write_report(found: Finished, folder: Path, other: Finished | None = None) -
     }
     if found.finals is not None:
         pictures["finals"] = figures.finals_figure(found)
-    if found.folder.gains.is_file():
-        pictures["gains"] = figures.gain_bars(GainTable.read(found.folder.gains))
+    gains = GainTable.read(found.folder.gains) if found.folder.gains.is_file() else None
+    if gains is not None:
+        pictures["gains"] = figures.gain_bars(gains)
     images = {name: figures.png(figure) for name, figure in pictures.items()}
     with filling(folder, ConfigError) as fresh:
         for name, picture in images.items():
             (fresh / f"{name}.png").write_bytes(picture)
-        encoded = {name: base64.b64encode(picture).decode() for name, picture in images.items()}
-        (fresh / "report.html").write_text(_page(found, encoded), encoding="utf-8")
+        (fresh / "report.html").write_text(_page(found, gains, other), encoding="utf-8")
     return folder / "report.html"
 
 
-def _page(found: Finished, images: dict[str, str]) -> str:
+def _page(found: Finished, gains: GainTable | None, other: Other) -> str:
     values = status_values(found)
-    task, rank = values["task"], values["rank_correlation"]
-    title = f"Search: {values['model']} on {task['name']}"
-    arrow = "higher" if task["higher_is_better"] else "lower"
-    facts = [
-        ("budgets", values["budgets"]),
-        ("trials", ", ".join(f"{count} {state}" for state, count in values["trials"].items())),
-        ("steps a trial", str(found.about["steps"])),
-        ("mode, seed", f"{found.about['mode']}, {found.about['seed']}"),
-        ("gains", str(found.about["gains"])),
-        ("rank correlation of the gains with the values", "-" if rank is None else f"{rank:.2f}"),
-        ("decided by", f"{task['primary']} ({arrow} is better)"),
+    title = f"Search: {values['model']} on {values['task']['name']}"
+    first, *further = sentences(found)
+    body = [f"<h1>{escape(title)}</h1>", pages.paragraph(first, "lead"), *map(pages.paragraph, further)]
+    drawn = [
+        report_figures.front(found),
+        *([report_figures.finals(found)] if found.finals is not None else []),
+        report_figures.convergence(found, other),
+        report_figures.expected(found),
+        report_figures.budgets(found),
+        *([report_figures.gains(gains)] if gains is not None else []),
     ]
-    parts = [f"<h1>{html.escape(title)}</h1>", _table([], facts), "<h2>Best trials</h2>", _best(found)]
+    body += [pages.grid(drawn), report_figures.placements(found)]
     if found.finals is not None:
-        parts += ["<h2>Finals</h2>", _finals(found)]
-    for name, picture in images.items():
-        parts.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{picture}">')
-    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    return f"{head}<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        how = "The best of the search in full, with several seeds, beside the unmodified model and a random placement."
+        body.append(pages.section("Finals", how, _finals(found)))
+    body.append(pages.section("Best trials", "Costs are beside the unmodified model's.", _best(found)))
+    body.append(pages.section("What was asked", "", pages.rows([], _facts(found, values))))
+    return pages.page(title, body)
+
+
+def _facts(found: Finished, values: Mapping[str, Any]) -> list[list[str]]:
+    task, rank = values["task"], values["rank_correlation"]
+    arrow = "higher" if task["higher_is_better"] else "lower"
+    return [
+        ["budgets", str(values["budgets"])],
+        ["trials", ", ".join(f"{count} {state}" for state, count in values["trials"].items())],
+        ["steps a trial", str(found.about["steps"])],
+        ["mode, seed", f"{found.about['mode']}, {found.about['seed']}"],
+        ["gains", str(found.about["gains"])],
+        ["rank correlation of the gains with the values", "-" if rank is None else f"{rank:.2f}"],
+        ["decided by", f"{task['primary']} ({arrow} is better)"],
+    ]
+
+
+# --- in words -----------------------------------------------------------------------------------------------------------
+
+
+def sentences(found: Finished) -> list[str]:
+    """What was found, whether it is better than doing nothing and by how much beside its error, and what it costs."""
+    told = _of_finals(found) or _of_trials(found)
+    values = [value for one in found.ranked() if (value := found.value(one)) is not None]
+    if len(values) > 1 and max(values) == min(values):
+        told.append(
+            f"All {len(values)} trials have the same value: trainings are too short, or the metric too coarse, to tell them apart."
+        )
+    return told
+
+
+def _of_finals(found: Finished) -> list[str]:
+    arms = found.finals["arms"] if found.finals is not None else []
+    best = best_arm(arms, higher=found.higher_is_better)
+    original = next((arm for arm in arms if arm["role"] == "original" and arm["values"]), None)
+    if best is None or original is None:
+        return []
+    sign, primary = (1.0 if found.higher_is_better else -1.0), found.about["task"]["primary"]
+    gains = [sign * (a - b) for a, b in zip(best["values"], original["values"], strict=False)]
+    error = standard_error(gains)
+    spread = "" if error is None else f" ± {error:.2g}"
+    word = {"won": "better", "lost": "worse", "undecided": "not settled to be better or worse"}[verdict(gains)]
+    seeds = f"{len(gains)} seed{'s' if len(gains) != 1 else ''}"
+    means = f"{primary} {statistics.fmean(best['values']):.5g} against {statistics.fmean(original['values']):.5g}"
+    lines = [
+        f"The best placement ({_layers(best['placement'])}) is {word} than the unmodified model trained equally: "
+        f"gain {statistics.fmean(gains):+.3g}{spread} ({seeds}), {means}{_cost(found, best['trial'])}."
+    ]
+    if verdict(gains) == "undecided":
+        lines.append("Settled means beyond two standard errors of the paired differences of at least three seeds.")
+    return lines
+
+
+def _of_trials(found: Finished) -> list[str]:
+    primary, original = found.about["task"]["primary"], found.original()
+    best = next((one for one in found.ranked() if one.placement), None)
+    if best is None:
+        return ["No placement with replacements was trained to its end yet."]
+    value = found.value(best) or 0.0
+    line = f"The best placement so far ({_layers(best.placement)}) reached {primary} {value:.5g}"
+    if original is not None:
+        line += f"; the unmodified model, trained equally, {found.value(original) or 0.0:.5g}"
+    return [
+        f"{line}{_cost(found, best.number)}.",
+        "These are single short trainings, the best of many: chance makes some look good. --finals trains the best with seeds.",
+    ]
+
+
+def _layers(placement: Mapping[str, str]) -> str:
+    return f"{len(placement)} layer{'s' if len(placement) != 1 else ''} replaced"
+
+
+def _cost(found: Finished, trial: int) -> str:
+    one = next((one for one in found.records if one.number == trial), None)
+    if one is None:
+        return ""
+    return f"; it costs {relative(found, one, 'flops')} FLOPs and {relative(found, one, 'params')} parameters"
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
 
 
 def _best(found: Finished, count: int = 10) -> str:
@@ -70,13 +150,12 @@ def _best(found: Finished, count: int = 10) -> str:
     original = found.original()
     shown = best if original is None or original in best else [*best, original]
     header = ["trial", "from", found.about["task"]["primary"], "FLOPs", "parameters", "placement"]
-    return _table(header, [_cells(found, one) for one in shown])
+    return pages.rows(header, [_cells(found, one) for one in shown])
 
 
-def _cells(found: Finished, one: Record) -> list[str]:
-    placement = ", ".join(f"{layer} → {label}" for layer, label in one.placement.items()) or "the unmodified model"
+def _cells(found: Finished, one: Record) -> Sequence[str]:
     costs = [relative(found, one, name) for name in ("flops", "params")]
-    return [str(one.number), str(one.source), f"{found.value(one):.5g}", *costs, placement]
+    return [str(one.number), str(one.source), f"{found.value(one):.5g}", *costs, report_figures.placed(one.placement)]
 
 
 def _finals(found: Finished) -> str:
@@ -85,15 +164,13 @@ def _finals(found: Finished) -> str:
     for arm in found.finals["arms"]:
         mean, spread = mean_and_spread(arm["values"])
         rows.append([arm["role"], str(arm["trial"]), str(len(arm["placement"])), mean, spread, arm["why_not"] or ""])
-    return _table(["arm", "trial", "replaced", found.about["task"]["primary"], "sd", ""], rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows)
-    return f"<table>{f'<tr>{head}</tr>' if header else ''}{body}</table>"
-
-
-def _cell(text: str) -> str:
-    number = bool(text) and text.lstrip("+-").replace(".", "", 1).rstrip("%").isdigit()
-    return f'<td class="n">{html.escape(text)}</td>' if number else f"<td>{html.escape(text)}</td>"
+    several = any(len(arm["values"]) > 1 for arm in found.finals["arms"])
+    header = [
+        "arm",
+        "trial",
+        "replaced",
+        found.about["task"]["primary"],
+        "sd" if several else "sd (one seed has none)",
+        "",
+    ]
+    return pages.rows(header, rows)

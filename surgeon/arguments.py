@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
@@ -119,6 +119,47 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def amp(text: str) -> str:
+    """A precision as fine-tuning names it: no, fp16 or bf16; an argparse type, the same words for all commands."""
+    known = {"no": "no", "fp16": "fp16", "float16": "fp16", "bf16": "bf16", "bfloat16": "bf16"}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"expected no, fp16 (float16) or bf16 (bfloat16), got {told(text)}")
+    return known[text]
+
+
+def amp_dtype(text: str) -> str | None:
+    """A precision as torch names its dtype, None for no; an argparse type, the same words for all commands."""
+    return {"no": None, "fp16": "float16", "bf16": "bfloat16"}[amp(text)]
+
+
+def device(text: str) -> str:
+    """auto, cpu, cuda, cuda:N or mps; an argparse type, the same for all commands."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,4})?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda, cuda:N or mps, got {told(text)}")
+    return text
+
+
+def add_amp(parser: Any, kind: Callable[[str], str | None] = amp_dtype) -> None:
+    """`--amp`, alone or with a precision; None where it is not given."""
+    const = kind("fp16")
+    help_ = "automatic mixed precision: fp16 (--amp alone), bf16 or no"
+    parser.add_argument("--amp", type=kind, nargs="?", const=const, metavar="fp16|bf16|no", help=help_)
+
+
+def add_device(parser: Any) -> None:
+    """`--device`."""
+    parser.add_argument("--device", type=device, metavar="auto|cpu|cuda:N", help="default: auto, a GPU if there is one")
+
+
+def add_training_options(group: Any) -> Any:
+    """`--batch-size`, `--amp`, `--device` and `--workers`, left to the config where they are not given; returns the group."""
+    group.add_argument("--batch-size", type=positive, metavar="N", help="samples a step (default: 32)")
+    add_amp(group, amp)
+    add_device(group)
+    group.add_argument("--workers", type=whole, metavar="N", help="processes that load data (default: 0)")
+    return group
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     """A folder that surgeon wrote."""
     parser.add_argument("run", metavar="RUN", help="a folder that surgeon wrote")
@@ -127,7 +168,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_output(parser: argparse.ArgumentParser, *, required: bool, help_: str) -> None:
+def add_output(parser: Any, *, required: bool, help_: str) -> None:
     """A folder to write."""
     parser.add_argument("-o", "--output", required=required, metavar="OUT", help=help_)
     parser.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from surgeon.arguments import print_json, whole
+from surgeon.arguments import add_device, print_json, whole
 from surgeon.cost_command import add_step_arguments, build, original_of
 from surgeon.errors import ConfigError
 
@@ -22,21 +22,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--train", action="store_true", help="training steps instead of inference")
     parser.add_argument("--rounds", type=whole, default=10, metavar="N", help="steps of each model (default: 10)")
-    parser.add_argument("--device", metavar="cuda|cpu", help="default: cuda where there is one")
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from surgeon.costs.measure import NoDeviceError, has_device, interleaved
     from surgeon.costs.settings import make_settings
+    from surgeon.machine import take_gpu
 
     if args.rounds < 1:
         raise ConfigError(f"--rounds must be at least 1, got {args.rounds}")
-    device = args.device or ("cuda" if has_device() else "cpu")
-    if device not in ("cuda", "cpu"):
-        raise ConfigError(f"--device must be cuda or cpu, got {device!r}")
-    if device == "cuda" and not has_device():
-        raise NoDeviceError("--device cuda: this machine has no CUDA device")
+    device = ("cuda" if has_device() else "cpu") if args.device in (None, "auto") else args.device
+    if device == "mps":
+        raise ConfigError("--device must be cpu, cuda or cuda:N here, got 'mps'")
+    if device != "cpu":
+        if not has_device():
+            raise NoDeviceError(f"--device {device}: this machine has no CUDA device")
+        take_gpu(device)
+        device = "cuda"
     converted = build(args.run, trust_factory=args.trust_factory)
     original = build(args.compare) if args.compare else original_of(args)
     step = {
@@ -44,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         "batch_size": args.batch_size,
         "mode": "train" if args.train else "infer",
         "optimizer": args.optimizer,
-        "amp": args.amp,
+        "amp": args.amp or False,
         "channels_last": args.channels_last,
     }
     settings = make_settings(original, **step)

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|zoo/NAME",
         help="rules from a recipe, or those of a zoo network, instead of --layers and --type",
     )
+    group = parser.add_argument_group("layer options (any other by --option)")
     group.add_argument("--atoms", "-m", type=whole, metavar="M", help="acda: dynamic atoms")
     group.add_argument("--scales", "-S", type=whole, metavar="S", help="acda: scales of the basis, 3x3, 5x5, ...")
     group.add_argument("--basis-size", type=whole, metavar="M'", help="acda: basis elements a scale")
@@ -57,8 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="any layer option",
     )
-    add_output(parser, required=False, help_="folder to write (default: runs/NAME-TYPE)")
-    parser.add_argument("--dry-run", action="store_true", help="convert and report, but write nothing")
+    group = parser.add_argument_group("output")
+    add_output(group, required=False, help_="folder to write (default: runs/NAME-TYPE)")
+    group.add_argument("--dry-run", action="store_true", help="convert and report, but write nothing")
 
 
 def run(args: argparse.Namespace) -> int:

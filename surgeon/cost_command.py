@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import print_json, size, whole
+from surgeon.arguments import add_amp, print_json, size, whole
 from surgeon.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=whole, default=1, metavar="N", help="images a step (default: 1)")
     parser.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
     parser.add_argument("--optimizer", default="sgd", metavar="NAME", help="sgd (momentum), sgd-plain, adam, adamw")
-    parser.add_argument("--amp", nargs="?", const="float16", default=False, metavar="DTYPE", help="float16 or bfloat16")
+    add_amp(parser)
     parser.add_argument("--channels-last", action="store_true", help="channels-last memory format")
     parser.add_argument("--trust-factory", action="store_true", help="run the factory that a run's recipe names")
 
@@ -140,7 +140,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "mode": "infer" if args.infer else "train",
         "optimizer": args.optimizer,
-        "amp": args.amp,
+        "amp": args.amp or False,
         "channels_last": args.channels_last,
         "weight_decay": args.weight_decay,
         "accumulate": args.accumulate,

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import Assignments, add_seed, assignment, positive, print_json, whole
+from surgeon.arguments import Assignments, add_amp, add_device, add_seed, assignment, positive, print_json, whole
 from surgeon.errors import ConfigError, DataError, ModelError, SurgeonError
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_seed(group, "of the task and of random weights")
     group.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
     group.add_argument("--workers", type=whole, default=0, metavar="N", help="processes that load data (default: 0)")
-    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N (default: cuda where there is one)")
-    group.add_argument("--amp", nargs="?", const="float16", metavar="DTYPE", help="float16 or bfloat16")
+    add_device(group)
+    add_amp(group)
     group.add_argument("--trust-factory", action="store_true", help="run the factory that a run's recipe names")
 
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     notes: list[str] = []
     original, name = _original(args, base, notes)
     task.check()
-    device = args.device or _default_device()
+    device = _default_device() if args.device in (None, "auto") else args.device
     with Progress(enabled=not args.quiet) as progress:
         found = _measure(model, args.model, task, args, device, progress, notes)
         beside = None

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import Assignments, assignment, print_json, whole
+from surgeon.arguments import Assignments, add_amp, add_device, amp, assignment, print_json, whole
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -144,8 +144,8 @@ def _add_layers(parser: argparse.ArgumentParser) -> None:
 
 def _add_operation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("operation")
-    group.add_argument("--amp", choices=("no", "fp16", "bf16"), help="automatic mixed precision")
-    group.add_argument("--device", choices=("auto", "cpu"), help="cpu: leave a GPU alone")
+    add_amp(group, amp)
+    add_device(group)
     group.add_argument("--channels-last", action="store_true", default=None, help="channels-last memory format")
     group.add_argument(
         "--checkpointing", action="store_true", default=None, help="gradient checkpointing (timm models)"

@@ -65,3 +65,18 @@ def check_memory(needed: int, what: str) -> None:
             f"{what} would take {needed:,} bytes ({needed / 2**30:,.1f} GiB), and this machine has {limit / 2**30:,.1f} GiB; "
             f"if it is meant, set {MEMORY} to a higher number (64GiB)"
         )
+
+
+def take_gpu(device: str) -> None:
+    """Make the GPU that is asked for the one that "cuda" means. Raises `ConfigError` where there is none."""
+    if not device.startswith("cuda"):
+        return
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(device.partition(":")[2] or 0)
+    if index >= count:
+        raise ConfigError(f"device {device}: this machine has {count or 'no'} CUDA device{'s' if count != 1 else ''}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"device {device}: of several processes each takes its own GPU; leave it at auto")
+    torch.cuda.set_device(index)

@@ -82,9 +82,16 @@ def _check_report(capsys: Capture) -> None:
     text = page.read_text()
     names = {"pareto", "placements", "expected", "budgets", "convergence", "finals", "gains"}
     assert {path.stem for path in page.parent.glob("*.png")} == names
-    assert text.count("data:image/png;base64,") == len(names)
-    assert not re.search(r'(src|href)="(?!data:)', text)  # nothing beside it is needed
-    assert "the unmodified model" in text
+    assert text.count("<figure") == len(names)
+    assert not re.search(r'(src|href)="|https?:', text)  # nothing beside it is needed
+    assert "than the unmodified model trained equally: gain " in text
+    assert "not settled to be better or worse" in text  # two seeds settle nothing
+    found = read_search("s")
+    for one in found.ranked():
+        assert f'data-tip="trial {one.number} (' in text, "every trial can be pointed at"
+    assert text.count("<h2>") == len(names) + 3
+    assert 'name="viewport"' in text
+    assert "prefers-color-scheme:dark" in text
 
 
 def _check_export(finals: Any, capsys: Capture) -> None:

@@ -9,7 +9,7 @@ from surgeon.errors import ConfigError
 
 SCHEDULES = ("cosine", "poly", "step", "multistep", "tanh", "constant")
 PRECISIONS = ("no", "fp16", "bf16")
-DEVICES = ("auto", "cpu")
+DEVICES = "auto", "cpu", "cuda", "cuda:N"
 KEEP = ("best", "last")
 # Options that may differ when a run is taken up again: none of them changes the weights that a step leads to.
 FREE = ("max_time", "workers", "log_every")
@@ -109,7 +109,8 @@ class FinetuneConfig:
         for name in ("weight_decay", "momentum", "min_lr", "regularization", "distill"):
             self._check_number(name, above=False)
         for name, values in (("sched", SCHEDULES), ("amp", PRECISIONS), ("device", DEVICES), ("keep", KEEP)):
-            if getattr(self, name) not in values:
+            value = re.sub(r"^cuda:\d{1,4}$", "cuda:N", str(getattr(self, name)))
+            if value not in values or getattr(self, name) == "cuda:N":
                 raise ConfigError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
         if self.ema is not None and not (isinstance(self.ema, float) and 0 < self.ema < 1):
             raise ConfigError(f"ema, the decay of the average, must be between 0 and 1, got {self.ema!r}")

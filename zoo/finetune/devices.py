@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from surgeon.errors import ConfigError
+from surgeon.machine import take_gpu
 from surgeon.zoo.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def make_accelerator(config: FinetuneConfig) -> "Accelerator":
     for name in _BACKENDS:
         if os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t"):
             raise ConfigError(f"{name} is set: surgeon trains with Accelerate's plain data parallelism; unset it")
+    take_gpu(config.device)
     # Said plainly, because Accelerate joins the processes of torchrun on a machine without a GPU only then.
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     known = AcceleratorState._shared_state

@@ -328,7 +328,8 @@ class Run:
         row = {"step": progress.step, "epoch": round(self.plan.epoch(progress.step), 4), "metrics": found.metrics}
         self.journal.evaluation(row | {"best": progress.best_step == progress.step}, found)
         told = ", ".join(f"{name} {number:.4g}" for name, number in found.metrics.items())
-        self.journal.tell(f"step {progress.step}/{self.plan.total}: {told}")
+        if any(map(math.isfinite, found.metrics.values())):  # else what was not measured, or was told as an error
+            self.journal.tell(f"step {progress.step}/{self.plan.total}: {told}")
         if self.watch is not None and progress.step:
             self.watch(progress.step, found.metrics)
 

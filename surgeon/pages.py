@@ -1,0 +1,231 @@
+"""HTML pages that need nothing beside them: text, tables and figures to hover, click and read on a phone, light and dark.
+
+A figure is SVG that is there without a script; the script only shows what a mark is (on hover, tap or focus) and pins it.
+"""
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 440, 260  # of a figure's own coordinates
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 14, 46
+
+_STYLE = """:root{color-scheme:light dark;--bg:#fff;--ink:#1c2024;--soft:#60646c;--line:#d9dce1;--card:#f6f7f9;
+--c0:#2f6db5;--c1:#c2571a;--c2:#2f8f4e;--c3:#c23b3b;--c4:#7a5bb0;--c5:#8a6a4f;--c6:#b3508f;--c7:#6b7280}
+@media(prefers-color-scheme:dark){:root{--bg:#15171a;--ink:#e6e8eb;--soft:#a0a6ae;--line:#363b42;--card:#1e2125;
+--c0:#7fb2ee;--c1:#f0995f;--c2:#74cc91;--c3:#ef8080;--c4:#b79df0;--c5:#cdaa8c;--c6:#e79bcb;--c7:#aab1bb}}
+*{box-sizing:border-box}body{font:16px/1.55 system-ui,sans-serif;margin:0;background:var(--bg);color:var(--ink)}
+main{max-width:68rem;margin:0 auto;padding:1.2rem 1rem 3rem}h1{font-size:1.5rem;line-height:1.25;margin:.2rem 0 1rem}
+h2{font-size:1.15rem;margin:0 0 .3rem}p{margin:.3rem 0 .8rem;max-width:46rem}.lead{font-size:1.15rem}.soft{color:var(--soft)}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr));gap:1.2rem;margin:1.4rem 0}
+section{margin:1.6rem 0}.grid section{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:1rem}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}td,th{padding:.25rem .8rem .25rem 0;text-align:left;
+border-bottom:1px solid var(--line);vertical-align:top}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+svg{display:block;width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
+svg .axis{stroke:var(--line)}svg .zero{stroke:var(--soft);stroke-dasharray:4 3}
+svg [data-tip]{cursor:pointer;outline:none}svg [data-tip]:hover,svg [data-tip]:focus,svg .on{stroke:var(--ink);stroke-width:2.5}
+.tip{min-height:3.1em;font-size:.88rem;white-space:pre-wrap;
+overflow-wrap:anywhere;border-top:1px solid var(--line);padding-top:.4rem;
+color:var(--soft)}.key{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.85rem}.key i{display:inline-block;width:.75em;
+height:.75em;border-radius:2px;margin-right:.35em}code,pre{font-size:.88rem}pre{overflow-x:auto;background:var(--card);padding:.7rem;
+border:1px solid var(--line);border-radius:6px}@media(max-width:520px){svg text{font-size:14px}main{padding:.8rem .8rem 2rem}}"""
+
+_SCRIPT = """for(const f of document.querySelectorAll('figure')){const t=f.querySelector('.tip'),m=f.querySelectorAll('[data-tip]');
+let pin=null;const show=e=>{t.textContent=e?e.dataset.tip:t.dataset.rest};for(const e of m){e.tabIndex=0;
+e.addEventListener('mouseenter',()=>show(e));e.addEventListener('mouseleave',()=>show(pin));e.addEventListener('focus',()=>show(e));
+e.addEventListener('blur',()=>show(pin));const set=()=>{if(pin)pin.classList.remove('on');pin=pin===e?null:e;
+if(pin)pin.classList.add('on');show(pin||e)};e.addEventListener('click',set);
+e.addEventListener('keydown',k=>{if(k.key==='Enter')set()})}}"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A point at (x, y) in the units of the data; `low` and `high` are the ends of its error bar, `told` is what hovering shows."""
+
+    x: float
+    y: float
+    told: str
+    group: int = 0
+    low: float | None = None
+    high: float | None = None
+
+
+def page(title: str, body: Sequence[str]) -> str:
+    """A whole page; the parts of the body are HTML."""
+    head = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_STYLE}</style></head>'
+    )
+    return f"{head}<body><main>{''.join(body)}</main><script>{_SCRIPT}</script></body></html>\n"
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """Text as a paragraph; `kind` is lead or soft."""
+    return f'<p class="{kind}">{html.escape(text)}</p>' if kind else f"<p>{html.escape(text)}</p>"
+
+
+def section(heading: str, how: str, content: str) -> str:
+    """A heading in words, a sentence on how to read what follows, and that."""
+    return f"<section><h2>{html.escape(heading)}</h2>{paragraph(how, 'soft') if how else ''}{content}</section>"
+
+
+def grid(sections: Sequence[str]) -> str:
+    """Sections beside each other where there is room."""
+    return f'<div class="grid">{"".join(sections)}</div>'
+
+
+def rows(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table; columns of numbers are flush right."""
+    numeric = [bool(lines) and all(_is_number(line[i]) for line in lines) for i in range(len(lines[0]) if lines else 0)]
+    kinds = [' class="n"' if number else "" for number in numeric]
+    head = "".join(f"<th{kind}>{html.escape(cell)}</th>" for cell, kind in zip(header, kinds, strict=False))
+    body = "".join(
+        "<tr>" + "".join(f"<td{k}>{html.escape(c)}</td>" for c, k in zip(line, kinds, strict=True)) + "</tr>"
+        for line in lines
+    )
+    return f'<div class="scroll"><table>{f"<tr>{head}</tr>" if header else ""}{body}</table></div>'
+
+
+def _is_number(text: str) -> bool:
+    digits = text.strip("+-x%± ").replace(".", "", 1)
+    return text == "-" or digits.isdigit()
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def chart(
+    marks: Sequence[Mark],
+    *,
+    across: str,
+    up: str,
+    groups: Sequence[str] = (),
+    lines: Sequence[tuple[Sequence[tuple[float, float]], int]] = (),
+    level: float | None = None,
+    names: Sequence[str] | None = None,
+    log: bool = False,
+    percent: bool = False,
+) -> str:
+    """Marks with error bars, and lines of (points, group). Axes are labelled `across` and `up`.
+
+    `level` is a dashed horizontal line; `names` stand below 0, 1, ... in place of numbers; `log` spreads x by its logarithm;
+    `percent` shows x so. Marks whose value is not finite are left out.
+    """
+    marks = [mark for mark in marks if math.isfinite(mark.x) and math.isfinite(mark.y)]
+    xs = [mark.x for mark in marks] + [x for points, _ in lines for x, _ in points] or [1.0]
+    ys = [v for m in marks for v in (m.y, m.low, m.high) if v is not None] + [
+        y for points, _ in lines for _, y in points
+    ]
+    ys = ys + ([] if level is None else [level]) or [0.0]
+    scale_x = _Scale(xs, _LEFT, WIDTH - _RIGHT, log=log)
+    scale_y = _Scale(ys, HEIGHT - _BOTTOM, _TOP)
+    parts = [_axes(scale_x, scale_y, across, up, names, percent)]
+    if level is not None:
+        parts.append(_line(_LEFT, scale_y(level), WIDTH - _RIGHT, scale_y(level), "zero"))
+    for points, group in lines:
+        path = " ".join(f"{scale_x(x):.1f},{scale_y(y):.1f}" for x, y in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="var(--c{group % 8})" stroke-width="1.5"/>')
+    for mark in marks:
+        x, y, colour = scale_x(mark.x), scale_y(mark.y), f"var(--c{mark.group % 8})"
+        if mark.low is not None and mark.high is not None:
+            ends = (scale_y(mark.low), scale_y(mark.high))
+            parts.append(f'<path d="M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="{colour}" stroke-width="2"/>')
+        tip = html.escape(mark.told, quote=True)
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5.5" fill="{colour}" data-tip="{tip}"/>')
+    return _figure(parts, groups, HEIGHT, f"{up} against {across}")
+
+
+def map_of(
+    cells: Sequence[Sequence[int]],
+    down: Sequence[str],
+    across: Sequence[str],
+    labels: Sequence[str],
+    told: Sequence[str],
+) -> str:
+    """A grid of colours: `cells[row][column]` is the number of a label, 0 the empty one; `told` is what a column shows."""
+    left = min(max((len(name) for name in down), default=1), 22) * 6.2 + 8
+    wide = (WIDTH - left - 4) / max(len(across), 1)
+    tall = 15
+    parts = []
+    for row, name in enumerate(down):
+        y = _TOP + row * tall
+        shown = name if len(name) <= 22 else f"…{name[-21:]}"
+        parts.append(
+            f'<text x="{left - 5:.1f}" y="{y + 11}" text-anchor="end" style="font-size:10px">{html.escape(shown)}</text>'
+        )
+        for column, tip in enumerate(told):
+            label = cells[row][column]
+            colour = "var(--line)" if label == 0 else f"var(--c{(label - 1) % 8})"
+            opacity = ' fill-opacity=".45"' if label == 0 else ""
+            text = html.escape(f"{name}: {labels[label]}\n{tip}", quote=True)
+            place = f'x="{left + column * wide:.1f}" y="{y}" width="{max(wide - 1, 1):.1f}" height="{tall - 1}"'
+            parts.append(f'<rect {place} fill="{colour}"{opacity} data-tip="{text}"/>')
+    height = _TOP + len(down) * tall + 24
+    if across:
+        ends = (across[0], across[-1]) if len(across) > 1 else (across[0], "")
+        parts.append(f'<text x="{left:.1f}" y="{height - 8}">{html.escape(ends[0])}</text>')
+        parts.append(f'<text x="{WIDTH - 4}" y="{height - 8}" text-anchor="end">{html.escape(ends[1])}</text>')
+    return _figure(parts, labels[1:], height, "what each layer became in each trial")
+
+
+def _figure(parts: Sequence[str], groups: Sequence[str], height: float, label: str) -> str:
+    rest = "Point at a mark, or tap it, to see what it is; a click keeps it."
+    keys = "".join(
+        f'<span><i style="background:var(--c{number % 8})"></i>{html.escape(name)}</span>'
+        for number, name in enumerate(groups)
+    )
+    key = f'<div class="key">{keys}</div>' if groups else ""
+    named = html.escape(label, quote=True)
+    drawn = f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{named}">{"".join(parts)}</svg>'
+    return f'<figure style="margin:0">{drawn}{key}<div class="tip" data-rest="{rest}">{rest}</div></figure>'
+
+
+class _Scale:
+    """From values to a place between two ends, with a little room around them."""
+
+    def __init__(self, values: Sequence[float], start: float, end: float, *, log: bool = False) -> None:
+        self.log = log and min(values) > 0
+        placed = [self._placed(value) for value in values]
+        low, high = min(placed), max(placed)
+        room = 0.08 * (high - low) or max(abs(high) * 0.05, 0.5 if not self.log else 0.1)
+        self.low, self.high, self.start, self.end = low - room, high + room, start, end
+
+    def _placed(self, value: float) -> float:
+        return math.log10(value) if self.log else value
+
+    def __call__(self, value: float) -> float:
+        return self.start + (self._placed(value) - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """About four round values."""
+        raw = (self.high - self.low) / 4
+        power = 10.0 ** math.floor(math.log10(raw))
+        step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda value: abs(value - raw))
+        first = math.ceil(self.low / step)
+        found = [index * step for index in range(first, math.floor(self.high / step) + 1)]
+        return [10**value for value in found] if self.log else found
+
+
+def _axes(x: _Scale, y: _Scale, across: str, up: str, names: Sequence[str] | None, percent: bool) -> str:
+    bottom = HEIGHT - _BOTTOM
+    parts = [_line(_LEFT, bottom, WIDTH - _RIGHT, bottom, "axis"), _line(_LEFT, _TOP, _LEFT, bottom, "axis")]
+    for value in y.ticks():
+        parts.append(_line(_LEFT, y(value), WIDTH - _RIGHT, y(value), "axis"))
+        parts.append(f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>')
+    told = [(float(i), name) for i, name in enumerate(names)] if names is not None else []
+    told = told or [(value, f"{value:+.3g}%" if percent else f"{value:.3g}") for value in x.ticks()]
+    for place, name in told:
+        parts.append(f'<text x="{x(place):.1f}" y="{bottom + 16}" text-anchor="middle">{html.escape(name)}</text>')
+    parts.append(
+        f'<text x="{(_LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{html.escape(across)}</text>'
+    )
+    middle = (_TOP + bottom) / 2
+    parts.append(
+        f'<text transform="translate(13 {middle:.0f}) rotate(-90)" text-anchor="middle">{html.escape(up)}</text>'
+    )
+    return "".join(parts)
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'

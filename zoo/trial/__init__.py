@@ -1,0 +1,7 @@
+"""Does a conversion pay? Original and converted are trained equally and judged by paired seeds: `try_conversion`."""
+
+from surgeon.zoo.trial.answer import Answer, standard_error, verdict
+from surgeon.zoo.trial.run import try_conversion
+from surgeon.zoo.trial.twins import TryConfig
+
+__all__ = ["Answer", "TryConfig", "standard_error", "try_conversion", "verdict"]

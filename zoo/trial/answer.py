@@ -1,0 +1,162 @@
+"""What a trial found: paired differences over seeds, what the conversion costs, and both in a sentence."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from surgeon.tables import count, paragraph, table
+from surgeon.zoo.finetune.state import finite
+
+ARMS = ("original", "converted")
+LEAST_SEEDS = 3  # for a verdict
+UNITS = {"top1": ("points of top-1", 100.0), "miou": ("points of mIoU", 100.0), "psnr": ("dB", 1.0)}
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None with fewer than two values."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def verdict(gains: Sequence[float]) -> str:
+    """ "won" or "lost" beyond two standard errors of at least three seeds, otherwise "undecided"; gains: more is better."""
+    error = standard_error(gains)
+    if error is None or len(gains) < LEAST_SEEDS or abs(statistics.fmean(gains)) <= 2 * error:
+        return "undecided"
+    return "won" if statistics.fmean(gains) > 0 else "lost"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one arm. FLOPs of an image (1 MAC = 2 FLOPs; None: not countable), parameters, seconds of a training step."""
+
+    flops: int | None
+    params: int
+    step_seconds: float
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """What `surgeon try` found. Scores are those of the judging images, in the metric's own unit, by arm, one a seed of `seeds`."""
+
+    model: str
+    task: str
+    primary: str
+    higher_is_better: bool
+    becomes: str  # layers and type
+    replaced: int
+    steps: int
+    epochs: float
+    batch_size: int
+    samples: dict[str, int]  # train, choose, judge
+    rates: dict[str, float]  # by arm
+    swept: dict[str, dict[str, float | None]]  # by arm: what the choosing images say, by rate
+    seeds: list[int]
+    scores: dict[str, list[float]]
+    costs: dict[str, Cost]
+    stopped: str  # "seeds" or "time"
+    seconds: float
+    layers: list[dict[str, Any]] = field(default_factory=list)  # how adaptive the converted network's layers became
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def unit(self) -> str:
+        """Of gains, in words."""
+        return UNITS.get(self.primary, (self.primary, 1.0))[0]
+
+    @property
+    def scale(self) -> float:
+        """From the metric to the unit of gains."""
+        return UNITS.get(self.primary, (self.primary, 1.0))[1]
+
+    @property
+    def gains(self) -> list[float]:
+        """Paired differences by seed in `unit`; more is better, whichever way the metric points."""
+        sign = self.scale if self.higher_is_better else -self.scale
+        pairs = zip(self.scores["converted"], self.scores["original"], strict=True)
+        return [sign * (mine - other) for mine, other in pairs]
+
+    @property
+    def gain(self) -> float | None:
+        """Mean of the paired differences."""
+        return statistics.fmean(self.gains) if self.gains else None
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of `gain`."""
+        return standard_error(self.gains)
+
+    @property
+    def verdict(self) -> str:
+        """won, lost or undecided."""
+        return verdict(self.gains)
+
+    def factor(self, what: str) -> float | None:
+        """How many times a cost the conversion takes."""
+        before, after = (getattr(self.costs[arm], what) for arm in ARMS)
+        return after / before if before and after is not None else None
+
+    def sentence(self) -> str:
+        """The answer."""
+        flops, time = self.factor("flops"), self.factor("step_seconds")
+        costs = [] if flops is None else [f"x{flops:.2f} FLOPs"]
+        costs += [] if time is None else [f"x{time:.2g} time a step"]
+        return f"{self._gain_told()}, costs {', '.join(costs)}"
+
+    def _gain_told(self) -> str:
+        count_, error = len(self.gains), self.error
+        seeds = f"{count_} seed{'s' if count_ != 1 else ''}"
+        if self.gain is None:
+            return "no answer: not one pair was trained to its end"
+        found = f"{self.gain:+.3g}" + ("" if error is None else f" ± {error:.2g}")
+        if self.verdict == "won":
+            return f"gain {found} {self.unit} ({seeds})"
+        if self.verdict == "lost":
+            return f"loss {found} {self.unit} ({seeds})"
+        if error is None or count_ < LEAST_SEEDS:
+            return f"undecided: {found} {self.unit} with {seeds}, an answer takes {LEAST_SEEDS}"
+        return f"no gain seen beyond ± {2 * error:.2g} {self.unit} ({found}, {seeds})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; numbers that are not finite become null."""
+        found = {"gain": self.gain, "standard_error": self.error, "unit": self.unit, "verdict": self.verdict}
+        factors = {what: self.factor(what) for what in ("flops", "params", "step_seconds")}
+        values: dict[str, Any] = finite(
+            {"answer": self.sentence(), **found, "gains": self.gains, "factors": factors, **asdict(self)}
+        )
+        return values
+
+    def to_text(self, width: int = 80) -> str:
+        """The sentence, a table, and how it was compared."""
+        rows = []
+        for arm in ARMS:
+            scores, cost = self.scores[arm], self.costs[arm]
+            shown = f"{statistics.fmean(scores):.5g}" if scores else "-"
+            rate = f"{self.rates[arm]:.3g}" if arm in self.rates else "-"
+            step = f"{1000 * cost.step_seconds:.3g} ms"
+            rows.append((arm, shown, rate, count(cost.params), count(cost.flops), step))
+        head = paragraph(f"{self.model} on {self.task}: {self.sentence()}", width=width, hang="  ")
+        body = table(("", self.primary, "rate", "params", "FLOPs", "a step"), rows, width=width)
+        lines = [paragraph(line, width=width, hang="  ") for line in (*how(self), *(f"note: {n}" for n in self.notes))]
+        return "\n".join([head, "", body, "", *lines]) + "\n"
+
+
+def how(answer: Answer) -> list[str]:
+    """How it was compared, in sentences."""
+    samples, arrow = answer.samples, "higher" if answer.higher_is_better else "lower"
+    return [
+        f"converted: {answer.becomes}, {answer.replaced} layers",
+        f"trained: both {answer.steps} steps ({answer.epochs:.2g} epochs) of {answer.batch_size}, from {samples['train']} samples, "
+        f"the same order for the same seed",
+        f"rates: {_rates(answer.swept)}",
+        f"judged: {answer.primary} ({arrow} is better) of the last weights on {samples['judge']} samples"
+        + (f"; {samples['choose']} others chose the rates" if samples["choose"] else ""),
+    ]
+
+
+def _rates(swept: Mapping[str, Mapping[str, float | None]]) -> str:
+    rates = list(dict.fromkeys(rate for values in swept.values() for rate in values))
+    if len(rates) == 1:
+        return f"{rates[0]} for both"
+    return f"{', '.join(rates)} tried for each with seed 0, the best of each taken"

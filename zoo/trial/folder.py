@@ -1,0 +1,106 @@
+"""The folder of a trial: `try.json` (what is tried), `scores/` (one file a run), `model/` (the best conversion), `report/`."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from surgeon.checkpoint import fresh_folder
+from surgeon.errors import CheckpointError, ConfigError, DataError
+from surgeon.files import check_fields, read_object, write_text
+from surgeon.zoo.tasks.support.fingerprint import changes
+
+FORMAT, VERSION = "surgeon-try", 1
+_NUMBER = (int, float)
+_FIELDS = {"identity": dict, "data": {"train": dict, "val": dict}, "plan": dict, "speed": dict}
+_PLAN = {"steps": int, "rates": [_NUMBER], "choose": int, "judge": int}
+_SCORE = {"arm": str, "rate": _NUMBER, "seed": int, "seconds": _NUMBER, "step_seconds": _NUMBER, "epochs": _NUMBER}
+
+
+class TryFolder:
+    """Paths of a trial, and what is read from and written to them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.record = self.path / "try.json"
+        self.clock = self.path / "clock.json"
+        self.scores = self.path / "scores"
+        self.runs = self.path / "runs"
+        self.model = self.path / "model"
+        self.report = self.path / "report"
+        self.answer = self.path / "answer.json"
+
+    def check(self, *, resume: bool, force: bool) -> None:
+        """Raise unless a trial may begin, or go on, here: before any work."""
+        if resume and force:
+            raise ConfigError("--resume goes on with a trial, --force replaces it: give one of them")
+        if resume:
+            if not self.record.is_file():
+                raise CheckpointError(f"there is no trial to go on with in {self.path}: it has no try.json")
+        elif self.path.exists() or self.path.is_symlink():
+            if not force:
+                hint = (
+                    "go on with it (--resume), or replace it (--force)" if self.record.is_file() else "choose another"
+                )
+                raise CheckpointError(f"the output {self.path} exists; {hint}")
+            if self.path.is_symlink() or not self.record.is_file():
+                raise CheckpointError(f"the output {self.path} was not written by surgeon try: --force leaves it alone")
+
+    def create(self, values: dict[str, Any]) -> None:
+        """Begin: what was here goes, and the record is written first."""
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
+        self.write(self.record, {"format": FORMAT, "version": VERSION, **values})
+
+    def read(self) -> dict[str, Any]:
+        """The record. Raises `CheckpointError` where it is none of this version."""
+        values = read_object(self.record)
+        if values.get("format") != FORMAT or values.get("version") != VERSION:
+            raise CheckpointError(
+                f"{self.record} is not the record of a trial that this version of surgeon can go on with"
+            )
+        check_fields(values, _FIELDS, str(self.record))
+        check_fields(values["plan"], _PLAN, f"{self.record}: plan")
+        return values
+
+    def compare(self, old: dict[str, Any], identity: dict[str, Any], data: dict[str, Any]) -> None:
+        """Raise `ConfigError` or `DataError` where the trial here is another one, naming what differs."""
+        before = old["identity"]
+        changed = [
+            f"{key} was {before.get(key)!r} and is {identity.get(key)!r}"
+            for key in {**before, **identity}
+            if before.get(key) != identity.get(key)
+        ]
+        if changed:
+            raise ConfigError(f"a trial goes on with the options it began with, and {'; '.join(changed)}")
+        other = changes(old["data"], data)
+        if other:
+            raise DataError(f"the data are not those that the trial in {self.path} began with: {'; '.join(other)}")
+
+    def read_scores(self) -> dict[str, dict[str, Any]]:
+        """What was judged, by the name of the run."""
+        found = {}
+        for file in sorted(self.scores.glob("*.json")) if self.scores.is_dir() else ():
+            values = read_object(file)
+            check_fields(values, _SCORE, str(file))
+            found[file.stem] = values
+        return found
+
+    def spent(self) -> tuple[float, float]:
+        """Seconds that former sittings took, and of these those of the run that is not done yet."""
+        if not self.clock.is_file():
+            return 0.0, 0.0
+        values = read_object(self.clock)
+        check_fields(values, {"seconds": _NUMBER, "run": _NUMBER}, str(self.clock))
+        return float(values["seconds"]), float(values["run"])
+
+    def keep(self, run: Path) -> None:
+        """A run's network becomes that of `model/`."""
+        with fresh_folder(self.model, force=self.model.exists()) as fresh:
+            shutil.copytree(run, fresh, dirs_exist_ok=True, ignore=shutil.ignore_patterns("training"))
+
+    def write(self, path: Path, values: dict[str, Any]) -> None:
+        """A file of JSON that appears whole or not at all. Raises `CheckpointError`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,47 @@
+"""A task on a part of its validation samples: one part chooses settings, the other one judges."""
+
+from surgeon.zoo.tasks import Sample, Split, Task, TaskDataset
+
+
+class _Part(Task):
+    """Mixed into the class of a task by `part_of`. Every `stride`-th validation sample from `first` on, at most `count`."""
+
+    first: int
+    stride: int
+    count: int | None
+
+    def dataset(self, split: Split) -> TaskDataset:
+        whole = super().dataset(split)  # type: ignore[safe-super]  # the task's own, which comes next in the order of bases
+        if split != "val":
+            return whole
+        return Chosen(whole, spread(range(self.first, len(whole), self.stride), self.count))
+
+    def check(self) -> None:
+        """The whole task was looked through before its parts are made."""
+
+
+class Chosen(TaskDataset):
+    """Some samples of a data set whose samples are the same at every draw."""
+
+    def __init__(self, whole: TaskDataset, numbers: list[int]) -> None:
+        self.whole, self.numbers, self.seed = whole, numbers, whole.seed
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, draw: int) -> Sample:
+        return self.whole[self.numbers[draw % len(self.numbers)]]
+
+
+def part_of(task: Task, first: int, stride: int, count: int | None = None) -> Task:
+    """A task of the same options whose validation samples are `first`, `first + stride`, ..., at most `count`, spread evenly."""
+    values = {"first": first, "stride": stride, "count": count}
+    part: Task = type(f"Part{type(task).__name__}", (_Part, type(task)), values)(task.config, seed=task.seed)
+    return part
+
+
+def spread(numbers: range, count: int | None) -> list[int]:
+    """At most `count` of the numbers, evenly over them."""
+    if count is None or count >= len(numbers):
+        return list(numbers)
+    return [numbers[index * len(numbers) // count] for index in range(count)]

@@ -1,0 +1,73 @@
+"""What is tried for how long: the default conversion of a task, and the steps, rates and seeds that a time allows."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from surgeon.errors import ConfigError
+from surgeon.zoo.trial.answer import LEAST_SEEDS
+
+RATES = (1e-4, 3e-4, 1e-3)  # a third and three times the default of fine-tuning
+LEAST_STEPS = 20  # fewer tell nothing
+MOST_EPOCHS = 10.0
+_SPARE = 0.9  # part of the time that is planned; steps are not all equally fast
+_EVALUATION = 0.2  # largest part of the time that evaluations get
+
+# The layer of the paper that is on the task; selections in the order in which they are tried.
+_DEEP = ("stage3,stage4", "stage2", "stage1", "all")  # late stages cost least
+DEFAULTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "classification": ("acda", _DEEP),
+    "crowd-counting": ("acda", _DEEP),
+    "pattern-detection": ("acda", ("all",)),
+    "segmentation": ("pafu", _DEEP),
+    "super-resolution": ("pafu", ("all",)),
+    "demosaicking": ("pafu", ("all",)),
+    "sad": ("pafu", ("all",)),
+    "denoising": ("sekg", ("all",)),
+    "real-denoising": ("sekg", ("all",)),
+}
+OTHERWISE = ("acda", _DEEP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Seconds, of both arms together: of a training step, of one sample in evaluation, of what a run takes beside these."""
+
+    step: float
+    sample: float
+    run: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """`rates` are tried with seed 0; `choose` and `judge` validation samples are used (`choose` 0: the judging ones choose)."""
+
+    steps: int
+    rates: tuple[float, ...]
+    choose: int
+    judge: int
+
+
+def make_plan(
+    seconds: float, speed: Speed, *, train: int, val: int, batch: int, rates: Sequence[float], steps: int | None = None
+) -> Plan:
+    """What `seconds` allow for three seeds. Raises `ConfigError` where that is too little for any comparison.
+
+    `train` and `val` count the samples of the splits, `batch` is samples a step, `steps` are given steps.
+    """
+    halves = (val // 2, val - val // 2) if val > 1 and len(rates) > 1 else (0, val)
+    most = max(math.ceil(MOST_EPOCHS * train / batch), LEAST_STEPS)
+    for tried in (tuple(rates), tuple(rates)[len(rates) // 2 :][:1]):
+        pairs = len(tried) + LEAST_SEEDS - 1
+        budget = _SPARE * seconds / pairs
+        each = max(int(_EVALUATION * budget / speed.sample / 2), 1) if speed.sample > 0 else val
+        choose, judge = (min(half, each) for half in (halves if len(tried) > 1 else (0, val)))
+        left = budget - speed.run - speed.sample * (max(choose, 1) + judge)
+        found = steps or min(int(left / speed.step), most)
+        if found >= LEAST_STEPS or steps:
+            return Plan(steps=found, rates=tried, choose=choose, judge=judge)
+    needed = LEAST_SEEDS * (LEAST_STEPS * speed.step + speed.run) / _SPARE / (1 - _EVALUATION)
+    raise ConfigError(
+        f"--max-time leaves {max(seconds, 0):.0f} s for training, and {LEAST_SEEDS} seeds of {LEAST_STEPS} steps of both networks "
+        f"take about {math.ceil(needed)} s: give more time, or a smaller --batch-size"
+    )

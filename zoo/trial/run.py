@@ -1,0 +1,399 @@
+"""A trial from beginning to end: convert, measure how fast both are, plan, train pairs of runs, judge, sum up."""
+
+import dataclasses
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgeon.adaptivity import Adaptivity
+from surgeon.copying import copy_model
+from surgeon.errors import ConfigError, SurgeonError, TrainingError
+from surgeon.recipe import BaseModel
+from surgeon.rewrite import dynamic_layers
+from surgeon.weights import state_sha256
+from surgeon.zoo.evaluate import evaluate
+from surgeon.zoo.finetune import FinetuneConfig, Source, finetune
+from surgeon.zoo.finetune.devices import make_accelerator
+from surgeon.zoo.tasks import Task, better
+from surgeon.zoo.tasks.support.fingerprint import fingerprint
+from surgeon.zoo.trial.answer import ARMS, Answer, Cost
+from surgeon.zoo.trial.folder import TryFolder
+from surgeon.zoo.trial.parts import part_of
+from surgeon.zoo.trial.plan import Plan, Speed, make_plan
+from surgeon.zoo.trial.twins import TryConfig, Twins
+
+Tell = Callable[[str], None]
+MakeTask = Callable[[int], Task]  # by seed
+
+_AMP = {"no": None, "fp16": "float16", "bf16": "bfloat16"}
+_PROBE = 5.0  # seconds of training steps that tell how fast a network is
+_EPOCHS = 1e9  # the number of steps alone decides about the length
+
+
+def try_conversion(
+    model: nn.Module,
+    make_task: MakeTask,
+    output: str | Path,
+    config: TryConfig | None = None,
+    *,
+    name: str = "model",
+    base: BaseModel | None = None,
+    resume: bool = False,
+    force: bool = False,
+    quiet: bool = True,
+    tell: Tell | None = None,
+) -> Answer:
+    """Train a model and its conversion equally, and say what the conversion gains and costs.
+
+    `make_task` gives the task with the random numbers of a seed. `output` becomes a folder with the answer, a report page and
+    the best converted network; with `resume` the trial there goes on, and a longer `max_time` or more `seeds` are allowed.
+    Raises `ConfigError`, `DataError`, `CheckpointError`, and `Interrupted` (a `KeyboardInterrupt`) when asked to stop.
+    """
+    config, tell = config or TryConfig(), tell or (lambda text: None)
+    folder = TryFolder(Path(output))
+    folder.check(resume=resume, force=force)
+    if dynamic_layers(model):
+        raise ConfigError(
+            "a trial starts from a plain model, and this one has dynamic layers: surgeon revert makes it one"
+        )
+    trial = _Trial(model, make_task, folder, config, name, base, quiet, tell)
+    if not resume and folder.path.exists():
+        shutil.rmtree(folder.path)
+    try:
+        trial.prepare(resume=resume)
+        return trial.run()
+    finally:
+        trial.note_time()
+
+
+class _Trial:
+    """One sitting."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        make_task: MakeTask,
+        folder: TryFolder,
+        config: TryConfig,
+        name: str,
+        base: BaseModel | None,
+        quiet: bool,
+        tell: Tell,
+    ) -> None:
+        self.model, self.make_task, self.folder, self.config = model, make_task, folder, config
+        self.name, self.base, self.quiet, self.tell = name, base, quiet, tell
+        self.started, self.before = time.monotonic(), 0.0  # of this sitting; seconds of those before
+        self.run_started: float | None = None
+        self.run_before = 0.0  # seconds that former sittings gave to the run that is not done yet
+        self.device = make_accelerator(config.base).device
+        self.task = make_task(0)
+        self.ready = False
+        self.scores: dict[str, dict[str, Any]] = {}
+
+    @property
+    def spent(self) -> float:
+        """Seconds, over all sittings."""
+        return self.before + time.monotonic() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.config.max_time - self.spent
+
+    def note_time(self) -> None:
+        """For the next sitting: seconds in all, and those of the run that is not done yet."""
+        running = 0.0 if self.run_started is None else time.monotonic() - self.run_started
+        if self.ready:
+            self.folder.write(self.folder.clock, {"seconds": self.spent, "run": self.run_before + running})
+
+    # --- before ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, *, resume: bool) -> None:
+        """Look through the data, convert, and plan; or read the plan of the trial that goes on."""
+        self.tell("looking through the data")
+        self.task.check()
+        self.tell("converting")
+        self.twins = Twins(self.model, self.task, self.config)
+        identity, data = self._identity(), fingerprint(self.task)
+        if resume:
+            old = self.folder.read()
+            self.folder.compare(old, identity, data)
+            (self.before, self.run_before), self.scores = self.folder.spent(), self.folder.read_scores()
+            self.plan = Plan(**{**old["plan"], "rates": tuple(map(float, old["plan"]["rates"]))})
+            self.speed = Speed(**old["speed"])
+        else:
+            self.tell("measuring a training step of both")
+            self.speed = self._measure()
+            self.plan = make_plan(
+                self.left,
+                self.speed,
+                train=len(self.task.dataset("train")),
+                val=len(self.task.dataset("val")),
+                batch=self.config.base.batch_size * self.config.base.accumulate,
+                rates=self.config.rates,
+                steps=self.config.steps,
+            )
+            plan = asdict(self.plan) | {"rates": list(self.plan.rates)}
+            self.folder.create({"identity": identity, "data": data, "plan": plan, "speed": asdict(self.speed)})
+        self.ready = True
+        self.tell(f"plan: {self.plan.steps} steps a run, rates {', '.join(f'{rate:g}' for rate in self.plan.rates)}")
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same when the trial goes on."""
+        config, free = self.config, ("workers", "log_every", "max_time", "device")
+        options = {key: _plain(value) for key, value in dataclasses.asdict(self.task.config).items()}
+        return {
+            "model": self.name,
+            "weights": state_sha256(self.model),
+            "task": self.task.name,
+            "task options": {key: value for key, value in options.items() if key not in ("data", "train", "val")},
+            "conversion": self.twins.becomes if config.recipe is None else config.recipe.to_dict()["rules"],
+            "layer options": config.options,
+            "rates": list(config.rates),
+            "steps": config.steps,
+            "training": {key: value for key, value in config.base.to_dict().items() if key not in free},
+        }
+
+    def _measure(self) -> Speed:
+        """Seconds of steps, evaluations and of what a run takes beside them, on this machine."""
+        step = sample = run = 0.0
+        batch = min(self.config.base.batch_size, max(len(self.task.dataset("val")), 1))
+        probe = part_of(self.task, 0, 1, batch)
+        for arm in ARMS:
+            network = self.twins.network(arm, 0)
+            first = self._probe(network, probe, 1)
+            steps = max(min(int(_PROBE / max(first, 1e-3)), 10), 1)
+            began = time.monotonic()
+            seconds = self._probe(network, probe, steps)
+            run += time.monotonic() - began - seconds
+            step += seconds / steps
+            began = time.monotonic()
+            self.judge(network, probe)
+            sample += (time.monotonic() - began) / len(probe.dataset("val"))
+        return Speed(step=step, sample=sample, run=run)
+
+    def _probe(self, network: nn.Module, task: Task, steps: int) -> float:
+        config = self.training(rate=min(self.config.rates), seed=0, steps=steps, limit=None)
+        known = {task.primary: math.nan}
+        return finetune(network, task, config, known_start=known).summary.seconds
+
+    def training(self, *, rate: float, seed: int, steps: int, limit: float | None) -> FinetuneConfig:
+        """The same for both networks."""
+        changes: dict[str, Any] = {"lr": rate, "seed": seed, "max_steps": steps, "max_time": limit}
+        changes |= {"epochs": _EPOCHS, "keep": "last", "eval_every": "100%"}  # its last weights are judged
+        return replace(self.config.base, **changes)
+
+    def judge(self, network: nn.Module, task: Task, layers: list[Adaptivity] | None = None) -> float:
+        """The primary metric on the task's validation samples."""
+        base = self.config.base
+        found = evaluate(
+            network,
+            task,
+            batch_size=base.eval_batch_size or base.batch_size,
+            device=self.device,
+            amp=_AMP[base.amp],
+            workers=base.workers,
+            layers=layers,
+        )
+        return float(found[task.primary])
+
+    # --- pairs of runs --------------------------------------------------------------------------------------------
+
+    def run(self) -> Answer:
+        """Train what the time allows, and sum up."""
+        stopped = "seeds"
+        for number, pair in enumerate(self._pairs()):
+            lacking = [one for one in pair if _key(*one) not in self.scores]
+            if not lacking:
+                continue
+            if number and self.left < self._expected(lacking):
+                stopped = "time"
+                break
+            if not all(self._one(*one) for one in lacking):
+                stopped = "time"
+                break
+        self.note_time()
+        return self._sum_up(stopped)
+
+    def _pairs(self) -> Iterator[list[tuple[str, float, int]]]:
+        """(arm, rate, seed) of the runs of each pair: first the sweep with seed 0, then further seeds at the best rates."""
+        for rate in self.plan.rates:
+            yield [(arm, rate, 0) for arm in ARMS]
+        for seed in range(1, self.config.seeds):
+            best = {arm: self._best_rate(arm) for arm in ARMS}
+            if any(rate is None for rate in best.values()):
+                return
+            yield [(arm, rate, seed) for arm, rate in best.items() if rate is not None]
+
+    def _expected(self, runs: list[tuple[str, float, int]]) -> float:
+        """Seconds, from the runs that are done."""
+        by_arm = {arm: [row["seconds"] for row in self.scores.values() if row["arm"] == arm] for arm in ARMS}
+        guess = (self.speed.step * self.plan.steps + self.speed.run) / 2
+        return sum(statistics.fmean(by_arm[arm]) if by_arm[arm] else guess for arm, _, _ in runs)
+
+    def _one(self, arm: str, rate: float, seed: int) -> bool:
+        """Train and judge one network; False where the time ended before it did."""
+        key, began = _key(arm, rate, seed), time.monotonic()
+        self.run_started = began
+        place = self.folder.runs / key
+        going_on = (place / "training" / "run.json").is_file()
+        left = f"{self.left / 60:.1f} min left"
+        self.tell(f"run {len(self.scores) + 1}: {arm}, rate {rate:g}, seed {seed}; {left}")
+        task = self._seeded(seed)
+        chooser, judge = self._parts(task)
+        limit = max(self.left, 0.1) + self.run_before
+        config = self.training(rate=rate, seed=seed, steps=self.plan.steps, limit=limit)
+        network = self.twins.network(arm, seed)
+        source = Source(name=key, base=self.base, report=self.twins.report if arm == "converted" else None)
+        row: dict[str, Any] = {"arm": arm, "rate": rate, "seed": seed}
+        try:
+            result = finetune(
+                network,
+                chooser,
+                config,
+                place,
+                source=source,
+                resume=going_on,
+                force=place.exists() and not going_on,
+                quiet=self.quiet,
+                known_start={task.primary: math.nan},
+            )
+        except TrainingError as error:
+            row |= {"chooses": None, "judged": None, "failed": str(error), "step_seconds": 0.0, "epochs": 0.0}
+        else:
+            summary = result.summary
+            if summary.stopped == "time":
+                return False
+            layers: list[Adaptivity] = []
+            chooses = result.metrics[task.primary]
+            judged = self.judge(result.model, judge, layers)
+            row |= {"chooses": _finite(chooses), "judged": _finite(judged), "layers": [x.to_dict() for x in layers]}
+            row |= {"step_seconds": summary.seconds / max(summary.steps, 1), "epochs": summary.epochs}
+            if arm == "converted" and self._is_best(chooses):
+                self.folder.keep(place)
+        self.scores[key] = row | {"seconds": self.run_before + time.monotonic() - began}
+        self.run_before, self.run_started = 0.0, None
+        self.folder.write(self.folder.scores / f"{key}.json", self.scores[key])
+        shutil.rmtree(place, ignore_errors=True)
+        self.note_time()
+        return True
+
+    def _seeded(self, seed: int) -> Task:
+        """The task with the random numbers of a seed, bound to the network as the first one is."""
+        task = self.make_task(seed)
+        task.bind(copy_model(self.model))
+        return task
+
+    def _parts(self, task: Task) -> tuple[Task, Task]:
+        """What chooses, and what judges: every second validation sample each, or all of them both."""
+        plan, parts = self.plan, []
+        for first, stride, count in ((0, 2, plan.choose), (1, 2, plan.judge)) if plan.choose else ((0, 1, plan.judge),):
+            part = part_of(task, first, stride, count)
+            part.bind(copy_model(self.model))
+            parts.append(part)
+        return parts[0], parts[-1]
+
+    def _is_best(self, value: float) -> bool:
+        others = [r["chooses"] for r in self.scores.values() if r["arm"] == "converted" and r["chooses"] is not None]
+        return math.isfinite(value) and not any(better(self.task, other, value) for other in others)
+
+    def _swept(self, arm: str) -> dict[float, float | None]:
+        rows = [row for row in self.scores.values() if (row["arm"], row["seed"]) == (arm, 0)]
+        return {row["rate"]: row["chooses"] for row in sorted(rows, key=lambda row: row["rate"])}
+
+    def _best_rate(self, arm: str) -> float | None:
+        """The rate that the choosing samples prefer, of seed 0."""
+        known = {rate: value for rate, value in self._swept(arm).items() if value is not None}
+        sign = 1.0 if self.task.higher_is_better else -1.0
+        return max(known, key=lambda rate: sign * known[rate], default=None)
+
+    # --- what came out --------------------------------------------------------------------------------------------
+
+    def _sum_up(self, stopped: str) -> Answer:
+        rates = {arm: rate for arm in ARMS if (rate := self._best_rate(arm)) is not None}
+        rows = {
+            arm: {
+                row["seed"]: row
+                for row in self.scores.values()
+                if row["arm"] == arm and row["rate"] == rates.get(arm) and row["judged"] is not None
+            }
+            for arm in ARMS
+        }
+        seeds = sorted(set(rows["original"]) & set(rows["converted"]))
+        lengths = len(self.task.dataset("train"))
+        done = [row for by_seed in rows.values() for row in by_seed.values()]
+        converted = rows["converted"].get(seeds[0], {}) if seeds else {}
+        answer = Answer(
+            model=self.name,
+            task=self.task.name,
+            primary=self.task.primary,
+            higher_is_better=self.task.higher_is_better,
+            becomes=self.twins.becomes,
+            replaced=len(self.twins.report.replaced),
+            steps=self.plan.steps,
+            epochs=done[0]["epochs"] if done else 0.0,
+            batch_size=self.config.base.batch_size * self.config.base.accumulate,
+            samples={"train": lengths, "choose": self.plan.choose, "judge": self.plan.judge},
+            rates=rates,
+            swept={arm: {f"{rate:g}": value for rate, value in self._swept(arm).items()} for arm in ARMS},
+            seeds=seeds,
+            scores={arm: [rows[arm][seed]["judged"] for seed in seeds] for arm in ARMS},
+            costs={arm: self._cost(arm, rows[arm]) for arm in ARMS},
+            stopped=stopped,
+            seconds=self.spent,
+            layers=converted.get("layers", []),
+        )
+        answer.notes = self._notes(answer)
+        return answer
+
+    def _cost(self, arm: str, rows: dict[int, dict[str, Any]]) -> Cost:
+        from surgeon.costs import cost
+
+        network = self.twins.network(arm, 0)
+        try:
+            flops: int | None = cost(network, input_size=self.twins.size, mode="infer").flops
+        except SurgeonError:
+            flops = None
+        params = sum(parameter.numel() for parameter in network.parameters())
+        times = [row["step_seconds"] for row in rows.values()]
+        return Cost(flops=flops, params=params, step_seconds=statistics.median(times) if times else math.nan)
+
+    def _notes(self, answer: Answer) -> list[str]:
+        notes = []
+        if self.plan.rates != self.config.rates:
+            notes.append(
+                "the time is too short to sweep the learning rate: one for both, which may suit one of them better"
+            )
+        for arm, rate in answer.rates.items():
+            if len(self.plan.rates) > 1 and rate in (min(self.plan.rates), max(self.plan.rates)):
+                notes.append(f"the best rate of {arm}, {rate:g}, is at the edge of those tried: --lr takes others")
+        if len(self.plan.rates) > 1 and not self.plan.choose:
+            notes.append("there are too few validation samples to split: those that chose the rates judge, too")
+        failed = [row for row in self.scores.values() if "failed" in row]
+        notes += [f"{row['arm']} at rate {row['rate']:g}, seed {row['seed']}: {row['failed']}" for row in failed]
+        if answer.verdict == "undecided" and answer.stopped == "time":
+            notes.append("the time is up: --resume with a longer --max-time trains further seeds")
+        if answer.epochs < 1:
+            notes.append(f"{answer.epochs:.2g} epochs are a short training: what is seen so early need not hold later")
+        return notes
+
+
+def _key(arm: str, rate: float, seed: int) -> str:
+    return f"{arm}-lr{rate:g}-seed{seed}"
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return list(value) if isinstance(value, tuple) else value

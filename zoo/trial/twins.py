@@ -1,0 +1,94 @@
+"""The two networks that are compared, and what the conversion is."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgeon.convert import convert
+from surgeon.copying import copy_model
+from surgeon.errors import ConfigError, NothingReplacedError, SelectionError
+from surgeon.recipe import Recipe
+from surgeon.report import Report
+from surgeon.zoo.finetune import FinetuneConfig
+from surgeon.zoo.tasks import Task
+from surgeon.zoo.trial.plan import DEFAULTS, OTHERWISE, RATES
+
+
+@dataclass(frozen=True, kw_only=True)
+class TryConfig:
+    """What is compared, and for how long. Wrong values are a `ConfigError`.
+
+    `type`, `layers`, `options` or `recipe` say what the network becomes (None: the task's default). `max_time` seconds are for
+    everything, over all sittings; `seeds` are trained at most. `rates` are swept alike for both networks; one rate is for both.
+    `base` are the options of fine-tuning that both have.
+    """
+
+    type: str | None = None
+    layers: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
+    max_time: float = 1800.0
+    seeds: int = 5
+    steps: int | None = None
+    rates: tuple[float, ...] = RATES
+    base: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(recalibrate=0))
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value!r}")
+        for rate in self.rates:
+            if not (math.isfinite(rate) and rate > 0):
+                raise ConfigError(f"a learning rate must be a number > 0, got {rate!r}")
+        if not self.rates or len(set(self.rates)) < len(self.rates):
+            raise ConfigError(f"learning rates must be given, each once, got {list(self.rates)}")
+        if self.recipe is not None and (self.type or self.layers or self.options):
+            raise ConfigError("a recipe says layers, types and options itself: give it alone")
+
+
+class Twins:
+    """A plain model and its conversion, bound to a task; converted, and verified, when made.
+
+    Raises what `surgeon.convert` raises, where the task's first selection matches nothing for the last one tried.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, config: TryConfig) -> None:
+        self.model, self.task, self.config = model, task, config
+        bound = self.bound(0)
+        self.size: tuple[int, ...] = tuple(task.dataset("train")[0]["input"].shape)
+        self.order: dict[str, Any]
+        self.becomes, self.report = self._convert_first(bound)
+
+    def _convert_first(self, bound: nn.Module) -> tuple[str, Report]:
+        config = self.config
+        if config.recipe is not None:
+            self.order = {"recipe": config.recipe, "input_size": self.size}
+            return "by a recipe", convert(bound, **self.order)[1]
+        kind, selections = DEFAULTS.get(self.task.name, OTHERWISE)
+        tried = (config.layers,) if config.layers else selections
+        for layers in tried:
+            self.order = {"layers": layers, "type": config.type or kind, "input_size": self.size, **config.options}
+            try:
+                report = convert(bound, **self.order)[1]
+            except (SelectionError, NothingReplacedError):
+                if layers == tried[-1]:
+                    raise
+                continue
+            break
+        chosen = "" if config.layers and config.type else f", the default of {self.task.name}"
+        return f"{layers} to {self.order['type']}{chosen}", report
+
+    def bound(self, seed: int) -> nn.Module:
+        """A copy of the model that fits the task; a new head is that of the seed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self.task.bind(copy_model(self.model)).eval()
+
+    def network(self, arm: str, seed: int) -> nn.Module:
+        """One of the two networks as it begins with a seed: both compute the same."""
+        plain = self.bound(seed)
+        return plain if arm == "original" else convert(plain, seed=seed, check=False, **self.order)[0]
