@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy as is_lazy_tensor
 
 from surgeon.calls import inside, run_converted
 from surgeon.compare import Difference, Leaves, compare
 from surgeon.copying import copy_model, eager, without_compiler
 from surgeon.errors import ConfigError, GeometryError, InputError, ModelError, UnsupportedLayerError, VerificationError
+from surgeon.functional import Raised
 from surgeon.gradients import check_gradients
 from surgeon.inputs import given_inputs
 from surgeon.layers.base import DynamicConv2d, LayerConfig
@@ -90,26 +91,34 @@ def convert(
     model = without_compiler(model)
     _has_data(model)
     work = model if inplace else copy_model(model)
-    tell("trace", 0, 1)
-    sites = find_sites(work, example_inputs, input_size, origin=model)
-    tell("trace", 1, 1)
-    plans = make_plan(sites.convs, order.rules)
-    surgery = Surgery(work=work, sites=sites, plans=plans, seed=order.seed, tell=tell, earlier=get_recipe(work))
-    if inplace and any(plan.site.name == "" for plan in surgery.plans):
-        raise ConfigError("the model itself is the selected convolution: it cannot be replaced in place")
-    surgery.build(calibration)
     params_before = count_parameters(work)
-    result, verification = surgery.operate(check=check)
+    functional = Raised(work)
+    surgery = None
     try:
+        tell("trace", 0, 1)
+        sites = functional.described(find_sites(work, example_inputs, input_size, origin=model))
+        tell("trace", 1, 1)
+        plans = make_plan(sites.convs, order.rules)
+        surgery = Surgery(work=work, sites=sites, plans=plans, seed=order.seed, tell=tell, earlier=get_recipe(work))
+        if inplace and any(plan.site.name == "" for plan in surgery.plans):
+            raise ConfigError("the model itself is the selected convolution: it cannot be replaced in place")
+        surgery.build(calibration)
+        result, verification = surgery.operate(check=check)
+        if surgery.expected is None:
+            functional.keep(surgery.layers)
+        else:
+            functional.keep_checked(surgery.layers, surgery.expected, sites.seen.inputs, order.seed)
         _remember(result, order, surgery)
         report = surgery.report(verification)
         report.params_before, report.params_after = params_before, count_parameters(result)
         report.model = model.__class__.__name__
         report.notes += growth_notes(report)
-        if as_graph:
+        if as_graph and not isinstance(result, fx.GraphModule):
             result = _as_graph(result, surgery, check)
     except BaseException:
-        surgery.undo()
+        if surgery is not None:
+            surgery.undo()
+        functional.undo()
         raise
     if inplace:
         report.notes.append(_optimizer_note(surgery))
@@ -124,7 +133,11 @@ def inspect(
 
     The model is not touched. Raises `InputError` if it does not run on the inputs.
     """
-    return list(find_sites(model, example_inputs, input_size).convs)
+    functional = Raised(model)
+    try:
+        return list(functional.described(find_sites(model, example_inputs, input_size)).convs)
+    finally:
+        functional.undo()
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -243,6 +256,7 @@ class Surgery:
     layers: dict[str, DynamicConv2d] = field(default_factory=dict)
     refused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rewrite: Rewrite | None = None
+    expected: Leaves | None = None  # what the model gave before the surgery, where that is checked
     earlier: Recipe | None = None
 
     def build(self, calibration: Any) -> None:
@@ -323,7 +337,7 @@ class Surgery:
         calls: Counter[str] = Counter()
         if check:
             self.tell("verify", 0, 3)
-            expected, errors = measure(self.work, self.layers, inputs, self.seed, calls)
+            self.expected, errors = measure(self.work, self.layers, inputs, self.seed, calls)
             self._refuse_unfaithful(errors)
         old = {name: self.work.get_submodule(name) for name in self.layers}
         self.rewrite = Rewrite(self.work, self.layers)
@@ -332,9 +346,9 @@ class Surgery:
             if not check:
                 return result, None
             self.tell("verify", 1, 3)
-            output = compare(expected, run_converted(result, old, calls, inputs, self.seed))
+            output = compare(self.expected, run_converted(result, old, calls, inputs, self.seed))
             seen = output if output.compared else self._compare_inside(result)
-            verification = self._judge(expected, seen, errors, settles=output.compared > 0)
+            verification = self._judge(self.expected, seen, errors, settles=output.compared > 0)
             self.tell("verify", 2, 3)
             verification.notes += check_gradients(self.layers)
             self.tell("verify", 3, 3)

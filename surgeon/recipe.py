@@ -206,16 +206,23 @@ def versions() -> dict[str, str]:
 
 def get_recipe(model: "nn.Module") -> Recipe | None:
     """The recipe that a converted model carries; None for a model that was never converted."""
-    found = getattr(model, _ATTRIBUTE, None)
+    found = _attributes(model).get(_ATTRIBUTE)
     return found if isinstance(found, Recipe) else None
 
 
 def set_recipe(model: "nn.Module", recipe: Recipe | None) -> None:
     """Make the model carry this recipe; None removes the one it has."""
     if recipe is not None:
-        setattr(model, _ATTRIBUTE, recipe)
-    elif hasattr(model, _ATTRIBUTE):
-        delattr(model, _ATTRIBUTE)
+        _attributes(model)[_ATTRIBUTE] = recipe
+    else:
+        _attributes(model).pop(_ATTRIBUTE, None)
+
+
+def _attributes(model: "nn.Module") -> dict[str, Any]:
+    """Where a model keeps what its copies are to have, too: graphs copy only what they compute with, and their `meta`."""
+    from torch import fx
+
+    return model.meta if isinstance(model, fx.GraphModule) else vars(model)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
