@@ -25,6 +25,7 @@ EXAMPLES = (
     "  surgeon convert resnet50 --layers first-of-stage --type pafu -n 4 --dry-run\n"
     "  surgeon convert resnet18 --layers stage4 --type acda -m 4 --compress --calibrate photos/\n"
     "  surgeon convert resnet50 --recipe recipe.json\n"
+    "  surgeon convert exported.pt2 --layers stage3 --type acda\n"
     f"  surgeon convert zoo/sidd_conv --recipe zoo/acda_sidd\n\n{LAYERS_HELP}"
 )
 
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.checkpoint import check_output, save
     from surgeon.console import Progress, width
     from surgeon.convert import OPTIMIZER_NOTE
+    from surgeon.programs import described
     from surgeon.recipe import Recipe
 
     recipe = Recipe.read(args.recipe) if args.recipe else None
@@ -82,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         check_output(output, force=args.force)
     _check_options(args.type, options)
     model, base = build(args)
+    read = [f"read {args.model}: {described(model)}"] if base is not None and base.source == "program" else []
     calibration = _calibration(args, model, base)
     with Progress(enabled=not args.quiet) as progress:
         model, report = surgeon.convert(
@@ -97,7 +100,9 @@ def run(args: argparse.Namespace) -> int:
             **options,
         )
         report.model = args.model
-        report.notes = [note for note in report.notes if not note.startswith(OPTIMIZER_NOTE)]  # there is none here
+        report.notes = read + [
+            note for note in report.notes if not note.startswith(OPTIMIZER_NOTE)
+        ]  # there is none here
         if not args.dry_run:
             progress("save", 0, 1)
             save(model, output, report=report, base=base, force=args.force)
@@ -145,5 +150,5 @@ def _calibration(args: argparse.Namespace, model: "nn.Module", base: "BaseModel 
 
 def _default_output(model: str, kind: str) -> str:
     """`runs/NAME-TYPE`, the name being the last part of how the model was named."""
-    name = model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+    name = model.rstrip("/").removesuffix(".pt2").rpartition("/")[2].rpartition(":")[2]
     return f"runs/{name}-{kind}"

@@ -24,7 +24,7 @@ from surgeon.compare import Leaves, compare
 from surgeon.copying import seeded
 from surgeon.errors import VerificationError
 from surgeon.inputs import Inputs
-from surgeon.rewrite import Rewrite
+from surgeon.rewrite import ORIGIN, Rewrite
 from surgeon.sites import ConvSite, Sites
 from surgeon.verify import outputs
 
@@ -34,7 +34,9 @@ _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1
 _ROUNDING = 1e-6  # that the same operations may differ by where their results lie elsewhere in memory
 _PARAMETRIZED = re.compile(r"(?P<owner>.*?)\.?parametrizations\.(?P<leaf>\w+)\..*")
 
-Slot = tuple[dict[str, Any], str, Any, list[str]]  # children or tensors of a module, a name, what was there, all names in order
+Slot = tuple[
+    dict[str, Any], str, Any, list[str]
+]  # children or tensors of a module, a name, what was there, all names in order
 
 
 @cache
@@ -79,6 +81,7 @@ class Functional:
         conv.weight = _parameter(self.weight)
         conv.bias = None if self.bias is None else _parameter(self.bias)
         conv.train(self.holder.training)
+        setattr(conv, ORIGIN, "conv2d")
         return conv
 
 
@@ -339,7 +342,9 @@ def _held(holder: nn.Module, graph: fx.Graph, node: Any) -> _Held:
     inputs = [n.name for n in graph.nodes if n in cone and n.op == "placeholder"]
     held = _Held(targets=targets, cone=cone, folded=node.op != "get_attr")
     if inputs:
-        held.reasons.append(f"is computed from the input {', '.join(inputs)}: only what the graph holds can be taken over")
+        held.reasons.append(
+            f"is computed from the input {', '.join(inputs)}: only what the graph holds can be taken over"
+        )
     elif not targets:
         held.reasons.append("is made of no parameter or buffer")
     elif not held.folded:
@@ -429,7 +434,7 @@ def _targets(cone: set[fx.Node]) -> set[str]:
 
 def _is_all(graph: fx.Graph, nodes: list[fx.Node], cone: set[fx.Node]) -> bool:
     """Whether the graph is this convolution of its only input, and nothing else."""
-    if len(nodes) != 1 or nodes[0].users and any(user.op != "output" for user in nodes[0].users):
+    if len(nodes) != 1:
         return False
     own = cone | set(nodes[0].all_input_nodes) | {nodes[0]}
     rest = [n for n in graph.nodes if n not in own and n.op not in ("placeholder", "output", "get_attr")]

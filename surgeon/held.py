@@ -12,7 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-_OPAQUE = (type, types.ModuleType, str, bytes, int, float, complex, torch.dtype, torch.device, torch.Size, fx.Graph, fx.Node)
+_OPAQUE = (
+    type,
+    types.ModuleType,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    fx.Graph,
+    fx.Node,
+)
 _OWN = frozenset(vars(nn.Module()))  # what PyTorch keeps in every module
 _MOST = 10_000  # objects that are looked at below one attribute
 

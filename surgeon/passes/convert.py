@@ -86,6 +86,8 @@ class DynamicConvPass(PassBase):
         if self.report is None:
             return
         layers = dynamic_layers(graph_module)
-        missing = [entry.name for entry in self.report.replaced if not isinstance(layers.get(entry.name), DynamicConv2d)]
+        missing = [
+            entry.name for entry in self.report.replaced if not isinstance(layers.get(entry.name), DynamicConv2d)
+        ]
         if missing:
             raise VerificationError(f"the graph has lost new layers: {', '.join(missing[:3])}")
