@@ -6,7 +6,6 @@ No pickles, and no code from the folder runs when it is read. A folder appears u
 """
 
 import contextlib
-import copy
 import hashlib
 import json
 import logging
@@ -24,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from surgeon.collapse_report import CollapseReport, read
+from surgeon.copying import copy_model
 from surgeon.errors import CheckpointError, RecipeError, SurgeonError
 from surgeon.files import check_fields, parse_json, read_json, read_object, sync, told
 from surgeon.functional import Raised
@@ -274,7 +274,7 @@ def _with_program(recipe: Recipe, folder: Path) -> Recipe:
 
 def _structure(recipe: Recipe, base: nn.Module | None, path: Path, trust_factory: bool) -> nn.Module:
     if base is not None:
-        return copy.deepcopy(base)
+        return copy_model(base)
     if recipe.base is None:
         raise CheckpointError(f"{path} does not know how to build its base model: load it with base=MODEL")
     return build_structure(recipe.base, trust_factory=trust_factory)
