@@ -70,6 +70,9 @@ def _deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. Take what cannot be copied "
             f"(open files, processes, handles) out of the model while it is converted"
         ) from error
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in twin.named_modules():  # copies of graphs come out in training mode
+        module.training = modes.get(name, module.training)
     return twin
 
 

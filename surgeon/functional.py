@@ -109,6 +109,11 @@ class Raised:
         for prefix, holder in graphs_of(model):
             graph: fx.Graph = copy.deepcopy(holder.graph)
             found = {_join(prefix, c.place): c for c in find_functional(holder, graph, is_root=holder is model)}
+            if hasattr(holder, "train_graph"):  # torchvision's: a graph for each mode, of which only one is here
+                for conv in found.values():
+                    conv.reasons.append(
+                        "it is a function in two graphs, for training and evaluation: convert one of them"
+                    )
             wanted = {name: conv for name, conv in found.items() if names is None or name in names}
             raised = {name: conv for name, conv in wanted.items() if not conv.reasons}
             self.refused |= {name: conv for name, conv in wanted.items() if conv.reasons}
