@@ -102,34 +102,36 @@ class Raised:
         """Raise all, or those with these names. The graphs that are there are not edited: copies take their places."""
         self.convs: dict[str, Functional] = {}
         self.refused: dict[str, Functional] = {}
-        self._graphs: list[tuple[nn.Module, fx.Graph]] = []
+        self._graphs: list[tuple[nn.Module, dict[str, fx.Graph]]] = []
         self._slots: list[Slot] = []
         self._model = model
         self._kept: Raised | None = None
         for prefix, holder in graphs_of(model):
-            graph: fx.Graph = copy.deepcopy(holder.graph)
-            found = {_join(prefix, c.place): c for c in find_functional(holder, graph, is_root=holder is model)}
-            if hasattr(holder, "train_graph"):  # torchvision's: a graph for each mode, of which only one is here
-                for conv in found.values():
-                    conv.reasons.append(
-                        "it is a function in two graphs, for training and evaluation: convert one of them"
-                    )
-            wanted = {name: conv for name, conv in found.items() if names is None or name in names}
+            graphs = {key: copy.deepcopy(getattr(holder, key)) for key in ("graph", *_other_graphs(holder))}
+            found = {key: find_functional(holder, graph, is_root=holder is model) for key, graph in graphs.items()}
+            places = [{conv.place for conv in convs if not conv.reasons} for convs in found.values()]
+            for conv in found["graph"]:
+                if not conv.reasons and not all(conv.place in other for other in places):
+                    conv.reasons.append("it is not the same in the graphs for training and for evaluation")
+            named = {_join(prefix, conv.place): conv for conv in found["graph"]}
+            wanted = {name: conv for name, conv in named.items() if names is None or name in names}
             raised = {name: conv for name, conv in wanted.items() if not conv.reasons}
             self.refused |= {name: conv for name, conv in wanted.items() if conv.reasons}
             if raised:
-                self._raise(raised, holder, graph)
+                chosen = {conv.place for conv in raised.values()}
+                for conv in [conv for convs in found.values() for conv in convs if conv.place in chosen - {""}]:
+                    _call_module(conv.nodes[0].graph, conv)
+                self._raise(raised, holder, graphs)
         self.refused |= _of_several_calls(model)
 
-    def _raise(self, convs: dict[str, Functional], holder: Any, graph: fx.Graph) -> None:
-        self._graphs.append((holder, holder.graph))
+    def _raise(self, convs: dict[str, Functional], holder: Any, graphs: dict[str, fx.Graph]) -> None:
+        self._graphs.append((holder, {key: getattr(holder, key) for key in graphs}))
         for conv in convs.values():
             if conv.place:
-                _call_module(graph, conv)
                 self._put(holder, conv)
             else:
                 self._take_place(holder, conv.module())
-        _set_graph(holder, graph)
+        _set_graphs(holder, graphs)
         self.convs |= convs
 
     def _put(self, holder: nn.Module, conv: Functional) -> None:
@@ -167,8 +169,8 @@ class Raised:
             now = there | ({key: before} if before is not None else {})
             there.clear()
             there.update({k: now[k] for k in (*order, *now) if k in now})
-        for holder, graph in reversed(self._graphs):
-            _set_graph(holder, graph)
+        for holder, graphs in reversed(self._graphs):
+            _set_graphs(holder, graphs)
 
     def keep(self, layers: Mapping[str, nn.Module]) -> None:
         """Leave only the convolutions raised that these layers replace, with the layers in their places."""
@@ -223,12 +225,18 @@ def graphs_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _set_graph(holder: Any, graph: fx.Graph) -> None:
-    holder.graph = graph
+def _other_graphs(holder: nn.Module) -> list[str]:
+    """Where torchvision's feature extractors keep a graph for each mode; `graph` is one of them."""
+    return [key for key in ("train_graph", "eval_graph") if isinstance(getattr(holder, key, None), fx.Graph)]
+
+
+def _set_graphs(holder: Any, graphs: Mapping[str, fx.Graph]) -> None:
+    for key, graph in graphs.items():
+        setattr(holder, key, graph)
     if isinstance(holder, fx.GraphModule):  # whose setter compiles it
-        graph.lint()
+        holder.graph.lint()
     else:
-        graph.owning_module = holder
+        holder.graph.owning_module = holder
         holder.finalize()
 
 

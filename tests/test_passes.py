@@ -195,6 +195,8 @@ def test_feature_extractors_and_fx_features_are_converted() -> None:
     converted, report = surgeon.convert(timms, layers="re:stages.0.*conv2", type="pafu", example_inputs=X)
     assert len(report.replaced) == 3
     assert all(relative(a, b) <= 2e-5 for a, b in zip(timms(X), converted(X), strict=True))
+    converted.train()  # the other graph
+    assert all(relative(a, b) <= 2e-5 for a, b in zip(timms.train()(X), converted(X), strict=True))
 
 
 @settings(max_examples=20)
@@ -221,6 +223,14 @@ def test_any_functional_geometry(stride: int, padding: Any, dilation: int, group
     converted, report = surgeon.convert(GRAPHS[how](model), layers="all", type="pafu", example_inputs=X)
     assert [entry.name for entry in report.replaced] == ["weight_conv"]
     assert relative(run(model), run(converted)) <= 1e-5
+
+
+def test_a_function_in_an_eager_module_is_reported_with_the_way_to_replace_it() -> None:
+    _, report = surgeon.convert(Functional(), layers="last", type="pafu", example_inputs=X)
+    told = {entry.name: entry.reasons for entry in report.skipped if entry.module == "conv2d"}
+    assert told.keys() == {"w_conv", "twice_conv"}
+    with pytest.raises(NothingReplacedError, match="function in Functional, not a module: the graph form can take it"):
+        surgeon.convert(Functional(), layers="w_conv", type="pafu", example_inputs=X)
 
 
 # --- the pass -------------------------------------------------------------------------------------------------------
