@@ -25,6 +25,7 @@ EXAMPLES = (
     "  surgeon convert resnet50 --layers first-of-stage --type pafu -n 4 --dry-run\n"
     "  surgeon convert resnet18 --layers stage4 --type acda -m 4 --compress --calibrate photos/\n"
     "  surgeon convert resnet50 --recipe recipe.json\n"
+    "  surgeon convert resnet18 --pattern dcb --layers stage3,stage4\n"
     "  surgeon convert exported.pt2 --layers stage3 --type acda\n"
     f"  surgeon convert zoo/sidd_conv --recipe zoo/acda_sidd\n\n{LAYERS_HELP}"
 )
@@ -36,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what becomes what")
     group.add_argument("--layers", metavar="SELECTION", help="which convolutions (default: all with k >= 2)")
     group.add_argument("--type", metavar="TYPE", help="acda, pafu or sekg")
+    group.add_argument(
+        "--pattern",
+        metavar="dcb|mdcb",
+        help="residual blocks become ADFNet's DCBs, instead of --type (mdcb: says why not)",
+    )
     group.add_argument(
         "--recipe",
         metavar="FILE|zoo/NAME",
@@ -73,13 +79,15 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = Recipe.read(args.recipe) if args.recipe else None
     options = _layer_options(args)
-    if recipe is not None and (args.layers or args.type or options):
+    if recipe is not None and (args.layers or args.type or args.pattern or options):
         raise ConfigError(
-            "--recipe says layers, types and options itself: leave out --layers, --type and layer options"
+            "--recipe says layers, types and options itself: leave out --layers, --type, --pattern and layer options"
         )
-    if recipe is None and not args.type:
+    if args.pattern and args.type:
+        raise ConfigError("--pattern says what the layers become: leave out --type")
+    if recipe is None and not args.type and not args.pattern:
         raise ConfigError("say what the layers become: --type acda, pafu or sekg (or --recipe FILE)")
-    output = args.output or _default_output(args.model, args.type or "recipe")
+    output = args.output or _default_output(args.model, args.type or args.pattern or "recipe")
     if not args.dry_run:
         check_output(output, force=args.force)
     _check_options(args.type, options)
@@ -91,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
             model,
             layers=None if recipe else args.layers or "all",
             type=args.type,
+            pattern=args.pattern,
             recipe=recipe,
             input_size=input_size(args, base),
             calibration=calibration,

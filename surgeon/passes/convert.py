@@ -31,6 +31,7 @@ class DynamicConvPass(PassBase):
         layers: str | Sequence[str] | Recipe | None = None,
         type: str | LayerConfig | None = None,
         *,
+        pattern: str | None = None,
         recipe: Recipe | None = None,
         example_inputs: Any = None,
         input_size: Sequence[int] | int | None = None,
@@ -44,6 +45,7 @@ class DynamicConvPass(PassBase):
         self.arguments: dict[str, Any] = {
             "layers": layers,
             "type": type,
+            "pattern": pattern,
             "recipe": recipe,
             "example_inputs": example_inputs,
             "input_size": input_size,
