@@ -131,7 +131,8 @@ def _shadow(model: nn.Module) -> fx.Graph:
             f"name its layers with layers= and type="
         ) from error
     names = {id(module): name for name, module in twin.named_modules()}
-    shadow, new = fx.Graph(), {}
+    shadow = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         inputs = [new[n] for n in node.all_input_nodes]
         word = _word(node, twin)

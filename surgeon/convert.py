@@ -374,7 +374,8 @@ class Surgery:
         calls: Counter[str] = Counter()
         if check:
             self.tell("verify", 0, 3)
-            self.expected, errors = measure(self.work, self.layers, inputs, self.seed, calls)
+            expected, errors = measure(self.work, self.layers, inputs, self.seed, calls)
+            self.expected = expected
             self._refuse_unfaithful(errors)
         old = {name: self.work.get_submodule(name) for name in self.layers}
         self.rewrite = Rewrite(self.work, self.layers)
@@ -383,9 +384,9 @@ class Surgery:
             if not check:
                 return result, None
             self.tell("verify", 1, 3)
-            output = compare(self.expected, run_converted(result, old, calls, inputs, self.seed))
+            output = compare(expected, run_converted(result, old, calls, inputs, self.seed))
             seen = output if output.compared else self._compare_inside(result)
-            verification = self._judge(self.expected, seen, errors, settles=output.compared > 0)
+            verification = self._judge(expected, seen, errors, settles=output.compared > 0)
             self.tell("verify", 2, 3)
             verification.notes += check_gradients(self.layers)
             self.tell("verify", 3, 3)

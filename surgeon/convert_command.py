@@ -70,6 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
+    from torch import fx
+
     import surgeon
     from surgeon.checkpoint import check_output, save
     from surgeon.console import Progress, width
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         check_output(output, force=args.force)
     _check_options(args.type, options)
     model, base = build(args)
-    read = [f"read {args.model}: {described(model)}"] if base is not None and base.source == "program" else []
+    read = [f"read {args.model}: {described(model)}"] if isinstance(model, fx.GraphModule) else []
     calibration = _calibration(args, model, base)
     with Progress(enabled=not args.quiet) as progress:
         model, report = surgeon.convert(

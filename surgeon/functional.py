@@ -361,11 +361,13 @@ def _held(holder: nn.Module, graph: fx.Graph, node: Any) -> _Held:
     elif not targets:
         held.reasons.append("is made of no parameter or buffer")
     elif not held.folded:
-        held.value = operator.attrgetter(str(node.target))(holder)
+        found = operator.attrgetter(str(node.target))(holder)
+        if isinstance(found, Tensor):
+            held.value = found
+        else:
+            held.reasons.append(f"is a {type(found).__name__}, not a tensor")
     else:
         _fold(holder, graph, node, held)
-    if held.value is not None and not isinstance(held.value, Tensor):
-        held.reasons, held.value = [f"is a {type(held.value).__name__}, not a tensor"], None
     return held
 
 
@@ -458,10 +460,14 @@ def _is_all(graph: fx.Graph, nodes: list[fx.Node], cone: set[fx.Node]) -> bool:
 
 def _of_several_calls(model: nn.Module) -> dict[str, Functional]:
     """Convolutions in modules that `torch.export.unflatten` keeps a graph for every call of."""
+    if not any(type(module).__name__ == "InterpreterModuleDispatcher" for module in model.modules()):
+        return {}
+    from torch.export.unflatten import InterpreterModuleDispatcher  # slow to import
+
     found: dict[str, Functional] = {}
     for name, module in model.named_modules():
-        calls = module.call_modules() if type(module).__name__ == "InterpreterModuleDispatcher" else []  # type: ignore[operator]
-        for holder in list(calls)[:1]:
+        calls: list[Any] = module.call_modules() if isinstance(module, InterpreterModuleDispatcher) else []
+        for holder in calls[:1]:
             for conv in find_functional(holder, holder.graph, is_root=False):
                 told = f"unflatten keeps a graph for each of the {len(calls)} calls of {name}: convert ExportedProgram.module()"
                 conv.reasons = [told]
@@ -476,7 +482,6 @@ def _refused_site(name: str, conv: Functional) -> ConvSite:
         weight = argument.meta.get("val") if isinstance(argument, fx.Node) else None
     shape = tuple(int(n) for n in weight.shape) if isinstance(weight, Tensor) and weight.dim() > 2 else (0, 0, 0, 0)
     groups = conv.settings.get("groups") or 1
-    pairs = {key: _numbers(conv.settings.get(key)) for key in ("stride", "dilation")}
     return ConvSite(
         name=name,
         module="conv2d",
@@ -484,7 +489,8 @@ def _refused_site(name: str, conv: Functional) -> ConvSite:
         in_channels=shape[1] * groups,
         out_channels=shape[0],
         kernel_size=shape[2:],
-        **pairs,
+        stride=_numbers(conv.settings.get("stride")),
+        dilation=_numbers(conv.settings.get("dilation")),
         groups=groups,
         params=0 if conv.weight is None else conv.weight.numel(),
         reasons=tuple(conv.reasons),

@@ -24,7 +24,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / a.abs().max())
 
 
-@pytest.mark.parametrize("how", ["tree", "fx", "export"])
+@pytest.mark.parametrize("how", ["tree", pytest.param("fx", marks=pytest.mark.slow), "export"])
 def test_residual_blocks_of_a_resnet_become_dcbs(how: str) -> None:
     model = timm.create_model("resnet18", num_classes=10).eval()
     given: nn.Module = model

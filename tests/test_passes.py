@@ -1,6 +1,7 @@
 """Graphs of torch.fx and torch.export: functional convolutions, the pass, and what it leaves alone."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -84,8 +85,14 @@ def relative(a: Tensor, b: Tensor) -> float:
 # --- what is replaced ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", layer_types())
-@pytest.mark.parametrize("how", GRAPHS)
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        pytest.param(how, kind, marks=[] if (i + j) % 3 == 0 else pytest.mark.slow)
+        for i, how in enumerate(GRAPHS)
+        for j, kind in enumerate(layer_types())
+    ],
+)
 def test_convolutions_of_a_graph_are_replaced_by_the_names_of_their_weights(how: str, kind: str) -> None:
     model = timm.create_model("resnet18", num_classes=10).eval()
     converted, report = surgeon.convert(GRAPHS[how](model), layers="stage1,layer2.*", type=kind, example_inputs=X)
@@ -173,6 +180,27 @@ def test_a_weight_that_others_read_is_left_alone(how: str) -> None:
         surgeon.convert(GRAPHS[how](Model()), layers="all", type="pafu", example_inputs=X)
 
 
+def test_unflattened_modules_of_several_calls_are_refused_with_the_way_out() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.conv(self.conv(x).relu()))  # type: ignore[no-any-return]
+
+    for graph in (exported(Model()), unflattened(Model())):
+        _, report = surgeon.convert(graph, layers="all", type="pafu", example_inputs=X)
+        assert {entry.name: entry.calls for entry in report.replaced} == {"conv": 2, "last": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of its own nodes
+        program = torch.export.export(Model().eval(), (X,), preserve_module_call_signature=("conv",))
+        kept = torch.export.unflatten(program)
+    _, report = surgeon.convert(kept, layers="all", type="pafu", example_inputs=X)
+    assert [entry.name for entry in report.replaced] == ["last"]
+    assert "convert ExportedProgram.module()" in report.skipped[0].reasons[0]
+
+
 def test_random_weights_are_refused() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -199,7 +227,7 @@ def test_feature_extractors_and_fx_features_are_converted() -> None:
     assert all(relative(a, b) <= 2e-5 for a, b in zip(timms.train()(X), converted(X), strict=True))
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     st.sampled_from([1, 2]),
     st.sampled_from([0, 1, (2, 1), "same", "valid"]),
@@ -295,7 +323,9 @@ def test_new_layers_in_a_graph_learn() -> None:
 # --- folders --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", GRAPHS)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=[] if how in ("fx", "unflattened") else pytest.mark.slow) for how in GRAPHS]
+)
 def test_folders_of_graphs_load_into_the_graph_they_were_made_of(how: str, tmp_path: Any) -> None:
     model = timm.create_model("resnet18", num_classes=10).eval()
     graph = GRAPHS[how](model)
@@ -307,3 +337,18 @@ def test_folders_of_graphs_load_into_the_graph_they_were_made_of(how: str, tmp_p
     reverted = surgeon.revert(loaded, "layer3.0.conv1")
     surgeon.save(reverted, tmp_path / "less")
     assert torch.equal(run(surgeon.load(tmp_path / "less", base=graph)), run(reverted))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", layer_types())
+def test_standardized_convolutions_of_nfnets_are_replaced_in_the_exported_graph(kind: str) -> None:
+    model = timm.create_model("dm_nfnet_f0", num_classes=10).eval()
+    x = torch.randn(2, 3, 64, 64)
+    graph = torch.export.export(model, (x,)).module()
+    own = DynamicConvPass("all", kind)
+    own(graph)
+    assert own.report is not None
+    spatial = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
+    assert len(own.report.replaced) == len(spatial)
+    assert all("computed from" in " ".join(entry.notes) for entry in own.report.replaced)
+    assert own.report.max_rel_error <= 1e-5
