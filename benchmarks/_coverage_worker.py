@@ -1,6 +1,6 @@
 """One model of the coverage matrix in a process of its own: converts it to each type and prints a JSON line for each.
 
-    python -m benchmarks._coverage_worker LIBRARY KIND FAMILY NAME TYPES MEMORY_GIB
+    python -m benchmarks._coverage_worker LIBRARY KIND FAMILY NAME TYPES MEMORY_GIB [fx|export]
 
 A crash or a memory blow-up ends only this process; the lines printed before it count.
 """
@@ -38,6 +38,7 @@ from benchmarks._models import (
 )
 from surgeon.errors import SurgeonError, VerificationError
 from surgeon.layers.base import DynamicConv2d
+from surgeon.passes import DynamicConvPass
 
 FLOAT32_ERROR, FLOAT64_ERROR = 1e-5, 1e-10
 LAYER_ROUNDING = 1e-12  # up to this, a layer in float64 differs by rounding only
@@ -59,7 +60,7 @@ class Trial:
 
 
 def main(argv: Sequence[str]) -> int:
-    *names, types, memory = argv
+    names, (types, memory, *through) = argv[:4], argv[4:]
     case = Case(*names)
     limit = int(float(memory) * 2**30)
     if limit:
@@ -73,6 +74,8 @@ def main(argv: Sequence[str]) -> int:
     if size:
         settle_norms(model, lambda: training_loss(model.train(), case, size))
         known["sensitivity"] = sensitivity(model, case, size)
+    if size and through:
+        return through_graph(model, case, size, types.split(","), through[0], known)
     for kind in types.split(","):
         start = time.perf_counter()
         facts = known | (check(model, case, kind, size) if size else {"status": "none", "failures": []})
@@ -123,6 +126,108 @@ def check(model: nn.Module, case: Case, kind: str, size: int) -> dict[str, Any]:
     if out["failures"]:
         out["status"] = "failed"
     return out
+
+
+# --- the graph form ---------------------------------------------------------------------------------------------------
+
+
+def through_graph(
+    model: nn.Module, case: Case, size: int, types: Sequence[str], how: str, known: dict[str, Any]
+) -> int:
+    """As `main`, of the model as a graph: traced by torch.fx, or exported by torch.export."""
+    try:
+        graph = _graph(model, how, inputs(model, case, size))
+    except Exception as error:  # tracers raise anything
+        for kind in types:
+            told = {"status": "untraceable", "failures": [], "why": _line(error)}
+            print(json.dumps({"type": kind, **known, **told}), flush=True)
+        return 0
+    for kind in types:
+        start = time.perf_counter()
+        facts = known | check_graph(model, graph, case, kind, size)
+        facts["seconds"] = round(time.perf_counter() - start, 1)
+        print(json.dumps({"type": kind, **facts}), flush=True)
+    return 0
+
+
+def _graph(model: nn.Module, how: str, args: tuple[Any, ...]) -> nn.Module:
+    with torch.no_grad():
+        if how == "fx":
+            return torch.fx.symbolic_trace(copy.deepcopy(model))
+        return torch.export.export(copy.deepcopy(model), args).module(check_guards=False)
+
+
+def check_graph(model: nn.Module, graph: Any, case: Case, kind: str, size: int) -> dict[str, Any]:
+    """Run the pass on a copy of the graph; the original model says what it must give, and which convolutions there are."""
+    out: dict[str, Any] = {"status": "ok", "failures": []}
+    work = copy.deepcopy(graph)
+    own = DynamicConvPass("all", kind, example_inputs=inputs(model, case, size))
+    try:
+        own(work)
+    except SurgeonError as error:
+        refused = error.exit_code == 1 and not isinstance(error, VerificationError)
+        return out | {"status": "refused" if refused else "failed", "failures": [_line(error)]}
+    except Exception as error:
+        traceback.print_exc()
+        return out | {"status": "failed", "failures": [f"convert: {_line(error)}"]}
+    assert own.report is not None
+    report = own.report
+    functional = [entry for entry in report.replaced if _was_functional(graph, entry.name)]
+    seen = {name for entry in (*report.replaced, *report.skipped) for name in (entry.name, *entry.aliases)}
+    out |= {
+        "replaced": len(report.replaced),
+        "functional": len(functional),
+        "folded": sum(any("computed from" in note for note in entry.notes) for entry in functional),
+        "refused": [{"name": s.name, "reasons": list(s.reasons)} for s in report.skipped if s.selected],
+        "max_rel_error": report.max_rel_error,
+        "precision": report.precision,
+        "worst_layer_error": max((entry.max_rel_error for entry in report.replaced), default=None),
+        "unaccounted": _unreported(work, seen),
+    }
+    if out["unaccounted"]:
+        out["failures"].append(f"not in the report: {', '.join(out['unaccounted'][:5])}")
+    with torch.no_grad():
+        pairs = zip(
+            tensors(model.eval()(*inputs(model, case, size))), tensors(work(*inputs(model, case, size))), strict=True
+        )
+        out["own_error"] = max((relative_change(a, b) for a, b in pairs), default=0.0)
+    limit = FLOAT32_ERROR if report.precision == "float32" else 1e3 * FLOAT32_ERROR
+    if not out["own_error"] <= limit:
+        out["failures"].append(f"own_error: {out['own_error']:.2g} against the model itself ({report.precision})")
+    if out["failures"]:
+        out["status"] = "failed"
+    return out
+
+
+def _was_functional(graph: nn.Module, name: str) -> bool:
+    try:
+        return not isinstance(graph.get_submodule(name), nn.Conv2d)
+    except AttributeError:
+        return True
+
+
+def _unreported(graph: Any, seen: set[str]) -> list[str]:
+    """Convolutions that are left in the graph, modules and functions, beyond those that the report names as left."""
+    modules = [n for n, m in graph.named_modules() if isinstance(m, nn.Conv2d) and not _in_dynamic(graph, n)]
+    functions = [
+        str(node.args[1])
+        for node in graph.graph.nodes
+        if node.op == "call_function" and "conv" in getattr(node.target, "__name__", "")
+    ]
+    left = len(functions) - sum(1 for name in seen if _is_left(graph, name))
+    return [name for name in modules if name not in seen] + (functions[:left] if left > 0 else [])
+
+
+def _is_left(graph: Any, name: str) -> bool:
+    try:
+        return not isinstance(graph.get_submodule(name), nn.Conv2d | DynamicConv2d)
+    except AttributeError:
+        return True
+
+
+def _in_dynamic(graph: Any, name: str) -> bool:
+    parts = name.split(".")
+    return any(isinstance(graph.get_submodule(".".join(parts[:i])), DynamicConv2d) for i in range(1, len(parts)))
 
 
 def _unaccounted(model: nn.Module, report: Any) -> list[str]:

@@ -1,10 +1,11 @@
 """Coverage: every library model (a smallest one of each timm family) x every layer type, all spatial convolutions.
 
-    python -m benchmarks.coverage [--all] [--only GLOB …] [--types acda …] [--fresh] [--report]
+    python -m benchmarks.coverage [--all] [--only GLOB …] [--types acda …] [--through fx|export] [--fresh] [--report]
 
 For each: convolutions found, replaced, refused with reasons; output error; a training step; a state-dict round trip. Each
 model runs in a process of its own with a limit on time and memory. Interrupted, it goes on where it was. Writes
-benchmarks/results/coverage.json and docs/coverage.md. Exit code 1 where something failed.
+benchmarks/results/coverage.json and docs/coverage.md. `--through` converts the traced or exported graph of each model instead
+(coverage-fx.json, coverage-export.json; a section of the same page beside the tree's figures). Exit code 1 where something failed.
 """
 
 import argparse
@@ -27,24 +28,37 @@ from benchmarks._models import Case, cases, timm_families
 from benchmarks._results import RESULTS, ROOT, Rows, machine, markdown, write_json
 
 TYPES = ("acda", "pafu", "sekg")
+GOOD = ("ok", "refused", "none", "untraceable")
+THROUGH = {"fx": "torch.fx.symbolic_trace", "export": "torch.export"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    args.name += f"-{args.through}" if args.through else ""
     chosen = cases(every=args.all)
     if args.only:
         chosen = [case for case in chosen if any(fnmatch.fnmatch(case.key, pattern) for pattern in args.only)]
     rows = Rows(args.results / f"{args.name}.jsonl", fresh=args.fresh)
     if not args.report:
         run(chosen, rows, args)
-    failed = [row for row in rows.values() if row["status"] not in ("ok", "refused", "none")]
+    failed = [row for row in rows.values() if row["status"] not in GOOD]
     write_json(args.results / f"{args.name}.json", {"rows": rows.values()})
     args.docs.parent.mkdir(parents=True, exist_ok=True)
-    args.docs.write_text(report(rows.values()))
+    args.docs.write_text(_page(args, rows.values()))
     print(f"{len(rows.values())} rows, {len(failed)} failed; written: {args.results / args.name}.json, {args.docs}")
     for row in failed:
         print(f"  {row['library']}/{row['model']} {row['type']}: {'; '.join(row['failures'])}")
     return int(bool(failed))
+
+
+def _page(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
+    """The page written anew, or with `--through` the present one with its section."""
+    if not args.through:
+        return report(rows, args.results)
+    tree = args.results / "coverage.json"
+    beside = json.loads(tree.read_text())["rows"] if tree.is_file() else []
+    page = args.docs.read_text() if args.docs.is_file() else "# Coverage\n"
+    return _with_section(page, _graph_section(args.through, rows, beside))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--all", action="store_true", help="every timm name, not one a family")
     parser.add_argument("--only", nargs="+", metavar="GLOB", help="models by library/name, as 'timm/res*'")
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
+    parser.add_argument("--through", choices=THROUGH, help="convert the graph that this makes of each model")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of an interrupted or finished run")
     parser.add_argument("--retry", action="store_true", help="run again what failed")
     parser.add_argument(
@@ -72,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(chosen: list[Case], rows: Rows, args: argparse.Namespace) -> None:
     """Run every (model, type) that has no row yet."""
-    again = {key for key, row in rows.rows.items() if args.retry and row["status"] not in ("ok", "refused", "none")}
+    again = {key for key, row in rows.rows.items() if args.retry and row["status"] not in GOOD}
     with tqdm(chosen, desc="coverage", unit="model", disable=None) as bar:
         for case in bar:
             bar.set_postfix_str(case.key)
@@ -90,6 +105,7 @@ def run(chosen: list[Case], rows: Rows, args: argparse.Namespace) -> None:
 def run_case(case: Case, types: list[str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Rows by type from one process; the type at which it ended early gets a row that says how."""
     words = (case.library, case.kind, case.family, case.name, ",".join(types), str(args.memory))
+    words += (args.through,) if args.through else ()
     command = [sys.executable, "-m", "benchmarks._coverage_worker", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done: dict[str, dict[str, Any]] = {}
@@ -137,7 +153,7 @@ def _collect(process: subprocess.Popen[str], done: dict[str, dict[str, Any]], co
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def report(rows: list[dict[str, Any]]) -> str:
+def report(rows: list[dict[str, Any]], results: Path = RESULTS) -> str:
     """The Markdown page: a summary by type, one line a model, and every reason for a refusal."""
     facts = machine()
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
@@ -173,7 +189,70 @@ def report(rows: list[dict[str, Any]]) -> str:
         parts += ["## timm families that have none", "", markdown(("family", "why"), without)]
     if (others := RESULTS / "third_party.json").is_file():
         parts.append(third_party.section(json.loads(others.read_text())))
+    parts += [
+        _graph_section(how, json.loads(found.read_text())["rows"], rows)
+        for how in THROUGH
+        if (found := results / f"coverage-{how}.json").is_file()
+    ]
     return "\n".join(parts)
+
+
+def _graph_section(how: str, rows: list[dict[str, Any]], tree: list[dict[str, Any]]) -> str:
+    """What the pass did to graphs, one line a model, beside the errors of the same model's tree."""
+    beside = {(row["library"], row["model"], row["type"]): row for row in tree}
+    models: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        models.setdefault(f"{row['library']}/{row['model']}", []).append(row)
+    whys = {name: own[0]["why"][:110] for name, own in models.items() if "why" in own[0]}
+    counts = ("found", "replaced", "functional", "folded")
+    lines = []
+    for name, own in models.items():
+        if name in whys or own[0]["status"] == "none":
+            continue
+        cells = {row["type"]: _graph_cell(row, beside.get((row["library"], row["model"], row["type"]))) for row in own}
+        numbers = [max((row.get(count, 0) for row in own), default=0) for count in counts]
+        lines.append(
+            [name, *numbers, max(len(row.get("refused", [])) for row in own), *(cells.get(t, "") for t in TYPES)]
+        )
+    failed = sum(row["status"] not in GOOD for row in rows)
+    tried, made = len(models), len(lines)
+    parts = [
+        f"## Through {THROUGH[how]}",
+        "",
+        f"Written by `python -m benchmarks.coverage --through {how}`: `surgeon.passes.DynamicConvPass` on the graph of each model,",
+        "all convolutions with k >= 2. *Found* are the tree's; *functions* are those of the replaced that the graph computes by a",
+        "function, *folded* those of them whose weight is computed from a parameter. A cell: error of the output and largest of a",
+        "layer as reported (ᵈ: in float64), behind the bar the tree's error of the output.",
+        f"{tried} models, {made} of them made a graph; {failed} (model, type) failed.",
+        "",
+        markdown(("model", "found", "replaced", "functions", "folded", "refused", *TYPES), lines),
+    ]
+    if whys:
+        parts += [
+            "Not made a graph:",
+            "",
+            markdown(("model", "why"), [[name, f"`{why}`"] for name, why in whys.items()]),
+        ]
+    return "\n".join(parts)
+
+
+def _graph_cell(row: dict[str, Any], tree: dict[str, Any] | None) -> str:
+    if row["status"] != "ok":
+        return f"**{row['status']}**: {'; '.join(row['failures'])[:120]}"
+    beside = "-" if tree is None or tree.get("max_rel_error") is None else _error(tree)
+    return f"{_error(row)}, {row['worst_layer_error']:.0e} / {beside}"
+
+
+def _error(row: dict[str, Any]) -> str:
+    return f"{row['max_rel_error']:.0e}{'ᵈ' if row['precision'] == 'float64' else ''}"
+
+
+def _with_section(page: str, section: str) -> str:
+    """The page with this section in the place of the one of the same heading, or at its end."""
+    heading = section.partition("\n")[0].removeprefix("## ")
+    parts = page.rstrip("\n").split("\n## ")
+    kept = [part for part in parts if part.partition("\n")[0] != heading]
+    return "\n## ".join([*(part.rstrip("\n") + "\n" for part in kept), section.removeprefix("## ")])
 
 
 def _summary(rows: list[dict[str, Any]]) -> list[list[Any]]:

@@ -101,7 +101,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a timm name, torchvision/NAME, zoo/NAME, hf-hub:ID, a surgeon folder, or package.module:factory",
+        help="a timm name, torchvision/NAME, zoo/NAME, hf-hub:ID, a surgeon folder, a .pt2 file, or package.module:factory",
     )
     group = parser.add_argument_group("model")
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")

@@ -1,10 +1,11 @@
 """Converted models on disk: a folder with recipe.json, model.safetensors, report.json and report.txt.
 
+Where the base model is an exported program, its file lies there, too.
+
 No pickles, and no code from the folder runs when it is read. A folder appears under its name only when it is complete.
 """
 
 import contextlib
-import copy
 import hashlib
 import json
 import logging
@@ -18,18 +19,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from surgeon.collapse_report import CollapseReport, read
+from surgeon.copying import copy_model
 from surgeon.errors import CheckpointError, RecipeError, SurgeonError
 from surgeon.files import check_fields, parse_json, read_json, read_object, sync, told
+from surgeon.functional import Raised
 from surgeon.identify import identify
 from surgeon.layers.base import DynamicConv2d, LayerConfig
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.registry import layer_class
 from surgeon.layers.source import ConvSource
 from surgeon.models import build_structure
+from surgeon.programs import FILE as PROGRAM
 from surgeon.recipe import (
     CONVOLUTION,
     BaseModel,
@@ -75,8 +79,11 @@ def save(
     tensors, aliases = _tensors(model)
     with fresh_folder(path, force) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+        recipe = _with_program(recipe, folder)
         artefact = {
-            "files": {WEIGHTS: {"sha256": _file_sha256(folder / WEIGHTS), "bytes": (folder / WEIGHTS).stat().st_size}},
+            "files": {
+                file.name: {"sha256": _file_sha256(file), "bytes": file.stat().st_size} for file in folder.iterdir()
+            },
             "static": [name for name, layer in dynamic_layers(model).items() if not layer.adaptive],
         }
         values = recipe.to_dict() | {"artefact": artefact}
@@ -106,11 +113,13 @@ def load(
     if not (path / RECIPE).is_file():
         raise CheckpointError(f"{path} is not a surgeon folder: it has no {RECIPE}")
     values = read_json(path / RECIPE, RecipeError, "the recipe")
-    recipe = Recipe.from_dict(values, str(path / RECIPE))
+    recipe = Recipe.from_dict(values, str(path / RECIPE)).located(path)
     artefact = values.get("artefact")
     if not isinstance(artefact, dict):
         raise CheckpointError(f"{path / RECIPE} is a recipe, but not that of a saved model: it has no artefact section")
     _check_file(path / WEIGHTS, artefact)
+    if recipe.base is not None and recipe.base.source == "program":
+        _check_file(path / Path(recipe.base.name).name, artefact)
     model = _structure(recipe, base, path, trust_factory)
     model = apply_rules(model, recipe.rules, str(path))
     _fill(model, path / WEIGHTS)
@@ -162,6 +171,7 @@ def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Mod
     Returns the model, another object only if the model itself is replaced. Raises `RecipeError`.
     """
     layers: dict[str, nn.Module] = {}
+    Raised(model, {unquoted(rule.layers) for rule in rules})
     check_layers(_wanted(model, rules))
     for rule in rules:
         name = unquoted(rule.layers)
@@ -241,14 +251,30 @@ def _fits(model: nn.Module, base: BaseModel, rules: tuple[Rule, ...]) -> bool:
 def _kinds(model: nn.Module) -> dict[str, tuple[type[nn.Module], str]]:
     """Class of every module, and the settings of convolutions, which shapes do not tell."""
     return {
-        name: (type(module), module.extra_repr() if isinstance(module, nn.Conv2d) else "")
+        name: (
+            fx.GraphModule if isinstance(module, fx.GraphModule) else type(module),
+            module.extra_repr() if isinstance(module, nn.Conv2d) else "",
+        )
         for name, module in model.named_modules(remove_duplicate=False)
     }
 
 
+def _with_program(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe for a folder; the program that the base model is, which nothing could build again, comes into it."""
+    if recipe.base is None or recipe.base.source != "program":
+        return recipe
+    try:
+        shutil.copyfile(recipe.base.name, folder / PROGRAM)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"the program {recipe.base.name} of the base model is gone: it is part of the folder"
+        ) from error
+    return replace(recipe, base=replace(recipe.base, name=PROGRAM))
+
+
 def _structure(recipe: Recipe, base: nn.Module | None, path: Path, trust_factory: bool) -> nn.Module:
     if base is not None:
-        return copy.deepcopy(base)
+        return copy_model(base)
     if recipe.base is None:
         raise CheckpointError(f"{path} does not know how to build its base model: load it with base=MODEL")
     return build_structure(recipe.base, trust_factory=trust_factory)

@@ -8,13 +8,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy as is_lazy_tensor
 
+from surgeon.blocks import find_blocks
 from surgeon.calls import inside, run_converted
 from surgeon.compare import Difference, Leaves, compare
 from surgeon.copying import copy_model, eager, without_compiler
-from surgeon.errors import ConfigError, GeometryError, InputError, ModelError, UnsupportedLayerError, VerificationError
+from surgeon.errors import (
+    ConfigError,
+    GeometryError,
+    InputError,
+    ModelError,
+    SelectionError,
+    UnsupportedLayerError,
+    VerificationError,
+)
+from surgeon.functional import Raised
 from surgeon.gradients import check_gradients
 from surgeon.inputs import given_inputs
 from surgeon.layers.base import DynamicConv2d, LayerConfig
@@ -50,6 +60,7 @@ def convert(
     *,
     layers: str | Sequence[str] | Recipe | None = None,
     type: str | LayerConfig | None = None,
+    pattern: str | None = None,
     example_inputs: Any = None,
     inplace: bool = False,
     as_graph: bool = False,
@@ -66,6 +77,8 @@ def convert(
     Args:
         layers: which convolutions, in the selector language of `surgeon.select`, or a recipe.
         type: the layer type, "acda", "pafu" or "sekg", with `layer_options`; or a config such as `ACDAConfig(atoms=2)`.
+        pattern: "dcb" instead of a type: residual blocks become ADFNet's DCBs (see `surgeon.blocks`), those whose first
+            convolution `layers` selects (default: all); `layer_options` are those of "sekg".
         example_inputs: a tensor, a tuple of arguments, a list (one argument) or a dict of keyword arguments. Without it the
             model's own input size is used, or `input_size`: (C, H, W), (H, W) or one number.
         inplace: change the caller's model; otherwise a copy is changed. After an error the model is as it was.
@@ -85,31 +98,43 @@ def convert(
         VerificationError: the result does not compute the same.
     """
     started = time.perf_counter()
+    if pattern is not None:
+        layers, type, layer_options = _of_pattern(pattern, layers, type, recipe, layer_options)
     order = _read_order(layers, type, recipe, layer_options, seed)
     tell = progress or _silent
     model = without_compiler(model)
     _has_data(model)
     work = model if inplace else copy_model(model)
-    tell("trace", 0, 1)
-    sites = find_sites(work, example_inputs, input_size, origin=model)
-    tell("trace", 1, 1)
-    plans = make_plan(sites.convs, order.rules)
-    surgery = Surgery(work=work, sites=sites, plans=plans, seed=order.seed, tell=tell, earlier=get_recipe(work))
-    if inplace and any(plan.site.name == "" for plan in surgery.plans):
-        raise ConfigError("the model itself is the selected convolution: it cannot be replaced in place")
-    surgery.build(calibration)
     params_before = count_parameters(work)
-    result, verification = surgery.operate(check=check)
+    functional = Raised(work)
+    surgery = None
     try:
+        tell("trace", 0, 1)
+        sites = functional.described(find_sites(work, example_inputs, input_size, origin=model))
+        tell("trace", 1, 1)
+        plans = make_plan(sites.convs, order.rules)
+        if pattern is not None:
+            plans = _in_blocks(plans, find_blocks(work, pattern), pattern)
+        surgery = Surgery(work=work, sites=sites, plans=plans, seed=order.seed, tell=tell, earlier=get_recipe(work))
+        if inplace and any(plan.site.name == "" for plan in surgery.plans):
+            raise ConfigError("the model itself is the selected convolution: it cannot be replaced in place")
+        surgery.build(calibration)
+        result, verification = surgery.operate(check=check)
+        if surgery.expected is None:
+            functional.keep(surgery.layers)
+        else:
+            functional.keep_checked(surgery.layers, surgery.expected, sites.seen.inputs, order.seed)
         _remember(result, order, surgery)
         report = surgery.report(verification)
         report.params_before, report.params_after = params_before, count_parameters(result)
         report.model = model.__class__.__name__
         report.notes += growth_notes(report)
-        if as_graph:
+        if as_graph and not isinstance(result, fx.GraphModule):
             result = _as_graph(result, surgery, check)
     except BaseException:
-        surgery.undo()
+        if surgery is not None:
+            surgery.undo()
+        functional.undo()
         raise
     if inplace:
         report.notes.append(_optimizer_note(surgery))
@@ -124,7 +149,11 @@ def inspect(
 
     The model is not touched. Raises `InputError` if it does not run on the inputs.
     """
-    return list(find_sites(model, example_inputs, input_size).convs)
+    functional = Raised(model)
+    try:
+        return list(functional.described(find_sites(model, example_inputs, input_size)).convs)
+    finally:
+        functional.undo()
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -199,6 +228,27 @@ def _read_order(
     return _Order(rules=(rule,), seed=seed, recipe=None)
 
 
+def _of_pattern(
+    pattern: str, layers: Any, type: Any, recipe: Recipe | None, options: dict[str, Any]
+) -> tuple[Any, str, dict[str, Any]]:
+    """The selection, type and options of a pattern; raises `ConfigError` where these are said in another way, too."""
+    if type is not None or recipe is not None or isinstance(layers, Recipe):
+        raise ConfigError(f"the pattern {pattern} says what layers become: leave out type and recipe")
+    if "mode" in options:
+        raise ConfigError(f"the pattern {pattern} says the mode itself: leave it out")
+    return "all" if layers is None else layers, "sekg", {"mode": "dense", **options}
+
+
+def _in_blocks(plans: list[Planned], blocks: dict[str, str], pattern: str) -> list[Planned]:
+    """The plans for the convolutions that a pattern names."""
+    chosen = [plan for plan in plans if plan.site.name in blocks]
+    if not chosen:
+        raise SelectionError(
+            f"the selection holds no first convolution of a residual block; for {pattern} there are {', '.join(blocks)}"
+        )
+    return chosen
+
+
 def _remember(result: nn.Module, order: _Order, surgery: "Surgery") -> None:
     """Record the conversion in the model: one rule a layer, after those of earlier conversions."""
     earlier = surgery.earlier
@@ -243,6 +293,7 @@ class Surgery:
     layers: dict[str, DynamicConv2d] = field(default_factory=dict)
     refused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rewrite: Rewrite | None = None
+    expected: Leaves | None = None  # what the model gave before the surgery, where that is checked
     earlier: Recipe | None = None
 
     def build(self, calibration: Any) -> None:
@@ -324,6 +375,7 @@ class Surgery:
         if check:
             self.tell("verify", 0, 3)
             expected, errors = measure(self.work, self.layers, inputs, self.seed, calls)
+            self.expected = expected
             self._refuse_unfaithful(errors)
         old = {name: self.work.get_submodule(name) for name in self.layers}
         self.rewrite = Rewrite(self.work, self.layers)

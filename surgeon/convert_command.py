@@ -25,6 +25,8 @@ EXAMPLES = (
     "  surgeon convert resnet50 --layers first-of-stage --type pafu -n 4 --dry-run\n"
     "  surgeon convert resnet18 --layers stage4 --type acda -m 4 --compress --calibrate photos/\n"
     "  surgeon convert resnet50 --recipe recipe.json\n"
+    "  surgeon convert resnet18 --pattern dcb --layers stage3,stage4\n"
+    "  surgeon convert exported.pt2 --layers stage3 --type acda\n"
     f"  surgeon convert zoo/sidd_conv --recipe zoo/acda_sidd\n\n{LAYERS_HELP}"
 )
 
@@ -35,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what becomes what")
     group.add_argument("--layers", metavar="SELECTION", help="which convolutions (default: all with k >= 2)")
     group.add_argument("--type", metavar="TYPE", help="acda, pafu or sekg")
+    group.add_argument(
+        "--pattern",
+        metavar="dcb|mdcb",
+        help="residual blocks become ADFNet's DCBs, instead of --type (mdcb: says why not)",
+    )
     group.add_argument(
         "--recipe",
         metavar="FILE|zoo/NAME",
@@ -65,31 +72,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
+    from torch import fx
+
     import surgeon
     from surgeon.checkpoint import check_output, save
     from surgeon.console import Progress, width
     from surgeon.convert import OPTIMIZER_NOTE
+    from surgeon.programs import described
     from surgeon.recipe import Recipe
 
     recipe = Recipe.read(args.recipe) if args.recipe else None
     options = _layer_options(args)
-    if recipe is not None and (args.layers or args.type or options):
+    if recipe is not None and (args.layers or args.type or args.pattern or options):
         raise ConfigError(
-            "--recipe says layers, types and options itself: leave out --layers, --type and layer options"
+            "--recipe says layers, types and options itself: leave out --layers, --type, --pattern and layer options"
         )
-    if recipe is None and not args.type:
+    if args.pattern and args.type:
+        raise ConfigError("--pattern says what the layers become: leave out --type")
+    if recipe is None and not args.type and not args.pattern:
         raise ConfigError("say what the layers become: --type acda, pafu or sekg (or --recipe FILE)")
-    output = args.output or _default_output(args.model, args.type or "recipe")
+    output = args.output or _default_output(args.model, args.type or args.pattern or "recipe")
     if not args.dry_run:
         check_output(output, force=args.force)
     _check_options(args.type, options)
     model, base = build(args)
+    read = [f"read {args.model}: {described(model)}"] if isinstance(model, fx.GraphModule) else []
     calibration = _calibration(args, model, base)
     with Progress(enabled=not args.quiet) as progress:
         model, report = surgeon.convert(
             model,
             layers=None if recipe else args.layers or "all",
             type=args.type,
+            pattern=args.pattern,
             recipe=recipe,
             input_size=input_size(args, base),
             calibration=calibration,
@@ -99,7 +113,9 @@ def run(args: argparse.Namespace) -> int:
             **options,
         )
         report.model = args.model
-        report.notes = [note for note in report.notes if not note.startswith(OPTIMIZER_NOTE)]  # there is none here
+        report.notes = read + [
+            note for note in report.notes if not note.startswith(OPTIMIZER_NOTE)
+        ]  # there is none here
         if not args.dry_run:
             progress("save", 0, 1)
             save(model, output, report=report, base=base, force=args.force)
@@ -147,5 +163,5 @@ def _calibration(args: argparse.Namespace, model: "nn.Module", base: "BaseModel 
 
 def _default_output(model: str, kind: str) -> str:
     """`runs/NAME-TYPE`, the name being the last part of how the model was named."""
-    name = model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+    name = model.rstrip("/").removesuffix(".pt2").rpartition("/")[2].rpartition(":")[2]
     return f"runs/{name}-{kind}"

@@ -26,7 +26,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def _what_deepcopy_refuses(model: nn.Module) -> dict[int, Any]:
-    """By id: computed tensors anywhere below the modules' attributes and hooks, copied, and locks, which are shared."""
+    """By id: computed tensors anywhere below the modules' attributes and hooks, copied, and locks and nodes, which are shared."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in walk(*own_attributes(module).values(), module._forward_hooks, module._forward_pre_hooks):
@@ -34,6 +34,8 @@ def _what_deepcopy_refuses(model: nn.Module) -> dict[int, Any]:
                 memo[id(value)] = value.detach().clone()
             elif isinstance(value, _LOCKS):
                 memo[id(value)] = value
+        for node in own_attributes(module).get("input_placeholders", ()):  # of an unflattened program: only looked at
+            memo[id(node)] = node
     return memo
 
 
@@ -68,6 +70,9 @@ def _deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. Take what cannot be copied "
             f"(open files, processes, handles) out of the model while it is converted"
         ) from error
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in twin.named_modules():  # copies of graphs come out in training mode
+        module.training = modes.get(name, module.training)
     return twin
 
 

@@ -34,9 +34,13 @@ class SelectionError(SurgeonError, LookupError):
 
 
 class NothingReplacedError(SurgeonError):
-    """A selection matched convolutions, but every one was refused."""
+    """A selection matched convolutions, but every one was refused; `already`: some because they are dynamic layers as it is."""
 
     exit_code = 1
+
+    def __init__(self, message: str, already: bool = False) -> None:
+        super().__init__(message)
+        self.already = already
 
 
 class NothingFoldedError(SurgeonError):

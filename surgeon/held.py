@@ -10,9 +10,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-_OPAQUE = (type, types.ModuleType, str, bytes, int, float, complex, torch.dtype, torch.device, torch.Size)
+_OPAQUE = (
+    type,
+    types.ModuleType,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    fx.Graph,
+    fx.Node,
+)
 _OWN = frozenset(vars(nn.Module()))  # what PyTorch keeps in every module
 _MOST = 10_000  # objects that are looked at below one attribute
 
@@ -62,6 +75,8 @@ def outside_references(model: nn.Module, names: Iterable[str]) -> dict[str, list
     targets = {id(by_name[name]): name for name in names if name in by_name}
     for prefix, owner in model.named_modules():
         for key, value in own_attributes(owner).items():
+            if key == "graph_module" and isinstance(vars(owner).get("graph"), fx.Graph):
+                continue  # of an unflattened program: only its code runs, on the modules of the owner
             for held in walk(value):
                 if not isinstance(held, nn.Module) or held is owner:
                     continue

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from surgeon.errors import ConfigError, InputError
@@ -139,6 +140,10 @@ def check_input_size(input_size: Any) -> tuple[int, ...]:
 def candidate_inputs(model: nn.Module, input_size: Sequence[int] | int | None = None) -> Iterator[Inputs]:
     """Inputs to try, the likeliest first. Random images, the same at every call."""
     wanted = None if input_size is None else check_input_size(input_size)
+    traced = None if wanted is not None else _traced_inputs(model)
+    if traced is not None:
+        yield traced
+        return
     convs = _convolutions(model)
     channels = convs[0].in_channels if convs else 3
     known = _known_sizes(model, convs)
@@ -155,6 +160,36 @@ def candidate_inputs(model: nn.Module, input_size: Sequence[int] | int | None = 
             BATCH * like.element_size() * math.prod(size), f"an input of {BATCH} x {' x '.join(map(str, size))}"
         )
         yield Inputs(args=_arguments(model, size), given=False).map(lambda t: t.to(like.device, like.dtype))
+
+
+def _traced_inputs(model: nn.Module) -> Inputs | None:
+    """Random inputs of the shapes that an exported graph was made with; None for other models."""
+    graph: Any = getattr(model, "graph", None)
+    if not isinstance(graph, fx.Graph):
+        return None
+    values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
+    spec = _in_spec(model)
+    if not values or spec is None or not all(isinstance(value, Tensor) for value in values):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    args, kwargs = pytree.tree_unflatten([_like(value, generator) for value in values], spec)
+    return Inputs(args=tuple(args), kwargs=dict(kwargs), given=False)
+
+
+def _in_spec(model: Any) -> Any:
+    """How an exported graph's inputs are arranged: of `ExportedProgram.module()`, or of an unflattened one."""
+    if isinstance(model, fx.GraphModule):
+        return getattr(model, "_in_spec", None)
+    calls = getattr(model, "module_call_graph", None)
+    return calls[0].signature.in_spec if calls else None
+
+
+def _like(traced: Any, generator: torch.Generator) -> Tensor:
+    shape = [int(n) if isinstance(n, int) else int(n.node.hint) for n in traced.shape]
+    check_memory(traced.dtype.itemsize * math.prod(shape), f"an input of {' x '.join(map(str, shape))}")
+    if not traced.dtype.is_floating_point:
+        return torch.zeros(shape, dtype=traced.dtype, device=traced.device)
+    return torch.randn(shape, generator=generator).to(traced.device, traced.dtype)
 
 
 def _convolutions(model: nn.Module) -> list[Any]:

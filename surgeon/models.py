@@ -1,4 +1,4 @@
-"""Models by the names people already use: timm, torchvision, the zoo, a surgeon folder, `package.module:factory`.
+"""Models by the names people already use: timm, torchvision, the zoo, a surgeon folder, a `.pt2` file, `package.module:factory`.
 
 `build_model` makes a model from a name, with weights. What it did is kept as a `BaseModel`, from which `build_structure`
 makes the bare architecture again (no downloads, no foreign code) and `restore` the very same weights.
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from surgeon.errors import ModelError
+from surgeon.programs import SUFFIX, is_program
 from surgeon.recipe import BaseModel, Recipe, Weights
 from surgeon.sources import HUB, construct, pretrained, resolve_hub
 from surgeon.weights import load_weights, read_weights, state_sha256
@@ -46,6 +47,17 @@ def build_model(
     """
     if (Path(spec) / "recipe.json").is_file():
         return _from_folder(spec, weights)
+    if is_program(spec):
+        given = {
+            "--weights": weights != "auto",
+            "--num-classes": num_classes,
+            "in_chans": in_chans,
+            "--model-args": options,
+        }
+        if any(given.values()):
+            told = ", ".join(key for key, value in given.items() if value)
+            raise ModelError(f"{spec} is an exported program with its own weights; {told} cannot apply")
+        return _from_program(spec, input_size)
     base = _parse(spec)
     size = _example_size(base.input_size, input_size, in_chans)
     kwargs = dict(base.kwargs) | (options or {})
@@ -117,6 +129,8 @@ def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool 
             f"the recipe names weights of {base.name} ({recorded.path or recorded.kind}) without their SHA-256: "
             "name the file with --weights if you know it"
         )
+    if base.source == "program" and weights is not None:
+        raise ModelError("an exported program has its own weights: leave --weights out")
     kind = weights or {"file": str(recorded.path), "given": "auto"}.get(recorded.kind, recorded.kind)
     model, found = _with_weights(base, kind, recorded.seed or 0)
     if recorded.sha256 is not None and found.weights.sha256 != recorded.sha256:
@@ -153,7 +167,7 @@ def _check_base(base: BaseModel, *, trust_factory: bool) -> None:
     bad = sorted(
         key for key in base.kwargs if _FORBIDDEN.search(key) and (base.source, key) != ("torchvision", "weights")
     )
-    if bad or not (base.source == "factory" or _NAME.fullmatch(base.name)):
+    if bad or not (base.source in ("factory", "program") or _NAME.fullmatch(base.name)):
         raise ModelError(f"the recipe's base model {base.name!r} may not have {', '.join(bad) or 'such a name'}")
 
 
@@ -181,6 +195,8 @@ def _parse(spec: str) -> BaseModel:
         return BaseModel(source="timm", name=name, input_size=size, weights=unset)
     if prefix == "torchvision" and name in _torchvision_names():
         return BaseModel(source="torchvision", name=name, input_size=torchvision_size(name), weights=unset)
+    if spec.endswith(SUFFIX):
+        raise ModelError(f"there is no file {spec}")
     if Path(spec).is_dir():
         raise ModelError(f"{spec} is a folder, but surgeon did not write it: it has no recipe.json")
     raise ModelError(f"there is no model {spec!r}{nearest(spec)}; `surgeon models PATTERN` lists the names")
@@ -236,6 +252,9 @@ def torchvision_size(name: str) -> tuple[int, ...]:
 
 def _with_weights(base: BaseModel, weights: str, seed: int) -> tuple[nn.Module, BaseModel]:
     """The model with the weights that were asked for, and the record of both."""
+    if base.source == "program":
+        model = construct(base)
+        return model, _recorded(base, model, base.weights)
     if base.source == "factory" and weights == "auto":
         with _seeded(seed):
             model = construct(base)
@@ -278,6 +297,13 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def _from_program(path: str, input_size: tuple[int, ...] | None) -> tuple[nn.Module, BaseModel]:
+    weights = Weights(kind="file", path=str(Path(path).resolve()))
+    base = BaseModel(source="program", name=str(Path(path).resolve()), input_size=input_size or (), weights=weights)
+    model, base = _with_weights(base, "auto", 0)
+    return model.eval(), base
 
 
 def _from_folder(path: str, weights: str) -> tuple[nn.Module, BaseModel | None]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -36,6 +37,9 @@ class Observation:
     ended: dict[str, list[int]] = field(default_factory=dict)  # when the calls of any module ended
     arguments: dict[str, list[str]] = field(default_factory=dict)  # what a convolution is given beside its input
     readers: dict[str, list[str]] = field(default_factory=dict)  # who reads a convolution's parameters from outside
+    functional: dict[str, str] = field(
+        default_factory=dict
+    )  # weights that `conv2d` gets outside convolutions, and in which module
 
 
 def observe(
@@ -94,8 +98,9 @@ def _run_watched(model: nn.Module, targets: Sequence[str], seen: Observation) ->
     for name in targets:
         for parameter in twin.get_submodule(name).parameters():
             owners.setdefault(id(parameter), []).append(name)
+    weights = {id(p): name for name, p in twin.named_parameters() if id(p) not in owners}
     _install(twin, set(targets), stack, seen)
-    with quiet_eager(), evaluating(twin), seeded(0), strict_float32(), _WatchReads(owners, stack, seen):
+    with quiet_eager(), evaluating(twin), seeded(0), strict_float32(), _WatchReads(owners, weights, stack, seen):
         twin(*inputs.args, **inputs.kwargs)
 
 
@@ -134,16 +139,22 @@ def _install(twin: nn.Module, targets: set[str], stack: list[str], seen: Observa
 
 
 class _WatchReads(TorchFunctionMode):
-    """Notes functions that take a convolution's parameter while that convolution is not running."""
+    """Notes functions that take a convolution's parameter while that convolution is not running, and other uses of `conv2d`."""
 
-    def __init__(self, owners: dict[int, list[str]], stack: list[str], seen: Observation) -> None:
+    def __init__(
+        self, owners: dict[int, list[str]], weights: dict[int, str], stack: list[str], seen: Observation
+    ) -> None:
         super().__init__()
-        self.owners, self.stack, self.seen = owners, stack, seen
+        self.owners, self.weights, self.stack, self.seen = owners, weights, stack, seen
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is F.conv2d:
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            if id(weight) in self.weights:
+                self.seen.functional[self.weights[id(weight)]] = self.stack[-1] if self.stack else ""
         if not _is_harmless(func):
             for value in [*args, *kwargs.values()]:
                 for item in value if isinstance(value, list | tuple) else (value,):

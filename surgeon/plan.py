@@ -77,7 +77,8 @@ def nothing_replaced(refused: Sequence[tuple[ConvSite, Sequence[str]]]) -> Nothi
             names.setdefault(reason, []).append(site.name or "the model itself")
     told = "; ".join(f"{_some(who)}: {reason}" for reason, who in names.items())
     count = f"{len(refused)} selected convolution{'' if len(refused) == 1 else 's'}"
-    return NothingReplacedError(f"nothing was replaced: each of the {count} was refused. {told}")
+    already = any(site.dynamic for site, _ in refused)
+    return NothingReplacedError(f"nothing was replaced: each of the {count} was refused. {told}", already)
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

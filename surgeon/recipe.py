@@ -27,7 +27,7 @@ CONVOLUTION = (
     "conv"  # type of a rule that describes a plain convolution of another window, left by `revert` or `collapse`
 )
 
-_SOURCES = ("timm", "torchvision", "zoo", "factory")
+_SOURCES = ("timm", "torchvision", "zoo", "factory", "program")
 _RULES = 10_000  # that a recipe may have; more than any network has layers
 _KINDS = ("pretrained", "random", "file", "given")
 _ATTRIBUTE = "_surgeon_recipe"
@@ -64,8 +64,9 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """How to build the base model again: `source` is timm, torchvision, zoo or factory.
+    """How to build the base model again: `source` is timm, torchvision, zoo, factory or program.
 
+    `name` is what the source knows it by; of a program it is the file, in a surgeon folder one of that folder.
     `input_size` is the (C, H, W) it is run at, () where a conversion is to find one that fits.
     """
 
@@ -166,8 +167,14 @@ class Recipe:
             return _of_zoo(str(path).removeprefix("zoo/"))
         path = Path(path)
         if path.is_dir():
-            path = path / FILE
+            return cls.from_json(read_text(path / FILE), str(path / FILE)).located(path)
         return cls.from_json(read_text(path), str(path))
+
+    def located(self, folder: Path) -> "Recipe":
+        """The recipe of this folder, its base model's program with its path. Raises `RecipeError` for one outside the folder."""
+        if self.base is None or self.base.source != "program":
+            return self
+        return replace(self, base=replace(self.base, name=str(files.inside(folder, self.base.name, RecipeError))))
 
 
 def _of_zoo(name: str) -> Recipe:
@@ -206,16 +213,23 @@ def versions() -> dict[str, str]:
 
 def get_recipe(model: "nn.Module") -> Recipe | None:
     """The recipe that a converted model carries; None for a model that was never converted."""
-    found = getattr(model, _ATTRIBUTE, None)
+    found = _attributes(model).get(_ATTRIBUTE)
     return found if isinstance(found, Recipe) else None
 
 
 def set_recipe(model: "nn.Module", recipe: Recipe | None) -> None:
     """Make the model carry this recipe; None removes the one it has."""
     if recipe is not None:
-        setattr(model, _ATTRIBUTE, recipe)
-    elif hasattr(model, _ATTRIBUTE):
-        delattr(model, _ATTRIBUTE)
+        _attributes(model)[_ATTRIBUTE] = recipe
+    else:
+        _attributes(model).pop(_ATTRIBUTE, None)
+
+
+def _attributes(model: "nn.Module") -> dict[str, Any]:
+    """Where a model keeps what its copies are to have, too: graphs copy only what they compute with, and their `meta`."""
+    from torch import fx
+
+    return model.meta if isinstance(model, fx.GraphModule) else vars(model)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------

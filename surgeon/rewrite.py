@@ -27,10 +27,10 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
-_ORIGIN = "_surgeon_origin"  # class name of the replaced module
+ORIGIN = "_surgeon_origin"  # class name of the replaced module
 _WINDOW = "_surgeon_window"  # kernel size of a folded convolution that its base model would build otherwise
 _CARRIED = "_surgeon_carried"  # names of attributes that came from the replaced module
-_SURGEON = (_ORIGIN, _WINDOW, _CARRIED)
+_SURGEON = (ORIGIN, _WINDOW, _CARRIED)
 _PLAIN = ("Conv2d", "Conv2dSame")  # modules that a reverted layer equals in class and parameters
 
 
@@ -73,7 +73,7 @@ def hand_over(old: nn.Module, new: nn.Module) -> None:
     weight = getattr(old, "weight", None)
     if isinstance(weight, Tensor) and weight.dim() == 4 and _is_channels_last(weight):
         new.to(memory_format=torch.channels_last)
-    setattr(new, _ORIGIN, getattr(old, _ORIGIN, type(old).__name__))
+    setattr(new, ORIGIN, getattr(old, ORIGIN, type(old).__name__))
     carry_attributes(old, new)
 
 
@@ -185,7 +185,7 @@ def plain_convolution(layer: DynamicConv2d, name: str = "") -> nn.Conv2d:
         raise _not_one_convolution(layer, name, "its static part differs from one convolution near the borders")
     weight = _cropped(layer.static_weight().detach(), layer.geometry)
     conv = convolution_from(layer.geometry, weight, layer.static_bias())
-    if weight.shape[2:] != layer.geometry.kernel_size or getattr(layer, _ORIGIN, "Conv2d") not in _PLAIN:
+    if weight.shape[2:] != layer.geometry.kernel_size or getattr(layer, ORIGIN, "Conv2d") not in _PLAIN:
         setattr(conv, _WINDOW, (weight.shape[2], weight.shape[3]))
     new = {id(p) for _, p in layer.new_parameters()}
     conv.requires_grad_(any(p.requires_grad for p in layer.parameters() if id(p) not in new))

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy as is_lazy_tensor
 from torch.nn.utils import parametrize
@@ -99,7 +99,42 @@ def find_sites(
         _site(model, name, aliases, seen, neighbors.get(name), strangers.get(name, ()), lost.get(name, []), held)
         for name, aliases in names.items()
     ]
-    return Sites(convs=tuple(_with_stages(model, drafts, seen)), seen=seen)
+    return Sites(convs=(*_with_stages(model, drafts, seen), *_functional(model, names, seen)), seen=seen)
+
+
+def _functional(model: nn.Module, names: Iterable[str], seen: Observation) -> list[ConvSite]:
+    """Convolutions that a module computes by a function of a parameter; those of graphs are found there."""
+    found: list[ConvSite] = []
+    taken = set(names)
+    for name, reader in seen.functional.items():
+        module = model.get_submodule(reader)
+        if isinstance(getattr(module, "graph", None), fx.Graph):
+            continue
+        weight = model.get_parameter(name)
+        owner, _, leaf = name.rpartition(".")
+        place = owner if owner and owner not in taken else f"{name.removesuffix(leaf)}{leaf}_conv"
+        taken.add(place)
+        kernel = tuple(weight.shape[2:])
+        why = (
+            f"it is a function in {type(module).__name__}, not a module: the graph form can take it (torch.fx.symbolic_trace or "
+            f"torch.export of the model, then surgeon.convert or surgeon.passes)"
+        )
+        found.append(
+            ConvSite(
+                name=place,
+                module="conv2d",
+                geometry=None,
+                in_channels=weight.shape[1],
+                out_channels=weight.shape[0],
+                kernel_size=kernel,
+                stride=(1,) * len(kernel),
+                dilation=(1,) * len(kernel),
+                groups=1,
+                params=weight.numel(),
+                reasons=(why,),
+            )
+        )
+    return found
 
 
 def _conv_names(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -42,13 +42,14 @@ def _bare(base: BaseModel) -> nn.Module:
         "torchvision": _torchvision_model,
         "zoo": _zoo_model,
         "factory": _factory_model,
+        "program": _program,
     }
     return builders[base.source](base)
 
 
 def _bounded(base: BaseModel) -> contextlib.AbstractContextManager[None]:
     """Raises `TooLargeError` for options that ask for more than this machine has; a caller's factory knows what it does."""
-    if base.source == "factory" or HUB.fullmatch(base.name):
+    if base.source in ("factory", "program") or HUB.fullmatch(base.name):
         return contextlib.nullcontext()
     return bounded(lambda: _bare(base), base.kwargs, f"{base.name} with {told(base.kwargs)}")
 
@@ -119,6 +120,12 @@ def _factory_model(base: BaseModel) -> nn.Module:
     finally:
         sys.path.pop(0)
     return _as_module(factory(**base.kwargs))
+
+
+def _program(base: BaseModel) -> nn.Module:
+    from surgeon.programs import read_program
+
+    return read_program(base.name)
 
 
 def _as_module(made: Any) -> nn.Module:

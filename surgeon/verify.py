@@ -378,6 +378,22 @@ def verify(
 
     Both run in eval mode on the same inputs. Raises `VerificationError` if they differ, `InputError` if the inputs do not fit.
     """
+    from surgeon.functional import Raised
+
+    raised = Raised(original, {*dynamic_layers(converted), *folded_windows(converted)})
+    try:
+        return _verify(original, converted, example_inputs, input_size, seed)
+    finally:
+        raised.undo()
+
+
+def _verify(
+    original: nn.Module,
+    converted: nn.Module,
+    example_inputs: Any,
+    input_size: Sequence[int] | int | None,
+    seed: int,
+) -> Verification:
     inputs = observe(original, [], example_inputs, input_size).inputs
     modules = dict(original.named_modules(remove_duplicate=False))
     layers: dict[str, nn.Module] = {

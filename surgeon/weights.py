@@ -134,9 +134,13 @@ def changed_tensors(original: nn.Module, converted: nn.Module) -> list[str]:
     Convolutions that were folded to another window are left out, too: their tensors cannot be the same. A layer that was
     converted and reverted has its weight back up to rounding; that counts as the same.
     """
+    from surgeon.functional import Raised
+
     modules = converted.named_modules(remove_duplicate=False)
     inside = tuple(f"{name}." for name, module in modules if isinstance(module, DynamicConv2d) or folded_window(module))
+    raised = Raised(original, [name.removesuffix(".") for name in inside])
     before = {name: value for name, value in original.state_dict().items() if not name.startswith(inside)}
+    raised.undo()
     after = {name: value for name, value in converted.state_dict().items() if not name.startswith(inside)}
     return [name for name in {**before, **after} if not _same(before.get(name), after.get(name))]
 

@@ -1,0 +1,95 @@
+"""`surgeon.convert` as a pass over a graph of torch.fx."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from surgeon.convert import convert
+from surgeon.errors import ConfigError, ModelError, NothingReplacedError, VerificationError
+from surgeon.layers.base import DynamicConv2d, LayerConfig
+from surgeon.recipe import Recipe
+from surgeon.report import Report
+from surgeon.rewrite import dynamic_layers
+
+
+class DynamicConvPass(PassBase):
+    """Replace convolutions of a `GraphModule`, modules and functions, by dynamic layers that compute the same.
+
+    Requires a `GraphModule` with parameters or buffers that runs on the example inputs, or on those that its placeholders tell.
+    Does what `surgeon.convert` does, in place: the same selectors, plan, reasons and check; a functional convolution is named by
+    its weight, `layer1.0.conv1` for `layer1.0.conv1.weight`. Ensures that every layer of `report.replaced` is called in the
+    graph, which is linted and compiled. After an error the graph is as it was.
+
+    Where nothing is left to replace, because the pass runs again, nothing is changed: `modified` is False, `report` None, and
+    `unchanged` says of every selected convolution that it is a dynamic layer already, or why it cannot be one.
+    """
+
+    def __init__(
+        self,
+        layers: str | Sequence[str] | Recipe | None = None,
+        type: str | LayerConfig | None = None,
+        *,
+        pattern: str | None = None,
+        recipe: Recipe | None = None,
+        example_inputs: Any = None,
+        input_size: Sequence[int] | int | None = None,
+        calibration: Any = None,
+        seed: int = 0,
+        check: bool = True,
+        **layer_options: Any,
+    ) -> None:
+        """Arguments as those of `surgeon.convert`."""
+        super().__init__()
+        self.arguments: dict[str, Any] = {
+            "layers": layers,
+            "type": type,
+            "pattern": pattern,
+            "recipe": recipe,
+            "example_inputs": example_inputs,
+            "input_size": input_size,
+            "calibration": calibration,
+            "seed": seed,
+            "check": check,
+            **layer_options,
+        }
+        self.report: Report | None = None  # of the last call
+        self.unchanged = ""
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Raises `ConfigError` for what is no `GraphModule`, `ModelError` for one that holds nothing."""
+        if not isinstance(graph_module, fx.GraphModule):
+            raise ConfigError(
+                f"the pass rewrites a torch.fx.GraphModule, got a {type(graph_module).__name__}: trace it first "
+                f"(torch.fx.symbolic_trace, torch.export), or call surgeon.convert"
+            )
+        if not any(True for _ in graph_module.parameters()) and not any(True for _ in graph_module.buffers()):
+            raise ModelError(
+                "the graph has no parameters or buffers, so that no convolution in it has a weight to start from: its "
+                "weights may be inputs of it, as in ExportedProgram.graph_module; use ExportedProgram.module()"
+            )
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Convert in place. Raises what `surgeon.convert` raises."""
+        self.report, self.unchanged = None, ""
+        try:
+            _, self.report = convert(graph_module, inplace=True, **self.arguments)
+        except NothingReplacedError as error:
+            if not error.already:
+                raise
+            self.unchanged = str(error)
+            return PassResult(graph_module, False)
+        return PassResult(graph_module, True)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """Raises `VerificationError` unless the graph is well-formed and calls every new layer that it called before."""
+        graph_module.graph.lint()
+        if self.report is None:
+            return
+        layers = dynamic_layers(graph_module)
+        missing = [
+            entry.name for entry in self.report.replaced if not isinstance(layers.get(entry.name), DynamicConv2d)
+        ]
+        if missing:
+            raise VerificationError(f"the graph has lost new layers: {', '.join(missing[:3])}")
