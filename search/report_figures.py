@@ -76,7 +76,7 @@ def finals(found: Finished) -> str:
     names = [f"{arm['role']} {arm['trial']}" for arm in arms]
     drawn = pages.chart(marks, across="arm and trial", up=_primary(found), names=names)
     sentence = (
-        "Means with one standard deviation, and every seed in grey."
+        "Means with one standard deviation, and every seed in gray."
         if several
         else "One seed each: there is no spread to show."
     )
@@ -137,7 +137,7 @@ def budgets(found: Finished) -> str:
         marks.append(pages.Mark(x=place - 0.15, y=own, told=f"the original: {own:.1f} % of {name}", group=7))
     drawn = pages.chart(marks, across="budget", up="used, %", level=100.0, names=list(limits))
     sentence = (
-        "Grey is the original, blue are trials, red ones were over budget (above the dashed line) and not trained."
+        "Gray is the original, blue are trials, red ones were over budget (above the dashed line) and not trained."
     )
     return pages.section("How much of the budgets was used", sentence, drawn)
 
@@ -160,7 +160,7 @@ def gains(table: GainTable) -> str:
 
 
 def placements(found: Finished) -> str:
-    """Layers × trials, best trial first; the colour is the option."""
+    """Layers × trials, best trial first; the color is the option."""
     ranked, space = found.ranked(), found.space
     columns = [list(space.placement(one.placement)) for one in ranked]
     cells = [[int(column[row]) for column in columns] for row in range(len(space.layers))]
@@ -168,6 +168,6 @@ def placements(found: Finished) -> str:
     ends = [f"best: trial {ranked[0].number}", *(f"trial {one.number}" for one in ranked[1:])]
     drawn = pages.map_of(cells, space.layers, ends, space.labels, shown)
     sentence = (
-        "A column is a trial, the best at the left; a colour says what the layer became, grey is a kept convolution."
+        "A column is a trial, the best at the left; a color says what the layer became, gray is a kept convolution."
     )
     return pages.section("Which layers were replaced", sentence, drawn)

@@ -50,7 +50,7 @@ def _print_fitting(args: argparse.Namespace, names: list[str]) -> None:
     with Progress(enabled=not args.quiet and args.json) as progress:
         for number, name in enumerate(names):
             progress(f"look at {name}", number, len(names))
-            row = {"model": name, "convolutions": None, "fitting": None, "why_not": None}
+            row: dict[str, Any] = {"model": name, "convolutions": None, "fitting": None, "why_not": None}
             try:
                 sites = surgeon.inspect(shapes_of(name))
                 row["convolutions"] = len(sites)

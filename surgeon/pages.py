@@ -107,7 +107,7 @@ def chart(
     log: bool = False,
     percent: bool = False,
 ) -> str:
-    """Marks with error bars, and lines of (points, group). Axes are labelled `across` and `up`.
+    """Marks with error bars, and lines of (points, group). Axes are labeled `across` and `up`.
 
     `level` is a dashed horizontal line; `names` stand below 0, 1, ... in place of numbers; `log` spreads x by its logarithm;
     `percent` shows x so. Marks whose value is not finite are left out.
@@ -127,12 +127,12 @@ def chart(
         path = " ".join(f"{scale_x(x):.1f},{scale_y(y):.1f}" for x, y in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="var(--c{group % 8})" stroke-width="1.5"/>')
     for mark in marks:
-        x, y, colour = scale_x(mark.x), scale_y(mark.y), f"var(--c{mark.group % 8})"
+        x, y, color = scale_x(mark.x), scale_y(mark.y), f"var(--c{mark.group % 8})"
         if mark.low is not None and mark.high is not None:
             ends = (scale_y(mark.low), scale_y(mark.high))
-            parts.append(f'<path d="M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="{colour}" stroke-width="2"/>')
+            parts.append(f'<path d="M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="{color}" stroke-width="2"/>')
         tip = html.escape(mark.told, quote=True)
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5.5" fill="{colour}" data-tip="{tip}"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5.5" fill="{color}" data-tip="{tip}"/>')
     return _figure(parts, groups, HEIGHT, f"{up} against {across}")
 
 
@@ -143,7 +143,7 @@ def map_of(
     labels: Sequence[str],
     told: Sequence[str],
 ) -> str:
-    """A grid of colours: `cells[row][column]` is the number of a label, 0 the empty one; `told` is what a column shows."""
+    """A grid of colors: `cells[row][column]` is the number of a label, 0 the empty one; `told` is what a column shows."""
     left = min(max((len(name) for name in down), default=1), 22) * 6.2 + 8
     wide = (WIDTH - left - 4) / max(len(across), 1)
     tall = 15
@@ -156,11 +156,11 @@ def map_of(
         )
         for column, tip in enumerate(told):
             label = cells[row][column]
-            colour = "var(--line)" if label == 0 else f"var(--c{(label - 1) % 8})"
+            color = "var(--line)" if label == 0 else f"var(--c{(label - 1) % 8})"
             opacity = ' fill-opacity=".45"' if label == 0 else ""
             text = html.escape(f"{name}: {labels[label]}\n{tip}", quote=True)
             place = f'x="{left + column * wide:.1f}" y="{y}" width="{max(wide - 1, 1):.1f}" height="{tall - 1}"'
-            parts.append(f'<rect {place} fill="{colour}"{opacity} data-tip="{text}"/>')
+            parts.append(f'<rect {place} fill="{color}"{opacity} data-tip="{text}"/>')
     height = _TOP + len(down) * tall + 24
     if across:
         ends = (across[0], across[-1]) if len(across) > 1 else (across[0], "")
