@@ -1,6 +1,7 @@
 """`surgeon models`: the names that can be given."""
 
 import argparse
+from typing import Any
 
 from surgeon.arguments import print_json
 from surgeon.errors import ConfigError
