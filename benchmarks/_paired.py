@@ -1,10 +1,9 @@
 """Two networks trained with the same seeds: differences, their standard error, and whether they decide anything."""
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-SEEDS = 3  # with fewer nothing is decided
+from surgeon.zoo.trial.answer import standard_error, verdict
 
 
 def differences(
@@ -15,17 +14,9 @@ def differences(
     return {what: [mine[s][what] - other[s][what] for s in shared] for what in (mine[shared[0]] if shared else {})}
 
 
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None with fewer than two values."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def verdict(values: Sequence[float], lower: bool = False) -> str:
-    """ "won" or "lost" beyond two standard errors of at least three seeds, otherwise "undecided"."""
-    error = standard_error(values)
-    if error is None or len(values) < SEEDS or abs(statistics.mean(values)) <= 2 * error:
-        return "undecided"
-    return "won" if (statistics.mean(values) < 0) == lower else "lost"
+def outcome(values: Sequence[float], lower: bool = False) -> str:
+    """`verdict` where less may be better."""
+    return verdict([-value for value in values] if lower else values)
 
 
 def signed(values: Sequence[float], digits: int = 2) -> str:

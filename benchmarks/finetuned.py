@@ -23,7 +23,7 @@ from tqdm import tqdm
 import surgeon
 from benchmarks import _data as data
 from benchmarks._experiments import CIFAR, EXPERIMENTS, Experiment
-from benchmarks._paired import standard_error, verdict
+from benchmarks._paired import outcome, standard_error
 from benchmarks._results import RESULTS, Rows, table, write_json
 from benchmarks._tasks import TASKS, evaluate
 from surgeon.errors import TrainingError
@@ -164,7 +164,7 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     **{"after": statistics.mean(after), "spread": _spread(after)},
                     **{"gain": statistics.mean(gains) if gains and arm != ORIGINAL else None},
                     **{"gain_error": standard_error(gains) if arm != ORIGINAL else None},
-                    **{"verdict": verdict(gains, first["unit"] == "people") if gains and arm != ORIGINAL else ""},
+                    **{"verdict": outcome(gains, first["unit"] == "people") if gains and arm != ORIGINAL else ""},
                     **{"failed": len(by_seed) - len(good), "parameters": first["parameters"], "steps": first["steps"]},
                     **{"seconds": statistics.mean(row["seconds"] for row in good.values())},
                 }

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import _data as data
-from benchmarks._paired import differences, signed, tally, verdict
+from benchmarks._paired import differences, outcome, signed, tally
 from benchmarks._results import RESULTS, Rows, table, write_json
 from benchmarks.studies import STUDIES
 from benchmarks.studies.study import Study
@@ -207,8 +207,8 @@ def summary(name: str, study: Study, rows: Rows) -> list[dict[str, Any]]:
                 | {
                     "against": other or "",
                     "difference": "; ".join(f"{what} {signed(values)}" for what, values in gaps.items()),
-                    "verdict": "; ".join(f"{what} {verdict(values, study.lower)}" for what, values in gaps.items()),
-                    "verdicts": {what: verdict(values, study.lower) for what, values in gaps.items()},
+                    "verdict": "; ".join(f"{what} {outcome(values, study.lower)}" for what, values in gaps.items()),
+                    "verdicts": {what: outcome(values, study.lower) for what, values in gaps.items()},
                 }
             )
     return lines

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import _data as data
-from benchmarks._paired import differences, signed, tally, verdict
+from benchmarks._paired import differences, outcome, signed, tally
 from benchmarks._paper_acda import acda
 from benchmarks._paper_adfnet import adfnet
 from benchmarks._paper_costs import COSTS, cost_rows
@@ -359,7 +359,7 @@ def _verdict(gaps: Mapping[str, Sequence[float]], comparison: Comparison) -> str
     """Of every test set by the primary metric."""
     primary = next(iter(comparison.metrics))
     return "; ".join(
-        verdict(found, comparison.lower) for name, found in gaps.items() if name.endswith(f" {primary}") and found
+        outcome(found, comparison.lower) for name, found in gaps.items() if name.endswith(f" {primary}") and found
     )
 
 

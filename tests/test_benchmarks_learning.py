@@ -9,19 +9,17 @@ import pytest
 from torch import nn
 
 from benchmarks import learning, report
-from benchmarks._paired import differences, standard_error, verdict
+from benchmarks._paired import differences, outcome
 from benchmarks.studies.study import Study
 from surgeon.zoo.tasks import Task, create_task
 
 
 def test_what_is_decided() -> None:
-    assert verdict([1.0, 1.1, 0.9]) == "won"
-    assert verdict([1.0, 1.1, 0.9], lower=True) == "lost"
-    assert verdict([-1.0, -1.1, -0.9]) == "lost"
-    assert verdict([1.0, 1.1]) == "undecided", "two seeds decide nothing"
-    assert verdict([1.0, -0.5, 0.4]) == "undecided", "within two standard errors"
-    assert standard_error([1.0]) is None
-    assert standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / 3**0.5)
+    assert outcome([1.0, 1.1, 0.9]) == "won"
+    assert outcome([1.0, 1.1, 0.9], lower=True) == "lost"
+    assert outcome([-1.0, -1.1, -0.9]) == "lost"
+    assert outcome([1.0, 1.1]) == "undecided", "two seeds decide nothing"
+    assert outcome([1.0, -0.5, 0.4]) == "undecided", "within two standard errors"
     mine, other = {0: {"a": 1.0}, 1: {"a": 2.0}}, {1: {"a": 0.5}, 2: {"a": 9.0}}
     assert differences(mine, other) == {"a": [1.5]}
     assert differences(mine, {}) == {}
