@@ -29,6 +29,9 @@ def placement(content: dict[str, Any]) -> str:
         "worst error of the table",
     ]
     text += markdown(headers, gates) + "\n"
+    if "samplers" in content:
+        counts = [[r["sampler"], r["proposals"], r["over_budget"], r["repeated"]] for r in content["samplers"]]
+        text += markdown(["sampler", "proposals", "trained over budget", "repeated"], counts) + "\n"
     times = [[r["mode"], f"{r['proposal_median_s']:.3f}", f"{r['proposal_max_s']:.3f}"] for r in content["overhead"]]
     text += markdown(["mode", "proposal, median s", "highest s"], times) + "\n"
     modes = [
@@ -94,7 +97,7 @@ def search_cifar(content: dict[str, Any]) -> str:
         for a in content["arms"]
     ]
     headers = ["arm", "replaced", "FLOPs", "memory", "within the budgets", "seeds", "loss", "top-1, %"]
-    told = f"{search['trials']} trials in {search['seconds'] / 60:.1f} minutes, gains {search['gains']}, mode {search['mode']}."
+    told = f"{search['trials']} trials in {search['seconds'] / 60:.1f} minutes, gains {search['gains']}, sampler {search['mode']}."
     return f"{told}\n\n" + markdown(headers, lines)
 
 

@@ -34,8 +34,8 @@ from surgeon.search.draw import random_placement
 from surgeon.search.gate import Gate
 from surgeon.search.method import make_gains
 from surgeon.search.problem import Ints
-from surgeon.search.propose import derived_seed
 from surgeon.search.run import Search, SearchConfig
+from surgeon.search.sampler import derived_seed
 from surgeon.search.setup import GAINS
 from surgeon.search.space import SpaceConfig
 from surgeon.search.study import StudyFile
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--network", choices=tuple(SIZES), default=NETWORK, help="default: %(default)s")
     parser.add_argument("--trials", type=int, default=16, metavar="N")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of every arm (default: %(default)s)")
-    parser.add_argument("--mode", default="posterior", metavar="MODE", help="default: %(default)s")
+    parser.add_argument("--sampler", default="posterior", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="few steps and images")
     parser.add_argument("--fresh", action="store_true", help="forget an interrupted run")
     parser.add_argument("--data", type=Path, default=data.data_folder(), help="default: %(default)s")
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.fresh:
         shutil.rmtree(study, ignore_errors=True)
     evaluator, gate = prepare(args.data, args.network, size)
-    found = search(evaluator, gate, study, args.trials, args.mode, rows)
+    found = search(evaluator, gate, study, args.trials, args.sampler, rows)
     for arm, placement in arms(gate, found).items():
         for seed in tqdm(range(args.seeds), desc=arm, disable=None):
             if f"{arm}/{seed}" not in rows:
@@ -124,13 +124,13 @@ def prepare(folder: Path, name: str, size: Size) -> tuple[TrainingEvaluator, Gat
     return TrainingEvaluator(model, task, gate.space, short), gate
 
 
-def search(evaluator: TrainingEvaluator, gate: Gate, folder: Path, trials: int, mode: str, rows: Rows) -> Ints:
+def search(evaluator: TrainingEvaluator, gate: Gate, folder: Path, trials: int, sampler: str, rows: Rows) -> Ints:
     """The best placement with replacements of a search; its seconds, over all sittings, go into the rows."""
     start = time.perf_counter()
     file = StudyFile(folder / "study.jsonl")
     gains = make_gains(GAINS, evaluator)
     pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=evaluator.config.interval(0), reduction_factor=2)
-    config = SearchConfig(trials=trials, mode=mode, seed=0)
+    config = SearchConfig(trials=trials, sampler=sampler, seed=0)
     run = Search(file, gate.space, gains, evaluator, gate, config, pruner=pruner)
     run.open(resume=file.exists())
     if run.run().stopped == "interrupted":
@@ -143,7 +143,7 @@ def search(evaluator: TrainingEvaluator, gate: Gate, folder: Path, trials: int, 
         "seconds": round(known + time.perf_counter() - start, 1),
         "trials": sum(one.counts for one in records),
         "refused": sum(one.state == "refused" for one in records),
-        "mode": mode,
+        "mode": sampler,
         "gains": GAINS,
         "value": (best.values or (0.0,))[0],
         "original": next(((one.values or (0.0,))[0] for one in done_original(records)), None),

@@ -3,10 +3,11 @@
     python -m benchmarks.tabulated [--training all|new] [--trials 20] [--seeds 20] [--gains NAME …]
 
 The space is that of `benchmarks.fine_tunes` (results/fine_tunes.json or fine_tunes-new.json): every placement of 4 options in 4
-layers of the trained CIFAR ResNet-20, each a real short fine-tune. Searches look values up. Modes of surgeon go by a gain table:
-that of every estimator in results/gain_methods.json (or -new), and "uniform", which knows nothing. Beside them what an ordinary
-tuner does without table, repair and start: raw categorical TPE, raw NSGA-II (budgets as constraints, an infeasible trial is a
-trial), and random feasible placements.
+layers of the trained CIFAR ResNet-20, each a real short fine-tune. Searches look values up. They go by a gain table:
+that of every estimator in results/gain_methods.json (or -new), and "uniform", which knows nothing. "posterior" is what `surgeon
+search` does by default; "optimize" is an ordinary `study.optimize` with the same `PlacementSampler` and an objective of the user's
+own. Beside them what an ordinary tuner does without table, repair and start: raw categorical TPE, raw NSGA-II (budgets as
+constraints, an infeasible trial is a trial), and random feasible placements.
 
 `found` is the part of the optimum's gain over the unmodified network, trained equally, in per cent; the median over the seeds.
 Once without a budget, once under the FLOPs budget that half of the placements meet. Writes benchmarks/results/tabulated.json
@@ -32,14 +33,16 @@ from surgeon.costs import cost_table
 from surgeon.search.evaluator import TableEvaluator
 from surgeon.search.gain import GainTable, uniform_gains
 from surgeon.search.problem import Problem, of_table
-from surgeon.search.propose import MODES
 from surgeon.search.run import Search, SearchConfig
+from surgeon.search.sampler import PlacementSampler
 from surgeon.search.space import Space, SpaceConfig, make_space
 from surgeon.search.study import StudyFile
+from surgeon.search.tuners import NAMES
 from surgeon.sites import find_sites
 from surgeon.zoo import create
 
 RAW = ("raw tpe", "raw nsga2", "raw random")
+ALONE = "optimize"  # study.optimize with PlacementSampler and an objective of the user's own
 ENOUGH = 95.0  # per cent of the optimum's gain
 
 
@@ -75,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20, metavar="N")
     parser.add_argument("--seeds", type=int, default=20, metavar="N")
-    parser.add_argument("--modes", nargs="+", choices=(*MODES, *RAW), default=(*MODES, *RAW), metavar="MODE")
+    parser.add_argument(
+        "--modes", nargs="+", choices=(*NAMES, ALONE, *RAW), default=(*NAMES, ALONE, *RAW), metavar="MODE"
+    )
     parser.add_argument("--training", choices=tuple(TRAININGS), default="all", help="default: %(default)s")
     parser.add_argument("--gains", nargs="+", metavar="NAME", help="estimators (default: all that are there)")
     parser.add_argument("--from", type=Path, default=RESULTS, dest="folder", metavar="DIR", help="default: %(default)s")
@@ -196,13 +201,27 @@ def compare(case: Case, mode: str, gains: GainTable | None, trials: int, seeds: 
 
 def _search(case: Case, mode: str, gains: GainTable | None, trials: int, seed: int) -> list[float]:
     assert gains is not None
+    if mode == ALONE:
+        return _optimize(case, gains, trials, seed)
     with tempfile.TemporaryDirectory() as folder:
         evaluator = TableEvaluator(case.space, lambda placement: [case.values[tuple(int(j) for j in placement)]])
-        config = SearchConfig(trials=trials, mode=mode, seed=seed)
+        config = SearchConfig(trials=trials, sampler=mode, seed=seed)
         search = Search(StudyFile(Path(folder) / "study"), case.space, gains, evaluator, case.problem, config)
         search.open()
         search.run()
         return [one.values[0] for one in search.file.records() if one.counts and one.values]
+
+
+def _optimize(case: Case, gains: GainTable, trials: int, seed: int) -> list[float]:
+    sampler = PlacementSampler(case.space, case.problem, gains, seed=seed)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+
+    def objective(trial: optuna.Trial) -> float:
+        placement = sampler.suggest(trial)
+        return case.values[tuple(int(j) for j in placement)]
+
+    study.optimize(objective, n_trials=trials)
+    return [trial.value for trial in study.trials if trial.value is not None]
 
 
 def _raw(case: Case, trials: int, sampler: optuna.samplers.BaseSampler) -> list[float]:

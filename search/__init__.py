@@ -1,2 +1,30 @@
+"""Where it pays: placements under budgets, and an Optuna search over them. `PlacementSampler` is usable alone."""
+
 if __name__ != "surgeon.search":
     raise ImportError("this folder is a part of surgeon: import surgeon.search, not search")
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgeon.search.budget import Budgets as Budgets
+    from surgeon.search.gate import Gate as Gate
+    from surgeon.search.sampler import PlacementSampler as PlacementSampler
+    from surgeon.search.space import SpaceConfig as SpaceConfig
+
+# Public name -> module that defines it. Nothing is imported before it is used: `surgeon --help` must not load torch.
+_EXPORTS = {
+    "Budgets": "surgeon.search.budget",
+    "Gate": "surgeon.search.gate",
+    "PlacementSampler": "surgeon.search.sampler",
+    "SpaceConfig": "surgeon.search.space",
+}
+
+__all__ = ["Budgets", "Gate", "PlacementSampler", "SpaceConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'surgeon.search' has no attribute {name!r}")

@@ -41,7 +41,6 @@ GRACE = 90  # seconds of silence after which a worker counts as gone
 _PATIENCE = 300.0  # seconds for which a result waits for a database that went away
 _CONNECT = 10  # seconds for a first connection
 _NOTES = "surgeon:notes"
-_READY = "surgeon:ready"  # the study has its notes, its identity and all waiting trials
 _LOCKS = sql.Table("surgeon_locks", sql.MetaData(), sql.Column("name", sql.String(255), primary_key=True))
 
 
@@ -140,7 +139,7 @@ class StudyDatabase(Study):
         storage = self.connect()
         with self._errors():
             found = next((one for one in storage.get_all_studies() if one.study_name == self.name), None)
-            return found is not None and _READY in found.user_attrs
+            return found is not None and self.is_ours(found.user_attrs)
 
     def names(self) -> list[str]:
         """Of all studies in the database."""
@@ -154,7 +153,6 @@ class StudyDatabase(Study):
         directions: Sequence[Any],
         sampler: BaseSampler,
         pruner: BasePruner | None,
-        prelude: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
         *,
         resume: bool,
     ) -> None:
@@ -176,8 +174,7 @@ class StudyDatabase(Study):
                 self._clear(storage)
             self.study = optuna.create_study(storage=storage, study_name=self.name, directions=list(directions), **rest)
             self.study.set_user_attr(_NOTES, dict(self.notes))
-            self.begin(identity, prelude)
-            self.study.set_user_attr(_READY, True)
+            self.begin(identity)  # last: a study that has an identity is whole
 
     def _not_there(self) -> str:
         known = ", ".join(self.names()[:10]) or "none"
@@ -186,9 +183,8 @@ class StudyDatabase(Study):
     def _clear(self, storage: RDBStorage) -> None:
         """Remove what a worker left that was killed while it began this study."""
         found = optuna.load_study(storage=storage, study_name=self.name)
-        trials = found.get_trials(deepcopy=False)
-        ours = _NOTES in found.user_attrs or not (found.user_attrs or trials)  # the notes are written before any trial
-        if not ours or any(trial.state != TrialState.WAITING for trial in trials):
+        # the notes are written first, and no trial before the identity
+        if found.get_trials(deepcopy=False) or set(found.user_attrs) - {_NOTES}:
             raise StudyError(f"{self} is an Optuna study, but not one that surgeon began")
         optuna.delete_study(storage=storage, study_name=self.name)
 

@@ -157,10 +157,10 @@ def convergence(found: Finished, other: Finished | None = None) -> Figure:
     """Best so far by evaluation; of random placements what there is: those of this search, or another search."""
     figure, axes = new_figure(6, 4, "best so far")
     best = best_so_far(found)
-    axes.step(range(1, len(best) + 1), best, where="post", color=COLOURS[0], label=str(found.about["mode"]))
+    axes.step(range(1, len(best) + 1), best, where="post", color=COLOURS[0], label=str(found.about["sampler"]))
     if other is not None:
         curve = best_so_far(other)
-        label = f"{other.about['mode']} ({other.folder.path.name})"
+        label = f"{other.about['sampler']} ({other.folder.path.name})"
         axes.step(range(1, len(curve) + 1), curve, where="post", color=COLOURS[1], label=label)
     drawn = [_value(found, one) for one in found.ranked() if one.source == "random"]
     if drawn:

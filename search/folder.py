@@ -106,6 +106,7 @@ class Finished:
     space: Space
     records: list[Record]
     alive: frozenset[str]  # workers that run now
+    front: tuple[int, ...]  # of several objectives: the trials that none is better than in all, as Optuna says
     finals: Mapping[str, Any] | None
 
     @property
@@ -150,10 +151,12 @@ def read_search(path: str | Path, storage: str | None = None) -> Finished:
         raise StudyError(f"there is no search in {folder.path}: it has no {folder.study.name}")
     if about.get("format") != FORMAT or about.get("version") != VERSION:
         raise StudyError(f"{folder.about} is not the record of a search that this version of surgeon can read")
+    about.setdefault("sampler", about.get("mode"))  # as it was called when trials had no parameters
+    about.setdefault("objectives", ["metric"])
     check_fields(about, _ABOUT, str(folder.about), StudyError)
     file = study_of(folder, _storage(folder.about), storage)
     try:
-        records, alive = file.view(), file.running()
+        records, alive, front = file.view(), file.running(), file.front()
     finally:
         file.close()
     return Finished(
@@ -162,6 +165,7 @@ def read_search(path: str | Path, storage: str | None = None) -> Finished:
         space=_space(about["space"], str(folder.about)),
         records=records,
         alive=alive,
+        front=front,
         finals=_read(folder.table, _FINALS) if folder.table.is_file() else None,
     )
 
@@ -180,7 +184,8 @@ _ABOUT = {
         "options": [{"type": str, "options": dict}],
         "allowed": [[int]],
     },
-    "mode": str,
+    "sampler": str,
+    "objectives": [str],
     "seed": int,
     "steps": int,
     "gains": str,

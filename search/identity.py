@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-VERSION = 1
+VERSION = 2  # 1: trials without parameters
 
 
 def as_stored(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _facts(found: Finished, values: Mapping[str, Any]) -> list[list[str]]:
         ["budgets", str(values["budgets"])],
         ["trials", ", ".join(f"{count} {state}" for state, count in values["trials"].items())],
         ["steps a trial", str(found.about["steps"])],
-        ["mode, seed", f"{found.about['mode']}, {found.about['seed']}"],
+        ["sampler, seed", f"{found.about['sampler']}, {found.about['seed']}"],
         ["gains", str(found.about["gains"])],
         ["rank correlation of the gains with the values", "-" if rank is None else f"{rank:.2f}"],
         ["decided by", f"{task['primary']} ({arrow} is better)"],

@@ -15,22 +15,26 @@ from surgeon.search.gain import GainTable
 from surgeon.search.gate import Gate
 from surgeon.search.journal import StudyError
 from surgeon.search.problem import InfeasibleError, Ints, Problem
-from surgeon.search.propose import Proposal, Proposer, make_sampler
+from surgeon.search.sampler import ExhaustedError
 from surgeon.search.space import Space
 from surgeon.search.stop import Stop, on_interrupt
-from surgeon.search.study import Record, Study, record
+from surgeon.search.study import Record, Study
+from surgeon.search.tuners import make_sampler
 
 MAX_ATTEMPTS = 3  # a trial that took its worker with it so often is given up
-_REPEATS = 3  # duplicates in a row, after which something new is asked for
 _REFUSALS = 20  # in a row, after which the budgets are not what the table can satisfy
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How to search. `trials` counts evaluations of different placements over all workers; `max_time` seconds of this worker."""
+    """How to search. `trials` counts evaluations of different placements over all workers; `max_time` seconds of this worker.
+
+    `sampler` is a name (`search.tuners`). `resources` are costs that are objectives beside the evaluator's: flops, params, memory.
+    """
 
     trials: int = 60
-    mode: str = "posterior"
+    sampler: str = "posterior"
+    resources: tuple[str, ...] = ()
     seed: int = 0
     rung: int = 0
     max_time: float | None = None
@@ -94,10 +98,18 @@ class Search:
         self.file, self.space, self.evaluator, self.config = file, space, evaluator, config
         self.gate = costs if isinstance(costs, Gate) else None
         self._problem = None if isinstance(costs, Gate) else costs
-        self.proposer = Proposer(config.mode, space, gains, config.seed)
+        self.sampler = make_sampler(
+            config.sampler,
+            space,
+            costs,
+            gains,
+            resources=config.resources,
+            seed=config.seed,
+            optima=config.optima,
+            random=config.random,
+        )
         self._identity = self._bound_to(gains, identity or {})
         self._pruner, self._progress = pruner, progress
-        self._decoded: dict[str, Ints] = {}
 
     def _bound_to(self, gains: GainTable, more: Mapping[str, Any]) -> dict[str, Any]:
         problem = self.problem
@@ -110,9 +122,15 @@ class Search:
             "space": self.space.to_dict(),
             "evaluator": dict(self.evaluator.identity()),
             "gains": gains.for_space(self.space).to_dict()["gains"],
-            "mode": self.config.mode,
+            "sampler": self.config.sampler,
+            "objectives": self.objectives,
             "seed": self.config.seed,
         }
+
+    @property
+    def objectives(self) -> list[str]:
+        """Direction and, of a cost, name of every objective."""
+        return [*self.evaluator.directions, *(f"minimize {name}" for name in self.config.resources)]
 
     @property
     def problem(self) -> Problem:
@@ -126,12 +144,9 @@ class Search:
         """Begin the study, or go on with it; see `Study.open`. Raises `InfeasibleError` for budgets that nothing meets."""
         if self.gate is not None:
             self.gate.check_feasible()
-        prelude = [
-            (self.proposer.parameters(one.placement), self._attributes(one))
-            for one in self.proposer.prelude(self.problem, self.config.optima, self.config.random)
-        ]
-        sampler = make_sampler(self.config.mode, self.config.seed)
-        self.file.open(self._identity, self.evaluator.directions, sampler, self._pruner, prelude, resume=resume)
+        self.sampler.prelude(self.problem)
+        directions = [one.partition(" ")[0] for one in self.objectives]
+        self.file.open(self._identity, directions, self.sampler, self._pruner, resume=resume)
 
     def run(self) -> Outcome:
         """Work until the end. After Ctrl-C or when time is up, a trial in evaluation stays open for `resume`."""
@@ -143,7 +158,7 @@ class Search:
                 claim = self._next()
                 if isinstance(claim, str):
                     return self._outcome(claim, evaluated)
-                if claim is None:  # a duplicate, answered
+                if claim is None:  # given up
                     continue
                 try:
                     with self.file.alive(claim.trial):
@@ -186,14 +201,13 @@ class Search:
     # --- what next ------------------------------------------------------------------------------------------------
 
     def _next(self) -> _Claim | str | None:
-        """A trial to evaluate; None if it was a duplicate and is answered; why to stop otherwise."""
+        """A trial to evaluate; None if one was given up; why to stop otherwise."""
         with self.file.exclusive():
             self._learn()
             orphans = self.file.orphans()
-            trials = self.file.trials()
-            records = [record(trial) for trial in trials]
             if orphans:
-                return self._take_up(orphans[0], records)
+                return self._take_up(orphans[0])
+            records = self.file.records()
             busy = sum(one.state == "running" for one in records)
             if sum(one.counts for one in records) + busy >= self.config.trials:
                 return "trials"
@@ -201,107 +215,47 @@ class Search:
                 raise InfeasibleError(
                     f"the last {_REFUSALS} proposals were over budget by a whole trace: {records[-1].attributes['refused']}"
                 )
-            trial = self.file.ask()
-            return self._prepare(trial, records, trial.user_attrs)
+            return self._prepare(self.file.ask())
 
     def _learn(self) -> None:
         found = self.file.calibration
         if self.gate is not None and found is not None:
             self.gate.recalibrate(found)
 
-    def _take_up(self, orphan: FrozenTrial, records: list[Record]) -> _Claim | str | None:
+    def _take_up(self, orphan: FrozenTrial) -> _Claim | str | None:
         trial = self.file.take_up(orphan)
         if int(trial.user_attrs["attempts"]) > MAX_ATTEMPTS:
             trial.set_user_attr("error", f"its worker died {MAX_ATTEMPTS} times")
             self.file.study.tell(trial, state=TrialState.FAIL)
             return None
-        claim = self._prepare(trial, records, orphan.user_attrs)
+        claim = self._prepare(trial)
         if isinstance(claim, _Claim):
             claim.reported = dict(orphan.intermediate_values)
         return claim
 
-    def _prepare(
-        self, trial: optuna.Trial, records: list[Record], attributes: Mapping[str, Any]
-    ) -> _Claim | str | None:
-        """Give the trial its placement, if it has none; answer it if that was evaluated before."""
-        others = [one for one in records if one.number != trial.number and one.hash is not None]
-        if "placement" in attributes:
-            if "duplicate_of" in attributes:
-                self._answer(trial, records[attributes["duplicate_of"]])
-                return None
-            placement = self.space.placement(attributes["placement"])
-            self.proposer.take_over(trial)
-            return _Claim(trial, placement)
+    def _prepare(self, trial: optuna.Trial) -> _Claim | str:
+        """The trial with its placement; why to stop where there is none any more."""
         started = time.perf_counter()
-        problem = self.problem
-        proposal = self.proposer.propose(trial, problem, self._measured(others))
-        known = {one.hash: one for one in sorted(others, key=lambda one: one.counts) if one.state != "waiting"}
-        twin = known.get(self.space.hash_of(proposal.placement))
-        if twin is not None and twin.counts and not self._stuck(records):
-            trial.set_user_attr("duplicate_of", twin.number)
-            self._write(trial, proposal, started)
-            self._answer(trial, twin)
-            return None
-        seen = {one.hash: self._placement(one) for one in others if one.hash is not None}
-        if self.space.hash_of(proposal.placement) in seen:
-            other = self.proposer.another(trial.number, problem, seen, proposal)
-            if other is None:
-                trial.set_user_attr("error", "every placement within the budgets was tried")
-                self.file.study.tell(trial, state=TrialState.FAIL)
-                return "exhausted"
-            proposal = other
-        self._write(trial, proposal, started)
-        return _Claim(trial, proposal.placement)
-
-    def _placement(self, one: Record) -> Ints:
-        """A trial's placement: of hundreds of trials, each is decoded once."""
-        assert one.hash is not None
-        if one.hash not in self._decoded:
-            self._decoded[one.hash] = self.space.placement(one.placement)
-        return self._decoded[one.hash]
-
-    def _measured(self, records: list[Record]) -> list[tuple[Ints, float]]:
-        sign = 1.0 if self.evaluator.directions[0] == "maximize" else -1.0
-        return [
-            (self._placement(one), sign * one.values[0])
-            for one in records
-            if one.state == "complete" and one.values and one.duplicate_of is None
-        ]
-
-    @staticmethod
-    def _stuck(records: list[Record]) -> bool:
-        last = [one for one in records if one.state not in ("running", "waiting")][-_REPEATS:]
-        return len(last) == _REPEATS and all(one.duplicate_of is not None for one in last)
-
-    def _attributes(self, proposal: Proposal) -> dict[str, Any]:
-        return {
-            "hash": self.space.hash_of(proposal.placement),
-            "source": proposal.source,
-            "gain": self.proposer.expected(proposal.placement),
-            "predicted": self.problem.costs(proposal.placement),
-            "placement": self.space.names(proposal.placement),  # last: a trial that has one has all of these
-        }
-
-    def _write(self, trial: optuna.Trial, proposal: Proposal, started: float) -> None:
-        trial.set_user_attr("proposal_seconds", time.perf_counter() - started)
-        for name, value in self._attributes(proposal).items():
-            trial.set_user_attr(name, value)
-
-    def _answer(self, trial: optuna.Trial, twin: Record) -> None:
-        """Tell Optuna the value that the same placement got before."""
-        if twin.state == "complete":
-            assert twin.values is not None
-            self.file.study.tell(trial, list(twin.values))
-            return
-        for step, value in self.file.trials()[twin.number].intermediate_values.items():
-            trial.report(value, step)
-        self.file.study.tell(trial, state=TrialState.PRUNED)
+        fresh = "placement" not in trial.user_attrs
+        try:
+            placement = self.sampler.suggest(trial)
+        except ExhaustedError as error:
+            trial.set_user_attr("error", str(error))
+            self.file.study.tell(trial, state=TrialState.FAIL)
+            return "exhausted"
+        if fresh:
+            trial.set_user_attr("proposal_seconds", time.perf_counter() - started)
+        return _Claim(trial, placement)
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
     def _evaluate(self, claim: _Claim, stop: Stop) -> bool:
         """Gate and evaluate; True if there was an evaluation."""
         started = time.perf_counter()
+        costs = self.problem.costs(claim.placement)
+        if self.gate is None and not self.problem.feasible(claim.placement)[0]:  # somebody enqueued it
+            self._refuse(claim, ["it is over budget"])
+            return False
         if self.gate is not None:
             verdict = self.gate.check(claim.placement)
             self.file.patiently(lambda: claim.trial.set_user_attr("traced", dict(verdict.traced)))
@@ -310,6 +264,7 @@ class Search:
                     self.file.keep_calibration(self.gate.refused(verdict))
                 self._refuse(claim, list(verdict.reasons))
                 return False
+            costs = dict(verdict.traced)
         state, values = TrialState.COMPLETE, None
         try:
             values = _listed(self.evaluator.evaluate(claim.placement, self._report(claim, stop), self.config.rung))
@@ -320,12 +275,14 @@ class Search:
                 raise
             self._out_of_memory(claim, error)
             return False
+        if values is not None:
+            values += [float(costs[name]) for name in self.config.resources]
         if values is not None and not np.isfinite(values).all():
             raise TrainingError(f"trial {claim.trial.number} has no finite value: {values}")
         return self._tell(claim, values, state, {"seconds": time.perf_counter() - started})
 
     def _report(self, claim: _Claim, stop: Stop) -> Callable[[int, float], None]:
-        single = len(self.evaluator.directions) == 1
+        single = len(self.objectives) == 1  # of several, Optuna takes no reports
         prunable = single and claim.placement.any()  # the unmodified model is what all others are compared with
 
         def report(step: int, value: float) -> None:

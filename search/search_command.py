@@ -26,6 +26,8 @@ EXAMPLES = """  surgeon search zoo/resnet20_cifar --task classification --data c
   surgeon search resnet50 --task classification --data imagenet/ --max-memory 8GiB --types acda,pafu --trials 40
   surgeon search resnet50 --task classification --data imagenet/ --max-memory 8GiB --types acda,pafu --trials 80 --resume
   surgeon search resnet50 --task classification --data imagenet/ --max-flops +10% --jobs 2
+  surgeon search resnet50 --task classification --data imagenet/ --max-flops +20% --objective metric,flops
+  surgeon search resnet50 --task classification --data imagenet/ --max-flops +10% --sampler optuna.samplers:GPSampler
   surgeon search resnet50 --task classification --data imagenet/ --storage postgresql://me@host/db -o runs/r50
   surgeon search resnet50 --task classification --data imagenet/ --storage postgresql://me@host/db --join r50
   surgeon study status runs/resnet50-classification-search
@@ -51,7 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-pruning", action="store_true", help="train every trial to its end")
     group.add_argument("--gains", default=GAINS, metavar="FILE|METHOD", help=f"see surgeon gains (default: {GAINS})")
     group.add_argument(
-        "--mode", default="posterior", metavar="MODE", help="posterior (the default), decoder, tpe, nsga2 or random"
+        "--sampler",
+        default="posterior",
+        metavar="NAME",
+        help="posterior (the default), decoder, tpe, nsga2, random, or any of Optuna's kind by module:Class",
+    )
+    group.add_argument(
+        "--objective",
+        default="metric",
+        metavar="LIST",
+        help="metric (the default), or a Pareto front: metric,flops; also params, memory",
     )
     group.add_argument("--max-time", metavar="TIME", help="of the trials: 90s, 30m, 1.5h")
     group.add_argument(
@@ -113,12 +124,12 @@ def _search(args: argparse.Namespace, folder: "SearchFolder", file: "Study") -> 
 
 def _check(args: argparse.Namespace) -> None:
     """What can be refused before anything is built."""
-    from surgeon.search.propose import MODES
+    from surgeon.search.tuners import check_name
 
     if args.join and not args.storage:
         raise ConfigError("--join needs --storage, the database of the study; in a folder, --resume is one more worker")
-    if args.mode not in MODES:
-        raise ConfigError(f"there is no search mode {args.mode!r}; there are {', '.join(MODES)}")
+    check_name(args.sampler)
+    _resources(args)
     for name, least in (("trials", 1), ("steps", 1), ("evaluations", 1), ("seeds", 1), ("batch_size", 1), ("jobs", 1)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
@@ -128,6 +139,18 @@ def _check(args: argparse.Namespace) -> None:
     for name, most in (("rung", 20), ("final_rung", 20), ("jobs", 1024)):
         if getattr(args, name) > most:
             raise ConfigError(f"--{name.replace('_', '-')} must be at most {most}, got {getattr(args, name)}")
+
+
+def _resources(args: argparse.Namespace) -> tuple[str, ...]:
+    """The costs among the objectives. Raises `ConfigError`."""
+    first, *rest = args.objective.split(",")
+    known = ("flops", "params", "memory")
+    if first != "metric" or len(set(rest)) != len(rest) or not set(rest) <= set(known):
+        raise ConfigError(
+            f"--objective: expected metric, alone or with some of {', '.join(known)} after it, as in metric,flops; got "
+            f"{args.objective!r}"
+        )
+    return tuple(rest)
 
 
 def work(args: argparse.Namespace) -> int:
@@ -210,7 +233,8 @@ def _make(
     gains = _gains(args, folder, file, gate, evaluator)
     config = SearchConfig(
         trials=args.trials,
-        mode=args.mode,
+        sampler=args.sampler,
+        resources=_resources(args),
         seed=args.seed,
         rung=args.rung,
         max_time=None if args.max_time is None else parse_time(args.max_time, "--max-time"),
@@ -266,7 +290,7 @@ def _begin(args: argparse.Namespace, folder: "SearchFolder", search: "Search", s
 
     gate, task, file = search.gate, setup.task, search.file
     assert gate is not None
-    going_on, gains = _going_on(args), search.proposer.gains
+    going_on, gains = _going_on(args), search.sampler.gains
     if not going_on:
         original, limits = gate.original, {name: gate.problem.limit(name) for name in dict.fromkeys(gate.problem.names)}
         limits["memory"] = gate.budgets.memory_limit(original, gate.calibration)
@@ -280,7 +304,8 @@ def _begin(args: argparse.Namespace, folder: "SearchFolder", search: "Search", s
             "limits": limits,
             "original": {"flops": original.flops, "params": original.params, "memory": needed},
             "space": space_values(gate.space),
-            "mode": args.mode,
+            "sampler": args.sampler,
+            "objectives": args.objective.split(","),
             "seed": args.seed,
             "steps": args.steps << args.rung,
             "trials": args.trials,

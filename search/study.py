@@ -1,8 +1,9 @@
 """A study: what it is bound to, its trials, and who runs them; here in a local file, in `search.database` in a database.
 
-Every trial is an Optuna trial, so that Optuna's own tools read the study. Its user attributes: `placement` (layer → option),
-`hash`, `source`, `gain` (what the table expected), `worker`, `attempts`, and where they apply `duplicate_of`, `refused`, `error`,
-`predicted`, `traced`, `seconds`.
+Every trial is an Optuna trial, so that Optuna's own tools read the study: its parameters are the decisions (`search.parameters`),
+the budgets its constraints. Its user attributes: `placement` (layer → option), `hash`, `source`, `gain` (what the table expected),
+`predicted`, `worker`, `attempts`, and where they apply `refused`, `error`, `traced`, `seconds`; in studies of older versions
+`duplicate_of`.
 """
 
 import os
@@ -24,7 +25,7 @@ from surgeon.errors import SurgeonError
 from surgeon.files import check_fields
 from surgeon.machine import machine
 from surgeon.search.budget import Calibration
-from surgeon.search.identity import as_stored, differences
+from surgeon.search.identity import VERSION, as_stored, differences
 from surgeon.search.journal import Journal, Lease, StudyError, file_lock, forget_dead, is_alive
 
 _IDENTITY = "surgeon:identity"
@@ -125,11 +126,10 @@ class Study(ABC):
         directions: Sequence[Any],
         sampler: BaseSampler,
         pruner: BasePruner | None,
-        prelude: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
         *,
         resume: bool,
     ) -> None:
-        """Open the study, or begin it with the waiting trials of `prelude`: (parameters, user attributes) of each.
+        """Open the study, or begin it.
 
         Raises:
             OtherStudyError: it is bound to something else; the message has the difference.
@@ -144,13 +144,9 @@ class Study(ABC):
     def exclusive(self) -> AbstractContextManager[None]:
         """Nobody else proposes or claims trials meanwhile; reentrant."""
 
-    def begin(
-        self, identity: Mapping[str, Any], prelude: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
-    ) -> None:
-        """Write what a new study begins with."""
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Write what a new study is bound to."""
         self.study.set_user_attr(_IDENTITY, as_stored(identity))
-        for parameters, attributes in prelude:
-            self.study.enqueue_trial(dict(parameters), user_attrs=dict(attributes))
 
     @staticmethod
     def is_ours(attributes: Mapping[str, Any]) -> bool:
@@ -167,6 +163,11 @@ class Study(ABC):
         """Raise `OtherStudyError`, with the difference, unless the study is bound to this."""
         if not self.is_ours(self.study.user_attrs):
             raise OtherStudyError(f"{self} is an Optuna study, but not one that surgeon began")
+        if self.identity.get("version") != VERSION:
+            raise OtherStudyError(
+                f"{self} was begun by another version of surgeon, whose trials are written otherwise: it can be looked at (surgeon "
+                "study), but not gone on with; begin a new search with another -o"
+            )
         lines = list(differences(self.identity, as_stored(identity)))
         if lines:
             shown = "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
@@ -189,6 +190,12 @@ class Study(ABC):
             return None
         sign = -1.0 if self.study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1.0
         return min(done, key=lambda one: (sign * (one.values or (0.0,))[0], one.number))
+
+    def front(self) -> tuple[int, ...]:
+        """Numbers of the trials of the Pareto front within the budgets (`study.best_trials`); none for a single objective."""
+        if len(self.study.directions) == 1:
+            return ()
+        return tuple(trial.number for trial in self.study.best_trials)
 
     def ask(self) -> optuna.Trial:
         """The next trial: one that waits, or a new one; this worker runs it. To be called within `exclusive`."""
@@ -299,7 +306,6 @@ class StudyFile(Study):
         directions: Sequence[Any],
         sampler: BaseSampler,
         pruner: BasePruner | None,
-        prelude: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
         *,
         resume: bool,
     ) -> None:
@@ -318,7 +324,7 @@ class StudyFile(Study):
                     self.study = optuna.create_study(
                         storage=storage, study_name=self.name, directions=list(directions), **rest
                     )
-                    self.begin(identity, prelude)
+                    self.begin(identity)
                 else:
                     self.study = optuna.load_study(storage=storage, study_name=self.name, **rest)
                     self.check_identity(identity)

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="what surgeon search wrote")
     parser.add_argument("--storage", metavar="URL", help="the search's database, where it is on a server")
     parser.add_argument("--count", type=whole, default=5, metavar="K", help="status, best: so many (default: 5)")
-    parser.add_argument("--against", metavar="FOLDER", help="report: another search (--mode random) to compare with")
+    parser.add_argument("--against", metavar="FOLDER", help="report: another search (--sampler random) to compare with")
     parser.add_argument("--best", action="store_true", help="export: the best placement with replacements (always so)")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="report, export: folder to write")
     parser.add_argument("--force", action="store_true", help="export: replace OUT if surgeon wrote it")

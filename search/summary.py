@@ -25,6 +25,8 @@ def status_values(found: Finished, count: int = 5) -> dict[str, Any]:
         "rank_correlation": rank_correlation(found),
         "original": None if original is None else record_values(found, original),
         "best": [record_values(found, one) for one in found.ranked()[:count]],
+        "objectives": found.about["objectives"],
+        "front": [record_values(found, one) for one in found.records if one.number in found.front],
         "finals": found.finals,
     }
 
@@ -36,6 +38,7 @@ def record_values(found: Finished, one: Record) -> dict[str, Any]:
         "hash": one.hash,
         "source": one.source,
         "value": found.value(one),
+        "values": None if one.values is None else list(one.values),
         "placement": dict(one.placement),
         "gain": one.attributes.get("gain"),
         "traced": one.attributes.get("traced"),
@@ -73,6 +76,14 @@ def status_lines(found: Finished, count: int = 5) -> list[str]:
     primary = found.about["task"]["primary"]
     if rows:
         lines += ["", table(["trial", "from", primary, "replaced", "FLOPs", "params"], rows, left=2)]
+    if found.front:
+        front = [_row(found, one) for one in found.records if one.number in found.front]
+        what = ", ".join([primary, *found.about["objectives"][1:]])
+        lines += [
+            "",
+            f"Pareto front ({what}):",
+            table(["trial", "from", primary, "replaced", "FLOPs", "params"], front, left=2),
+        ]
     if found.finals is not None:
         lines += ["", *finals_lines(found.finals, primary)]
     return lines

@@ -2,7 +2,9 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
+import optuna
 import pytest
 from torch import nn
 
@@ -18,6 +20,13 @@ SHORT = ["--steps", "4", "--batch-size", "4", "--lr", "0.01", "--device", "cpu",
 def make_plain() -> nn.Module:
     """The network: three convolutions."""
     return make_restorer(norm=False)
+
+
+class Forgetful(optuna.samplers.RandomSampler):
+    """A sampler that has no answer."""
+
+    def sample_independent(self, *args: Any, **options: Any) -> Any:
+        return None
 
 
 def add_tasks() -> None:

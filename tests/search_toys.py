@@ -102,7 +102,7 @@ def main() -> int:
     path, mode, trials, pause, resume, share, *storage = sys.argv[1:]
     chosen = storage[0] if storage else None
     problem = toy_problem(toy_space(), share=float(share))
-    options: dict[str, Any] = {"mode": mode, "trials": int(trials), "seed": 3, "problem": problem}
+    options: dict[str, Any] = {"sampler": mode, "trials": int(trials), "seed": 3, "problem": problem}
     search = toy_search(Path(path), pause=float(pause), storage=chosen, **options)
     search.open(resume=resume in ("resume", "wait"))
     print("open", flush=True)

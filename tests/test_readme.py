@@ -91,13 +91,23 @@ def test_the_selections_of_the_documents_are_understood() -> None:
             parse_item(item)
 
 
+def test_the_python_of_the_search_docs_runs() -> None:
+    (block,) = blocks(ROOT / "docs" / "search.md", "python")
+    assert len(block.strip().split("\n")) - block.count("\n\n") <= 13
+    space: dict[str, object] = {}
+    exec(compile(block, "docs/search.md", "exec"), space)
+    study = space["study"]
+    assert len(study.trials) == 12
+    assert study.best_value == max(sum(kind in ("acda", "pafu") for kind in t.params.values()) for t in study.trials)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_to_files(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
         assert (document.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("name", ["convert_timm", "mixed_recipe"])
+@pytest.mark.parametrize("name", ["convert_timm", "mixed_recipe", "own_objective"])
 def test_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"]("test_resnet")
     out = capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import _data, _search_tables, fine_tunes, gain_methods, search_cifar, tabulated
+from benchmarks import _data, _search_tables, fine_tunes, gain_methods, placement, search_cifar, tabulated
 from surgeon.search.gain import GainTable
 
 OPTIONS = ("keep", *(option.label for option in fine_tunes.OPTIONS))
@@ -66,6 +66,21 @@ def test_the_right_gain_table_finds_the_optimum_at_once(tmp_path: Path) -> None:
         row = tabulated.compare(case, "decoder", gains, 2, 1)  # the original, and the optimum of the table
         assert row["found_median"] == pytest.approx(100.0)
         assert case.found(case.original) == 0.0
+
+
+def test_optuna_alone_finds_what_a_search_finds() -> None:
+    space, values = tabulated.read_table(made_up(fine_tunes.SPACE))
+    gains = tabulated.uniform_gains(space)
+    for case in tabulated.make_cases(space, values):
+        rows = [tabulated.compare(case, mode, gains, 14, 2) for mode in ("posterior", tabulated.ALONE)]
+        assert rows[0] | {"mode": ""} == rows[1] | {"mode": ""}  # the same proposals
+        assert rows[0]["found_median"] > 90
+
+
+def test_proposals_of_every_sampler_are_counted() -> None:
+    for name in ("random", "optuna.samplers:TPESampler"):
+        row = placement.count_over(name, 30, trials=15)
+        assert (row["proposals"], row["studies"], row["over_budget"], row["repeated"]) == (30, 2, 0, 0)
 
 
 # --- estimators ---------------------------------------------------------------------------------------------------

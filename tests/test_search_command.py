@@ -203,7 +203,18 @@ def test_interrupted_finals_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPat
         (["--layers", "k<=1"], "the selection 'k<=1' matches nothing"),
         (["--layers", "nowhere"], "nowhere"),
         (["--max-flops", "10%"], "has a sign"),
-        (["--mode", "guess"], "no search mode 'guess'"),
+        (["--sampler", "guess"], "expected posterior, decoder, tpe, nsga2, random or module:Class, got 'guess'"),
+        (["--sampler", "no.such.module:X"], "cannot import 'no.such.module': ModuleNotFoundError"),
+        (["--sampler", "optuna.samplers:NoSampler"], "optuna.samplers has no 'NoSampler'"),
+        (["--sampler", "collections:Counter"], "the class Counter of collections is no Optuna sampler"),
+        (["--sampler", "tests.search_tasks:make_plain"], "is no Optuna sampler: it makes a"),
+        (
+            ["--sampler", "tests.search_tasks:Forgetful"],
+            "the sampler tests.search_tasks:Forgetful leaves first out: got None",
+        ),
+        (["--sampler", "optuna.samplers:GridSampler"], "cannot be made: TypeError"),
+        (["--objective", "flops"], "expected metric, alone or with some of flops, params, memory after it"),
+        (["--objective", "metric,speed"], "expected metric, alone or with"),
         (["--trials", "0"], "--trials must be at least 1"),
         (["--gains", "guess"], "neither a file nor one of"),
         (["--types", "pafu", "--atoms", "2"], "option of none of the types"),
@@ -256,7 +267,7 @@ def database(tmp_path: Path) -> str:
 
 
 def test_a_search_in_a_database_is_begun_joined_and_read(database: str, capsys: Capture, tmp_path: Path) -> None:
-    shared = ["--storage", database, "--no-pruning", "--mode", "random"]
+    shared = ["--storage", database, "--no-pruning", "--sampler", "random"]
     assert main(search_arguments("r50", "--trials", "2", *shared)) == 0
     assert "other machines join with --join r50" in capsys.readouterr().err
     assert not Path("r50/study.jsonl").exists()
@@ -355,7 +366,7 @@ def test_tensorboard_has_curves_and_hparams(capsys: Capture) -> None:
 def test_optunas_own_plots_read_the_study(capsys: Capture) -> None:
     from optuna.visualization import matplotlib as plots
 
-    assert main(search_arguments("s", "--trials", "6", "--mode", "tpe", "--no-pruning", "--quiet")) == 0
+    assert main(search_arguments("s", "--trials", "6", "--sampler", "tpe", "--no-pruning", "--quiet")) == 0
     # as a user would do it: with Optuna alone
     storage = JournalStorage(optuna.storages.journal.JournalFileBackend("s/study.jsonl"))
     study = optuna.load_study(study_name="search", storage=storage)
@@ -372,7 +383,7 @@ def test_optunas_own_plots_read_the_study(capsys: Capture) -> None:
 
 
 def start(folder: Path, *more: str, trials: int = 4) -> "subprocess.Popen[str]":
-    arguments = search_arguments(folder, "--trials", str(trials), "--mode", "random", "--no-pruning", *more)
+    arguments = search_arguments(folder, "--trials", str(trials), "--sampler", "random", "--no-pruning", *more)
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "tests.search_tasks", *arguments],
         cwd=ROOT,
@@ -400,7 +411,7 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> N
     again = start(broken, "--resume")
     _, error = again.communicate()
     assert again.returncode == 0, error
-    assert main(search_arguments(whole, "--trials", "4", "--mode", "random", "--no-pruning", "--quiet")) == 0
+    assert main(search_arguments(whole, "--trials", "4", "--sampler", "random", "--no-pruning", "--quiet")) == 0
     expected = [(one.number, one.hash, one.values) for one in read_search(whole).records]
     assert [(one.number, one.hash, one.values) for one in read_search(broken).records] == expected
     assert sum(one.attempts - 1 for one in read_search(broken).records if one.attempts) <= 1

@@ -83,13 +83,13 @@ def run(search: Search, *, resume: bool = False) -> Outcome:
 
 
 def test_a_search_is_the_same_in_a_database_and_in_a_file(storage: str, tmp_path: Path) -> None:
-    search = toy_search(tmp_path / "a" / "s", storage=storage, mode="decoder", trials=12, seed=3)
+    search = toy_search(tmp_path / "a" / "s", storage=storage, sampler="decoder", trials=12, seed=3)
     (tmp_path / "a").mkdir()
     assert run(search).evaluated == 12
-    whole = toy_search(tmp_path / "w.jsonl", mode="decoder", trials=12, seed=3)
+    whole = toy_search(tmp_path / "w.jsonl", sampler="decoder", trials=12, seed=3)
     run(whole)
     assert proposals(read(storage)) == proposals(whole.file.records())
-    again = toy_search(tmp_path / "a" / "s", storage=storage, mode="decoder", trials=14, seed=3)
+    again = toy_search(tmp_path / "a" / "s", storage=storage, sampler="decoder", trials=14, seed=3)
     assert run(again, resume=True).evaluated == 2
 
 
@@ -123,18 +123,16 @@ def test_a_study_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
 def test_a_beginning_that_was_killed_is_begun_anew(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    enqueue = optuna.Study.enqueue_trial
-    seen: list[int] = []
+    write = optuna.Study.set_user_attr
 
-    def killed(self: optuna.Study, *args: Any, **options: Any) -> None:
-        if len(seen) == 3:
+    def killed(self: optuna.Study, key: str, value: Any) -> None:
+        if key != database._NOTES:  # after the study itself, and its notes
             raise KeyboardInterrupt
-        seen.append(1)
-        enqueue(self, *args, **options)
+        write(self, key, value)
 
     search = toy_search(tmp_path / "s", storage=storage, trials=9)
     with monkeypatch.context() as patch:
-        patch.setattr(optuna.Study, "enqueue_trial", killed)
+        patch.setattr(optuna.Study, "set_user_attr", killed)
         with pytest.raises(KeyboardInterrupt):
             run(search)
     with pytest.raises(StudyError, match="no study"):
@@ -143,13 +141,13 @@ def test_a_beginning_that_was_killed_is_begun_anew(
     assert sum(one.source == "original" for one in read(storage)) == 1
 
 
-@pytest.mark.parametrize("moment", range(6))
+@pytest.mark.parametrize("moment", range(9))
 def test_a_proposal_that_was_half_written_is_taken_up(
     moment: int, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a database what belongs together is not written together: a kill leaves any part of it."""
     path = tmp_path / "s"
-    search = toy_search(path, storage=storage, mode="decoder", trials=12, seed=3)
+    search = toy_search(path, storage=storage, sampler="decoder", trials=12, seed=3)
     search.open()
     left = 9  # trials that go well
     write = optuna.Trial.set_user_attr
@@ -165,8 +163,8 @@ def test_a_proposal_that_was_half_written_is_taken_up(
             search.run()
     search.file.close()
     monkeypatch.setattr(database, "_is_gone", lambda name: True)  # this process was the dead one
-    assert run(toy_search(path, storage=storage, mode="decoder", trials=12, seed=3), resume=True).stopped == "trials"
-    whole = toy_search(tmp_path / "w.jsonl", mode="decoder", trials=12, seed=3)
+    assert run(toy_search(path, storage=storage, sampler="decoder", trials=12, seed=3), resume=True).stopped == "trials"
+    whole = toy_search(tmp_path / "w.jsonl", sampler="decoder", trials=12, seed=3)
     run(whole)
     assert proposals(read(storage)) == proposals(whole.file.records())
 
@@ -182,7 +180,7 @@ def test_a_killed_worker_goes_on_as_if_nothing_had_happened(storage: str, tmp_pa
         assert now[: len(completed)] == completed
         completed = now
     assert finish(worker(path, "decoder", 14, 0.0, storage=storage), timeout=300) == "trials"
-    whole = toy_search(tmp_path / "w.jsonl", mode="decoder", trials=14, seed=3)
+    whole = toy_search(tmp_path / "w.jsonl", sampler="decoder", trials=14, seed=3)
     run(whole)
     killed = read(storage)
     assert proposals(killed) == proposals(whole.file.records())
@@ -195,7 +193,7 @@ def test_a_killed_worker_goes_on_as_if_nothing_had_happened(storage: str, tmp_pa
 @ON_A_SERVER
 def test_three_workers_share_a_study_and_one_dies(storage: str, tmp_path: Path) -> None:
     path, trials = tmp_path / "s", 24
-    search = toy_search(path, storage=storage, mode="decoder", trials=trials, seed=3)
+    search = toy_search(path, storage=storage, sampler="decoder", trials=trials, seed=3)
     search.open()
     search.file.close()
     children = [worker(path, "decoder", trials, 0.2, "wait", storage=storage) for _ in range(3)]
@@ -353,7 +351,7 @@ def test_a_driver_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_states_as_optuna_names_them(storage: str, tmp_path: Path) -> None:
-    run(toy_search(tmp_path / "s", storage=storage, mode="random", trials=9))
+    run(toy_search(tmp_path / "s", storage=storage, sampler="random", trials=9))
     study = optuna.load_study(storage=parse_url(storage).render_as_string(hide_password=False), study_name="toy")
     assert Counter(trial.state for trial in study.trials) == {TrialState.COMPLETE: 9}
     study._storage.remove_session()

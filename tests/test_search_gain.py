@@ -10,6 +10,7 @@ import optuna
 import pytest
 import torch
 import torch.nn.functional as F
+from optuna.trial import TrialState
 from torch import Tensor, nn
 
 import surgeon
@@ -19,8 +20,8 @@ from surgeon.search.estimate import ESTIMATORS, gradient_gains
 from surgeon.search.gain import GainTable, cache_key, cached, read_gains, uniform_gains
 from surgeon.search.place import gain_of, optimum
 from surgeon.search.posterior import Posterior
-from surgeon.search.propose import Proposer, make_sampler
 from surgeon.search.quadratic import Walk, decrease, walk_of
+from surgeon.search.sampler import PlacementSampler
 from surgeon.search.space import SpaceConfig, make_space
 from surgeon.zoo.finetune import FinetuneConfig
 from tests.search_toys import toy_gains, toy_problem, toy_space, toy_table
@@ -340,13 +341,11 @@ def test_what_was_measured_is_not_proposed_again_while_there_is_anything_else() 
     space = toy_space(3)
     problem = toy_problem(space, share=5.0)
     every = [np.array(one) for one in itertools.product(*(np.flatnonzero(row) for row in space.allowed))]
-    proposer = Proposer("posterior", space, toy_table(space), 0)
-    study = optuna.create_study(sampler=make_sampler("posterior", 0))
-    measured = [(one, gain_of(toy_gains(space), one)) for one in every[:2]]
-    seen = {tuple(one) for one, _ in measured}
-    while len(seen) < len(every):
-        placement = proposer.propose(study.ask(), problem, measured).placement
-        assert tuple(placement) not in seen
-        seen.add(tuple(placement))
-        measured.append((placement, gain_of(toy_gains(space), placement)))
-    assert tuple(proposer.propose(study.ask(), problem, measured).placement) in seen
+    true = toy_gains(space)
+    sampler = PlacementSampler(space, problem, toy_table(space), optima=1, random=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.optimize(lambda trial: gain_of(true, sampler.suggest(trial)), n_trials=len(every) + 5)
+    found = {tuple(one.placement) for one in sampler.known(study)}
+    assert found == {tuple(one) for one in every}
+    states = [trial.state for trial in study.trials]
+    assert states == [TrialState.COMPLETE] * len(every) + [TrialState.PRUNED]  # everything was tried: the study stops

@@ -27,7 +27,7 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(mode: str, tmp_path:
         assert now[: len(completed)] == completed  # nothing completed is lost
         completed = now
     assert finish(worker(path, mode, 14, 0.0, "resume")) == "trials"
-    whole = toy_search(tmp_path / "whole.jsonl", mode=mode, trials=14, seed=3)
+    whole = toy_search(tmp_path / "whole.jsonl", sampler=mode, trials=14, seed=3)
     whole.open()
     whole.run()
     killed = read(path)
@@ -39,7 +39,7 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(mode: str, tmp_path:
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
     path, moments = tmp_path / "s.jsonl", random.Random(11)
-    toy_search(path, mode="decoder", trials=30, seed=3).open()
+    toy_search(path, sampler="decoder", trials=30, seed=3).open()
     completed: list[Any] = []
     for _ in range(20):
         kill_midway(worker(path, "decoder", 30, 0.1, "resume"), moments.uniform(0.0, 0.5))
@@ -47,7 +47,7 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
         assert now[: len(completed)] == completed
         completed = now
     assert finish(worker(path, "decoder", 30, 0.0, "resume")) == "trials"
-    whole = toy_search(tmp_path / "whole.jsonl", mode="decoder", trials=30, seed=3)
+    whole = toy_search(tmp_path / "whole.jsonl", sampler="decoder", trials=30, seed=3)
     whole.open()
     whole.run()
     killed = read(path)
@@ -57,7 +57,7 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
 
 def test_two_workers_share_a_study_and_one_may_die(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
-    toy_search(path, mode="decoder", trials=18, seed=3).open()
+    toy_search(path, sampler="decoder", trials=18, seed=3).open()
     first, second = children = [worker(path, "decoder", 18, 0.15, "wait") for _ in range(2)]
     for child in children:
         assert child.stdout is not None
@@ -81,7 +81,7 @@ def test_two_workers_share_a_study_and_one_may_die(tmp_path: Path) -> None:
 def test_twenty_kills_of_one_of_two_workers(tmp_path: Path) -> None:
     path, moments = tmp_path / "s.jsonl", random.Random(13)
     share = 1.0  # thousands of placements: more than two workers get through
-    toy_search(path, mode="random", trials=2000, seed=3, problem=toy_problem(toy_space(), share=share)).open()
+    toy_search(path, sampler="random", trials=2000, seed=3, problem=toy_problem(toy_space(), share=share)).open()
     steady = worker(path, "random", 2000, 0.2, "resume", share)
     completed: dict[int, Any] = {}
     for _ in range(20):

@@ -14,7 +14,7 @@ from surgeon.errors import ConfigError
 from surgeon.search.draw import random_placement, repair
 from surgeon.search.place import Cut, closest, diverse, front, gain_of, nearest, optimum, smallest
 from surgeon.search.problem import FREE, Ints, Problem
-from surgeon.search.propose import Proposer
+from surgeon.search.tuners import DecoderSampler
 from tests.search_toys import toy_gains, toy_problem, toy_space, toy_table
 
 SMALL = toy_space(5)
@@ -106,11 +106,11 @@ def test_whatever_the_weights_a_decoded_placement_is_within_the_budgets(
 ) -> None:
     space = toy_space(9)
     problem = toy_problem(space, seed, share)
-    proposer = Proposer("decoder", space, toy_table(space, seed), 0)
+    sampler = DecoderSampler(space, problem, toy_table(space, seed))
     names = ["stage:stage1", "stage:stage2", "type:acda", "type:pafu", "type:sekg"]
     weights = {name: 4 * u - 2 for name, u in zip(names, unit, strict=False)}
     weights |= {"exponent": 2 * unit[5], "optimism": 2 * unit[6] - 1, "use": 0.3 + 0.7 * unit[7]}
-    found = proposer.decode(problem, weights)
+    found = sampler.decode(problem, weights)
     if found is None:
         assert optimum(problem, toy_gains(space, seed)) is None
         return

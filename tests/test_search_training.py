@@ -54,7 +54,7 @@ def evaluator_of(steps: int = 4, **options: Any) -> TrainingEvaluator:
 def search_of(folder: Path, evaluator: TrainingEvaluator, **options: Any) -> Search:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     gate = Gate(evaluator.model, CONFIG, input_size=(3, SIZE, SIZE), batch_size=4, optimizer="adamw")
-    config = SearchConfig(mode="random", optima=2, random=1, trials=options.pop("trials", 3))
+    config = SearchConfig(sampler="random", optima=2, random=1, trials=options.pop("trials", 3))
     return Search(
         StudyFile(folder / "s.jsonl"), gate.space, uniform_gains(gate.space), evaluator, gate, config, **options
     )
