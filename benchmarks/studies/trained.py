@@ -22,7 +22,7 @@ CROP = 128  # pixels of a side of the images that judge
 
 def classifier(name: str, where: Mapping[str, str], steps: int) -> Study:
     return Study(
-        title=f"{name} converted and fine-tuned on CIFAR-10 (JPEG), {steps} steps of 64",
+        title=f"{name} converted and fine-tuned on CIFAR-10 (JPEG)",
         arms=arms(TASKS[name].build, (3, 32, 32), rules(where)),
         task=cifar_task,
         judge=cifar_judge,
