@@ -33,7 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "limits": {"flops": None},
         "original": {"flops": 10**7, "params": 10**7, "memory": 1},
         "space": space_values(toy_space()),
-        "mode": "posterior",
+        "sampler": "posterior",
         "seed": 0,
         "steps": 1,
         "trials": 3,
@@ -203,7 +203,7 @@ def _search_fields() -> list[tuple[str, list[Any]]]:
         ["space", "options"],
         ["space", "allowed"],
         ["space", "allowed", 0],
-        ["mode"],
+        ["sampler"],
     ]
     finals = [["arms"], ["arms", 0], ["arms", 0, "values"], ["arms", 0, "placement"], ["arms", 0, "role"], ["steps"]]
     kept = [["hash"], ["value"], ["placement"]]
