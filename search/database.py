@@ -25,14 +25,14 @@ import sqlalchemy as sql
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
 from surgeon.machine import has_ended, machine
 from surgeon.search.database_url import DRIVERS, parse_url, shown
 from surgeon.search.journal import StudyError, file_lock
-from surgeon.search.study import Record, Study, checked, record, worker_name
+from surgeon.search.study import Study
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ HEARTBEAT = 15  # seconds between two signs of life
 GRACE = 90  # seconds of silence after which a worker counts as gone
 _PATIENCE = 300.0  # seconds for which a result waits for a database that went away
 _CONNECT = 10  # seconds for a first connection
-_NOTES = "surgeon:notes"
 _LOCKS = sql.Table("surgeon_locks", sql.MetaData(), sql.Column("name", sql.String(255), primary_key=True))
 
 
@@ -63,10 +62,13 @@ class StudyDatabase(Study):
         self.name = name
         self.notes: Mapping[str, Any] = notes or {}
         self.heartbeat, self.grace = heartbeat, grace
-        self._worker: str | None = None
         self._storage: RDBStorage | None = None
         self._lock = threading.RLock()
         self._depth = 0
+
+    @property
+    def flag(self) -> str:
+        return f"--join {self.name}"
 
     def __str__(self) -> str:
         return f"{self.name!r} in {shown(self.url)}"
@@ -85,10 +87,10 @@ class StudyDatabase(Study):
 
     # --- opening --------------------------------------------------------------------------------------------------
 
-    def connect(self) -> RDBStorage:
+    def storage(self) -> RDBStorage:
         """Raises `StudyError` where the database cannot be reached."""
         if self._storage is None:
-            with self._errors(), warnings.catch_warnings():
+            with self.errors(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 # the study's tables before Optuna's own: a lock is needed while these are made
                 self._engine = sql.create_engine(self.url, **self._engine_options())
@@ -121,7 +123,7 @@ class StudyDatabase(Study):
         return {"pool_pre_ping": True, "connect_args": arguments}
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def errors(self) -> Iterator[None]:
         """What the database says as a `StudyError`."""
         try:
             yield
@@ -134,19 +136,6 @@ class StudyDatabase(Study):
             kept = "" if self._worker is None else f"; what is finished is kept, go on with --join {self.name}"
             raise StudyError(f"{what} {shown(self.url)}: {reason}{kept}") from error
 
-    def exists(self) -> bool:
-        """Whether the study is there, with all that it begins with."""
-        storage = self.connect()
-        with self._errors():
-            found = next((one for one in storage.get_all_studies() if one.study_name == self.name), None)
-            return found is not None and self.is_ours(found.user_attrs)
-
-    def names(self) -> list[str]:
-        """Of all studies in the database."""
-        storage = self.connect()
-        with self._errors():
-            return [one.study_name for one in storage.get_all_studies()]
-
     def open(
         self,
         identity: Mapping[str, Any],
@@ -156,50 +145,7 @@ class StudyDatabase(Study):
         *,
         resume: bool,
     ) -> None:
-        storage, identity = self.connect(), without_places(identity)
-        rest: dict[str, Any] = {"sampler": sampler, "pruner": pruner or optuna.pruners.NopPruner()}
-        with self._errors(), self.exclusive():
-            exists = self.exists()
-            if resume and not exists:
-                raise StudyError(self._not_there())
-            if not resume and exists:
-                raise StudyError(
-                    f"the study {self} exists already; go on with it (--join {self.name}), or name another"
-                )
-            if exists:
-                self.study = optuna.load_study(storage=storage, study_name=self.name, **rest)
-                self.check_identity(identity)
-                return
-            if self.name in self.names():
-                self._clear(storage)
-            self.study = optuna.create_study(storage=storage, study_name=self.name, directions=list(directions), **rest)
-            self.study.set_user_attr(_NOTES, dict(self.notes))
-            self.begin(identity)  # last: a study that has an identity is whole
-
-    def _not_there(self) -> str:
-        known = ", ".join(self.names()[:10]) or "none"
-        return f"there is no study {self}; leave out --join to begin one. Studies there: {known}"
-
-    def _clear(self, storage: RDBStorage) -> None:
-        """Remove what a worker left that was killed while it began this study."""
-        found = optuna.load_study(storage=storage, study_name=self.name)
-        # the notes are written first, and no trial before the identity
-        if found.get_trials(deepcopy=False) or set(found.user_attrs) - {_NOTES}:
-            raise StudyError(f"{self} is an Optuna study, but not one that surgeon began")
-        optuna.delete_study(storage=storage, study_name=self.name)
-
-    def view(self) -> list[Record]:
-        if not self.exists():
-            raise StudyError(self._not_there())
-        with self._errors():
-            self.study = optuna.load_study(storage=self.connect(), study_name=self.name)
-            return [record(checked(trial, str(self))) for trial in self.trials()]
-
-    def read_notes(self) -> Mapping[str, Any]:
-        """What the worker that began the study noted. Raises `StudyError` where there is no study."""
-        self.view()
-        self.notes = self.study.user_attrs.get(_NOTES, {})
-        return self.notes
+        super().open(without_places(identity), directions, sampler, pruner, resume=resume)
 
     # --- one at a time --------------------------------------------------------------------------------------------
 
@@ -209,8 +155,8 @@ class StudyDatabase(Study):
             if self._depth:
                 yield
                 return
-            self.connect()
-            with self._errors(), self._locked():
+            self.storage()
+            with self.errors(), self._locked():
                 self._depth += 1
                 try:
                     yield
@@ -257,29 +203,11 @@ class StudyDatabase(Study):
         super().claim(trial, attempts)
 
     def _beat(self, trial_id: int) -> None:
-        self.connect().record_heartbeat(trial_id)
+        self.storage().record_heartbeat(trial_id)
 
-    def orphans(self) -> list[FrozenTrial]:
-        """To be called within `exclusive`: a running trial without a worker's name was left there half-written."""
-        stale = set(self.connect()._get_stale_trial_ids(self.study._study_id))
-        running = [trial for trial in self.trials() if trial.state == TrialState.RUNNING]
-        return [trial for trial in running if trial._trial_id in stale or _is_gone(trial.user_attrs.get("worker"))]
-
-    @property
-    def worker(self) -> str:
-        if self._worker is None:
-            raise StudyError("this process is not a worker of the study")
-        return self._worker
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """Be a worker: what the database says meanwhile ends the search as a `StudyError`."""
-        self._worker = worker_name()
-        try:
-            with self._errors():
-                yield
-        finally:
-            self._worker = None
+    def dead(self, trials: Sequence[FrozenTrial]) -> set[int]:
+        stale = set(self.storage()._get_stale_trial_ids(self.study._study_id)) if trials else set()
+        return {one.number for one in trials if one._trial_id in stale or _is_gone(one.user_attrs.get("worker"))}
 
     @contextmanager
     def alive(self, trial: optuna.Trial) -> Iterator[None]:
@@ -305,7 +233,7 @@ class StudyDatabase(Study):
         deadline, pause = time.monotonic() + _PATIENCE, 1.0
         while True:
             try:
-                with self._errors():
+                with self.errors():
                     write()
                 return
             except StudyError as error:
@@ -314,13 +242,6 @@ class StudyDatabase(Study):
                 logger.warning("%s; trying again in %.0f s", error, pause)
                 time.sleep(pause)
                 pause = min(2 * pause, 30.0)
-
-    def running(self) -> frozenset[str]:
-        """Names of the workers that gave a sign of life within the grace period."""
-        stale = set(self.connect()._get_stale_trial_ids(self.study._study_id))
-        trials = [one for one in self.trials() if one.state == TrialState.RUNNING and one._trial_id not in stale]
-        names = [one.user_attrs.get("worker") for one in trials]
-        return frozenset(str(name) for name in names if not _is_gone(name))
 
 
 def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:

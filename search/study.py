@@ -18,7 +18,7 @@ from typing import Any
 import optuna
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from surgeon.errors import SurgeonError
@@ -30,6 +30,7 @@ from surgeon.search.journal import Journal, Lease, StudyError, file_lock, forget
 
 _IDENTITY = "surgeon:identity"
 _CALIBRATION = "surgeon:calibration"
+_NOTES = "surgeon:notes"
 
 
 class OtherStudyError(StudyError):
@@ -107,19 +108,65 @@ def record(trial: FrozenTrial) -> Record:
 class Study(ABC):
     """An Optuna study, the lock that its workers share, and their signs of life.
 
-    `identity` are JSON values that the study is bound to: model, space, budgets, gains, evaluator, mode, seed.
+    Optuna's storages hold the trials. What is kept by hand, because a study is to be gone on with as if nothing had happened:
+
+    exclusive   Optuna has no lock about a proposal: two workers that ask at once train the same placement
+    workers     Optuna fails the trial of a dead worker, and its retry gets a new number (so other random numbers); here it is taken
+                up under its own
+    identity    Optuna goes on with any study of the same name and directions
+
+    A place (a file, a database) says where the storage is, what its lock is, which workers are dead, and how errors read.
+    `identity` are JSON values that the study is bound to: model, space, budgets, gains, evaluator, sampler, objectives, seed.
+    `notes` are JSON values for those who join without a folder.
     """
 
     name: str
     study: optuna.Study
+    notes: Mapping[str, Any]
+    _worker: str | None = None
 
-    # --- where it lies --------------------------------------------------------------------------------------------
+    # --- what a place says ----------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def flag(self) -> str:
+        """What the command goes on with it by."""
 
     @abstractmethod
+    def storage(self) -> BaseStorage:
+        """Optuna's storage. Raises `StudyError` where it cannot be reached."""
+
+    @abstractmethod
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Nobody else proposes or claims trials meanwhile; reentrant."""
+
+    @abstractmethod
+    def errors(self) -> AbstractContextManager[None]:
+        """What the storage says meanwhile as a `StudyError`."""
+
+    @abstractmethod
+    def dead(self, trials: Sequence[FrozenTrial]) -> set[int]:
+        """Numbers of those of these running trials whose workers are gone for sure."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give connections back; the study opens them again where it needs them."""
+
+    # --- opening --------------------------------------------------------------------------------------------------
+
     def exists(self) -> bool:
-        """Whether there is a study to go on with."""
+        """Whether there is a study to go on with, with all that it begins with."""
+        storage = self.storage()
+        with self.errors():
+            found = next((one for one in storage.get_all_studies() if one.study_name == self.name), None)
+            return found is not None and self.is_ours(found.user_attrs)
 
-    @abstractmethod
+    def names(self) -> list[str]:
+        """Of all studies in the same storage."""
+        storage = self.storage()
+        with self.errors():
+            return [one.study_name for one in storage.get_all_studies()]
+
     def open(
         self,
         identity: Mapping[str, Any],
@@ -135,18 +182,49 @@ class Study(ABC):
             OtherStudyError: it is bound to something else; the message has the difference.
             StudyError: it exists and `resume` is not set, or the other way round, or cannot be read.
         """
+        if resume and not self.exists():
+            raise StudyError(self._not_there())
+        storage = self.storage()
+        rest: dict[str, Any] = {"sampler": sampler, "pruner": pruner or optuna.pruners.NopPruner()}
+        with self.errors(), self.exclusive():
+            exists = self.exists()
+            if exists and not resume:
+                raise StudyError(f"the study {self} exists already; go on with it ({self.flag}), or name another")
+            if exists:
+                self.study = optuna.load_study(storage=storage, study_name=self.name, **rest)
+                self.check_identity(identity)
+                return
+            if self.name in self.names():
+                self._clear(storage)
+            self.study = optuna.create_study(storage=storage, study_name=self.name, directions=list(directions), **rest)
+            self.study.set_user_attr(_NOTES, dict(self.notes))
+            self.study.set_user_attr(_IDENTITY, as_stored(identity))  # last: a study that has one is whole
 
-    @abstractmethod
+    def _not_there(self) -> str:
+        known = ", ".join(self.names()[:10]) or "none"
+        return f"there is no study {self}; leave out {self.flag.split()[0]} to begin one. Studies there: {known}"
+
+    def _clear(self, storage: BaseStorage) -> None:
+        """Remove what a worker left that was killed while it began this study."""
+        found = optuna.load_study(storage=storage, study_name=self.name)
+        # the notes are written first, and no trial before the identity
+        if found.get_trials(deepcopy=False) or set(found.user_attrs) - {_NOTES}:
+            raise StudyError(f"{self} is an Optuna study, but not one that surgeon began")
+        optuna.delete_study(storage=storage, study_name=self.name)
+
     def view(self) -> list[Record]:
         """All trials of a study that this process is no worker of, also while others write it. Raises `StudyError`."""
+        if not self.exists():
+            raise StudyError(self._not_there())
+        with self.errors():
+            self.study = optuna.load_study(storage=self.storage(), study_name=self.name)
+            return [record(checked(trial, str(self))) for trial in self.trials()]
 
-    @abstractmethod
-    def exclusive(self) -> AbstractContextManager[None]:
-        """Nobody else proposes or claims trials meanwhile; reentrant."""
-
-    def begin(self, identity: Mapping[str, Any]) -> None:
-        """Write what a new study is bound to."""
-        self.study.set_user_attr(_IDENTITY, as_stored(identity))
+    def read_notes(self) -> Mapping[str, Any]:
+        """What the worker that began the study noted. Raises `StudyError` where there is no study."""
+        self.view()
+        self.notes = self.study.user_attrs.get(_NOTES, {})
+        return self.notes
 
     @staticmethod
     def is_ours(attributes: Mapping[str, Any]) -> bool:
@@ -214,9 +292,22 @@ class Study(ABC):
         trial.set_user_attr("attempts", attempts)
         trial.set_user_attr("worker", self.worker)
 
-    @abstractmethod
     def orphans(self) -> list[FrozenTrial]:
-        """Running trials whose workers are gone. To be called within `exclusive`."""
+        """Running trials whose workers are gone. To be called within `exclusive`: one without a worker's name was left there."""
+        running = self._running()
+        dead = self.dead(running)
+        return [one for one in running if one.number in dead]
+
+    def running(self) -> frozenset[str]:
+        """The workers that evaluate a trial now."""
+        running = self._running()
+        dead = self.dead(running)
+        return frozenset(
+            one.user_attrs["worker"] for one in running if one.number not in dead and "worker" in one.user_attrs
+        )
+
+    def _running(self) -> list[FrozenTrial]:
+        return [trial for trial in self.trials() if trial.state == TrialState.RUNNING]
 
     def tell(
         self,
@@ -252,25 +343,29 @@ class Study(ABC):
     # --- workers --------------------------------------------------------------------------------------------------
 
     @property
-    @abstractmethod
     def worker(self) -> str:
         """This worker's name. Raises `StudyError` outside `working`."""
+        if self._worker is None:
+            raise StudyError("this process is not a worker of the study")
+        return self._worker
 
-    @abstractmethod
-    def working(self) -> AbstractContextManager[None]:
-        """Be a worker of this study meanwhile."""
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Be a worker of this study meanwhile: what its storage says ends the search as a `StudyError`."""
+        self._worker = worker_name()
+        try:
+            with self.errors(), self.leased():
+                yield
+        finally:
+            self._worker = None
+
+    def leased(self) -> AbstractContextManager[None]:
+        """Give signs of life as long as the process lives."""
+        return nullcontext()
 
     def alive(self, trial: optuna.Trial) -> AbstractContextManager[None]:
         """Give signs of life while the trial is evaluated."""
         return nullcontext()
-
-    @abstractmethod
-    def running(self) -> frozenset[str]:
-        """The workers that evaluate a trial now."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Give connections back; the study opens them again where it needs them."""
 
     # --- calibration ----------------------------------------------------------------------------------------------
 
@@ -286,48 +381,37 @@ class Study(ABC):
 
 
 class StudyFile(Study):
-    """A study in a journal file, its lock, and the leases of its workers. What is written under the lock appears together."""
+    """A study in a journal file: the quickest place, by an order of magnitude where there are many layers (benchmarks.stores).
+
+    Its lock and the leases of its workers are the kernel's (`search.journal`); what is written under the lock appears together.
+    """
 
     def __init__(self, path: Path, name: str = "search") -> None:
         self.path = Path(path)
-        self.name = name
+        self.name, self.notes = name, {}
         self.folder = self.path.with_name(self.path.name + ".workers")
-        self._lease: Lease | None = None
+        self._storage: JournalStorage | None = None
 
     def __str__(self) -> str:
         return str(self.path)
 
-    def exists(self) -> bool:
-        return self.path.is_file()
+    @property
+    def flag(self) -> str:
+        return "--resume"
 
-    def open(
-        self,
-        identity: Mapping[str, Any],
-        directions: Sequence[Any],
-        sampler: BaseSampler,
-        pruner: BasePruner | None,
-        *,
-        resume: bool,
-    ) -> None:
-        if resume and not self.exists():
-            raise StudyError(f"there is no study {self.path} to go on with; leave out --resume to begin one")
-        with self._readable():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._journal = Journal(self.path)
-            with self._journal.exclusive():
-                storage = JournalStorage(self._journal)
-                exists = self.name in [study.study_name for study in storage.get_all_studies()]
-                if exists and not resume:
-                    raise StudyError(f"the study {self.path} exists already; go on with it (--resume), or name another")
-                rest: dict[str, Any] = {"sampler": sampler, "pruner": pruner or optuna.pruners.NopPruner()}
-                if not exists:
-                    self.study = optuna.create_study(
-                        storage=storage, study_name=self.name, directions=list(directions), **rest
-                    )
-                    self.begin(identity)
-                else:
-                    self.study = optuna.load_study(storage=storage, study_name=self.name, **rest)
-                    self.check_identity(identity)
+    def exists(self) -> bool:
+        return self.path.is_file() and super().exists()
+
+    def names(self) -> list[str]:
+        return super().names() if self.path.is_file() else []
+
+    def storage(self) -> BaseStorage:
+        if self._storage is None:
+            with self.errors():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._journal = Journal(self.path)
+                self._storage = JournalStorage(self._journal)
+        return self._storage
 
     def close(self) -> None:
         """A file is open only while it is read or written: there is nothing to give back."""
@@ -335,56 +419,33 @@ class StudyFile(Study):
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """What is written becomes visible together."""
+        self.storage()
         with self._journal.exclusive():
             yield
 
-    def view(self) -> list[Record]:
-        if not self.exists():
-            raise StudyError(f"there is no study {self.path}")
-        with self._readable():
-            storage = JournalStorage(Journal(self.path))
-            self.study = optuna.load_study(storage=storage, study_name=self.name)
-            found = [record(checked(trial, str(self.path))) for trial in self.trials()]
-        return found
-
     @contextmanager
-    def _readable(self) -> Iterator[None]:
-        """What Optuna says of a journal that is none, as a `StudyError`: it takes every line for one of its own."""
+    def errors(self) -> Iterator[None]:
+        """What Optuna says of a journal that is none: it takes every line for one of its own."""
         try:
             yield
         except (OSError, ValueError, AssertionError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            if isinstance(error, SurgeonError):
+            if self._worker is not None or isinstance(error, SurgeonError):  # what a training says is its own
                 raise
             raise StudyError(f"cannot read the study {self.path}: {type(error).__name__}: {error}") from error
 
-    def orphans(self) -> list[FrozenTrial]:
-        running = [trial for trial in self.trials() if trial.state == TrialState.RUNNING]
-        return [trial for trial in running if not self._runs(trial.user_attrs.get("worker"))]
-
-    def _runs(self, worker: str | None) -> bool:
-        return worker is not None and worker != self.worker and is_alive(self.folder, worker)
-
-    def running(self) -> frozenset[str]:
-        names = {one.worker for one in self.records() if one.state == "running" and one.worker is not None}
-        return frozenset(name for name in names if is_alive(self.folder, name))
-
-    @property
-    def worker(self) -> str:
-        if self._lease is None:
-            raise StudyError("this process is not a worker of the study")
-        return self._lease.worker
+    def dead(self, trials: Sequence[FrozenTrial]) -> set[int]:
+        names = {one.number: one.user_attrs.get("worker") for one in trials}
+        left = (None, self._worker)  # half-written, or by this worker, which asks because it has nothing in hand
+        return {number for number, name in names.items() if name in left or not is_alive(self.folder, name)}
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """Be a worker of this study: hold a lease that ends with the process."""
+    def leased(self) -> Iterator[None]:
+        """A lease ends with the process, however it ends."""
         with file_lock(self.path.with_name(self.path.name + ".lock")):
             forget_dead(self.folder)
-            self._lease = Lease(self.folder, worker_name())
-        try:
+            lease = Lease(self.folder, self.worker)
+        with lease:
             yield
-        finally:
-            self._lease.release()
-            self._lease = None
 
 
 def worker_name() -> str:

@@ -14,7 +14,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from surgeon.search import database, database_url
+from surgeon.search import database, database_url, study
 from surgeon.search.database import StudyDatabase
 from surgeon.search.database_url import parse_url
 from surgeon.search.journal import StudyError
@@ -126,7 +126,7 @@ def test_a_beginning_that_was_killed_is_begun_anew(
     write = optuna.Study.set_user_attr
 
     def killed(self: optuna.Study, key: str, value: Any) -> None:
-        if key != database._NOTES:  # after the study itself, and its notes
+        if key != study._NOTES:  # after the study itself, and its notes
             raise KeyboardInterrupt
         write(self, key, value)
 
@@ -268,8 +268,8 @@ def test_the_lock_is_one_for_all_processes(storage: str, tmp_path: Path) -> None
             order.append("first")
 
     thread = threading.Thread(target=hold)
-    first.connect()
-    second.connect()
+    first.storage()
+    second.storage()
     thread.start()
     inside.wait()
     with second.exclusive():
