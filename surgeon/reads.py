@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.source import CONV_ATTRIBUTES
@@ -142,7 +142,9 @@ def _searched(cls: Any) -> dict[str, tuple[str, Any]]:
     """The methods of a class that may run when it computes: all but upkeep, and what these call of that."""
     methods: dict[str, tuple[str, Any]] = {}
     for base in cls.__mro__:
-        if base is object or base.__module__.startswith("torch.nn."):
+        if base in (object, fx.GraphModule) or base.__module__.startswith(
+            "torch.nn."
+        ):  # a graph's own forward is in a subclass
             continue
         for name, value in vars(base).items():
             function = inspect.unwrap(value.fget if isinstance(value, property) and value.fget else value)

@@ -113,3 +113,14 @@ def test_a_file_that_is_none_is_one_clear_error(
     assert "there is no file" in capsys.readouterr().err
     assert main(["inspect", str(program), "--weights", "random", "--quiet"]) == 2
     assert "--weights cannot apply" in capsys.readouterr().err
+
+
+def test_convolutions_at_the_top_of_a_program(tmp_path: Path) -> None:
+    """`GraphModule.to_folder` reads attributes of the modules at the top; it writes a module to disk and computes nothing."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3)).eval()
+    torch.export.save(torch.export.export(model, (torch.randn(2, 3, 16, 16),)), tmp_path / "top.pt2")
+    assert (
+        main(["convert", str(tmp_path / "top.pt2"), "--layers", "all", "--type", "acda", "-o", str(tmp_path / "o")])
+        == 0
+    )
+    assert main(["verify", str(tmp_path / "o")]) == 0
