@@ -169,14 +169,16 @@ def _settings() -> dict[str, Any]:
 
 def _folders() -> dict[str, str]:
     """Where weights and compiled kernels are kept."""
-    home = Path(os.path.expanduser("~"))  # noqa: PTH111  Path.home() fails where there is no home
-    hub = os.environ.get("HF_HUB_CACHE") or str(
-        Path(os.environ.get("HF_HOME", home / ".cache" / "huggingface")) / "hub"
-    )
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        home = Path.home()
+    except RuntimeError:  # there is none
+        home = Path("~")
     return {
         "surgeon": str(Path(__file__).resolve().parent),
         "torch weights": torch.hub.get_dir(),
-        "Hugging Face weights": hub,
+        "Hugging Face weights": HF_HUB_CACHE,
         "Triton kernels": os.environ.get("TRITON_CACHE_DIR", str(home / ".triton" / "cache")),
         "compiled CPU operators": str(library_folder()),
         "tables of costs and gains": str(cache_folder()),

@@ -42,9 +42,9 @@ def _layer_bytes(kind: type[DynamicConv2d], geometry: ConvGeometry, config: Laye
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return _bytes_of(kind(geometry, config))
     except SurgeonError:
-        return 0  # it will be refused, with the reason
-    except RuntimeError:  # NotImplementedError is one, too: it computes with values, which the meta device has not
-        return 0
+        return 0  # building it for real reports the reason
+    except RuntimeError:
+        return 0  # a constructor that reads values, which tensors on the meta device lack
 
 
 def _bytes_of(module: nn.Module) -> int:

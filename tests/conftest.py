@@ -55,6 +55,18 @@ def nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     assert not list(tmp_path.rglob("*.partial*")), "nothing half-written may stay"
 
 
+@pytest.fixture
+def tiny_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny tasks by name, an empty cache, and an empty folder to work in."""
+    from surgeon.zoo.tasks import registry
+    from tests.search_tasks import add_tasks
+
+    monkeypatch.setattr(registry, "_TASKS", dict(registry._TASKS))
+    add_tasks()
+    monkeypatch.setenv("SURGEON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The root of the checkout."""

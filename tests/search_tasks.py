@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import pytest
 from torch import nn
 
 from surgeon.cli import main
@@ -33,16 +32,6 @@ def add_tasks() -> None:
     """Make the tiny tasks known."""
     registry.task_names()  # the real ones first
     registry._TASKS |= {cls.name: cls for cls in (TinyRegression, TinyClassification)}
-
-
-@pytest.fixture
-def tiny_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The tiny tasks by name, an empty cache, and an empty folder to work in."""
-    registry.task_names()
-    known = {cls.name: cls for cls in (TinyRegression, TinyClassification)}
-    monkeypatch.setattr(registry, "_TASKS", registry._TASKS | known)
-    monkeypatch.setenv("SURGEON_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
 
 
 def search_arguments(folder: str | Path, *more: str) -> list[str]:

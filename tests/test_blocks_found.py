@@ -32,7 +32,7 @@ def test_residual_blocks_of_a_resnet_become_dcbs(how: str) -> None:
         given = fx.symbolic_trace(model) if how == "fx" else torch.export.export(model, (X,)).module()
     converted, report = surgeon.convert(given, pattern="dcb", example_inputs=X)
     assert [entry.name for entry in report.replaced] == FIRST
-    assert {(layer.type_name, layer.config.mode) for layer in dynamic_layers(converted).values()} == {("sekg", "dense")}  # type: ignore[attr-defined]
+    assert {(layer.type_name, layer.config.mode) for layer in dynamic_layers(converted).values()} == {("sekg", "dense")}
     with torch.no_grad():
         assert relative(model(X), converted(X)) <= 1e-5
 

@@ -14,7 +14,7 @@ from surgeon.layers.kernels.dconv import dconv, dconv_layer
 from surgeon.layers.kernels.native.compiler import why_no_library
 from surgeon.layers.kernels.pafu import pafu_conv
 
-BACKENDS = ["torch", "reference", "native"]
+BACKENDS = ["torch", "reference"]
 Given = dict[str, Any]
 
 
@@ -46,19 +46,13 @@ def pafu() -> Given:
     return {"call": pafu_conv, **tensors, "index": torch.randint(0, 3, (2, 7, 8)), "padding": (1, 1)}
 
 
-@pytest.fixture(autouse=True)
-def _where_there_is_one(request: pytest.FixtureRequest) -> None:
-    """The compiled operators are there for three of the four, and where there is a compiler."""
-    parameters = getattr(request.node, "callspec", None)
-    if parameters is None or parameters.params.get("backend") != "native":
-        return
-    if parameters.params["make"] is pafu:
-        pytest.skip("it has no compiled operator")
-    if why_no_library():
-        pytest.skip("needs the compiled library")
-
-
 OPERATORS = {"acda": acda, "dconv": apply, "dconv_layer": layer, "pafu": pafu}
+COMPILED = ("acda", "dconv", "dconv_layer")
+NEEDS_LIBRARY = pytest.mark.skipif(bool(why_no_library()), reason="needs the compiled library")
+EACH = [
+    *(pytest.param(make, backend, id=f"{name}-{backend}") for name, make in OPERATORS.items() for backend in BACKENDS),
+    *(pytest.param(OPERATORS[name], "native", id=f"{name}-native", marks=NEEDS_LIBRARY) for name in COMPILED),
+]
 MAPS = ("x", "alpha", "kernels", "features", "index")  # of images, their last dimensions being pixels
 
 
@@ -73,8 +67,7 @@ def refused(given: Given, backend: str, error: type[Exception], said: str) -> No
         run(given, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
+@pytest.mark.parametrize(("make", "backend"), EACH)
 class TestEveryOperator:
     @pytest.mark.parametrize(
         ("change", "said"),

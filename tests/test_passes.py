@@ -44,7 +44,7 @@ class Functional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.conv2d(x, self.w, None, 1, "same")
-        x = F.conv2d(x, self.blur, groups=8, padding=1).relu()  # type: ignore[arg-type]
+        x = F.conv2d(x, self.blur, groups=8, padding=1).relu()
         x = F.conv2d(x, self.inner.weight, self.inner.bias, stride=2, padding=1)
         x = torch.conv2d(torch.conv2d(x, self.twice, None, 1, 1).relu(), self.twice, None, 1, 1)
         x = x + F.conv1d(x.flatten(2), self.line, padding=1).view_as(x)
@@ -74,7 +74,7 @@ GRAPHS: dict[str, Graphed] = {
 
 def run(model: nn.Module, x: Tensor = X) -> Tensor:
     with torch.no_grad():
-        return model(x)  # type: ignore[no-any-return]
+        return model(x)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -142,7 +142,7 @@ def test_standardized_weights_start_from_the_effective_weight() -> None:
     assert len(report.replaced) == 4
     assert all("computed from stages" in " ".join(entry.notes) for entry in report.replaced)
     assert relative(run(model), run(converted)) <= 2e-5
-    assert "batch_norm" in str(converted.graph)  # of those that were not selected  # type: ignore[union-attr]
+    assert "batch_norm" in str(converted.graph)  # of those that were not selected
 
 
 def test_parametrized_weights_are_named_after_their_owner() -> None:
@@ -187,7 +187,7 @@ def test_unflattened_modules_of_several_calls_are_refused_with_the_way_out() -> 
             self.conv, self.last = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.conv(self.conv(x).relu()))  # type: ignore[no-any-return]
+            return self.last(self.conv(self.conv(x).relu()))
 
     for graph in (exported(Model()), unflattened(Model())):
         _, report = surgeon.convert(graph, layers="all", type="pafu", example_inputs=X)
@@ -307,7 +307,7 @@ def test_an_error_leaves_the_graph_as_it_was() -> None:
 
 def test_what_is_no_graph_with_weights_is_one_clear_error() -> None:
     with pytest.raises(ConfigError, match=r"rewrites a torch\.fx\.GraphModule, got a Functional"):
-        DynamicConvPass("all", "pafu")(Functional())  # type: ignore[arg-type]
+        DynamicConvPass("all", "pafu")(Functional())
     with pytest.raises(ModelError, match="no parameters or buffers"):
         DynamicConvPass("all", "pafu")(fx.symbolic_trace(nn.ReLU()))
 

@@ -82,7 +82,7 @@ def test_modes_reach_the_new_layers_alone(program: Path) -> None:
 def test_what_would_run_code_is_not_loaded(program: Path, tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[object, tuple[str]]:
-            return (open, (str(tmp_path / "boom"), "w"))  # type: ignore[return-value]
+            return (open, (str(tmp_path / "boom"), "w"))
 
     cases = {
         "more than arithmetic": ("model.json", lambda c: c.replace(b"positive=True", b"positive=open('boom')")),

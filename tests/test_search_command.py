@@ -25,10 +25,9 @@ from surgeon.search.gain import GainTable
 from surgeon.search.journal import Journal
 from surgeon.zoo.finetune.loop import Interrupted, Run
 from tests.search_servers import free_port
-from tests.search_tasks import FACTORY, SHORT, SPACE, search_arguments, tiny_tasks
+from tests.search_tasks import FACTORY, SHORT, SPACE, search_arguments
 from tests.test_search_training import failing
 
-__all__ = ["tiny_tasks"]
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("tiny_tasks")

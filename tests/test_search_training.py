@@ -24,9 +24,8 @@ from surgeon.search.training import ShortConfig, TrainingEvaluator, bound
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.finetune.loop import Interrupted, Run
 from tests.finetune_tasks import SIZE, classification, converted, regression
-from tests.search_tasks import make_plain, tiny_tasks
+from tests.search_tasks import make_plain
 
-__all__ = ["tiny_tasks"]
 
 BASE = FinetuneConfig(batch_size=4, lr=0.01, device="cpu")
 CONFIG = SpaceConfig(types=("acda", "sekg"), atoms=(2,), scales=(1,))

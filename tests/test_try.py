@@ -19,7 +19,7 @@ from surgeon.zoo.trial.plan import Speed, make_plan
 from surgeon.zoo.trial.report import write_report
 from tests.finetune_runs import interrupt_at
 from tests.finetune_tasks import TinyConfig, TinyRegression
-from tests.search_tasks import FACTORY, tiny_tasks  # noqa: F401
+from tests.search_tasks import FACTORY
 
 SHORT = ["--task", "tiny-regression", "--type", "pafu", "--layers", "all", "--option", "group_size=2"]
 QUICK = [*SHORT, "--steps", "4", "--batch-size", "4", "--device", "cpu", "--quiet"]
@@ -28,7 +28,7 @@ Try = Callable[..., int]
 
 
 @pytest.fixture
-def attempt(tiny_tasks: None) -> Try:  # noqa: F811
+def attempt(tiny_tasks: None) -> Try:
     return lambda *more: main(["try", FACTORY, *QUICK, "-o", "out", *more])
 
 

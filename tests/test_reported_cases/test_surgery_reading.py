@@ -243,7 +243,7 @@ class Looped(Pair):
         return torch.stack([conv.weight.norm() for conv in (self.a,)]).sum() + self.penalty()
 
     def penalty(self) -> Tensor:
-        return sum((getattr(m, "weight").norm() for name, m in self.named_children() if name == "a"), torch.zeros(()))  # noqa: B009
+        return sum((getattr(m, "weight").norm() for name, m in self.named_children() if name == "a"), torch.zeros(()))  # noqa: B009  getattr by a constant name is the case
 
 
 class Nested(Pair):
@@ -354,7 +354,7 @@ def test_every_supported_python_reads_alike(version: str, tmp_path: Path, root: 
     at_hand = [p / "bin" / "python" for p in sorted(PYENV.glob(f"{version}.*"))] if PYENV.is_dir() else []
     python = sys.executable if sys.version.startswith(f"{version}.") else next(iter(map(str, at_hand)), None)
     if python is None:
-        pytest.skip(f"no Python {version} at hand")
+        pytest.skip(f"neither this interpreter nor one in {PYENV} is Python {version}")
     (tmp_path / "sample.py").write_text(SAMPLE)
     (tmp_path / "reading.py").write_text(READING)
     call = [python, "-S", str(tmp_path / "reading.py"), str(root / "surgeon" / "syntax.py"), str(tmp_path)]

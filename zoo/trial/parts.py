@@ -6,12 +6,13 @@ from surgeon.zoo.tasks import Sample, Split, Task, TaskDataset
 class _Part(Task):
     """Mixed into the class of a task by `part_of`. Every `stride`-th validation sample from `first` on, at most `count`."""
 
+    kind: type[Task]  # the task's own class
     first: int
     stride: int
     count: int | None
 
     def dataset(self, split: Split) -> TaskDataset:
-        whole = super().dataset(split)  # type: ignore[safe-super]  # the task's own, which comes next in the order of bases
+        whole = self.kind.dataset(self, split)
         if split != "val":
             return whole
         return Chosen(whole, spread(range(self.first, len(whole), self.stride), self.count))
@@ -35,8 +36,9 @@ class Chosen(TaskDataset):
 
 def part_of(task: Task, first: int, stride: int, count: int | None = None) -> Task:
     """A task of the same options whose validation samples are `first`, `first + stride`, ..., at most `count`, spread evenly."""
-    values = {"first": first, "stride": stride, "count": count}
-    part: Task = type(f"Part{type(task).__name__}", (_Part, type(task)), values)(task.config, seed=task.seed)
+    kind = type(task)
+    values = {"kind": kind, "first": first, "stride": stride, "count": count}
+    part: Task = type(f"Part{kind.__name__}", (_Part, kind), values)(task.config, seed=task.seed)
     return part
 
 

@@ -253,5 +253,5 @@ def told_library() -> str:
     return f"none, because {reasons[0]}. With one, ACDA and DConv are about 1.2 to 4 times as fast on the CPU"
 
 
-# To torch.compile its answer is a constant, as with torch.compiler.assume_constant_result, which would load all of torch._dynamo.
-why_no_library._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# What torch.compiler.assume_constant_result does; calling that would load all of torch._dynamo (2 s) for every import of surgeon.
+vars(why_no_library)["_dynamo_marked_constant"] = True
