@@ -35,7 +35,7 @@ from surgeon.search.place import gain_of, optimum
 from surgeon.search.problem import Floats, Ints, Problem, make_problem
 from surgeon.search.run import Search, SearchConfig
 from surgeon.search.space import Space
-from surgeon.search.study import StudyFile
+from surgeon.search.study_file import StudyFile
 from surgeon.search.tuners import NAMES, DecoderSampler
 
 MODELS = ("resnet50", "convnext_atto", "efficientnet_b0")

@@ -38,7 +38,7 @@ from surgeon.search.run import Search, SearchConfig
 from surgeon.search.sampler import derived_seed
 from surgeon.search.setup import GAINS
 from surgeon.search.space import SpaceConfig
-from surgeon.search.study import StudyFile
+from surgeon.search.study_file import StudyFile
 from surgeon.search.training import ShortConfig, TrainingEvaluator, bound
 from surgeon.select import select
 from surgeon.sites import find_sites

@@ -33,7 +33,8 @@ from surgeon.search.journal import Journal
 from surgeon.search.problem import Problem, make_problem
 from surgeon.search.run import Search, SearchConfig
 from surgeon.search.space import Space
-from surgeon.search.study import Study, StudyFile
+from surgeon.search.study import Study
+from surgeon.search.study_file import StudyFile
 from surgeon.search.tuners import RandomPlacements
 
 _HOLD = """

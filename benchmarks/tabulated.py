@@ -36,7 +36,7 @@ from surgeon.search.problem import Problem, of_table
 from surgeon.search.run import Search, SearchConfig
 from surgeon.search.sampler import PlacementSampler
 from surgeon.search.space import Space, SpaceConfig, make_space
-from surgeon.search.study import StudyFile
+from surgeon.search.study_file import StudyFile
 from surgeon.search.tuners import NAMES
 from surgeon.sites import find_sites
 from surgeon.zoo import create

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.machine import machine
 from surgeon.search.gate import Gate
-from surgeon.search.study import Record
+from surgeon.search.record import Record
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -49,6 +49,8 @@ class StudyDatabase(Study):
     `notes` are JSON values for those who join: what is searched, and the gain table. An identity does not bind the study to paths.
     """
 
+    shared = True
+
     def __init__(
         self,
         url: str | URL,

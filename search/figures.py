@@ -13,7 +13,7 @@ from surgeon.errors import ConfigError
 from surgeon.files import write_bytes
 from surgeon.search.folder import Finished
 from surgeon.search.gain import GainTable
-from surgeon.search.study import Record
+from surgeon.search.record import Record
 from surgeon.search.summary import rank_correlation
 
 KEPT, INK = "#f1f1f1", "#333333"

@@ -10,7 +10,7 @@ from surgeon.recipe import parse_json, read_text
 from surgeon.search.evaluator import OutOfMemoryError
 from surgeon.search.folder import Finished, SearchFolder, write_json
 from surgeon.search.gate import Gate
-from surgeon.search.study import Record
+from surgeon.search.record import Record
 from surgeon.search.training import TrainingEvaluator
 
 Tell = Callable[[str], None]

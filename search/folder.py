@@ -21,8 +21,10 @@ import numpy as np
 from surgeon.costs.table import Option
 from surgeon.files import check_fields, inside, read_object, write_text
 from surgeon.search.journal import StudyError, file_lock
+from surgeon.search.record import Record
 from surgeon.search.space import Space
-from surgeon.search.study import Record, Study, StudyFile
+from surgeon.search.study import Study
+from surgeon.search.study_file import StudyFile
 
 FORMAT = "surgeon-search"
 VERSION = 1

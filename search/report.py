@@ -13,7 +13,7 @@ from surgeon.search import figures, report_figures
 from surgeon.search.finals import best_arm
 from surgeon.search.folder import Finished
 from surgeon.search.gain import GainTable
-from surgeon.search.study import Record
+from surgeon.search.record import Record
 from surgeon.search.summary import mean_and_spread, relative, status_values
 from surgeon.zoo.trial import standard_error, verdict
 

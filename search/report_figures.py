@@ -7,7 +7,7 @@ from surgeon import pages
 from surgeon.search import figures
 from surgeon.search.folder import Finished
 from surgeon.search.gain import GainTable
-from surgeon.search.study import Record
+from surgeon.search.record import Record
 from surgeon.search.summary import rank_correlation, relative
 
 

@@ -15,10 +15,11 @@ from surgeon.search.gain import GainTable
 from surgeon.search.gate import Gate
 from surgeon.search.journal import StudyError
 from surgeon.search.problem import InfeasibleError, Ints, Problem
+from surgeon.search.record import Record
 from surgeon.search.sampler import ExhaustedError
 from surgeon.search.space import Space
 from surgeon.search.stop import Stop, on_interrupt
-from surgeon.search.study import Record, Study
+from surgeon.search.study import Study
 from surgeon.search.tuners import make_sampler
 
 MAX_ATTEMPTS = 3  # a trial that took its worker with it so often is given up

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from surgeon.search.folder import SearchFolder
     from surgeon.search.gain import GainTable
     from surgeon.search.gate import Gate
+    from surgeon.search.record import Record
     from surgeon.search.run import Outcome, Search
     from surgeon.search.setup import Setup
-    from surgeon.search.study import Record, Study
+    from surgeon.search.study import Study
     from surgeon.search.training import TrainingEvaluator
     from surgeon.zoo.tasks import Task
 
@@ -94,12 +95,11 @@ def _search(args: argparse.Namespace, folder: "SearchFolder", file: "Study") -> 
     from surgeon.search.evaluator import StoppedError
     from surgeon.search.jobs import helpers, interrupt
     from surgeon.search.setup import make_setup
-    from surgeon.search.study import StudyFile
 
     setup = make_setup(args)
     search, evaluator = _make(args, folder, file, setup)
     _begin(args, folder, search, setup)
-    name = None if isinstance(file, StudyFile) else file.name
+    name = file.name if file.shared else None
     if name is not None:
         _tell(args, f"the study is {file}; other machines join with --join {name}")
     try:
@@ -139,6 +139,10 @@ def _check(args: argparse.Namespace) -> None:
     for name, most in (("rung", 20), ("final_rung", 20), ("jobs", 1024)):
         if getattr(args, name) > most:
             raise ConfigError(f"--{name.replace('_', '-')} must be at most {most}, got {getattr(args, name)}")
+    if args.jobs > 1 and ":" in (args.device or ""):
+        raise ConfigError(
+            f"--device {args.device} names one GPU, and --jobs {args.jobs} workers share all: leave it at cuda"
+        )
 
 
 def _resources(args: argparse.Namespace) -> tuple[str, ...]:
@@ -177,7 +181,7 @@ def model_name(spec: str) -> str:
 def _study(args: argparse.Namespace, folder: "SearchFolder") -> "Study":
     """The study that is begun, or gone on with. What speaks against it is said before anything is built."""
     from surgeon.search.journal import StudyError
-    from surgeon.search.study import StudyFile
+    from surgeon.search.study_file import StudyFile
 
     if not args.storage:
         folder.check(resume=args.resume)
@@ -213,7 +217,6 @@ def _make(
     from surgeon.search.budget import Budgets
     from surgeon.search.gate import Gate
     from surgeon.search.run import Search, SearchConfig
-    from surgeon.search.study import StudyFile
     from surgeon.search.training import ShortConfig, TrainingEvaluator
     from surgeon.zoo.finetune.config import parse_time
 
@@ -243,7 +246,7 @@ def _make(
     if not args.no_pruning:
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=short.interval(args.rung), reduction_factor=2)
     identity: dict[str, Any] = {"name": args.model, "rung": args.rung, "pruning": not args.no_pruning}
-    if not isinstance(file, StudyFile):  # other machines have their data elsewhere: the numbers of samples must agree
+    if file.shared:  # other machines have their data elsewhere: the numbers of samples must agree
         identity["samples"] = {"train": len(setup.task.dataset("train")), "val": len(setup.task.dataset("val"))}
     search = Search(
         file,

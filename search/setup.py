@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import Assignments, add_seed, assignment, whole
+from surgeon.arguments import add_amp, add_device, add_pairs, add_seed, amp, amp_dtype, whole
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ GAINS = "nqm"  # the default estimator: benchmarks/gain_methods.py
 
 # What the cost of a step knows by these names, as timm's optimizers with their momentum.
 OPTIMIZERS = {"sgd": ("sgd", 0.9), "sgd-plain": ("momentum", 0.0), "adam": ("adam", 0.9), "adamw": ("adamw", 0.9)}
-_PRECISION = {"float16": "fp16", "bfloat16": "bf16"}
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,16 +28,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--task", required=True, metavar="TASK", help="classification, denoising, ...")
     group.add_argument("--data", type=Path, metavar="DIR", help="the task's data")
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
-    group.add_argument(
-        "--task-option",
-        type=assignment,
-        dest="task_options",
-        nargs="+",
-        action=Assignments,
-        default=[],
-        metavar="KEY=VALUE",
-        help="any option of the task",
-    )
+    add_pairs(group, "--task-option", "any option of the task", dest="task_options")
     add_seed(group, "of everything random")
 
 
@@ -50,9 +40,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="default: adamw")
     group.add_argument("--weight-decay", type=float, metavar="X", help="not on norms and biases")
     group.add_argument("--new-lr-scale", type=float, metavar="X", help="rate of new parameters, as a part of --lr")
-    group.add_argument("--amp", nargs="?", const="float16", choices=tuple(_PRECISION), help="automatic mixed precision")
+    add_amp(group, amp)
     group.add_argument("--workers", type=whole, default=0, metavar="N", help="processes that load data (default: 0)")
-    group.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu: leave a GPU alone")
+    add_device(group)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +61,7 @@ class Setup:
             "input_size": self.size,
             "batch_size": args.batch_size,
             "optimizer": args.optimizer,
-            "amp": args.amp or False,
+            "amp": amp_dtype(self.config.amp) or False,
             "weight_decay": self.config.weight_decay,
         }
 
@@ -89,9 +79,9 @@ def make_setup(args: argparse.Namespace) -> Setup:
         batch_size=args.batch_size,
         opt=name,
         momentum=momentum,
-        amp=_PRECISION[args.amp] if args.amp else "no",
+        amp=args.amp or "no",
         workers=args.workers,
-        device=args.device,
+        device=args.device or "auto",
         seed=args.seed,
         **{key: value for key, value in given.items() if value is not None},
     )

@@ -1,9 +1,7 @@
-"""A study: what it is bound to, its trials, and who runs them; here in a local file, in `search.database` in a database.
+"""A study: what it is bound to, its trials, and who runs them. `search.study_file` and `search.database` are places for one.
 
 Every trial is an Optuna trial, so that Optuna's own tools read the study: its parameters are the decisions (`search.parameters`),
-the budgets its constraints. Its user attributes: `placement` (layer → option), `hash`, `source`, `gain` (what the table expected),
-`predicted`, `worker`, `attempts`, and where they apply `refused`, `error`, `traced`, `seconds`; in studies of older versions
-`duplicate_of`.
+the budgets its constraints, and the rest its user attributes (`search.record`).
 """
 
 import os
@@ -11,22 +9,19 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import optuna
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from surgeon.errors import SurgeonError
-from surgeon.files import check_fields
 from surgeon.machine import machine
 from surgeon.search.budget import Calibration
 from surgeon.search.identity import VERSION, as_stored, differences
-from surgeon.search.journal import Journal, Lease, StudyError, file_lock, forget_dead, is_alive
+from surgeon.search.journal import StudyError
+from surgeon.search.record import Record, checked, record
 
 _IDENTITY = "surgeon:identity"
 _CALIBRATION = "surgeon:calibration"
@@ -35,74 +30,6 @@ _NOTES = "surgeon:notes"
 
 class OtherStudyError(StudyError):
     """A study is bound to another model, space, budget or evaluator."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """One trial. `state`: complete, pruned, refused (over budget, never trained), failed, running or waiting."""
-
-    number: int
-    state: str
-    hash: str | None
-    placement: Mapping[str, str]
-    source: str | None
-    values: tuple[float, ...] | None
-    duplicate_of: int | None
-    attempts: int
-    worker: str | None
-    attributes: Mapping[str, Any] = field(repr=False)
-
-    @property
-    def counts(self) -> bool:
-        """Whether it was an evaluation of its own."""
-        return self.state in ("complete", "pruned") and self.duplicate_of is None
-
-
-_ATTRIBUTES: dict[str, Any] = {  # the types of what is read of a trial, where it has it
-    "hash": str,
-    "placement": {"*": str},
-    "source": str,
-    "gain": (int, float),
-    "worker": str,
-    "attempts": int,
-    "duplicate_of": int,
-    "refused": [str],
-    "predicted": {"*": (int, float)},
-    "traced": {"*": (int, float)},
-    "seconds": (int, float),
-}
-
-
-def checked(trial: FrozenTrial, where: str) -> FrozenTrial:
-    """The trial; raises `StudyError` for attributes of other types than ours: a study may be a stranger's."""
-    fields = {name: kind for name, kind in _ATTRIBUTES.items() if name in trial.user_attrs}
-    check_fields(dict(trial.user_attrs), fields, f"{where}: trial {trial.number}", StudyError)
-    return trial
-
-
-def record(trial: FrozenTrial) -> Record:
-    """A trial as a record."""
-    attributes = trial.user_attrs
-    states = {
-        TrialState.COMPLETE: "complete",
-        TrialState.PRUNED: "refused" if "refused" in attributes else "pruned",
-        TrialState.FAIL: "failed",
-        TrialState.RUNNING: "running",
-        TrialState.WAITING: "waiting",
-    }
-    values = trial.values if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) else None
-    return Record(
-        number=trial.number,
-        state=states[trial.state],
-        hash=attributes.get("hash"),
-        placement=attributes.get("placement", {}),
-        source=attributes.get("source"),
-        values=None if values is None else tuple(values),
-        duplicate_of=attributes.get("duplicate_of"),
-        attempts=int(attributes.get("attempts", 0)),
-        worker=attributes.get("worker"),
-        attributes=attributes,
-    )
 
 
 class Study(ABC):
@@ -120,6 +47,7 @@ class Study(ABC):
     `notes` are JSON values for those who join without a folder.
     """
 
+    shared: ClassVar[bool]  # whether workers on other machines may join
     name: str
     study: optuna.Study
     notes: Mapping[str, Any]
@@ -378,74 +306,6 @@ class Study(ABC):
     def keep_calibration(self, calibration: Calibration) -> None:
         """Write it for all workers."""
         self.study.set_user_attr(_CALIBRATION, calibration.to_dict())
-
-
-class StudyFile(Study):
-    """A study in a journal file: the quickest place, by an order of magnitude where there are many layers (benchmarks.stores).
-
-    Its lock and the leases of its workers are the kernel's (`search.journal`); what is written under the lock appears together.
-    """
-
-    def __init__(self, path: Path, name: str = "search") -> None:
-        self.path = Path(path)
-        self.name, self.notes = name, {}
-        self.folder = self.path.with_name(self.path.name + ".workers")
-        self._storage: JournalStorage | None = None
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    @property
-    def flag(self) -> str:
-        return "--resume"
-
-    def exists(self) -> bool:
-        return self.path.is_file() and super().exists()
-
-    def names(self) -> list[str]:
-        return super().names() if self.path.is_file() else []
-
-    def storage(self) -> BaseStorage:
-        if self._storage is None:
-            with self.errors():
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._journal = Journal(self.path)
-                self._storage = JournalStorage(self._journal)
-        return self._storage
-
-    def close(self) -> None:
-        """A file is open only while it is read or written: there is nothing to give back."""
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """What is written becomes visible together."""
-        self.storage()
-        with self._journal.exclusive():
-            yield
-
-    @contextmanager
-    def errors(self) -> Iterator[None]:
-        """What Optuna says of a journal that is none: it takes every line for one of its own."""
-        try:
-            yield
-        except (OSError, ValueError, AssertionError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            if self._worker is not None or isinstance(error, SurgeonError):  # what a training says is its own
-                raise
-            raise StudyError(f"cannot read the study {self.path}: {type(error).__name__}: {error}") from error
-
-    def dead(self, trials: Sequence[FrozenTrial]) -> set[int]:
-        names = {one.number: one.user_attrs.get("worker") for one in trials}
-        left = (None, self._worker)  # half-written, or by this worker, which asks because it has nothing in hand
-        return {number for number, name in names.items() if name in left or not is_alive(self.folder, name)}
-
-    @contextmanager
-    def leased(self) -> Iterator[None]:
-        """A lease ends with the process, however it ends."""
-        with file_lock(self.path.with_name(self.path.name + ".lock")):
-            forget_dead(self.folder)
-            lease = Lease(self.folder, self.worker)
-        with lease:
-            yield
 
 
 def worker_name() -> str:

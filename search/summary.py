@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from surgeon.search.folder import Finished
-from surgeon.search.study import Record
+from surgeon.search.record import Record
 from surgeon.tables import table
 
 

@@ -88,6 +88,14 @@ def size(text: str) -> tuple[int, ...]:
     return values * 2 if len(values) == 1 else values
 
 
+def add_pairs(parser: Any, flag: str, help_: str, *, dest: str | None = None) -> None:
+    """An option of KEY=VALUE pairs, empty where it is not given."""
+    dest = dest or flag.lstrip("-").replace("-", "_")
+    parser.add_argument(
+        flag, dest=dest, type=assignment, nargs="+", action=Assignments, default=[], metavar="KEY=VALUE", help=help_
+    )
+
+
 def add_seed(parser: Any, of: str) -> None:
     """`--seed`, which says what it is the seed of."""
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help=f"{of} (default: 0)")
@@ -108,15 +116,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_seed(group, "of random weights and of the conversion")
     group.add_argument("--num-classes", type=positive, metavar="N", help="classes of the model's head")
     group.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
-    group.add_argument(
-        "--model-args",
-        type=assignment,
-        nargs="+",
-        action=Assignments,
-        default=[],
-        metavar="KEY=VALUE",
-        help="further options of the model",
-    )
+    add_pairs(group, "--model-args", "further options of the model")
 
 
 def amp(text: str) -> str:

@@ -26,7 +26,6 @@ from surgeon.collapse_report import CollapseReport, read
 from surgeon.copying import copy_model
 from surgeon.errors import CheckpointError, RecipeError, SurgeonError
 from surgeon.files import check_fields, parse_json, read_json, read_object, sync, told
-from surgeon.functional import Raised
 from surgeon.identify import identify
 from surgeon.layers.base import DynamicConv2d, LayerConfig
 from surgeon.layers.geometry import ConvGeometry
@@ -34,6 +33,7 @@ from surgeon.layers.registry import layer_class
 from surgeon.layers.source import ConvSource
 from surgeon.models import build_structure
 from surgeon.programs import FILE as PROGRAM
+from surgeon.raised import Raised
 from surgeon.recipe import (
     CONVOLUTION,
     BaseModel,

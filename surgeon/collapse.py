@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from surgeon.collapse_report import Collapsed, CollapseReport
 from surgeon.compare import Difference, compare
-from surgeon.convert import Progress, count_parameters
 from surgeon.copying import copy_model
 from surgeon.errors import ConfigError, NothingFoldedError, SelectionError, SurgeonError, UnsupportedLayerError
 from surgeon.evidence import Evidence, prove, settled, watching
@@ -22,6 +21,7 @@ from surgeon.recipe import get_recipe
 from surgeon.rewrite import Rewrite, drop_rules, dynamic_layers, plain_convolution
 from surgeon.select import Selector
 from surgeon.sites import macs_of
+from surgeon.surgery import Progress, count_parameters
 from surgeon.verify import Settled, Verification, judge, measure, outputs, run
 
 CHUNK = 8  # images a forward pass

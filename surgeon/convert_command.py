@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import Assignments, add_model, add_output, assignment, build, input_size, print_json, whole
+from surgeon.arguments import add_model, add_output, add_pairs, build, input_size, print_json, whole
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,16 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kernel-groups", type=whole, metavar="G", help="sekg: channels that share a kernel, as groups")
     group.add_argument("--compress", action="store_true", help="acda: drop the static atoms; smaller, not exact")
     group.add_argument("--calibrate", metavar="DIR", help="pictures for an activation-aware --compress")
-    group.add_argument(
-        "--option",
-        type=assignment,
-        dest="options",
-        nargs="+",
-        action=Assignments,
-        default=[],
-        metavar="KEY=VALUE",
-        help="any layer option",
-    )
+    add_pairs(group, "--option", "any layer option", dest="options")
     group = parser.add_argument_group("output")
     add_output(group, required=False, help_="folder to write (default: runs/NAME-TYPE)")
     group.add_argument("--dry-run", action="store_true", help="convert and report, but write nothing")

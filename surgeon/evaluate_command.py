@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import Assignments, add_amp, add_device, add_seed, assignment, positive, print_json, whole
+from surgeon.arguments import add_amp, add_device, add_pairs, add_seed, positive, print_json, whole
 from surgeon.errors import ConfigError, DataError, ModelError, SurgeonError
 
 if TYPE_CHECKING:
@@ -29,16 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("task")
     group.add_argument("--task", required=True, metavar="NAME", help="what the model is judged on")
     group.add_argument("--data", metavar="DIR", help="the task's data; its layout is in the task's description")
-    group.add_argument(
-        "--task-option",
-        type=assignment,
-        dest="task_options",
-        nargs="+",
-        action=Assignments,
-        default=[],
-        metavar="KEY=VALUE",
-        help="any option of the task",
-    )
+    add_pairs(group, "--task-option", "any option of the task", dest="task_options")
     group.add_argument("--split", choices=("val", "train"), default="val", help="default: val")
     group.add_argument("--limit", type=positive, metavar="N", help="only N samples, spread evenly over the split")
     group = parser.add_argument_group("what it is compared with")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import Assignments, add_amp, add_device, amp, assignment, print_json, whole
+from surgeon.arguments import add_amp, add_device, add_pairs, amp, print_json, whole
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,25 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--weights", default="auto", metavar="auto|pretrained|random|FILE", help="of MODEL (default: auto)"
     )
-    group.add_argument(
-        "--model-args",
-        type=assignment,
-        nargs="+",
-        action=Assignments,
-        default=[],
-        metavar="KEY=VALUE",
-        help="further options of MODEL",
-    )
-    group.add_argument(
-        "--task-option",
-        type=assignment,
-        dest="task_options",
-        nargs="+",
-        action=Assignments,
-        default=[],
-        metavar="KEY=VALUE",
-        help="any option of the task",
-    )
+    add_pairs(group, "--model-args", "further options of MODEL")
+    add_pairs(group, "--task-option", "any option of the task", dest="task_options")
     group.add_argument(
         "--trust-factory", action="store_true", help="run the package.module:factory that RUN's recipe names"
     )

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import Assignments, add_training_options, assignment, positive, print_json
+from surgeon.arguments import add_pairs, add_training_options, positive, print_json
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,31 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--task", required=True, metavar="TASK", help="classification, denoising, ...")
     group.add_argument("--data", type=Path, metavar="DIR", help="the task's data")
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
-    for flag, dest, told in (("--model-args", "model_args", "model"), ("--task-option", "task_options", "task")):
-        group.add_argument(
-            flag,
-            type=assignment,
-            dest=dest,
-            nargs="+",
-            action=Assignments,
-            default=[],
-            metavar="KEY=VALUE",
-            help=f"any option of the {told}",
-        )
+    add_pairs(group, "--model-args", "any option of the model")
+    add_pairs(group, "--task-option", "any option of the task", dest="task_options")
     group = parser.add_argument_group("what becomes what (default: that of the task)")
     group.add_argument("--layers", metavar="SELECTION", help="which convolutions, as surgeon convert takes them")
     group.add_argument("--type", metavar="TYPE", help="acda, pafu or sekg")
     group.add_argument("--recipe", metavar="FILE|zoo/NAME", help="rules from a recipe")
-    group.add_argument(
-        "--option",
-        type=assignment,
-        dest="options",
-        nargs="+",
-        action=Assignments,
-        default=[],
-        metavar="KEY=VALUE",
-        help="any layer option",
-    )
+    add_pairs(group, "--option", "any layer option", dest="options")
     group = parser.add_argument_group("how long")
     group.add_argument(
         "--max-time", default="30m", metavar="TIME", help="for everything: 90s, 30m, 1.5h (default: 30m)"

@@ -378,7 +378,7 @@ def verify(
 
     Both run in eval mode on the same inputs. Raises `VerificationError` if they differ, `InputError` if the inputs do not fit.
     """
-    from surgeon.functional import Raised
+    from surgeon.raised import Raised
 
     raised = Raised(original, {*dynamic_layers(converted), *folded_windows(converted)})
     try:

@@ -134,7 +134,7 @@ def changed_tensors(original: nn.Module, converted: nn.Module) -> list[str]:
     Convolutions that were folded to another window are left out, too: their tensors cannot be the same. A layer that was
     converted and reverted has its weight back up to rounding; that counts as the same.
     """
-    from surgeon.functional import Raised
+    from surgeon.raised import Raised
 
     modules = converted.named_modules(remove_duplicate=False)
     inside = tuple(f"{name}." for name, module in modules if isinstance(module, DynamicConv2d) or folded_window(module))

@@ -61,6 +61,7 @@ def tiny_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from surgeon.zoo.tasks import registry
     from tests.search_tasks import add_tasks
 
+    registry.task_names()  # registers the real ones
     monkeypatch.setattr(registry, "_TASKS", dict(registry._TASKS))
     add_tasks()
     monkeypatch.setenv("SURGEON_CACHE", str(tmp_path / "cache"))

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgeon.zoo.finetune import FinetuneConfig
-from surgeon.zoo.finetune.loop import Run, Trainer
+from surgeon.zoo.finetune import FinetuneConfig, finetune
+from surgeon.zoo.finetune.loop import Interrupted, Run, Trainer
 from surgeon.zoo.finetune.state import read_log
-from surgeon.zoo.tasks import Batch
+from surgeon.zoo.tasks import Batch, Task
+from tests.finetune_tasks import make_restorer
 
 QUICK = FinetuneConfig(
     epochs=4, batch_size=4, lr=1e-2, log_every=1, eval_every="4", checkpoint_every="5", recalibrate=2
@@ -23,6 +24,9 @@ QUICK = FinetuneConfig(
 
 def with_(config: FinetuneConfig = QUICK, **changes: Any) -> FinetuneConfig:
     return dataclasses.replace(config, **changes)
+
+
+SHORT = with_(max_steps=5, recalibrate=0)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -64,3 +68,13 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signa
         return backward(trainer, index, batches)
 
     monkeypatch.setattr(Trainer, "backward", signalled)
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, task: Task, output: Path, step: int = 2) -> nn.Module:
+    """A run that was stopped on the way; returns its model."""
+    model = make_restorer()
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, step)
+        with pytest.raises(Interrupted):
+            finetune(model, task, SHORT, output)
+    return model

@@ -6,7 +6,8 @@ import optuna
 from optuna.storages import JournalStorage
 
 from surgeon.search.journal import Journal
-from surgeon.search.study import Record, StudyFile
+from surgeon.search.record import Record
+from surgeon.search.study_file import StudyFile
 
 
 def proposals(records: list[Record]) -> list[tuple[int, str | None, tuple[float, ...] | None]]:

@@ -16,7 +16,7 @@ from surgeon.search.place import gain_of
 from surgeon.search.problem import Floats, Ints, Problem, make_problem
 from surgeon.search.run import Search, SearchConfig
 from surgeon.search.space import Space
-from surgeon.search.study import StudyFile
+from surgeon.search.study_file import StudyFile
 
 SHARE = 0.4  # leaves 56 placements within the budgets
 OPTIONS = (Option("acda", {"atoms": 4}), Option("pafu", {"group_size": 4}), Option("sekg", {}))

@@ -11,6 +11,14 @@ from PIL import Image
 from torch import nn
 
 
+def picture(path: Path, seed: int = 0, side: int = 20, mode: str = "RGB") -> Path:
+    """Noise as a picture; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
 def photo(path: Path, width: int, height: int, seed: int = 0, mode: str = "RGB") -> Path:
     """A picture with structure and noise, saved under this name."""
     rng = np.random.default_rng(seed)

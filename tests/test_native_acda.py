@@ -6,17 +6,26 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from surgeon.errors import BackendError
 from surgeon.layers.kernels.acda import ACDA_CONV, acda_conv
 from surgeon.layers.kernels.native import compiler, support
+from tests.native_problems import (
+    NEEDS_LIBRARY,
+    PROPERTY,
+    Pair,
+    check_close,
+    check_threads,
+    doubled,
+    gradients,
+    pairs,
+    sizes,
+)
 
-pytestmark = pytest.mark.skipif(bool(compiler.why_no_library()), reason="needs the compiled library")
-PROPERTY = settings(deadline=None, derandomize=True, max_examples=80)
-Pair = tuple[int, int]
+pytestmark = NEEDS_LIBRARY
 
 
 def problem(
@@ -36,8 +45,7 @@ def problem(
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """Operands in float32 that require gradients, and the geometry."""
     torch.manual_seed(0)
-    size = [d * (k - 1) + 1 + more for k, d, more in zip(window, dilation, spare, strict=True)]
-    out = [(more + 2 * p) // s + 1 for more, p, s in zip(spare, padding, stride, strict=True)]
+    size, out = sizes(spare, window, stride, padding, dilation)
     channels = group * groups
     shapes = [
         (images, channels, *size),
@@ -52,21 +60,12 @@ def problem(
 def results(operands: tuple[Tensor, ...], geometry: tuple[Any, ...], backend: str) -> list[Tensor]:
     """Output and the gradients of all operands."""
     y = acda_conv(*operands, *geometry, backend=backend)
-    weight = ((torch.arange(y.numel()) % 7 - 3) / 3).view(y.shape).to(y.dtype)
-    return [y, *torch.autograd.grad((y * weight).sum(), operands)]
+    return [y, *gradients(y, operands)]
 
 
 def check(operands: tuple[Tensor, ...], geometry: tuple[Any, ...]) -> None:
-    """Within 1e-5 of the largest number of the reference in float64."""
-    doubles = tuple(t.detach().double().requires_grad_() for t in operands)
-    for got, exact in zip(results(operands, geometry, "native"), results(doubles, geometry, "reference"), strict=True):
-        assert got.shape == exact.shape
-        assert got.dtype == torch.float32
-        assert (got - exact).abs().max() <= 1e-5 * exact.abs().max() if exact.numel() else True
-
-
-def pairs(low: int, high: int) -> st.SearchStrategy[Pair]:
-    return st.tuples(st.integers(low, high), st.integers(low, high))
+    """Against the reference in float64."""
+    check_close(results(operands, geometry, "native"), results(tuple(doubled(operands)), geometry, "reference"))
 
 
 @PROPERTY
@@ -108,8 +107,7 @@ def test_a_gradient_alone_is_that_gradient(wanted: int) -> None:
     expected = results(operands, geometry, "native")[1 + wanted]
     alone = tuple(t.detach().requires_grad_(i == wanted) for i, t in enumerate(operands))
     y = acda_conv(*alone, *geometry, backend="native")
-    weight = ((torch.arange(y.numel()) % 7 - 3) / 3).view(y.shape)
-    assert torch.equal(torch.autograd.grad((y * weight).sum(), alone[wanted])[0], expected)
+    assert torch.equal(gradients(y, [alone[wanted]])[0], expected)
 
 
 def test_only_inputs_are_saved_for_backward() -> None:
@@ -146,15 +144,7 @@ def test_compiled_is_one_graph_that_calls_it() -> None:
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
     operands, geometry = problem(spare=(40, 30), window=(5, 5), padding=(2, 2), group=24, images=3, atoms=4)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = results(operands, geometry, "native")
-        for threads in (2, 3, 8):
-            torch.set_num_threads(threads)
-            assert all(map(torch.equal, results(operands, geometry, "native"), expected))
-    finally:
-        torch.set_num_threads(before)
+    check_threads(lambda: results(operands, geometry, "native"), 2, 3, 8)
 
 
 def test_several_python_threads_at_once() -> None:

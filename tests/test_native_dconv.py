@@ -4,16 +4,24 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from surgeon.layers.kernels.dconv import DCONV, DCONV_LAYER, dconv, dconv_layer
-from surgeon.layers.kernels.native import compiler
+from tests.native_problems import (
+    NEEDS_LIBRARY,
+    PROPERTY,
+    Pair,
+    check_close,
+    check_threads,
+    doubled,
+    gradients,
+    pairs,
+    sizes,
+)
 
-pytestmark = pytest.mark.skipif(bool(compiler.why_no_library()), reason="needs the compiled library")
-PROPERTY = settings(deadline=None, derandomize=True, max_examples=80)
-Pair = tuple[int, int]
+pytestmark = NEEDS_LIBRARY
 
 
 def problem(
@@ -28,8 +36,7 @@ def problem(
     images: int = 2,
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
     torch.manual_seed(0)
-    size = [d * (k - 1) + 1 + more for k, d, more in zip(window, dilation, spare, strict=True)]
-    out = [(more + 2 * p) // s + 1 for more, p, s in zip(spare, padding, stride, strict=True)]
+    size, out = sizes(spare, window, stride, padding, dilation)
     x = torch.randn(images, channels, *size, requires_grad=True)
     given = torch.randn(images, kernels, window[0] * window[1], *out, requires_grad=True)
     return (x, given), {"kernel_size": window, "stride": stride, "padding": padding, "dilation": dilation}
@@ -37,22 +44,13 @@ def problem(
 
 def results(tensors: tuple[Tensor, Tensor], options: dict[str, Any], backend: str) -> list[Tensor]:
     y = dconv(*tensors, **options, backend=backend)
-    weight = ((torch.arange(y.numel()) % 7 - 3) / 3).view(y.shape).to(y.dtype)
-    return [y, *torch.autograd.grad((y * weight).sum(), tensors)]
+    return [y, *gradients(y, tensors)]
 
 
 def check(tensors: tuple[Tensor, Tensor], options: dict[str, Any]) -> None:
-    """Within 1e-5 of the largest number of the reference in float64."""
-    x, kernels = (t.detach().double().requires_grad_() for t in tensors)
-    for got, exact in zip(
-        results(tensors, options, "native"), results((x, kernels), options, "reference"), strict=True
-    ):
-        assert got.shape == exact.shape
-        assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
-
-
-def pairs(low: int, high: int) -> st.SearchStrategy[Pair]:
-    return st.tuples(st.integers(low, high), st.integers(low, high))
+    """Against the reference in float64."""
+    x, kernels = doubled(tensors)
+    check_close(results(tensors, options, "native"), results((x, kernels), options, "reference"))
 
 
 @PROPERTY
@@ -75,15 +73,7 @@ def test_a_channel_that_is_cut_into_bands() -> None:
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
     tensors, options = problem(spare=(20, 30), channels=12, kernels=6)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = results(tensors, options, "native")
-        for threads in (2, 5):
-            torch.set_num_threads(threads)
-            assert all(map(torch.equal, results(tensors, options, "native"), expected))
-    finally:
-        torch.set_num_threads(before)
+    check_threads(lambda: results(tensors, options, "native"), 2, 5)
 
 
 def test_only_inputs_are_saved_for_backward() -> None:
@@ -101,8 +91,7 @@ def test_a_gradient_alone_is_that_gradient(missing: int) -> None:
     expected = results(tensors, options, "native")[2 - missing]
     alone = tuple(t.detach().requires_grad_(i != missing) for i, t in enumerate(tensors))
     y = dconv(*alone, **options, backend="native")
-    weight = ((torch.arange(y.numel()) % 7 - 3) / 3).view(y.shape)
-    assert torch.equal(torch.autograd.grad((y * weight).sum(), alone[1 - missing])[0], expected)
+    assert torch.equal(gradients(y, [alone[1 - missing]])[0], expected)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
@@ -163,8 +152,7 @@ def layer(
 
 def layer_results(tensors: list[Tensor], options: dict[str, Any], backend: str) -> list[Tensor]:
     y = dconv_layer(*tensors, **options, backend=backend)
-    weight = ((torch.arange(y.numel()) % 7 - 3) / 3).view(y.shape).to(y.dtype)
-    return [y, *torch.autograd.grad((y * weight).sum(), tensors)]
+    return [y, *gradients(y, tensors)]
 
 
 @PROPERTY
@@ -182,25 +170,13 @@ def layer_results(tensors: list[Tensor], options: dict[str, Any], backend: str) 
 )
 def test_the_native_layer_is_the_reference(**options: Any) -> None:
     tensors, geometry = layer(**options)
-    doubles = [t.detach().double().requires_grad_() for t in tensors]
-    for got, exact in zip(
-        layer_results(tensors, geometry, "native"), layer_results(doubles, geometry, "reference"), strict=True
-    ):
-        assert got.shape == exact.shape
-        assert (got - exact).abs().max() <= 1e-5 * max(exact.abs().max(), 1)  # gradients of a bias may cancel
+    exact = layer_results(doubled(tensors), geometry, "reference")
+    check_close(layer_results(tensors, geometry, "native"), exact, least=1)  # gradients of a bias may cancel
 
 
 def test_the_layers_bits_do_not_depend_on_the_number_of_threads() -> None:
     tensors, options = layer(spare=(60, 30), channels=12, features=300)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = dconv_layer(*tensors, **options, backend="native")
-        for threads in (2, 5):
-            torch.set_num_threads(threads)
-            assert torch.equal(dconv_layer(*tensors, **options, backend="native"), expected)
-    finally:
-        torch.set_num_threads(before)
+    check_threads(lambda: [dconv_layer(*tensors, **options, backend="native")], 2, 5)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own

@@ -11,8 +11,8 @@ from torch import Tensor
 from surgeon.errors import BackendError, GeometryError
 from surgeon.layers.kernels.acda import acda_conv
 from surgeon.layers.kernels.dconv import dconv, dconv_layer
-from surgeon.layers.kernels.native.compiler import why_no_library
 from surgeon.layers.kernels.pafu import pafu_conv
+from tests.native_problems import NEEDS_LIBRARY
 
 BACKENDS = ["torch", "reference"]
 Given = dict[str, Any]
@@ -48,7 +48,6 @@ def pafu() -> Given:
 
 OPERATORS = {"acda": acda, "dconv": apply, "dconv_layer": layer, "pafu": pafu}
 COMPILED = ("acda", "dconv", "dconv_layer")
-NEEDS_LIBRARY = pytest.mark.skipif(bool(why_no_library()), reason="needs the compiled library")
 EACH = [
     *(pytest.param(make, backend, id=f"{name}-{backend}") for name, make in OPERATORS.items() for backend in BACKENDS),
     *(pytest.param(OPERATORS[name], "native", id=f"{name}-native", marks=NEEDS_LIBRARY) for name in COMPILED),

@@ -28,7 +28,6 @@ from tests.search_servers import free_port
 from tests.search_tasks import FACTORY, SHORT, SPACE, search_arguments
 from tests.test_search_training import failing
 
-
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("tiny_tasks")
 
@@ -199,6 +198,7 @@ def test_interrupted_finals_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPat
         (["--storage", "sqlite://"], "in memory is lost"),
         (["--join", "study"], "--join needs --storage"),
         (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--jobs", "2", "--device", "cuda:1"], "--device cuda:1 names one GPU, and --jobs 2 workers share all"),
         (["--layers", "k<=1"], "the selection 'k<=1' matches nothing"),
         (["--layers", "nowhere"], "nowhere"),
         (["--max-flops", "10%"], "has a sign"),

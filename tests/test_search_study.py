@@ -28,7 +28,8 @@ from surgeon.search.place import gain_of, optimum
 from surgeon.search.problem import InfeasibleError, Ints
 from surgeon.search.run import MAX_ATTEMPTS, Search, SearchConfig
 from surgeon.search.space import SpaceConfig
-from surgeon.search.study import OtherStudyError, StudyFile
+from surgeon.search.study import OtherStudyError
+from surgeon.search.study_file import StudyFile
 from surgeon.search.tuners import NAMES
 from tests.search_records import proposals, read
 from tests.search_toys import toy_gains, toy_problem, toy_search, toy_space

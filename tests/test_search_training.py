@@ -17,15 +17,15 @@ from surgeon.search.gain import GainTable, uniform_gains
 from surgeon.search.gate import Gate
 from surgeon.search.method import METHODS, gains_of, make_gains
 from surgeon.search.probe import ProbeConfig, entries, single
+from surgeon.search.record import Record
 from surgeon.search.run import MAX_ATTEMPTS, Search, SearchConfig
 from surgeon.search.space import Space, SpaceConfig, make_space
-from surgeon.search.study import Record, StudyFile
+from surgeon.search.study_file import StudyFile
 from surgeon.search.training import ShortConfig, TrainingEvaluator, bound
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.finetune.loop import Interrupted, Run
 from tests.finetune_tasks import SIZE, classification, converted, regression
 from tests.search_tasks import make_plain
-
 
 BASE = FinetuneConfig(batch_size=4, lr=0.01, device="cpu")
 CONFIG = SpaceConfig(types=("acda", "sekg"), atoms=(2,), scales=(1,))

@@ -40,47 +40,64 @@ def restorer() -> Study:
     )
 
 
-def denoiser() -> Study:
+def _gray_denoiser(
+    title: str,
+    plain: str,
+    ours: str,
+    names: tuple[str, str],
+    small: dict[str, Any],
+    wide: int,
+    rates: tuple[float, ...],
+    steps: int,
+    batch: int,
+) -> Study:
+    """Gray denoising of σ 50 by networks of `small` options; `wide` is the width of as many parameters; `names` are shown."""
     options = {"sigma": 50, "color": False, "patch": 48, "patches_per_image": 8, "loss": "mse"}
-    small: dict[str, Any] = {"channels": 1, "depth": 5, "width": 16}
+    theirs, mine = names
     return Study(
-        title="DConv from scratch: gray denoising, σ 50, DnCNN of 5 layers and 16 channels",
+        title=title,
         arms={
-            "DnCNN": partial(_zoo, "dncnn", **small),
-            "DnCNN, as many parameters": partial(_zoo, "dncnn", **(small | {"width": 17})),
-            "DConv-DnCNN, as published": partial(_zoo, "dncnn_dconv", **small),
-            "DConv-DnCNN, norm": partial(_zoo, "dncnn_dconv", **small, norm="batch"),
+            theirs: partial(_zoo, plain, **small),
+            f"{theirs}, as many parameters": partial(_zoo, plain, **(small | {"width": wide})),
+            f"{mine}, as published": partial(_zoo, ours, **small),
+            f"{mine}, norm": partial(_zoo, ours, **small, norm="batch"),
         },
-        wide="DnCNN, as many parameters",
+        wide=f"{theirs}, as many parameters",
         task=partial(denoise_task, options, "Train400_gray"),
         judge=partial(denoise_judge, options),
         needs=("denoise/Train400_gray", "denoise/Kodak24", "denoise/CBSD68"),
-        rates=(1e-3, 2e-3, 4e-3),
-        steps=1500,
-        batch=8,
+        rates=rates,
+        steps=steps,
+        batch=batch,
         changes=SCRATCH,
     )
 
 
+def denoiser() -> Study:
+    return _gray_denoiser(
+        "DConv from scratch: gray denoising, σ 50, DnCNN of 5 layers and 16 channels",
+        "dncnn",
+        "dncnn_dconv",
+        ("DnCNN", "DConv-DnCNN"),
+        {"channels": 1, "depth": 5, "width": 16},
+        wide=17,
+        rates=(1e-3, 2e-3, 4e-3),
+        steps=1500,
+        batch=8,
+    )
+
+
 def mdcb() -> Study:
-    options = {"sigma": 50, "color": False, "patch": 48, "patches_per_image": 8, "loss": "mse"}
-    small: dict[str, Any] = {"channels": 1, "blocks": 3, "width": 16, "layers": 4}
-    return Study(
-        title="MDCB from scratch: gray denoising, σ 50, RDN of 3 dense blocks and 16 channels",
-        arms={
-            "RDN": partial(_zoo, "rdn", **small),
-            "RDN, as many parameters": partial(_zoo, "rdn", **(small | {"width": 22})),
-            "RDN with MDCB, as published": partial(_zoo, "rdn_mdcb", **small),
-            "RDN with MDCB, norm": partial(_zoo, "rdn_mdcb", **small, norm="batch"),
-        },
-        wide="RDN, as many parameters",
-        task=partial(denoise_task, options, "Train400_gray"),
-        judge=partial(denoise_judge, options),
-        needs=("denoise/Train400_gray", "denoise/Kodak24", "denoise/CBSD68"),
+    return _gray_denoiser(
+        "MDCB from scratch: gray denoising, σ 50, RDN of 3 dense blocks and 16 channels",
+        "rdn",
+        "rdn_mdcb",
+        ("RDN", "RDN with MDCB"),
+        {"channels": 1, "blocks": 3, "width": 16, "layers": 4},
+        wide=22,
         rates=(5e-4, 1e-3, 2e-3),
         steps=500,
         batch=4,
-        changes=SCRATCH,
     )
 
 

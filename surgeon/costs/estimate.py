@@ -38,6 +38,7 @@ from surgeon.costs.settings import (
 )
 from surgeon.costs.trace import Trace, Tracker
 from surgeon.errors import InputError, SurgeonError
+from surgeon.held import walk
 from surgeon.inputs import Inputs, call_arguments
 from surgeon.layers.base import DynamicConv2d
 
@@ -178,9 +179,7 @@ def run_step(model: nn.Module, settings: Settings, counter: FlopCounter, device:
     tracker.begin("setup")
     tracker.own([*model.parameters(), *model.buffers()], "weights")
     call = _call(model, settings, device)
-    tensors: list[Tensor] = []
-    call.map(lambda t: tensors.append(t) or t)
-    tracker.own(tensors, "inputs")
+    tracker.own([t for t in walk(call.args, call.kwargs) if isinstance(t, Tensor)], "inputs")
     with warnings.catch_warnings(), tracker.hooked():
         warnings.simplefilter("ignore")
         if train:

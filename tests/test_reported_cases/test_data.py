@@ -19,14 +19,7 @@ from surgeon.zoo.tasks.support.labeled import _folder
 from surgeon.zoo.tasks.support.masks import mask_pairs, read_mask
 from surgeon.zoo.tasks.support.metrics import psnr
 from surgeon.zoo.tasks.support.points import point_files, read_points
-
-
-def picture(path: Path, seed: int = 0, side: int = 20, mode: str = "RGB") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(pixels).convert(mode).save(path)
-    return path
-
+from tests.task_data import picture
 
 # --- what is found --------------------------------------------------------------------------------------------------
 

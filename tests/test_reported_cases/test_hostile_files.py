@@ -1,4 +1,4 @@
-"""Folders and files of strangers: nothing outside them is read or written, and what is wrong in them is one error."""
+"""Searches, recipes and journals of strangers: nothing outside them is read or written, and what is wrong is one error."""
 
 import json
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import pytest
 from surgeon.cli import main
 from surgeon.search.folder import SearchFolder, space_values
 from surgeon.search.journal import StudyError, is_alive
+from tests.json_files import change_json, write_json
 from tests.search_toys import toy_search, toy_space
 
 Capture = pytest.CaptureFixture[str]
@@ -42,11 +43,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     placement = dict(best.placement)
     arm = {"role": "found", "hash": best.hash, "placement": placement, "values": [9.0], "trial": 1, "why_not": None}
     kept = {"hash": best.hash, "value": 9.0, "placement": placement}
-    _write(path / "search.json", about)
-    _write(path / "best" / "best.json", kept)
-    _write(path / "finals" / "finals.json", {"steps": 1, "seeds": 1, "arms": [arm]})
+    write_json(path / "search.json", about)
+    write_json(path / "best" / "best.json", kept)
+    write_json(path / "finals" / "finals.json", {"steps": 1, "seeds": 1, "arms": [arm]})
     for folder in (path / "best" / str(best.hash), path / "finals" / f"{best.hash}-rung2-seed0"):
-        _write(folder / "recipe.json", {"of": folder.parent.name})
+        write_json(folder / "recipe.json", {"of": folder.parent.name})
     return path
 
 
@@ -62,16 +63,6 @@ def folder(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path / "s"
 
 
-def _write(path: Path, values: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values))
-
-
-def _change(path: Path, change: Callable[[Any], Any]) -> None:
-    values = json.loads(path.read_text())
-    _write(path, change(values) or values)
-
-
 def _fails(argv: list[str], words: str, capsys: Capture, code: int = 2) -> None:
     assert main(argv) == code
     out, error = capsys.readouterr()
@@ -83,7 +74,7 @@ def _fails(argv: list[str], words: str, capsys: Capture, code: int = 2) -> None:
 def test_an_export_takes_the_final_run_of_the_most_steps(folder: Path, capsys: Capture) -> None:
     """R1: the names that a search itself writes still lead to its folders, rung 10 after rung 2."""
     key = json.loads((folder / "finals" / "finals.json").read_text())["arms"][0]["hash"]
-    _write(folder / "finals" / f"{key}-rung10-seed0" / "recipe.json", {"of": "rung 10"})
+    write_json(folder / "finals" / f"{key}-rung10-seed0" / "recipe.json", {"of": "rung 10"})
     assert main(["study", "export", "s", "-o", "out", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["stage"] == "finals"
     assert json.loads(Path("out/recipe.json").read_text()) == {"of": "rung 10"}
@@ -98,9 +89,9 @@ def test_paths_in_a_search_lead_nowhere(which: str, name: Any, folder: Path, cap
     """R1: the best run, and that of the finals, are named by a path out of the folder."""
     if which == "best":
         (folder / "finals" / "finals.json").unlink()
-        _change(folder / "best" / "best.json", lambda kept: kept | {"hash": name})
+        change_json(folder / "best" / "best.json", lambda kept: kept | {"hash": name})
     else:
-        _change(folder / "finals" / "finals.json", lambda found: found["arms"][0].update(hash=name))
+        change_json(folder / "finals" / "finals.json", lambda found: found["arms"][0].update(hash=name))
     _fails(["study", "export", "s", "-o", "out"], "", capsys)
     assert not Path("out").exists()
 
@@ -155,7 +146,7 @@ def test_a_database_that_a_folder_names(url: str, words: str, folder: Path, caps
     """R1: search.json names a database: no server is told a password, and no file becomes a database."""
     Path("empty.db").touch()
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    _change(folder / "search.json", lambda about: about | {"storage": {"url": url, "name": "x"}})
+    change_json(folder / "search.json", lambda about: about | {"storage": {"url": url, "name": "x"}})
     _fails(["study", "status", "s"], words, capsys)
     after = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     assert {path for path in after if after[path] != before.get(path)} == {Path("s/search.json")}
@@ -224,7 +215,7 @@ def test_fields_of_a_search_have_their_types(
         values[path[-1]] = value
 
     accepted = isinstance(value, float) and path[-1] in ("value", "flops")
-    _change(folder / file, change)
+    change_json(folder / file, change)
     if file.startswith("best"):
         (folder / "finals" / "finals.json").unlink()
     for action in ("status", "export"):
@@ -299,162 +290,3 @@ def test_attributes_of_a_trial_have_their_types(name: str, value: Any, folder: P
 def test_a_journal_of_a_stranger_is_read_by_its_folder(folder: Path) -> None:
     """R1: the paths of a search are those of its folder."""
     assert SearchFolder(folder).final_of("0" * 16) is None
-
-
-# --- surgeon folders ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A surgeon folder."""
-    import surgeon
-
-    path = tmp_path_factory.mktemp("converted") / "run"
-    argv = [
-        "convert",
-        "test_resnet",
-        "--layers",
-        "stage4",
-        "--type",
-        "pafu",
-        "--weights",
-        "random",
-        "--input-size",
-        "32",
-    ]
-    assert main([*argv, "-o", str(path), "--quiet"]) == 0
-    surgeon.load(path)
-    return path
-
-
-@pytest.fixture
-def run(converted: Path, tmp_path: Path) -> Path:
-    """A copy of it that may be changed."""
-    import shutil
-
-    return Path(shutil.copytree(converted, tmp_path / "run"))
-
-
-def _reseal(run: Path, change: Callable[[dict[str, Any]], Any], aliases: str | None = None) -> None:
-    """Change the weights as somebody would who also knows how to write the hash."""
-    import hashlib
-
-    from safetensors.torch import load_file, save_file
-
-    file = run / "model.safetensors"
-    state = load_file(file)
-    change(state)
-    save_file(state, file, metadata={"format": "pt", "aliases": aliases or "{}"})
-    content = file.read_bytes()
-    seal = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    _change(run / "recipe.json", lambda recipe: recipe["artefact"]["files"].update({file.name: seal}))
-
-
-@pytest.mark.parametrize(
-    ("static", "words"),
-    [
-        (3, "artefact: static"),
-        (None, "artefact: static"),
-        ([3], "artefact: static: item 0"),
-        ("x", "artefact: static"),
-        ([["a"]], "item 0"),
-        (["stage1"], "has no layer 'stage1'"),
-        (["conv1.0"], "no dynamic layer"),
-    ],
-)
-def test_which_layers_are_static(static: Any, words: str, run: Path) -> None:
-    """R3: `static` that is a number or null."""
-    import surgeon
-    from surgeon.errors import SurgeonError
-
-    _change(run / "recipe.json", lambda recipe: recipe["artefact"].update(static=static))
-    with pytest.raises(SurgeonError, match=words):
-        surgeon.load(run)
-
-
-@pytest.mark.parametrize(
-    "aliases", ["[]", "3", "null", '{"a": 3}', '{"a": ["x"]}', '{"a": "nothing"}', "{", "1" * 5000, "[" * 3000, "1e400"]
-)
-def test_aliases_of_tensors(aliases: str, run: Path) -> None:
-    """R3: aliases in the metadata that are no dictionary of texts, or name nothing."""
-    import surgeon
-    from surgeon.errors import CheckpointError
-
-    _reseal(run, lambda state: None, aliases)
-    with pytest.raises(CheckpointError, match="aliases"):
-        surgeon.load(run)
-
-
-@pytest.mark.parametrize("dtype", ["int8", "int64", "bool", "complex64"])
-def test_weights_of_another_kind_of_dtype(dtype: str, run: Path) -> None:
-    """R4: weights of a whole-number dtype are no weights."""
-    import torch
-
-    import surgeon
-    from surgeon.errors import CheckpointError
-
-    def change(state: dict[str, Any]) -> None:
-        state["conv1.0.weight"] = state["conv1.0.weight"].to(getattr(torch, dtype))
-
-    _reseal(run, change)
-    with pytest.raises(CheckpointError, match=rf"conv1\.0\.weight is of dtype {dtype}, expected float32"):
-        surgeon.load(run)
-
-
-def test_weights_of_a_whole_number_dtype_in_any_file(tmp_path: Path) -> None:
-    """R4: quantized weights, rounded to whole numbers, would be loaded as such: silently another model."""
-    import torch
-
-    from surgeon.errors import ModelError
-    from surgeon.models import build_model
-
-    state = build_model("test_resnet", weights="random")[0].state_dict()
-    torch.save(state | {"conv1.0.weight": state["conv1.0.weight"].to(torch.int8)}, tmp_path / "int8.pth")
-    with pytest.raises(ModelError, match=r"conv1\.0\.weight is of dtype int8, expected float32"):
-        build_model("test_resnet", weights=str(tmp_path / "int8.pth"))
-
-
-@pytest.mark.parametrize("value", ["many", None, [1], {}, True])
-@pytest.mark.parametrize("field", ["params_before", "params_after", "macs_before", "max_rel_error", "seconds"])
-def test_totals_of_a_report_that_are_no_numbers(field: str, value: Any, run: Path) -> None:
-    """R11: a stranger's report whose totals are no numbers is shown, with what is unknown."""
-    from surgeon.checkpoint import read_report
-
-    def change(values: Any) -> None:
-        values[field] = value
-        for layer in values["replaced"]:
-            layer[field if field in layer else "calls"] = value
-            layer["geometry"] = value
-
-    _change(run / "report.json", change)
-    report = read_report(run)
-    assert report is not None
-    text = report.to_text()
-    assert "unknown" in text or field in ("macs_before", "max_rel_error")
-
-
-@pytest.mark.parametrize("field", ["replaced", "notes", "model", "precision", "nothing", "skipped"])
-@pytest.mark.parametrize("value", [3, [3.5], {"a": 1}])
-def test_texts_and_lists_of_a_report_that_are_none(field: str, value: Any, run: Path) -> None:
-    """R11: what is no report is said so."""
-    from surgeon.checkpoint import read_report
-    from surgeon.errors import CheckpointError
-
-    _change(run / "report.json", lambda values: values | {field: value})
-    with pytest.raises(CheckpointError, match="report"):
-        read_report(run)
-
-
-def test_a_space_that_grows_while_it_is_read(tmp_path: Path) -> None:
-    """R3: aliases of YAML stand for more than there is, and nesting takes for ever."""
-    from surgeon.errors import ConfigError
-    from surgeon.search.space import SpaceConfig
-
-    file = tmp_path / "space.yaml"
-    lines = ["a: &a [x, x]", *(f"{b}: &{b} [*{a}, *{a}, *{a}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True))]
-    for text, words in (("\n".join(lines), "aliases"), ("layers: " + "[" * 20_000, "nested too deep")):
-        file.write_text(text)
-        with pytest.raises(ConfigError, match=words):
-            SpaceConfig.read(file)
-    file.write_text("types: [pafu]\noptions:\n- {type: acda, options: {atoms: 4}}\n")
-    assert SpaceConfig.read(file).types == ("pafu",)

@@ -1,0 +1,56 @@
+"""What the tests of the compiled operators share: windows to draw, gradients, closeness, and numbers of threads."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from surgeon.layers.kernels.native.compiler import why_no_library
+
+NEEDS_LIBRARY = pytest.mark.skipif(bool(why_no_library()), reason="needs the compiled library")
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=80)
+Pair = tuple[int, int]
+
+
+def pairs(low: int, high: int) -> st.SearchStrategy[Pair]:
+    return st.tuples(st.integers(low, high), st.integers(low, high))
+
+
+def sizes(spare: Pair, window: Pair, stride: Pair, padding: Pair, dilation: Pair) -> tuple[list[int], list[int]]:
+    """(H, W) of an input that is `spare` pixels larger than the window, and of the output."""
+    size = [d * (k - 1) + 1 + more for k, d, more in zip(window, dilation, spare, strict=True)]
+    return size, [(more + 2 * p) // s + 1 for more, p, s in zip(spare, padding, stride, strict=True)]
+
+
+def gradients(y: Tensor, of: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """For one fixed gradient of the output."""
+    weight = ((torch.arange(y.numel()) % 7 - 3) / 3).view(y.shape).to(y.dtype)
+    return torch.autograd.grad((y * weight).sum(), of)
+
+
+def doubled(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [t.detach().double().requires_grad_() for t in tensors]
+
+
+def check_close(found: Iterable[Tensor], exact: Iterable[Tensor], least: float = 0.0) -> None:
+    """float32, and within 1e-5 of the largest exact number, which counts as at least `least`."""
+    for a, b in zip(found, exact, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == torch.float32
+        assert not b.numel() or (a - b).abs().max() <= 1e-5 * max(b.abs().max(), least)
+
+
+def check_threads(call: Callable[[], Sequence[Tensor]], *counts: int) -> None:
+    """The same bits on these numbers of threads as on one."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = call()
+        for threads in counts:
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, call(), expected))
+    finally:
+        torch.set_num_threads(before)
