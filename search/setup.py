@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.arguments import add_amp, add_device, add_pairs, add_seed, amp, amp_dtype, whole
+from surgeon.arguments import add_amp, add_device, add_pairs, add_seed, amp, whole
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Setup:
             "input_size": self.size,
             "batch_size": args.batch_size,
             "optimizer": args.optimizer,
-            "amp": amp_dtype(self.config.amp) or False,
+            "amp": self.config.amp_dtype or False,
             "weight_decay": self.config.weight_decay,
         }
 

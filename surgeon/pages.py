@@ -114,13 +114,15 @@ def chart(
     """
     marks = [mark for mark in marks if math.isfinite(mark.x) and math.isfinite(mark.y)]
     xs = [mark.x for mark in marks] + [x for points, _ in lines for x, _ in points] or [1.0]
+    whole = all(x == int(x) for x in xs)  # what is counted has no halves
+    xs += [-0.4, len(names) - 0.6] if names else []  # every name has its place, beside which marks may stand
     ys = [v for m in marks for v in (m.y, m.low, m.high) if v is not None] + [
         y for points, _ in lines for _, y in points
     ]
     ys = ys + ([] if level is None else [level]) or [0.0]
     scale_x = _Scale(xs, _LEFT, WIDTH - _RIGHT, log=log)
     scale_y = _Scale(ys, HEIGHT - _BOTTOM, _TOP)
-    parts = [_axes(scale_x, scale_y, across, up, names, percent)]
+    parts = [_axes(scale_x, scale_y, across, up, names, percent, whole)]
     if level is not None:
         parts.append(_line(_LEFT, scale_y(level), WIDTH - _RIGHT, scale_y(level), "zero"))
     for points, group in lines:
@@ -197,24 +199,25 @@ class _Scale:
     def __call__(self, value: float) -> float:
         return self.start + (self._placed(value) - self.low) / (self.high - self.low) * (self.end - self.start)
 
-    def ticks(self) -> list[float]:
-        """About four round values."""
+    def ticks(self, *, whole: bool = False) -> list[float]:
+        """About four round values, whole ones if it is whole numbers that are placed."""
         raw = (self.high - self.low) / 4
         power = 10.0 ** math.floor(math.log10(raw))
         step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda value: abs(value - raw))
+        step = max(step, 1.0) if whole and not self.log else step
         first = math.ceil(self.low / step)
         found = [index * step for index in range(first, math.floor(self.high / step) + 1)]
         return [10**value for value in found] if self.log else found
 
 
-def _axes(x: _Scale, y: _Scale, across: str, up: str, names: Sequence[str] | None, percent: bool) -> str:
+def _axes(x: _Scale, y: _Scale, across: str, up: str, names: Sequence[str] | None, percent: bool, whole: bool) -> str:
     bottom = HEIGHT - _BOTTOM
     parts = [_line(_LEFT, bottom, WIDTH - _RIGHT, bottom, "axis"), _line(_LEFT, _TOP, _LEFT, bottom, "axis")]
     for value in y.ticks():
         parts.append(_line(_LEFT, y(value), WIDTH - _RIGHT, y(value), "axis"))
         parts.append(f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>')
     told = [(float(i), name) for i, name in enumerate(names)] if names is not None else []
-    told = told or [(value, f"{value:+.3g}%" if percent else f"{value:.3g}") for value in x.ticks()]
+    told = told or [(value, f"{value:+.3g}%" if percent else f"{value:.3g}") for value in x.ticks(whole=whole)]
     for place, name in told:
         parts.append(f'<text x="{x(place):.1f}" y="{bottom + 16}" text-anchor="middle">{html.escape(name)}</text>')
     parts.append(

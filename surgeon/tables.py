@@ -1,5 +1,6 @@
 """Plain-text tables that read well at 80 columns and in a pipe: ASCII only, no colors, nothing cut without a mark."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 
@@ -63,6 +64,19 @@ def count(n: int | None, unit: str = "") -> str:
             return f"{value:.{digits}f}{factor}{unit}"
         value /= 1000
     raise AssertionError("unreachable")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in three digits: 12.3 ms, 1.28 s, 640 s; "-" for NaN."""
+    if math.isnan(seconds):
+        return "-"
+    return (
+        f"{1000 * seconds:.3g} ms"
+        if seconds < 0.9995
+        else f"{seconds:.3g} s"
+        if seconds < 999.5
+        else f"{seconds:,.0f} s"
+    )
 
 
 def error(value: float | None) -> str:

@@ -122,6 +122,11 @@ class FinetuneConfig:
                 raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)!r}")
         self._check_decay()
 
+    @property
+    def amp_dtype(self) -> str | None:
+        """The precision of `amp` as torch names its dtype; None for no."""
+        return {"no": None, "fp16": "float16", "bf16": "bfloat16"}[self.amp]
+
     def _check_decay(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones or ()))
         if bool(self.milestones) != (self.sched == "multistep"):

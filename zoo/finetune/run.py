@@ -404,14 +404,13 @@ def _predicted(model: nn.Module, size: tuple[int, ...], config: FinetuneConfig) 
         return make_optimizer([{"params": list(parameters)}], config)
 
     optimizer.__name__ = config.opt
-    amp: dict[str, bool | str] = {"no": False, "fp16": "float16", "bf16": "bfloat16"}
     try:
         found = cost(
             model,
             input_size=size,
             batch_size=config.batch_size,
             optimizer=optimizer,
-            amp=amp[config.amp],
+            amp=config.amp_dtype or False,
             channels_last=config.channels_last,
             weight_decay=config.weight_decay,
             accumulate=config.accumulate,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from surgeon.tables import count, paragraph, table
+from surgeon.tables import count, duration, paragraph, table
 from surgeon.zoo.finetune.state import finite
 
 ARMS = ("original", "converted")
@@ -134,8 +134,7 @@ class Answer:
             scores, cost = self.scores[arm], self.costs[arm]
             shown = f"{statistics.fmean(scores):.5g}" if scores else "-"
             rate = f"{self.rates[arm]:.3g}" if arm in self.rates else "-"
-            step = f"{1000 * cost.step_seconds:.3g} ms"
-            rows.append((arm, shown, rate, count(cost.params), count(cost.flops), step))
+            rows.append((arm, shown, rate, count(cost.params), count(cost.flops), duration(cost.step_seconds)))
         head = paragraph(f"{self.model} on {self.task}: {self.sentence()}", width=width, hang="  ")
         body = table(("", self.primary, "rate", "params", "FLOPs", "a step"), rows, width=width)
         lines = [paragraph(line, width=width, hang="  ") for line in (*how(self), *(f"note: {n}" for n in self.notes))]

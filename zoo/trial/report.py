@@ -7,7 +7,7 @@ from pathlib import Path
 from surgeon import pages
 from surgeon.errors import CheckpointError
 from surgeon.files import filling
-from surgeon.tables import count
+from surgeon.tables import count, duration
 from surgeon.zoo.trial.answer import ARMS, Answer, how
 
 _MEANS = {
@@ -45,7 +45,7 @@ def _costs(answer: Answer) -> str:
     lines = []
     for told, what in (("FLOPs", "flops"), ("parameters", "params"), ("time of a training step", "step_seconds")):
         values = [getattr(answer.costs[arm], what) for arm in ARMS]
-        shown = [f"{1000 * value:.3g} ms" if what == "step_seconds" else count(value) for value in values]
+        shown = [duration(value) if what == "step_seconds" else count(value) for value in values]
         factor = answer.factor(what)
         lines.append([told, *shown, "-" if factor is None else f"x{factor:.2f}"])
     return pages.rows(["", *ARMS, ""], lines)

@@ -32,7 +32,6 @@ from surgeon.zoo.trial.twins import TryConfig, Twins
 Tell = Callable[[str], None]
 MakeTask = Callable[[int], Task]  # by seed
 
-_AMP = {"no": None, "fp16": "float16", "bf16": "bfloat16"}
 _PROBE = 5.0  # seconds of training steps that tell how fast a network is
 _EPOCHS = 1e9  # the number of steps alone decides about the length
 
@@ -198,7 +197,7 @@ class _Trial:
             task,
             batch_size=base.eval_batch_size or base.batch_size,
             device=self.device,
-            amp=_AMP[base.amp],
+            amp=base.amp_dtype,
             workers=base.workers,
             layers=layers,
         )
@@ -246,7 +245,7 @@ class _Trial:
         going_on = (place / "training" / "run.json").is_file()
         left = f"{self.left / 60:.1f} min left"
         self.tell(f"run {len(self.scores) + 1}: {arm}, rate {rate:g}, seed {seed}; {left}")
-        task = self._seeded(seed)
+        task = self.make_task(seed)
         chooser, judge = self._parts(task)
         limit = max(self.left, 0.1) + self.run_before
         config = self.training(rate=rate, seed=seed, steps=self.plan.steps, limit=limit)
@@ -285,12 +284,6 @@ class _Trial:
         self.note_time()
         return True
 
-    def _seeded(self, seed: int) -> Task:
-        """The task with the random numbers of a seed, bound to the network as the first one is."""
-        task = self.make_task(seed)
-        task.bind(copy_model(self.model))
-        return task
-
     def _parts(self, task: Task) -> tuple[Task, Task]:
         """What chooses, and what judges: every second validation sample each, or all of them both."""
         plan, parts = self.plan, []
@@ -327,7 +320,6 @@ class _Trial:
             for arm in ARMS
         }
         seeds = sorted(set(rows["original"]) & set(rows["converted"]))
-        lengths = len(self.task.dataset("train"))
         done = [row for by_seed in rows.values() for row in by_seed.values()]
         converted = rows["converted"].get(seeds[0], {}) if seeds else {}
         answer = Answer(
@@ -340,7 +332,7 @@ class _Trial:
             steps=self.plan.steps,
             epochs=done[0]["epochs"] if done else 0.0,
             batch_size=self.config.base.batch_size * self.config.base.accumulate,
-            samples={"train": lengths, "choose": self.plan.choose, "judge": self.plan.judge},
+            samples={"train": len(self.task.dataset("train")), "choose": self.plan.choose, "judge": self.plan.judge},
             rates=rates,
             swept={arm: {f"{rate:g}": value for rate, value in self._swept(arm).items()} for arm in ARMS},
             seeds=seeds,
