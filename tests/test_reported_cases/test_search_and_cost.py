@@ -374,7 +374,7 @@ def test_a_second_interruption_of_a_search(capsys: Capture, monkeypatch: pytest.
     monkeypatch.setattr("surgeon.search.jobs.helpers", lambda *rest: nullcontext([]))
     monkeypatch.setattr(search_command, "_make", lambda *rest: (Search(), None))
     monkeypatch.setattr(search_command, "_begin", lambda *rest: None)
-    folder, file = search_command.__dict__["Path"]("s"), Namespace(name=None)
+    folder, file = search_command.__dict__["Path"]("s"), Namespace(name=None, shared=False)
     assert names["_search"](Namespace(quiet=True), Namespace(path=folder), file) == 130
     assert "go on with the same command and --resume" in capsys.readouterr().err
 
