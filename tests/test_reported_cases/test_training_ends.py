@@ -63,10 +63,14 @@ def test_the_lock_goes_with_the_run_not_with_its_loader_processes(tmp_path: Path
 def test_each_signal_that_asks_to_stop_leaves_a_checkpoint(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """T7: SIGTERM, SIGHUP."""
+    """T7: SIGTERM, SIGHUP; a signal that the tests' own caller ignores (nohup) is set to its default first."""
     interrupt_at(monkeypatch, 2, number)
-    with pytest.raises(Interrupted, match="after step 3"):
-        finetune(make_restorer(), regression(), SHORT, tmp_path / "run")
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(Interrupted, match="after step 3"):
+            finetune(make_restorer(), regression(), SHORT, tmp_path / "run")
+    finally:
+        signal.signal(number, before)
 
 
 def test_loader_processes_leave_the_first_signal_to_the_training() -> None:
