@@ -288,8 +288,6 @@ def test_importances_and_plots_show_layers_by_name(tmp_path: Path) -> None:
 
 
 def test_plotly_and_pandas_show_layers_by_name(tmp_path: Path) -> None:
-    pytest.importorskip("plotly", reason="plotly is not a dependency")
-    pytest.importorskip("pandas", reason="nor is pandas")
     search = toy_search(tmp_path / "s.jsonl", trials=20)
     search.open()
     search.run()
