@@ -9,6 +9,8 @@ from benchmarks.studies import scratch, small, trained
 from benchmarks.studies.study import Study
 from surgeon.recipe import Rule
 
+_FIRST_OF_STAGES = "layer1.0.conv1,layer2.0.conv1,layer3.0.conv1"  # of the CIFAR ResNets
+
 STUDIES: dict[str, Callable[[], Study]] = {
     "sad": scratch.sad,
     "acda-sr": scratch.restorer,
@@ -28,9 +30,12 @@ STUDIES: dict[str, Callable[[], Study]] = {
     ),
     "resnet20": lambda: trained.classifier(
         "resnet20_cifar",
-        {"pafu": "layer1.0.conv1,layer2.0.conv1,layer3.0.conv1", "sekg": "layer3.1.conv1", "acda": "layer3"},
+        {"pafu": _FIRST_OF_STAGES, "sekg": "layer3.1.conv1", "acda": "layer3"},
         320,
     ),
+    "resnet20-1000": lambda: trained.classifier("resnet20_cifar", {"pafu": _FIRST_OF_STAGES}, 1000),
+    "resnet56": lambda: trained.classifier("resnet56_cifar", {"pafu": _FIRST_OF_STAGES}, 320),
+    "resnet56-1000": lambda: trained.classifier("resnet56_cifar", {"pafu": _FIRST_OF_STAGES}, 1000),
     "blind-gray": lambda: trained.blind_denoiser(
         "dncnn",
         "Train400_gray",
