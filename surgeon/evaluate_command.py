@@ -207,7 +207,8 @@ def text(document: dict[str, Any], width: int) -> str:
     from surgeon.tables import count, paragraph, shorten, table
 
     beside = document["original"]
-    head = f"{document['model']}: {document['task']}, {document['samples']} samples of {document['split']}"
+    samples = f"{document['samples']} sample{'s' * (document['samples'] != 1)}"
+    head = f"{document['model']}: {document['task']}, {samples} of {document['split']}"
     columns = [document] + ([beside] if beside else [])
     rows = []
     for name, value in document["metrics"].items():
