@@ -25,9 +25,10 @@ EXAMPLES = """  surgeon place resnet50 --max-flops +10% --max-memory 8GiB --batc
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `surgeon place`, beside --json, --quiet and --debug."""
-    parser.add_argument("model", metavar="MODEL", help="a model's name")
+    parser.add_argument("model", metavar="MODEL", help="a model's name, or a folder that surgeon wrote; not converted")
     add_step_arguments(parser)
-    parser.add_argument("--weights", default="random", metavar="auto|pretrained|random|FILE", help="default: random")
+    weights = "default: random; a folder has its own"
+    parser.add_argument("--weights", metavar="auto|pretrained|random|FILE", help=weights)
     add_seed(parser, "of the recipe")
     add_space_arguments(parser)
     add_budget_arguments(parser)
@@ -119,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
         max_layers=args.max_layers,
     )
     config = space_config(args)
-    model, _ = build_model(args.model, weights=args.weights, seed=args.seed, input_size=args.input_size)
+    weights = args.weights or ("auto" if Path(args.model, "recipe.json").is_file() else "random")
+    model, _ = build_model(args.model, weights=weights, seed=args.seed, input_size=args.input_size)
     gate = Gate(
         model,
         config,

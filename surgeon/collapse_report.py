@@ -149,7 +149,8 @@ def _totals(report: CollapseReport, width: int) -> str:
             f"error       {error(report.max_rel_error)} relative, {error(report.max_abs_error)} absolute "
             f"({report.precision}{kind})"
         )
-    given = f"{report.images} images, tolerance {report.tolerance or 0:g}" if report.images else "none given"
+    count = f"{report.images} image{'s' * (report.images != 1)}"
+    given = f"{count}, tolerance {report.tolerance or 0:g}" if report.images else "none given"
     lines += [f"images      {given}", took(report.seconds)]
     lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in report.notes]
     return "\n".join(lines)

@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `surgeon evaluate`, beside --json, --quiet and --debug."""
     parser.add_argument("model", metavar="RUN|MODEL", help="a folder that surgeon wrote, or a model's name")
     group = parser.add_argument_group("task")
-    group.add_argument("--task", required=True, metavar="NAME", help="what the model is judged on")
-    group.add_argument("--data", metavar="DIR", help="the task's data; its layout is in the task's description")
+    group.add_argument("--task", required=True, metavar="NAME", help="classification, denoising, ...")
+    group.add_argument("--data", metavar="DIR", help="the task's data, laid out as docs/tasks.md says")
     add_pairs(group, "--task-option", "any option of the task", dest="task_options")
     group.add_argument("--split", choices=("val", "train"), default="val", help="default: val")
     group.add_argument("--limit", type=positive, metavar="N", help="only N samples, spread evenly over the split")
@@ -207,7 +207,8 @@ def text(document: dict[str, Any], width: int) -> str:
     from surgeon.tables import count, paragraph, shorten, table
 
     beside = document["original"]
-    head = f"{document['model']}: {document['task']}, {document['samples']} samples of {document['split']}"
+    samples = f"{document['samples']} sample{'s' * (document['samples'] != 1)}"
+    head = f"{document['model']}: {document['task']}, {samples} of {document['split']}"
     columns = [document] + ([beside] if beside else [])
     rows = []
     for name, value in document["metrics"].items():

@@ -40,6 +40,8 @@ def read_images(
 def read_image(file: Path, transform: Callable[[Any], Tensor], base: BaseModel, *, option: str) -> Tensor:
     """One picture (C, H, W) as the model gets it, gray where the model takes one channel; raises `InputError`."""
     channels = base.input_size[0] if base.input_size else 3
+    if not file.is_file():
+        raise InputError(f"{option}: there is no picture {file}")
     try:
         with opened(file) as image:
             return transform(image.convert("L" if channels == 1 else "RGB"))

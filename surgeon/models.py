@@ -311,4 +311,9 @@ def _from_folder(path: str, weights: str) -> tuple[nn.Module, BaseModel | None]:
 
     if weights != "auto":
         raise ModelError(f"{path} is a surgeon folder and has its own weights; --weights {weights} cannot apply")
-    return load(path), Recipe.read(path).base
+    model, recipe = load(path), Recipe.read(path)
+    base = recipe.base
+    if base is None or recipe.rules or base.source not in ("timm", "torchvision", "zoo"):
+        return model, base
+    file = Path(path, "model.safetensors").resolve()  # a plain network that was trained: the weights are the folder's
+    return model, _recorded(base, model, Weights(kind="file", path=str(file)))

@@ -154,6 +154,8 @@ def test_the_table_is_80_columns_wide(capsys: pytest.CaptureFixture[str]) -> Non
     assert out.startswith("run: brightness, 6 samples of val\n")
     assert max(map(len, out.splitlines())) <= 80
     assert out.isascii()
+    assert main(["evaluate", "run", "--task", "brightness", "--limit", "1", "--quiet"]) == 0
+    assert capsys.readouterr().out.startswith("run: brightness, 1 sample of val\n")
     rows = [line.split()[0] for line in out.splitlines() if line[:1].isalpha() and " " in line]
     assert rows[1:5] == ["accuracy*", "loss", "parameters", "FLOPs"]
     assert "* decides, higher is better" in out

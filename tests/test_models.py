@@ -13,6 +13,7 @@ import torch
 import torchvision
 from torch import nn
 
+import surgeon
 from surgeon.errors import ModelError
 from surgeon.identify import identify
 from surgeon.models import build_model, build_structure, model_names, restore
@@ -79,6 +80,22 @@ def test_unknown_names_are_one_error_with_the_nearest_ones(spec: str, words: lis
     with pytest.raises(ModelError) as caught:
         build_model(spec, weights="random")
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_trained_plain_folder_is_the_original_of_what_is_made_of_it(tmp_path: Path) -> None:
+    """Not the random or pretrained weights that its own training began with."""
+    model, _ = random_model(TINY, seed=3)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)  # the training
+    surgeon.save(model, tmp_path / "plain")
+    again, base = build_model(str(tmp_path / "plain"))
+    assert base is not None
+    assert (base.weights.kind, base.weights.path) == ("file", str(tmp_path / "plain" / "model.safetensors"))
+    assert state_sha256(restore(base)) == state_sha256(again) == state_sha256(model)
+
+    converted, report = surgeon.convert(again, layers="stage4", type="pafu", input_size=64)
+    surgeon.save(converted, tmp_path / "pafu", report=report)
+    assert build_model(str(tmp_path / "pafu"))[1] is not None
 
 
 def test_a_folder_that_surgeon_did_not_write(tmp_path: Path) -> None:

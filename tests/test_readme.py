@@ -32,6 +32,17 @@ def test_ci_runs_the_very_test_command_of_the_readme() -> None:
     assert TESTS in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
+def test_the_python_of_the_readme_is_short() -> None:
+    (block,) = blocks(ROOT / "README.md", "python")
+    assert len([line for line in block.splitlines() if line]) <= 8
+
+
+def test_the_figure_of_the_readme_is_one_of_the_measured_ones() -> None:
+    figures = re.findall(r"[+−-]\d+\.\d+ ± \d+\.\d+", (ROOT / "README.md").read_text())
+    assert len(figures) == 1
+    assert figures[0] in (ROOT / "docs" / "gains.md").read_text()
+
+
 def commands() -> list[str]:
     found = set()
     for document in DOCUMENTS:
@@ -53,11 +64,12 @@ def test_the_documents_show_commands() -> None:
     assert len(commands()) >= 5
 
 
-def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("document", ["README.md", "docs/converting.md"])
+def test_the_python_of_the_readme_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (block,) = blocks(ROOT / "README.md", "python")
+    (block,) = blocks(ROOT / document, "python")
     scope: dict[str, Any] = {}
-    exec(compile(block, "README.md", "exec"), scope)
+    exec(compile(block, document, "exec"), scope)
     assert scope["report"].max_rel_error <= 1e-5
     assert (tmp_path / "runs" / "mine" / "recipe.json").is_file()
 
@@ -105,6 +117,24 @@ def test_the_python_of_the_search_docs_runs() -> None:
 def test_links_lead_to_files(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
         assert (document.parent / target).exists(), target
+
+
+def anchors(document: Path) -> set[str]:
+    """What GitHub makes of a document's headings."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_headings(document: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", document.read_text()):
+        assert anchor in anchors((document.parent / target) if target else document), f"{target}#{anchor}"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = re.findall(r"\]\((docs/[^)#]+\.md)", (ROOT / "README.md").read_text())
+    assert {f"docs/{path.name}" for path in DOCUMENTS[1:]} == set(linked)
 
 
 @pytest.mark.parametrize("name", ["convert_timm", "mixed_recipe", "own_objective"])

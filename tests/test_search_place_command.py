@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 
+import surgeon
 from surgeon.cli import main
 from surgeon.search.gain import GainTable
 
@@ -30,6 +32,15 @@ def test_the_recipe_goes_through_convert(capsys: pytest.CaptureFixture[str]) -> 
     report = json.loads(capsys.readouterr().out)
     assert {entry["name"] for entry in report["replaced"]} == set(best["replaced"])
     assert report["params_after"] == best["traced"]["params"]
+
+
+def test_a_folder_that_surgeon_wrote(capsys: pytest.CaptureFixture[str]) -> None:
+    surgeon.save(timm.create_model("test_resnet"), "plain")
+    assert main(["place", "plain", *PAFU[2:], "--max-layers", "2", "--json"]) == 0
+    [best] = json.loads(capsys.readouterr().out)["placements"]
+    assert len(best["replaced"]) == 2
+    assert main(["place", "plain", *PAFU[2:], "--weights", "random"]) == 2
+    assert "has its own weights; --weights random cannot apply" in capsys.readouterr().err
 
 
 def test_gains_decide_and_several_differ(capsys: pytest.CaptureFixture[str]) -> None:

@@ -369,7 +369,7 @@ def test_file_names_are_safe() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "nowhere.png", "-o", "out"], "IMAGE: cannot read the picture nowhere.png"),
+        (["run", "nowhere.png", "-o", "out"], "IMAGE: there is no picture nowhere.png\n"),
         (["run", "run/recipe.json", "-o", "out"], "IMAGE: cannot read the picture run/recipe.json"),
         (["nowhere", "a.png", "-o", "out"], "there is no surgeon folder nowhere"),
         (["run", "a.png", "-o", "a.png"], "a.png exists and is not a folder"),

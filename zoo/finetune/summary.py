@@ -60,8 +60,9 @@ class Summary:
                 rows.append((label, *metrics, count(found.parameters), flops, f"{found.seconds:.1f}"))
         arrow = "higher" if self.higher_is_better else "lower"
         why = {"steps": "all steps done", "time": "out of time", "patience": "no better for too long"}[self.stopped]
+        steps = f"{self.steps} step{'s' * (self.steps != 1)}"
         lines = [
-            f"{self.task}: {self.steps} steps, {self.epochs:.2f} epochs, {self.seconds:.1f} s of training ({why})",
+            f"{self.task}: {steps}, {self.epochs:.2f} epochs, {self.seconds:.1f} s of training ({why})",
             f"kept: the weights of step {self.kept_step} ({self.primary}: {arrow} is better)",
         ]
         if self.recalibrated:
