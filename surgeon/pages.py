@@ -59,6 +59,29 @@ class Mark:
     high: float | None = None
 
 
+_SNIPPET = """.surgeon-report{font:14px/1.45 system-ui,sans-serif;max-width:100%}
+.surgeon-report .scroll{overflow:auto;max-height:26rem}
+.surgeon-report table{border-collapse:collapse;font-size:13px;margin:.4rem 0}
+.surgeon-report td,.surgeon-report th{padding:.2rem .8rem .2rem 0;text-align:left;border-bottom:1px solid rgba(128,128,128,.35);
+background:none;white-space:nowrap}
+.surgeon-report .n{text-align:right;font-variant-numeric:tabular-nums}
+.surgeon-report pre{white-space:pre-wrap;margin:.3rem 0;font-size:12px;background:none;color:inherit}
+.surgeon-report summary{cursor:pointer}"""
+
+
+def snippet(title: str, table: str, totals: str, more: Sequence[tuple[str, str]] = ()) -> str:
+    """A part of somebody else's page, as a notebook: a heading, a table of `rows`, totals, and texts to unfold.
+
+    It has the colors of its surroundings, light or dark, and no script.
+    """
+    folded = "".join(
+        f"<details><summary>{html.escape(heading)}</summary><pre>{html.escape(text)}</pre></details>"
+        for heading, text in more
+    )
+    head = f"<style>{_SNIPPET}</style><b>{html.escape(title)}</b>"
+    return f'<div class="surgeon-report">{head}{table}<pre>{html.escape(totals)}</pre>{folded}</div>'
+
+
 def page(title: str, body: Sequence[str]) -> str:
     """A whole page; the parts of the body are HTML."""
     head = (

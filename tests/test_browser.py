@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import surgeon
 from surgeon import pages
 from surgeon.zoo.trial.report import write_report
 from tests.browser import Browser, chromium
 from tests.page_looks import LOOK, PHONE, check, tips
 from tests.test_try import make_answer
+from tests.tiny_runs import tiny
 
 
 @pytest.fixture
@@ -76,3 +78,26 @@ def test_the_test_sees_what_is_wrong(tmp_path: Path, browser: Browser) -> None:
     said = "\n".join(browser.complaints())
     assert "hm" in said
     assert "missing is not defined" in said
+
+
+@pytest.mark.parametrize(("ink", "paper"), [("#000", "#fff"), ("#d4d4d4", "#111")])
+def test_a_table_in_a_notebook(tmp_path: Path, browser: Browser, ink: str, paper: str) -> None:
+    """In the colors of Jupyter's two themes, in a narrow window."""
+    model, report = surgeon.convert(tiny(), layers="layer4.0.conv2", type="acda", input_size=64)
+    report.notes.append("a note")
+    shown = [surgeon.inspect(model, input_size=64)._repr_html_(), report._repr_html_()]
+    style = f"body{{color:{ink};background:{paper};font:14px sans-serif}}td,th{{color:{ink}}}"
+    page = tmp_path / "cell.html"
+    page.write_text(f"<!doctype html><meta charset=utf-8><style>{style}</style>{''.join(shown)}")
+    browser.open(page, width=600)
+    assert browser.value("document.documentElement.scrollWidth") <= 600
+    assert browser.value(LOOK) == []
+    for name in ("b", "td", "summary"):
+        colors = browser.value(
+            f"[...new Set([...document.querySelectorAll('{name}')].map(e=>getComputedStyle(e).color))]"
+        )
+        assert len(colors) == 1, "the notebook's own"
+    browser.value("document.querySelectorAll('details').forEach(e=>e.open=true)")
+    assert browser.value(LOOK) == []
+    assert browser.complaints() == []
+    browser.picture(tmp_path / "cell.png")
