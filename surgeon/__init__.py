@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from surgeon.costs import cost_table as cost_table
     from surgeon.errors import SurgeonError as SurgeonError
     from surgeon.export import export as export
+    from surgeon.hub import from_pretrained as from_pretrained
+    from surgeon.hub import push_to_hub as push_to_hub
     from surgeon.recipe import Recipe as Recipe
     from surgeon.report import Report as Report
     from surgeon.rewrite import revert as revert
@@ -45,8 +47,10 @@ _EXPORTS = {
     "cost": "surgeon.costs",
     "cost_table": "surgeon.costs",
     "export": "surgeon.export",
+    "from_pretrained": "surgeon.hub",
     "inspect": "surgeon.convert",
     "load": "surgeon.checkpoint",
+    "push_to_hub": "surgeon.hub",
     "revert": "surgeon.rewrite",
     "save": "surgeon.checkpoint",
     "static": "surgeon.rewrite",
@@ -66,8 +70,10 @@ __all__ = [
     "cost",
     "cost_table",
     "export",
+    "from_pretrained",
     "inspect",
     "load",
+    "push_to_hub",
     "revert",
     "save",
     "static",

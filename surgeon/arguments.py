@@ -162,7 +162,7 @@ def add_training_options(group: Any) -> Any:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """A folder that surgeon wrote."""
-    parser.add_argument("run", metavar="RUN", help="a folder that surgeon wrote")
+    parser.add_argument("run", metavar="RUN", help="a folder that surgeon wrote, or hf-hub:ORG/NAME")
     parser.add_argument(
         "--trust-factory", action="store_true", help="run the package.module:factory that the recipe names"
     )

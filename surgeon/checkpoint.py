@@ -1,6 +1,7 @@
-"""Converted models on disk: a folder with recipe.json, model.safetensors, report.json and report.txt.
+"""Converted models on disk: a folder with recipe.json, model.safetensors, README.md, report.json and report.txt.
 
-Where the base model is an exported program, its file lies there, too.
+Where the base model is an exported program, its file lies there, too. README.md is for people and the Hub: nothing reads it
+back, and it may be edited.
 
 No pickles, and no code from the folder runs when it is read. A folder appears under its name only when it is complete.
 """
@@ -22,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from surgeon.card import FILE as CARD
+from surgeon.card import model_card
 from surgeon.collapse_report import CollapseReport, read
 from surgeon.copying import copy_model
 from surgeon.errors import CheckpointError, RecipeError, SurgeonError
@@ -89,6 +92,7 @@ def save(
         values = recipe.to_dict() | {"artefact": artefact}
         _write(folder / RECIPE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         (folder / WEIGHTS).chmod((folder / RECIPE).stat().st_mode)
+        _write(folder / CARD, model_card(recipe, report))
         if report is not None:
             _write(folder / REPORT, report.to_json())
             _write(folder / TEXT, report.to_text())
@@ -108,18 +112,7 @@ def load(
     that cannot be read, `ModelError` for a base model that cannot be built.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"there is no surgeon folder {path}")
-    if not (path / RECIPE).is_file():
-        raise CheckpointError(f"{path} is not a surgeon folder: it has no {RECIPE}")
-    values = read_json(path / RECIPE, RecipeError, "the recipe")
-    recipe = Recipe.from_dict(values, str(path / RECIPE)).located(path)
-    artefact = values.get("artefact")
-    if not isinstance(artefact, dict):
-        raise CheckpointError(f"{path / RECIPE} is a recipe, but not that of a saved model: it has no artefact section")
-    _check_file(path / WEIGHTS, artefact)
-    if recipe.base is not None and recipe.base.source == "program":
-        _check_file(path / Path(recipe.base.name).name, artefact)
+    recipe, artefact = read_folder(path)
     model = _structure(recipe, base, path, trust_factory)
     model = apply_rules(model, recipe.rules, str(path))
     _fill(model, path / WEIGHTS)
@@ -132,6 +125,23 @@ def load(
         layer.adaptive = False
     set_recipe(model, recipe)
     return model.eval().to(device)
+
+
+def read_folder(path: Path) -> tuple[Recipe, dict[str, Any]]:
+    """Recipe of a surgeon folder and what it says of its files, which are whole. Raises `CheckpointError`, `RecipeError`."""
+    if not path.is_dir():
+        raise CheckpointError(f"there is no surgeon folder {path}")
+    if not (path / RECIPE).is_file():
+        raise CheckpointError(f"{path} is not a surgeon folder: it has no {RECIPE}")
+    values = read_json(path / RECIPE, RecipeError, "the recipe")
+    recipe = Recipe.from_dict(values, str(path / RECIPE)).located(path)
+    artefact = values.get("artefact")
+    if not isinstance(artefact, dict):
+        raise CheckpointError(f"{path / RECIPE} is a recipe, but not that of a saved model: it has no artefact section")
+    _check_file(path / WEIGHTS, artefact)
+    if recipe.base is not None and recipe.base.source == "program":
+        _check_file(path / Path(recipe.base.name).name, artefact)
+    return recipe, artefact
 
 
 def read_report(path: str | Path) -> Report | CollapseReport | None:

@@ -46,12 +46,13 @@ def run(args: argparse.Namespace) -> int:
     import surgeon
     from surgeon.checkpoint import check_output, load, save
     from surgeon.console import Progress
+    from surgeon.hub import folder
     from surgeon.recipe import get_recipe
 
     _check(args)
     if not args.dry_run:
         check_output(args.output, force=args.force)
-    model = load(args.run, trust_factory=args.trust_factory)
+    model = load(folder(args.run), trust_factory=args.trust_factory)
     recipe = get_recipe(model)
     base = recipe.base if recipe is not None else None
     images = _images(args, model, base)

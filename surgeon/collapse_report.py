@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from surgeon.errors import CheckpointError
+from surgeon.pages import rows, snippet
 from surgeon.report import Report, change, entry, flops, jsonable, name_list, took
 from surgeon.report_fields import read_fields
 from surgeon.tables import count, error, paragraph, table
@@ -89,10 +90,24 @@ class CollapseReport:
 
     def to_text(self, width: int = 80) -> str:
         """For people: the table of layers, the evidence, why others were kept, totals, errors, notes."""
-        title = f"{self.model}: " if self.model else ""
-        parts = [f"{title}{len(self.folded)} of {len(self.layers)} dynamic layers folded into convolutions"]
-        parts += [_table(self.layers, width), _evidence(self, width), _kept(self, width), _totals(self, width)]
+        parts = [
+            self._title(),
+            _table(self.layers, width),
+            _evidence(self, width),
+            _kept(self, width),
+            _totals(self, width),
+        ]
         return "\n\n".join(part for part in parts if part) + "\n"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table, totals and notes, and the evidence and what was kept to unfold."""
+        more = [("evidence", _evidence(self, 100)), (f"kept: {len(self.kept)}", _kept(self, 100))]
+        folded = [(heading, text) for heading, text in more if text]
+        return snippet(self._title(), rows(_HEADER, _rows(self.layers)), _totals(self, 100), folded)
+
+    def _title(self) -> str:
+        title = f"{self.model}: " if self.model else ""
+        return f"{title}{len(self.folded)} of {len(self.layers)} dynamic layers folded into convolutions"
 
 
 def read(values: dict[str, Any]) -> "Report | CollapseReport":
@@ -100,15 +115,21 @@ def read(values: dict[str, Any]) -> "Report | CollapseReport":
     return CollapseReport.from_dict(values) if values.get("kind") == KIND else Report.from_dict(values)
 
 
-def _table(layers: list[Collapsed], width: int) -> str:
-    rows = []
+_HEADER = ("layer", "type", "becomes", "varies", "params", "after", "FLOPs", "after", "error")
+
+
+def _rows(layers: list[Collapsed]) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
     for x in layers:
         kernel = "kept" if x.kernel_size is None else "x".join(map(str, x.kernel_size))
         told = "-" if x.variation is None else f"{x.variation:.2g}"
         params, work = (count(x.params_before), count(x.params_after)), (flops(x.macs_before), flops(x.macs_after))
-        rows.append((x.name, x.type, kernel, told, *params, *work, error(x.max_rel_error)))
-    header = ("layer", "type", "becomes", "varies", "params", "after", "FLOPs", "after", "error")
-    return table(header, rows, width=width, left=3)
+        found.append((x.name, x.type, kernel, told, *params, *work, error(x.max_rel_error)))
+    return found
+
+
+def _table(layers: list[Collapsed], width: int) -> str:
+    return table(_HEADER, _rows(layers), width=width, left=3)
 
 
 def _evidence(report: CollapseReport, width: int) -> str:

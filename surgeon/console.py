@@ -8,6 +8,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from surgeon import pages
 from surgeon.report import flops, geometry_text, name_list
 from surgeon.tables import count, error, paragraph, table
 
@@ -82,12 +83,40 @@ def activation_bytes(site: "ConvSite") -> int | None:
     return sum(4 * math.prod(call.output[-3:]) for call in site.calls)
 
 
+INSPECTED = ("layer", "stage", "geometry", "output", "FLOPs", "params", "memory", "can become")
+
+
+class Inspection(list["ConvSite"]):
+    """What `surgeon.inspect` found: a list, which notebooks show as a table."""
+
+    def _repr_html_(self) -> str:
+        rows, against = _inspected(self)
+        table_ = pages.rows(INSPECTED, rows) if rows else ""
+        more = [("why not", _why_not(against, 100))] if against else []
+        return pages.snippet(_summary(self), table_, _UNITS, more)
+
+
+_UNITS = "FLOPs (1 MAC = 2 FLOPs) and memory (of the output, float32) are for one image."
+
+
 def inspection_text(sites: "list[ConvSite]", model: str, width: int) -> str:
     """The table of `surgeon inspect`, and below it why something cannot become something."""
     from surgeon.layers.registry import layer_types
+
+    rows, against = _inspected(sites)
+    parts = [f"{model}: {_summary(sites)}", table(INSPECTED, rows, width=width, left=3)]
+    if against:
+        parts.append(f"why not:\n{_why_not(against, width)}")
+    parts.append(paragraph(f"{_UNITS} Types: {', '.join(layer_types())}.", width=width))
+    return "\n\n".join(parts) + "\n"
+
+
+def _inspected(sites: "list[ConvSite]") -> tuple[list[tuple[str, ...]], dict[str, list[str]]]:
+    """A row for each convolution, and the names behind each reason why something cannot become something."""
     from surgeon.plan import can_become
 
-    rows, against = [], dict[str, list[str]]()
+    rows: list[tuple[str, ...]] = []
+    against: dict[str, list[str]] = {}
     for site in sites:
         possible = can_become(site)
         fits = [kind for kind, reasons in possible.items() if not reasons]
@@ -103,19 +132,20 @@ def inspection_text(sites: "list[ConvSite]", model: str, width: int) -> str:
         cells = (site.name, site.stage or "-", geometry, out, flops(site.macs), count(site.params), memory)
         fitting = "any type" if len(fits) == len(possible) else " ".join(fits)
         rows.append((*cells, site.dynamic or fitting or "nothing"))
-    header = ("layer", "stage", "geometry", "output", "FLOPs", "params", "memory", "can become")
+    return rows, against
+
+
+def _summary(sites: "list[ConvSite]") -> str:
     total = [flops(sum(site.macs or 0 for site in sites)), count(sum(site.params for site in sites))]
-    parts = [f"{model}: {len(sites)} convolutions, {total[0]} FLOPs, {total[1]} parameters in them"]
-    parts.append(table(header, rows, width=width, left=3))
-    if against:
-        lines = []
-        for reason, names in against.items():
-            lines.append(paragraph(f"{reason} ({len(names)}):", width=width, indent="  ", hang="    "))
-            lines.append(paragraph(name_list(names), width=width, indent="    "))
-        parts.append("\n".join(["why not:", *lines]))
-    told = f"FLOPs (1 MAC = 2 FLOPs) and memory (of the output, float32) are for one image. Types: {', '.join(layer_types())}."
-    parts.append(paragraph(told, width=width))
-    return "\n\n".join(parts) + "\n"
+    return f"{len(sites)} convolutions, {total[0]} FLOPs, {total[1]} parameters in them"
+
+
+def _why_not(against: dict[str, list[str]], width: int) -> str:
+    lines = []
+    for reason, names in against.items():
+        lines.append(paragraph(f"{reason} ({len(names)}):", width=width, indent="  ", hang="    "))
+        lines.append(paragraph(name_list(names), width=width, indent="    "))
+    return "\n".join(lines)
 
 
 # --- verify -------------------------------------------------------------------------------------------------------

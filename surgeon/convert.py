@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from surgeon.blocks import find_blocks
 from surgeon.compare import compare
+from surgeon.console import Inspection
 from surgeon.copying import copy_model, eager, without_compiler
 from surgeon.errors import (
     ConfigError,
@@ -124,11 +125,11 @@ def inspect(
 ) -> list[ConvSite]:
     """Every convolution of a model: names, geometry, stage, shapes, cost, neighbors, and what forbids to replace it.
 
-    The model is not touched. Raises `InputError` if it does not run on the inputs.
+    The model is not touched. In a notebook the list shows as a table. Raises `InputError` if it does not run on the inputs.
     """
     functional = Raised(model)
     try:
-        return list(functional.described(find_sites(model, example_inputs, input_size)).convs)
+        return Inspection(functional.described(find_sites(model, example_inputs, input_size)).convs)
     finally:
         functional.undo()
 

@@ -94,8 +94,10 @@ def run(args: argparse.Namespace) -> int:
 def _cost_of(spec: str, args: argparse.Namespace, **settings: Any) -> "tuple[nn.Module, Cost]":
     """A model and what it costs. Weights are made for --measure, and where the model cannot be traced without data."""
     from surgeon.costs import cost
+    from surgeon.hub import folder_if_any
     from surgeon.models import shapes_of
 
+    spec = folder_if_any(spec)
     if not args.measure and not Path(spec, "recipe.json").is_file():
         model = shapes_of(spec)
         try:
@@ -109,10 +111,13 @@ def _cost_of(spec: str, args: argparse.Namespace, **settings: Any) -> "tuple[nn.
 
 def build(spec: str, *, trust_factory: bool = False) -> "nn.Module":
     """A model for its shapes: the weights do not matter, so that none are fetched."""
-    if Path(spec, "recipe.json").is_file():
+    from surgeon.hub import folder_if_any
+
+    folder = folder_if_any(spec)
+    if Path(folder, "recipe.json").is_file():
         from surgeon.checkpoint import load
 
-        return load(spec, trust_factory=trust_factory)
+        return load(folder, trust_factory=trust_factory)
     from surgeon.models import build_model
 
     return build_model(spec, weights="random")[0]
@@ -120,10 +125,11 @@ def build(spec: str, *, trust_factory: bool = False) -> "nn.Module":
 
 def original_of(args: argparse.Namespace) -> "nn.Module":
     """The unconverted model behind a run, with meaningless weights; raises `ConfigError` where it is not known."""
+    from surgeon.hub import folder_if_any
     from surgeon.models import build_structure
     from surgeon.recipe import Recipe
 
-    folder = getattr(args, "run", None) or args.model
+    folder = folder_if_any(getattr(args, "run", None) or args.model)
     if not Path(folder, "recipe.json").is_file():
         raise ConfigError(
             f"{folder} is no folder that surgeon wrote; name the model to compare with: --compare ORIGINAL"

@@ -106,11 +106,14 @@ def _task(args: argparse.Namespace) -> "Task":
 
 
 def _model(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
-    if Path(args.model, "recipe.json").is_file():
+    from surgeon.hub import folder_if_any
+
+    folder = folder_if_any(args.model)
+    if Path(folder, "recipe.json").is_file():
         from surgeon.checkpoint import load
         from surgeon.recipe import get_recipe
 
-        model = load(args.model, trust_factory=args.trust_factory)
+        model = load(folder, trust_factory=args.trust_factory)
         recipe = get_recipe(model)
         return model, None if recipe is None else recipe.base
     from surgeon.models import build_model

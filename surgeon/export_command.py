@@ -89,11 +89,14 @@ def _format(given: str | None, path: Path) -> Literal["onnx", "torch"]:
 
 def _model(args: argparse.Namespace) -> "tuple[nn.Module, tuple[int, ...] | None]":
     """The model, and the input size that it was converted at or is made for, where that is known."""
-    if (Path(args.run) / "recipe.json").is_file():
+    from surgeon.hub import folder_if_any
+
+    folder = folder_if_any(args.run)
+    if Path(folder, "recipe.json").is_file():
         from surgeon.checkpoint import load
         from surgeon.recipe import get_recipe
 
-        model = load(args.run, trust_factory=args.trust_factory)
+        model = load(folder, trust_factory=args.trust_factory)
         recipe = get_recipe(model)
         base = recipe.base if recipe is not None else None
     else:

@@ -124,14 +124,21 @@ def told(value: Any) -> str:
 def inside(folder: Path, name: Any, error: type[SurgeonError] = CheckpointError) -> Path:
     """The entry of a folder that a file names. Raises `error` unless that is a plain name, and no link.
 
-    Whoever wrote the file may be a stranger: `../../secret`, `/etc/passwd` and links must not lead out of the folder.
+    Whoever wrote the file may be a stranger: `../../secret`, `/etc/passwd` and links must not lead out of the folder. The
+    Hub's cache is made of links to its own `blobs`, which are the files of that folder.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or not name.isprintable():
         raise error(f"{folder}: {told(name)} is not the name of something in this folder")
     path = folder / name
-    if path.is_symlink() or folder.is_symlink():
+    if folder.is_symlink() or (path.is_symlink() and not _in_hub_cache(path)):
         raise error(f"{path} is a link, or in one: links are not followed")
     return path
+
+
+def _in_hub_cache(path: Path) -> bool:
+    """Whether a link is HOME/snapshots/COMMIT/NAME and leads to a file in HOME/blobs, itself no link."""
+    snapshots = path.absolute().parent.parent
+    return snapshots.name == "snapshots" and path.resolve().parent == snapshots.parent.resolve() / "blobs"
 
 
 def check_plain(folder: Path, error: type[SurgeonError] = CheckpointError) -> None:

@@ -242,11 +242,13 @@ def make_task(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | Non
 
 def _source(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None") -> tuple[Any, Any, Any]:
     """The model, its original where that takes trust, and where the model comes from."""
+    from surgeon.hub import folder_if_any
     from surgeon.models import build_model, restore
     from surgeon.recipe import get_recipe
     from surgeon.zoo.finetune import Source
 
-    if not Path(args.model, "recipe.json").is_file():
+    folder = folder_if_any(args.model)
+    if not Path(folder, "recipe.json").is_file():
         options = dict(args.model_args)
         if recipe is None:
             model, base = build_model(args.model, weights=args.weights, options=options)
@@ -258,11 +260,11 @@ def _source(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None"
     for flag, given in (("--weights", args.weights != "auto"), ("--model-args", args.model_args)):
         if given:
             raise ConfigError(f"{args.model} is a surgeon folder and has its own weights; {flag} cannot apply")
-    model = load(args.model, trust_factory=args.trust_factory)
+    model = load(folder, trust_factory=args.trust_factory)
     recorded = get_recipe(model)
     base = None if recorded is None else recorded.base
     original = restore(base, trust_factory=True) if args.trust_factory and base is not None else None
-    return model, original, Source(name=args.model, base=base, report=read_report(args.model))
+    return model, original, Source(name=args.model, base=base, report=read_report(folder))
 
 
 def _leave_group() -> None:

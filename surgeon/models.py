@@ -45,8 +45,11 @@ def build_model(
     file. Random weights follow from `seed`. `input_size` is (C, H, W) or (H, W). `options` go to the model's own factory.
     The second result is None only for a surgeon folder whose base model is not known. Raises `ModelError`.
     """
-    if (Path(spec) / "recipe.json").is_file():
-        return _from_folder(spec, weights)
+    from surgeon.hub import folder_if_any
+
+    found = folder_if_any(spec)
+    if (Path(found) / "recipe.json").is_file():
+        return _from_folder(found, weights, spec)
     if is_program(spec):
         given = {
             "--weights": weights != "auto",
@@ -306,11 +309,11 @@ def _from_program(path: str, input_size: tuple[int, ...] | None) -> tuple[nn.Mod
     return model.eval(), base
 
 
-def _from_folder(path: str, weights: str) -> tuple[nn.Module, BaseModel | None]:
+def _from_folder(path: str, weights: str, spec: str) -> tuple[nn.Module, BaseModel | None]:
     from surgeon.checkpoint import load
 
     if weights != "auto":
-        raise ModelError(f"{path} is a surgeon folder and has its own weights; --weights {weights} cannot apply")
+        raise ModelError(f"{spec} is a surgeon folder and has its own weights; --weights {weights} cannot apply")
     model, recipe = load(path), Recipe.read(path)
     base = recipe.base
     if base is None or recipe.rules or base.source not in ("timm", "torchvision", "zoo"):

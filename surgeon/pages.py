@@ -5,38 +5,46 @@ A figure is SVG that is there without a script; the script only shows what a mar
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 440, 260  # of a figure's own coordinates
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 14, 46
+_RIGHT, _TOP, _BOTTOM = 12, 14, 46
 
 _STYLE = """:root{color-scheme:light dark;--bg:#fff;--ink:#1c2024;--soft:#60646c;--line:#d9dce1;--card:#f6f7f9;
 --c0:#2f6db5;--c1:#c2571a;--c2:#2f8f4e;--c3:#c23b3b;--c4:#7a5bb0;--c5:#8a6a4f;--c6:#b3508f;--c7:#6b7280}
 @media(prefers-color-scheme:dark){:root{--bg:#15171a;--ink:#e6e8eb;--soft:#a0a6ae;--line:#363b42;--card:#1e2125;
 --c0:#7fb2ee;--c1:#f0995f;--c2:#74cc91;--c3:#ef8080;--c4:#b79df0;--c5:#cdaa8c;--c6:#e79bcb;--c7:#aab1bb}}
-*{box-sizing:border-box}body{font:16px/1.55 system-ui,sans-serif;margin:0;background:var(--bg);color:var(--ink)}
+*{box-sizing:border-box}body{overflow-wrap:anywhere;font:16px/1.55 system-ui,sans-serif;margin:0;
+background:var(--bg);color:var(--ink)}
 main{max-width:68rem;margin:0 auto;padding:1.2rem 1rem 3rem}h1{font-size:1.5rem;line-height:1.25;margin:.2rem 0 1rem}
 h2{font-size:1.15rem;margin:0 0 .3rem}p{margin:.3rem 0 .8rem;max-width:46rem}.lead{font-size:1.15rem}.soft{color:var(--soft)}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr));gap:1.2rem;margin:1.4rem 0}
 section{margin:1.6rem 0}.grid section{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:1rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}td,th{padding:.25rem .8rem .25rem 0;text-align:left;
-border-bottom:1px solid var(--line);vertical-align:top}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-svg{display:block;width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
+overflow-wrap:normal;border-bottom:1px solid var(--line);vertical-align:top}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+td:last-child:not(.n,:empty){min-width:11rem;overflow-wrap:anywhere}
+figure{margin:0;max-width:38rem}svg{display:block;width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
 svg .axis{stroke:var(--line)}svg .zero{stroke:var(--soft);stroke-dasharray:4 3}
 svg [data-tip]{cursor:pointer;outline:none}svg [data-tip]:hover,svg [data-tip]:focus,svg .on{stroke:var(--ink);stroke-width:2.5}
 .tip{min-height:3.1em;font-size:.88rem;white-space:pre-wrap;
 overflow-wrap:anywhere;border-top:1px solid var(--line);padding-top:.4rem;
 color:var(--soft)}.key{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.85rem}.key i{display:inline-block;width:.75em;
-height:.75em;border-radius:2px;margin-right:.35em}code,pre{font-size:.88rem}pre{overflow-x:auto;background:var(--card);padding:.7rem;
-border:1px solid var(--line);border-radius:6px}@media(max-width:520px){svg text{font-size:14px}main{padding:.8rem .8rem 2rem}}"""
+height:.75em;border-radius:2px;margin-right:.35em}code,pre{font-size:.88rem}pre{white-space:pre-wrap;background:var(--card);padding:.7rem;
+border:1px solid var(--line);border-radius:6px}
+@media(max-width:520px){svg text:not(.row){font-size:16px}main{padding:.8rem .8rem 2rem}}"""
 
-_SCRIPT = """for(const f of document.querySelectorAll('figure')){const t=f.querySelector('.tip'),m=f.querySelectorAll('[data-tip]');
+_SCRIPT = """for(const f of document.querySelectorAll('figure')){
+const t=f.querySelector('.tip'),m=[...f.querySelectorAll('[data-tip]')];
 let pin=null;const show=e=>{t.textContent=e?e.dataset.tip:t.dataset.rest};for(const e of m){e.tabIndex=0;
 e.addEventListener('mouseenter',()=>show(e));e.addEventListener('mouseleave',()=>show(pin));e.addEventListener('focus',()=>show(e));
-e.addEventListener('blur',()=>show(pin));const set=()=>{if(pin)pin.classList.remove('on');pin=pin===e?null:e;
-if(pin)pin.classList.add('on');show(pin||e)};e.addEventListener('click',set);
-e.addEventListener('keydown',k=>{if(k.key==='Enter')set()})}}"""
+e.addEventListener('blur',()=>show(pin));e.addEventListener('keydown',k=>{if(k.key==='Enter')set(e)})}
+const set=e=>{if(pin)pin.classList.remove('on');pin=pin===e?null:e;if(pin)pin.classList.add('on');show(pin||e)};
+const away=(e,c)=>{const r=e.getBoundingClientRect();return Math.hypot(c.clientX-r.x-r.width/2,c.clientY-r.y-r.height/2)};
+f.querySelector('svg').addEventListener('click',c=>{let e=c.target.closest('[data-tip]');if(!e&&m.length){
+e=m.reduce((a,b)=>away(a,c)<=away(b,c)?a:b);if(away(e,c)>24)return}if(e)set(e)})}"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +57,29 @@ class Mark:
     group: int = 0
     low: float | None = None
     high: float | None = None
+
+
+_SNIPPET = """.surgeon-report{font:14px/1.45 system-ui,sans-serif;max-width:100%}
+.surgeon-report .scroll{overflow:auto;max-height:26rem}
+.surgeon-report table{border-collapse:collapse;font-size:13px;margin:.4rem 0}
+.surgeon-report td,.surgeon-report th{padding:.2rem .8rem .2rem 0;text-align:left;border-bottom:1px solid rgba(128,128,128,.35);
+background:none;white-space:nowrap}
+.surgeon-report .n{text-align:right;font-variant-numeric:tabular-nums}
+.surgeon-report pre{white-space:pre-wrap;margin:.3rem 0;font-size:12px;background:none;color:inherit}
+.surgeon-report summary{cursor:pointer}"""
+
+
+def snippet(title: str, table: str, totals: str, more: Sequence[tuple[str, str]] = ()) -> str:
+    """A part of somebody else's page, as a notebook: a heading, a table of `rows`, totals, and texts to unfold.
+
+    It has the colors of its surroundings, light or dark, and no script.
+    """
+    folded = "".join(
+        f"<details><summary>{html.escape(heading)}</summary><pre>{html.escape(text)}</pre></details>"
+        for heading, text in more
+    )
+    head = f"<style>{_SNIPPET}</style><b>{html.escape(title)}</b>"
+    return f'<div class="surgeon-report">{head}{table}<pre>{html.escape(totals)}</pre>{folded}</div>'
 
 
 def page(title: str, body: Sequence[str]) -> str:
@@ -87,9 +118,11 @@ def rows(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table>{f"<tr>{head}</tr>" if header else ""}{body}</table></div>'
 
 
+_NUMBER = re.compile(r"-|[+x±-]? ?\d[\d.,]*(e[+-]?\d+)? ?(%|[kMGT]?B?|ms|s)")
+
+
 def _is_number(text: str) -> bool:
-    digits = text.strip("+-x%± ").replace(".", "", 1)
-    return text == "-" or digits.isdigit()
+    return _NUMBER.fullmatch(text) is not None
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -120,20 +153,25 @@ def chart(
         y for points, _ in lines for _, y in points
     ]
     ys = ys + ([] if level is None else [level]) or [0.0]
-    scale_x = _Scale(xs, _LEFT, WIDTH - _RIGHT, log=log)
     scale_y = _Scale(ys, HEIGHT - _BOTTOM, _TOP)
+    left = 30 + 9 * max(len(f"{value:.4g}") for value in scale_y.ticks())
+    scale_x = _Scale(xs, left, WIDTH - _RIGHT, log=log)
     parts = [_axes(scale_x, scale_y, across, up, names, percent, whole)]
     if level is not None:
-        parts.append(_line(_LEFT, scale_y(level), WIDTH - _RIGHT, scale_y(level), "zero"))
+        parts.append(_line(left, scale_y(level), WIDTH - _RIGHT, scale_y(level), "zero"))
     for points, group in lines:
         path = " ".join(f"{scale_x(x):.1f},{scale_y(y):.1f}" for x, y in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="var(--c{group % 8})" stroke-width="1.5"/>')
+    told: dict[tuple[float, float], list[str]] = {}
+    for mark in marks:
+        told.setdefault((mark.x, mark.y), []).append(mark.told)
     for mark in marks:
         x, y, color = scale_x(mark.x), scale_y(mark.y), f"var(--c{mark.group % 8})"
         if mark.low is not None and mark.high is not None:
             ends = (scale_y(mark.low), scale_y(mark.high))
             parts.append(f'<path d="M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="{color}" stroke-width="2"/>')
-        tip = html.escape(mark.told, quote=True)
+        hidden = [other for other in told[mark.x, mark.y] if other != mark.told]
+        tip = html.escape("\n".join([mark.told, *hidden]), quote=True)
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5.5" fill="{color}" data-tip="{tip}"/>')
     return _figure(parts, groups, HEIGHT, f"{up} against {across}")
 
@@ -146,16 +184,14 @@ def map_of(
     told: Sequence[str],
 ) -> str:
     """A grid of colors: `cells[row][column]` is the number of a label, 0 the empty one; `told` is what a column shows."""
-    left = min(max((len(name) for name in down), default=1), 22) * 6.2 + 8
+    left = min(max((len(name) for name in down), default=1), 22) * 7 + 8
     wide = (WIDTH - left - 4) / max(len(across), 1)
-    tall = 15
+    tall = 17
     parts = []
     for row, name in enumerate(down):
         y = _TOP + row * tall
         shown = name if len(name) <= 22 else f"…{name[-21:]}"
-        parts.append(
-            f'<text x="{left - 5:.1f}" y="{y + 11}" text-anchor="end" style="font-size:10px">{html.escape(shown)}</text>'
-        )
+        parts.append(f'<text class="row" x="{left - 5:.1f}" y="{y + 12}" text-anchor="end">{html.escape(shown)}</text>')
         for column, tip in enumerate(told):
             label = cells[row][column]
             color = "var(--line)" if label == 0 else f"var(--c{(label - 1) % 8})"
@@ -180,7 +216,7 @@ def _figure(parts: Sequence[str], groups: Sequence[str], height: float, label: s
     key = f'<div class="key">{keys}</div>' if groups else ""
     named = html.escape(label, quote=True)
     drawn = f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{named}">{"".join(parts)}</svg>'
-    return f'<figure style="margin:0">{drawn}{key}<div class="tip" data-rest="{rest}">{rest}</div></figure>'
+    return f'<figure>{drawn}{key}<div class="tip" data-rest="{rest}">{rest}</div></figure>'
 
 
 class _Scale:
@@ -200,32 +236,35 @@ class _Scale:
         return self.start + (self._placed(value) - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, *, whole: bool = False) -> list[float]:
-        """About four round values, whole ones if it is whole numbers that are placed."""
+        """About four round values, whole ones if it is whole numbers that are placed; 1, 2 and 5 of each decade of a log scale."""
+        if self.log:
+            decades = range(math.floor(self.low), math.floor(self.high) + 1)
+            parts = (1,) if self.high - self.low > 2 else (1, 2, 5)
+            places = [decade + math.log10(part) for decade in decades for part in parts]
+            return [10**place for place in places if self.low <= place <= self.high]
         raw = (self.high - self.low) / 4
         power = 10.0 ** math.floor(math.log10(raw))
         step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda value: abs(value - raw))
-        step = max(step, 1.0) if whole and not self.log else step
-        first = math.ceil(self.low / step)
-        found = [index * step for index in range(first, math.floor(self.high / step) + 1)]
-        return [10**value for value in found] if self.log else found
+        step = max(step, 1.0) if whole else step
+        return [index * step for index in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
 
 
 def _axes(x: _Scale, y: _Scale, across: str, up: str, names: Sequence[str] | None, percent: bool, whole: bool) -> str:
-    bottom = HEIGHT - _BOTTOM
-    parts = [_line(_LEFT, bottom, WIDTH - _RIGHT, bottom, "axis"), _line(_LEFT, _TOP, _LEFT, bottom, "axis")]
+    bottom, left = HEIGHT - _BOTTOM, x.start
+    parts = [_line(left, bottom, WIDTH - _RIGHT, bottom, "axis"), _line(left, _TOP, left, bottom, "axis")]
     for value in y.ticks():
-        parts.append(_line(_LEFT, y(value), WIDTH - _RIGHT, y(value), "axis"))
-        parts.append(f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>')
+        parts.append(_line(left, y(value), WIDTH - _RIGHT, y(value), "axis"))
+        parts.append(f'<text x="{left - 6:.0f}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>')
     told = [(float(i), name) for i, name in enumerate(names)] if names is not None else []
     told = told or [(value, f"{value:+.3g}%" if percent else f"{value:.3g}") for value in x.ticks(whole=whole)]
     for place, name in told:
         parts.append(f'<text x="{x(place):.1f}" y="{bottom + 16}" text-anchor="middle">{html.escape(name)}</text>')
     parts.append(
-        f'<text x="{(_LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{html.escape(across)}</text>'
+        f'<text x="{(left + WIDTH) / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{html.escape(across)}</text>'
     )
     middle = (_TOP + bottom) / 2
     parts.append(
-        f'<text transform="translate(13 {middle:.0f}) rotate(-90)" text-anchor="middle">{html.escape(up)}</text>'
+        f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{html.escape(up)}</text>'
     )
     return "".join(parts)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from surgeon.errors import CheckpointError
 from surgeon.layers.registry import layer_class
+from surgeon.pages import rows, snippet
 from surgeon.report_fields import read_fields
 from surgeon.tables import count, error, paragraph, table
 
@@ -90,14 +91,24 @@ class Report:
 
     def to_text(self, width: int = 80) -> str:
         """For people: the table of what was replaced, what was skipped grouped by reason, totals, errors, notes."""
-        title = f"{self.model}: " if self.model else ""
-        n = len(self.replaced) + len(self.skipped)
-        parts = [f"{title}{len(self.replaced)} of {n} convolutions replaced"]
+        parts = [self._title()]
         if self.replaced:
             parts.append(_replaced_table(self.replaced, width))
         parts += _skipped_text(self.skipped, width)
         parts.append(_totals(self, width))
         return "\n\n".join(part for part in parts if part) + "\n"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table, totals and notes, and what was skipped to unfold."""
+        skipped = "\n\n".join(_skipped_text(self.skipped, 100))
+        table = rows(REPLACED, [_replaced_row(r) for r in self.replaced]) if self.replaced else ""
+        more = [(f"not replaced: {len(self.skipped)}", skipped)] if self.skipped else []
+        return snippet(self._title(), table, _totals(self, 100), more)
+
+    def _title(self) -> str:
+        title = f"{self.model}: " if self.model else ""
+        n = len(self.replaced) + len(self.skipped)
+        return f"{title}{len(self.replaced)} of {n} convolutions replaced"
 
 
 _GROWTH = 3  # times the parameters, from which a report says what makes them fewer
@@ -166,16 +177,20 @@ def flops(macs: int | None) -> str:
     return count(None if macs is None else 2 * macs)
 
 
+REPLACED = ("layer", "stage", "geometry", "became", "params", "after", "FLOPs", "after", "error")
+
+
+def _replaced_row(r: Replaced, became: str | None = None) -> tuple[str, ...]:
+    params = (count(r.params_before), count(r.params_after))
+    work = (flops(r.macs_before), flops(r.macs_after))
+    told = became or options_text(r.type, r.options)
+    return (r.name, r.stage or "-", geometry_text(r.geometry), told, *params, *work, error(r.max_rel_error))
+
+
 def _replaced_table(replaced: list[Replaced], width: int) -> str:
     narrow = width < 100
-    rows = []
-    for r in replaced:
-        became = r.type if narrow else options_text(r.type, r.options)
-        params = (count(r.params_before), count(r.params_after))
-        work = (flops(r.macs_before), flops(r.macs_after))
-        rows.append((r.name, r.stage or "-", geometry_text(r.geometry), became, *params, *work, error(r.max_rel_error)))
-    header = ("layer", "stage", "geometry", "became", "params", "after", "FLOPs", "after", "error")
-    text = table(header, rows, width=width, left=4)
+    lines = [_replaced_row(r, r.type if narrow else None) for r in replaced]
+    text = table(REPLACED, lines, width=width, left=4)
     if narrow:
         kinds = sorted({options_text(r.type, r.options) for r in replaced})
         text += "\n" + paragraph(f"became: {'; '.join(kinds)}", width=width, hang="  ")

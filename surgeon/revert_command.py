@@ -22,10 +22,11 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     import surgeon
     from surgeon.checkpoint import check_output, load, save
+    from surgeon.hub import folder
     from surgeon.rewrite import dynamic_layers
 
     check_output(args.output, force=args.force)
-    model = load(args.run, trust_factory=args.trust_factory)
+    model = load(folder(args.run), trust_factory=args.trust_factory)
     names = list(dynamic_layers(model, args.layers))
     model = surgeon.revert(model, args.layers)
     left = len(dynamic_layers(model))

@@ -21,13 +21,14 @@ def run(args: argparse.Namespace) -> int:
     import surgeon
     from surgeon.checkpoint import load
     from surgeon.console import Progress, verification_text, verification_values, width
+    from surgeon.hub import folder
     from surgeon.models import restore
     from surgeon.recipe import get_recipe
     from surgeon.weights import changed_tensors
 
     with Progress(enabled=not args.quiet) as progress:
         progress("load", 0, 2)
-        converted = load(args.run, trust_factory=args.trust_factory)
+        converted = load(folder(args.run), trust_factory=args.trust_factory)
         recipe = get_recipe(converted)
         if recipe is None or recipe.base is None:
             raise CheckpointError(f"{args.run} does not know its base model: there is nothing to compare it with")

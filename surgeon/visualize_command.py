@@ -54,13 +54,14 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.checkpoint import load
     from surgeon.console import Progress, width
     from surgeon.files import filling
+    from surgeon.hub import folder
     from surgeon.recipe import get_recipe
     from surgeon.report import jsonable
     from surgeon.rewrite import dynamic_layers
 
     output = Path(args.output)
     _check_output(output, args)
-    model = load(args.run, trust_factory=args.trust_factory)
+    model = load(folder(args.run), trust_factory=args.trust_factory)
     layers = dynamic_layers(model, args.layers)
     if not layers:
         raise InputError(f"{args.run} has no dynamic layer: there is nothing to draw")

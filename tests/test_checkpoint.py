@@ -32,6 +32,7 @@ def test_a_saved_model_comes_back(tmp_path: Path) -> None:
     model = tiny()
     save(model, tmp_path / "deep" / "run", report=Report(replaced=[], skipped=[], model="test_resnet"))
     assert sorted(contents(tmp_path / "deep" / "run")) == [
+        "README.md",
         "model.safetensors",
         "recipe.json",
         "report.json",

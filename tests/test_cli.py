@@ -41,6 +41,7 @@ def test_convert_verify_revert(capsys: pytest.CaptureFixture[str], kind: str) ->
     assert max(map(len, out.splitlines())) <= 80
     folder = Path("runs", f"test_resnet-{kind}")
     assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
         "model.safetensors",
         "recipe.json",
         "report.json",

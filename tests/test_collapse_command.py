@@ -75,6 +75,7 @@ def test_a_run_becomes_the_plain_network(capsys: pytest.CaptureFixture[str]) -> 
     assert max(map(len, out.splitlines())) <= 80
     assert out.isascii()
     assert sorted(path.name for path in Path("plain").iterdir()) == [
+        "README.md",
         "model.safetensors",
         "recipe.json",
         "report.json",

@@ -51,3 +51,20 @@ def test_what_is_no_number_is_left_out_and_words_are_escaped() -> None:
 )
 def test_durations(seconds: float, told: str) -> None:
     assert duration(seconds) == told
+
+
+def test_a_log_axis_has_round_numbers() -> None:
+    marks = [pages.Mark(x=x, y=1.0, told="") for x in (0.0003, 0.001, 0.003)]
+    assert [word for word in words(pages.chart(marks, across="rate", up="y", log=True)) if word.startswith("0.00")] == [
+        "0.0005",
+        "0.001",
+        "0.002",
+    ]
+    wide = [pages.Mark(x=10.0**n, y=1.0, told="") for n in range(-6, 1)]
+    assert {"1e-06", "0.001", "1"} <= set(words(pages.chart(wide, across="rate", up="y", log=True)))
+
+
+@pytest.mark.parametrize("text", ["1.27M", "100 ms", "9.7e-05", "+154.3%", "x1.08", "-", "± 0.3", "4.9G", "0"])
+def test_numbers_with_units_are_numbers(text: str) -> None:
+    assert 'class="n"' in pages.rows(["what"], [[text]])
+    assert 'class="n"' not in pages.rows(["what"], [[text], ["layer4.0"]])

@@ -24,6 +24,8 @@ from surgeon.search.folder import read_search
 from surgeon.search.gain import GainTable
 from surgeon.search.journal import Journal
 from surgeon.zoo.finetune.loop import Interrupted, Run
+from tests.browser import chromium, installed
+from tests.page_looks import check
 from tests.search_servers import free_port
 from tests.search_tasks import FACTORY, SHORT, SPACE, search_arguments
 from tests.test_search_training import failing
@@ -90,6 +92,9 @@ def _check_report(capsys: Capture) -> None:
     assert text.count("<h2>") == len(names) + 3
     assert 'name="viewport"' in text
     assert "prefers-color-scheme:dark" in text
+    if installed() is not None:  # tests/test_browser.py says so where there is none
+        with chromium() as browser:
+            check(browser, page)
 
 
 def _check_export(finals: Any, capsys: Capture) -> None:
