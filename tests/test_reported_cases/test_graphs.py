@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 class Aliased(nn.Module):
-    """One convolution by two names, and a head that gives classes."""
+    """One convolution by two names, and classes of two images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Aliased(nn.Module):
         self.second, self.head = self.first, nn.Linear(3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.first(x).relu()).mean((2, 3)))
+        return self.head(self.second(self.first(x).relu()).mean((2, 3)).view(2, 3))
 
 
 def exported(model: nn.Module) -> fx.GraphModule:
