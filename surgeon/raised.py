@@ -197,8 +197,11 @@ def _other_names(holder: nn.Module, conv: Functional, graphs: Mapping[str, fx.Gr
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are one, or the same place in memory, as after loading a program."""
-    place = a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
-    return a is b or (place and a.shape == b.shape and a.stride() == b.stride())
+    if a is b:
+        return True
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata or a.storage_offset() != b.storage_offset():
+        return False
+    return bool(a.shape == b.shape and a.stride() == b.stride())
 
 
 def _call_module(graph: fx.Graph, conv: Functional) -> None:
