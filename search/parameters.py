@@ -13,8 +13,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from optuna import Trial
 from optuna.distributions import CategoricalDistribution
+from optuna.trial import BaseTrial, Trial
 
 from surgeon.costs.table import KEEP
 from surgeon.errors import ConfigError
@@ -111,7 +111,7 @@ class Parameters:
         except KeyError:
             return None
 
-    def suggest(self, trial: Trial) -> Ints:
+    def suggest(self, trial: BaseTrial) -> Ints:
         """Ask any sampler for a placement, by the trial's `suggest_categorical`. It may be over budget: see `constraints`."""
         return self.walk(lambda name, distribution: trial.suggest_categorical(name, distribution.choices))
 

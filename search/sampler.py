@@ -11,6 +11,8 @@ trial's number alone, never on a process: a study that is gone on with in anothe
 
 import contextlib
 import hashlib
+import math
+import threading
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +41,7 @@ DECODE_GAP = 0.005  # relative; gains are guesses, so that the last half per cen
 _SPREAD = 0.25  # of draws from the posterior; wider ones explore too much in few trials (benchmarks.tabulated)
 _TRIES = 50
 _DRAWS = 3  # draws of noisy gains, before something else is tried
+_CHOOSING = threading.RLock()  # the threads of `study.optimize(n_jobs=…)` choose one after the other
 _KEPT = 64  # proposals of other trials that are remembered until they are suggested
 
 
@@ -113,15 +116,18 @@ class BudgetedSampler(BaseSampler):
 
     # --- what a user calls ----------------------------------------------------------------------------------------
 
-    def suggest(self, trial: optuna.Trial) -> Ints:
+    def suggest(self, trial: optuna.trial.BaseTrial) -> Ints:
         """The trial's placement (L,): an option's number for every layer, 0 leaving it as it is.
 
         The trial gets its parameters, the budgets as constraints, and the user attributes `placement` (layer → option), `hash`,
-        `source`, `gain` (expected by the table) and `predicted` (costs).
+        `source`, `gain` (expected by the table) and `predicted` (costs). One that is done (`study.best_trial`), or a `FixedTrial`,
+        says its placement and gets nothing.
 
         Raises:
             ExhaustedError: everything was tried; in `study.optimize` the trial is pruned, and the study stops.
         """
+        if not isinstance(trial, optuna.Trial):
+            return self.parameters.suggest(trial)
         proposal = self._proposal_of(trial)
         if proposal.source == "exhausted":
             raise ExhaustedError("every placement within the budgets was tried")
@@ -167,16 +173,18 @@ class BudgetedSampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         noted = trial.user_attrs.get("placement")
-        if noted is not None:  # a worker died while it wrote the parameters
-            proposal = Proposal(self.space.placement(noted), trial.user_attrs["source"])
-        else:
-            proposal = self._choose(study, trial)
-            if trial.system_attrs.get("fixed_params"):  # by `study.enqueue_trial`: what is not fixed is filled in
-                proposal = Proposal(proposal.placement, "enqueued")
-        self._proposals[study.study_name, trial.number] = proposal
-        for old in list(self._proposals)[:-_KEPT]:
-            del self._proposals[old]
-        return self.parameters.of(proposal.placement)
+        with _CHOOSING:
+            if noted is not None:  # a worker died while it wrote the parameters
+                proposal = Proposal(self.space.placement(noted), trial.user_attrs["source"])
+            else:
+                proposal = self._choose(study, trial)
+                partly = not self.parameters.distributions.keys() <= search_space.keys()  # by PartialFixedSampler
+                if partly or trial.system_attrs.get("fixed_params"):  # by `study.enqueue_trial`: the rest is filled in
+                    proposal = Proposal(proposal.placement, "enqueued")
+            self._proposals[study.study_name, trial.number] = proposal
+            for old in list(self._proposals)[:-_KEPT]:
+                del self._proposals[old]
+        return {name: value for name, value in self.parameters.of(proposal.placement).items() if name in search_space}
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -199,6 +207,9 @@ class BudgetedSampler(BaseSampler):
         problem = self.problem
         known = self.known(study, trial)
         seen = {one.placement.tobytes(): one.placement for one in known}
+        for (name, number), one in self._proposals.items():  # of other threads, whose trials have no parameters yet
+            if name == study.study_name and number != trial.number and one.source != "enqueued":
+                seen[one.placement.tobytes()] = one.placement
         if trial.number < 1 + self._optima + self._random:
             for one in self.prelude(problem):
                 if one.placement.tobytes() not in seen:
@@ -316,7 +327,7 @@ class PlacementSampler(BudgetedSampler):
         self._check(study)
         rng = self.rng(trial.number, "posterior")
         sign = 1.0 if study.directions[0] == StudyDirection.MAXIMIZE else -1.0
-        done = [one for one in known if one.trial.state == TrialState.COMPLETE]
+        done = [one for one in known if one.trial.state == TrialState.COMPLETE and math.isfinite(one.trial.values[0])]
         placements = [one.placement for one in done]
         if len(done) < 2:
             placement = random_placement(problem, rng)

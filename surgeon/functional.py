@@ -8,6 +8,7 @@ Graphs are those of `torch.fx.GraphModule`s anywhere in a model (from `symbolic_
 features, `ExportedProgram.module()`), and of the modules of `torch.export.unflatten`.
 """
 
+import copy
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -41,6 +42,10 @@ def _functions() -> dict[Any, tuple[str, ...]]:
         torch.convolution: _GENERAL,
         aten.convolution: _GENERAL,
         aten.convolution.default: _GENERAL,
+        torch._convolution: _GENERAL,
+        aten._convolution: _GENERAL,
+        aten._convolution.default: _GENERAL,
+        aten._convolution.deprecated: _GENERAL,
     }
     for name in ("conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
         packet = getattr(aten, name)
@@ -59,6 +64,7 @@ class Functional:
     bias: Tensor | None = None
     targets: tuple[str, ...] = ()  # the attributes that these are made of
     settings: dict[str, Any] = field(default_factory=dict)
+    cone: set[fx.Node] = field(default_factory=set)  # what makes the weight and the bias
     notes: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
@@ -93,6 +99,9 @@ def find_functional(holder: nn.Module, graph: fx.Graph, *, is_root: bool) -> lis
         while any(conv.place == other.place for other in found):
             conv.place += "_"
         found.append(conv)
+    for conv in found:
+        makers = [other.place for other in found if not other.reasons and not other.cone.isdisjoint(conv.nodes)]
+        conv.reasons += [f"it is part of what makes the weight of {place}" for place in makers]
     return found
 
 
@@ -110,8 +119,7 @@ def _read(holder: nn.Module, graph: fx.Graph, nodes: list[fx.Node], is_root: boo
         name = getattr(nodes[0].target, "__name__", str(nodes[0].target)).partition(".")[0]
         conv.reasons.append(f"it is a {'transposed ' if first else ''}{name}: only 2-D convolutions are replaced")
         return conv
-    keys = ("stride", "padding", "dilation", "groups")
-    conv.settings = {key: _setting(first[key]) for key in keys}
+    conv.settings = _settings(first)
     if any(value is None for value in conv.settings.values()):
         conv.reasons.append("its stride, padding, dilation or groups are computed")
     weight, bias = (_held(holder, graph, first[name]) for name in ("weight", "bias"))
@@ -119,10 +127,11 @@ def _read(holder: nn.Module, graph: fx.Graph, nodes: list[fx.Node], is_root: boo
     if not conv.reasons:
         conv.targets = (*weight.targets, *bias.targets)
         conv.place = _place(holder, graph, nodes, weight, is_root)
-        conv.reasons += _shared(graph, nodes, conv.targets, weight.cone | bias.cone)
-    same = [{key: _setting(one[key]) for key in keys} | {"bias": _target(one["bias"])} for one in given]
+        conv.cone = weight.cone | bias.cone
+        conv.reasons += _shared(graph, nodes, conv.targets, conv.cone)
+    same = [_settings(one) | {"bias": _target(one["bias"])} for one in given]
     if any(one != same[0] for one in same):
-        conv.reasons.append(f"its weight is shared by {len(nodes)} convolutions with other settings")
+        conv.reasons.append(f"its weight is shared by {len(nodes)} convolutions with other settings or biases")
     conv.weight, conv.bias = weight.value, bias.value
     if conv.weight is not None and conv.weight.dim() != 4:
         conv.reasons.append(f"it is a {conv.weight.dim() - 2}-D convolution: only 2-D convolutions are replaced")
@@ -137,14 +146,17 @@ def _notes(weight: "_Held") -> list[str]:
     return [f"its weight is computed from {made}: the new layer starts from the effective weight in eval mode"]
 
 
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    pairs = {key: _setting(given[key]) for key in ("stride", "padding", "dilation")}
+    return pairs | {"groups": given["groups"] if isinstance(given["groups"], int) else None}
+
+
 def _setting(value: Any) -> Any:
-    """Plain numbers or a word; None for what the graph computes."""
-    values = value if isinstance(value, list | tuple) else [value]
+    """A pair of numbers or a word; None for what the graph computes."""
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not all(isinstance(v, int | str) for v in values):
         return None
-    if isinstance(value, list | tuple):
-        return tuple(value) * (2 if len(value) == 1 else 1)
-    return value
+    return value if isinstance(value, str) else values * (2 if len(values) == 1 else 1)
 
 
 def _target(node: Any) -> Any:
@@ -212,7 +224,7 @@ def _fold(holder: nn.Module, graph: fx.Graph, node: fx.Node, held: _Held) -> Non
             with torch.no_grad(), seeded(seed):
                 for n in order:
                     known = n.op == "get_attr"
-                    interpreter.env[n] = copies[str(n.target)] if known else interpreter.run_node(n)
+                    interpreter.env[n] = copies[str(n.target)] if known else _run(interpreter, n)
             results.append(interpreter.env[node])
             if any(not torch.equal(copies[target], own[target]) for target in own):
                 held.reasons.append(f"is computed by writing to {', '.join(held.targets)}")
@@ -226,6 +238,19 @@ def _fold(holder: nn.Module, graph: fx.Graph, node: fx.Node, held: _Held) -> Non
     held.value = results[0].requires_grad_(any(value.requires_grad for value in own.values()))
 
 
+def _run(interpreter: fx.Interpreter, node: fx.Node) -> Any:
+    """The result of a node; of a copy of its module in eval mode, so that no statistics are counted."""
+    if node.op != "call_module":
+        return interpreter.run_node(node)
+    args, kwargs = interpreter.fetch_args_kwargs_from_env(node)
+    return copy.deepcopy(interpreter.fetch_attr(str(node.target))).eval()(*args, **kwargs)
+
+
+def is_assertion(node: fx.Node) -> bool:
+    """Whether a node only states what an exported tensor is, as before every cast, and computes nothing."""
+    return node.target in (torch.ops.aten._assert_tensor_metadata, torch.ops.aten._assert_tensor_metadata.default)
+
+
 def _shared(graph: fx.Graph, nodes: list[fx.Node], targets: Iterable[str], cone: set[fx.Node]) -> list[str]:
     """The reason against a convolution whose parameters others use, too."""
     wanted = set(targets)
@@ -234,9 +259,11 @@ def _shared(graph: fx.Graph, nodes: list[fx.Node], targets: Iterable[str], cone:
         for node in graph.nodes
         if node.op == "get_attr" and node.target in wanted
         for user in node.users
-        if user not in cone and user not in nodes
+        if user not in cone and user not in nodes and not is_assertion(user)
     ]
-    inner = [user.name for n in cone for user in n.users if user not in cone and user not in nodes]
+    inner = [n.name for node in cone for n in node.users if n not in cone and n not in nodes and not is_assertion(n)]
+    inputs = [(node, arguments(node)["input"]) for node in nodes]
+    inner += [node.name for node, x in inputs if x in cone or (x.op == "get_attr" and x.target in wanted)]
     told = list(dict.fromkeys([*others, *inner]))
     return [f"what its weight is made of is used by {', '.join(told[:3])}, too"] if told else []
 

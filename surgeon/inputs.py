@@ -176,6 +176,17 @@ def _traced_inputs(model: nn.Module) -> Inputs | None:
     return Inputs(args=tuple(args), kwargs=dict(kwargs), given=False)
 
 
+def exported_size(model: nn.Module | None) -> tuple[int, int, int] | None:
+    """(C, H, W) of the images that an exported graph takes, where these are fixed and its only input; None for others."""
+    graph: Any = getattr(model, "graph", None)
+    nodes = [node for node in graph.nodes if node.op == "placeholder"] if isinstance(graph, fx.Graph) else []
+    shapes = [node.meta["val"].shape for node in nodes if isinstance(node.meta.get("val"), Tensor)]
+    if len(nodes) != 1 or len(shapes) != 1 or len(shapes[0]) != 4 or not all(type(n) is int for n in shapes[0][1:]):
+        return None
+    channels, height, width = shapes[0][1:]
+    return channels, height, width
+
+
 def _in_spec(model: Any) -> Any:
     """How an exported graph's inputs are arranged: of `ExportedProgram.module()`, or of an unflattened one."""
     if isinstance(model, fx.GraphModule):

@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from surgeon.compare import Leaves, compare
 from surgeon.errors import VerificationError
-from surgeon.functional import Functional, arguments, find_functional, refused_site
+from surgeon.functional import Functional, arguments, find_functional, is_assertion, refused_site
 from surgeon.inputs import Inputs
 from surgeon.rewrite import Rewrite
 from surgeon.sites import Sites
@@ -35,6 +35,13 @@ class Raised:
         self._slots: list[Slot] = []
         self._model = model
         self._kept: Raised | None = None
+        try:
+            self._raise_all(model, names)
+        except BaseException:
+            self.undo()
+            raise
+
+    def _raise_all(self, model: nn.Module, names: Collection[str] | None) -> None:
         for prefix, holder in graphs_of(model):
             graphs = {key: copy.deepcopy(getattr(holder, key)) for key in ("graph", *_other_graphs(holder))}
             found = {key: find_functional(holder, graph, is_root=holder is model) for key, graph in graphs.items()}
@@ -57,18 +64,22 @@ class Raised:
         self._graphs.append((holder, {key: getattr(holder, key) for key in graphs}))
         for conv in convs.values():
             if conv.place:
-                self._put(holder, conv)
+                self._put(holder, conv, graphs)
             else:
                 self._take_place(holder, conv.module())
         _set_graphs(holder, graphs)
         self.convs |= convs
 
-    def _put(self, holder: nn.Module, conv: Functional) -> None:
+    def _put(self, holder: nn.Module, conv: Functional, graphs: Mapping[str, fx.Graph]) -> None:
         """A module at the place; what the graph held of it elsewhere goes, lest it count as shared."""
         owner, _, key = conv.place.rpartition(".")
         module = conv.module()
         self._set(holder.get_submodule(owner)._modules, key, module)
-        for target in conv.targets:
+        others = _other_names(holder, conv, graphs)
+        for graph in graphs.values():
+            for node in [n for n in graph.nodes if n.op == "get_attr" and n.target in others]:
+                graph.erase_node(node)
+        for target in (*conv.targets, *others):
             if not target.startswith(f"{conv.place}."):
                 owner, _, key = target.rpartition(".")
                 held = holder.get_submodule(owner)
@@ -169,6 +180,30 @@ def _set_graphs(holder: Any, graphs: Mapping[str, fx.Graph]) -> None:
         holder.finalize()
 
 
+def _other_names(holder: nn.Module, conv: Functional, graphs: Mapping[str, fx.Graph]) -> list[str]:
+    """Names by which a graph module also holds the parameters of a convolution, but which none of its graphs uses."""
+    own = [tensor for tensor in (conv.weight, conv.bias) if tensor is not None]
+    nodes = [node for graph in graphs.values() for node in graph.nodes]
+    read = {str(n.target) for n in nodes if n.op == "call_module" or (n.op == "get_attr" and n.users)}
+    held = [*holder.named_parameters(remove_duplicate=False), *holder.named_buffers(remove_duplicate=False)]
+    return [
+        name
+        for name, tensor in held
+        if any(_is_same(tensor, one) for one in own)
+        and name not in conv.targets
+        and not any(name == other or name.startswith(f"{other}.") for other in read)
+    ]
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one, or the same place in memory, as after loading a program."""
+    if a is b:
+        return True
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata or a.storage_offset() != b.storage_offset():
+        return False
+    return bool(a.shape == b.shape and a.stride() == b.stride())
+
+
 def _call_module(graph: fx.Graph, conv: Functional) -> None:
     """Call a module where the graph calls the function, and drop what only made its weight."""
     for node in conv.nodes:
@@ -180,6 +215,9 @@ def _call_module(graph: fx.Graph, conv: Functional) -> None:
         graph.erase_node(node)
         while before:
             unused = before.pop()
+            if all(is_assertion(user) for user in unused.users):
+                for user in list(unused.users):
+                    graph.erase_node(user)
             if not unused.users and not unused._erased:
                 before += unused.all_input_nodes
                 graph.erase_node(unused)

@@ -104,7 +104,7 @@ def _is_channels_last(weight: Tensor) -> bool:
 
 
 def dynamic_layers(model: nn.Module, names: Selector | None = None) -> dict[str, DynamicConv2d]:
-    """Dynamic layers by first name: all, or those that are or lie below the given names.
+    """Dynamic layers by first name: all (None or "all"), or those that are or lie below the given names.
 
     Raises `SelectionError` for a name that matches none.
     """
@@ -115,6 +115,8 @@ def dynamic_layers(model: nn.Module, names: Selector | None = None) -> dict[str,
             layers[id(module)] = module
             aliases.setdefault(id(module), []).append(name)
     wanted = None if names is None else [unquoted(item) for item in split_items(names)]
+    if wanted == ["all"]:
+        wanted = None
     chosen = {
         aliases[key][0]: layer
         for key, layer in layers.items()

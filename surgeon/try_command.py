@@ -61,7 +61,6 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 where not one pair could be compared, 130 when interrupted, with how to go on."""
     from surgeon.finetune_command import make_task
     from surgeon.models import build_model
-    from surgeon.zoo.finetune.loop import Interrupted
     from surgeon.zoo.trial import try_conversion
     from surgeon.zoo.trial.folder import TryFolder
 
@@ -84,7 +83,9 @@ def run(args: argparse.Namespace) -> int:
             quiet=args.quiet,
             tell=lambda text: _tell(args, text),
         )
-    except Interrupted:
+    except KeyboardInterrupt:
+        if not TryFolder(output).record.is_file():
+            raise
         print("surgeon: interrupted; go on with the same command and --resume", file=sys.stderr)
         return 130
     _print(args, answer, output)

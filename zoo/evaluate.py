@@ -1,7 +1,7 @@
 """What a model is worth on a task: its metrics over a split, the same at every call."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -70,8 +70,8 @@ def evaluate(
             if progress is not None:
                 progress("evaluate", done, len(loader))
             batch = to_device(batch, where)
-            with autocast():
-                output = _predict(task, model, batch)
+            with autocast(), running(model, batch, task):
+                output = task.predict(model, batch)
             task.update(metrics, output, batch)
     if layers is not None:
         layers += found
@@ -87,9 +87,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     }
 
 
-def _predict(task: Task, model: nn.Module, batch: Batch) -> Any:
+@contextmanager
+def running(model: nn.Module, batch: Batch, task: Task) -> Iterator[None]:
+    """Within it, that the model cannot take the batch is an `InputError`."""
     try:
-        return task.predict(model, batch)
+        yield
     except (SurgeonError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError) as error:

@@ -13,6 +13,7 @@ from torch import nn
 from surgeon.adaptivity import Adaptivity, observed
 from surgeon.copying import evaluating
 from surgeon.layers.norm import SignalNorm
+from surgeon.zoo.evaluate import running
 from surgeon.zoo.finetune.batches import to_device, validation_batches
 from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.tasks import Batch, Task, TaskDataset
@@ -62,7 +63,7 @@ def evaluate(
         layers = stack.enter_context(observed(model)) if look else []
         for batch in batches:
             batch = to_device(batch, accelerator.device, channels_last=config.channels_last)
-            with accelerator.autocast():
+            with accelerator.autocast(), running(model, batch, task):
                 output = task.predict(model, batch)
             output = convert_to_fp32(output)
             task.update(metrics, output, batch)

@@ -52,6 +52,32 @@ def _free_in_children() -> None:
     os.register_at_fork(after_in_child=close)
 
 
+@contextlib.contextmanager
+def held(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder, by a file in it, against other processes; raises `CheckpointError` where one has `what`."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    try:
+        lock = (folder / LOCK).open("w")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(f"{what} is going on in another process") from error
+        _free_in_children()
+        _HELD.add(lock.fileno())
+        try:
+            yield
+        finally:
+            _HELD.discard(lock.fileno())
+            fcntl.flock(lock, fcntl.LOCK_UN)  # for copies in children, too
+
+
 class RunFolder:
     """Paths of a run, and what may be done with a folder that is there already."""
 
@@ -86,27 +112,8 @@ class RunFolder:
         if not self.training.is_dir():
             yield
             return
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system
+        with held(self.training, f"the run in {self.output}"):
             yield
-            return
-        try:
-            lock = (self.training / LOCK).open("w")
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.training}: {error.strerror or error}") from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise CheckpointError(f"the run in {self.output} is going on in another process") from error
-            _free_in_children()
-            _HELD.add(lock.fileno())
-            try:
-                yield
-            finally:
-                _HELD.discard(lock.fileno())
-                fcntl.flock(lock, fcntl.LOCK_UN)  # for copies in children, too
 
     def create(self, record: dict[str, Any]) -> None:
         """Start a run: write down what is run, in the place of what `check` allowed to replace.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from surgeon.copying import checkpoint_gradients
 from surgeon.errors import TrainingError
 from surgeon.layers.regularizer import regularization
+from surgeon.zoo.evaluate import running
 from surgeon.zoo.finetune.batches import STOPS, Draws, mixed, seed_everything, to_device, training_batches
 from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.devices import prepare
@@ -122,7 +123,8 @@ class Trainer:
         return losses
 
     def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        output = self.task.forward(model, batch)
+        with running(self.model, batch, self.task):
+            output = self.task.forward(model, batch)
         task_loss = self.task.loss(output, batch).float()
         loss = task_loss
         if self.config.regularization:

@@ -179,6 +179,11 @@ class Classification(Task):
 
     def bind(self, model: nn.Module) -> nn.Module:
         self._format = self._format_for(model)
+        if len(self.data_classes) < 2:
+            raise DataError(
+                f"task {self.name}: the data have one class only ({self.data_classes[0]}), and telling classes apart takes two or "
+                "more: one folder a class"
+            )
         fitting = self._fitted(model, self._format)
         checked_weights(self.name, self.config.class_weights, len(self.classes))
         return fitting

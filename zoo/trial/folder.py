@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint import fresh_folder
 from surgeon.errors import CheckpointError, ConfigError, DataError
 from surgeon.files import check_fields, read_object, write_text
+from surgeon.zoo.finetune.folder import held
 from surgeon.zoo.tasks.support.fingerprint import changes
 
 FORMAT, VERSION = "surgeon-try", 1
@@ -46,12 +48,32 @@ class TryFolder:
             if self.path.is_symlink() or not self.record.is_file():
                 raise CheckpointError(f"the output {self.path} was not written by surgeon try: --force leaves it alone")
 
-    def create(self, values: dict[str, Any]) -> None:
-        """Begin: what was here goes, and the record is written first."""
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
-        self.write(self.record, {"format": FORMAT, "version": VERSION, **values})
+    def hold(self, *, begin: bool) -> AbstractContextManager[None]:
+        """Keep other processes out of the trial that is here, or of an empty folder that is made here to begin one.
+
+        Raises `CheckpointError` where another process has it.
+        """
+        try:
+            if begin:
+                self.path.mkdir(parents=True)
+        except FileExistsError as error:
+            raise CheckpointError(f"another trial has begun in {self.path} meanwhile") from error
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}") from error
+        return held(self.path, f"the trial in {self.path}")
+
+    def create(self, values: dict[str, Any], *, new: bool) -> None:
+        """Begin in a folder that is held: what was here goes, and the record is written; a new folder goes where it cannot be."""
+        for old in (self.clock, self.answer):
+            old.unlink(missing_ok=True)
+        for folder in (self.scores, self.runs, self.model, self.report):
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            self.write(self.record, {"format": FORMAT, "version": VERSION, **values})
+        except BaseException:
+            if new:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
     def read(self) -> dict[str, Any]:
         """The record. Raises `CheckpointError` where it is none of this version."""

@@ -6,6 +6,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,14 @@ def try_conversion(
             "a trial starts from a plain model, and this one has dynamic layers: surgeon revert makes it one"
         )
     trial = _Trial(model, make_task, folder, config, name, base, quiet, tell)
-    if not resume and folder.path.exists():
-        shutil.rmtree(folder.path)
-    try:
-        trial.prepare(resume=resume)
-        return trial.run()
-    finally:
-        trial.note_time()
+    with ExitStack() as stack:
+        if folder.path.exists():
+            stack.enter_context(folder.hold(begin=False))
+        try:
+            trial.prepare(stack, resume=resume)
+            return trial.run()
+        finally:
+            trial.note_time()
 
 
 class _Trial:
@@ -114,8 +116,12 @@ class _Trial:
 
     # --- before ---------------------------------------------------------------------------------------------------
 
-    def prepare(self, *, resume: bool) -> None:
-        """Look through the data, convert, and plan; or read the plan of the trial that goes on."""
+    def prepare(self, stack: ExitStack, *, resume: bool) -> None:
+        """Look through the data, convert, and plan; or read the plan of the trial that goes on.
+
+        A new folder is made only then, and held on the stack.
+        """
+        new = not self.folder.path.exists()
         self.tell("looking through the data")
         self.task.check()
         self.tell("converting")
@@ -139,8 +145,11 @@ class _Trial:
                 rates=self.config.rates,
                 steps=self.config.steps,
             )
+            if new:
+                stack.enter_context(self.folder.hold(begin=True))
             plan = asdict(self.plan) | {"rates": list(self.plan.rates)}
-            self.folder.create({"identity": identity, "data": data, "plan": plan, "speed": asdict(self.speed)})
+            record = {"identity": identity, "data": data, "plan": plan, "speed": asdict(self.speed)}
+            self.folder.create(record, new=new)
         self.ready = True
         self.tell(f"plan: {self.plan.steps} steps a run, rates {', '.join(f'{rate:g}' for rate in self.plan.rates)}")
 

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
+from surgeon.inputs import exported_size
 
 SMALL = 64  # pixels up to which pictures are padded and cropped, not resized at random
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
@@ -27,9 +28,9 @@ class ImageFormat:
 
     @classmethod
     def of(cls, model: nn.Module | None, side: int) -> Self:
-        """That of a timm model; for other models `side` pixels and ImageNet's normalization."""
+        """That of a timm model; for others ImageNet's normalization, and the size of an exported program or `side` pixels."""
         if not isinstance(getattr(model, "pretrained_cfg", None), dict):
-            return cls(size=(3, side, side))
+            return cls(size=exported_size(model) or (3, side, side))
         from timm.data import resolve_model_data_config
 
         found = resolve_model_data_config(model)
