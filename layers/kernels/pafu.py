@@ -22,15 +22,18 @@ from torch import Tensor
 from surgeon.errors import GeometryError
 from surgeon.layers.geometry import Pair
 from surgeon.layers.kernels import pafu_dense, pafu_grouped, pafu_taps
-from surgeon.layers.kernels.dispatch import PORTABLE, Operator
+from surgeon.layers.kernels.dispatch import NATIVE, PORTABLE, Operator
 from surgeon.layers.kernels.inputs import check_window, one_dtype
 from surgeon.layers.kernels.library import autocast_dtype, define, differentiable_once, memory_format_of, shapes_of
+from surgeon.layers.kernels.native import pafu as native
+from surgeon.layers.kernels.native.support import reasons_against as native_reasons_against
 from surgeon.layers.kernels.pafu_frames import Grads, Problem, Window
 from surgeon.layers.kernels.pafu_reference import pafu_conv_reference
 from surgeon.layers.kernels.portable import pafu_conv_portable
 from surgeon.layers.kernels.triton.support import reasons_against
 
 METHODS: dict[str, ModuleType] = {"grouped": pafu_grouped, "taps": pafu_taps, "dense": pafu_dense}
+IN_C: dict[str, ModuleType] = {NATIVE: native}
 
 PAFU_CONV = Operator("pafu_conv")
 
@@ -131,7 +134,7 @@ def _conv(
     if method == "auto" and len(problem.present) == 1:
         return _plain(problem, problem.present[0])
     if out.numel():
-        METHODS[choose_method(problem) if method == "auto" else method].forward(problem, out)
+        (METHODS | IN_C)[choose_method(problem) if method == "auto" else method].forward(problem, out)
     return out
 
 
@@ -178,7 +181,7 @@ def _conv_backward(
         grad_x if want_x else None, [first, *rest.unbind()] if want_kernels else None, scores if want_soft else None
     )
     if grad.numel():
-        method = choose_method(problem) if method == "auto" else method
+        method = choose_method(problem) if method in ("auto", NATIVE) else method
         (_on_cuda() if method == "triton" else METHODS[method]).backward(problem, grad, grads)
     return _as_gradients(grad_x, first, rest, scores, x.dtype)
 
@@ -247,6 +250,16 @@ def _why_not_triton(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *
 @PAFU_CONV.backend("triton", why_not=_why_not_triton)
 def _run_triton(*args: Any) -> Tensor:
     y: Tensor = _conv(*args, "triton")
+    return y
+
+
+def _why_not_native(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *rest: Any) -> list[str]:
+    return native_reasons_against([x, kernel, further])
+
+
+@PAFU_CONV.backend(NATIVE, why_not=_why_not_native)
+def _run_native(*args: Any) -> Tensor:
+    y: Tensor = _conv(*args, NATIVE)
     return y
 
 

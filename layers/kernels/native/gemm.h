@@ -92,31 +92,36 @@ static void gemm(int64_t rows, int64_t columns, int64_t depth, const float *pack
     product(rows, count, depth, packed, at, columns - (count - 1) * LANES, add);
 }
 
+/* v[i][j] = v[j][i]. */
+INLINE void turn(vec *v) {
+    UNROLLED for (int s = 1; s < LANES; s *= 2) {
+        ivec low, high; /* of a pair's lanes: where lane bit s is 0, and where it is 1 */
+        UNROLLED for (int i = 0; i < LANES; i++) {
+            low[i] = i & s ? i - s + LANES : i;
+            high[i] = i & s ? i + LANES : i + s;
+        }
+        UNROLLED for (int i = 0; i < LANES; i++) if (!(i & s)) {
+            vec a = v[i], b = v[i + s];
+#if defined(__clang__)
+            for (int j = 0; j < LANES; j++) {
+                v[i][j] = low[j] < LANES ? a[low[j]] : b[low[j] - LANES];
+                v[i + s][j] = high[j] < LANES ? a[high[j]] : b[high[j] - LANES];
+            }
+#else
+            v[i] = __builtin_shuffle(a, b, low);
+            v[i + s] = __builtin_shuffle(a, b, high);
+#endif
+        }
+    }
+}
+
 /* to[p][f] = from[f][p], LANES × LANES at a time; reads and writes whole blocks. */
 static void transpose(const float *from, int64_t from_row, int64_t rows, int64_t columns, float *to, int64_t to_row) {
     for (int64_t f = 0; f < rows; f += LANES)
         for (int64_t p = 0; p < columns; p += LANES) {
             vec v[LANES];
             UNROLLED for (int i = 0; i < LANES; i++) v[i] = load(from + (f + i) * from_row + p);
-            UNROLLED for (int s = 1; s < LANES; s *= 2) {
-                ivec low, high; /* of a pair's lanes: where lane bit s is 0, and where it is 1 */
-                UNROLLED for (int i = 0; i < LANES; i++) {
-                    low[i] = i & s ? i - s + LANES : i;
-                    high[i] = i & s ? i + LANES : i + s;
-                }
-                UNROLLED for (int i = 0; i < LANES; i++) if (!(i & s)) {
-                    vec a = v[i], b = v[i + s];
-#if defined(__clang__)
-                    for (int j = 0; j < LANES; j++) {
-                        v[i][j] = low[j] < LANES ? a[low[j]] : b[low[j] - LANES];
-                        v[i + s][j] = high[j] < LANES ? a[high[j]] : b[high[j] - LANES];
-                    }
-#else
-                    v[i] = __builtin_shuffle(a, b, low);
-                    v[i + s] = __builtin_shuffle(a, b, high);
-#endif
-                }
-            }
+            turn(v);
             UNROLLED for (int i = 0; i < LANES; i++) store(to + (p + i) * to_row + f, v[i]);
         }
 }

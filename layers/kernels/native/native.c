@@ -4,6 +4,7 @@
 #include "window.h"
 #include "acda.h"
 #include "dconv.h"
+#include "pafu.h"
 
 int surgeon_abi(void) { return 1; }
 int surgeon_lanes(void) { return LANES; }

@@ -1,0 +1,255 @@
+/* PAFU: y[p] = K[index[p]] * x at p, the kernel being another at every pixel; see pafu_reference.py for the shapes.
+ *
+ * Work is done in chunks of output rows. The input under a chunk is copied once into a zero-padded frame, channels last, in which
+ * the patch of a pixel is a run of channels for every tap. Pixels are sorted by kernel; lanes are output channels, and a few pixels
+ * of one kernel are summed up together, their patches read where they lie. A piece of the kernel (some taps, or some channels of
+ * one) is packed, and multiplied with all of its pixels, before the next. The sum of a pixel runs over pieces, taps and channels
+ * in the same order wherever the pixel falls: results do not depend on chunks, tasks and threads. */
+#ifndef SURGEON_PAFU_H
+#define SURGEON_PAFU_H
+
+#include "gemm.h"
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+enum { PAFU_PIXELS = 6, PAFU_VECTORS = 4 };
+#else
+enum { PAFU_PIXELS = 6, PAFU_VECTORS = 2 };
+#endif
+enum { PAFU_DEPTH = 128 }; /* numbers of a patch at a time: their part of a packed kernel stays in the first-level cache */
+
+typedef struct {
+    int64_t h, w, c, outputs, groups, lh, lw, sh, sw, dh, dw;
+    int64_t n; /* kernels, the first at `kernel`, the others at `further`, one after another */
+    int64_t tap_0, channel_0, tap, channel; /* distances of taps and of channels in the first, and in the others */
+    int64_t images, rows, columns; /* of the chunk's output */
+    int64_t height, width;         /* of its frame */
+    int64_t first, inside, across, top, left; /* input rows from `first`, `inside` many, `across` columns, at (top, left) of it */
+    int64_t last; /* 1: x, y and the gradient are channels last */
+} Pafu;
+
+typedef struct {
+    const float *x, *kernel, *further, *grad; /* x and grad from the first image of the chunk on */
+    const int64_t *index; /* of the chunk's pixels */
+    int64_t *bounds, *order, *start; /* n + 1: where a kernel's pixels begin; the sorted pixels, and where their patches begin */
+    float *frame, *y, *g, *gframe;   /* channels last: the frame, the chunk's output, its gradient, that of the frame */
+    float *gkernel, *gfurther, *gscores; /* null: not wanted; gradients of kernels are channels last, scores (pixel, n) */
+} PafuTensors;
+
+/* ---- in and out of channels last ------------------------------------------------------------------------------------------ */
+
+/* to[place(p) + f] = from[f][p]; `back`: from[f][p] (+)= to[place(p) + f]. The places of a row's pixels are `step` apart. */
+typedef struct {
+    int64_t columns, row, step; /* pixels of a row, distances of rows and of pixels */
+} Places;
+
+INLINE int64_t place_of(Places s, int64_t p) { return p / s.columns * s.row + p % s.columns * s.step; }
+
+static void to_last(const float *from, int64_t from_row, int64_t rows, int64_t pixels, float *to, Places s) {
+    for (int64_t p = 0; p < pixels; p += LANES) {
+        if (pixels >= LANES) p = least(p, pixels - LANES); /* the last block overlaps the one before */
+        int64_t wide = least(LANES, pixels - p), place[LANES], f = 0;
+        for (int64_t i = 0; i < wide; i++) place[i] = place_of(s, p + i);
+        for (; wide == LANES && f + LANES <= rows; f += LANES) {
+            vec v[LANES];
+            UNROLLED for (int i = 0; i < LANES; i++) v[i] = load(from + (f + i) * from_row + p);
+            turn(v);
+            UNROLLED for (int i = 0; i < LANES; i++) store(to + place[i] + f, v[i]);
+        }
+        for (; f < rows; f++)
+            for (int64_t i = 0; i < wide; i++) to[place[i] + f] = from[f * from_row + p + i];
+    }
+}
+
+static void from_last(const float *from, Places s, int64_t rows, int64_t pixels, float *to, int64_t to_row) {
+    for (int64_t p = 0; p < pixels; p += LANES) {
+        if (pixels >= LANES) p = least(p, pixels - LANES);
+        int64_t wide = least(LANES, pixels - p), place[LANES], f = 0;
+        for (int64_t i = 0; i < wide; i++) place[i] = place_of(s, p + i);
+        for (; wide == LANES && f + LANES <= rows; f += LANES) {
+            vec v[LANES];
+            UNROLLED for (int i = 0; i < LANES; i++) v[i] = load(from + place[i] + f);
+            turn(v);
+            UNROLLED for (int i = 0; i < LANES; i++) store(to + (f + i) * to_row + p, v[i]);
+        }
+        for (; f < rows; f++)
+            for (int64_t i = 0; i < wide; i++) to[f * to_row + p + i] = from[place[i] + f];
+    }
+}
+
+/* ---- what Python calls before: the frame, the order of the pixels ----------------------------------------------------------- */
+
+/* The frame of one image of the chunk. */
+void pafu_frame(const Pafu *a, const PafuTensors *t, int64_t image) {
+    const int64_t c = a->c, size = a->h * a->w, row = a->width * c;
+    float *frame = t->frame + image * a->height * row;
+    const float *x = t->x + image * c * size;
+    memset(frame, 0, (size_t)(a->top * row) * 4);
+    memset(frame + (a->top + a->inside) * row, 0, (size_t)((a->height - a->top - a->inside) * row) * 4);
+    for (int64_t r = 0; r < a->inside; r++) {
+        float *to = frame + (a->top + r) * row;
+        memset(to, 0, (size_t)(a->left * c) * 4);
+        memset(to + (a->left + a->across) * c, 0, (size_t)((a->width - a->left - a->across) * c) * 4);
+        if (a->last) memcpy(to + a->left * c, x + (a->first + r) * a->w * c, (size_t)(a->across * c) * 4);
+    }
+    float *inner = frame + a->top * row + a->left * c;
+    if (!a->last && a->across == a->w)
+        to_last(x + a->first * a->w, size, c, a->inside * a->w, inner, (Places){a->w, row, c});
+    else if (!a->last)
+        for (int64_t r = 0; r < a->inside; r++)
+            to_last(x + (a->first + r) * a->w, size, c, a->across, inner + r * row, (Places){a->w, row, c});
+}
+
+void pafu_sort(const Pafu *a, const PafuTensors *t) {
+    int64_t pixels = a->images * a->rows * a->columns, *next = t->bounds;
+    memset(next, 0, (size_t)(a->n + 1) * sizeof *next);
+    for (int64_t p = 0; p < pixels; p++) next[t->index[p]]++;
+    for (int64_t i = 0, sum = 0; i <= a->n; i++) {
+        int64_t count = next[i];
+        next[i] = sum;
+        sum += count;
+    }
+    for (int64_t b = 0, p = 0; b < a->images; b++)
+        for (int64_t i = 0; i < a->rows; i++)
+            for (int64_t j = 0; j < a->columns; j++, p++) {
+                int64_t at = next[t->index[p]]++;
+                t->order[at] = p;
+                t->start[at] = ((b * a->height + i * a->sh) * a->width + j * a->sw) * a->c;
+            }
+    for (int64_t i = a->n; i > 0; i--) next[i] = next[i - 1];
+    next[0] = 0;
+}
+
+/* ---- a piece of a kernel, and the pixels that it multiplies ----------------------------------------------------------------- */
+
+typedef struct {
+    int64_t tap, taps, channel, channels; /* of a patch: some taps with all channels, or one with some */
+} Piece;
+
+/* The next piece behind `p`, of which `taps` 0 is before the first; its taps are 0 behind the last. */
+static Piece next_piece(const Pafu *a, Piece p) {
+    int64_t taps = a->lh * a->lw, channels = a->c / a->groups, part = even_part(channels, PAFU_DEPTH);
+    int64_t many = part < channels ? 1 : even_part(taps, most(1, PAFU_DEPTH / channels));
+    int64_t tap = p.tap, channel = p.channel + p.channels;
+    if (channel >= channels) tap += p.taps, channel = 0;
+    return (Piece){tap, least(many, taps - tap), channel, least(part, channels - channel)};
+}
+
+static const float *kernel_of(const Pafu *a, const PafuTensors *t, int64_t i) {
+    return i ? t->further + (i - 1) * a->outputs * (a->c / a->groups) * a->lh * a->lw : t->kernel;
+}
+
+/* Rows of `vectors` vectors of outputs from o on, of which there are `count`, for every number of the piece. */
+static void pack_piece(const Pafu *a, const PafuTensors *t, int64_t i, int64_t o, int64_t count, int64_t vectors, Piece p, float *to) {
+    int64_t tap_step = i ? a->tap : a->tap_0, channel_step = i ? a->channel : a->channel_0;
+    int64_t size = a->c / a->groups * a->lh * a->lw, row = vectors * LANES;
+    const float *from = kernel_of(a, t, i) + o * size + p.tap * tap_step + p.channel * channel_step;
+    if (count < row) memset(to, 0, (size_t)(p.taps * p.channels * row) * 4);
+    if (channel_step == 1) {
+        for (int64_t u = 0; u < p.taps; u++)
+            to_last(from + u * tap_step, size, count, p.channels, to + u * p.channels * row, (Places){p.channels, 0, row});
+        return;
+    }
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t u = 0; u < p.taps; u++)
+            for (int64_t c = 0; c < p.channels; c++)
+                to[(u * p.channels + c) * row + r] = from[r * size + u * tap_step + c * channel_step];
+}
+
+typedef struct {
+    const float *frame;     /* from the first channel of the piece on */
+    const int64_t *start;   /* of the pixels' patches */
+    const int64_t *place;   /* of the piece's taps */
+    int64_t taps, channels;
+    const float *packed;
+} Patches;
+
+INLINE void multiply_patches(const int pixels, const int vectors, const Patches *b, vec sum[PAFU_PIXELS][PAFU_VECTORS]) {
+    const float *packed = b->packed;
+    UNROLLED for (int r = 0; r < pixels; r++) UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = (vec){0};
+    for (int64_t u = 0; u < b->taps; u++) {
+        const float *x[PAFU_PIXELS];
+        UNROLLED for (int r = 0; r < pixels; r++) x[r] = b->frame + b->start[r] + b->place[u];
+        for (int64_t c = 0; c < b->channels; c++, packed += vectors * LANES) {
+            vec k[PAFU_VECTORS];
+            UNROLLED for (int v = 0; v < vectors; v++) k[v] = load(packed + v * LANES);
+            UNROLLED for (int r = 0; r < pixels; r++) {
+                vec in = splat(x[r][c]);
+                UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] += in * k[v];
+            }
+        }
+    }
+}
+
+INLINE void forward_block(const int pixels, const int vectors, const Patches *b, const int64_t *order, float *y, int64_t row,
+                          int64_t last, int add) {
+    vec sum[PAFU_PIXELS][PAFU_VECTORS];
+    multiply_patches(pixels, vectors, b, sum);
+    UNROLLED for (int r = 0; r < pixels; r++) {
+        float *at = y + order[r] * row;
+        UNROLLED for (int v = 0; v < vectors; v++) {
+            int64_t lanes = v == vectors - 1 ? last : LANES;
+            vec old = {0};
+            if (add) old = load_first(at + v * LANES, lanes);
+            store_first(at + v * LANES, sum[r][v] + old, lanes);
+        }
+    }
+}
+
+/* Call a function above for a number of pixels and of vectors. */
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define EACH_WIDTH(R, CALL) CALL(R, 1) CALL(R, 2) CALL(R, 3) CALL(R, 4)
+#else
+#define EACH_WIDTH(R, CALL) CALL(R, 1) CALL(R, 2)
+#endif
+#define EACH_BLOCK(CALL) \
+    EACH_WIDTH(1, CALL) EACH_WIDTH(2, CALL) EACH_WIDTH(3, CALL) EACH_WIDTH(4, CALL) EACH_WIDTH(5, CALL) EACH_WIDTH(6, CALL)
+
+static void forward_block_of(int64_t pixels, int64_t vectors, const Patches *b, const int64_t *order, float *y, int64_t row,
+                             int64_t last, int add) {
+    switch (pixels * 8 + vectors) {
+#define CALL(R, V) case R * 8 + V: forward_block(R, V, b, order, y, row, last, add); return;
+        EACH_BLOCK(CALL)
+#undef CALL
+    }
+}
+
+static void pafu_places(const Pafu *a, int64_t *place) {
+    for (int64_t u = 0; u < a->lh; u++)
+        for (int64_t v = 0; v < a->lw; v++) *place++ = (u * a->dh * a->width + v * a->dw) * a->c;
+}
+
+/* Into how many blocks of output channels the work of a pixel is cut. */
+int64_t pafu_blocks(const Pafu *a) {
+    return a->groups * ceil_div(ceil_div(a->outputs / a->groups, LANES), PAFU_VECTORS);
+}
+
+int64_t pafu_scratch(const Pafu *a) {
+    return round_up(2 * a->lh * a->lw) + (most(PAFU_DEPTH, a->lh * a->lw) + LANES) * PAFU_VECTORS * LANES + 64;
+}
+
+/* Sorted pixels from `first` to `end`, all of kernel i, and one block of output channels. */
+void pafu_forward(const Pafu *a, const PafuTensors *t, float *scratch, int64_t i, int64_t first, int64_t end, int64_t block) {
+    int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw), inputs = a->c / a->groups, outputs = a->outputs / a->groups;
+    int64_t count = ceil_div(outputs, LANES), width = even_part(count, PAFU_VECTORS), blocks = ceil_div(count, width);
+    int64_t group = block / blocks, v0 = block % blocks * width, vectors = least(width, count - v0), o = group * outputs + v0 * LANES;
+    int64_t many = least(vectors * LANES, outputs - v0 * LANES), part = even_part(end - first, PAFU_PIXELS), add = 0;
+    pafu_places(a, place);
+    for (Piece p = next_piece(a, (Piece){0}); p.taps > 0; p = next_piece(a, p), add = 1) {
+        pack_piece(a, t, i, o, many, vectors, p, scratch);
+        Patches b = {t->frame + group * inputs + p.channel, t->start, place + p.tap, p.taps, p.channels, scratch};
+        for (int64_t q = first; q < end; q += part) {
+            b.start = t->start + q;
+            forward_block_of(least(part, end - q), vectors, &b, t->order + q, t->y + o, a->outputs, many - (vectors - 1) * LANES,
+                             (int)add);
+        }
+    }
+}
+
+/* The chunk's output of one image, into y (O, P, Q) from the chunk's first row on. */
+void pafu_output(const Pafu *a, const PafuTensors *t, float *y, int64_t plane, int64_t image) {
+    int64_t pixels = a->rows * a->columns;
+    from_last(t->y + image * pixels * a->outputs, (Places){pixels, 0, a->outputs}, a->outputs, pixels, y + image * a->outputs * plane,
+              plane);
+}
+
+#endif
