@@ -20,7 +20,7 @@ enum { PAFU_DEPTH = 128 }; /* numbers of a patch at a time: their part of a pack
 typedef struct {
     int64_t h, w, c, outputs, groups, lh, lw, sh, sw, dh, dw;
     int64_t n; /* kernels, the first at `kernel`, the others at `further`, one after another */
-    int64_t tap_0, channel_0, tap, channel; /* distances of taps and of channels in the first, and in the others */
+    int64_t last_0, last_others; /* 1: the channels of the first kernel, of the others, are last in memory, else the taps */
     int64_t images, rows, columns; /* of the chunk's output */
     int64_t height, width;         /* of its frame */
     int64_t first, inside, across, top, left; /* input rows from `first`, `inside` many, `across` columns, at (top, left) of it */
@@ -42,37 +42,51 @@ typedef struct {
     int64_t columns, row, step; /* pixels of a row, distances of rows and of pixels */
 } Places;
 
-INLINE int64_t place_of(Places s, int64_t p) { return p / s.columns * s.row + p % s.columns * s.step; }
+INLINE void places_of(Places s, int64_t p, int64_t count, int64_t *place) {
+    int64_t line = p / s.columns, at = p % s.columns;
+    for (int64_t i = 0; i < count; i++) {
+        place[i] = line * s.row + at * s.step;
+        if (++at == s.columns) at = 0, line++;
+    }
+}
 
 static void to_last(const float *from, int64_t from_row, int64_t rows, int64_t pixels, float *to, Places s) {
-    for (int64_t p = 0; p < pixels; p += LANES) {
-        if (pixels >= LANES) p = least(p, pixels - LANES); /* the last block overlaps the one before */
-        int64_t wide = least(LANES, pixels - p), place[LANES], f = 0;
-        for (int64_t i = 0; i < wide; i++) place[i] = place_of(s, p + i);
-        for (; wide == LANES && f + LANES <= rows; f += LANES) {
-            vec v[LANES];
-            UNROLLED for (int i = 0; i < LANES; i++) v[i] = load(from + (f + i) * from_row + p);
-            turn(v);
-            UNROLLED for (int i = 0; i < LANES; i++) store(to + place[i] + f, v[i]);
+    for (int64_t f = 0; f < rows; f += LANES) {
+        if (rows >= LANES) f = least(f, rows - LANES); /* the last block overlaps the one before */
+        int64_t high = least(LANES, rows - f), place[LANES];
+        for (int64_t p = 0; p < pixels; p += LANES) {
+            if (pixels >= LANES) p = least(p, pixels - LANES);
+            int64_t wide = least(LANES, pixels - p);
+            places_of(s, p, wide, place);
+            if (wide == LANES && high == LANES) {
+                vec v[LANES];
+                UNROLLED for (int i = 0; i < LANES; i++) v[i] = load(from + (f + i) * from_row + p);
+                turn(v);
+                UNROLLED for (int i = 0; i < LANES; i++) store(to + place[i] + f, v[i]);
+            } else
+                for (int64_t i = 0; i < wide; i++)
+                    for (int64_t r = 0; r < high; r++) to[place[i] + f + r] = from[(f + r) * from_row + p + i];
         }
-        for (; f < rows; f++)
-            for (int64_t i = 0; i < wide; i++) to[place[i] + f] = from[f * from_row + p + i];
     }
 }
 
 static void from_last(const float *from, Places s, int64_t rows, int64_t pixels, float *to, int64_t to_row) {
-    for (int64_t p = 0; p < pixels; p += LANES) {
-        if (pixels >= LANES) p = least(p, pixels - LANES);
-        int64_t wide = least(LANES, pixels - p), place[LANES], f = 0;
-        for (int64_t i = 0; i < wide; i++) place[i] = place_of(s, p + i);
-        for (; wide == LANES && f + LANES <= rows; f += LANES) {
-            vec v[LANES];
-            UNROLLED for (int i = 0; i < LANES; i++) v[i] = load(from + place[i] + f);
-            turn(v);
-            UNROLLED for (int i = 0; i < LANES; i++) store(to + (f + i) * to_row + p, v[i]);
+    for (int64_t f = 0; f < rows; f += LANES) {
+        if (rows >= LANES) f = least(f, rows - LANES);
+        int64_t high = least(LANES, rows - f), place[LANES];
+        for (int64_t p = 0; p < pixels; p += LANES) {
+            if (pixels >= LANES) p = least(p, pixels - LANES);
+            int64_t wide = least(LANES, pixels - p);
+            places_of(s, p, wide, place);
+            if (wide == LANES && high == LANES) {
+                vec v[LANES];
+                UNROLLED for (int i = 0; i < LANES; i++) v[i] = load(from + place[i] + f);
+                turn(v);
+                UNROLLED for (int i = 0; i < LANES; i++) store(to + (f + i) * to_row + p, v[i]);
+            } else
+                for (int64_t i = 0; i < wide; i++)
+                    for (int64_t r = 0; r < high; r++) to[(f + r) * to_row + p + i] = from[place[i] + f + r];
         }
-        for (; f < rows; f++)
-            for (int64_t i = 0; i < wide; i++) to[f * to_row + p + i] = from[place[i] + f];
     }
 }
 
@@ -117,6 +131,7 @@ void pafu_sort(const Pafu *a, const PafuTensors *t) {
             }
     for (int64_t i = a->n; i > 0; i--) next[i] = next[i - 1];
     next[0] = 0;
+    memset(t->start + pixels, 0, PAFU_PIXELS * sizeof *t->start); /* read, but of no account */
 }
 
 /* ---- a piece of a kernel, and the pixels that it multiplies ----------------------------------------------------------------- */
@@ -138,21 +153,13 @@ static const float *kernel_of(const Pafu *a, const PafuTensors *t, int64_t i) {
     return i ? t->further + (i - 1) * a->outputs * (a->c / a->groups) * a->lh * a->lw : t->kernel;
 }
 
-/* Rows of `vectors` vectors of outputs from o on, of which there are `count`, for every number of the piece. */
-static void pack_piece(const Pafu *a, const PafuTensors *t, int64_t i, int64_t o, int64_t count, int64_t vectors, Piece p, float *to) {
-    int64_t tap_step = i ? a->tap : a->tap_0, channel_step = i ? a->channel : a->channel_0;
-    int64_t size = a->c / a->groups * a->lh * a->lw, row = vectors * LANES;
-    const float *from = kernel_of(a, t, i) + o * size + p.tap * tap_step + p.channel * channel_step;
-    if (count < row) memset(to, 0, (size_t)(p.taps * p.channels * row) * 4);
-    if (channel_step == 1) {
-        for (int64_t u = 0; u < p.taps; u++)
-            to_last(from + u * tap_step, size, count, p.channels, to + u * p.channels * row, (Places){p.channels, 0, row});
-        return;
-    }
-    for (int64_t r = 0; r < count; r++)
-        for (int64_t u = 0; u < p.taps; u++)
-            for (int64_t c = 0; c < p.channels; c++)
-                to[(u * p.channels + c) * row + r] = from[r * size + u * tap_step + c * channel_step];
+/* Rows of `row` outputs from o on, of which there are `count`, for every number of a patch of kernel i: taps, in them channels. All
+ * at once: rows of the kernel are read from end to end, as the hardware foresees. */
+static void pack_kernel(const Pafu *a, const PafuTensors *t, int64_t i, int64_t o, int64_t count, int64_t row, float *to) {
+    int64_t taps = a->lh * a->lw, channels = a->c / a->groups, size = taps * channels;
+    Places last = {size, 0, row}, first = {taps, row, channels * row};
+    if (count < row) memset(to, 0, (size_t)(size * row) * 4);
+    to_last(kernel_of(a, t, i) + o * size, size, count, size, to, (i ? a->last_others : a->last_0) ? last : first);
 }
 
 typedef struct {
@@ -167,14 +174,19 @@ INLINE void multiply_patches(const int pixels, const int vectors, const Patches 
     const float *packed = b->packed;
     UNROLLED for (int r = 0; r < pixels; r++) UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = (vec){0};
     for (int64_t u = 0; u < b->taps; u++) {
-        const float *x[PAFU_PIXELS];
+        const float *x[PAFU_PIXELS], *next[PAFU_PIXELS];
         UNROLLED for (int r = 0; r < pixels; r++) x[r] = b->frame + b->start[r] + b->place[u];
-        for (int64_t c = 0; c < b->channels; c++, packed += vectors * LANES) {
-            vec k[PAFU_VECTORS];
-            UNROLLED for (int v = 0; v < vectors; v++) k[v] = load(packed + v * LANES);
-            UNROLLED for (int r = 0; r < pixels; r++) {
-                vec in = splat(x[r][c]);
-                UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] += in * k[v];
+        UNROLLED for (int r = 0; r < pixels; r++) next[r] = b->frame + b->start[pixels + r] + b->place[u];
+        for (int64_t c0 = 0; c0 < b->channels; c0 += 16) {
+            const int64_t c1 = least(c0 + 16, b->channels);
+            UNROLLED for (int r = 0; r < pixels; r++) __builtin_prefetch(next[r] + c0);
+            for (int64_t c = c0; c < c1; c++, packed += vectors * LANES) {
+                vec k[PAFU_VECTORS];
+                UNROLLED for (int v = 0; v < vectors; v++) k[v] = load(packed + v * LANES);
+                UNROLLED for (int r = 0; r < pixels; r++) {
+                    vec in = splat(x[r][c]);
+                    UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] += in * k[v];
+                }
             }
         }
     }
@@ -183,6 +195,8 @@ INLINE void multiply_patches(const int pixels, const int vectors, const Patches 
 INLINE void forward_block(const int pixels, const int vectors, const Patches *b, const int64_t *order, float *y, int64_t row,
                           int64_t last, int add) {
     vec sum[PAFU_PIXELS][PAFU_VECTORS];
+    UNROLLED for (int r = 0; r < pixels; r++) UNROLLED for (int v = 0; v < vectors; v++)
+        __builtin_prefetch(y + order[r] * row + v * LANES, 1);
     multiply_patches(pixels, vectors, b, sum);
     UNROLLED for (int r = 0; r < pixels; r++) {
         float *at = y + order[r] * row;
@@ -224,7 +238,7 @@ int64_t pafu_blocks(const Pafu *a) {
 }
 
 int64_t pafu_scratch(const Pafu *a) {
-    return round_up(2 * a->lh * a->lw) + (most(PAFU_DEPTH, a->lh * a->lw) + LANES) * PAFU_VECTORS * LANES + 64;
+    return round_up(2 * a->lh * a->lw) + a->c / a->groups * a->lh * a->lw * PAFU_VECTORS * LANES + 64;
 }
 
 /* Sorted pixels from `first` to `end`, all of kernel i, and one block of output channels. */
@@ -234,9 +248,10 @@ void pafu_forward(const Pafu *a, const PafuTensors *t, float *scratch, int64_t i
     int64_t group = block / blocks, v0 = block % blocks * width, vectors = least(width, count - v0), o = group * outputs + v0 * LANES;
     int64_t many = least(vectors * LANES, outputs - v0 * LANES), part = even_part(end - first, PAFU_PIXELS), add = 0;
     pafu_places(a, place);
+    pack_kernel(a, t, i, o, many, vectors * LANES, scratch);
     for (Piece p = next_piece(a, (Piece){0}); p.taps > 0; p = next_piece(a, p), add = 1) {
-        pack_piece(a, t, i, o, many, vectors, p, scratch);
-        Patches b = {t->frame + group * inputs + p.channel, t->start, place + p.tap, p.taps, p.channels, scratch};
+        const float *packed = scratch + (p.tap * inputs + p.channel) * vectors * LANES;
+        Patches b = {t->frame + group * inputs + p.channel, t->start, place + p.tap, p.taps, p.channels, packed};
         for (int64_t q = first; q < end; q += part) {
             b.start = t->start + q;
             forward_block_of(least(part, end - q), vectors, &b, t->order + q, t->y + o, a->outputs, many - (vectors - 1) * LANES,

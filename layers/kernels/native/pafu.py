@@ -14,9 +14,10 @@ from surgeon.layers.kernels.native.support import borrowed, in_parallel, pointer
 from surgeon.layers.kernels.pafu_frames import Chunk, Problem
 
 SEGMENT = 1024  # pixels of one kernel that a task takes at most, for which it packs the kernel
+SPARE = 8  # places behind the sorted pixels that are read, but of no account
 
 _GEOMETRY = ("h", "w", "c", "outputs", "groups", "lh", "lw", "sh", "sw", "dh", "dw", "n")
-_STEPS = ("tap_0", "channel_0", "tap", "channel")
+_LAST = ("last_0", "last_others")
 _CHUNK = ("images", "rows", "columns", "height", "width", "first", "inside", "across", "top", "left", "last")
 _TENSORS = ("x", "kernel", "further", "grad", "index", "bounds", "order", "start", "frame", "y", "g", "gframe")
 _GRADIENTS = ("gkernel", "gfurther", "gscores")
@@ -25,7 +26,7 @@ _GRADIENTS = ("gkernel", "gfurther", "gscores")
 class _Plan(ctypes.Structure):
     """`Pafu` of pafu.h."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in (*_GEOMETRY, *_STEPS, *_CHUNK)]
+    _fields_ = [(name, ctypes.c_int64) for name in (*_GEOMETRY, *_LAST, *_CHUNK)]
 
 
 class _Tensors(ctypes.Structure):
@@ -34,13 +35,10 @@ class _Tensors(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in (*_TENSORS, *_GRADIENTS)]
 
 
-def _packed(kernels: Tensor) -> tuple[Tensor, int, int]:
-    """Kernels (..., O, C/G, k, l) with the distances of their taps and of their channels: channels first or last in memory."""
-    inputs, rows, columns = kernels.shape[-3:]
-    last = kernels.movedim(-3, -1)
-    if last.is_contiguous():
-        return kernels, inputs, 1
-    return kernels.contiguous(), 1, rows * columns
+def _dense(kernels: Tensor) -> tuple[Tensor, bool]:
+    """Kernels (..., O, C/G, k, l) without gaps, and whether their channels are last in memory."""
+    last = kernels.movedim(-3, -1).is_contiguous()
+    return kernels if last else kernels.contiguous(), last
 
 
 class _Work:
@@ -51,12 +49,12 @@ class _Work:
         self.format = memory_format_of(problem.x)
         self.last = self.format == torch.channels_last
         self.x = problem.x.contiguous(memory_format=self.format)
-        self.kernel, *first = _packed(problem.kernel)
-        self.further, *others = _packed(problem.further)
+        self.kernel, first = _dense(problem.kernel)
+        self.further, others = _dense(problem.further)
         self.index = problem.index.contiguous()
         window = problem.window
         sizes = (*self.x.shape[2:], self.x.shape[1], problem.outputs, window.groups)
-        self.geometry = (*sizes, *window.size, *window.stride, *window.dilation, problem.n, *first, *others)
+        self.geometry = (*sizes, *window.size, *window.stride, *window.dilation, problem.n, first, others)
 
     def chunks(self) -> Iterator[Chunk]:
         stride_h, stride_w = self.problem.window.stride
@@ -72,7 +70,7 @@ class _Work:
     def sorted(self, plan: _Plan, chunk: Chunk) -> Iterator[tuple[_Tensors, list[int]]]:
         """The chunk's frame and sorted pixels, and where the pixels of each kernel begin."""
         pixels = plan.images * plan.rows * plan.columns
-        bounds, order, start = (self.index.new_empty(size) for size in (plan.n + 1, pixels, pixels))
+        bounds, order, start = (self.index.new_empty(size) for size in (plan.n + 1, pixels, pixels + SPARE))
         index = self.index[chunk.images, chunk.rows]
         with borrowed(plan.images * plan.height * plan.width * plan.c) as frame:
             given = {"x": self.x[chunk.images], "kernel": self.kernel, "further": self.further, "index": index}
