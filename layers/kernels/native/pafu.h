@@ -15,6 +15,7 @@ enum { PAFU_PIXELS = 6, PAFU_VECTORS = 4 };
 #else
 enum { PAFU_PIXELS = 6, PAFU_VECTORS = 2 };
 #endif
+#define AHEAD 64
 enum { PAFU_DEPTH = 128 }; /* numbers of a patch at a time: their part of a packed kernel stays in the first-level cache */
 
 typedef struct {
@@ -60,7 +61,10 @@ static void to_last(const float *from, int64_t from_row, int64_t rows, int64_t p
             places_of(s, p, wide, place);
             if (wide == LANES && high == LANES) {
                 vec v[LANES];
-                UNROLLED for (int i = 0; i < LANES; i++) v[i] = load(from + (f + i) * from_row + p);
+                UNROLLED for (int i = 0; i < LANES; i++) {
+                    v[i] = load(from + (f + i) * from_row + p);
+                    __builtin_prefetch(from + (f + i) * from_row + p + AHEAD);
+                }
                 turn(v);
                 UNROLLED for (int i = 0; i < LANES; i++) store(to + place[i] + f, v[i]);
             } else
