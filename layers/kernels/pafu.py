@@ -181,8 +181,8 @@ def _conv_backward(
         grad_x if want_x else None, [first, *rest.unbind()] if want_kernels else None, scores if want_soft else None
     )
     if grad.numel():
-        method = choose_method(problem) if method in ("auto", NATIVE) else method
-        (_on_cuda() if method == "triton" else METHODS[method]).backward(problem, grad, grads)
+        method = choose_method(problem) if method == "auto" else method
+        (_on_cuda() if method == "triton" else (METHODS | IN_C)[method]).backward(problem, grad, grads)
     return _as_gradients(grad_x, first, rest, scores, x.dtype)
 
 

@@ -5,6 +5,7 @@
 #include "acda.h"
 #include "dconv.h"
 #include "pafu.h"
+#include "pafu_back.h"
 
 int surgeon_abi(void) { return 1; }
 int surgeon_lanes(void) { return LANES; }

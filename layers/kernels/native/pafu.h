@@ -15,24 +15,28 @@ enum { PAFU_PIXELS = 6, PAFU_VECTORS = 4 };
 #else
 enum { PAFU_PIXELS = 6, PAFU_VECTORS = 2 };
 #endif
-#define AHEAD 64
-enum { PAFU_DEPTH = 128 }; /* numbers of a patch at a time: their part of a packed kernel stays in the first-level cache */
+/* PAFU_DEPTH: numbers of a patch at a time, whose part of a packed kernel stays in the first-level cache.
+ * AHEAD: floats by which rows that are turned are asked for before; the hardware does not foresee so many. */
+enum { PAFU_DEPTH = 128, AHEAD = 64 };
 
 typedef struct {
     int64_t h, w, c, outputs, groups, lh, lw, sh, sw, dh, dw;
     int64_t n; /* kernels, the first at `kernel`, the others at `further`, one after another */
     int64_t last_0, last_others; /* 1: the channels of the first kernel, of the others, are last in memory, else the taps */
+    int64_t plane;                 /* pixels of a whole map of the output */
     int64_t images, rows, columns; /* of the chunk's output */
     int64_t height, width;         /* of its frame */
     int64_t first, inside, across, top, left; /* input rows from `first`, `inside` many, `across` columns, at (top, left) of it */
-    int64_t last; /* 1: x, y and the gradient are channels last */
+    int64_t last;  /* 1: x, y and the gradient are channels last */
+    int64_t parts; /* of the images, each sorted for itself: their gradients of the input share nothing */
 } Pafu;
 
 typedef struct {
-    const float *x, *kernel, *further, *grad; /* x and grad from the first image of the chunk on */
+    const float *x, *kernel, *further, *grad; /* x from the first image of the chunk on, grad from its first row, too */
     const int64_t *index; /* of the chunk's pixels */
-    int64_t *bounds, *order, *start; /* n + 1: where a kernel's pixels begin; the sorted pixels, and where their patches begin */
+    int64_t *bounds, *order, *start; /* parts * n + 1: where a kernel's pixels begin; the sorted pixels, and where their patches begin */
     float *frame, *y, *g, *gframe;   /* channels last: the frame, the chunk's output, its gradient, that of the frame */
+    float *out, *gx; /* the output, and the gradient of the input, from the first image and row of the chunk on */
     float *gkernel, *gfurther, *gscores; /* null: not wanted; gradients of kernels are channels last, scores (pixel, n) */
 } PafuTensors;
 
@@ -74,22 +78,28 @@ static void to_last(const float *from, int64_t from_row, int64_t rows, int64_t p
     }
 }
 
-static void from_last(const float *from, Places s, int64_t rows, int64_t pixels, float *to, int64_t to_row) {
+static void from_last(const float *from, Places s, int64_t rows, int64_t pixels, float *to, int64_t to_row, const int add) {
     for (int64_t f = 0; f < rows; f += LANES) {
-        if (rows >= LANES) f = least(f, rows - LANES);
+        if (!add && rows >= LANES) f = least(f, rows - LANES);
         int64_t high = least(LANES, rows - f), place[LANES];
         for (int64_t p = 0; p < pixels; p += LANES) {
-            if (pixels >= LANES) p = least(p, pixels - LANES);
+            if (!add && pixels >= LANES) p = least(p, pixels - LANES);
             int64_t wide = least(LANES, pixels - p);
             places_of(s, p, wide, place);
             if (wide == LANES && high == LANES) {
                 vec v[LANES];
                 UNROLLED for (int i = 0; i < LANES; i++) v[i] = load(from + place[i] + f);
                 turn(v);
-                UNROLLED for (int i = 0; i < LANES; i++) store(to + (f + i) * to_row + p, v[i]);
+                UNROLLED for (int i = 0; i < LANES; i++) {
+                    float *at = to + (f + i) * to_row + p;
+                    store(at, add ? load(at) + v[i] : v[i]);
+                }
             } else
                 for (int64_t i = 0; i < wide; i++)
-                    for (int64_t r = 0; r < high; r++) to[(f + r) * to_row + p + i] = from[place[i] + f + r];
+                    for (int64_t r = 0; r < high; r++) {
+                        float *at = to + (f + r) * to_row + p + i, value = from[place[i] + f + r];
+                        *at = add ? *at + value : value;
+                    }
         }
     }
 }
@@ -97,7 +107,8 @@ static void from_last(const float *from, Places s, int64_t rows, int64_t pixels,
 /* ---- what Python calls before: the frame, the order of the pixels ----------------------------------------------------------- */
 
 /* The frame of one image of the chunk. */
-void pafu_frame(const Pafu *a, const PafuTensors *t, int64_t image) {
+void pafu_frame(const Pafu *a, const PafuTensors *t, float *scratch, int64_t image) {
+    (void)scratch;
     const int64_t c = a->c, size = a->h * a->w, row = a->width * c;
     float *frame = t->frame + image * a->height * row;
     const float *x = t->x + image * c * size;
@@ -118,24 +129,25 @@ void pafu_frame(const Pafu *a, const PafuTensors *t, int64_t image) {
 }
 
 void pafu_sort(const Pafu *a, const PafuTensors *t) {
-    int64_t pixels = a->images * a->rows * a->columns, *next = t->bounds;
-    memset(next, 0, (size_t)(a->n + 1) * sizeof *next);
-    for (int64_t p = 0; p < pixels; p++) next[t->index[p]]++;
-    for (int64_t i = 0, sum = 0; i <= a->n; i++) {
+    int64_t pixels = a->rows * a->columns, *next = t->bounds, keys = a->parts * a->n;
+    memset(next, 0, (size_t)(keys + 1) * sizeof *next);
+    for (int64_t b = 0, p = 0; b < a->images; b++)
+        for (int64_t key = b * a->parts / a->images * a->n, end = p + pixels; p < end; p++) next[key + t->index[p]]++;
+    for (int64_t i = 0, sum = 0; i <= keys; i++) {
         int64_t count = next[i];
         next[i] = sum;
         sum += count;
     }
     for (int64_t b = 0, p = 0; b < a->images; b++)
-        for (int64_t i = 0; i < a->rows; i++)
+        for (int64_t i = 0, key = b * a->parts / a->images * a->n; i < a->rows; i++)
             for (int64_t j = 0; j < a->columns; j++, p++) {
-                int64_t at = next[t->index[p]]++;
+                int64_t at = next[key + t->index[p]]++;
                 t->order[at] = p;
                 t->start[at] = ((b * a->height + i * a->sh) * a->width + j * a->sw) * a->c;
             }
-    for (int64_t i = a->n; i > 0; i--) next[i] = next[i - 1];
+    for (int64_t i = keys; i > 0; i--) next[i] = next[i - 1];
     next[0] = 0;
-    memset(t->start + pixels, 0, PAFU_PIXELS * sizeof *t->start); /* read, but of no account */
+    memset(t->start + a->images * pixels, 0, PAFU_PIXELS * sizeof *t->start); /* read, but of no account */
 }
 
 /* ---- a piece of a kernel, and the pixels that it multiplies ----------------------------------------------------------------- */
@@ -236,39 +248,58 @@ static void pafu_places(const Pafu *a, int64_t *place) {
         for (int64_t v = 0; v < a->lw; v++) *place++ = (u * a->dh * a->width + v * a->dw) * a->c;
 }
 
-/* Into how many blocks of output channels the work of a pixel is cut. */
-int64_t pafu_blocks(const Pafu *a) {
-    return a->groups * ceil_div(ceil_div(a->outputs / a->groups, LANES), PAFU_VECTORS);
+/* A block of output channels of one group. */
+typedef struct {
+    int64_t group, first, many, vectors, last; /* the first, how many, in how many vectors, of the last how many lanes */
+} Outputs;
+
+static Outputs outputs_of(const Pafu *a, int64_t block) {
+    int64_t outputs = a->outputs / a->groups, count = ceil_div(outputs, LANES), width = even_part(count, PAFU_VECTORS);
+    int64_t blocks = ceil_div(count, width), group = block / blocks, v = block % blocks * width, vectors = least(width, count - v);
+    int64_t many = least(vectors * LANES, outputs - v * LANES);
+    return (Outputs){group, group * outputs + v * LANES, many, vectors, many - (vectors - 1) * LANES};
 }
 
+/* Into how many of them the work of a pixel is cut. */
+int64_t pafu_blocks(const Pafu *a) {
+    int64_t count = ceil_div(a->outputs / a->groups, LANES);
+    return a->groups * ceil_div(count, even_part(count, PAFU_VECTORS));
+}
+
+static Patches patches_of(const Pafu *a, const PafuTensors *t, Outputs o, Piece p, const int64_t *place, const float *packed) {
+    int64_t inputs = a->c / a->groups;
+    return (Patches){t->frame + o.group * inputs + p.channel, t->start, place + p.tap, p.taps, p.channels,
+                     packed + (p.tap * inputs + p.channel) * o.vectors * LANES};
+}
+
+/* Floats of scratch, for what multiplies and for the gradients. */
 int64_t pafu_scratch(const Pafu *a) {
-    return round_up(2 * a->lh * a->lw) + a->c / a->groups * a->lh * a->lw * PAFU_VECTORS * LANES + 64;
+    int64_t taps = a->lh * a->lw, most_rows = most(a->c / a->groups * taps, a->outputs / a->groups);
+    return round_up(2 * taps) + most_rows * PAFU_VECTORS * LANES + 64;
 }
 
 /* Sorted pixels from `first` to `end`, all of kernel i, and one block of output channels. */
 void pafu_forward(const Pafu *a, const PafuTensors *t, float *scratch, int64_t i, int64_t first, int64_t end, int64_t block) {
-    int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw), inputs = a->c / a->groups, outputs = a->outputs / a->groups;
-    int64_t count = ceil_div(outputs, LANES), width = even_part(count, PAFU_VECTORS), blocks = ceil_div(count, width);
-    int64_t group = block / blocks, v0 = block % blocks * width, vectors = least(width, count - v0), o = group * outputs + v0 * LANES;
-    int64_t many = least(vectors * LANES, outputs - v0 * LANES), part = even_part(end - first, PAFU_PIXELS), add = 0;
+    int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw), part = even_part(end - first, PAFU_PIXELS);
+    Outputs o = outputs_of(a, block);
     pafu_places(a, place);
-    pack_kernel(a, t, i, o, many, vectors * LANES, scratch);
+    pack_kernel(a, t, i, o.first, o.many, o.vectors * LANES, scratch);
+    int add = 0;
     for (Piece p = next_piece(a, (Piece){0}); p.taps > 0; p = next_piece(a, p), add = 1) {
-        const float *packed = scratch + (p.tap * inputs + p.channel) * vectors * LANES;
-        Patches b = {t->frame + group * inputs + p.channel, t->start, place + p.tap, p.taps, p.channels, packed};
+        Patches b = patches_of(a, t, o, p, place, scratch);
         for (int64_t q = first; q < end; q += part) {
             b.start = t->start + q;
-            forward_block_of(least(part, end - q), vectors, &b, t->order + q, t->y + o, a->outputs, many - (vectors - 1) * LANES,
-                             (int)add);
+            forward_block_of(least(part, end - q), o.vectors, &b, t->order + q, t->y + o.first, a->outputs, o.last, add);
         }
     }
 }
 
-/* The chunk's output of one image, into y (O, P, Q) from the chunk's first row on. */
-void pafu_output(const Pafu *a, const PafuTensors *t, float *y, int64_t plane, int64_t image) {
+/* The chunk's output of one image, from channels last to (O, P, Q). */
+void pafu_output(const Pafu *a, const PafuTensors *t, float *scratch, int64_t image) {
     int64_t pixels = a->rows * a->columns;
-    from_last(t->y + image * pixels * a->outputs, (Places){pixels, 0, a->outputs}, a->outputs, pixels, y + image * a->outputs * plane,
-              plane);
+    (void)scratch;
+    from_last(t->y + image * pixels * a->outputs, (Places){pixels, 0, a->outputs}, a->outputs, pixels,
+              t->out + image * a->outputs * a->plane, a->plane, 0);
 }
 
 #endif
