@@ -1,6 +1,7 @@
 """The operator of PAFU: every pixel of the output is filtered with the kernel that was selected there.
 
-Three exact ways to compute it, of which `choose_method` takes the cheapest:
+On the CPU in C (`native/pafu.h`) where that can be, on GPUs in Triton; in torch there are three exact ways, of which
+`choose_method` takes the cheapest:
 
 - **grouped**: pixels sorted by selected kernel, one product for each kernel; the cost does not depend on n.
 - **taps**, for depthwise convolutions: tap by tap, the weight of the selected kernel is looked up for every pixel.
@@ -58,7 +59,7 @@ def pafu_conv(
 
     With `soft` the gradient is the exact straight-through one: d/d soft_i = <g, K_i * x> for all i, those of x and of the kernels
     go through the selection `index`. Under autocast the products are taken in its dtype. Raises `GeometryError` for shapes that
-    do not fit, `BackendError` where the named backend ("triton", "torch", "portable", "reference") cannot run.
+    do not fit, `BackendError` where the named backend ("triton", "native", "torch", "portable", "reference") cannot run.
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype != torch.float64:
@@ -254,6 +255,8 @@ def _run_triton(*args: Any) -> Tensor:
 
 
 def _why_not_native(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *rest: Any) -> list[str]:
+    if rest[-1] > 1 and kernel.shape[1] < native.FEWEST:
+        return [f"torch is faster where a group has fewer than {native.FEWEST} channels"]
     return native_reasons_against([x, kernel, further])
 
 

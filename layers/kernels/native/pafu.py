@@ -14,6 +14,7 @@ from surgeon.layers.kernels.native.compiler import library
 from surgeon.layers.kernels.native.support import borrowed, in_parallel, pointer
 from surgeon.layers.kernels.pafu_frames import Chunk, Grads, Problem
 
+FEWEST = 4  # channels of a group: with fewer, vectors are too empty, and torch's ways are faster
 CHUNK_BYTES = 4 << 20  # of input and output at a time: they should stay in the second-level cache
 SEGMENT = 1024  # pixels of one kernel that a task takes at most, for which it packs the kernel
 PARTS = 4  # tasks that the gradient of the input is cut into at least, where there are as many images
