@@ -33,16 +33,16 @@ typedef struct {
 
 typedef struct {
     const float *x, *kernel, *further, *grad; /* x from the first image of the chunk on, grad from its first row, too */
-    const int64_t *index; /* of the chunk's pixels */
-    int64_t *bounds, *order, *start; /* parts * n + 1: where a kernel's pixels begin; the sorted pixels, and where their patches begin */
+    const int64_t *index;            /* of the chunk's pixels */
+    int64_t *bounds, *order, *start; /* where a part's and kernel's pixels begin; of the sorted, outputs and patches */
     float *frame, *y, *g, *gframe;   /* channels last: the frame, the chunk's output, its gradient, that of the frame */
-    float *out, *gx; /* the output, and the gradient of the input, from the first image and row of the chunk on */
+    float *out, *gx;                 /* the output as `grad`, the gradient of the input as `x` */
     float *gkernel, *gfurther, *gscores; /* null: not wanted; gradients of kernels are channels last, scores (pixel, n) */
 } PafuTensors;
 
 /* ---- in and out of channels last ------------------------------------------------------------------------------------------ */
 
-/* to[place(p) + f] = from[f][p]; `back`: from[f][p] (+)= to[place(p) + f]. The places of a row's pixels are `step` apart. */
+/* Where pixels lie that have their channels last: those of a row `step` apart. */
 typedef struct {
     int64_t columns, row, step; /* pixels of a row, distances of rows and of pixels */
 } Places;
@@ -55,6 +55,7 @@ INLINE void places_of(Places s, int64_t p, int64_t count, int64_t *place) {
     }
 }
 
+/* to[place(p) + f] = from[f][p]. */
 static void to_last(const float *from, int64_t from_row, int64_t rows, int64_t pixels, float *to, Places s) {
     for (int64_t f = 0; f < rows; f += LANES) {
         if (rows >= LANES) f = least(f, rows - LANES); /* the last block overlaps the one before */
@@ -78,6 +79,7 @@ static void to_last(const float *from, int64_t from_row, int64_t rows, int64_t p
     }
 }
 
+/* to[f][p] (+)= from[place(p) + f]. */
 static void from_last(const float *from, Places s, int64_t rows, int64_t pixels, float *to, int64_t to_row, const int add) {
     for (int64_t f = 0; f < rows; f += LANES) {
         if (!add && rows >= LANES) f = least(f, rows - LANES);
@@ -128,6 +130,7 @@ void pafu_frame(const Pafu *a, const PafuTensors *t, float *scratch, int64_t ima
             to_last(x + (a->first + r) * a->w, size, c, a->across, inner + r * row, (Places){a->w, row, c});
 }
 
+/* Sort the pixels of every part by kernel. */
 void pafu_sort(const Pafu *a, const PafuTensors *t) {
     int64_t pixels = a->rows * a->columns, *next = t->bounds, keys = a->parts * a->n;
     memset(next, 0, (size_t)(keys + 1) * sizeof *next);
@@ -142,12 +145,13 @@ void pafu_sort(const Pafu *a, const PafuTensors *t) {
         for (int64_t i = 0, key = b * a->parts / a->images * a->n; i < a->rows; i++)
             for (int64_t j = 0; j < a->columns; j++, p++) {
                 int64_t at = next[key + t->index[p]]++;
-                t->order[at] = p;
+                t->order[at] = p * a->outputs;
                 t->start[at] = ((b * a->height + i * a->sh) * a->width + j * a->sw) * a->c;
             }
     for (int64_t i = keys; i > 0; i--) next[i] = next[i - 1];
     next[0] = 0;
-    memset(t->start + a->images * pixels, 0, PAFU_PIXELS * sizeof *t->start); /* read, but of no account */
+    for (int64_t i = 0, end = a->images * pixels; i < PAFU_PIXELS; i++) /* asked for ahead, but of no account */
+        t->order[end + i] = t->start[end + i] = 0;
 }
 
 /* ---- a piece of a kernel, and the pixels that it multiplies ----------------------------------------------------------------- */
@@ -186,8 +190,9 @@ typedef struct {
     const float *packed;
 } Patches;
 
-INLINE void multiply_patches(const int pixels, const int vectors, const Patches *b, vec sum[PAFU_PIXELS][PAFU_VECTORS]) {
+INLINE void multiply_block(const int pixels, const int vectors, const Patches *b, float *sums) {
     const float *packed = b->packed;
+    vec sum[PAFU_PIXELS][PAFU_VECTORS];
     UNROLLED for (int r = 0; r < pixels; r++) UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = (vec){0};
     for (int64_t u = 0; u < b->taps; u++) {
         const float *x[PAFU_PIXELS], *next[PAFU_PIXELS];
@@ -195,7 +200,7 @@ INLINE void multiply_patches(const int pixels, const int vectors, const Patches 
         UNROLLED for (int r = 0; r < pixels; r++) next[r] = b->frame + b->start[pixels + r] + b->place[u];
         for (int64_t c0 = 0; c0 < b->channels; c0 += 16) {
             const int64_t c1 = least(c0 + 16, b->channels);
-            UNROLLED for (int r = 0; r < pixels; r++) __builtin_prefetch(next[r] + c0);
+            UNROLLED for (int r = 0; r < pixels; r++) __builtin_prefetch(next[r] + c0); /* unforeseen: the pixels are sorted */
             for (int64_t c = c0; c < c1; c++, packed += vectors * LANES) {
                 vec k[PAFU_VECTORS];
                 UNROLLED for (int v = 0; v < vectors; v++) k[v] = load(packed + v * LANES);
@@ -206,26 +211,11 @@ INLINE void multiply_patches(const int pixels, const int vectors, const Patches 
             }
         }
     }
-}
-
-INLINE void forward_block(const int pixels, const int vectors, const Patches *b, const int64_t *order, float *y, int64_t row,
-                          int64_t last, int add) {
-    vec sum[PAFU_PIXELS][PAFU_VECTORS];
     UNROLLED for (int r = 0; r < pixels; r++) UNROLLED for (int v = 0; v < vectors; v++)
-        __builtin_prefetch(y + order[r] * row + v * LANES, 1);
-    multiply_patches(pixels, vectors, b, sum);
-    UNROLLED for (int r = 0; r < pixels; r++) {
-        float *at = y + order[r] * row;
-        UNROLLED for (int v = 0; v < vectors; v++) {
-            int64_t lanes = v == vectors - 1 ? last : LANES;
-            vec old = {0};
-            if (add) old = load_first(at + v * LANES, lanes);
-            store_first(at + v * LANES, sum[r][v] + old, lanes);
-        }
-    }
+        store(sums + (r * vectors + v) * LANES, sum[r][v]);
 }
 
-/* Call a function above for a number of pixels and of vectors. */
+/* Call a function for a number of pixels (or of outputs) and of vectors. */
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define EACH_WIDTH(R, CALL) CALL(R, 1) CALL(R, 2) CALL(R, 3) CALL(R, 4)
 #else
@@ -234,13 +224,28 @@ INLINE void forward_block(const int pixels, const int vectors, const Patches *b,
 #define EACH_BLOCK(CALL) \
     EACH_WIDTH(1, CALL) EACH_WIDTH(2, CALL) EACH_WIDTH(3, CALL) EACH_WIDTH(4, CALL) EACH_WIDTH(5, CALL) EACH_WIDTH(6, CALL)
 
-static void forward_block_of(int64_t pixels, int64_t vectors, const Patches *b, const int64_t *order, float *y, int64_t row,
-                             int64_t last, int add) {
+/* Rows of `vectors` vectors, one a pixel. */
+static void multiply(int64_t pixels, int64_t vectors, const Patches *b, float *sums) {
     switch (pixels * 8 + vectors) {
-#define CALL(R, V) case R * 8 + V: forward_block(R, V, b, order, y, row, last, add); return;
+#define CALL(R, V) case R * 8 + V: multiply_block(R, V, b, sums); return;
         EACH_BLOCK(CALL)
 #undef CALL
     }
+}
+
+/* The sums of the pixels, to or, if `add`, onto the rows of `to` that begin at `at`; of the last vector only `last` lanes. */
+static void multiply_into(int64_t pixels, int64_t vectors, const Patches *b, float *to, const int64_t *at, int64_t last, int add) {
+    float sums[PAFU_PIXELS * PAFU_VECTORS * LANES] __attribute__((aligned(64)));
+    for (int64_t r = 0; r < pixels; r++)
+        for (int64_t v = 0; v < vectors; v++) __builtin_prefetch(to + at[r] + v * LANES, 1);
+    multiply(pixels, vectors, b, sums);
+    for (int64_t r = 0; r < pixels; r++)
+        for (int64_t v = 0; v < vectors; v++) {
+            float *row = to + at[r] + v * LANES;
+            int64_t lanes = v == vectors - 1 ? last : LANES;
+            vec sum = load(sums + (r * vectors + v) * LANES);
+            store_first(row, add ? sum + load_first(row, lanes) : sum, lanes);
+        }
 }
 
 static void pafu_places(const Pafu *a, int64_t *place) {
@@ -272,10 +277,10 @@ static Patches patches_of(const Pafu *a, const PafuTensors *t, Outputs o, Piece 
                      packed + (p.tap * inputs + p.channel) * o.vectors * LANES};
 }
 
-/* Floats of scratch, for what multiplies and for the gradients. */
-int64_t pafu_scratch(const Pafu *a) {
+/* Floats of scratch, for what multiplies and for the gradients, if a task takes at most so many pixels. */
+int64_t pafu_scratch(const Pafu *a, int64_t pixels) {
     int64_t taps = a->lh * a->lw, most_rows = most(a->c / a->groups * taps, a->outputs / a->groups);
-    return round_up(2 * taps) + most_rows * PAFU_VECTORS * LANES + 64;
+    return round_up(2 * taps) + round_up(pixels) + most_rows * PAFU_VECTORS * LANES + 64;
 }
 
 /* Sorted pixels from `first` to `end`, all of kernel i, and one block of output channels. */
@@ -289,7 +294,7 @@ void pafu_forward(const Pafu *a, const PafuTensors *t, float *scratch, int64_t i
         Patches b = patches_of(a, t, o, p, place, scratch);
         for (int64_t q = first; q < end; q += part) {
             b.start = t->start + q;
-            forward_block_of(least(part, end - q), o.vectors, &b, t->order + q, t->y + o.first, a->outputs, o.last, add);
+            multiply_into(least(part, end - q), o.vectors, &b, t->y + o.first, t->order + q, o.last, add);
         }
     }
 }

@@ -23,7 +23,21 @@ SPARE_FLOATS = 16  # behind buffers, which are read in whole vectors
 
 _GEOMETRY = ("h", "w", "c", "outputs", "groups", "lh", "lw", "sh", "sw", "dh", "dw", "n")
 _LAST = ("last_0", "last_others")
-_CHUNK = ("plane", "images", "rows", "columns", "height", "width", "first", "inside", "across", "top", "left", "last", "parts")
+_CHUNK = (
+    "plane",
+    "images",
+    "rows",
+    "columns",
+    "height",
+    "width",
+    "first",
+    "inside",
+    "across",
+    "top",
+    "left",
+    "last",
+    "parts",
+)
 _GIVEN = ("x", "kernel", "further", "grad", "index")
 _MADE = ("bounds", "order", "start", "frame", "y", "g", "gframe", "out", "gx")
 _GRADIENTS = ("gkernel", "gfurther", "gscores")
@@ -59,7 +73,7 @@ class _Work:
         self.plan = _Plan(*call.sizes, plane, images, rows, columns, *frame, call.last, min(parts, images))
         self.pixels, self.keys = images * rows * columns, self.plan.parts * self.plan.n
         index = call.index[chunk.images, chunk.rows]
-        self.sorted = [index.new_empty(size) for size in (self.keys + 1, self.pixels, self.pixels + SPARE)]
+        self.sorted = [index.new_empty(size) for size in (self.keys + 1, self.pixels + SPARE, self.pixels + SPARE)]
         given = (call.x[chunk.images], call.kernel, call.further, None, index, *self.sorted)
         self.tensors = _Tensors(*map(pointer, given))
         self.tensors.frame = pointer(self.frame())
@@ -110,7 +124,7 @@ class _Call:
         self.further, others = _dense(problem.further)
         given = (*self.x.shape[2:], self.x.shape[1], problem.outputs, window.groups)
         self.sizes = (*given, *window.size, *window.stride, *window.dilation, problem.n, first, others)
-        self.scratch = self.library.pafu_scratch(ctypes.byref(_Plan(*self.sizes)))
+        self.scratch = self.library.pafu_scratch(ctypes.byref(_Plan(*self.sizes)), ctypes.c_int64(SEGMENT))
 
     def laid_out(self, t: Tensor) -> Tensor:
         """In the memory format of x, without gaps."""

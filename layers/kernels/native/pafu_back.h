@@ -15,14 +15,14 @@ void pafu_gradient(const Pafu *a, const PafuTensors *t, float *scratch, int64_t 
             (Places){pixels, 0, a->outputs});
 }
 
-/* ---- of the kernels: gk[o][tap][c] += sum over pixels of g[p][o] x[p + tap][c] ------------------------------------------------ */
+/* ---- of the kernels: gk[o][tap][c] += sum over pixels of g[p][o] x[p + tap][c] ---------------------------------------------- */
 
-INLINE void kernel_block(const int outputs, const int vectors, const PafuTensors *t, int64_t first, int64_t end, int64_t g_row,
+INLINE void kernel_block(const int outputs, const int vectors, const PafuTensors *t, int64_t first, int64_t end,
                          const float *g, const float *x, float *gk, int64_t gk_row, int64_t last) {
     vec sum[PAFU_PIXELS][PAFU_VECTORS];
     UNROLLED for (int r = 0; r < outputs; r++) UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = (vec){0};
     for (int64_t p = first; p < end; p++) {
-        const float *in = x + t->start[p], *by = g + t->order[p] * g_row;
+        const float *in = x + t->start[p], *by = g + t->order[p];
         vec patch[PAFU_VECTORS];
         UNROLLED for (int v = 0; v < vectors; v++) patch[v] = load(in + v * LANES);
         UNROLLED for (int r = 0; r < outputs; r++) {
@@ -37,10 +37,10 @@ INLINE void kernel_block(const int outputs, const int vectors, const PafuTensors
     }
 }
 
-static void kernel_block_of(int64_t outputs, int64_t vectors, const PafuTensors *t, int64_t first, int64_t end, int64_t g_row,
+static void kernel_block_of(int64_t outputs, int64_t vectors, const PafuTensors *t, int64_t first, int64_t end,
                             const float *g, const float *x, float *gk, int64_t gk_row, int64_t last) {
     switch (outputs * 8 + vectors) {
-#define CALL(R, V) case R * 8 + V: kernel_block(R, V, t, first, end, g_row, g, x, gk, gk_row, last); return;
+#define CALL(R, V) case R * 8 + V: kernel_block(R, V, t, first, end, g, x, gk, gk_row, last); return;
         EACH_BLOCK(CALL)
 #undef CALL
     }
@@ -54,55 +54,21 @@ void pafu_kernel_gradient(const Pafu *a, const PafuTensors *t, float *scratch, i
     float *gk = (i ? t->gfurther + (i - 1) * a->outputs * row : t->gkernel) + tap * inputs;
     pafu_places(a, place);
     for (int64_t part = 0; part < a->parts; part++) {
-        int64_t begin = t->bounds[part * a->n + i], end = t->bounds[part * a->n + i + 1], run = even_part(most(1, end - begin), PAFU_RUN);
+        int64_t begin = t->bounds[part * a->n + i], end = t->bounds[part * a->n + i + 1];
+        int64_t run = even_part(most(1, end - begin), PAFU_RUN);
         for (int64_t g = 0; g < a->groups; g++)
             for (int64_t v = 0; v < count; v += width)
                 for (int64_t p = begin; p < end; p += run)
                     for (int64_t o = 0; o < outputs; o += high) {
                         int64_t vectors = least(width, count - v), all = g * outputs + o;
                         int64_t last = least(LANES, inputs - (v + vectors - 1) * LANES);
-                        kernel_block_of(least(high, outputs - o), vectors, t, p, least(p + run, end), a->outputs, t->g + all,
+                        kernel_block_of(least(high, outputs - o), vectors, t, p, least(p + run, end), t->g + all,
                                         t->frame + place[tap] + g * inputs + v * LANES, gk + all * row + v * LANES, row, last);
                     }
     }
 }
 
 /* ---- of the input: gx[p + tap][c] += sum over outputs of g[p][o] k[o][tap][c] ------------------------------------------------ */
-
-INLINE void input_block(const int pixels, const int vectors, int64_t depth, const float *g, int64_t g_row, const int64_t *order,
-                        const float *packed, float *gx, const int64_t *start, int64_t last) {
-    vec sum[PAFU_PIXELS][PAFU_VECTORS];
-    const float *by[PAFU_PIXELS];
-    UNROLLED for (int r = 0; r < pixels; r++) {
-        by[r] = g + order[r] * g_row;
-        UNROLLED for (int v = 0; v < vectors; v++) {
-            sum[r][v] = (vec){0};
-            __builtin_prefetch(gx + start[r] + v * LANES, 1);
-        }
-    }
-    for (int64_t o = 0; o < depth; o++, packed += vectors * LANES) {
-        vec k[PAFU_VECTORS];
-        UNROLLED for (int v = 0; v < vectors; v++) k[v] = load(packed + v * LANES);
-        UNROLLED for (int r = 0; r < pixels; r++) {
-            vec grad = splat(by[r][o]);
-            UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] += grad * k[v];
-        }
-    }
-    UNROLLED for (int r = 0; r < pixels; r++) UNROLLED for (int v = 0; v < vectors; v++) {
-        float *at = gx + start[r] + v * LANES;
-        int64_t lanes = v == vectors - 1 ? last : LANES;
-        store_first(at, sum[r][v] + load_first(at, lanes), lanes);
-    }
-}
-
-static void input_block_of(int64_t pixels, int64_t vectors, int64_t depth, const float *g, int64_t g_row, const int64_t *order,
-                           const float *packed, float *gx, const int64_t *start, int64_t last) {
-    switch (pixels * 8 + vectors) {
-#define CALL(R, V) case R * 8 + V: input_block(R, V, depth, g, g_row, order, packed, gx, start, last); return;
-        EACH_BLOCK(CALL)
-#undef CALL
-    }
-}
 
 /* Into how many blocks of channels the gradient of the input is cut. */
 int64_t pafu_input_blocks(const Pafu *a) {
@@ -116,18 +82,21 @@ void pafu_input_gradient(const Pafu *a, const PafuTensors *t, float *scratch, in
     int64_t taps = a->lh * a->lw, count = ceil_div(inputs, LANES), width = even_part(count, PAFU_VECTORS);
     int64_t blocks = ceil_div(count, width), group = block / blocks, v = block % blocks * width, vectors = least(width, count - v);
     int64_t many = least(vectors * LANES, inputs - v * LANES), last = many - (vectors - 1) * LANES, row = vectors * LANES;
+    const int64_t none = 0;
     pafu_places(a, place);
     memset(scratch, 0, (size_t)(outputs * row) * 4);
     for (int64_t i = 0; i < a->n; i++) {
-        int64_t begin = t->bounds[part * a->n + i], end = t->bounds[part * a->n + i + 1], pixels = even_part(most(1, end - begin), PAFU_PIXELS);
+        int64_t begin = t->bounds[part * a->n + i], end = t->bounds[part * a->n + i + 1];
+        int64_t pixels = even_part(most(1, end - begin), PAFU_PIXELS);
         for (int64_t tap = 0; tap < taps && begin < end; tap++) {
             const float *k = kernel_of(a, t, i) + (group * outputs * taps + tap) * inputs + v * LANES;
             float *gx = t->gframe + place[tap] + group * inputs + v * LANES;
             for (int64_t o = 0; o < outputs; o++) memcpy(scratch + o * row, k + o * taps * inputs, (size_t)many * 4);
             for (int64_t o = 0, deep = even_part(outputs, DEPTH); o < outputs; o += deep)
-                for (int64_t q = begin; q < end; q += pixels)
-                    input_block_of(least(pixels, end - q), vectors, least(deep, outputs - o), t->g + group * outputs + o, a->outputs,
-                                   t->order + q, scratch + o * row, gx, t->start + q, last);
+                for (int64_t q = begin; q < end; q += pixels) {
+                    Patches b = {t->g + group * outputs + o, t->order + q, &none, 1, least(deep, outputs - o), scratch + o * row};
+                    multiply_into(least(pixels, end - q), vectors, &b, gx, t->start + q, last, 1);
+                }
         }
     }
 }
@@ -148,7 +117,7 @@ void pafu_input_add(const Pafu *a, const PafuTensors *t, float *scratch, int64_t
     }
 }
 
-/* ---- of the selection: s[p][i] = <g[p], K_i * x at p> ------------------------------------------------------------------------- */
+/* ---- of the selection: s[p][i] = <g[p], K_i * x at p> ----------------------------------------------------------------------- */
 
 INLINE float total(vec v) {
     float sum = 0;
@@ -156,45 +125,37 @@ INLINE float total(vec v) {
     return sum;
 }
 
-INLINE void score_block(const int pixels, const int vectors, const Patches *b, const int64_t *order, const float *g, int64_t row,
-                        int64_t last, float *scores, int64_t n) {
-    vec sum[PAFU_PIXELS][PAFU_VECTORS];
-    multiply_patches(pixels, vectors, b, sum);
-    UNROLLED for (int r = 0; r < pixels; r++) {
+/* to[r] += <g, the sums of pixel r>. */
+static void score(int64_t pixels, int64_t vectors, const Patches *b, const int64_t *order, const float *g, int64_t last,
+                  float *to) {
+    float sums[PAFU_PIXELS * PAFU_VECTORS * LANES] __attribute__((aligned(64)));
+    multiply(pixels, vectors, b, sums);
+    for (int64_t r = 0; r < pixels; r++) {
         vec dot = (vec){0};
-        UNROLLED for (int v = 0; v < vectors; v++)
-            dot += sum[r][v] * load_first(g + order[r] * row + v * LANES, v == vectors - 1 ? last : LANES);
-        scores[order[r] * n] += total(dot);
-    }
-}
-
-static void score_block_of(int64_t pixels, int64_t vectors, const Patches *b, const int64_t *order, const float *g, int64_t row,
-                           int64_t last, float *scores, int64_t n) {
-    switch (pixels * 8 + vectors) {
-#define CALL(R, V) case R * 8 + V: score_block(R, V, b, order, g, row, last, scores, n); return;
-        EACH_BLOCK(CALL)
-#undef CALL
+        for (int64_t v = 0; v < vectors; v++)
+            dot += load(sums + (r * vectors + v) * LANES) * load_first(g + order[r] + v * LANES, v == vectors - 1 ? last : LANES);
+        to[r] += total(dot);
     }
 }
 
 /* Of kernel i, for sorted pixels from `first` to `end`, whatever was selected there. */
 void pafu_score_gradient(const Pafu *a, const PafuTensors *t, float *scratch, int64_t i, int64_t first, int64_t end) {
+    int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw), part = even_part(end - first, PAFU_PIXELS);
+    float *sums = take(&scratch, end - first);
+    pafu_places(a, place);
+    memset(sums, 0, (size_t)(end - first) * 4);
     for (int64_t block = 0; block < pafu_blocks(a); block++) {
-        float *free = scratch;
-        int64_t *place = (int64_t *)take(&free, 2 * a->lh * a->lw);
         Outputs o = outputs_of(a, block);
-        int64_t part = even_part(end - first, PAFU_PIXELS);
-        pafu_places(a, place);
-        pack_kernel(a, t, i, o.first, o.many, o.vectors * LANES, free);
+        pack_kernel(a, t, i, o.first, o.many, o.vectors * LANES, scratch);
         for (Piece p = next_piece(a, (Piece){0}); p.taps > 0; p = next_piece(a, p)) {
-            Patches b = patches_of(a, t, o, p, place, free);
+            Patches b = patches_of(a, t, o, p, place, scratch);
             for (int64_t q = first; q < end; q += part) {
                 b.start = t->start + q;
-                score_block_of(least(part, end - q), o.vectors, &b, t->order + q, t->g + o.first, a->outputs, o.last,
-                               t->gscores + i, a->n);
+                score(least(part, end - q), o.vectors, &b, t->order + q, t->g + o.first, o.last, sums + q - first);
             }
         }
     }
+    for (int64_t q = first; q < end; q++) t->gscores[t->order[q] / a->outputs * a->n + i] = sums[q - first];
 }
 
 #endif
