@@ -250,7 +250,7 @@ def told_library() -> str:
     reasons = why_no_library()
     if not reasons:
         return str(library()._name)
-    return f"none, because {reasons[0]}. With one, ACDA and DConv are about 1.2 to 4 times as fast on the CPU"
+    return f"none, because {reasons[0]}. With one, ACDA, PAFU and DConv are about 1.2 to 4 times as fast on the CPU"
 
 
 # What torch.compiler.assume_constant_result does; calling that would load all of torch._dynamo (2 s) for every import of surgeon.
