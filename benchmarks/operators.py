@@ -71,14 +71,14 @@ def _probes() -> dict[str, Callable[[], object]]:
 def shares(cases: Iterable[Case], results: dict[str, list[dict[str, Any]]], clock: str) -> list[dict[str, Any]]:
     """What part of the machine's rate an operator reaches, medians of the runs: of a matrix product's, or of a copy's.
 
-    The arithmetic of the definition (or the bytes of inputs and output) over time and rate. Forward and backward are three times
-    the forward arithmetic: what is computed again in the backward pass does not count.
+    The arithmetic of the definition (or the bytes of inputs and output) over time and rate. What is computed again in the
+    backward pass does not count.
     """
     rows = []
     for case in cases:
         for step, kind in ((step, kind) for step in ("ours", "torch") for kind in ("forward", "both")):
             probe, whole, most = ("copy", case.moved, 8 * COPIED) if case.moved else ("mm", case.flops, 2 * PROBE**3)
-            whole *= 3 if kind == "both" else 1
+            whole *= case.passes if kind == "both" else 1
             found = [
                 whole / run[step][kind][clock] * run[probe][kind][clock] / most
                 for run in results[case.name]

@@ -47,10 +47,9 @@ def pafu() -> Given:
 
 
 OPERATORS = {"acda": acda, "dconv": apply, "dconv_layer": layer, "pafu": pafu}
-COMPILED = ("acda", "dconv", "dconv_layer")
 EACH = [
     *(pytest.param(make, backend, id=f"{name}-{backend}") for name, make in OPERATORS.items() for backend in BACKENDS),
-    *(pytest.param(OPERATORS[name], "native", id=f"{name}-native", marks=NEEDS_LIBRARY) for name in COMPILED),
+    *(pytest.param(OPERATORS[name], "native", id=f"{name}-native", marks=NEEDS_LIBRARY) for name in OPERATORS),
 ]
 MAPS = ("x", "alpha", "kernels", "features", "index")  # of images, their last dimensions being pixels
 

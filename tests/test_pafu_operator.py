@@ -267,7 +267,7 @@ def test_wrong_shapes_are_one_clear_error(changes: dict[str, Tensor], said: str)
 
 def test_an_unknown_backend_is_named() -> None:
     tensors, _ = make_case(dtype=torch.float32)
-    with pytest.raises(BackendError, match="no backend 'cuda'; it has triton, torch, portable, reference"):
+    with pytest.raises(BackendError, match="no backend 'cuda'; it has triton, native, torch, portable, reference"):
         pafu_conv(**tensors, padding=(1, 1), backend="cuda")
     torch.testing.assert_close(
         pafu_conv(**tensors, padding=(1, 1), backend="reference"), pafu_conv(**tensors, padding=(1, 1))

@@ -1,6 +1,7 @@
 """The operator of PAFU: every pixel of the output is filtered with the kernel that was selected there.
 
-Three exact ways to compute it, of which `choose_method` takes the cheapest:
+On the CPU in C (`native/pafu.h`) where that can be, on GPUs in Triton; in torch there are three exact ways, of which
+`choose_method` takes the cheapest:
 
 - **grouped**: pixels sorted by selected kernel, one product for each kernel; the cost does not depend on n.
 - **taps**, for depthwise convolutions: tap by tap, the weight of the selected kernel is looked up for every pixel.
@@ -22,15 +23,18 @@ from torch import Tensor
 from surgeon.errors import GeometryError
 from surgeon.layers.geometry import Pair
 from surgeon.layers.kernels import pafu_dense, pafu_grouped, pafu_taps
-from surgeon.layers.kernels.dispatch import PORTABLE, Operator
+from surgeon.layers.kernels.dispatch import NATIVE, PORTABLE, Operator
 from surgeon.layers.kernels.inputs import check_window, one_dtype
 from surgeon.layers.kernels.library import autocast_dtype, define, differentiable_once, memory_format_of, shapes_of
+from surgeon.layers.kernels.native import pafu as native
+from surgeon.layers.kernels.native.support import reasons_against as native_reasons_against
 from surgeon.layers.kernels.pafu_frames import Grads, Problem, Window
 from surgeon.layers.kernels.pafu_reference import pafu_conv_reference
 from surgeon.layers.kernels.portable import pafu_conv_portable
 from surgeon.layers.kernels.triton.support import reasons_against
 
 METHODS: dict[str, ModuleType] = {"grouped": pafu_grouped, "taps": pafu_taps, "dense": pafu_dense}
+IN_C: dict[str, ModuleType] = {NATIVE: native}
 
 PAFU_CONV = Operator("pafu_conv")
 
@@ -55,7 +59,7 @@ def pafu_conv(
 
     With `soft` the gradient is the exact straight-through one: d/d soft_i = <g, K_i * x> for all i, those of x and of the kernels
     go through the selection `index`. Under autocast the products are taken in its dtype. Raises `GeometryError` for shapes that
-    do not fit, `BackendError` where the named backend ("triton", "torch", "portable", "reference") cannot run.
+    do not fit, `BackendError` where the named backend ("triton", "native", "torch", "portable", "reference") cannot run.
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype != torch.float64:
@@ -131,7 +135,7 @@ def _conv(
     if method == "auto" and len(problem.present) == 1:
         return _plain(problem, problem.present[0])
     if out.numel():
-        METHODS[choose_method(problem) if method == "auto" else method].forward(problem, out)
+        (METHODS | IN_C)[choose_method(problem) if method == "auto" else method].forward(problem, out)
     return out
 
 
@@ -179,7 +183,7 @@ def _conv_backward(
     )
     if grad.numel():
         method = choose_method(problem) if method == "auto" else method
-        (_on_cuda() if method == "triton" else METHODS[method]).backward(problem, grad, grads)
+        (_on_cuda() if method == "triton" else (METHODS | IN_C)[method]).backward(problem, grad, grads)
     return _as_gradients(grad_x, first, rest, scores, x.dtype)
 
 
@@ -247,6 +251,18 @@ def _why_not_triton(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *
 @PAFU_CONV.backend("triton", why_not=_why_not_triton)
 def _run_triton(*args: Any) -> Tensor:
     y: Tensor = _conv(*args, "triton")
+    return y
+
+
+def _why_not_native(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *rest: Any) -> list[str]:
+    if rest[-1] > 1 and kernel.shape[1] < native.FEWEST:
+        return [f"torch is faster where a group has fewer than {native.FEWEST} channels"]
+    return native_reasons_against([x, kernel, further])
+
+
+@PAFU_CONV.backend(NATIVE, why_not=_why_not_native)
+def _run_native(*args: Any) -> Tensor:
+    y: Tensor = _conv(*args, NATIVE)
     return y
 
 

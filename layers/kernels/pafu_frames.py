@@ -95,12 +95,13 @@ class Problem:
         """Of accumulators: at least float32."""
         return torch.float32 if self.x.dtype.itemsize < 4 else self.x.dtype
 
-    def chunks(self, bytes_per_pixel: int) -> "Iterator[Chunk]":
-        """Groups of whole images while they fit into `CHUNK_BYTES`, otherwise groups of rows of one image."""
+    def chunks(self, bytes_per_pixel: int, most: int | None = None) -> "Iterator[Chunk]":
+        """Groups of whole images while they fit into `most` bytes (`CHUNK_BYTES`), otherwise groups of rows of one image."""
+        most = CHUNK_BYTES if most is None else most
         images, rows, columns = self.index.shape
         row_bytes = max(columns * bytes_per_pixel, 1)
-        many = max(CHUNK_BYTES // (row_bytes * rows), 1)
-        few_rows = rows if many > 1 else max(min(rows, CHUNK_BYTES // row_bytes), 1)
+        many = max(most // (row_bytes * rows), 1)
+        few_rows = rows if many > 1 else max(min(rows, most // row_bytes), 1)
         for first in range(0, images, many):
             for top in range(0, rows, few_rows):
                 yield Chunk.of(self, slice(first, min(first + many, images)), slice(top, min(top + few_rows, rows)))

@@ -23,7 +23,7 @@ from threading import Lock
 from surgeon.errors import BackendError
 from surgeon.files import cache_folder, write_bytes
 
-SOURCES = ("lanes.h", "gemm.h", "window.h", "acda.h", "dconv.h", "native.c")
+SOURCES = ("lanes.h", "gemm.h", "window.h", "acda.h", "dconv.h", "pafu.h", "pafu_back.h", "native.c")
 MAIN = "native.c"
 ABI = 1  # what `surgeon_abi` of native.c returns
 TIME_LIMIT = 120.0  # seconds, of one run of the compiler
@@ -250,7 +250,7 @@ def told_library() -> str:
     reasons = why_no_library()
     if not reasons:
         return str(library()._name)
-    return f"none, because {reasons[0]}. With one, ACDA and DConv are about 1.2 to 4 times as fast on the CPU"
+    return f"none, because {reasons[0]}. With one, ACDA, PAFU and DConv are about 1.2 to 4 times as fast on the CPU"
 
 
 # What torch.compiler.assume_constant_result does; calling that would load all of torch._dynamo (2 s) for every import of surgeon.

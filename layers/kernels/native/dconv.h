@@ -23,13 +23,6 @@ typedef struct {
 
 enum { DCONV_BAND_BYTES = 1 << 17 };
 
-INLINE vec load_first(const float *p, int64_t lanes) {
-    vec v = {0};
-    if (lanes >= LANES) return load(p);
-    memcpy(&v, p, (size_t)lanes * 4);
-    return v;
-}
-
 /* A row of one output channel: `k` its kernels, taps `size` apart, `x` the padded pixel under its first tap. Whole vectors are read
  * up to `k_end`, and written up to `y_end`: what they write beyond the row, the next row writes over. Sums start at `start`. */
 static void dconv_row(int64_t width, int64_t taps, const int64_t *place, const float *x, const float *k, int64_t size,

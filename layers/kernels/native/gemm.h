@@ -92,31 +92,45 @@ static void gemm(int64_t rows, int64_t columns, int64_t depth, const float *pack
     product(rows, count, depth, packed, at, columns - (count - 1) * LANES, add);
 }
 
+/* Of a pair of vectors, the lanes of both that come together: those where lane bit s is 0, and where it is 1. Written out, because
+ * GCC makes a vector that it computes lane by lane anew at every use. */
+#define LOW(i, s) ((i) & (s) ? (i) - (s) + LANES : (i))
+#define HIGH(i, s) ((i) & (s) ? (i) + LANES : (i) + (s))
+#define FOUR(F, i, s) F(i, s), F(i + 1, s), F(i + 2, s), F(i + 3, s)
+#if LANES == 16
+#define EVERY_LANE(F, s) {FOUR(F, 0, s), FOUR(F, 4, s), FOUR(F, 8, s), FOUR(F, 12, s)}
+#elif LANES == 8
+#define EVERY_LANE(F, s) {FOUR(F, 0, s), FOUR(F, 4, s)}
+#else
+#define EVERY_LANE(F, s) {FOUR(F, 0, s)}
+#endif
+static const ivec LOWS[4] = {EVERY_LANE(LOW, 1), EVERY_LANE(LOW, 2), EVERY_LANE(LOW, 4), EVERY_LANE(LOW, 8)};
+static const ivec HIGHS[4] = {EVERY_LANE(HIGH, 1), EVERY_LANE(HIGH, 2), EVERY_LANE(HIGH, 4), EVERY_LANE(HIGH, 8)};
+
+/* v[i][j] = v[j][i]. */
+INLINE void turn(vec *v) {
+    UNROLLED for (int bit = 0; 1 << bit < LANES; bit++) UNROLLED for (int i = 0; i < LANES; i++) if (!(i >> bit & 1)) {
+        vec a = v[i], b = v[i + (1 << bit)];
+#if defined(__clang__)
+        for (int j = 0; j < LANES; j++) {
+            int low = LOW(j, 1 << bit), high = HIGH(j, 1 << bit);
+            v[i][j] = low < LANES ? a[low] : b[low - LANES];
+            v[i + (1 << bit)][j] = high < LANES ? a[high] : b[high - LANES];
+        }
+#else
+        v[i] = __builtin_shuffle(a, b, LOWS[bit]);
+        v[i + (1 << bit)] = __builtin_shuffle(a, b, HIGHS[bit]);
+#endif
+    }
+}
+
 /* to[p][f] = from[f][p], LANES × LANES at a time; reads and writes whole blocks. */
 static void transpose(const float *from, int64_t from_row, int64_t rows, int64_t columns, float *to, int64_t to_row) {
     for (int64_t f = 0; f < rows; f += LANES)
         for (int64_t p = 0; p < columns; p += LANES) {
             vec v[LANES];
             UNROLLED for (int i = 0; i < LANES; i++) v[i] = load(from + (f + i) * from_row + p);
-            UNROLLED for (int s = 1; s < LANES; s *= 2) {
-                ivec low, high; /* of a pair's lanes: where lane bit s is 0, and where it is 1 */
-                UNROLLED for (int i = 0; i < LANES; i++) {
-                    low[i] = i & s ? i - s + LANES : i;
-                    high[i] = i & s ? i + LANES : i + s;
-                }
-                UNROLLED for (int i = 0; i < LANES; i++) if (!(i & s)) {
-                    vec a = v[i], b = v[i + s];
-#if defined(__clang__)
-                    for (int j = 0; j < LANES; j++) {
-                        v[i][j] = low[j] < LANES ? a[low[j]] : b[low[j] - LANES];
-                        v[i + s][j] = high[j] < LANES ? a[high[j]] : b[high[j] - LANES];
-                    }
-#else
-                    v[i] = __builtin_shuffle(a, b, low);
-                    v[i + s] = __builtin_shuffle(a, b, high);
-#endif
-                }
-            }
+            turn(v);
             UNROLLED for (int i = 0; i < LANES; i++) store(to + (p + i) * to_row + f, v[i]);
         }
 }

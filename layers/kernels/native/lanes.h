@@ -45,6 +45,13 @@ INLINE vec first_lanes(vec v, int64_t n) {
     return (vec)((ivec)v & (lane < (ivec){0} + (int32_t)n));
 }
 
+INLINE vec load_first(const float *p, int64_t lanes) {
+    vec v = {0};
+    if (lanes >= LANES) return load(p);
+    memcpy(&v, p, (size_t)lanes * 4);
+    return v;
+}
+
 INLINE void store_first(float *p, vec v, int64_t n) {
     if (n >= LANES)
         store(p, v);

@@ -4,6 +4,8 @@
 #include "window.h"
 #include "acda.h"
 #include "dconv.h"
+#include "pafu.h"
+#include "pafu_back.h"
 
 int surgeon_abi(void) { return 1; }
 int surgeon_lanes(void) { return LANES; }

@@ -3,7 +3,8 @@
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -103,3 +104,13 @@ def in_parallel(work: Work, parts: int, floats: int) -> None:
 def pointer(t: Tensor | None) -> ctypes.c_void_p:
     """Where a tensor's numbers start; null for None."""
     return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+@contextmanager
+def borrowed(floats: int) -> Iterator[Tensor]:
+    """A buffer of at least that many floats, contents arbitrary, that is used again."""
+    buffer = _scratch.take(floats)
+    try:
+        yield buffer
+    finally:
+        _scratch.give(buffer)
