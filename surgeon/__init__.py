@@ -27,12 +27,17 @@ if TYPE_CHECKING:
     from surgeon.export import export as export
     from surgeon.hub import from_pretrained as from_pretrained
     from surgeon.hub import push_to_hub as push_to_hub
+    from surgeon.models import open_model as open_model
     from surgeon.recipe import Recipe as Recipe
     from surgeon.report import Report as Report
+    from surgeon.rewrite import dynamic_layers as dynamic_layers
     from surgeon.rewrite import revert as revert
     from surgeon.rewrite import static as static
     from surgeon.sites import ConvSite as ConvSite
     from surgeon.verify import verify as verify
+    from surgeon.zoo.evaluate import evaluate as evaluate
+    from surgeon.zoo.finetune import finetune as finetune
+    from surgeon.zoo.tasks import create_task as create_task
 
 # Public name -> module that defines it. Nothing is imported before it is used: `surgeon --help` must not load torch.
 _EXPORTS = {
@@ -46,10 +51,15 @@ _EXPORTS = {
     "convert": "surgeon.convert",
     "cost": "surgeon.costs",
     "cost_table": "surgeon.costs",
+    "create_task": "surgeon.zoo.tasks",
+    "dynamic_layers": "surgeon.rewrite",
+    "evaluate": "surgeon.zoo.evaluate",
     "export": "surgeon.export",
+    "finetune": "surgeon.zoo.finetune",
     "from_pretrained": "surgeon.hub",
     "inspect": "surgeon.convert",
     "load": "surgeon.checkpoint",
+    "open_model": "surgeon.models",
     "push_to_hub": "surgeon.hub",
     "revert": "surgeon.rewrite",
     "save": "surgeon.checkpoint",
@@ -69,10 +79,15 @@ __all__ = [
     "convert",
     "cost",
     "cost_table",
+    "create_task",
+    "dynamic_layers",
+    "evaluate",
     "export",
+    "finetune",
     "from_pretrained",
     "inspect",
     "load",
+    "open_model",
     "push_to_hub",
     "revert",
     "save",

@@ -35,9 +35,9 @@ from surgeon.verify import (
 @eager()
 def convert(
     model: nn.Module,
+    type: str | LayerConfig | None = None,
     *,
     layers: str | Sequence[str] | Recipe | None = None,
-    type: str | LayerConfig | None = None,
     pattern: str | None = None,
     example_inputs: Any = None,
     inplace: bool = False,
@@ -53,8 +53,8 @@ def convert(
     """Replace convolutions by dynamic layers so that the model computes what it computed.
 
     Args:
-        layers: which convolutions, in the selector language of `surgeon.select`, or a recipe.
         type: the layer type, "acda", "pafu" or "sekg", with `layer_options`; or a config such as `ACDAConfig(atoms=2)`.
+        layers: which convolutions, in the selector language of `surgeon.select`, or a recipe.
         pattern: "dcb" instead of a type: residual blocks become ADFNet's DCBs (see `surgeon.blocks`), those whose first
             convolution `layers` selects (default: all); `layer_options` are those of "sekg".
         example_inputs: a tensor, a tuple of arguments, a list (one argument) or a dict of keyword arguments. Without it the

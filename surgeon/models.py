@@ -18,7 +18,7 @@ from torch import nn
 
 from surgeon.errors import ModelError
 from surgeon.programs import SUFFIX, is_program
-from surgeon.recipe import BaseModel, Recipe, Weights
+from surgeon.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
 from surgeon.sources import HUB, construct, pretrained, resolve_hub
 from surgeon.weights import load_weights, read_weights, state_sha256
 
@@ -74,6 +74,18 @@ def build_model(
         kwargs.setdefault("img_size", list(input_size[-2:]))
     model, base = _with_weights(replace(base, kwargs=kwargs, input_size=size), weights, seed)
     return model.eval(), base
+
+
+def open_model(spec: str, **options: Any) -> nn.Module:
+    """The model that `spec` names, in eval mode: a library's name, a surgeon folder, a `.pt2` file or `package.module:factory`.
+
+    `options` are those of `build_model`. The model carries how it was built, so that a folder made of it loads without `base=`.
+    Raises `ModelError`.
+    """
+    model, base = build_model(spec, **options)
+    if base is not None and get_recipe(model) is None:
+        set_recipe(model, Recipe(rules=(), base=base))
+    return model
 
 
 def _example_size(own: tuple[int, ...], wanted: tuple[int, ...] | None, in_chans: int | None) -> tuple[int, ...]:

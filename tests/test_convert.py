@@ -19,7 +19,7 @@ from surgeon.errors import (
     UnsupportedLayerError,
     VerificationError,
 )
-from surgeon.layers import registry
+from surgeon.layers import ACDAConfig, registry
 from surgeon.layers.registry import layer_types
 from surgeon.recipe import Recipe, Rule, get_recipe
 from surgeon.rewrite import dynamic_layers
@@ -128,6 +128,14 @@ def test_a_recipe_mixes_types_and_is_recorded() -> None:
         assert found.rules[1].options == converted.get_submodule("2").config.to_dict()
         assert get_recipe(copy.deepcopy(converted)) == found
     assert get_recipe(model) is None
+
+
+def test_a_config_is_the_type_with_its_options() -> None:
+    model = timm.create_model("test_resnet").eval()
+    by_config, _ = surgeon.convert(model, ACDAConfig(atoms=4), layers="stage3", input_size=64)
+    by_name, _ = surgeon.convert(model, type="acda", atoms=4, layers="stage3", input_size=64)
+    assert get_recipe(by_config).rules == get_recipe(by_name).rules
+    assert {layer.config.atoms for layer in dynamic_layers(by_config).values()} == {4}
 
 
 def test_a_second_conversion_adds_to_the_first() -> None:

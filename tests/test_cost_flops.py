@@ -10,8 +10,9 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from surgeon.costs import FlopCounter, UnknownOperatorError, operators, register_formula
+from surgeon.costs import FlopCounter, UnknownOperatorError, register_formula
 from surgeon.costs.build import option_layer
 from surgeon.costs.emulate import cuda_dispatch
 from surgeon.costs.flops import is_zero
@@ -19,6 +20,7 @@ from surgeon.costs.table import Option
 from surgeon.costs.trace import Tracker
 from surgeon.errors import GeometryError
 from surgeon.layers.geometry import ConvGeometry
+from surgeon.layers.kernels import acda_flops
 from surgeon.layers.kernels.acda_reference import acda_conv_reference
 from surgeon.layers.registry import layer_class, layer_types
 
@@ -176,6 +178,29 @@ def test_declared_macs_are_what_a_layer_does(kind: str, geometry: ConvGeometry) 
     assert counted(lambda: layer(x))[0] == 2 * (declared + folding)
 
 
+@pytest.mark.parametrize("kind", layer_types())
+def test_torch_counts_a_layer_as_the_cost_model_does(kind: str) -> None:
+    """`FlopCounterMode` has the formulas of our operators. Its backward pass of grouped convolutions counts too much."""
+    geometry = ConvGeometry(in_channels=8, out_channels=8, kernel_size=(3, 3), padding=(1, 1, 1, 1))
+    layer = option_layer(geometry, Option(kind, {}), {}).train()
+    x = meta(2, 8, 9, 12)
+    tracker = Tracker(nn.Identity(), FlopCounter(strict=True))
+    with tracker, cuda_dispatch(None):
+        tracker.begin("forward")
+        out = layer(x)
+        tracker.begin("backward")
+        out.backward(torch.empty_like(out))
+    ops = tracker.trace.ops
+    with FlopCounterMode(display=False) as theirs:
+        y = layer(x)
+    assert theirs.get_total_flops() == sum(op.flops for op in ops if op.phase == "forward") > 0
+    with FlopCounterMode(display=False) as theirs:
+        y.backward(torch.empty_like(y))
+    counts = theirs.get_flop_counts()["Global"].items()
+    own = sum(op.flops for op in ops if op.phase == "backward" and op.name.startswith("surgeon::"))
+    assert sum(flops for op, flops in counts if str(op).startswith("surgeon.")) == own > 0
+
+
 @pytest.mark.parametrize(("size", "conv", "acda"), [(3, 5900.8, 4073.0), (5, 16386.6, 4318.7), (7, 32115.2, 4687.4)])
 def test_table_6_of_the_acda_paper(size: int, conv: float, acda: float) -> None:
     """MACs in millions plus one addition an output element for the bias; 256 channels, 100×100, m = 6 atoms."""
@@ -183,7 +208,7 @@ def test_table_6_of_the_acda_paper(size: int, conv: float, acda: float) -> None:
     bias = 256 * 100 * 100
     assert round((counted(lambda: layer(x))[0] / 2 + bias) / 1e6, 1) == conv
     tensors = (meta(1, 6 * 6, 100, 100), meta(6, size, size), meta(0, size, size), meta(256, 256, 6))
-    _, filtering, mixing = operators._acda_macs(x, *tensors)
+    _, filtering, mixing = acda_flops._macs(*(t.shape for t in (x, *tensors)))
     assert round((filtering + mixing + bias) / 1e6, 1) == acda
     whole = counted(lambda: torch.ops.surgeon.acda_conv(x, *tensors, [1, 1], [size // 2] * 2, [1, 1], 1))[0]
     assert whole == 2 * (filtering + mixing + 100 * 100 * 6 * 6 * size**2)

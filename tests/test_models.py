@@ -17,7 +17,7 @@ import surgeon
 from surgeon.errors import ModelError
 from surgeon.identify import identify
 from surgeon.models import build_model, build_structure, model_names, restore
-from surgeon.recipe import BaseModel, Weights
+from surgeon.recipe import BaseModel, Weights, get_recipe
 from surgeon.weights import reachable, read_weights, state_sha256
 
 TINY = "test_resnet"
@@ -40,6 +40,18 @@ def random_model(name: str, **options: Any) -> tuple[nn.Module, BaseModel]:
 
 
 # --- names --------------------------------------------------------------------------------------------------------
+
+
+def test_an_opened_model_carries_how_it_was_built(tmp_path: Path) -> None:
+    """A folder made of it loads by itself, and opens as a model of that folder."""
+    model = surgeon.open_model(TINY, weights="random", seed=5)
+    assert not model.training
+    converted, _ = surgeon.convert(model, "pafu", layers="stage4", input_size=64)
+    surgeon.save(converted, tmp_path / "run")
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for again in (surgeon.load(tmp_path / "run"), surgeon.open_model(str(tmp_path / "run"))):
+        assert torch.equal(again(x), converted.eval()(x))
+        assert get_recipe(again) == get_recipe(converted)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from surgeon.errors import GeometryError
+from surgeon.layers.kernels import acda_flops as flops
 from surgeon.layers.kernels.acda_lean import Gradients, Problem
 from surgeon.layers.kernels.acda_reference import acda_conv_reference
 from surgeon.layers.kernels.dispatch import NATIVE, PORTABLE, Operator
@@ -134,6 +136,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd("surgeon::acda_conv", _backward, setup_context=_setup_context)
 differentiable_once("surgeon::acda_conv_backward")
+register_flop_formula(torch.ops.surgeon.acda_conv)(flops.acda_flops)
+register_flop_formula(torch.ops.surgeon.acda_conv_backward)(flops.acda_backward_flops)
 
 
 def _why_not_triton(x: Tensor, alpha: Tensor, psi: Tensor, static: Tensor, coeff: Tensor, *geometry: Any) -> list[str]:

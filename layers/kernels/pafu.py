@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from surgeon.errors import GeometryError
 from surgeon.layers.geometry import Pair
@@ -28,6 +29,7 @@ from surgeon.layers.kernels.inputs import check_window, one_dtype
 from surgeon.layers.kernels.library import autocast_dtype, define, differentiable_once, memory_format_of, shapes_of
 from surgeon.layers.kernels.native import pafu as native
 from surgeon.layers.kernels.native.support import reasons_against as native_reasons_against
+from surgeon.layers.kernels.pafu_flops import pafu_backward_flops, pafu_flops
 from surgeon.layers.kernels.pafu_frames import Grads, Problem, Window
 from surgeon.layers.kernels.pafu_reference import pafu_conv_reference
 from surgeon.layers.kernels.portable import pafu_conv_portable
@@ -237,6 +239,8 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd("surgeon::pafu_conv", _differentiate, setup_context=_save_inputs)
 differentiable_once("surgeon::pafu_conv_backward")
+register_flop_formula(torch.ops.surgeon.pafu_conv)(pafu_flops)
+register_flop_formula(torch.ops.surgeon.pafu_conv_backward)(pafu_backward_flops)
 
 
 # --- backends ------------------------------------------------------------------------------------------------------

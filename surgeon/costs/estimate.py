@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.copying import checkpoint_gradients
-from surgeon.costs import operators as operators  # registers its formulas
 from surgeon.costs.emulate import cuda_dispatch, meta_copy, to_channels_last
 from surgeon.costs.flops import FlopCounter, UnknownOperatorError
 from surgeon.costs.memory import (
