@@ -13,27 +13,32 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from surgeon import (
-    bench_command,
-    collapse_command,
-    convert_command,
-    cost_command,
-    doctor_command,
-    evaluate_command,
-    export_command,
-    finetune_command,
-    inspect_command,
-    models_command,
-    push_command,
-    revert_command,
-    try_command,
-    verify_command,
-    visualize_command,
-    zoo_command,
+from surgeon.commands import (
+    bench,
+    collapse,
+    convert,
+    cost,
+    doctor,
+    evaluate,
+    export,
+    finetune,
+    inspect,
+    models,
+    push,
+    revert,
+    try_,
+    verify,
+    visualize,
+    zoo,
 )
-from surgeon.arguments import one_document
+from surgeon.commands.arguments import one_document
+from surgeon.commands.search import (
+    gains,
+    place,
+    search,
+    study,
+)
 from surgeon.errors import SurgeonError
-from surgeon.search import gains_command, place_command, search_command, study_command
 
 EPILOG = """examples:
   surgeon models 'resnet*'
@@ -83,7 +88,7 @@ def _told(error: BaseException) -> str:
     if isinstance(error, SurgeonError):
         return str(error)
     if isinstance(error, OSError):
-        from surgeon.files import shortened
+        from surgeon.util.files import shortened
 
         return f"{shortened(error.filename)}: {error.strerror}" if error.filename else error.strerror or str(error)
     return "this machine has not enough memory"
@@ -121,26 +126,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--print-completion", action=_Completion, choices=shells, metavar="bash|zsh", help=completion)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     modules = {
-        "models": models_command,
-        "inspect": inspect_command,
-        "convert": convert_command,
-        "verify": verify_command,
-        "revert": revert_command,
-        "try": try_command,
-        "finetune": finetune_command,
-        "evaluate": evaluate_command,
-        "collapse": collapse_command,
-        "visualize": visualize_command,
-        "export": export_command,
-        "push": push_command,
-        "cost": cost_command,
-        "bench": bench_command,
-        "zoo": zoo_command,
-        "doctor": doctor_command,
-        "place": place_command,
-        "gains": gains_command,
-        "search": search_command,
-        "study": study_command,
+        "models": models,
+        "inspect": inspect,
+        "convert": convert,
+        "verify": verify,
+        "revert": revert,
+        "try": try_,
+        "finetune": finetune,
+        "evaluate": evaluate,
+        "collapse": collapse,
+        "visualize": visualize,
+        "export": export,
+        "push": push,
+        "cost": cost,
+        "bench": bench,
+        "zoo": zoo,
+        "doctor": doctor,
+        "place": place,
+        "gains": gains,
+        "search": search,
+        "study": study,
     }
     for name, module in modules.items():
         module.add_arguments(_command(commands, name, module.run, module.DESCRIPTION, module.EXAMPLES))

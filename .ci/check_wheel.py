@@ -20,7 +20,7 @@ for name in modules:
         module = importlib.import_module(name)
         assert module.__file__ is not None
         assert Path(module.__file__).resolve().is_relative_to(home), f"{name} comes from {module.__file__}"
-compiler = importlib.import_module("surgeon.layers.kernels.native.compiler")
+compiler = importlib.import_module("surgeon.layers.ops.native.compiler")
 assert all(compiler.sources().values()), "the wheel lacks the C sources of the CPU operators"
 for name in surgeon.__all__:
     getattr(surgeon, name)

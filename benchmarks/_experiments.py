@@ -12,7 +12,7 @@ from torchvision.models.segmentation.lraspp import LRASPP
 
 from benchmarks._cifar import TEST_SET, TRAIN_SET, CifarTask
 from benchmarks._tasks import TASKS
-from surgeon.recipe import Recipe, Rule
+from surgeon.records.recipe import Recipe, Rule
 from surgeon.zoo import load_foreign
 from surgeon.zoo.tasks import Task, TaskConfig, create_task
 from surgeon.zoo.tasks.base import Split

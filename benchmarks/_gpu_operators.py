@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgeon.layers.kernels.acda import acda_conv
-from surgeon.layers.kernels.dconv import dconv, dconv_layer
-from surgeon.layers.kernels.pafu import pafu_conv
+from surgeon.layers.acda.operator import acda_conv
+from surgeon.layers.pafu.operator import pafu_conv
+from surgeon.layers.sekg.operator import dconv, dconv_layer
 
 SHAPES = {
     "A": (32, 64, 56),

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgeon.layers.kernels.acda import acda_conv
-from surgeon.layers.kernels.acda_reference import acda_macs
-from surgeon.layers.kernels.dconv import dconv, dconv_layer
-from surgeon.layers.kernels.pafu import pafu_conv
+from surgeon.layers.acda.operator import acda_conv
+from surgeon.layers.acda.reference import acda_macs
+from surgeon.layers.pafu.operator import pafu_conv
+from surgeon.layers.sekg.operator import dconv, dconv_layer
 
 SHAPES = {"A": (8, 64, 56), "B": (8, 128, 28), "C": (8, 256, 14), "D": (4, 32, 128)}  # images, channels, height = width
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks._paper_tables import Arm, Comparison, Scores, two
-from surgeon.recipe import Rule
+from surgeon.records.recipe import Rule
 from surgeon.zoo.networks.ad_resnet import ACDA
 from surgeon.zoo.networks.restorer import RULES
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from surgeon.recipe import Rule
+from surgeon.records.recipe import Rule
 
 Scores = Mapping[str, float]  # "Set5 psnr" -> 36.22
 

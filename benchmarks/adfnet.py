@@ -22,7 +22,7 @@ from benchmarks._bench import in_subprocess, interleaved, peak_rss
 from benchmarks._models import awaken_kernels
 from benchmarks._results import RESULTS, table, write_json
 from surgeon import zoo
-from surgeon.layers.blocks import use_backend
+from surgeon.layers.sekg.blocks import use_backend
 
 BACKENDS = {"surgeon": None, "unfold": "reference"}
 

@@ -30,10 +30,10 @@ from benchmarks._models import awaken_kernels
 from benchmarks._operator_cases import SHAPES
 from benchmarks._results import RESULTS, Rows, table, write_json
 from surgeon import zoo
-from surgeon.layers.kernels.acda import acda_conv
-from surgeon.layers.kernels.dconv import dconv, dconv_layer
-from surgeon.layers.kernels.dispatch import ENVIRONMENT
-from surgeon.layers.kernels.portable import acda_conv_portable, dconv_layer_portable, dconv_portable
+from surgeon.layers.acda.operator import acda_conv
+from surgeon.layers.ops.dispatch import ENVIRONMENT
+from surgeon.layers.ops.portable import acda_conv_portable, dconv_layer_portable, dconv_portable
+from surgeon.layers.sekg.operator import dconv, dconv_layer
 
 SAME = ((1, 1), (1, 1), (1, 1))
 ADFNET = {"128": 128}

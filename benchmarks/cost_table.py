@@ -23,7 +23,7 @@ from surgeon.costs import CostTable, Option, cost, cost_table
 from surgeon.costs.build import option_layer
 from surgeon.layers.base import LayerConfig
 from surgeon.layers.registry import layer_types
-from surgeon.sites import find_sites
+from surgeon.sites.sites import find_sites
 
 MODELS = ("resnet50", "convnext_atto", "efficientnet_b0")
 OPTIONS = (

@@ -40,16 +40,16 @@ import surgeon
 from benchmarks._models import KINDS, Case, awaken, awaken_kernels, build, cases, settle_norms, tensors
 from benchmarks._results import RESULTS, ROOT, Rows, table, write_json
 from surgeon import zoo
-from surgeon.compare import compare
-from surgeon.copying import copy_model
 from surgeon.errors import InputError, SurgeonError
-from surgeon.export import TOLERANCE
-from surgeon.inputs import Inputs, map_tensors
-from surgeon.layers.dconv import SEKG
+from surgeon.exporting.export import TOLERANCE
 from surgeon.layers.pafu import PAFUConv2d
-from surgeon.observe import observe
-from surgeon.rewrite import dynamic_layers, static
-from surgeon.verify import run
+from surgeon.layers.sekg.dconv import SEKG
+from surgeon.sites.inputs import Inputs, map_tensors
+from surgeon.sites.observe import observe
+from surgeon.surgery.compare import compare
+from surgeon.surgery.rewrite import dynamic_layers, static
+from surgeon.surgery.verify import run
+from surgeon.util.copying import copy_model
 
 LIBRARIES = ("zoo", "timm", "torchvision")
 TYPES = ("acda", "pafu", "sekg")

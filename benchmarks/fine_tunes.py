@@ -27,11 +27,11 @@ from benchmarks._cifar import CifarTask
 from benchmarks._results import RESULTS, Rows, table, write_json
 from benchmarks.finetune_defaults import NEEDS, network
 from surgeon.costs.table import Option
-from surgeon.search.probe import entries, single
-from surgeon.search.problem import Ints
+from surgeon.search.evaluate.training import ShortConfig, TrainingEvaluator, bound
+from surgeon.search.gains.probe import entries, single
+from surgeon.search.placement.problem import Ints
 from surgeon.search.space import Space, SpaceConfig, make_space
-from surgeon.search.training import ShortConfig, TrainingEvaluator, bound
-from surgeon.sites import find_sites
+from surgeon.sites.sites import find_sites
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.tasks import TaskConfig
 

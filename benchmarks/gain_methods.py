@@ -28,11 +28,11 @@ from benchmarks import _data as data
 from benchmarks._results import RESULTS, Rows, table, write_json
 from benchmarks.fine_tunes import TRAININGS, Size, make_evaluator, sized
 from benchmarks.finetune_defaults import NEEDS
-from surgeon.search.gain import GainTable
-from surgeon.search.method import make_gains
-from surgeon.search.place import gain_of
-from surgeon.search.probe import ProbeConfig, entries
-from surgeon.search.problem import Floats
+from surgeon.search.gains.gain import GainTable
+from surgeon.search.gains.method import make_gains
+from surgeon.search.gains.probe import ProbeConfig, entries
+from surgeon.search.placement.place import gain_of
+from surgeon.search.placement.problem import Floats
 from surgeon.search.space import Space
 
 # By name: (method, what it is given). Batches are of 32 images.

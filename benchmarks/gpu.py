@@ -31,7 +31,7 @@ from surgeon.cli import main as surgeon_main
 from surgeon.costs.measure import interleaved
 from surgeon.costs.measure import measure as measure_memory
 from surgeon.costs.settings import make_settings
-from surgeon.layers.kernels.dispatch import ENVIRONMENT
+from surgeon.layers.ops.dispatch import ENVIRONMENT
 
 DTYPES = (torch.bfloat16, torch.float32)
 MEMORY_MODELS = ("resnet18", "resnet50", "convnext_tiny", "densenet121", "efficientnet_b0")

@@ -21,7 +21,8 @@ from torch import nn
 from benchmarks._bench import in_subprocess, peak_rss
 from benchmarks._models import awaken_kernels
 from benchmarks._results import RESULTS, Rows, table, write_json
-from surgeon.layers import ACDAConv2d, PAFUConv2d, SEKGConv2d, acda
+from surgeon.layers import ACDAConv2d, PAFUConv2d, SEKGConv2d
+from surgeon.layers.acda import layer as acda
 
 
 def _conv(channels: int, depthwise: bool = False) -> nn.Conv2d:

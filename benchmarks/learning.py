@@ -25,9 +25,9 @@ from benchmarks._paired import differences, outcome, signed, tally
 from benchmarks._results import RESULTS, Rows, table, write_json
 from benchmarks.studies import STUDIES
 from benchmarks.studies.study import Study
-from surgeon.adaptivity import observed
 from surgeon.costs import cost
 from surgeon.errors import TrainingError
+from surgeon.visualize.adaptivity import observed
 from surgeon.zoo.finetune import FinetuneConfig, finetune
 
 EXTENSIONS = 2  # how often a sweep goes on beyond its edge

@@ -36,7 +36,7 @@ from surgeon.costs.settings import make_settings
 from surgeon.layers.base import LayerConfig
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.registry import layer_class, layer_types
-from surgeon.sites import find_sites
+from surgeon.sites.sites import find_sites
 
 MODELS = (
     *(

@@ -27,16 +27,16 @@ from scipy.stats import spearmanr
 from benchmarks._results import RESULTS, table, write_json
 from surgeon.costs.table import Option
 from surgeon.search.budget import Budgets
-from surgeon.search.draw import random_placement, repair
-from surgeon.search.evaluator import TableEvaluator
-from surgeon.search.gain import GainTable
+from surgeon.search.evaluate.evaluator import TableEvaluator
+from surgeon.search.gains.gain import GainTable
 from surgeon.search.gate import Gate
-from surgeon.search.place import gain_of, optimum
-from surgeon.search.problem import Floats, Ints, Problem, make_problem
+from surgeon.search.placement.draw import random_placement, repair
+from surgeon.search.placement.place import gain_of, optimum
+from surgeon.search.placement.problem import Floats, Ints, Problem, make_problem
 from surgeon.search.run import Search, SearchConfig
+from surgeon.search.sampling.tuners import NAMES, DecoderSampler
 from surgeon.search.space import Space
-from surgeon.search.study_file import StudyFile
-from surgeon.search.tuners import NAMES, DecoderSampler
+from surgeon.search.study.study_file import StudyFile
 
 MODELS = ("resnet50", "convnext_atto", "efficientnet_b0")
 PARTS = ("milp", "gate", "samplers", "overhead", "modes")

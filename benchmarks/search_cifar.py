@@ -28,20 +28,20 @@ from benchmarks import _data as data
 from benchmarks._cifar import TEST_SET, Cifar, CifarTask
 from benchmarks._results import RESULTS, Rows, table, write_json
 from benchmarks.finetune_defaults import NEEDS, NETWORK, WEIGHTS, network
+from surgeon.commands.search.setup import GAINS
 from surgeon.costs.table import Option
 from surgeon.search.budget import Budgets
-from surgeon.search.draw import random_placement
+from surgeon.search.evaluate.training import ShortConfig, TrainingEvaluator, bound
+from surgeon.search.gains.method import make_gains
 from surgeon.search.gate import Gate
-from surgeon.search.method import make_gains
-from surgeon.search.problem import Ints
+from surgeon.search.placement.draw import random_placement
+from surgeon.search.placement.problem import Ints
 from surgeon.search.run import Search, SearchConfig
-from surgeon.search.sampler import derived_seed
-from surgeon.search.setup import GAINS
+from surgeon.search.sampling.sampler import derived_seed
 from surgeon.search.space import SpaceConfig
-from surgeon.search.study_file import StudyFile
-from surgeon.search.training import ShortConfig, TrainingEvaluator, bound
-from surgeon.select import select
-from surgeon.sites import find_sites
+from surgeon.search.study.study_file import StudyFile
+from surgeon.sites.select import select
+from surgeon.sites.sites import find_sites
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.tasks import TaskConfig

@@ -26,22 +26,22 @@ from optuna.storages.journal import JournalFileBackend
 
 from benchmarks._results import RESULTS, table, write_json
 from surgeon.costs.table import Option
-from surgeon.search.database import StudyDatabase
-from surgeon.search.evaluator import TableEvaluator
-from surgeon.search.gain import uniform_gains
-from surgeon.search.journal import Journal
-from surgeon.search.problem import Problem, make_problem
+from surgeon.search.evaluate.evaluator import TableEvaluator
+from surgeon.search.gains.gain import uniform_gains
+from surgeon.search.placement.problem import Problem, make_problem
 from surgeon.search.run import Search, SearchConfig
+from surgeon.search.sampling.tuners import RandomPlacements
 from surgeon.search.space import Space
-from surgeon.search.study import Study
-from surgeon.search.study_file import StudyFile
-from surgeon.search.tuners import RandomPlacements
+from surgeon.search.study.database import StudyDatabase
+from surgeon.search.study.journal import Journal
+from surgeon.search.study.study import Study
+from surgeon.search.study.study_file import StudyFile
 
 _HOLD = """
 import sys, time
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from pathlib import Path
-from surgeon.search.journal import file_lock
+from surgeon.search.study.journal import file_lock
 path = sys.argv[2]
 lock = JournalFileSymlinkLock(path) if sys.argv[1] == "optuna" else None
 if lock is not None:

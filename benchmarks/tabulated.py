@@ -30,15 +30,15 @@ from tqdm import tqdm
 from benchmarks._results import RESULTS, table, write_json
 from benchmarks.fine_tunes import OPTIONS, TRAININGS, sized
 from surgeon.costs import cost_table
-from surgeon.search.evaluator import TableEvaluator
-from surgeon.search.gain import GainTable, uniform_gains
-from surgeon.search.problem import Problem, of_table
+from surgeon.search.evaluate.evaluator import TableEvaluator
+from surgeon.search.gains.gain import GainTable, uniform_gains
+from surgeon.search.placement.problem import Problem, of_table
 from surgeon.search.run import Search, SearchConfig
-from surgeon.search.sampler import PlacementSampler
+from surgeon.search.sampling.sampler import PlacementSampler
+from surgeon.search.sampling.tuners import NAMES
 from surgeon.search.space import Space, SpaceConfig, make_space
-from surgeon.search.study_file import StudyFile
-from surgeon.search.tuners import NAMES
-from surgeon.sites import find_sites
+from surgeon.search.study.study_file import StudyFile
+from surgeon.sites.sites import find_sites
 from surgeon.zoo import create
 
 RAW = ("raw tpe", "raw nsga2", "raw random")

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from benchmarks._results import RESULTS, ROOT, Rows, table, write_json
 from surgeon.layers.acda import ACDAConfig, ACDAConv2d
-from surgeon.layers.kernels.dconv import dconv
 from surgeon.layers.pafu import PAFUConfig, PAFUConv2d
+from surgeon.layers.sekg.operator import dconv
 from surgeon.zoo.finetune import FinetuneConfig, finetune
 from surgeon.zoo.tasks import create_task
 

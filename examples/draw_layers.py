@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import surgeon
-from surgeon.rewrite import dynamic_layers
+from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.visualize.capture import capture
 from surgeon.visualize.measures import numbers, told
 from surgeon.visualize.pictures import bases, pictures

@@ -5,13 +5,13 @@ if __name__ != "surgeon.layers":
 
 from surgeon.layers.acda import ACDAConfig, ACDAConv2d
 from surgeon.layers.base import DynamicConv2d, LayerConfig
-from surgeon.layers.dconv import SEKG, DConv2d
 from surgeon.layers.fold import fold_batchnorm
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.pafu import PAFUConfig, PAFUConv2d
 from surgeon.layers.registry import layer_class, layer_types, register
 from surgeon.layers.regularizer import regularization
 from surgeon.layers.sekg import SEKGConfig, SEKGConv2d
+from surgeon.layers.sekg.dconv import SEKG, DConv2d
 from surgeon.layers.source import ConvSource
 
 __all__ = [

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from surgeon.errors import ConfigError, GeometryError, ReadOnlyError, UnsupportedLayerError
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
-from surgeon.layers.kernels.dispatch import tracing
+from surgeon.layers.ops.dispatch import tracing
 from surgeon.layers.source import ConvSource
 from surgeon.layers.static_weight import READ_ONLY, StaticWeight, read_only
 

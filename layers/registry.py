@@ -1,4 +1,4 @@
-"""The dynamic layers by name. A layer type is one file in this folder and one `@register` line in it."""
+"""The dynamic layers by name. A layer type is one file or folder here and one `@register` line in it."""
 
 import difflib
 import pkgutil
@@ -23,7 +23,7 @@ def register(cls: type[DynamicConv2d]) -> type[DynamicConv2d]:
 
 @cache
 def _load() -> None:
-    """Import every file of this folder, so that the layers in it register themselves."""
+    """Import every file and folder here, so that the layers in it register themselves."""
     import surgeon.layers
 
     for module in pkgutil.iter_modules(surgeon.layers.__path__, "surgeon.layers."):

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surgeon.search.budget import Budgets as Budgets
     from surgeon.search.gate import Gate as Gate
-    from surgeon.search.sampler import PlacementSampler as PlacementSampler
+    from surgeon.search.sampling.sampler import PlacementSampler as PlacementSampler
     from surgeon.search.space import SpaceConfig as SpaceConfig
 
 # Public name -> module that defines it. Nothing is imported before it is used: `surgeon --help` must not load torch.
 _EXPORTS = {
     "Budgets": "surgeon.search.budget",
     "Gate": "surgeon.search.gate",
-    "PlacementSampler": "surgeon.search.sampler",
+    "PlacementSampler": "surgeon.search.sampling.sampler",
     "SpaceConfig": "surgeon.search.space",
 }
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgeon.errors import ConfigError
-from surgeon.parse import giga, mebibytes, parse_quantity
-from surgeon.search.problem import InfeasibleError, Problem
+from surgeon.search.placement.problem import InfeasibleError, Problem
+from surgeon.util.parse import giga, mebibytes, parse_quantity
 
 if TYPE_CHECKING:
     from surgeon.costs import Cost
@@ -211,7 +211,7 @@ def check_feasible(problem: Problem, original: Mapping[str, int], *, translate: 
     `original` are the unmodified model's costs. `translate(resource, value)` turns a row's value into what the user's
     budget is in (memory: with margin and reserve).
     """
-    from surgeon.search.place import nearest, optimum, smallest
+    from surgeon.search.placement.place import nearest, optimum, smallest
 
     def say(resource: str, value: float) -> float:
         return value if translate is None else translate(resource, value)

@@ -21,9 +21,9 @@ from surgeon.errors import ConfigError
 from surgeon.layers.base import LayerConfig
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.search.budget import FLAGS, Budgets, Calibration, check_feasible, told
-from surgeon.search.problem import Ints, Problem, of_table
+from surgeon.search.placement.problem import Ints, Problem, of_table
 from surgeon.search.space import Space, SpaceConfig, make_space
-from surgeon.sites import find_sites
+from surgeon.sites.sites import find_sites
 
 _ROUNDS = 7  # interleaved timings of a placement and the original
 
@@ -183,8 +183,8 @@ class Gate:
 
     def time(self, placement: Sequence[int] | Ints) -> tuple[float, float]:
         """Seconds of one inference of the original and of the model with this placement, on this machine's device."""
-        from surgeon.convert import convert
         from surgeon.costs.measure import has_device, interleaved
+        from surgeon.surgery.convert import convert
 
         settings = make_settings(
             self._model, **{"input_size": None, "batch_size": 1, "amp": False} | self.settings | {"mode": "infer"}

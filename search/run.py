@@ -10,17 +10,17 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from surgeon.errors import ConfigError, TrainingError
-from surgeon.search.evaluator import Evaluator, OutOfMemoryError, StoppedError
-from surgeon.search.gain import GainTable
+from surgeon.search.evaluate.evaluator import Evaluator, OutOfMemoryError, StoppedError
+from surgeon.search.gains.gain import GainTable
 from surgeon.search.gate import Gate
-from surgeon.search.journal import StudyError
-from surgeon.search.problem import InfeasibleError, Ints, Problem
-from surgeon.search.record import Record
-from surgeon.search.sampler import ExhaustedError
+from surgeon.search.placement.problem import InfeasibleError, Ints, Problem
+from surgeon.search.sampling.sampler import ExhaustedError
+from surgeon.search.sampling.tuners import make_sampler
 from surgeon.search.space import Space
-from surgeon.search.stop import Stop, on_interrupt
-from surgeon.search.study import Study
-from surgeon.search.tuners import make_sampler
+from surgeon.search.study.journal import StudyError
+from surgeon.search.study.record import Record
+from surgeon.search.study.stop import Stop, on_interrupt
+from surgeon.search.study.study import Study
 
 MAX_ATTEMPTS = 3  # a trial that took its worker with it so often is given up
 _REFUSALS = 20  # in a row, after which the budgets are not what the table can satisfy

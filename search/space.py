@@ -12,15 +12,15 @@ import numpy as np
 
 from surgeon.costs.table import KEEP, Option
 from surgeon.errors import ConfigError, RecipeError
-from surgeon.files import read_text, told
-from surgeon.recipe import Recipe, Rule, quoted, unquoted, versions
-from surgeon.search.problem import Bools, Ints
+from surgeon.records.recipe import Recipe, Rule, quoted, unquoted, versions
+from surgeon.search.placement.problem import Bools, Ints
+from surgeon.util.files import read_text, told
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from surgeon.recipe import BaseModel
-    from surgeon.sites import ConvSite
+    from surgeon.records.recipe import BaseModel
+    from surgeon.sites.sites import ConvSite
 
 # What the papers use (ACDA appendix A.4: m = 6, S = 3; PAFU: groups of 8; SEKG: a kernel a channel), and smaller ones beside it.
 DEFAULT_OPTIONS = (
@@ -45,7 +45,7 @@ class SpaceConfig:
     scales: tuple[int, ...] = ()
     group_sizes: tuple[int, ...] = ()
     kernel_groups: tuple[int, ...] = ()
-    layers: str | None = None  # a selection (surgeon.select); None: all that can become something, but 1×1
+    layers: str | None = None  # a selection (surgeon.sites.select); None: all that can become something, but 1×1
     options: tuple[Option, ...] = ()  # further ones, as they are
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class SpaceConfig:
     def make_options(self) -> tuple[Option, ...]:
         """The options, without repetitions, each checked by its layer type. Raises `ConfigError`."""
         from surgeon.layers.registry import layer_class
-        from surgeon.plan import read_config
+        from surgeon.surgery.plan import read_config
 
         found = [*self._combined(), *self.options]
         if not found:
@@ -291,9 +291,9 @@ def make_space(
     Raises `SelectionError` for a selection that matches nothing, `NothingReplacedError` if no layer can become anything.
     """
     from surgeon.layers.registry import layer_class
-    from surgeon.plan import nothing_replaced, read_config, why_not
-    from surgeon.select import select
-    from surgeon.sites import find_sites
+    from surgeon.sites.select import select
+    from surgeon.sites.sites import find_sites
+    from surgeon.surgery.plan import nothing_replaced, read_config, why_not
 
     config = config or SpaceConfig()
     options = config.make_options()

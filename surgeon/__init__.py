@@ -1,9 +1,7 @@
 """surgeon gives trained vision networks content-adaptive convolutions without changing what they compute."""
 
-import sys
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 # A checkout keeps `layers`, `search`, `zoo` and `cli.py` beside this folder; the wheel keeps them inside it.
@@ -14,57 +12,57 @@ if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "layers").is_dir():
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from surgeon.checkpoint import load as load
-    from surgeon.checkpoint import save as save
-    from surgeon.collapse import collapse as collapse
-    from surgeon.collapse_report import CollapseReport as CollapseReport
-    from surgeon.convert import convert as convert
-    from surgeon.convert import inspect as inspect
+    from surgeon.collapsing.collapse import collapse as collapse
     from surgeon.costs import Cost as Cost
     from surgeon.costs import cost as cost
     from surgeon.costs import cost_table as cost_table
     from surgeon.errors import SurgeonError as SurgeonError
-    from surgeon.export import export as export
-    from surgeon.hub import from_pretrained as from_pretrained
-    from surgeon.hub import push_to_hub as push_to_hub
-    from surgeon.models import open_model as open_model
-    from surgeon.recipe import Recipe as Recipe
-    from surgeon.report import Report as Report
-    from surgeon.rewrite import dynamic_layers as dynamic_layers
-    from surgeon.rewrite import revert as revert
-    from surgeon.rewrite import static as static
-    from surgeon.sites import ConvSite as ConvSite
-    from surgeon.verify import verify as verify
+    from surgeon.exporting.export import export as export
+    from surgeon.models.checkpoint import load as load
+    from surgeon.models.checkpoint import save as save
+    from surgeon.models.hub import from_pretrained as from_pretrained
+    from surgeon.models.hub import push_to_hub as push_to_hub
+    from surgeon.models.names import open_model as open_model
+    from surgeon.records.collapse_report import CollapseReport as CollapseReport
+    from surgeon.records.recipe import Recipe as Recipe
+    from surgeon.records.report import Report as Report
+    from surgeon.sites.sites import ConvSite as ConvSite
+    from surgeon.surgery.convert import convert as convert
+    from surgeon.surgery.convert import inspect as inspect
+    from surgeon.surgery.rewrite import dynamic_layers as dynamic_layers
+    from surgeon.surgery.rewrite import revert as revert
+    from surgeon.surgery.rewrite import static as static
+    from surgeon.surgery.verify import verify as verify
     from surgeon.zoo.evaluate import evaluate as evaluate
     from surgeon.zoo.finetune import finetune as finetune
     from surgeon.zoo.tasks import create_task as create_task
 
 # Public name -> module that defines it. Nothing is imported before it is used: `surgeon --help` must not load torch.
 _EXPORTS = {
-    "CollapseReport": "surgeon.collapse_report",
-    "ConvSite": "surgeon.sites",
+    "CollapseReport": "surgeon.records.collapse_report",
+    "ConvSite": "surgeon.sites.sites",
     "Cost": "surgeon.costs",
-    "Recipe": "surgeon.recipe",
-    "Report": "surgeon.report",
+    "Recipe": "surgeon.records.recipe",
+    "Report": "surgeon.records.report",
     "SurgeonError": "surgeon.errors",
-    "collapse": "surgeon.collapse",
-    "convert": "surgeon.convert",
+    "collapse": "surgeon.collapsing.collapse",
+    "convert": "surgeon.surgery.convert",
     "cost": "surgeon.costs",
     "cost_table": "surgeon.costs",
     "create_task": "surgeon.zoo.tasks",
-    "dynamic_layers": "surgeon.rewrite",
+    "dynamic_layers": "surgeon.surgery.rewrite",
     "evaluate": "surgeon.zoo.evaluate",
-    "export": "surgeon.export",
+    "export": "surgeon.exporting.export",
     "finetune": "surgeon.zoo.finetune",
-    "from_pretrained": "surgeon.hub",
-    "inspect": "surgeon.convert",
-    "load": "surgeon.checkpoint",
-    "open_model": "surgeon.models",
-    "push_to_hub": "surgeon.hub",
-    "revert": "surgeon.rewrite",
-    "save": "surgeon.checkpoint",
-    "static": "surgeon.rewrite",
-    "verify": "surgeon.verify",
+    "from_pretrained": "surgeon.models.hub",
+    "inspect": "surgeon.surgery.convert",
+    "load": "surgeon.models.checkpoint",
+    "open_model": "surgeon.models.names",
+    "push_to_hub": "surgeon.models.hub",
+    "revert": "surgeon.surgery.rewrite",
+    "save": "surgeon.models.checkpoint",
+    "static": "surgeon.surgery.rewrite",
+    "verify": "surgeon.surgery.verify",
 }
 
 __all__ = [
@@ -104,14 +102,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """`surgeon.convert` is the function, also after the file of the same name was imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _EXPORTS and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from surgeon.compare import compare
 from surgeon.errors import BackendError
-from surgeon.files import cache_folder
-from surgeon.layers.kernels.dispatch import Operator
-from surgeon.layers.kernels.examples import example, operators
-from surgeon.layers.kernels.native.compiler import library_folder, told_library
+from surgeon.layers.examples import example, operators
+from surgeon.layers.ops.dispatch import Operator
+from surgeon.layers.ops.native.compiler import library_folder, told_library
+from surgeon.surgery.compare import compare
+from surgeon.util.files import cache_folder
 
 PACKAGES = (
     *("torch", "torchvision", "timm", "triton", "accelerate", "optuna", "torchmetrics", "safetensors"),

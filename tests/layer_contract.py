@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgeon.layers import ConvGeometry, ConvSource, DynamicConv2d, LayerConfig, layer_class
-from surgeon.layers.kernels.dispatch import Operator
+from surgeon.layers.ops.dispatch import Operator
 
 # Options that keep a layer small, by name; a type takes those that it has.
 SMALL: dict[str, Any] = {"hidden": 8, "group_size": 3}

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgeon.layers.kernels.native.compiler import why_no_library
+from surgeon.layers.ops.native.compiler import why_no_library
 
 NEEDS_LIBRARY = pytest.mark.skipif(bool(why_no_library()), reason="needs the compiled library")
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=80)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from surgeon import pages
+from surgeon.util import pages
 from tests.browser import Browser
 
 DESKTOP, PHONE = 1280, 390

@@ -5,9 +5,9 @@ from pathlib import Path
 import optuna
 from optuna.storages import JournalStorage
 
-from surgeon.search.journal import Journal
-from surgeon.search.record import Record
-from surgeon.search.study_file import StudyFile
+from surgeon.search.study.journal import Journal
+from surgeon.search.study.record import Record
+from surgeon.search.study.study_file import StudyFile
 
 
 def proposals(records: list[Record]) -> list[tuple[int, str | None, tuple[float, ...] | None]]:

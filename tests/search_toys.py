@@ -9,14 +9,14 @@ import numpy as np
 import optuna
 
 from surgeon.costs.table import Option
-from surgeon.search.database import StudyDatabase
-from surgeon.search.evaluator import TableEvaluator
-from surgeon.search.gain import GainTable
-from surgeon.search.place import gain_of
-from surgeon.search.problem import Floats, Ints, Problem, make_problem
+from surgeon.search.evaluate.evaluator import TableEvaluator
+from surgeon.search.gains.gain import GainTable
+from surgeon.search.placement.place import gain_of
+from surgeon.search.placement.problem import Floats, Ints, Problem, make_problem
 from surgeon.search.run import Search, SearchConfig
 from surgeon.search.space import Space
-from surgeon.search.study_file import StudyFile
+from surgeon.search.study.database import StudyDatabase
+from surgeon.search.study.study_file import StudyFile
 
 SHARE = 0.4  # leaves 56 placements within the budgets
 OPTIONS = (Option("acda", {"atoms": 4}), Option("pafu", {"group_size": 4}), Option("sekg", {}))

@@ -10,8 +10,9 @@ from torch import nn
 
 import surgeon
 from surgeon.errors import ConfigError
-from surgeon.layers import ACDAConfig, acda
+from surgeon.layers import ACDAConfig
 from surgeon.layers.acda import ACDAConv2d
+from surgeon.layers.acda import layer as acda
 from tests.layer_contract import awaken, geometries, make, plain_conv, random_input, random_source, relative_error
 
 FORMS = ("full", "separable", "lowrank")

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.layers.bases import basis_elements, centered, fitting_elements
-from surgeon.layers.decompose import decompose, expand_in_basis, output_error, truncate_for_inputs
+from surgeon.layers.acda.bases import basis_elements, centered, fitting_elements
+from surgeon.layers.acda.decompose import decompose, expand_in_basis, output_error, truncate_for_inputs
 from surgeon.layers.source import ConvSource
 
 

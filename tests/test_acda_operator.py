@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from surgeon.errors import BackendError, GeometryError
-from surgeon.layers.kernels import acda_lean
-from surgeon.layers.kernels.acda import ACDA_CONV, acda_conv
-from surgeon.layers.kernels.acda_reference import acda_macs
+from surgeon.layers.acda import lean as acda_lean
+from surgeon.layers.acda.operator import ACDA_CONV, acda_conv
+from surgeon.layers.acda.reference import acda_macs
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 Problem = tuple[tuple[Tensor, ...], tuple[Any, ...]]

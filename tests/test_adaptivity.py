@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from surgeon.adaptivity import Adaptivity, measure, observed
 from surgeon.layers import ACDAConfig, ACDAConv2d, ConvGeometry, PAFUConv2d, SEKGConv2d
 from surgeon.layers.base import CodedConv2d
 from surgeon.layers.norm import SignalNorm
+from surgeon.visualize.adaptivity import Adaptivity, measure, observed
 from surgeon.visualize.measures import content_share
 from surgeon.zoo.finetune import finetune
 from tests.finetune_runs import QUICK, rows, with_

@@ -4,7 +4,14 @@ import pytest
 import torch
 from scipy.special import jn_zeros, jv
 
-from surgeon.layers.bases import basis_elements, centered, fitting_elements, fourier_bessel, scale_boxes, window_size
+from surgeon.layers.acda.bases import (
+    basis_elements,
+    centered,
+    fitting_elements,
+    fourier_bessel,
+    scale_boxes,
+    window_size,
+)
 
 KERNELS = [(3, 3), (5, 5), (7, 7), (11, 11), (2, 2), (4, 4), (1, 5), (3, 1), (1, 1), (3, 4), (3, 5), (1, 2)]
 

@@ -10,8 +10,8 @@ import torch
 
 import surgeon
 from benchmarks import compiled, export_coverage, generators, large_image, report
-from surgeon.export import Check, Exported
-from surgeon.inputs import Inputs
+from surgeon.exporting.export import Check, Exported
+from surgeon.sites.inputs import Inputs
 
 Capture = pytest.CaptureFixture[str]
 TINY = {"A": (1, 4, 6)}

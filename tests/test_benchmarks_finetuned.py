@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks import collapsed, finetuned, report
 from benchmarks._experiments import Experiment
 from benchmarks.finetuned import means
-from surgeon.recipe import Recipe, Rule
+from surgeon.records.recipe import Recipe, Rule
 from surgeon.zoo.tasks import Task, create_task
 
 

@@ -11,7 +11,7 @@ from torchvision.ops import deform_conv2d
 
 import surgeon.zoo as zoo
 from surgeon.errors import ConfigError, GeometryError, ModelError
-from surgeon.layers.blocks import CB, DCB, MCB, MDCB, MFI, ModulatedDeformConv2d, use_backend
+from surgeon.layers.sekg.blocks import CB, DCB, MCB, MDCB, MFI, ModulatedDeformConv2d, use_backend
 
 
 def shaken(module: nn.Module) -> nn.Module:

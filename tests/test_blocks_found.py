@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 import surgeon
-from surgeon.blocks import find_blocks
 from surgeon.cli import main
 from surgeon.errors import ConfigError, SelectionError
 from surgeon.passes import DynamicConvPass
-from surgeon.rewrite import dynamic_layers
+from surgeon.surgery.blocks import find_blocks
+from surgeon.surgery.rewrite import dynamic_layers
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 FIRST = [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3, 4) for block in (0, 1)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import surgeon
-from surgeon import pages
+from surgeon.util import pages
 from surgeon.zoo.trial.report import write_report
 from tests.browser import Browser, chromium
 from tests.page_looks import LOOK, PHONE, check, tips

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import InputError
-from surgeon.inputs import Inputs
-from surgeon.verify import halves_agree
+from surgeon.sites.inputs import Inputs
+from surgeon.surgery.verify import halves_agree
 
 
 class Chain(nn.Module):

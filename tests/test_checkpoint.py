@@ -10,12 +10,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from surgeon.checkpoint import load, read_report, save
 from surgeon.errors import CheckpointError, ModelError, RecipeError, SurgeonError
 from surgeon.layers.base import DynamicConv2d
-from surgeon.models import build_model
-from surgeon.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
-from surgeon.report import Report
+from surgeon.models.checkpoint import load, read_report, save
+from surgeon.models.names import build_model
+from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
+from surgeon.records.report import Report
 from tests.tiny_runs import X, contents, run_python, tiny, with_dynamic
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-import surgeon.checkpoint as checkpoint
-from surgeon.checkpoint import load, save
+import surgeon.models.checkpoint as checkpoint
 from surgeon.errors import CheckpointError
-from surgeon.recipe import Recipe, Rule
+from surgeon.models.checkpoint import load, save
+from surgeon.records.recipe import Recipe, Rule
 from tests.tiny_runs import contents, environment, run_python, tiny
 
 
@@ -160,7 +160,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
 
 
 SLOW_SAVE = """
-import signal, sys, time, timm, surgeon, surgeon.checkpoint as checkpoint
+import signal, sys, time, timm, surgeon, surgeon.models.checkpoint as checkpoint
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
 def slow(path):
     print('writing', flush=True)
@@ -202,7 +202,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_no_folder_of_that_name(saved: Pa
 
 
 def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
-    from surgeon.machine import machine
+    from surgeon.util.machine import machine
 
     other = tmp_path / f".run.partial-{machine()}-{os.getppid()}-0"
     other.mkdir()

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.checkpoint import read_report
-from surgeon.collapse_report import CollapseReport
 from surgeon.errors import (
     CheckpointError,
     ConfigError,
@@ -21,8 +19,10 @@ from surgeon.errors import (
     VerificationError,
 )
 from surgeon.layers import DynamicConv2d, PAFUConv2d
-from surgeon.recipe import Recipe, get_recipe
-from surgeon.rewrite import dynamic_layers, folded_windows, plain_convolution
+from surgeon.models.checkpoint import read_report
+from surgeon.records.collapse_report import CollapseReport
+from surgeon.records.recipe import Recipe, get_recipe
+from surgeon.surgery.rewrite import dynamic_layers, folded_windows, plain_convolution
 from tests.constant_layers import TYPES, hidden_from_input, images, network, output, shift_static, vary
 from tests.fake_layer import FakeConv2d
 from tests.layer_contract import (
@@ -184,7 +184,7 @@ def test_a_wrong_folding_is_refused_and_the_model_stays(monkeypatch: pytest.Monk
             conv.weight.mul_(1.01)
         return conv
 
-    monkeypatch.setattr(sys.modules["surgeon.collapse"], "plain_convolution", flawed)
+    monkeypatch.setattr(sys.modules["surgeon.collapsing.collapse"], "plain_convolution", flawed)
     with pytest.raises(VerificationError, match="does not compute what the original computes"):
         surgeon.collapse(model, example_inputs=images(), inplace=True)
     assert list(dynamic_layers(model)) == names
@@ -203,7 +203,7 @@ def test_there_must_be_a_dynamic_layer() -> None:
 
 def test_float64_settles_what_depth_amplifies(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network("acda")
-    monkeypatch.setattr(sys.modules["surgeon.verify"], "TOLERANCE", 1e-12)
+    monkeypatch.setattr(sys.modules["surgeon.surgery.verify"], "TOLERANCE", 1e-12)
     _, report = surgeon.collapse(model, calibration=images())
     assert report.precision == "float64"
     assert report.max_rel_error is not None
@@ -284,8 +284,8 @@ def test_a_damaged_convolution_rule_is_refused(options: dict[str, Any]) -> None:
 
 
 def test_a_convolution_rule_needs_a_convolution() -> None:
-    from surgeon.checkpoint import apply_rules
-    from surgeon.recipe import Rule
+    from surgeon.models.checkpoint import apply_rules
+    from surgeon.records.recipe import Rule
 
     rule = Rule(layers="0", type="conv", options={"window": [3, 3]})
     with pytest.raises(RecipeError, match="cannot become a 3x3 convolution"):

@@ -12,7 +12,7 @@ from PIL import Image
 
 import surgeon
 from surgeon.cli import main
-from surgeon.rewrite import dynamic_layers
+from surgeon.surgery.rewrite import dynamic_layers
 from tests.layer_contract import awaken
 
 RUN = ["--quiet", "collapse"]

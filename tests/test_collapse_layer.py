@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import surgeon
-from surgeon.evidence import Watch, prove, settled
+from surgeon.collapsing.evidence import Watch, prove, settled
 from surgeon.layers import ACDAConv2d, ConvGeometry, DynamicConv2d, PAFUConfig, PAFUConv2d, SEKGConv2d, layer_class
-from surgeon.layers.factors import composes
-from surgeon.rewrite import plain_convolution
+from surgeon.layers.sekg.factors import composes
+from surgeon.surgery.rewrite import plain_convolution
 from tests.constant_layers import VARIANTS, shift_static, vary
 from tests.layer_contract import (
     awaken,

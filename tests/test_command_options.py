@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import surgeon.cli
-from surgeon.arguments import amp, amp_dtype, device
 from surgeon.cli import main
+from surgeon.commands.arguments import amp, amp_dtype, device
 from surgeon.errors import ConfigError
-from surgeon.machine import take_gpu
+from surgeon.util.machine import take_gpu
 from surgeon.zoo.finetune import FinetuneConfig
 
 COMMANDS: dict[str, list[str]] = {

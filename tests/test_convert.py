@@ -21,9 +21,9 @@ from surgeon.errors import (
 )
 from surgeon.layers import ACDAConfig, registry
 from surgeon.layers.registry import layer_types
-from surgeon.recipe import Recipe, Rule, get_recipe
-from surgeon.rewrite import dynamic_layers
-from surgeon.tables import count
+from surgeon.records.recipe import Recipe, Rule, get_recipe
+from surgeon.surgery.rewrite import dynamic_layers
+from surgeon.util.tables import count
 from tests.fake_layer import FakeConv2d
 
 TYPES = layer_types()

@@ -12,7 +12,7 @@ from torch import nn
 
 import surgeon
 from surgeon.layers.registry import layer_types
-from surgeon.rewrite import dynamic_layers
+from surgeon.surgery.rewrite import dynamic_layers
 
 TYPES = layer_types()
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))

@@ -19,9 +19,9 @@ from surgeon.costs.flops import is_zero
 from surgeon.costs.table import Option
 from surgeon.costs.trace import Tracker
 from surgeon.errors import GeometryError
+from surgeon.layers.acda import flops as acda_flops
+from surgeon.layers.acda.reference import acda_conv_reference
 from surgeon.layers.geometry import ConvGeometry
-from surgeon.layers.kernels import acda_flops
-from surgeon.layers.kernels.acda_reference import acda_conv_reference
 from surgeon.layers.registry import layer_class, layer_types
 
 META = torch.device("meta")

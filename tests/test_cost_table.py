@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from surgeon import bench_command, cost_command
+from surgeon.commands import bench as bench_command
+from surgeon.commands import cost as cost_command
 from surgeon.costs import CostTable, Option, cost, cost_table, store
 from surgeon.costs.build import option_layer
 from surgeon.costs.plot import draw
 from surgeon.errors import ConfigError, SurgeonError
 from surgeon.layers.registry import layer_types
-from surgeon.sites import find_sites
+from surgeon.sites.sites import find_sites
 
 OPTIONS = [Option(name, {}) for name in layer_types()] + [Option("pafu", {"group_size": 3})]
 
@@ -174,5 +175,5 @@ def test_bench_compares_interleaved(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_commands_load_no_torch_before_they_run(root: Path) -> None:
-    code = "import sys, surgeon.cost_command, surgeon.bench_command; sys.exit('torch' in sys.modules)"
+    code = "import sys, surgeon.commands.cost, surgeon.commands.bench; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], cwd=root, env={"PYTHONPATH": str(root)}).returncode == 0

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from surgeon.errors import BackendError, GeometryError
-from surgeon.layers.kernels import dconv_tiles
-from surgeon.layers.kernels.dconv import DCONV, dconv, dconv_layer
+from surgeon.layers.ops import tiles as dconv_tiles
+from surgeon.layers.sekg.operator import DCONV, dconv, dconv_layer
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))

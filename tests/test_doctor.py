@@ -7,8 +7,8 @@ from torch import Tensor
 
 from surgeon.cli import main
 from surgeon.doctor import diagnose
-from surgeon.layers.kernels.dispatch import Backend
-from surgeon.layers.kernels.examples import operators
+from surgeon.layers.examples import operators
+from surgeon.layers.ops.dispatch import Backend
 
 Capture = pytest.CaptureFixture[str]
 ACDA = next(operator for operator in operators() if operator.name == "acda_conv")

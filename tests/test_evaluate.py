@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.cli import main
 from surgeon.errors import ConfigError, DataError, InputError
-from surgeon.rewrite import dynamic_layers
+from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.tasks import create_task, registry, task_names
 from tests.fake_task import BrightnessTask

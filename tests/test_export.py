@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
-from surgeon import exported
 from surgeon.cli import main
 from surgeon.errors import ConfigError, ExportError
-from surgeon.machine import machine
+from surgeon.exporting import exported
+from surgeon.util.machine import machine
 from tests.export_models import Fixed, Untraceable, Wrong, mixed, onnx_run
 from tests.layer_contract import relative_error
 
-export_module = importlib.import_module("surgeon.export")  # `surgeon.export` is the function
+export_module = importlib.import_module("surgeon.exporting.export")  # `surgeon.export` is the function
 
 Capture = pytest.CaptureFixture[str]
 

@@ -13,7 +13,7 @@ from surgeon.errors import ExportError
 from tests.export_models import Attention, Dense, Eights, Fixed, Patches, PerImage, Windows, onnx_run
 from tests.layer_contract import awaken, relative_error
 
-export_module = importlib.import_module("surgeon.export")  # `surgeon.export` is the function
+export_module = importlib.import_module("surgeon.exporting.export")  # `surgeon.export` is the function
 
 pytestmark = pytest.mark.usefixtures("nothing_half_written")
 

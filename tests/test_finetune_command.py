@@ -135,7 +135,7 @@ def test_nan_to_the_end_is_exit_code_1(finetune: Finetune, capsys: pytest.Captur
 def test_defaults_are_left_to_the_config() -> None:
     import argparse
 
-    from surgeon import finetune_command
+    from surgeon.commands import finetune as finetune_command
     from surgeon.zoo.finetune import FinetuneConfig
 
     parser = argparse.ArgumentParser()

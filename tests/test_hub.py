@@ -17,14 +17,14 @@ from huggingface_hub import ModelCard, errors
 from torch import nn
 
 import surgeon
-from surgeon.card import PLACE, license_of, model_card
-from surgeon.checkpoint import save
 from surgeon.cli import main
 from surgeon.errors import CheckpointError, ConfigError
-from surgeon.files import inside
-from surgeon.hub import FILES, fetch
-from surgeon.recipe import BaseModel, Recipe, Rule, Weights, get_recipe
-from surgeon.report import Report
+from surgeon.models.checkpoint import save
+from surgeon.models.hub import FILES, fetch
+from surgeon.records.card import PLACE, license_of, model_card
+from surgeon.records.recipe import BaseModel, Recipe, Rule, Weights, get_recipe
+from surgeon.records.report import Report
+from surgeon.util.files import inside
 from tests.tiny_runs import X, contents, tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -236,7 +236,7 @@ def test_links_that_only_look_like_the_caches_are_refused(tmp_path: Path) -> Non
 def test_commands_take_repositories_for_folders(
     hub: Hub, saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, base = surgeon.models.build_model("test_resnet", weights="random")
+    model, base = surgeon.models.names.build_model("test_resnet", weights="random")
     model, report = surgeon.convert(model, layers="stage4", type="pafu", inplace=True, input_size=64)
     save(model, "mine", base=base, report=report)
     assert main(["push", "mine", "me/net", "--private", "--message", "m", "--quiet"]) == 0

@@ -15,10 +15,10 @@ from torch import nn
 
 import surgeon
 from surgeon.errors import ModelError
-from surgeon.identify import identify
-from surgeon.models import build_model, build_structure, model_names, restore
-from surgeon.recipe import BaseModel, Weights, get_recipe
-from surgeon.weights import reachable, read_weights, state_sha256
+from surgeon.models.identify import identify
+from surgeon.models.names import build_model, build_structure, model_names, restore
+from surgeon.models.weights import reachable, read_weights, state_sha256
+from surgeon.records.recipe import BaseModel, Weights, get_recipe
 
 TINY = "test_resnet"
 

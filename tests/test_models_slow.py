@@ -10,7 +10,7 @@ from torch import nn
 
 import surgeon
 from surgeon.layers.registry import layer_types
-from surgeon.rewrite import dynamic_layers
+from surgeon.surgery.rewrite import dynamic_layers
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from surgeon.errors import BackendError
-from surgeon.layers.kernels.acda import ACDA_CONV, acda_conv
-from surgeon.layers.kernels.native import compiler, support
+from surgeon.layers.acda.operator import ACDA_CONV, acda_conv
+from surgeon.layers.ops.native import compiler, support
 from tests.native_problems import (
     NEEDS_LIBRARY,
     PROPERTY,

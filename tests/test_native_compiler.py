@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from surgeon.errors import BackendError
-from surgeon.layers.kernels.acda import ACDA_CONV
-from surgeon.layers.kernels.examples import example
-from surgeon.layers.kernels.native import compiler
+from surgeon.layers.acda.operator import ACDA_CONV
+from surgeon.layers.examples import example
+from surgeon.layers.ops.native import compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 Fresh = Callable[[], None]
@@ -236,8 +236,8 @@ def test_naming_torch_compiles_nothing(fresh: Fresh, tmp_path: Path, monkeypatch
 @pytest.mark.usefixtures("at_once")
 def test_processes_that_compile_at_the_same_time(tmp_path: Path) -> None:
     code = (
-        "import torch\nfrom surgeon.layers.kernels.acda import ACDA_CONV\n"
-        "from surgeon.layers.kernels.examples import example\n"
+        "import torch\nfrom surgeon.layers.acda.operator import ACDA_CONV\n"
+        "from surgeon.layers.examples import example\n"
         "arguments = example(ACDA_CONV, 'cpu', torch.float32)\n"
         "print(ACDA_CONV.choose(*arguments).name, ACDA_CONV(*arguments).sum().item())"
     )

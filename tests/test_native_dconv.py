@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgeon.layers.kernels.dconv import DCONV, DCONV_LAYER, dconv, dconv_layer
+from surgeon.layers.sekg.operator import DCONV, DCONV_LAYER, dconv, dconv_layer
 from tests.native_problems import (
     NEEDS_LIBRARY,
     PROPERTY,

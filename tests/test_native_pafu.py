@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from surgeon.errors import GeometryError
-from surgeon.layers.kernels.native import pafu as native
-from surgeon.layers.kernels.pafu import PAFU_CONV, pafu_conv
+from surgeon.layers.pafu import native
+from surgeon.layers.pafu.operator import PAFU_CONV, pafu_conv
 from tests.native_problems import (
     NEEDS_LIBRARY,
     PROPERTY,

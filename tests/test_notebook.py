@@ -9,9 +9,9 @@ import pytest
 import timm
 
 import surgeon
-from surgeon import pages
-from surgeon.collapse_report import Collapsed, CollapseReport
-from surgeon.report import Report, Skipped
+from surgeon.records.collapse_report import Collapsed, CollapseReport
+from surgeon.records.report import Report, Skipped
+from surgeon.util import pages
 from tests.tiny_runs import tiny
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "first_conversion.ipynb"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from surgeon.errors import BackendError, GeometryError
-from surgeon.layers.kernels.acda import acda_conv
-from surgeon.layers.kernels.dconv import dconv, dconv_layer
-from surgeon.layers.kernels.pafu import pafu_conv
+from surgeon.layers.acda.operator import acda_conv
+from surgeon.layers.pafu.operator import pafu_conv
+from surgeon.layers.sekg.operator import dconv, dconv_layer
 from tests.native_problems import NEEDS_LIBRARY
 
 BACKENDS = ["torch", "reference"]

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surgeon.collapsing.evidence import prove
 from surgeon.errors import ConfigError, UnsupportedLayerError
-from surgeon.evidence import prove
 from surgeon.layers import PAFUConfig, PAFUConv2d, regularization
 from tests.layer_contract import awaken, plain_conv, relative_error
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from surgeon.errors import BackendError, GeometryError
-from surgeon.layers.kernels import pafu_frames, pafu_grouped
-from surgeon.layers.kernels.pafu import METHODS, PAFU_CONV, pafu_conv
-from surgeon.layers.kernels.pafu_frames import Problem, Window
+from surgeon.layers.pafu import frames as pafu_frames
+from surgeon.layers.pafu import grouped as pafu_grouped
+from surgeon.layers.pafu.frames import Problem, Window
+from surgeon.layers.pafu.operator import METHODS, PAFU_CONV, pafu_conv
 
 Case = tuple[dict[str, Tensor], Window]
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from surgeon import pages
-from surgeon.tables import duration
+from surgeon.util import pages
+from surgeon.util.tables import duration
 
 
 def words(figure: str) -> list[str]:

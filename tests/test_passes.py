@@ -23,8 +23,8 @@ from surgeon.errors import ConfigError, ModelError, NothingReplacedError, Select
 from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.registry import layer_types
 from surgeon.passes import DynamicConvPass
-from surgeon.recipe import get_recipe
-from surgeon.rewrite import dynamic_layers
+from surgeon.records.recipe import get_recipe
+from surgeon.surgery.rewrite import dynamic_layers
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 Graphed = Callable[[nn.Module], nn.Module]

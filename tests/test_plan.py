@@ -6,9 +6,9 @@ from torch import nn
 from surgeon.errors import ConfigError, SelectionError
 from surgeon.layers import registry
 from surgeon.layers.registry import layer_class, layer_types
-from surgeon.plan import can_become, make_plan, may_compress, nothing_replaced, why_not
-from surgeon.recipe import Rule
-from surgeon.sites import ConvSite, find_sites
+from surgeon.records.recipe import Rule
+from surgeon.sites.sites import ConvSite, find_sites
+from surgeon.surgery.plan import can_become, make_plan, may_compress, nothing_replaced, why_not
 from tests.fake_layer import FakeConfig, FakeConv2d
 
 

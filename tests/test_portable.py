@@ -9,12 +9,12 @@ from hypothesis import assume, given, settings
 from torch import Tensor, nn
 
 from surgeon.layers import layer_types
-from surgeon.layers.blocks import MDCB
-from surgeon.layers.kernels.acda import ACDA_CONV
-from surgeon.layers.kernels.dconv import DCONV, DCONV_LAYER
-from surgeon.layers.kernels.dispatch import Operator
-from surgeon.layers.kernels.examples import example, operators
-from surgeon.layers.kernels.pafu import PAFU_CONV
+from surgeon.layers.acda.operator import ACDA_CONV
+from surgeon.layers.examples import example, operators
+from surgeon.layers.ops.dispatch import Operator
+from surgeon.layers.pafu.operator import PAFU_CONV
+from surgeon.layers.sekg.blocks import MDCB
+from surgeon.layers.sekg.operator import DCONV, DCONV_LAYER
 from tests.layer_contract import (
     awaken,
     class_of,
@@ -74,7 +74,7 @@ def test_layers_compute_the_same_with_it(kind: str, case: Any) -> None:
     layer, x = awaken(make(kind, source)).eval(), random_input(source, 2, *size)
     expected = layer(x)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("surgeon.layers.kernels.dispatch.exporting", lambda: True)
+        patch.setattr("surgeon.layers.ops.dispatch.exporting", lambda: True)
         assert relative_error(layer(x), expected) <= 2e-5
 
 

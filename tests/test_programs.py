@@ -12,9 +12,9 @@ import torch
 import surgeon
 from surgeon.cli import main
 from surgeon.errors import CheckpointError, ModelError, RecipeError
-from surgeon.models import build_model
-from surgeon.programs import described, read_program
-from surgeon.recipe import Recipe
+from surgeon.models.names import build_model
+from surgeon.models.programs import described, read_program
+from surgeon.records.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import surgeon.cli
-from surgeon.recipe import Recipe
+from surgeon.records.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -95,7 +95,7 @@ def test_the_options_of_the_documents_are_the_layers_options() -> None:
 
 
 def test_the_selections_of_the_documents_are_understood() -> None:
-    from surgeon.select import parse_item, split_items
+    from surgeon.sites.select import parse_item, split_items
 
     (block,) = [b for b in blocks(ROOT / "docs" / "selecting.md", "text") if "stage3" in b]
     for line in block.splitlines():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import surgeon
 from surgeon.errors import RecipeError
-from surgeon.recipe import FORMAT, VERSION, BaseModel, Recipe, Rule, Weights, get_recipe, set_recipe, versions
+from surgeon.records.recipe import FORMAT, VERSION, BaseModel, Recipe, Rule, Weights, get_recipe, set_recipe, versions
 
 MINIMAL = {"format": "surgeon-recipe", "version": 2, "rules": [{"layers": "stage3", "type": "pafu"}]}
 

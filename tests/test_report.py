@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from surgeon.errors import CheckpointError
-from surgeon.report import Replaced, Report, Skipped, geometry_text
-from surgeon.tables import count, table
+from surgeon.records.report import Replaced, Report, Skipped, geometry_text
+from surgeon.util.tables import count, table
 
 GEOMETRY: dict[str, Any] = {
     "in_channels": 256,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks import _data, _search_tables, fine_tunes, gain_methods, placement, search_cifar, tabulated
-from surgeon.search.gain import GainTable
+from surgeon.search.gains.gain import GainTable
 
 OPTIONS = ("keep", *(option.label for option in fine_tunes.OPTIONS))
 

@@ -9,10 +9,10 @@ import timm
 from surgeon.costs import cost
 from surgeon.errors import ConfigError
 from surgeon.search.budget import Bound, Budgets, Calibration, as_budget, parse_bound
-from surgeon.search.draw import random_placement
 from surgeon.search.gate import Gate
-from surgeon.search.place import optimum
-from surgeon.search.problem import InfeasibleError
+from surgeon.search.placement.draw import random_placement
+from surgeon.search.placement.place import optimum
+from surgeon.search.placement.problem import InfeasibleError
 from surgeon.search.space import SpaceConfig
 
 CONFIG = SpaceConfig(types=("acda", "pafu", "sekg"), atoms=(4,), scales=(1,), group_sizes=(4,))

@@ -18,11 +18,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import surgeon
 from surgeon.cli import main
-from surgeon.rewrite import dynamic_layers
-from surgeon.search.database import StudyDatabase
-from surgeon.search.folder import read_search
-from surgeon.search.gain import GainTable
-from surgeon.search.journal import Journal
+from surgeon.search.gains.gain import GainTable
+from surgeon.search.study.database import StudyDatabase
+from surgeon.search.study.folder import read_search
+from surgeon.search.study.journal import Journal
+from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.finetune.loop import Interrupted, Run
 from tests.browser import chromium, installed
 from tests.page_looks import check

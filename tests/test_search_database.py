@@ -14,13 +14,13 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from surgeon.search import database, database_url, study
-from surgeon.search.database import StudyDatabase
-from surgeon.search.database_url import parse_url
-from surgeon.search.journal import StudyError
-from surgeon.search.record import Record
 from surgeon.search.run import Outcome, Search
-from surgeon.search.study import OtherStudyError
+from surgeon.search.study import database, database_url, study
+from surgeon.search.study.database import StudyDatabase
+from surgeon.search.study.database_url import parse_url
+from surgeon.search.study.journal import StudyError
+from surgeon.search.study.record import Record
+from surgeon.search.study.study import OtherStudyError
 from tests.search_records import proposals
 from tests.search_servers import Server, free_port, postgresql, why_no_postgresql
 from tests.search_toys import toy_problem, toy_search, toy_space

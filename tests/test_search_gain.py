@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import ConfigError
-from surgeon.rewrite import dynamic_layers
-from surgeon.search.estimate import ESTIMATORS, gradient_gains
-from surgeon.search.gain import GainTable, cache_key, cached, read_gains, uniform_gains
-from surgeon.search.place import gain_of, optimum
-from surgeon.search.posterior import Posterior
-from surgeon.search.quadratic import Walk, decrease, walk_of
-from surgeon.search.sampler import PlacementSampler
+from surgeon.search.gains.estimate import ESTIMATORS, gradient_gains
+from surgeon.search.gains.gain import GainTable, cache_key, cached, read_gains, uniform_gains
+from surgeon.search.gains.posterior import Posterior
+from surgeon.search.gains.quadratic import Walk, decrease, walk_of
+from surgeon.search.placement.place import gain_of, optimum
+from surgeon.search.sampling.sampler import PlacementSampler
 from surgeon.search.space import SpaceConfig, make_space
+from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.finetune import FinetuneConfig
 from tests.search_toys import toy_gains, toy_problem, toy_space, toy_table
 
@@ -161,7 +161,7 @@ def test_gradients_find_the_layer_that_matters() -> None:
 
 
 def make_space_of(model: nn.Module, config: SpaceConfig) -> Any:
-    from surgeon.sites import find_sites
+    from surgeon.sites.sites import find_sites
 
     return make_space(model, config, sites=find_sites(model, input_size=(2, 10, 10)).convs)
 

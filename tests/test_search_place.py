@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgeon.errors import ConfigError
-from surgeon.search.draw import random_placement, repair
-from surgeon.search.place import Cut, closest, diverse, front, gain_of, nearest, optimum, smallest
-from surgeon.search.problem import FREE, Ints, Problem
-from surgeon.search.tuners import DecoderSampler
+from surgeon.search.placement.draw import random_placement, repair
+from surgeon.search.placement.place import Cut, closest, diverse, front, gain_of, nearest, optimum, smallest
+from surgeon.search.placement.problem import FREE, Ints, Problem
+from surgeon.search.sampling.tuners import DecoderSampler
 from tests.search_toys import toy_gains, toy_problem, toy_space, toy_table
 
 SMALL = toy_space(5)

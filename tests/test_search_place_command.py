@@ -8,7 +8,7 @@ import timm
 
 import surgeon
 from surgeon.cli import main
-from surgeon.search.gain import GainTable
+from surgeon.search.gains.gain import GainTable
 
 PLACE = ["place", "test_resnet", "--input-size", "64", "--batch-size", "4"]
 PAFU = [*PLACE, "--types", "pafu", "--group-sizes", "2,4"]

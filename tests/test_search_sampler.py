@@ -14,14 +14,14 @@ import surgeon.search
 from surgeon.costs.table import Option
 from surgeon.errors import ConfigError
 from surgeon.search import PlacementSampler
-from surgeon.search.evaluator import TableEvaluator
-from surgeon.search.parameters import DEFAULT, Parameters, constraints
-from surgeon.search.place import gain_of
-from surgeon.search.problem import InfeasibleError
-from surgeon.search.sampler import BudgetedSampler
+from surgeon.search.evaluate.evaluator import TableEvaluator
+from surgeon.search.placement.place import gain_of
+from surgeon.search.placement.problem import InfeasibleError
+from surgeon.search.sampling.parameters import DEFAULT, Parameters, constraints
+from surgeon.search.sampling.sampler import BudgetedSampler
+from surgeon.search.sampling.tuners import NAMES, RepairedSampler, make_sampler
 from surgeon.search.space import Space
-from surgeon.search.study import OtherStudyError
-from surgeon.search.tuners import NAMES, RepairedSampler, make_sampler
+from surgeon.search.study.study import OtherStudyError
 from tests.search_toys import toy_gains, toy_problem, toy_search, toy_space, toy_table
 
 OTHERS = ("optuna.samplers:TPESampler", "tests.test_search_sampler:unseeded")
@@ -342,7 +342,7 @@ def test_objectives_that_the_sampler_knows_nothing_of() -> None:
 
 
 def test_a_study_without_parameters_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from surgeon.search import identity
+    from surgeon.search.study import identity
 
     with monkeypatch.context() as patch:
         patch.setattr(identity, "VERSION", 1)

@@ -10,7 +10,7 @@ from torch import nn
 
 import surgeon
 from surgeon.errors import ConfigError, NothingReplacedError, RecipeError, SelectionError
-from surgeon.recipe import Recipe, Rule, get_recipe
+from surgeon.records.recipe import Recipe, Rule, get_recipe
 from surgeon.search.space import DEFAULT_OPTIONS, SpaceConfig, make_space
 
 

@@ -20,17 +20,17 @@ from optuna.storages import JournalStorage
 
 from surgeon.errors import ConfigError, TrainingError
 from surgeon.search.budget import Budgets
-from surgeon.search.evaluator import OutOfMemoryError, TableEvaluator
-from surgeon.search.gain import GainTable, uniform_gains
+from surgeon.search.evaluate.evaluator import OutOfMemoryError, TableEvaluator
+from surgeon.search.gains.gain import GainTable, uniform_gains
 from surgeon.search.gate import Gate
-from surgeon.search.journal import Journal, Lease, StudyError, file_lock, is_alive
-from surgeon.search.place import gain_of, optimum
-from surgeon.search.problem import InfeasibleError, Ints
+from surgeon.search.placement.place import gain_of, optimum
+from surgeon.search.placement.problem import InfeasibleError, Ints
 from surgeon.search.run import MAX_ATTEMPTS, Search, SearchConfig
+from surgeon.search.sampling.tuners import NAMES
 from surgeon.search.space import SpaceConfig
-from surgeon.search.study import OtherStudyError
-from surgeon.search.study_file import StudyFile
-from surgeon.search.tuners import NAMES
+from surgeon.search.study.journal import Journal, Lease, StudyError, file_lock, is_alive
+from surgeon.search.study.study import OtherStudyError
+from surgeon.search.study.study_file import StudyFile
 from tests.search_records import proposals, read
 from tests.search_toys import toy_gains, toy_problem, toy_search, toy_space
 
@@ -335,7 +335,7 @@ def test_what_is_written_together_appears_together(tmp_path: Path) -> None:
 
 def test_leases_end_with_their_process(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom surgeon.search.journal import Lease\n"
+        "import sys, time\nfrom pathlib import Path\nfrom surgeon.search.study.journal import Lease\n"
         "lease = Lease(Path(sys.argv[1]), 'other')\nprint('held', flush=True)\ntime.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)

@@ -11,17 +11,17 @@ import torch
 
 import surgeon
 from surgeon.errors import ConfigError, TrainingError
-from surgeon.search.evaluator import OutOfMemoryError, StoppedError
-from surgeon.search.folder import read_kept
-from surgeon.search.gain import GainTable, uniform_gains
+from surgeon.search.evaluate.evaluator import OutOfMemoryError, StoppedError
+from surgeon.search.evaluate.training import ShortConfig, TrainingEvaluator, bound
+from surgeon.search.gains.gain import GainTable, uniform_gains
+from surgeon.search.gains.method import METHODS, gains_of, make_gains
+from surgeon.search.gains.probe import ProbeConfig, entries, single
 from surgeon.search.gate import Gate
-from surgeon.search.method import METHODS, gains_of, make_gains
-from surgeon.search.probe import ProbeConfig, entries, single
-from surgeon.search.record import Record
 from surgeon.search.run import MAX_ATTEMPTS, Search, SearchConfig
 from surgeon.search.space import Space, SpaceConfig, make_space
-from surgeon.search.study_file import StudyFile
-from surgeon.search.training import ShortConfig, TrainingEvaluator, bound
+from surgeon.search.study.folder import read_kept
+from surgeon.search.study.record import Record
+from surgeon.search.study.study_file import StudyFile
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.finetune.loop import Interrupted, Run
 from tests.finetune_tasks import SIZE, classification, converted, regression
@@ -37,7 +37,7 @@ def no_report(step: int, value: float) -> None:
 
 
 def space_of(config: SpaceConfig = CONFIG) -> Space:
-    from surgeon.sites import find_sites
+    from surgeon.sites.sites import find_sites
 
     model = make_plain()
     return make_space(model, config, sites=find_sites(model, input_size=(3, SIZE, SIZE)).convs)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from surgeon.errors import ConfigError, GeometryError, UnsupportedLayerError
-from surgeon.layers.dconv import SEKG, DConv2d
-from surgeon.layers.factors import factorise
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.registry import layer_class
-from surgeon.layers.sekg import SEKGConfig, SEKGConv2d, full_rank
+from surgeon.layers.sekg import SEKGConfig, SEKGConv2d
+from surgeon.layers.sekg.dconv import SEKG, DConv2d
+from surgeon.layers.sekg.factors import factorise
+from surgeon.layers.sekg.layer import full_rank
 from surgeon.layers.source import ConvSource
 
 FEW = settings(max_examples=30, deadline=None, derandomize=True)

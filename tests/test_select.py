@@ -3,8 +3,8 @@
 import pytest
 
 from surgeon.errors import SelectionError
-from surgeon.select import select, split_items
-from surgeon.sites import ConvSite
+from surgeon.sites.select import select, split_items
+from surgeon.sites.sites import ConvSite
 
 
 def site(name: str, stage: str | None, k: int = 3, c_in: int = 16, c_out: int = 16, **more: object) -> ConvSite:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import InputError
-from surgeon.sites import ConvSite, find_sites
+from surgeon.sites.sites import ConvSite, find_sites
 
 
 def by_name(model: nn.Module, example: object = None, **more: object) -> dict[str, ConvSite]:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import surgeon.zoo as zoo
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.zoo.tasks import create_task
+from surgeon.zoo.tasks.data.points import point_files, read_points
 from surgeon.zoo.tasks.support.density import adaptive_sigmas, density_map
-from surgeon.zoo.tasks.support.points import point_files, read_points
 from tests.task_data import crowds, photo
 
 

@@ -15,9 +15,9 @@ from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.zoo.networks.demosaicnet import grbg_mosaic
 from surgeon.zoo.networks.vdn import variational_loss
 from surgeon.zoo.tasks import create_task
+from surgeon.zoo.tasks.data.draws import turned
+from surgeon.zoo.tasks.data.images import luma, to_tensor
 from surgeon.zoo.tasks.demosaicking import PATTERNS, arranged, bayer_mask
-from surgeon.zoo.tasks.support.draws import turned
-from surgeon.zoo.tasks.support.images import luma, to_tensor
 from surgeon.zoo.tasks.support.metrics import psnr
 from tests.task_data import image_folders, noisy_pairs, photo
 

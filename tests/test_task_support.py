@@ -13,9 +13,9 @@ from PIL import Image
 
 from surgeon.errors import ConfigError, DataError
 from surgeon.zoo.tasks import create_task
-from surgeon.zoo.tasks.support import files, images
-from surgeon.zoo.tasks.support.draws import global_seed, turned, turned_back
-from surgeon.zoo.tasks.support.files import (
+from surgeon.zoo.tasks.data import files, images
+from surgeon.zoo.tasks.data.draws import global_seed, turned, turned_back
+from surgeon.zoo.tasks.data.files import (
     FolderConfig,
     check_images,
     divide,
@@ -25,7 +25,7 @@ from surgeon.zoo.tasks.support.files import (
     look_through,
     open_image,
 )
-from surgeon.zoo.tasks.support.images import by_size, collate_padded, luma, on_multiple, unpadded
+from surgeon.zoo.tasks.data.images import by_size, collate_padded, luma, on_multiple, unpadded
 from surgeon.zoo.tasks.support.metrics import eight_bit, image_mean, pixel_loss, psnr, ssim
 from surgeon.zoo.tasks.support.noise import gaussian, heteroskedastic, number_range
 from surgeon.zoo.tasks.support.pictures import heat, labels_image, sheet, to_image

@@ -12,7 +12,7 @@ import surgeon.zoo as zoo
 from surgeon.cli import main
 from surgeon.errors import ConfigError, RecipeError
 from surgeon.layers.pafu import PAFUConv2d
-from surgeon.rewrite import dynamic_layers
+from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.finetune import FinetuneConfig, dry_run
 from surgeon.zoo.finetune.parameters import group_parameters
 from surgeon.zoo.finetune.schedule import Plan

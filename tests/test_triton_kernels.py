@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from surgeon.errors import BackendError
-from surgeon.layers.kernels.acda import ACDA_CONV, acda_conv
-from surgeon.layers.kernels.dconv import DCONV, dconv, dconv_layer
-from surgeon.layers.kernels.dispatch import ENVIRONMENT
-from surgeon.layers.kernels.pafu import pafu_conv
-from surgeon.layers.kernels.triton import support
+from surgeon.layers.acda.operator import ACDA_CONV, acda_conv
+from surgeon.layers.ops.dispatch import ENVIRONMENT
+from surgeon.layers.ops.triton import support
+from surgeon.layers.pafu.operator import pafu_conv
+from surgeon.layers.sekg.operator import DCONV, dconv, dconv_layer
 from tests.test_acda_operator import problem
 from tests.test_dconv_operator import small, small_kernels
 from tests.test_pafu_operator import make_case
@@ -154,10 +154,10 @@ def test_the_environment_is_read_by_a_compiled_graph(monkeypatch: pytest.MonkeyP
 
 def test_triton_is_not_imported_before_it_runs() -> None:
     """timm imports triton itself, so that what counts is that none of our modules does."""
-    code = "import sys, surgeon.layers; print(*sorted(name for name in sys.modules if 'kernels.triton' in name))"
+    code = "import sys, surgeon.layers; print(*sorted(name for name in sys.modules if '.triton' in name and 'surgeon' in name))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=True)
-    package = "surgeon.layers.kernels.triton"
+    package = "surgeon.layers.ops.triton"
     assert done.stdout.split() == [package, f"{package}.support"]
 
 

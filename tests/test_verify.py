@@ -12,15 +12,15 @@ import torchvision
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.compare import Difference, compare, compare_tensors
 from surgeon.errors import InputError, VerificationError
-from surgeon.gradients import check_gradients, without_gradient
-from surgeon.inputs import Inputs, candidate_inputs, given_inputs
 from surgeon.layers import registry
 from surgeon.layers.registry import layer_types
-from surgeon.observe import observe
-from surgeon.rewrite import build_layer, dynamic_layers
-from surgeon.verify import Settled, judge, measure, run
+from surgeon.sites.inputs import Inputs, candidate_inputs, given_inputs
+from surgeon.sites.observe import observe
+from surgeon.surgery.compare import Difference, compare, compare_tensors
+from surgeon.surgery.gradients import check_gradients, without_gradient
+from surgeon.surgery.rewrite import build_layer, dynamic_layers
+from surgeon.surgery.verify import Settled, judge, measure, run
 from tests.fake_layer import FakeConfig, FakeConv2d
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))

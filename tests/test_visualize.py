@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.cli import main
+from surgeon.collapsing.evidence import Watch
+from surgeon.commands.visualize import safe
 from surgeon.errors import InputError
-from surgeon.evidence import Watch
 from surgeon.layers import ACDAConv2d, DynamicConv2d, PAFUConfig, PAFUConv2d, SEKGConv2d
-from surgeon.layers.bases import basis_elements
-from surgeon.rewrite import dynamic_layers
+from surgeon.layers.acda.bases import basis_elements
+from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.visualize.capture import Seen, capture
 from surgeon.visualize.measures import FROM_WEIGHTS, alpha_by_scale, cosine_distance, kernel_energy, numbers
 from surgeon.visualize.pictures import bases, pictures
 from surgeon.visualize.sheet import Panel, limits, pixels, sheet
-from surgeon.visualize_command import safe
 from tests.fake_layer import FakeConv2d
 from tests.layer_contract import awaken, make, plain_conv
 

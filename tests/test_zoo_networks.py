@@ -12,9 +12,9 @@ import surgeon.zoo as zoo
 from surgeon.layers.acda import ACDAConv2d
 from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.pafu import PAFUConv2d
-from surgeon.models import build_model
-from surgeon.recipe import Recipe
-from surgeon.rewrite import dynamic_layers
+from surgeon.models.names import build_model
+from surgeon.records.recipe import Recipe
+from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.networks.demosaicnet import grbg_mosaic
 from surgeon.zoo.networks.restorer import KPN
 from surgeon.zoo.networks.superres import LinearSR, SelfEnsemble

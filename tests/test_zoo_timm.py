@@ -20,7 +20,7 @@ from torch import nn
 
 import surgeon.zoo  # registers its classifiers
 from surgeon.layers.base import DynamicConv2d
-from surgeon.trace import trace_graph
+from surgeon.sites.trace import trace_graph
 from surgeon.zoo.classifiers import default_cfgs
 
 NAMES = sorted(default_cfgs)

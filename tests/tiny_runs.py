@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from surgeon.layers.registry import layer_class
-from surgeon.rewrite import Rewrite
+from surgeon.surgery.rewrite import Rewrite
 
 X = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

@@ -20,9 +20,12 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from surgeon.layers.kernels.dconv_lean import LayerInputs
-from surgeon.layers.kernels.pafu_frames import Grads, Problem, Window
-from surgeon.layers.kernels.triton import acda, dconv, dconv_layer, pafu
+from surgeon.layers.acda import triton as acda
+from surgeon.layers.pafu import triton as pafu
+from surgeon.layers.pafu.frames import Grads, Problem, Window
+from surgeon.layers.sekg import triton as dconv
+from surgeon.layers.sekg import triton_layer as dconv_layer
+from surgeon.layers.sekg.lean import LayerInputs
 
 
 class Architecture:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from surgeon.errors import BackendError, GeometryError
-from surgeon.layers.kernels.acda import ACDA_CONV, acda_conv
-from surgeon.layers.kernels.dconv import dconv, dconv_layer
-from surgeon.layers.kernels.pafu import PAFU_CONV, pafu_conv
-from surgeon.layers.kernels.triton import chunks
+from surgeon.layers.acda.operator import ACDA_CONV, acda_conv
+from surgeon.layers.ops.triton import chunks
+from surgeon.layers.pafu.operator import PAFU_CONV, pafu_conv
+from surgeon.layers.sekg.operator import dconv, dconv_layer
 from tests.test_acda_operator import problem
 from tests.test_dconv_operator import layer_tensors
 from tests.test_pafu_operator import make_case

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from surgeon.errors import ConfigError
-from surgeon.recipe import Rule
+from surgeon.records.recipe import Rule
 from surgeon.zoo.registry import Size, register
 from surgeon.zoo.surgery import operate
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.kernels.dconv import dconv
+from surgeon.layers.sekg.operator import dconv
 
 
 class MixedConv2d(nn.Module, ABC):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from surgeon.adaptivity import Adaptivity, observed
-from surgeon.copying import evaluating, seeded
 from surgeon.errors import ConfigError, DataError, InputError, SurgeonError
+from surgeon.util.copying import evaluating, seeded
+from surgeon.visualize.adaptivity import Adaptivity, observed
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task
-from surgeon.zoo.tasks.support.loading import loaded
+from surgeon.zoo.tasks.data.loading import loaded
 
 Progress = Callable[[str, int, int], None]
 AMP = {"float16": torch.float16, "bfloat16": torch.bfloat16}

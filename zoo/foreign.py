@@ -1,4 +1,4 @@
-"""Weights that are in circulation: keys renamed to those of the zoo's networks. Files are read by `surgeon.weights`, safely."""
+"""Weights in circulation: keys renamed to those of the zoo's networks. Files are read by `surgeon.models.weights`, safely."""
 
 import re
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from surgeon import weights
+from surgeon.models import weights
 from surgeon.zoo.registry import Entry, Layout, entry
 
 read_state = weights.read_weights

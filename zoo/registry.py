@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from surgeon.errors import ConfigError, ModelError
-from surgeon.recipe import Rule
+from surgeon.records.recipe import Rule
 
 Layout = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 """(regular expression, replacement) pairs, applied in order to the keys of a public state dict; "" drops the tensor."""

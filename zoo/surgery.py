@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgeon.convert import convert
 from surgeon.layers.acda import ACDAConv2d
-from surgeon.recipe import Recipe, Rule, as_published, set_recipe
+from surgeon.records.recipe import Recipe, Rule, as_published, set_recipe
+from surgeon.surgery.convert import convert
 
 
 def operate(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgeon.files import read_object, write_text
+from surgeon.util.files import read_object, write_text
 from surgeon.zoo.recipes import recipes_for
 from surgeon.zoo.registry import Entry, Size, create, entry
 

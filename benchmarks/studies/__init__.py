@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from benchmarks.studies import scratch, small, trained
 from benchmarks.studies.study import Study
-from surgeon.recipe import Rule
+from surgeon.records.recipe import Rule
 
 _FIRST_OF_STAGES = "layer1.0.conv1,layer2.0.conv1,layer3.0.conv1"  # of the CIFAR ResNets
 

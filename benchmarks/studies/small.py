@@ -29,7 +29,7 @@ from benchmarks.studies.study import (
     sr_task,
 )
 from benchmarks.studies.trained import real_noise
-from surgeon.recipe import Rule
+from surgeon.records.recipe import Rule
 from surgeon.zoo import create
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune import FinetuneConfig, finetune

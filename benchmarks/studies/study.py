@@ -12,7 +12,7 @@ from torch import nn
 import surgeon
 from benchmarks import _data as data
 from benchmarks._cifar import TEST_SET, TRAIN_SET, Cifar, CifarTask
-from surgeon.recipe import Recipe, Rule
+from surgeon.records.recipe import Recipe, Rule
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.tasks import Task, TaskConfig, create_task
 

@@ -12,7 +12,7 @@ from benchmarks import _data as data
 from benchmarks._experiments import EXPERIMENTS, lraspp
 from benchmarks._tasks import TASKS
 from benchmarks.studies.study import FAST, GENTLE, Scores, Study, arms, cifar_judge, cifar_task, place, rules, split
-from surgeon.recipe import Rule
+from surgeon.records.recipe import Rule
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.networks.demosaicnet import grbg_mosaic
 from surgeon.zoo.tasks import Task, create_task

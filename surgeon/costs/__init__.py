@@ -7,7 +7,7 @@ from surgeon.costs.estimate import Cost, LayerCost, cost
 from surgeon.costs.flops import FlopCounter, UnknownOperatorError, register_formula
 from surgeon.costs.settings import OPTIMIZERS
 from surgeon.costs.table import CostTable, Option, cost_table
-from surgeon.parse import parse_input_size, parse_quantity
+from surgeon.util.parse import parse_input_size, parse_quantity
 
 __all__ = [
     "OPTIMIZERS",

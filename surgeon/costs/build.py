@@ -21,10 +21,10 @@ from surgeon.errors import SurgeonError
 from surgeon.layers.base import DynamicConv2d, LayerConfig
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.registry import layer_class
-from surgeon.plan import read_config, why_not
-from surgeon.recipe import Rule
-from surgeon.select import select
-from surgeon.sites import ConvSite, find_sites
+from surgeon.records.recipe import Rule
+from surgeon.sites.select import select
+from surgeon.sites.sites import ConvSite, find_sites
+from surgeon.surgery.plan import read_config, why_not
 
 
 @dataclass

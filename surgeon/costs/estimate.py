@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon.copying import checkpoint_gradients
 from surgeon.costs.emulate import cuda_dispatch, meta_copy, to_channels_last
 from surgeon.costs.flops import FlopCounter, UnknownOperatorError
 from surgeon.costs.memory import (
@@ -37,9 +36,10 @@ from surgeon.costs.settings import (
 )
 from surgeon.costs.trace import Trace, Tracker
 from surgeon.errors import InputError, SurgeonError
-from surgeon.held import walk
-from surgeon.inputs import Inputs, call_arguments
 from surgeon.layers.base import DynamicConv2d
+from surgeon.sites.inputs import Inputs, call_arguments
+from surgeon.util.copying import checkpoint_gradients
+from surgeon.util.held import walk
 
 
 @dataclass(frozen=True, kw_only=True)

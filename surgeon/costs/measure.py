@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from surgeon.copying import checkpoint_gradients
 from surgeon.costs.emulate import to_channels_last
 from surgeon.costs.settings import Settings, default_loss, image_dtype, make_optimizer
 from surgeon.errors import BackendError
-from surgeon.inputs import call_arguments
+from surgeon.sites.inputs import call_arguments
+from surgeon.util.copying import checkpoint_gradients
 
 
 class NoDeviceError(BackendError):

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from surgeon.costs.estimate import Cost
 from surgeon.costs.memory import KINDS, Timeline
 from surgeon.errors import ConfigError
-from surgeon.files import writing
-from surgeon.tables import shorten
+from surgeon.util.files import writing
+from surgeon.util.tables import shorten
 
 SCALE = 2  # drawn larger, then reduced: smooth lines
 WIDTH, CHART, BARS = 1000, 360, 14

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError, InputError
-from surgeon.inputs import Inputs, given_inputs
-from surgeon.parse import parse_input_size
+from surgeon.sites.inputs import Inputs, given_inputs
+from surgeon.util.parse import parse_input_size
 
 Mode = Literal["train", "infer"]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

@@ -18,7 +18,7 @@ import surgeon
 from surgeon.costs.settings import Settings
 from surgeon.costs.table import CostTable, Option, Row
 from surgeon.errors import CheckpointError
-from surgeon.files import cache_folder, writing
+from surgeon.util.files import cache_folder, writing
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from surgeon.convert import convert
 from surgeon.errors import ConfigError, ModelError, NothingReplacedError, VerificationError
 from surgeon.layers.base import DynamicConv2d, LayerConfig
-from surgeon.recipe import Recipe
-from surgeon.report import Report
-from surgeon.rewrite import dynamic_layers
+from surgeon.records.recipe import Recipe
+from surgeon.records.report import Report
+from surgeon.surgery.convert import convert
+from surgeon.surgery.rewrite import dynamic_layers
 
 
 class DynamicConvPass(PassBase):

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon.copying import evaluating
+from surgeon.collapsing.evidence import Watch
 from surgeon.errors import InputError
-from surgeon.evidence import Watch
-from surgeon.inputs import given_inputs
 from surgeon.layers.base import CodedConv2d, DynamicConv2d
-from surgeon.verify import run
+from surgeon.sites.inputs import given_inputs
+from surgeon.surgery.verify import run
+from surgeon.util.copying import evaluating
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Seen:
     """The first call of one layer for one picture: input (C, H, W), outputs (C_out, H', W'), code (V, H', W').
 
     `static` is the output with the dynamic part off, `original` that of the same layer of the original model on its own way
-    through the picture. `variation` is that of `surgeon.evidence`, on this picture alone.
+    through the picture. `variation` is that of `surgeon.collapsing.evidence`, on this picture alone.
     """
 
     name: str

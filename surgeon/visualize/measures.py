@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from surgeon.layers import ACDAConv2d, PAFUConv2d, SEKGConv2d
+from surgeon.layers.acda.bases import fourier_bessel, scale_boxes
 from surgeon.layers.base import CodedConv2d
-from surgeon.layers.bases import fourier_bessel, scale_boxes
 from surgeon.visualize.capture import Seen
 
 FROM_WEIGHTS = "weights"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from surgeon.layers import ACDAConv2d, PAFUConv2d, SEKGConv2d
-from surgeon.layers.bases import basis_elements, centered, fourier_bessel, scale_boxes
+from surgeon.layers.acda.bases import basis_elements, centered, fourier_bessel, scale_boxes
 from surgeon.visualize.capture import Seen, channel_rms
 from surgeon.visualize.measures import FROM_WEIGHTS, alpha_by_scale, kernel_energy, numbers
 from surgeon.visualize.sheet import SIDE, SIGNED, Panel, draw, figure_of, sheet, side_of

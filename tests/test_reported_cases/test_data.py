@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 
 from surgeon.errors import ConfigError, DataError, InputError
-from surgeon.picture_files import files_below
+from surgeon.util.picture_files import files_below
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.tasks import Task, create_task
-from surgeon.zoo.tasks.support.files import check_images, list_images, open_image
-from surgeon.zoo.tasks.support.images import in_tiles
-from surgeon.zoo.tasks.support.labeled import _folder
-from surgeon.zoo.tasks.support.masks import mask_pairs, read_mask
+from surgeon.zoo.tasks.data.files import check_images, list_images, open_image
+from surgeon.zoo.tasks.data.images import in_tiles
+from surgeon.zoo.tasks.data.labeled import _folder
+from surgeon.zoo.tasks.data.masks import mask_pairs, read_mask
+from surgeon.zoo.tasks.data.points import point_files, read_points
 from surgeon.zoo.tasks.support.metrics import psnr
-from surgeon.zoo.tasks.support.points import point_files, read_points
 from tests.task_data import picture
 
 # --- what is found --------------------------------------------------------------------------------------------------
@@ -159,8 +159,8 @@ def test_files_of_8_bits_are_read_as_before(tmp_path: Path) -> None:
 
 def test_calibration_looks_at_files_in_the_same_way(tmp_path: Path) -> None:
     """T3, T4: `--calibrate`, the other reader of pictures."""
-    from surgeon.images import read_images
-    from surgeon.recipe import BaseModel, Weights
+    from surgeon.models.images import read_images
+    from surgeon.records.recipe import BaseModel, Weights
 
     base = BaseModel(source="factory", name="x", input_size=(3, 8, 8), weights=Weights(kind="random"))
     picture(tmp_path / "pool/a.png")

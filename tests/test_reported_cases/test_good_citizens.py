@@ -16,7 +16,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import surgeon
 from surgeon.cli import main
-from surgeon.compare import compare
 from surgeon.errors import (
     CheckpointError,
     ConfigError,
@@ -25,7 +24,6 @@ from surgeon.errors import (
     SelectionError,
     UnsupportedLayerError,
 )
-from surgeon.inputs import Inputs
 from surgeon.layers import (
     ACDAConfig,
     DynamicConv2d,
@@ -36,8 +34,10 @@ from surgeon.layers import (
     layer_types,
 )
 from surgeon.layers.registry import type_of
-from surgeon.recipe import get_recipe
-from surgeon.rewrite import plain_convolution
+from surgeon.records.recipe import get_recipe
+from surgeon.sites.inputs import Inputs
+from surgeon.surgery.compare import compare
+from surgeon.surgery.rewrite import plain_convolution
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("acda", {"atoms": 2}),

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 import surgeon
 from surgeon.cli import main
 from surgeon.errors import NothingReplacedError, SelectionError
+from surgeon.models.programs import read_program
 from surgeon.passes import DynamicConvPass
-from surgeon.programs import read_program
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from surgeon.cli import main
-from surgeon.search.folder import SearchFolder, space_values
-from surgeon.search.journal import StudyError, is_alive
+from surgeon.search.study.folder import SearchFolder, space_values
+from surgeon.search.study.journal import StudyError, is_alive
 from tests.json_files import change_json, write_json
 from tests.search_toys import toy_search, toy_space
 
@@ -157,8 +157,8 @@ def test_weights_of_a_recipe_need_their_hash(tmp_path: Path) -> None:
     import torch
 
     from surgeon.errors import ModelError
-    from surgeon.models import build_model, restore
-    from surgeon.recipe import BaseModel, Weights
+    from surgeon.models.names import build_model, restore
+    from surgeon.records.recipe import BaseModel, Weights
 
     model, _ = build_model("test_resnet", weights="random")
     torch.save(model.state_dict(), tmp_path / "mine.pth")
@@ -171,7 +171,7 @@ def test_weights_of_a_recipe_need_their_hash(tmp_path: Path) -> None:
 def test_a_name_is_a_name(tmp_path: Path) -> None:
     """R1: the one function behind all of these."""
     from surgeon.errors import CheckpointError
-    from surgeon.files import inside
+    from surgeon.util.files import inside
 
     assert inside(tmp_path, "a-b.c") == tmp_path / "a-b.c"
     for name in NAMES:
@@ -245,8 +245,8 @@ TEXTS = {
 def test_what_is_no_json_of_ours(text: str | bytes, folder: Path, capsys: Capture) -> None:
     """R3: numbers of thousands of digits, numbers that are not finite, deep nesting, in every file that is read."""
     from surgeon.errors import ConfigError, SurgeonError
-    from surgeon.recipe import Recipe
-    from surgeon.search.gain import GainTable
+    from surgeon.records.recipe import Recipe
+    from surgeon.search.gains.gain import GainTable
     from surgeon.search.space import SpaceConfig
 
     content = text if isinstance(text, bytes) else text.encode()

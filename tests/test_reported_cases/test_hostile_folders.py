@@ -114,7 +114,7 @@ def test_weights_of_a_whole_number_dtype_in_any_file(tmp_path: Path) -> None:
     import torch
 
     from surgeon.errors import ModelError
-    from surgeon.models import build_model
+    from surgeon.models.names import build_model
 
     state = build_model("test_resnet", weights="random")[0].state_dict()
     torch.save(state | {"conv1.0.weight": state["conv1.0.weight"].to(torch.int8)}, tmp_path / "int8.pth")
@@ -126,7 +126,7 @@ def test_weights_of_a_whole_number_dtype_in_any_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["params_before", "params_after", "macs_before", "max_rel_error", "seconds"])
 def test_totals_of_a_report_that_are_no_numbers(field: str, value: Any, run: Path) -> None:
     """R11: a stranger's report whose totals are no numbers is shown, with what is unknown."""
-    from surgeon.checkpoint import read_report
+    from surgeon.models.checkpoint import read_report
 
     def change(values: Any) -> None:
         values[field] = value
@@ -145,8 +145,8 @@ def test_totals_of_a_report_that_are_no_numbers(field: str, value: Any, run: Pat
 @pytest.mark.parametrize("value", [3, [3.5], {"a": 1}])
 def test_texts_and_lists_of_a_report_that_are_none(field: str, value: Any, run: Path) -> None:
     """R11: what is no report is said so."""
-    from surgeon.checkpoint import read_report
     from surgeon.errors import CheckpointError
+    from surgeon.models.checkpoint import read_report
 
     change_json(run / "report.json", lambda values: values | {field: value})
     with pytest.raises(CheckpointError, match="report"):

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import surgeon
-from surgeon.compare import Difference
 from surgeon.errors import VerificationError
-from surgeon.verify import Settled, judge
+from surgeon.surgery.compare import Difference
+from surgeon.surgery.verify import Settled, judge
 
 FINE = Difference(max_abs=0.0, max_rel=0.0, compared=1)
 NOTHING = Difference(max_abs=0.0, max_rel=0.0)

@@ -10,7 +10,7 @@ from optuna.samplers import PartialFixedSampler
 from optuna.trial import FixedTrial
 
 from surgeon.search import PlacementSampler
-from surgeon.search.problem import Ints
+from surgeon.search.placement.problem import Ints
 from tests.search_toys import toy_problem, toy_space
 
 SPACE = toy_space()

@@ -14,7 +14,7 @@ import surgeon
 import surgeon.zoo as zoo
 from surgeon.cli import main
 from surgeon.errors import ConfigError, InputError
-from surgeon.models import build_model
+from surgeon.models.names import build_model
 from surgeon.visualize.capture import Seen
 from surgeon.visualize.pictures import selection_by_color
 from surgeon.zoo.bayer import PATTERNS, bayer_mask

@@ -78,8 +78,8 @@ def test_layers_for_which_there_is_no_memory(capsys: Capture, monkeypatch: pytes
 
 def test_a_folder_whose_layers_ask_for_terabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """R2: the recipe of a surgeon folder asks for layers that this machine has no memory for."""
-    from surgeon.checkpoint import apply_rules
-    from surgeon.recipe import Rule
+    from surgeon.models.checkpoint import apply_rules
+    from surgeon.records.recipe import Rule
 
     monkeypatch.setenv("SURGEON_MEMORY", "8GiB")
     rule = Rule(layers="0", type="acda", options={"hidden": 65536, "atoms": 256, "basis_size": 64})
@@ -102,7 +102,7 @@ def test_options_of_a_network_that_ask_for_anything(
     model: str, options: list[str], words: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """R2: timm's own size options."""
-    monkeypatch.setattr("surgeon.sizes._MODULES", 1000)
+    monkeypatch.setattr("surgeon.surgery.sizes._MODULES", 1000)
     monkeypatch.setenv("SURGEON_MEMORY", "1GiB")
     for weights in ("random", "auto"):
         argv = ["convert", model, "--weights", weights, "--type", "pafu", "--dry-run", "--quiet"]
@@ -272,9 +272,9 @@ def test_whatever_else_is_written_on_a_full_disk(tmp_path: Path) -> None:
     """R6: the files of a search, gain tables, pictures, folders of pictures."""
     import numpy as np
 
-    from surgeon.files import filling
-    from surgeon.search.folder import write_json
-    from surgeon.search.gain import GainTable, cached
+    from surgeon.search.gains.gain import GainTable, cached
+    from surgeon.search.study.folder import write_json
+    from surgeon.util.files import filling
 
     table = GainTable(
         layers=("a",), options=("keep", "pafu"), gain=np.zeros((1, 2)), error=np.zeros((1, 2)), estimator="toy"
@@ -294,8 +294,8 @@ def test_whatever_else_is_written_on_a_full_disk(tmp_path: Path) -> None:
 
 def test_what_killed_processes_left_is_removed_by_the_next(tmp_path: Path) -> None:
     """R6: files and folders of processes that were killed while they wrote."""
-    from surgeon.files import write_text
-    from surgeon.machine import machine
+    from surgeon.util.files import write_text
+    from surgeon.util.machine import machine
 
     left = [tmp_path / f".{name}.partial-{machine()}-4194305-0" for name in ("r.json", "another.json")]
     other = tmp_path / ".r.json.partial-elsewhere-4194305-0"
@@ -314,7 +314,7 @@ def test_no_home(
     command: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """R7: HOME unset and no passwd entry: tables are kept in a temporary folder, which is said once."""
-    from surgeon import files
+    from surgeon.util import files
 
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -356,7 +356,7 @@ def test_names_longer_than_any_file_has(argv: list[str], capsys: Capture) -> Non
 
 def test_names_of_just_the_longest_length(tmp_path: Path) -> None:
     """R8: what is written has a longer name only in its own unfinished folder."""
-    from surgeon.files import write_text
+    from surgeon.util.files import write_text
 
     write_text(tmp_path / ("x" * 255), "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["x" * 255]
@@ -380,7 +380,7 @@ def test_options_without_their_value(argv: list[str], capsys: Capture) -> None:
 
 def test_json_is_one_document_whatever_is_printed(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """R10: what libraries print while weights are fetched goes to stderr."""
-    from surgeon import inspect_command
+    from surgeon.commands import inspect as inspect_command
 
     build = inspect_command.build
     monkeypatch.setattr(inspect_command, "build", lambda args: (print("Downloading: 100 %"), build(args))[1])

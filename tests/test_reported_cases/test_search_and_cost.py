@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 import surgeon
-from surgeon import machine as machines
 from surgeon.cli import main
 from surgeon.errors import ExportError
-from surgeon.export import Exported
-from surgeon.search.journal import StudyError
-from surgeon.search.study import worker_name
+from surgeon.exporting.export import Exported
+from surgeon.search.study.journal import StudyError
+from surgeon.search.study.study import worker_name
+from surgeon.util import machine as machines
 from tests.search_records import proposals
 from tests.search_toys import toy_search
 
@@ -36,7 +36,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_workers_of_another_machine_of_this_name_are_not_taken_for_dead(elsewhere: str) -> None:
     """T1: containers and cloned machines have equal host names: a process number proves nothing there."""
-    from surgeon.search.database import _is_gone
+    from surgeon.search.study.database import _is_gone
 
     assert not _is_gone(elsewhere)
     assert not _is_gone(f"{machines.machine()[:-9]}-4194305-abcdef")  # by an earlier surgeon
@@ -120,7 +120,7 @@ def test_batch_norm_on_one_value_a_channel(capsys: Capture) -> None:
 
 def test_a_cost_by_name_makes_no_weights(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """T25: `surgeon cost` needs shapes alone: the meta device."""
-    from surgeon import cost_command
+    from surgeon.commands import cost as cost_command
 
     seen = []
     cost = cost_command.__dict__["_cost_of"]
@@ -136,7 +136,7 @@ def test_a_cost_that_needs_values_makes_weights(monkeypatch: pytest.MonkeyPatch)
     """T25: a model that cannot be traced without data is built in earnest."""
     from argparse import Namespace
 
-    from surgeon import cost_command
+    from surgeon.commands import cost as cost_command
 
     class Stubborn(nn.Module):
         def __init__(self) -> None:
@@ -151,7 +151,7 @@ def test_a_cost_that_needs_values_makes_weights(monkeypatch: pytest.MonkeyPatch)
         with torch.device("meta"):
             return Stubborn()
 
-    monkeypatch.setattr("surgeon.models.shapes_of", meta)
+    monkeypatch.setattr("surgeon.models.names.shapes_of", meta)
     monkeypatch.setattr(cost_command, "build", lambda spec, **_: Stubborn())
     args = Namespace(measure=False, trust_factory=False)
     model, found = cost_command.__dict__["_cost_of"]("stubborn", args, input_size=(3, 16, 16), batch_size=4)
@@ -167,8 +167,8 @@ def test_sizes_are_read_by_one_parser(text: str) -> None:
     """T19: every command that takes --input-size reads it alike."""
     import argparse
 
-    from surgeon.arguments import size
     from surgeon.cli import __dict__ as cli
+    from surgeon.commands.arguments import size
 
     commands = next(a for a in cli["_parser"]()._actions if isinstance(a, argparse._SubParsersAction)).choices
     options = [a for command in commands.values() for a in command._actions if "--input-size" in a.option_strings]
@@ -299,7 +299,7 @@ def test_the_opset_is_the_one_that_was_asked_for(asked: int | None, found: int |
 
 def test_a_placement_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """T21: for every proposal all old placements were decoded again, and the labels of all options made anew."""
-    from surgeon.search.parameters import Parameters
+    from surgeon.search.sampling.parameters import Parameters
 
     decoded: list[int] = []
     read = Parameters.placement
@@ -313,7 +313,7 @@ def test_a_placement_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_search_that_is_asked_to_stop_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """R9: to be asked to stop four times in one trial is not to die four times: the same proposals follow."""
-    from surgeon.search.evaluator import StoppedError, TableEvaluator
+    from surgeon.search.evaluate.evaluator import StoppedError, TableEvaluator
 
     evaluate, stops = TableEvaluator.evaluate, iter(range(5))
 
@@ -343,7 +343,7 @@ def test_a_search_that_is_asked_to_stop_again_and_again(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_signals_ask_a_search_to_stop(sign: signal.Signals) -> None:
     """R9: SIGTERM asks to stop, as Ctrl-C does; the second one stops at once."""
-    from surgeon.search.stop import Stop, on_interrupt
+    from surgeon.search.study.stop import Stop, on_interrupt
 
     before, stop = signal.getsignal(sign), Stop(None)
 
@@ -363,15 +363,15 @@ def test_a_second_interruption_of_a_search(capsys: Capture, monkeypatch: pytest.
     from argparse import Namespace
     from contextlib import nullcontext
 
-    from surgeon.search import search_command
+    from surgeon.commands.search import search as search_command
 
     class Search:
         def run(self) -> None:
             raise KeyboardInterrupt
 
     names = search_command.__dict__
-    monkeypatch.setattr("surgeon.search.setup.make_setup", lambda args: None)
-    monkeypatch.setattr("surgeon.search.jobs.helpers", lambda *rest: nullcontext([]))
+    monkeypatch.setattr("surgeon.commands.search.setup.make_setup", lambda args: None)
+    monkeypatch.setattr("surgeon.commands.search.jobs.helpers", lambda *rest: nullcontext([]))
     monkeypatch.setattr(search_command, "_make", lambda *rest: (Search(), None))
     monkeypatch.setattr(search_command, "_begin", lambda *rest: None)
     folder, file = search_command.__dict__["Path"]("s"), Namespace(name=None, shared=False)
@@ -385,7 +385,7 @@ def test_curves_that_cannot_be_written_do_not_end_a_search(
     """T20: a full disk under TensorBoard is said once, and the search goes on."""
     import errno
 
-    from surgeon.search.board import Board
+    from surgeon.search.study.board import Board
 
     board, calls = Board(tmp_path, None, "loss"), []
 

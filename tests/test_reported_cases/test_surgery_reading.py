@@ -14,8 +14,8 @@ from torch.nn.utils import prune
 import surgeon
 from surgeon.errors import NothingReplacedError, VerificationError
 from surgeon.layers import DynamicConv2d
-from surgeon.reads import written_reads
-from surgeon.syntax import Read, reads_of
+from surgeon.sites.reads import written_reads
+from surgeon.sites.syntax import Read, reads_of
 
 X = torch.randn(1, 3, 8, 8)
 PYENV = Path("/root/.pyenv/versions")
@@ -357,7 +357,7 @@ def test_every_supported_python_reads_alike(version: str, tmp_path: Path, root: 
         pytest.skip(f"neither this interpreter nor one in {PYENV} is Python {version}")
     (tmp_path / "sample.py").write_text(SAMPLE)
     (tmp_path / "reading.py").write_text(READING)
-    call = [python, "-S", str(tmp_path / "reading.py"), str(root / "surgeon" / "syntax.py"), str(tmp_path)]
+    call = [python, "-S", str(tmp_path / "reading.py"), str(root / "surgeon" / "sites" / "syntax.py"), str(tmp_path)]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     assert done.stdout == "read\n", done.stderr
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from surgeon.checkpoint import load, save
 from surgeon.errors import DataError, InputError
-from surgeon.recipe import BaseModel, Recipe, Weights, get_recipe
+from surgeon.models.checkpoint import load, save
+from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune import finetune
 from surgeon.zoo.finetune.loop import Interrupted
 from surgeon.zoo.tasks import Task, create_task
-from surgeon.zoo.tasks.support.fingerprint import changes, fingerprint
+from surgeon.zoo.tasks.data.fingerprint import changes, fingerprint
 from tests.finetune_runs import SHORT, equal, interrupt_at, interrupted, weights, with_
 from tests.finetune_tasks import make_restorer
 from tests.task_data import picture
@@ -188,9 +188,9 @@ def test_a_run_goes_on_with_its_data_elsewhere(tmp_path: Path, monkeypatch: pyte
 
 def test_a_search_does_not_go_on_with_other_data(tmp_path: Path) -> None:
     """T6: `search --resume` compares new trials with an original measured on other pictures."""
-    from surgeon.search.identity import as_stored, differences
+    from surgeon.search.evaluate.training import ShortConfig, TrainingEvaluator
     from surgeon.search.space import Space
-    from surgeon.search.training import ShortConfig, TrainingEvaluator
+    from surgeon.search.study.identity import as_stored, differences
 
     def identity() -> dict[str, Any]:
         space = Space.__new__(Space)  # only passed on

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from surgeon.zoo.tasks import Batch, Task, TaskDataset
-from surgeon.zoo.tasks.support.loading import loaded
+from surgeon.zoo.tasks.data.loading import loaded
 
 # Signals that ask a run to stop: Ctrl-C, a batch system, a terminal that is closed.
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))

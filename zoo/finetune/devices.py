@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from surgeon.errors import ConfigError
-from surgeon.machine import take_gpu
+from surgeon.util.machine import take_gpu
 from surgeon.zoo.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from surgeon.adaptivity import Adaptivity, observed
-from surgeon.copying import evaluating
 from surgeon.layers.norm import SignalNorm
+from surgeon.util.copying import evaluating
+from surgeon.visualize.adaptivity import Adaptivity, observed
 from surgeon.zoo.evaluate import running
 from surgeon.zoo.finetune.batches import to_device, validation_batches
 from surgeon.zoo.finetune.config import FinetuneConfig

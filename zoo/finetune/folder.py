@@ -15,17 +15,17 @@ from typing import Any
 
 from torch import nn
 
-from surgeon.checkpoint import save
-from surgeon.collapse_report import CollapseReport
 from surgeon.errors import CheckpointError, ConfigError, DataError
-from surgeon.files import check_fields, read_object, sync
-from surgeon.recipe import FILE as RECIPE
-from surgeon.recipe import BaseModel, versions
-from surgeon.report import Report
+from surgeon.models.checkpoint import save
+from surgeon.records.collapse_report import CollapseReport
+from surgeon.records.recipe import FILE as RECIPE
+from surgeon.records.recipe import BaseModel, versions
+from surgeon.records.report import Report
+from surgeon.util.files import check_fields, read_object, sync
 from surgeon.zoo.finetune.config import FREE, TOLD, FinetuneConfig
 from surgeon.zoo.finetune.state import read_log, write_text
 from surgeon.zoo.tasks import Task
-from surgeon.zoo.tasks.support.fingerprint import changes, fingerprint
+from surgeon.zoo.tasks.data.fingerprint import changes, fingerprint
 
 FORMAT = "surgeon-finetune"
 VERSION = 1

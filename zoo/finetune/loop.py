@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from surgeon.copying import checkpoint_gradients
 from surgeon.errors import TrainingError
 from surgeon.layers.regularizer import regularization
+from surgeon.util.copying import checkpoint_gradients
 from surgeon.zoo.evaluate import running
 from surgeon.zoo.finetune.batches import STOPS, Draws, mixed, seed_everything, to_device, training_batches
 from surgeon.zoo.finetune.config import FinetuneConfig

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import CheckpointError, ConfigError
-from surgeon.files import check_fields, told
+from surgeon.util.files import check_fields, told
 from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.state import storable
 

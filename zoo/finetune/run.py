@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from surgeon.collapse_report import CollapseReport
-from surgeon.copying import copy_model
 from surgeon.errors import ConfigError, ModelError, SurgeonError
-from surgeon.files import check_fields
-from surgeon.recipe import BaseModel, Recipe, get_recipe, set_recipe
-from surgeon.report import Report
-from surgeon.rewrite import dynamic_layers
-from surgeon.weights import state_sha256
+from surgeon.models.weights import state_sha256
+from surgeon.records.collapse_report import CollapseReport
+from surgeon.records.recipe import BaseModel, Recipe, get_recipe, set_recipe
+from surgeon.records.report import Report
+from surgeon.surgery.rewrite import dynamic_layers
+from surgeon.util.copying import copy_model
+from surgeon.util.files import check_fields
 from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.devices import make_accelerator, release
 from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, measures_statistics, recalibrate
@@ -314,7 +314,7 @@ def _original(
         if recipe is None or recipe.base is None:
             note = "the original network is not known: the model's recipe does not name it"
         else:
-            from surgeon.models import restore
+            from surgeon.models.names import restore
 
             try:
                 original = restore(recipe.base)

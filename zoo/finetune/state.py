@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from surgeon.errors import CheckpointError
-from surgeon.files import check_fields, parse_json, read_text, sync, told
+from surgeon.util.files import check_fields, parse_json, read_text, sync, told
 
 logger = logging.getLogger(__name__)
 

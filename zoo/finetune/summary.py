@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from surgeon.tables import count, paragraph, table
+from surgeon.util.tables import count, paragraph, table
 from surgeon.zoo.finetune.state import finite
 
 

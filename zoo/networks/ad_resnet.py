@@ -11,7 +11,7 @@ from typing import Any
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from surgeon.recipe import Rule
+from surgeon.records.recipe import Rule
 from surgeon.zoo.classifiers import classifier
 from surgeon.zoo.registry import Published
 

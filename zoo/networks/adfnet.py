@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.blocks import CB, DCB, MCB, MDCB, leaky
+from surgeon.layers.sekg.blocks import CB, DCB, MCB, MDCB, leaky
 from surgeon.zoo.comparators import start_at_zero
 from surgeon.zoo.registry import Published, register, zero_based
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from surgeon.recipe import Rule
+from surgeon.records.recipe import Rule
 from surgeon.zoo.networks.ad_resnet import ACDA, WideBottleneck3, trunk
 from surgeon.zoo.registry import Published, register
 from surgeon.zoo.surgery import operate

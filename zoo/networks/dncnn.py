@@ -10,7 +10,7 @@ convolution in the middle; there `depth` is 5, 10 or 15 and `width` 32 or 64.
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.dconv import DConv2d
+from surgeon.layers.sekg.dconv import DConv2d
 from surgeon.zoo.comparators import start_at_zero
 from surgeon.zoo.registry import register
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.recipe import Rule
+from surgeon.records.recipe import Rule
 from surgeon.zoo.classifiers import SmallClassifier, classifier
 
 ACDA = {"atoms": 6, "scales": 2, "basis_size": 6, "hidden": 64, "static_atoms": 0, "extra_elements": 0}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.blocks import MDCB
+from surgeon.layers.sekg.blocks import MDCB
 from surgeon.zoo.comparators import start_at_zero
 from surgeon.zoo.registry import register
 

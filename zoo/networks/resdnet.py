@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError, InputError
-from surgeon.recipe import Rule
+from surgeon.records.recipe import Rule
 from surgeon.zoo.bayer import bayer_cell
 from surgeon.zoo.registry import register
 from surgeon.zoo.surgery import operate

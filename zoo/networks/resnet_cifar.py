@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.recipe import Rule
+from surgeon.records.recipe import Rule
 from surgeon.zoo.classifiers import SmallClassifier, classifier
 from surgeon.zoo.registry import Published
 

@@ -11,7 +11,7 @@ from typing import Any
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
-from surgeon.recipe import Rule
+from surgeon.records.recipe import Rule
 from surgeon.zoo.classifiers import classifier
 
 RULES = (Rule(layers="first-of-stage", type="pafu", options={"group_size": 16}),)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.recipe import Rule
+from surgeon.records.recipe import Rule
 from surgeon.zoo.comparators import (
     CondConv2d,
     DyConv2d,

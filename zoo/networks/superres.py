@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.recipe import Rule
+from surgeon.records.recipe import Rule
 from surgeon.zoo.registry import register
 from surgeon.zoo.surgery import operate
 

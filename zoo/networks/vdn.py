@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.recipe import Rule
+from surgeon.records.recipe import Rule
 from surgeon.zoo.comparators import start_at_zero
 from surgeon.zoo.networks.ad_resnet import ACDA
 from surgeon.zoo.networks.restorer import BLOCKS, INNER, WIDTH, Trunk

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.errors import ConfigError, RecipeError
-from surgeon.recipe import parse_json, read_text
+from surgeon.records.recipe import parse_json, read_text
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from surgeon.recipe import BaseModel
+    from surgeon.records.recipe import BaseModel
     from surgeon.zoo.finetune import FinetuneConfig
     from surgeon.zoo.tasks import Task
 
@@ -119,12 +119,12 @@ class TrainingRecipe:
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
     ) -> "tuple[nn.Module, BaseModel | None]":
-        """A network and how it was built, as `surgeon.models.build_model`; by default the recipe's first.
+        """A network and how it was built, as `surgeon.models.names.build_model`; by default the recipe's first.
 
         The recipe's options of the factory hold for its own networks, and these begin with random weights (from `seed`),
         unless `weights` says otherwise. Raises `ModelError`.
         """
-        from surgeon.models import build_model
+        from surgeon.models.names import build_model
 
         spec = f"zoo/{self.networks[0]}" if network is None else network
         own = spec.removeprefix("zoo/") in self.networks

@@ -11,20 +11,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError, DataError, InputError
-from surgeon.recipe import get_recipe
+from surgeon.records.recipe import get_recipe
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
+from surgeon.zoo.tasks.data.datasets import ItemDataset
+from surgeon.zoo.tasks.data.draws import global_seed
+from surgeon.zoo.tasks.data.files import FolderConfig, check_images, chosen, open_image
+from surgeon.zoo.tasks.data.images import as_mode
+from surgeon.zoo.tasks.data.labeled import DATASETS, Labeled, find_dataset, read_split
+from surgeon.zoo.tasks.data.transforms import ImageFormat, make_transform
 from surgeon.zoo.tasks.registry import register
 from surgeon.zoo.tasks.support.class_weights import checked_weights
 from surgeon.zoo.tasks.support.classifier import fit_classifier
-from surgeon.zoo.tasks.support.datasets import ItemDataset
-from surgeon.zoo.tasks.support.draws import global_seed
-from surgeon.zoo.tasks.support.files import FolderConfig, check_images, chosen, open_image
-from surgeon.zoo.tasks.support.images import as_mode
-from surgeon.zoo.tasks.support.labeled import DATASETS, Labeled, find_dataset, read_split
 from surgeon.zoo.tasks.support.metrics import image_mean
 from surgeon.zoo.tasks.support.pictures import sheet, to_image
 from surgeon.zoo.tasks.support.probe import first_channels
-from surgeon.zoo.tasks.support.transforms import ImageFormat, make_transform
 
 if TYPE_CHECKING:
     from torchmetrics import Metric

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
-from surgeon.zoo.tasks.registry import register
-from surgeon.zoo.tasks.support.datasets import ItemDataset
-from surgeon.zoo.tasks.support.density import adaptive_sigmas, density_map
-from surgeon.zoo.tasks.support.draws import integer
-from surgeon.zoo.tasks.support.files import FolderConfig, check_images, chosen, find_roots, image_size, look_through
-from surgeon.zoo.tasks.support.images import (
+from surgeon.zoo.tasks.data.datasets import ItemDataset
+from surgeon.zoo.tasks.data.draws import integer
+from surgeon.zoo.tasks.data.files import FolderConfig, check_images, chosen, find_roots, image_size, look_through
+from surgeon.zoo.tasks.data.images import (
     Box,
     Reader,
     by_size,
@@ -28,11 +26,13 @@ from surgeon.zoo.tasks.support.images import (
     to_tensor,
     unpadded,
 )
+from surgeon.zoo.tasks.data.points import point_files, read_points
+from surgeon.zoo.tasks.data.transforms import ImageFormat
+from surgeon.zoo.tasks.registry import register
+from surgeon.zoo.tasks.support.density import adaptive_sigmas, density_map
 from surgeon.zoo.tasks.support.pictures import heat, sheet, to_image
-from surgeon.zoo.tasks.support.points import point_files, read_points
 from surgeon.zoo.tasks.support.probe import describe, first_channels, trial
 from surgeon.zoo.tasks.support.restoration import size_check
-from surgeon.zoo.tasks.support.transforms import ImageFormat
 
 if TYPE_CHECKING:
     from torchmetrics import Metric

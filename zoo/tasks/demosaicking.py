@@ -11,9 +11,9 @@ from torch import Tensor
 from surgeon.errors import ConfigError
 from surgeon.zoo.bayer import PATTERNS, bayer_mask, tell_pattern
 from surgeon.zoo.tasks.base import Batch, Sample, TaskConfig
+from surgeon.zoo.tasks.data.draws import turned
+from surgeon.zoo.tasks.data.images import cut, random_box, to_tensor, unpadded
 from surgeon.zoo.tasks.registry import register
-from surgeon.zoo.tasks.support.draws import turned
-from surgeon.zoo.tasks.support.images import cut, random_box, to_tensor, unpadded
 from surgeon.zoo.tasks.support.noise import heteroskedastic, log_uniform, number_range
 from surgeon.zoo.tasks.support.pictures import to_image
 from surgeon.zoo.tasks.support.restoration import RestorationConfig, RestorationTask

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from surgeon.errors import ConfigError
 from surgeon.zoo.tasks.base import Batch, Sample, TaskConfig
+from surgeon.zoo.tasks.data.draws import turned, uniform
+from surgeon.zoo.tasks.data.images import cut, random_box, to_tensor
 from surgeon.zoo.tasks.registry import register
-from surgeon.zoo.tasks.support.draws import turned, uniform
-from surgeon.zoo.tasks.support.images import cut, random_box, to_tensor
 from surgeon.zoo.tasks.support.noise import gaussian, number_range
 from surgeon.zoo.tasks.support.restoration import RestorationConfig, RestorationTask
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.zoo.networks.vdn import Posterior, variational_loss
 from surgeon.zoo.tasks.base import Batch, Sample, TaskConfig
+from surgeon.zoo.tasks.data.draws import turned
+from surgeon.zoo.tasks.data.files import check_images, image_size, list_images, look_through, named
+from surgeon.zoo.tasks.data.images import cut, luma, random_box, to_tensor
 from surgeon.zoo.tasks.registry import register
-from surgeon.zoo.tasks.support.draws import turned
-from surgeon.zoo.tasks.support.files import check_images, image_size, list_images, look_through, named
-from surgeon.zoo.tasks.support.images import cut, luma, random_box, to_tensor
 from surgeon.zoo.tasks.support.metrics import PIXEL_LOSSES, eight_bit
 from surgeon.zoo.tasks.support.probe import takes
 from surgeon.zoo.tasks.support.restoration import RestorationConfig, RestorationTask, check_splits, size_check

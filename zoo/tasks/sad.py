@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
+from surgeon.zoo.tasks.data.datasets import ItemDataset
+from surgeon.zoo.tasks.data.files import VAL_STREAM, limited
+from surgeon.zoo.tasks.data.options import check_types
 from surgeon.zoo.tasks.registry import register
-from surgeon.zoo.tasks.support.datasets import ItemDataset
-from surgeon.zoo.tasks.support.files import VAL_STREAM, limited
-from surgeon.zoo.tasks.support.options import check_types
 from surgeon.zoo.tasks.support.synthetic import fit_same_size, picture_with_error, update_all
 
 if TYPE_CHECKING:

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
+from surgeon.zoo.tasks.data.datasets import ItemDataset
+from surgeon.zoo.tasks.data.draws import integer, uniform
+from surgeon.zoo.tasks.data.files import FolderConfig, check_images, chosen, find_roots, look_through
+from surgeon.zoo.tasks.data.images import Reader, by_size, collate_padded, on_multiple, to_tensor, unpadded
+from surgeon.zoo.tasks.data.masks import Pair, bad_pair, check_labels, mask_pairs, read_mask
+from surgeon.zoo.tasks.data.transforms import ImageFormat
 from surgeon.zoo.tasks.registry import register
 from surgeon.zoo.tasks.support.class_weights import checked_weights
-from surgeon.zoo.tasks.support.datasets import ItemDataset
-from surgeon.zoo.tasks.support.draws import integer, uniform
-from surgeon.zoo.tasks.support.files import FolderConfig, check_images, chosen, find_roots, look_through
-from surgeon.zoo.tasks.support.images import Reader, by_size, collate_padded, on_multiple, to_tensor, unpadded
-from surgeon.zoo.tasks.support.masks import Pair, bad_pair, check_labels, mask_pairs, read_mask
 from surgeon.zoo.tasks.support.pictures import labels_image, sheet, to_image
 from surgeon.zoo.tasks.support.probe import describe, outputs_of, replace_module, trial, with_outputs
-from surgeon.zoo.tasks.support.transforms import ImageFormat
 
 if TYPE_CHECKING:
     from torchmetrics import Metric

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
 from surgeon.zoo.tasks.base import Batch, Sample, TaskConfig
+from surgeon.zoo.tasks.data.draws import turned, turned_back
+from surgeon.zoo.tasks.data.images import Box, luma, random_box, to_tensor
 from surgeon.zoo.tasks.registry import register
-from surgeon.zoo.tasks.support.draws import turned, turned_back
-from surgeon.zoo.tasks.support.images import Box, luma, random_box, to_tensor
 from surgeon.zoo.tasks.support.metrics import eight_bit
 from surgeon.zoo.tasks.support.probe import takes
 from surgeon.zoo.tasks.support.restoration import RestorationConfig, RestorationTask

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from surgeon.tables import count, duration, paragraph, table
+from surgeon.util.tables import count, duration, paragraph, table
 from surgeon.zoo.finetune.state import finite
 
 ARMS = ("original", "converted")

@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint import fresh_folder
 from surgeon.errors import CheckpointError, ConfigError, DataError
-from surgeon.files import check_fields, read_object, write_text
+from surgeon.models.checkpoint import fresh_folder
+from surgeon.util.files import check_fields, read_object, write_text
 from surgeon.zoo.finetune.folder import held
-from surgeon.zoo.tasks.support.fingerprint import changes
+from surgeon.zoo.tasks.data.fingerprint import changes
 
 FORMAT, VERSION = "surgeon-try", 1
 _NUMBER = (int, float)

@@ -4,10 +4,10 @@ import statistics
 from html import escape
 from pathlib import Path
 
-from surgeon import pages
 from surgeon.errors import CheckpointError
-from surgeon.files import filling
-from surgeon.tables import count, duration
+from surgeon.util import pages
+from surgeon.util.files import filling
+from surgeon.util.tables import count, duration
 from surgeon.zoo.trial.answer import ARMS, Answer, how
 
 _MEANS = {

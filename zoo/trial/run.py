@@ -13,17 +13,17 @@ from typing import Any
 
 from torch import nn
 
-from surgeon.adaptivity import Adaptivity
-from surgeon.copying import copy_model
 from surgeon.errors import ConfigError, SurgeonError, TrainingError
-from surgeon.recipe import BaseModel
-from surgeon.rewrite import dynamic_layers
-from surgeon.weights import state_sha256
+from surgeon.models.weights import state_sha256
+from surgeon.records.recipe import BaseModel
+from surgeon.surgery.rewrite import dynamic_layers
+from surgeon.util.copying import copy_model
+from surgeon.visualize.adaptivity import Adaptivity
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune import FinetuneConfig, Source, finetune
 from surgeon.zoo.finetune.devices import make_accelerator
 from surgeon.zoo.tasks import Task, better
-from surgeon.zoo.tasks.support.fingerprint import fingerprint
+from surgeon.zoo.tasks.data.fingerprint import fingerprint
 from surgeon.zoo.trial.answer import ARMS, Answer, Cost
 from surgeon.zoo.trial.folder import TryFolder
 from surgeon.zoo.trial.parts import part_of

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgeon.convert import convert
-from surgeon.copying import copy_model
 from surgeon.errors import ConfigError, NothingReplacedError, SelectionError
-from surgeon.recipe import Recipe
-from surgeon.report import Report
+from surgeon.records.recipe import Recipe
+from surgeon.records.report import Report
+from surgeon.surgery.convert import convert
+from surgeon.util.copying import copy_model
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.tasks import Task
 from surgeon.zoo.trial.plan import DEFAULTS, OTHERWISE, RATES

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surgeon.zoo.tasks.support.images import Box
+from surgeon.zoo.tasks.data.images import Box
 
 NEIGHBOURS, BETA = 3, 0.3  # Zhang et al. (2016), section 2.2
 

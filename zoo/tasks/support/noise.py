@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from surgeon.errors import ConfigError
-from surgeon.zoo.tasks.support.draws import uniform
+from surgeon.zoo.tasks.data.draws import uniform
 
 _NUMBER = r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)"
 

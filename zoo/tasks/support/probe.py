@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon.copying import evaluating
 from surgeon.errors import InputError
 from surgeon.layers.base import DynamicConv2d
+from surgeon.util.copying import evaluating
 
 
 def first_channels(model: nn.Module) -> int | None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskDataset
-from surgeon.zoo.tasks.support.datasets import ItemDataset
-from surgeon.zoo.tasks.support.draws import integer
-from surgeon.zoo.tasks.support.files import (
+from surgeon.zoo.tasks.data.datasets import ItemDataset
+from surgeon.zoo.tasks.data.draws import integer
+from surgeon.zoo.tasks.data.files import (
     FolderConfig,
     check_images,
     chosen,
@@ -23,7 +23,7 @@ from surgeon.zoo.tasks.support.files import (
     list_images,
     refuse_reduced,
 )
-from surgeon.zoo.tasks.support.images import Reader, by_size, center, collate_padded, in_tiles, on_multiple, unpadded
+from surgeon.zoo.tasks.data.images import Reader, by_size, center, collate_padded, in_tiles, on_multiple, unpadded
 from surgeon.zoo.tasks.support.metrics import PIXEL_LOSSES, image_mean, pixel_loss, psnr, ssim
 from surgeon.zoo.tasks.support.pictures import sheet, to_image
 from surgeon.zoo.tasks.support.probe import describe, first_channels, trial

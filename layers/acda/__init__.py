@@ -1,0 +1,5 @@
+"""ACDA: the layer, its mathematics and its operator."""
+
+from surgeon.layers.acda.layer import ACDAConfig, ACDAConv2d
+
+__all__ = ["ACDAConfig", "ACDAConv2d"]

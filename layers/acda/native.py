@@ -1,0 +1,148 @@
+"""The ACDA operator in C (acda.h): float32 on the CPU, forward and backward, bit-identical whatever the number of threads."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgeon.layers.ops.native.compiler import library
+from surgeon.layers.ops.native.support import in_parallel, pointer
+
+MOST_PARTIAL_BYTES = 32 << 20  # of partial sums of the gradients of coeff, psi and static
+MOST_COEFFICIENTS = 1 << 20  # of a group: with more, their product is bound by memory, and slower than torch's
+PARTS = 8  # into which a batch is cut for them, whatever the number of threads
+
+_SIZES = ("h", "w", "oh", "ow", "lh", "lw", "sh", "sw", "ph", "pw", "dh", "dw")
+_COUNTS = ("n", "c", "k", "c_out", "c_group", "m", "m_all", "groups", "taps")
+_PLANNED = ("bands", "band", "tile", "forward", "backward", "features")
+_TENSORS = ("x", "alpha", "psi", "static", "coeff", "y", "grad", "psi_back", "coeff_back")
+_GRADIENTS = ("gx", "galpha", "gpsi", "gstatic", "gcoeff")
+
+
+class _Plan(ctypes.Structure):
+    """`Acda` of acda.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in (*_SIZES, *_COUNTS, *_PLANNED)]
+
+
+class _Tensors(ctypes.Structure):
+    """`AcdaTensors` of acda.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in (*_TENSORS, *_GRADIENTS)]
+
+
+class Problem:
+    """One call: the plan, and the operands as the C functions take them."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        alpha: Tensor,
+        psi: Tensor,
+        static: Tensor,
+        coeff: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> None:
+        self.x, self.alpha, self.static = x.contiguous(), alpha.contiguous(), static.contiguous()
+        self.psi, self.coeff = psi.contiguous(), coeff.contiguous()
+        self.library = library()
+        k, c_out, c_group, m_all = psi.shape[0], *coeff.shape
+        sizes = (*x.shape[2:], *alpha.shape[2:], *psi.shape[1:], *stride, *padding, *dilation)
+        counts = (x.shape[0], x.shape[1], k, c_out, c_group, alpha.shape[1] // k, m_all, groups, 0)
+        self.plan = _Plan(*sizes, *counts)
+        self.library.acda_plan(ctypes.byref(self.plan))
+
+    def packed(self, *, back: bool) -> tuple[Tensor, Tensor]:
+        """The basis and the coefficients, in the order in which they are multiplied."""
+        psi, coeff = torch.empty_like(self.psi), torch.empty_like(self.coeff)
+        none = ctypes.c_void_p(None)
+        own, others = (pointer(coeff), pointer(psi)), (none, none)
+        order = (*others, *own) if back else (*own, *others)
+        self.library.acda_pack(ctypes.byref(self.plan), pointer(self.coeff), pointer(self.psi), *order)
+        return psi, coeff
+
+    def tensors(self, **more: Tensor | None) -> _Tensors:
+        given = {"x": self.x, "alpha": self.alpha, "static": self.static, **more}
+        return _Tensors(**{name: pointer(t) for name, t in given.items()})
+
+    def forward(self) -> Tensor:
+        """The result, (N, C_out, H', W')."""
+        plan = self.plan
+        y = self.x.new_empty(plan.n, plan.c_out, plan.oh, plan.ow)
+        psi, coeff = self.packed(back=False)
+        given = self.tensors(psi=psi, coeff=coeff, y=y)
+
+        def work(task: int, scratch: Tensor) -> None:
+            self.library.acda_forward(ctypes.byref(plan), ctypes.byref(given), pointer(scratch), ctypes.c_int64(task))
+
+        in_parallel(work, plan.n * plan.bands, plan.forward)
+        return y
+
+    def backward(self, grad: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+        """Gradients of x, alpha, psi, static and coeff; empty where not needed."""
+        plan, tasks = self.plan, self.plan.n * self.plan.bands
+        lanes = self.library.surgeon_lanes()
+        shapes = [
+            (plan.k, plan.taps, lanes),
+            (plan.m_all - plan.m, plan.taps, lanes),
+            (plan.groups, plan.c_out // plan.groups, plan.features),
+        ]
+        floats = sum(torch.Size(s).numel() for s, need in zip(shapes, needs[2:], strict=True) if need)
+        parts = max(1, min(PARTS, tasks, max(2, MOST_PARTIAL_BYTES // max(4 * floats, 1))))
+        gx = torch.zeros_like(self.x) if needs[0] else None
+        galpha = torch.empty_like(self.alpha) if needs[1] else None
+        sums = [
+            self.x.new_zeros(parts, *s) if need and 0 not in s else None
+            for s, need in zip(shapes, needs[2:], strict=True)
+        ]
+        grad = grad.contiguous()
+        psi, coeff = self.packed(back=False)
+        psi_back, coeff_back = self.packed(back=True)
+        shared = {"psi": psi, "coeff": coeff, "psi_back": psi_back, "coeff_back": coeff_back, "grad": grad}
+        for odd in (0, 1):
+
+            def work(part: int, scratch: Tensor, odd: int = odd) -> None:
+                own = dict(zip(_GRADIENTS[2:], (None if s is None else s[part] for s in sums), strict=True))
+                given = self.tensors(**shared, gx=gx, galpha=galpha, **own)
+                ends = [ctypes.c_int64(tasks * p // parts) for p in (part, part + 1)]
+                self.library.acda_backward(
+                    ctypes.byref(plan), ctypes.byref(given), pointer(scratch), *ends, ctypes.c_int64(odd)
+                )
+
+            if odd < plan.bands:
+                in_parallel(work, parts, plan.backward)
+        return self._results(gx, galpha, sums, needs)
+
+    def _results(
+        self, gx: Tensor | None, galpha: Tensor | None, sums: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        gpsi, gstatic, gcoeff = (None if s is None else s.sum(0) for s in sums)
+        used = self.plan.c_group * self.plan.m_all
+        found = [
+            gx,
+            galpha,
+            None if gpsi is None else gpsi.sum(-1).view_as(self.psi),
+            None if gstatic is None else gstatic.sum(-1).view_as(self.static),
+            None if gcoeff is None else gcoeff[..., :used].reshape(self.coeff.shape),
+        ]
+        inputs = (self.x, self.alpha, self.psi, self.static, self.coeff)
+        return [
+            (t.new_zeros(t.shape) if f is None else f) if need else t.new_empty(0)
+            for t, f, need in zip(inputs, found, needs, strict=True)
+        ]
+
+
+def forward(*args: Any) -> Tensor:
+    """`Problem.forward` of the operator's arguments."""
+    return Problem(*args).forward()
+
+
+def backward(grad: Tensor, *args: Any) -> list[Tensor]:
+    """`Problem.backward` of the operator's arguments, the last being what is needed."""
+    *operands, needs = args
+    return Problem(*operands).backward(grad, needs)

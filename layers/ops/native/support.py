@@ -1,0 +1,116 @@
+"""When the compiled operators can run, as a list of reasons why not; and how their work is shared among threads."""
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from surgeon.layers.ops.inputs import floating
+from surgeon.layers.ops.native.compiler import forget_lock, why_no_library
+
+Work = Callable[[int, Tensor], None]
+
+
+def reasons_against(tensors: Sequence[Tensor | None]) -> list[str]:
+    """Why no compiled operator can take these tensors, whatever the operator; asks for the library last, which may compile it."""
+    given = [t for t in tensors if t is not None]
+    kinds = sorted({t.device.type for t in given})
+    if kinds != ["cpu"]:
+        return [f"it runs on the CPU, the tensors are on {' and '.join(kinds)}"]
+    if integers := floating(*given):
+        return integers
+    dtypes = sorted({str(t.dtype) for t in given if t.dtype != torch.float32})
+    if dtypes:
+        return [f"it computes in float32, not in {', '.join(dtypes)}"]
+    return list(why_no_library())
+
+
+class _Scratch:
+    """Buffers that are used again, so that their pages are there: handed out to one user at a time."""
+
+    KEPT = 8
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.free: list[Tensor] = []
+
+    def take(self, floats: int) -> Tensor:
+        """At least that many floats, contents arbitrary."""
+        with self.lock:
+            fit = [i for i, t in enumerate(self.free) if t.numel() >= floats]
+            if fit:
+                return self.free.pop(min(fit, key=lambda i: self.free[i].numel()))
+            if self.free:
+                self.free.pop()  # too small: its place is taken by the larger one
+        return torch.empty(floats, dtype=torch.float32)
+
+    def give(self, buffer: Tensor) -> None:
+        with self.lock:
+            if len(self.free) < self.KEPT:
+                self.free.append(buffer)
+
+
+_scratch = _Scratch()
+
+
+def _after_fork() -> None:
+    """Of the threads that may have held the locks, none is in the child."""
+    _scratch.lock = threading.Lock()
+    forget_lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def in_parallel(work: Work, parts: int, floats: int) -> None:
+    """Call `work(part, scratch)` for every part, on as many threads as torch uses; scratch has `floats` floats.
+
+    Parts must not write to the same places. Threads are started for the call and end with it, so that there is nothing that a
+    fork could lose. The calls release the GIL (ctypes).
+    """
+    threads = min(torch.get_num_threads(), parts)
+    left = iter(range(parts))
+    lock = threading.Lock()
+    failed: list[BaseException] = []
+
+    def worker() -> None:
+        buffer = _scratch.take(floats)
+        try:
+            while True:
+                with lock:
+                    part = next(left, None)
+                if part is None or failed:
+                    return
+                work(part, buffer)
+        except BaseException as problem:
+            failed.append(problem)
+        finally:
+            _scratch.give(buffer)
+
+    others = [threading.Thread(target=worker, name="surgeon-native") for _ in range(threads - 1)]
+    for thread in others:
+        thread.start()
+    worker()
+    for thread in others:
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+def pointer(t: Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor's numbers start; null for None."""
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+@contextmanager
+def borrowed(floats: int) -> Iterator[Tensor]:
+    """A buffer of at least that many floats, contents arbitrary, that is used again."""
+    buffer = _scratch.take(floats)
+    try:
+        yield buffer
+    finally:
+        _scratch.give(buffer)

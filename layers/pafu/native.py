@@ -1,0 +1,179 @@
+"""The PAFU operator in C (pafu.h): float32 on the CPU, bit-identical whatever the number of threads."""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from surgeon.layers.ops.library import memory_format_of
+from surgeon.layers.ops.native.compiler import library
+from surgeon.layers.ops.native.support import borrowed, in_parallel, pointer
+from surgeon.layers.pafu.frames import Chunk, Grads, Problem
+
+FEWEST = 4  # channels of a group: with fewer, vectors are too empty, and torch's ways are faster
+CHUNK_BYTES = 4 << 20  # of input and output at a time: they should stay in the second-level cache
+SEGMENT = 1024  # pixels of one kernel that a task takes at most, for which it packs the kernel
+PARTS = 4  # tasks that the gradient of the input is cut into at least, where there are as many images
+SPARE = 8  # places behind the sorted pixels that are read, but of no account
+SPARE_FLOATS = 16  # behind buffers, which are read in whole vectors
+
+_GEOMETRY = ("h", "w", "c", "outputs", "groups", "lh", "lw", "sh", "sw", "dh", "dw", "n")
+_LAST = ("last_0", "last_others")
+_CHUNK = (
+    "plane",
+    "images",
+    "rows",
+    "columns",
+    "height",
+    "width",
+    "first",
+    "inside",
+    "across",
+    "top",
+    "left",
+    "last",
+    "parts",
+)
+_GIVEN = ("x", "kernel", "further", "grad", "index")
+_MADE = ("bounds", "order", "start", "frame", "y", "g", "gframe", "out", "gx")
+_GRADIENTS = ("gkernel", "gfurther", "gscores")
+
+
+class _Plan(ctypes.Structure):
+    """`Pafu` of pafu.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in (*_GEOMETRY, *_LAST, *_CHUNK)]
+
+
+class _Tensors(ctypes.Structure):
+    """`PafuTensors` of pafu.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in (*_GIVEN, *_MADE, *_GRADIENTS)]
+
+
+def _dense(kernels: Tensor) -> tuple[Tensor, bool]:
+    """Kernels (..., O, C/G, k, l) without gaps, and whether their channels are last in memory."""
+    last = kernels.movedim(-3, -1).is_contiguous()
+    return kernels if last else kernels.contiguous(), last
+
+
+class _Work:
+    """One chunk of a call: sizes and operands as the C functions take them, and the buffers borrowed for them."""
+
+    def __init__(self, call: "_Call", chunk: Chunk, parts: int, stack: ExitStack) -> None:
+        self.call, self.chunk, self.stack = call, chunk, stack
+        images, rows = chunk.images.stop - chunk.images.start, chunk.rows.stop - chunk.rows.start
+        columns, inside = call.index.shape[2], chunk.inside.stop - chunk.inside.start
+        frame = (chunk.height, chunk.width, chunk.inside.start, inside, chunk.across.stop, chunk.top, chunk.left)
+        plane = call.index.shape[1] * columns
+        self.plan = _Plan(*call.sizes, plane, images, rows, columns, *frame, call.last, min(parts, images))
+        self.pixels, self.keys = images * rows * columns, self.plan.parts * self.plan.n
+        index = call.index[chunk.images, chunk.rows]
+        self.sorted = [index.new_empty(size) for size in (self.keys + 1, self.pixels + SPARE, self.pixels + SPARE)]
+        given = (call.x[chunk.images], call.kernel, call.further, None, index, *self.sorted)
+        self.tensors = _Tensors(*map(pointer, given))
+        self.tensors.frame = pointer(self.frame())
+        call.library.pafu_sort(ctypes.byref(self.plan), ctypes.byref(self.tensors))
+        self.run("pafu_frame", self.images())
+
+    def borrow(self, floats: int) -> Tensor:
+        return self.stack.enter_context(borrowed(floats + SPARE_FLOATS))
+
+    def frame(self) -> Tensor:
+        """Room for the frame, or for its gradient."""
+        return self.borrow(self.plan.images * self.plan.height * self.plan.width * self.plan.c)
+
+    def output(self, y: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+        """The chunk's part of a map like the output, and where it is channels last: the same, or a buffer."""
+        own = pointer(y[self.chunk.images, :, self.chunk.rows])
+        return own, own if self.call.last else pointer(self.borrow(self.pixels * self.plan.outputs))
+
+    def images(self) -> list[tuple[int]]:
+        return [(image,) for image in range(self.plan.images)]
+
+    def segments(self, bounds: list[int]) -> Iterator[tuple[int, int, int]]:
+        """Kernel, first and end of runs of sorted pixels, each of one kernel."""
+        for key, (start, stop) in enumerate(pairwise(bounds)):
+            pieces = -(-(stop - start) // SEGMENT)
+            for piece in range(pieces):
+                yield key % self.plan.n, *(start + (stop - start) * p // pieces for p in (piece, piece + 1))
+
+    def run(self, name: str, tasks: Sequence[tuple[int, ...]]) -> None:
+        """Call a C function for every task; they share nothing that they write."""
+        function, operands = getattr(self.call.library, name), (ctypes.byref(self.plan), ctypes.byref(self.tensors))
+
+        def work(task: int, scratch: Tensor) -> None:
+            function(*operands, pointer(scratch), *map(ctypes.c_int64, tasks[task]))
+
+        in_parallel(work, len(tasks), self.call.scratch)
+
+
+class _Call:
+    """The operands of a call, laid out as the C functions read them."""
+
+    def __init__(self, problem: Problem) -> None:
+        window = problem.window
+        self.problem, self.library = problem, library()
+        self.last = memory_format_of(problem.x) == torch.channels_last
+        self.x, self.index = self.laid_out(problem.x), problem.index.contiguous()
+        self.kernel, first = _dense(problem.kernel)
+        self.further, others = _dense(problem.further)
+        given = (*self.x.shape[2:], self.x.shape[1], problem.outputs, window.groups)
+        self.sizes = (*given, *window.size, *window.stride, *window.dilation, problem.n, first, others)
+        self.scratch = self.library.pafu_scratch(ctypes.byref(_Plan(*self.sizes)), ctypes.c_int64(SEGMENT))
+
+    def laid_out(self, t: Tensor) -> Tensor:
+        """In the memory format of x, without gaps."""
+        return t.contiguous(memory_format=torch.channels_last if self.last else torch.contiguous_format)
+
+    def chunks(self, parts: int) -> Iterator[_Work]:
+        """The chunks, each with its frame and its sorted pixels; the images of a chunk in so many parts, if it has as many."""
+        stride_h, stride_w = self.problem.window.stride
+        pixel = 4 * (self.x.shape[1] * stride_h * stride_w + self.problem.outputs)
+        for chunk in self.problem.chunks(pixel, CHUNK_BYTES):
+            with ExitStack() as stack:
+                yield _Work(self, chunk, parts, stack)
+
+
+def forward(problem: Problem, out: Tensor) -> None:
+    """Fill out (N, O, P, Q), which is of the memory format of x."""
+    for work in _Call(problem).chunks(1):
+        work.tensors.out, work.tensors.y = work.output(out)
+        blocks = work.call.library.pafu_blocks(ctypes.byref(work.plan))
+        segments = work.segments(work.sorted[0].tolist())
+        work.run("pafu_forward", [(*segment, block) for segment in segments for block in range(blocks)])
+        if not work.call.last:
+            work.run("pafu_output", work.images())
+
+
+def backward(problem: Problem, grad: Tensor, grads: Grads) -> None:
+    """Add to the wanted gradients, of which that of x is of its memory format; grad is that of the output, (N, O, P, Q)."""
+    kernel, further = (k.movedim(-3, -1).contiguous().movedim(-1, -3) for k in (problem.kernel, problem.further))
+    call = _Call(replace(problem, kernel=kernel, further=further))
+    grad = call.laid_out(grad)
+    blocks = call.library.pafu_input_blocks(ctypes.byref(_Plan(*call.sizes)))
+    taps = problem.window.size[0] * problem.window.size[1]
+    for work in call.chunks(-(-PARTS // blocks)):
+        tensors = work.tensors
+        tensors.grad, tensors.g = work.output(grad)
+        if not call.last:
+            work.run("pafu_gradient", work.images())
+        if grads.kernels is not None:
+            first, *others = map(pointer, grads.kernels)
+            tensors.gkernel, tensors.gfurther = first, others[0] if others else None
+            work.run("pafu_kernel_gradient", [(i, tap) for i in range(problem.n) for tap in range(taps)])
+        if grads.scores is not None:
+            tensors.gscores = pointer(grads.scores[work.chunk.images, work.chunk.rows])
+            parts = range(0, work.pixels, SEGMENT)
+            tasks = [(i, p, min(p + SEGMENT, work.pixels)) for i in range(problem.n) for p in parts]
+            work.run("pafu_score_gradient", tasks)
+        if grads.x is not None:
+            frame = work.frame()
+            frame.zero_()
+            tensors.gframe, tensors.gx = pointer(frame), pointer(grads.x[work.chunk.images])
+            work.run("pafu_input_gradient", [(p, block) for p in range(work.plan.parts) for block in range(blocks)])
+            work.run("pafu_input_add", work.images())

@@ -1,0 +1,5 @@
+"""SEKG: the layer, DConv and its operator, and ADFNet"s blocks."""
+
+from surgeon.layers.sekg.layer import SEKGConfig, SEKGConv2d
+
+__all__ = ["SEKGConfig", "SEKGConv2d"]

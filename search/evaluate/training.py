@@ -1,0 +1,224 @@
+"""The value of a placement by training: convert, fine-tune shortly on a task, measure the task's primary metric.
+
+The unmodified model goes through the same training. What depends on chance (order, augmentation, new weights) follows from the
+seed alone, so that a placement taken up again after a kill gets the value it would have had.
+"""
+
+import gc
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from surgeon.errors import ConfigError, TrainingError
+from surgeon.models.checkpoint import save
+from surgeon.models.weights import state_sha256
+from surgeon.records.recipe import BaseModel
+from surgeon.search.evaluate.evaluator import Evaluator, OutOfMemoryError, Report, StoppedError
+from surgeon.search.placement.problem import Ints
+from surgeon.search.space import Space
+from surgeon.search.study.folder import NOTE, read_kept, write_json
+from surgeon.search.study.journal import file_lock
+from surgeon.surgery.convert import convert
+from surgeon.surgery.rewrite import dynamic_layers
+from surgeon.util.copying import copy_model
+from surgeon.zoo.finetune import FinetuneConfig, FinetuneResult, finetune
+from surgeon.zoo.finetune.loop import Interrupted
+from surgeon.zoo.tasks import Task, better
+from surgeon.zoo.tasks.data.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from surgeon.zoo.finetune.run import Source
+
+logger = logging.getLogger(__name__)
+
+_FREE = ("workers", "log_every", "max_time")  # options that do not change what a training ends with
+_EPOCHS = 1e6  # the number of steps alone decides about the length
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConfig:
+    """How long a trial trains. `steps` optimizer steps at rung 0, twice as many at every further rung.
+
+    `evaluations` are the values reported on the way, evenly spaced, the last of them at the end.
+    """
+
+    steps: int = 200
+    evaluations: int = 4
+    base: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "evaluations"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def at(self, rung: int, seed: int | None = None) -> FinetuneConfig:
+        """The fine-tuning of a rung."""
+        steps = self.steps << rung
+        return replace(
+            self.base,
+            epochs=_EPOCHS,
+            max_steps=steps,
+            eval_every=str(self.interval(rung)),
+            keep="last",
+            seed=self.base.seed if seed is None else seed,
+        )
+
+    def interval(self, rung: int) -> int:
+        """Steps between two evaluations."""
+        return max((self.steps << rung) // self.evaluations, 1)
+
+
+class TrainingEvaluator(Evaluator):
+    """Fine-tunes placements of one model on one task.
+
+    `model` must fit the task already (`bound`). `keep` is a folder that gets the best placement trained so far, as a surgeon
+    folder; `base` says how its original is built.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        space: Space,
+        config: ShortConfig,
+        *,
+        base: BaseModel | None = None,
+        keep: Path | None = None,
+    ) -> None:
+        self.model, self.task, self.space, self.config = model, task, space, config
+        self.base, self.keep = base, keep
+        self.directions = ("maximize" if task.higher_is_better else "minimize",)
+        self._weights = state_sha256(model)
+        self._data = fingerprint(task)
+        self._size = sample_size(task)
+        self._start: dict[str, float] | None = None  # metrics before training: conversion keeps them
+
+    def identity(self) -> Mapping[str, Any]:
+        options = {key: _plain(value) for key, value in asdict(self.task.config).items()}
+        training = {key: value for key, value in self.config.at(0).to_dict().items() if key not in _FREE}
+        return {
+            "evaluator": "training",
+            "task": self.task.name,
+            "options": options | {"seed": self.task.seed},
+            "training": training,
+            "weights": self._weights,
+            "data": self._data,
+        }
+
+    def evaluate(self, placement: Ints, report: Report, rung: int) -> float:
+        """The primary metric of the validation split after the training.
+
+        Raises:
+            TrainingError: loss or weights are not finite.
+            StoppedError: Ctrl-C.
+        """
+        last = self.config.steps << rung
+        primary = self.task.primary
+
+        def watch(step: int, metrics: dict[str, float]) -> None:
+            if not np.isfinite(metrics[primary]):
+                raise TrainingError(f"{primary} is {metrics[primary]} after {step} steps")
+            if step != last:  # the result is told by the return value: what is finished is not pruned
+                report(step, metrics[primary])
+
+        result = self.train(placement, rung=rung, watch=watch)
+        value = float(result.metrics[primary])
+        if self.keep is not None and any(placement):
+            self._keep_best(result.model, placement, value)
+        return value
+
+    def train(
+        self, placement: Ints, *, rung: int = 0, seed: int | None = None, output: Path | None = None, watch: Any = None
+    ) -> FinetuneResult:
+        """Convert and fine-tune; `output` becomes, or goes on with, the folder of a run (`surgeon.zoo.finetune`)."""
+        from surgeon.zoo.finetune import Source
+
+        config = self.config.at(rung, seed)
+        source = Source(name=self.space.hash_of(placement), base=self.base)
+        memory: int | None = None
+        try:
+            return self._train(placement, config, source, output, watch)
+        except Interrupted as error:
+            raise StoppedError(str(error)) from error
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            memory = _device_memory()
+            logger.debug("out of memory: %s", error)
+        except RuntimeError as error:
+            if "allocate memory" not in str(error):  # how torch's CPU allocator says it
+                raise
+            logger.debug("out of memory: %s", error)
+        gc.collect()  # out of the handler, so that no traceback holds the training's tensors
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        raise OutOfMemoryError(memory)
+
+    def _train(
+        self, placement: Ints, config: FinetuneConfig, source: "Source", output: Path | None, watch: Any
+    ) -> FinetuneResult:
+        model = self.converted(placement, seed=config.seed)
+        resume = output is not None and (output / "training" / "run.json").is_file()
+        known = self._start if output is None else None
+        result = finetune(
+            model, self.task, config, output, source=source, resume=resume, watch=watch, known_start=known
+        )
+        self._start = result.summary.start.metrics
+        return result
+
+    def converted(self, placement: Ints, seed: int = 0) -> nn.Module:
+        """The model with this placement, computing what it computed; a copy."""
+        if not any(placement):
+            return copy_model(self.model)
+        recipe = self.space.recipe(placement, seed=seed)
+        return convert(self.model, recipe=recipe, seed=seed, check=False, input_size=self._size)[0]
+
+    def _keep_best(self, model: nn.Module, placement: Ints, value: float) -> None:
+        """The note changes once the new model is there whole, and only then the old one goes: a kill leaves one of them."""
+        assert self.keep is not None
+        self.keep.mkdir(parents=True, exist_ok=True)
+        with file_lock(self.keep / ".lock"):
+            known = read_kept(self.keep)
+            if known is not None and not better(self.task, value, known["value"]):
+                return
+            key = self.space.hash_of(placement)
+            save(model, self.keep / key, base=self.base, force=True)
+            write_json(self.keep / NOTE, {"hash": key, "value": value, "placement": self.space.names(placement)})
+            for other in self.keep.iterdir():
+                if other.is_dir() and other.name != key:
+                    shutil.rmtree(other)
+
+
+def bound(model: nn.Module, task: Task) -> nn.Module:
+    """A copy of the model that fits the task; a new head is the same at every call. Raises `ConfigError` for a converted model."""
+    if dynamic_layers(model):
+        raise ConfigError(
+            "a search starts from a plain model, and this one has dynamic layers: surgeon revert makes it one"
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(task.seed)
+        return task.bind(copy_model(model)).eval()
+
+
+def sample_size(task: Task) -> tuple[int, ...]:
+    """(C, H, W) of a training sample. Raises `DataError` where the data cannot be used."""
+    task.check()
+    return tuple(task.dataset("train")[0]["input"].shape)
+
+
+def _device_memory() -> int | None:
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return list(value) if isinstance(value, tuple) else value

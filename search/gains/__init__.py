@@ -1,0 +1,1 @@
+"""What a replacement is worth: tables, estimates, and what measured values say."""

@@ -1,0 +1,179 @@
+"""Gain estimators that need only gradients at birth: no step is taken, every candidate of one option sits in the network at once.
+
+Conversion preserves the function, so that all layers can have the option at the same time and one backward pass a batch gives the
+gradient of every new parameter; they are kept, 4·B bytes a new parameter. With g_b the mean gradient of batch b (n samples each,
+B batches), per parameter: mean m, variance v over batches, n·v an estimate of the diagonal of the (empirical) Fisher matrix,
+m² − v/B an unbiased square of the gradient.
+
+    gradient   ‖m‖, the baseline: not comparable between layers of different scale
+    fisher     ½ Σ max(m² − v/B, 0) / (n·v + damping), the decrease a diagonal natural-gradient step predicts
+    snr        Σ (m² − v/B) / Σ v/B, how far the gradient stands out of its own noise
+    nqm        the decrease that the training's own steps promise in the noisy quadratic model: `surgeon.search.gains.quadratic`
+
+Standard errors are from a jackknife over groups of batches.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from surgeon.errors import ConfigError
+from surgeon.layers.base import DynamicConv2d
+from surgeon.search.gains.gain import GainTable
+from surgeon.search.gains.quadratic import Walk, decrease, scaled
+from surgeon.search.placement.problem import Floats, Ints
+from surgeon.search.space import Space
+from surgeon.surgery.convert import convert
+
+LossCallback = Callable[[nn.Module, Any], Tensor]  # loss(model, batch) -> mean loss of the batch, a scalar
+ESTIMATORS = ("gradient", "fisher", "snr", "nqm")
+DAMPING = 0.1  # of the mean of a layer's Fisher diagonal
+_GROUPS = 8
+
+
+def gradient_gains(
+    model: nn.Module,
+    space: Space,
+    loss: LossCallback,
+    batches: Sequence[Any],
+    *,
+    estimators: Sequence[str] = ESTIMATORS,
+    damping: float = DAMPING,
+    walk: Walk | None = None,
+    seed: int = 0,
+    input_size: Any = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, GainTable]:
+    """Gain tables by estimator, all from the same passes: one backward pass for every (option, batch).
+
+    Args:
+        model: stays untouched; its device is where the passes run. Normalization layers use their running statistics.
+        loss: from a model and a batch to the mean loss; the batch is whatever `batches` holds.
+        batches: at least 4, of equal size; a batch is a dict of tensors, a tensor, or a sequence of them.
+        damping: of "fisher", relative to the mean of a layer's Fisher diagonal.
+        walk: the training that "nqm" is about (`walk_of`); needed for it alone.
+        seed: of what layers draw in training mode (PAFU's selection).
+    """
+    unknown = [name for name in estimators if name not in ESTIMATORS]
+    if unknown:
+        raise ConfigError(f"there is no gain estimator {unknown[0]!r}; there are {', '.join(ESTIMATORS)}")
+    if "nqm" in estimators and walk is None:
+        raise ConfigError("the gain estimator nqm predicts a training, and none was given (walk)")
+    if len(batches) < 4:
+        raise ConfigError(f"the variance of gradients needs at least 4 batches, got {len(batches)}")
+    samples = _samples(batches[0])
+    started = time.perf_counter()
+    gain = {name: np.zeros(space.allowed.shape) for name in estimators}
+    error = {name: np.zeros(space.allowed.shape) for name in estimators}
+    for j in range(1, len(space.labels)):
+        for layer, gradients in _gradients(model, space, j, loss, batches, seed, input_size, progress).items():
+            i = space.layers.index(layer)
+            for name in estimators:
+                gain[name][i, j], error[name][i, j] = _jackknife(
+                    _statistic(name, gradients, samples, damping, walk), len(batches)
+                )
+    facts = {"seconds": time.perf_counter() - started, "batches": len(batches), "samples": samples, "seed": seed}
+    return {
+        name: GainTable(
+            layers=space.layers,
+            options=space.labels,
+            gain=gain[name],
+            error=error[name],
+            estimator=name,
+            facts=facts,
+        )
+        for name in estimators
+    }
+
+
+def _samples(batch: Any) -> int:
+    """How many samples a batch holds: the first size of its first tensor."""
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else [batch]
+    for value in values:
+        if isinstance(value, Tensor) and value.dim():
+            return int(value.shape[0])
+    raise ConfigError(
+        f"a batch must hold a tensor whose first size is the number of samples, got {type(batch).__name__}"
+    )
+
+
+def _gradients(
+    model: nn.Module,
+    space: Space,
+    option: int,
+    loss: LossCallback,
+    batches: Sequence[Any],
+    seed: int,
+    input_size: Any,
+    progress: Callable[[str, int, int], None] | None,
+) -> dict[str, Tensor]:
+    """Of every layer that may have this option the gradients of its new parameters, (B, P), float32 on the CPU."""
+    placement = np.where(space.allowed[:, option], option, 0)
+    if not placement.any():
+        return {}
+    work, _ = convert(model, recipe=space.recipe(placement), seed=seed, check=False, input_size=input_size)
+    work.eval()
+    work.requires_grad_(False)
+    layers: dict[str, list[Tensor]] = {}
+    for layer in space.names(placement):
+        module = work.get_submodule(layer)
+        assert isinstance(module, DynamicConv2d)
+        module.train()  # a layer that selects (PAFU) gives its selector gradients only in training
+        layers[layer] = [parameter.requires_grad_(True) for _, parameter in module.new_parameters()]
+    kept = {
+        layer: torch.empty(len(batches), sum(parameter.numel() for parameter in parameters))
+        for layer, parameters in layers.items()
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for number, batch in enumerate(batches):
+            if progress is not None:
+                progress("gains", (option - 1) * len(batches) + number, (len(space.labels) - 1) * len(batches))
+            work.zero_grad(set_to_none=True)
+            loss(work, batch).backward()
+            for layer, parameters in layers.items():
+                kept[layer][number] = torch.cat([_gradient(parameter).flatten() for parameter in parameters])
+    return kept
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
+
+
+def _jackknife(statistic: Callable[[Ints], float], count: int) -> tuple[float, float]:
+    """A statistic of all batches, and its standard error from leaving out one group of them at a time."""
+    groups = min(_GROUPS, count)
+    group = np.arange(count) * groups // count
+    parts: Floats = np.array([statistic(np.flatnonzero(group != left)) for left in range(groups)])
+    return statistic(np.arange(count)), float(np.sqrt((groups - 1) / groups * ((parts - parts.mean()) ** 2).sum()))
+
+
+def _statistic(
+    estimator: str, gradients: Tensor, samples: int, damping: float, walk: Walk | None
+) -> Callable[[Ints], float]:
+    """From the numbers of some batches to the gain that their gradients (B, P) say."""
+    gradients = gradients.double()
+    if estimator == "nqm":
+        assert walk is not None
+        own = scaled(gradients.numpy()) if walk.adaptive else gradients.numpy()
+        gram = own @ own.T
+        return lambda chosen: decrease(gram[np.ix_(chosen, chosen)], walk, samples)
+    return lambda chosen: _of_moments(estimator, gradients[chosen], samples, damping)
+
+
+def _of_moments(estimator: str, gradients: Tensor, samples: int, damping: float) -> float:
+    mean = gradients.mean(dim=0)
+    if estimator == "gradient":
+        return float(mean.norm())
+    variance = gradients.var(dim=0)
+    square = mean * mean - variance / len(gradients)
+    if estimator == "snr":
+        noise = float((variance / len(gradients)).sum())
+        return float(square.sum()) / noise if noise > 0 else 0.0
+    fisher = samples * variance
+    step = fisher + damping * fisher.mean()
+    return float((square.clamp_min(0) / step.clamp_min(torch.finfo(step.dtype).tiny)).sum()) / 2

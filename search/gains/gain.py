@@ -1,0 +1,175 @@
+"""The gain table: what every (layer, option) is expected to bring over leaving the layer a convolution, and how sure that is.
+
+A gain is in the units of its estimator (a decrease of the loss, a ratio); placements only compare sums. Tables are JSON, and are
+kept by the hash of what they were made from.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surgeon.errors import ConfigError
+from surgeon.search.placement.problem import Floats
+from surgeon.search.space import Space
+from surgeon.util.files import cache_folder, read_json, write_text
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "surgeon-gains"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GainTable:
+    """`gain` and its standard error `error` (L, O) for the options of `layers`; option 0, "keep", is 0 by definition.
+
+    Entries that were not estimated (options that are not allowed) are 0 with error 0. `estimator` names what made it, `facts`
+    are what one wants to know of its making: seconds, samples, the rank correlation with measured gains.
+    """
+
+    layers: tuple[str, ...]
+    options: tuple[str, ...]  # labels, "keep" first
+    gain: Floats
+    error: Floats
+    estimator: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = (len(self.layers), len(self.options))
+        if self.gain.shape != shape or self.error.shape != shape:
+            raise ConfigError(
+                f"gains of {shape} need arrays of that shape, got {self.gain.shape} and {self.error.shape}"
+            )
+        if not (np.isfinite(self.gain).all() and np.isfinite(self.error).all() and (self.error >= 0).all()):
+            raise ConfigError("gains must be finite numbers, and their errors not negative")
+        if self.gain[:, 0].any() or self.error[:, 0].any():
+            raise ConfigError("the gain of keeping a layer is 0 by definition")
+
+    def for_space(self, space: Space) -> "GainTable":
+        """The entries of a space, in its order. Raises `ConfigError` if an allowed one is missing."""
+        rows = {name: i for i, name in enumerate(self.layers)}
+        columns = {label: j for j, label in enumerate(self.options)}
+        gain, error = np.zeros(space.allowed.shape), np.zeros(space.allowed.shape)
+        for i, layer in enumerate(space.layers):
+            for j, label in enumerate(space.labels):
+                if not j or not space.allowed[i, j]:
+                    continue
+                if layer not in rows or label not in columns:
+                    raise ConfigError(f"the gain table ({self.estimator}) has no entry for {layer} as {label}")
+                gain[i, j], error[i, j] = (
+                    self.gain[rows[layer], columns[label]],
+                    self.error[rows[layer], columns[label]],
+                )
+        return GainTable(
+            layers=space.layers,
+            options=space.labels,
+            gain=gain,
+            error=error,
+            estimator=self.estimator,
+            facts=self.facts,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values: `gains` is layer → option → [gain, standard error]."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "estimator": self.estimator,
+            "facts": dict(self.facts),
+            "options": list(self.options[1:]),
+            "gains": {
+                layer: {
+                    label: [float(self.gain[i, j]), float(self.error[i, j])]
+                    for j, label in enumerate(self.options)
+                    if j
+                }
+                for i, layer in enumerate(self.layers)
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str = "gains") -> "GainTable":
+        """Inverse of `to_dict`; raises `ConfigError`."""
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise ConfigError(f'{where} is not a gain table: its format must be "{FORMAT}"')
+        if values.get("version") != VERSION:
+            raise ConfigError(f"{where}: version must be {VERSION}, got {values.get('version')!r}")
+        try:
+            options = ("keep", *map(str, values["options"]))
+            layers = tuple(map(str, values["gains"]))
+            pairs = np.array(
+                [[(0.0, 0.0), *(values["gains"][layer][label] for label in options[1:])] for layer in layers],
+                dtype=float,
+            ).reshape(len(layers), len(options), 2)
+            return cls(
+                layers=layers,
+                options=options,
+                gain=pairs[..., 0],
+                error=pairs[..., 1],
+                estimator=str(values["estimator"]),
+                facts=dict(values.get("facts", {})),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise ConfigError(f"{where}: {error}") from error
+            raise ConfigError(
+                f"{where}: every layer needs [gain, standard error] for every option: {error!r}"
+            ) from error
+
+    def write(self, path: str | Path) -> None:
+        """To a JSON file; it appears complete or not at all. Raises `ConfigError`."""
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n", ConfigError)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "GainTable":
+        """From a JSON file; raises `ConfigError`."""
+        return cls.from_dict(read_json(path, ConfigError, "the gain table"), str(path))
+
+
+def uniform_gains(space: Space) -> GainTable:
+    """Every replacement gains 1: as many layers as the budgets allow."""
+    gain = np.where(space.allowed, 1.0, 0.0)
+    gain[:, 0] = 0.0
+    return GainTable(
+        layers=space.layers,
+        options=space.labels,
+        gain=gain,
+        error=np.zeros_like(gain),
+        estimator="uniform",
+    )
+
+
+def read_gains(what: str, space: Space) -> GainTable:
+    """A gain table for a space: "uniform", or a file."""
+    return uniform_gains(space) if what == "uniform" else GainTable.read(what).for_space(space)
+
+
+# --- kept on disk -------------------------------------------------------------------------------------------------
+
+
+def cache_key(space: Space, estimator: str, **facts: Any) -> str:
+    """Content hash of a question: the space, the estimator and its options, weights and data (as their hashes)."""
+    text = json.dumps({"space": space.hash, "estimator": estimator, "facts": facts}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cached(key: str, make: Callable[[], GainTable]) -> GainTable:
+    """The table of this key, made and kept (`SURGEON_CACHE`, else ~/.cache/surgeon) where there is none."""
+    path = cache_folder() / "gains" / f"{key}.json"
+    if path.is_file():
+        try:
+            return GainTable.read(path)
+        except ConfigError:
+            path.unlink(missing_ok=True)  # damaged: made again
+    table = make()
+    try:
+        table.write(path)
+    except ConfigError as error:
+        logger.debug("not kept: %s", error)
+    return table

@@ -1,0 +1,79 @@
+"""Gain tables by the name of what makes them, kept on disk by the hash of everything they follow from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from surgeon.errors import ConfigError, DataError
+from surgeon.search.evaluate.training import TrainingEvaluator, sample_size
+from surgeon.search.gains.estimate import ESTIMATORS, gradient_gains
+from surgeon.search.gains.gain import GainTable, cache_key, cached, uniform_gains
+from surgeon.search.gains.probe import ProbeConfig, ablation_gains, halving_gains, probe_gains, training_batches
+from surgeon.search.gains.quadratic import walk_of
+
+TRAINED: dict[str, Callable[..., GainTable]] = {
+    "probe": probe_gains,
+    "halving": halving_gains,
+    "ablation": ablation_gains,
+}
+METHODS = (*ESTIMATORS, *TRAINED)
+GRADIENT_BATCHES = 16
+
+
+def make_gains(
+    method: str,
+    evaluator: TrainingEvaluator,
+    config: ProbeConfig | None = None,
+    *,
+    batches: int = GRADIENT_BATCHES,
+    progress: Callable[[str, int, int], None] | None = None,
+    fresh: bool = False,
+) -> GainTable:
+    """The gain table of a method for the evaluator's model, task and space.
+
+    `config` is for the methods that train, `batches` for those from gradients. What was made before is taken from the cache
+    unless `fresh`.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"there is no gain method {method!r}; there are {', '.join(METHODS)}")
+    config = config or ProbeConfig()
+
+    def make() -> GainTable:
+        if method in TRAINED:
+            return TRAINED[method](evaluator, config, progress)
+        return _from_gradients(method, evaluator, batches, progress)
+
+    if fresh:
+        return make()
+    facts: dict[str, Any] = dict(evaluator.identity()) | {"probe": vars(config), "batches": batches}
+    return cached(cache_key(evaluator.space, method, **facts), make)
+
+
+def _from_gradients(method: str, evaluator: TrainingEvaluator, count: int, progress: Any) -> GainTable:
+    task, base = evaluator.task, evaluator.config.base
+    if not len(task.dataset("train")):
+        raise DataError(f"task {task.name}: the train split has no samples")
+    batches = training_batches(task, count, base.batch_size, base.seed)
+    tables = gradient_gains(
+        evaluator.model,
+        evaluator.space,
+        lambda model, batch: task.loss(task.forward(model, batch), batch),
+        batches,
+        estimators=[method],
+        walk=walk_of(evaluator.config.at(0), len(task.dataset("train"))),
+        seed=base.seed,
+        input_size=sample_size(task),
+        progress=progress,
+    )
+    return tables[method]
+
+
+def gains_of(what: str, evaluator: TrainingEvaluator, **options: Any) -> GainTable:
+    """A gain table from a file, "uniform", or a method."""
+    if what == "uniform":
+        return uniform_gains(evaluator.space)
+    if what in METHODS:
+        return make_gains(what, evaluator, **options)
+    if not Path(what).is_file():
+        raise ConfigError(f"--gains: {what!r} is neither a file nor one of {', '.join(('uniform', *METHODS))}")
+    return GainTable.read(what).for_space(evaluator.space)

@@ -1,0 +1,1 @@
+"""Placements under budgets, by integer programming or at random."""

@@ -1,0 +1,1 @@
+"""A search in text, figures and pages."""

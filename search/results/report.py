@@ -1,0 +1,176 @@
+"""A search as one HTML page that needs nothing beside it, and its pictures as PNGs, for papers."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from surgeon.errors import ConfigError
+from surgeon.search.evaluate.finals import best_arm
+from surgeon.search.gains.gain import GainTable
+from surgeon.search.results import figures, report_figures
+from surgeon.search.results.summary import mean_and_spread, relative, status_values
+from surgeon.search.study.folder import Finished
+from surgeon.search.study.record import Record
+from surgeon.util import pages
+from surgeon.util.files import filling
+from surgeon.zoo.trial import standard_error, verdict
+
+Other = Finished | None
+
+
+def write_report(found: Finished, folder: Path, other: Other = None) -> Path:
+    """Write `report.html` and the PNGs; returns the page. Raises `ConfigError` where nothing was evaluated yet."""
+    if not found.ranked():
+        raise ConfigError(f"no trial of {found.folder.path} is complete yet: there is nothing to report")
+    pictures = {
+        "pareto": figures.pareto(found),
+        "placements": figures.placement_map(found),
+        "expected": figures.expected_against_measured(found),
+        "budgets": figures.budget_figure(found),
+        "convergence": figures.convergence(found, other),
+    }
+    if found.finals is not None:
+        pictures["finals"] = figures.finals_figure(found)
+    gains = GainTable.read(found.folder.gains) if found.folder.gains.is_file() else None
+    if gains is not None:
+        pictures["gains"] = figures.gain_bars(gains)
+    images = {name: figures.png(figure) for name, figure in pictures.items()}
+    with filling(folder, ConfigError) as fresh:
+        for name, picture in images.items():
+            (fresh / f"{name}.png").write_bytes(picture)
+        (fresh / "report.html").write_text(_page(found, gains, other), encoding="utf-8")
+    return folder / "report.html"
+
+
+def _page(found: Finished, gains: GainTable | None, other: Other) -> str:
+    values = status_values(found)
+    title = f"Search: {values['model']} on {values['task']['name']}"
+    first, *further = sentences(found)
+    body = [f"<h1>{escape(title)}</h1>", pages.paragraph(first, "lead"), *map(pages.paragraph, further)]
+    drawn = [
+        report_figures.front(found),
+        *([report_figures.finals(found)] if found.finals is not None else []),
+        report_figures.convergence(found, other),
+        report_figures.expected(found),
+        report_figures.budgets(found),
+        *([report_figures.gains(gains)] if gains is not None else []),
+    ]
+    body += [pages.grid(drawn), report_figures.placements(found)]
+    if found.finals is not None:
+        how = "The best of the search in full, with several seeds, beside the unmodified model and a random placement."
+        body.append(pages.section("Finals", how, _finals(found)))
+    body.append(pages.section("Best trials", "Costs are beside the unmodified model's.", _best(found)))
+    body.append(pages.section("What was asked", "", pages.rows([], _facts(found, values))))
+    return pages.page(title, body)
+
+
+def _facts(found: Finished, values: Mapping[str, Any]) -> list[list[str]]:
+    task, rank = values["task"], values["rank_correlation"]
+    arrow = "higher" if task["higher_is_better"] else "lower"
+    return [
+        ["budgets", str(values["budgets"])],
+        ["trials", ", ".join(f"{count} {state}" for state, count in values["trials"].items())],
+        ["steps a trial", str(found.about["steps"])],
+        ["sampler, seed", f"{found.about['sampler']}, {found.about['seed']}"],
+        ["gains", str(found.about["gains"])],
+        ["rank correlation of the gains with the values", "-" if rank is None else f"{rank:.2f}"],
+        ["decided by", f"{task['primary']} ({arrow} is better)"],
+    ]
+
+
+# --- in words -----------------------------------------------------------------------------------------------------------
+
+
+def sentences(found: Finished) -> list[str]:
+    """What was found, whether it is better than doing nothing and by how much beside its error, and what it costs."""
+    told = _of_finals(found) or _of_trials(found)
+    values = [value for one in found.ranked() if (value := found.value(one)) is not None]
+    if len(values) > 1 and max(values) == min(values):
+        told.append(
+            f"All {len(values)} trials have the same value: trainings are too short, or the metric too coarse, to tell them apart."
+        )
+    return told
+
+
+def _of_finals(found: Finished) -> list[str]:
+    arms = found.finals["arms"] if found.finals is not None else []
+    best = best_arm(arms, higher=found.higher_is_better)
+    original = next((arm for arm in arms if arm["role"] == "original" and arm["values"]), None)
+    if best is None or original is None:
+        return []
+    sign, primary = (1.0 if found.higher_is_better else -1.0), found.about["task"]["primary"]
+    gains = [sign * (a - b) for a, b in zip(best["values"], original["values"], strict=False)]
+    error = standard_error(gains)
+    spread = "" if error is None else f" ± {error:.2g}"
+    word = {"won": "better", "lost": "worse", "undecided": "not settled to be better or worse"}[verdict(gains)]
+    seeds = f"{len(gains)} seed{'s' if len(gains) != 1 else ''}"
+    means = f"{primary} {statistics.fmean(best['values']):.5g} against {statistics.fmean(original['values']):.5g}"
+    lines = [
+        f"The best placement ({_layers(best['placement'])}) is {word} than the unmodified model trained equally: "
+        f"gain {statistics.fmean(gains):+.3g}{spread} ({seeds}), {means}{_cost(found, best['trial'])}."
+    ]
+    if verdict(gains) == "undecided":
+        lines.append("Settled means beyond two standard errors of the paired differences of at least three seeds.")
+    return lines
+
+
+def _of_trials(found: Finished) -> list[str]:
+    primary, original = found.about["task"]["primary"], found.original()
+    best = next((one for one in found.ranked() if one.placement), None)
+    if best is None:
+        return ["No placement with replacements was trained to its end yet."]
+    value = found.value(best) or 0.0
+    line = f"The best placement so far ({_layers(best.placement)}) reached {primary} {value:.5g}"
+    if original is not None:
+        line += f"; the unmodified model, trained equally, {found.value(original) or 0.0:.5g}"
+    return [
+        f"{line}{_cost(found, best.number)}.",
+        "These are single short trainings, the best of many: chance makes some look good. --finals trains the best with seeds.",
+    ]
+
+
+def _layers(placement: Mapping[str, str]) -> str:
+    return f"{len(placement)} layer{'s' if len(placement) != 1 else ''} replaced"
+
+
+def _cost(found: Finished, trial: int) -> str:
+    one = next((one for one in found.records if one.number == trial), None)
+    if one is None:
+        return ""
+    return f"; it costs {relative(found, one, 'flops')} FLOPs and {relative(found, one, 'params')} parameters"
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _best(found: Finished, count: int = 10) -> str:
+    best = found.ranked()[:count]
+    original = found.original()
+    shown = best if original is None or original in best else [*best, original]
+    header = ["trial", "from", found.about["task"]["primary"], "FLOPs", "parameters", "placement"]
+    return pages.rows(header, [_cells(found, one) for one in shown])
+
+
+def _cells(found: Finished, one: Record) -> Sequence[str]:
+    costs = [relative(found, one, name) for name in ("flops", "params")]
+    return [str(one.number), str(one.source), f"{found.value(one):.5g}", *costs, report_figures.placed(one.placement)]
+
+
+def _finals(found: Finished) -> str:
+    assert found.finals is not None
+    rows = []
+    for arm in found.finals["arms"]:
+        mean, spread = mean_and_spread(arm["values"])
+        rows.append([arm["role"], str(arm["trial"]), str(len(arm["placement"])), mean, spread, arm["why_not"] or ""])
+    several = any(len(arm["values"]) > 1 for arm in found.finals["arms"])
+    header = [
+        "arm",
+        "trial",
+        "replaced",
+        found.about["task"]["primary"],
+        "sd" if several else "sd (one seed has none)",
+        "",
+    ]
+    return pages.rows(header, rows)

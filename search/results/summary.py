@@ -1,0 +1,126 @@
+"""What is to be said of a search: its state, its best placements beside the unmodified model, its finals."""
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from surgeon.search.study.folder import Finished
+from surgeon.search.study.record import Record
+from surgeon.util.tables import table
+
+
+def status_values(found: Finished, count: int = 5) -> dict[str, Any]:
+    """As plain JSON values."""
+    original = found.original()
+    return {
+        "model": found.about["model"]["name"],
+        "task": found.about["task"],
+        "budgets": found.about["budgets"],
+        "trials": dict(Counter("repeated" if one.duplicate_of is not None else one.state for one in found.records)),
+        "workers": len(found.alive),
+        "rank_correlation": rank_correlation(found),
+        "original": None if original is None else record_values(found, original),
+        "best": [record_values(found, one) for one in found.ranked()[:count]],
+        "objectives": found.about["objectives"],
+        "front": [record_values(found, one) for one in found.records if one.number in found.front],
+        "finals": found.finals,
+    }
+
+
+def record_values(found: Finished, one: Record) -> dict[str, Any]:
+    """One trial as plain JSON values."""
+    return {
+        "trial": one.number,
+        "hash": one.hash,
+        "source": one.source,
+        "value": found.value(one),
+        "values": None if one.values is None else list(one.values),
+        "placement": dict(one.placement),
+        "gain": one.attributes.get("gain"),
+        "traced": one.attributes.get("traced"),
+        "seconds": one.attributes.get("seconds"),
+    }
+
+
+def rank_correlation(found: Finished) -> float | None:
+    """Spearman's, between the gain that the table expected and the measured value; None with fewer than 4 or equal values."""
+    pairs = [(float(one.attributes.get("gain", 0.0)), found.value(one) or 0.0) for one in found.ranked()]
+    if len(pairs) < 4:
+        return None
+    expected, measured = (rankdata(column) for column in zip(*pairs, strict=True))
+    if np.ptp(expected) == 0 or np.ptp(measured) == 0:
+        return None
+    value = float(np.corrcoef(expected, measured)[0, 1])
+    return value if found.higher_is_better else -value
+
+
+def status_lines(found: Finished, count: int = 5) -> list[str]:
+    """For people."""
+    values = status_values(found, count)
+    states = ", ".join(f"{number} {state}" for state, number in sorted(values["trials"].items()))
+    rank = values["rank_correlation"]
+    lines = [
+        f"{values['model']} on {values['task']['name']}: {values['budgets']}",
+        f"trials: {states or 'none yet'}; {values['workers']} running worker(s)",
+    ]
+    if rank is not None:
+        lines.append(f"rank correlation of the expected gain ({found.about['gains']}) with the values: {rank:.2f}")
+    rows = [_row(found, one) for one in found.ranked()[:count]]
+    original = found.original()
+    if original is not None and original not in found.ranked()[:count]:
+        rows.append(_row(found, original))
+    primary = found.about["task"]["primary"]
+    if rows:
+        lines += ["", table(["trial", "from", primary, "replaced", "FLOPs", "params"], rows, left=2)]
+    if found.front:
+        front = [_row(found, one) for one in found.records if one.number in found.front]
+        what = ", ".join([primary, *found.about["objectives"][1:]])
+        lines += [
+            "",
+            f"Pareto front ({what}):",
+            table(["trial", "from", primary, "replaced", "FLOPs", "params"], front, left=2),
+        ]
+    if found.finals is not None:
+        lines += ["", *finals_lines(found.finals, primary)]
+    return lines
+
+
+def _row(found: Finished, one: Record) -> list[str]:
+    return [
+        str(one.number),
+        str(one.source),
+        f"{found.value(one):.5g}",
+        str(len(one.placement)),
+        *(relative(found, one, name) for name in ("flops", "params")),
+    ]
+
+
+def relative(found: Finished, one: Record, name: str) -> str:
+    """A trial's cost beside the original's, in per cent."""
+    traced = one.attributes.get("traced") or one.attributes.get("predicted") or {}
+    if name not in traced:
+        return "-"
+    return f"{traced[name] / found.about['original'][name] - 1:+.1%}"
+
+
+def finals_lines(finals: Mapping[str, Any], primary: str) -> list[str]:
+    """The table of the last stage."""
+    rows = []
+    for arm in finals["arms"]:
+        mean, spread = mean_and_spread(arm["values"])
+        told = [mean, spread] if arm["values"] else [arm["why_not"] or "-", "-"]
+        rows.append([arm["role"], str(arm["trial"]), str(len(arm["placement"])), *told])
+    head = f"finals: {finals['steps']} steps, {finals['seeds']} seeds"
+    return [head, table(["arm", "trial", "replaced", primary, "sd"], rows)]
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[str, str]:
+    """Mean and standard deviation as text."""
+    if not values:
+        return "-", "-"
+    spread = f"{statistics.stdev(values):.2g}" if len(values) > 1 else "-"
+    return f"{statistics.fmean(values):.5g}", spread

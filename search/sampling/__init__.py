@@ -1,0 +1,1 @@
+"""Decisions as Optuna parameters, and the samplers."""

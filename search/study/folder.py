@@ -1,0 +1,241 @@
+"""A search on disk: `study.jsonl` (Optuna's journal), `search.json` (what was asked), gains, models and finals.
+
+study.jsonl      the trials; readable by optuna-dashboard. With --storage they are in a database instead
+search.json      model, task, budgets, space: what status, report and export need without building anything
+gains.json       the gain table that the search goes by
+tensorboard/     curves of the search and hparams of the trials, one folder a worker
+best/            the best placement with replacements trained so far, a surgeon folder
+finals/          one folder a run of the final stage, and finals.json
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surgeon.costs.table import Option
+from surgeon.search.space import Space
+from surgeon.search.study.journal import StudyError, file_lock
+from surgeon.search.study.record import Record
+from surgeon.search.study.study import Study
+from surgeon.search.study.study_file import StudyFile
+from surgeon.util.files import check_fields, inside, read_object, write_text
+
+FORMAT = "surgeon-search"
+VERSION = 1
+NOTE = "best.json"
+
+
+class SearchFolder:
+    """Paths of a search, and what is written beside the study."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.study = self.path / "study.jsonl"
+        self.about = self.path / "search.json"
+        self.gains = self.path / "gains.json"
+        self.best = self.path / "best"
+        self.finals = self.path / "finals"
+        self.table = self.finals / "finals.json"
+        self.report = self.path / "report"
+        self.tensorboard = self.path / "tensorboard"
+
+    def check(self, *, resume: bool, storage: Mapping[str, str] | None = None) -> None:
+        """Raise `StudyError` unless a search may begin, or go on, here; `storage` is the study in a database, if it is in one."""
+        if storage is not None:
+            known = _storage(self.about) if self.about.is_file() else storage
+            if known != storage:
+                where = "here" if known is None else f"named {known['name']!r} in {known['url']}"
+                raise StudyError(f"{self.path} is the folder of another search, {where}: give another -o")
+        elif resume and _storage(self.about):
+            raise StudyError(f"the search in {self.path} is in a database: give its --storage")
+        if storage is not None and self.about.is_file():
+            return
+        if resume and storage is None:
+            if not self.study.is_file():
+                raise StudyError(f"there is no search in {self.path} to go on with; leave out --resume to begin one")
+        elif self.study.is_file():
+            raise StudyError(f"there is a search in {self.path} already: go on with it (--resume), or give another -o")
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())) and not self.about.is_file():
+            raise StudyError(f"{self.path} exists and is not the folder of a search: give another -o")
+
+    @property
+    def study_name(self) -> str:
+        """Of its study in a database: the one it began or joined, else its own name."""
+        known = _storage(self.about)
+        return known["name"] if known else self.path.absolute().name
+
+    def final_of(self, key: str) -> Path | None:
+        """The folder of an arm's first final run, of the longest training; None where there is none."""
+        stem = inside(self.finals, key, StudyError).name
+        runs = {
+            int(name[1]): name[0]
+            for path in (self.finals.iterdir() if self.finals.is_dir() else ())
+            if (name := re.fullmatch(rf"{re.escape(stem)}-rung(\d{{1,3}})-seed0", path.name))
+        }
+        return inside(self.finals, runs[max(runs)], StudyError) if runs else None
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other worker of this search is in the final stage meanwhile."""
+        self.finals.mkdir(parents=True, exist_ok=True)
+        with file_lock(self.finals / ".lock"):
+            yield
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A file that appears complete or not at all. Raises `StudyError`."""
+    write_text(path, json.dumps(values, indent=1) + "\n", StudyError)
+
+
+def read_kept(keep: Path) -> dict[str, Any] | None:
+    """What is known of the model in `best`: hash (the name of its folder), value, placement; None before there is one."""
+    note = keep / NOTE
+    return _read(note, _KEPT) if note.is_file() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A search as it lies on disk."""
+
+    folder: SearchFolder
+    about: Mapping[str, Any]
+    space: Space
+    records: list[Record]
+    alive: frozenset[str]  # workers that run now
+    front: tuple[int, ...]  # of several objectives: the trials that none is better than in all, as Optuna says
+    finals: Mapping[str, Any] | None
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Of the task's primary metric."""
+        return bool(self.about["task"]["higher_is_better"])
+
+    def value(self, one: Record) -> float | None:
+        """The measured value of a completed trial."""
+        return one.values[0] if one.state == "complete" and one.values else None
+
+    def ranked(self) -> list[Record]:
+        """Completed evaluations, best first, repetitions left out."""
+        done = [one for one in self.records if self.value(one) is not None and one.duplicate_of is None]
+        sign = -1.0 if self.higher_is_better else 1.0
+        return sorted(done, key=lambda one: (sign * (self.value(one) or 0.0), one.number))
+
+    def original(self) -> Record | None:
+        """The unmodified model, trained equally."""
+        return next((one for one in self.ranked() if not one.placement), None)
+
+
+def study_of(folder: SearchFolder, known: Mapping[str, str] | None, url: str | None = None) -> Study:
+    """The study of a search: its file, or what is `known` of the database; `url` in place of the known one, for its password."""
+    if known is None:
+        return StudyFile(folder.study)
+    from surgeon.search.study.database import StudyDatabase
+    from surgeon.search.study.database_url import check_named
+
+    if not url:
+        check_named(known["url"], str(folder.about))
+    return StudyDatabase(url or known["url"], known["name"])
+
+
+def read_search(path: str | Path, storage: str | None = None) -> Finished:
+    """Read a search, also one that is running. `storage`: the database's URL with its password. Raises `StudyError`."""
+    folder = SearchFolder(path)
+    if not folder.about.is_file():
+        raise StudyError(f"there is no search in {folder.path}: it has no {folder.about.name}")
+    about = read_object(folder.about, StudyError)
+    if about.get("storage") is None and not folder.study.is_file():
+        raise StudyError(f"there is no search in {folder.path}: it has no {folder.study.name}")
+    if about.get("format") != FORMAT or about.get("version") != VERSION:
+        raise StudyError(f"{folder.about} is not the record of a search that this version of surgeon can read")
+    about.setdefault("sampler", about.get("mode"))  # as it was called when trials had no parameters
+    about.setdefault("objectives", ["metric"])
+    check_fields(about, _ABOUT, str(folder.about), StudyError)
+    file = study_of(folder, _storage(folder.about), storage)
+    try:
+        records, alive, front = file.view(), file.running(), file.front()
+    finally:
+        file.close()
+    return Finished(
+        folder=folder,
+        about=about,
+        space=_space(about["space"], str(folder.about)),
+        records=records,
+        alive=alive,
+        front=front,
+        finals=_read(folder.table, _FINALS) if folder.table.is_file() else None,
+    )
+
+
+# The types of what is read of these files, for `check_fields`.
+_NUMBER = (int, float)
+_ABOUT = {
+    "model": {"name": str},
+    "task": {"name": str, "primary": str, "higher_is_better": bool},
+    "budgets": str,
+    "limits": {"*": (int, float, type(None))},
+    "original": {"*": _NUMBER},
+    "space": {
+        "layers": [str],
+        "stages": [(str, type(None))],
+        "options": [{"type": str, "options": dict}],
+        "allowed": [[int]],
+    },
+    "sampler": str,
+    "objectives": [str],
+    "seed": int,
+    "steps": int,
+    "gains": str,
+}
+_KEPT = {"hash": str, "value": _NUMBER, "placement": {"*": str}}
+_FINALS = {
+    "steps": int,
+    "seeds": int,
+    "arms": [
+        {
+            "role": str,
+            "hash": str,
+            "placement": {"*": str},
+            "values": [_NUMBER],
+            "trial": int,
+            "why_not": (str, type(None)),
+        }
+    ],
+}
+_STORAGE = {"url": str, "name": str}
+
+
+def _read(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    values = read_object(path, StudyError)
+    check_fields(values, fields, str(path), StudyError)
+    return values
+
+
+def _storage(path: Path) -> dict[str, str] | None:
+    """The database that the study is in, as search.json says; None where it is in the folder."""
+    known = read_object(path, StudyError).get("storage") if path.is_file() else None
+    if known is not None:
+        check_fields(known, _STORAGE, f"{path}: storage", StudyError)
+    return known
+
+
+def space_values(space: Space) -> dict[str, Any]:
+    """A space as JSON, with the stages that its hash leaves out."""
+    return space.to_dict() | {"stages": list(space.stages)}
+
+
+def _space(values: Mapping[str, Any], where: str) -> Space:
+    options = tuple(Option(one["type"], dict(one["options"])) for one in values["options"])
+    allowed = np.zeros((len(values["layers"]), len(options) + 1), dtype=np.bool_)
+    if not len(values["layers"]) == len(values["stages"]) == len(values["allowed"]):
+        raise StudyError(f"{where}: space: layers, stages and allowed are not of one length")
+    for row, columns in zip(allowed, values["allowed"], strict=True):
+        if not all(0 <= column <= len(options) for column in columns):
+            raise StudyError(f"{where}: space: allowed names an option that is not there")
+        row[columns] = True
+    return Space(layers=tuple(values["layers"]), stages=tuple(values["stages"]), options=options, allowed=allowed)

@@ -1,0 +1,82 @@
+"""A trial as a record: what of it is read, checked where it may be a stranger's.
+
+Its user attributes: `placement` (layer → option), `hash`, `source`, `gain` (what the table expected), `predicted`, `worker`,
+`attempts`, and where they apply `refused`, `error`, `traced`, `seconds`; in studies of older versions `duplicate_of`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from surgeon.search.study.journal import StudyError
+from surgeon.util.files import check_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One trial. `state`: complete, pruned, refused (over budget, never trained), failed, running or waiting."""
+
+    number: int
+    state: str
+    hash: str | None
+    placement: Mapping[str, str]
+    source: str | None
+    values: tuple[float, ...] | None
+    duplicate_of: int | None
+    attempts: int
+    worker: str | None
+    attributes: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it was an evaluation of its own."""
+        return self.state in ("complete", "pruned") and self.duplicate_of is None
+
+
+_ATTRIBUTES: dict[str, Any] = {  # the types of what is read of a trial, where it has it
+    "hash": str,
+    "placement": {"*": str},
+    "source": str,
+    "gain": (int, float),
+    "worker": str,
+    "attempts": int,
+    "duplicate_of": int,
+    "refused": [str],
+    "predicted": {"*": (int, float)},
+    "traced": {"*": (int, float)},
+    "seconds": (int, float),
+}
+
+
+def checked(trial: FrozenTrial, where: str) -> FrozenTrial:
+    """The trial; raises `StudyError` for attributes of other types than ours: a study may be a stranger's."""
+    fields = {name: kind for name, kind in _ATTRIBUTES.items() if name in trial.user_attrs}
+    check_fields(dict(trial.user_attrs), fields, f"{where}: trial {trial.number}", StudyError)
+    return trial
+
+
+def record(trial: FrozenTrial) -> Record:
+    """A trial as a record."""
+    attributes = trial.user_attrs
+    states = {
+        TrialState.COMPLETE: "complete",
+        TrialState.PRUNED: "refused" if "refused" in attributes else "pruned",
+        TrialState.FAIL: "failed",
+        TrialState.RUNNING: "running",
+        TrialState.WAITING: "waiting",
+    }
+    values = trial.values if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) else None
+    return Record(
+        number=trial.number,
+        state=states[trial.state],
+        hash=attributes.get("hash"),
+        placement=attributes.get("placement", {}),
+        source=attributes.get("source"),
+        values=None if values is None else tuple(values),
+        duplicate_of=attributes.get("duplicate_of"),
+        attempts=int(attributes.get("attempts", 0)),
+        worker=attributes.get("worker"),
+        attributes=attributes,
+    )

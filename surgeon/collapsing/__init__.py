@@ -1,0 +1,1 @@
+"""Layers that do not vary, back to convolutions."""

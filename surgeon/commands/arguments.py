@@ -1,0 +1,213 @@
+"""Arguments that several commands take, and the values that these may have. Nothing heavy is imported."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TextIO
+
+from surgeon.errors import ConfigError
+from surgeon.util.files import parse_json, told
+from surgeon.util.parse import parse_input_size
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgeon.records.recipe import BaseModel
+
+MOST = 2**31 - 1  # of a count
+_STDOUT: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, the value as JSON where it is that, otherwise as text; an argparse type."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    try:
+        return key, parse_json(value, key, ConfigError)
+    except ConfigError as error:
+        if isinstance(error.__cause__, json.JSONDecodeError):
+            return key, value
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def whole(text: str) -> int:
+    """An integer that a count may be; an argparse type."""
+    value = _integer(text)
+    if value is None:
+        raise argparse.ArgumentTypeError(f"expected an integer, got {told(text)}")
+    if abs(value) > MOST:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST:,}, got {told(text)}")
+    return value
+
+
+class Assignments(argparse.Action):
+    """Collects KEY=VALUE pairs over all uses of an option; a key that is given twice is an error."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        pairs = [*getattr(namespace, self.dest), *values]
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise argparse.ArgumentError(self, f"{key} is given {keys.count(key)} times; give it once")
+        setattr(namespace, self.dest, pairs)
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1; an argparse type."""
+    value = _integer(text)
+    if value is None or value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {told(text)}")
+    return whole(text)
+
+
+def seed(text: str) -> int:
+    """What starts random numbers: 63 bits; an argparse type."""
+    value = _integer(text)
+    if value is None or not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2^63 - 1, got {told(text)}")
+    return value
+
+
+def _integer(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"\s*[+-]?\d{1,30}\s*", text) else None
+
+
+def size(text: str) -> tuple[int, ...]:
+    """(H, W) or (C, H, W); an argparse type, the same for all commands."""
+    try:
+        values = parse_input_size(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"expected SIZE, HxW or CxHxW, got {told(text)}") from error
+    return values * 2 if len(values) == 1 else values
+
+
+def add_pairs(parser: Any, flag: str, help_: str, *, dest: str | None = None) -> None:
+    """An option of KEY=VALUE pairs, empty where it is not given."""
+    dest = dest or flag.lstrip("-").replace("-", "_")
+    parser.add_argument(
+        flag, dest=dest, type=assignment, nargs="+", action=Assignments, default=[], metavar="KEY=VALUE", help=help_
+    )
+
+
+def add_seed(parser: Any, of: str) -> None:
+    """`--seed`, which says what it is the seed of."""
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help=f"{of} (default: 0)")
+
+
+# --- groups of arguments ---------------------------------------------------------------------------------------------
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """A model by name, for `build`."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a timm name, torchvision/NAME, zoo/NAME, hf-hub:ID, a surgeon folder, a .pt2 file, or package.module:factory",
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
+    add_seed(group, "of random weights and of the conversion")
+    group.add_argument("--num-classes", type=positive, metavar="N", help="classes of the model's head")
+    group.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
+    add_pairs(group, "--model-args", "further options of the model")
+
+
+def amp(text: str) -> str:
+    """A precision as fine-tuning names it: no, fp16 or bf16; an argparse type, the same words for all commands."""
+    known = {"no": "no", "fp16": "fp16", "float16": "fp16", "bf16": "bf16", "bfloat16": "bf16"}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"expected no, fp16 (float16) or bf16 (bfloat16), got {told(text)}")
+    return known[text]
+
+
+def amp_dtype(text: str) -> str | None:
+    """A precision as torch names its dtype, None for no; an argparse type, the same words for all commands."""
+    return {"no": None, "fp16": "float16", "bf16": "bfloat16"}[amp(text)]
+
+
+def device(text: str) -> str:
+    """auto, cpu, cuda, cuda:N or mps; an argparse type, the same for all commands."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,4})?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda, cuda:N or mps, got {told(text)}")
+    return text
+
+
+def add_amp(parser: Any, kind: Callable[[str], str | None] = amp_dtype) -> None:
+    """`--amp`, alone or with a precision; None where it is not given."""
+    const = kind("fp16")
+    help_ = "automatic mixed precision: fp16 (--amp alone), bf16 or no"
+    parser.add_argument("--amp", type=kind, nargs="?", const=const, metavar="fp16|bf16|no", help=help_)
+
+
+def add_device(parser: Any) -> None:
+    """`--device`."""
+    parser.add_argument("--device", type=device, metavar="auto|cpu|cuda:N", help="default: auto, a GPU if there is one")
+
+
+def add_training_options(group: Any) -> Any:
+    """`--batch-size`, `--amp`, `--device` and `--workers`, left to the config where they are not given; returns the group."""
+    group.add_argument("--batch-size", type=positive, metavar="N", help="samples a step (default: 32)")
+    add_amp(group, amp)
+    add_device(group)
+    group.add_argument("--workers", type=whole, metavar="N", help="processes that load data (default: 0)")
+    return group
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """A folder that surgeon wrote."""
+    parser.add_argument("run", metavar="RUN", help="a folder that surgeon wrote, or hf-hub:ORG/NAME")
+    parser.add_argument(
+        "--trust-factory", action="store_true", help="run the package.module:factory that the recipe names"
+    )
+
+
+def add_output(parser: Any, *, required: bool, help_: str) -> None:
+    """A folder to write."""
+    parser.add_argument("-o", "--output", required=required, metavar="OUT", help=help_)
+    parser.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")
+
+
+# --- what they say ------------------------------------------------------------------------------------------------------
+
+
+def build(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
+    """The model of `add_model`, and what is known of where it is from."""
+    from surgeon.models.names import build_model
+
+    return build_model(
+        args.model,
+        weights=args.weights,
+        seed=args.seed,
+        num_classes=args.num_classes,
+        input_size=args.input_size,
+        options=dict(args.model_args),
+    )
+
+
+def input_size(args: argparse.Namespace, base: "BaseModel | None") -> tuple[int, ...] | None:
+    """As given, or the model's own; None if neither is known."""
+    given: tuple[int, ...] | None = args.input_size
+    return given or (base.input_size or None if base is not None else None)
+
+
+@contextmanager
+def one_document() -> Iterator[None]:
+    """What libraries print meanwhile goes to stderr: stdout holds what `print_json` prints, and nothing else."""
+    before = _STDOUT.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _STDOUT.reset(before)
+
+
+def print_json(values: Any) -> None:
+    """The one document of --json."""
+    print(json.dumps(values, indent=2), file=_STDOUT.get(), flush=True)

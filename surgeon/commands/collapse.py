@@ -1,0 +1,119 @@
+"""`surgeon collapse`: fold dynamic layers that do not vary back into convolutions. Imports torch when it runs."""
+
+import argparse
+import math
+from typing import TYPE_CHECKING, Any
+
+from surgeon.commands.arguments import add_run, print_json, whole
+from surgeon.errors import ConfigError, NothingFoldedError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from surgeon.records.collapse_report import CollapseReport
+    from surgeon.records.recipe import BaseModel
+
+DESCRIPTION = "fold dynamic layers that do not vary back into plain convolutions"
+EXAMPLES = """  surgeon collapse runs/resnet50-pafu -o runs/resnet50-lean
+  surgeon collapse runs/resnet50-pafu --images photos/ -o runs/resnet50-lean
+  surgeon collapse runs/resnet50-acda --images photos/ --tolerance 0.02 --dry-run
+
+Without --images only what the parameters prove is folded; with them also what does not
+vary on them. Exit code 1: nothing could be folded, or the result is not equal.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `surgeon collapse`, beside --json, --quiet and --debug."""
+    add_run(parser)
+    parser.add_argument("-o", "--output", metavar="OUT", help="folder to write")
+    parser.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")
+    parser.add_argument("--dry-run", action="store_true", help="fold and report, but write nothing")
+    parser.add_argument("--layers", metavar="NAMES", help="which dynamic layers (default: all)")
+    parser.add_argument("--images", metavar="DIR", help="pictures to observe the layers on")
+    parser.add_argument("--limit", type=whole, default=32, metavar="N", help="of these at most N (default: 32)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="largest relative variation of a filter that is folded at its mean, 0 to 1 (default: 0, exact)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code; raises `NothingFoldedError` after the report was printed."""
+    import surgeon
+    from surgeon.commands.console import Progress
+    from surgeon.models.checkpoint import check_output, load, save
+    from surgeon.models.hub import folder
+    from surgeon.records.recipe import get_recipe
+
+    _check(args)
+    if not args.dry_run:
+        check_output(args.output, force=args.force)
+    model = load(folder(args.run), trust_factory=args.trust_factory)
+    recipe = get_recipe(model)
+    base = recipe.base if recipe is not None else None
+    images = _images(args, model, base)
+    try:
+        with Progress(enabled=not args.quiet) as progress:
+            model, report = surgeon.collapse(
+                model,
+                tolerance=args.tolerance,
+                calibration=images,
+                input_size=None if base is None else base.input_size or None,
+                layers=args.layers,
+                inplace=not _is_layer(model),
+                progress=progress,
+            )
+            report.model = args.run
+            if not args.dry_run:
+                progress("save", 0, 1)
+                save(model, args.output, report=report, force=args.force)
+    except NothingFoldedError as error:
+        _print(args, error.report, None)
+        raise
+    _print(args, report, None if args.dry_run else args.output)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not args.output and not args.dry_run:
+        raise ConfigError("say where the result goes, with -o OUT, or ask for --dry-run")
+    if not (math.isfinite(args.tolerance) and 0 <= args.tolerance < 1):
+        raise ConfigError(f"--tolerance is a relative variation from 0 to less than 1, got {args.tolerance:g}")
+    if args.tolerance and not args.images:
+        raise ConfigError("--tolerance needs --images: how much a layer varies is observed on them")
+    if args.limit < 1:
+        raise ConfigError(f"--limit must be at least 1 image, got {args.limit}")
+
+
+def _images(args: argparse.Namespace, model: "nn.Module", base: "BaseModel | None") -> "Tensor | None":
+    if args.images is None:
+        return None
+    from surgeon.models.images import read_images
+
+    if base is None:
+        raise ConfigError("--images needs to know the base model, for its transform; this folder does not name it")
+    return read_images(args.images, model, base, limit=args.limit, option="--images")
+
+
+def _is_layer(model: "nn.Module") -> bool:
+    from surgeon.layers.base import DynamicConv2d
+
+    return isinstance(model, DynamicConv2d)
+
+
+def _print(args: argparse.Namespace, report: "CollapseReport | Any", written: str | None) -> None:
+    from surgeon.commands.console import width
+
+    report.model = args.run
+    if args.json:
+        print_json({"output": written, **report.to_dict()})
+        return
+    print(report.to_text(width()), end="")
+    if report.folded:
+        left = len(report.kept)
+        print(f"dynamic layers that remain: {left}" if left else "no dynamic layer remains")
+        print(f"written to  {written}" if written else "dry run: nothing was written")

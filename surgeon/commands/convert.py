@@ -1,0 +1,158 @@
+"""`surgeon convert`: chosen convolutions become content-adaptive."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from surgeon.commands.arguments import add_model, add_output, add_pairs, build, input_size, print_json, whole
+from surgeon.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgeon.records.recipe import BaseModel
+
+LAYERS_HELP = """selections (--layers), joined by commas:
+  names and prefixes   layer3, layer4.0.conv2      globs, regexes   'blocks.*.conv_dw', 're:conv[23]$'
+  stages               stem, stage1 ... , all      predicates       k>=3, k=1, in>=64, stride=1, groups=1
+  kinds                depthwise, dense, first-of-stage             exclusion        '!layer4.2'
+  Names and stages add up, predicates narrow down. 1x1 convolutions are taken only by full name or with k=1.
+"""
+
+DESCRIPTION = "make chosen convolutions content-adaptive"
+EXAMPLES = (
+    "  surgeon convert resnet50 --layers stage3,stage4 --type acda\n"
+    "  surgeon convert mobilenetv2_100 --layers depthwise --type sekg -o runs/mobile\n"
+    "  surgeon convert resnet50 --layers first-of-stage --type pafu -n 4 --dry-run\n"
+    "  surgeon convert resnet18 --layers stage4 --type acda -m 4 --compress --calibrate photos/\n"
+    "  surgeon convert resnet50 --recipe recipe.json\n"
+    "  surgeon convert resnet18 --pattern dcb --layers stage3,stage4\n"
+    "  surgeon convert exported.pt2 --layers stage3 --type acda\n"
+    f"  surgeon convert zoo/sidd_conv --recipe zoo/acda_sidd\n\n{LAYERS_HELP}"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `surgeon convert`, beside --json, --quiet and --debug."""
+    add_model(parser)
+    group = parser.add_argument_group("what becomes what")
+    group.add_argument("--layers", metavar="SELECTION", help="which convolutions (default: all with k >= 2)")
+    group.add_argument("--type", metavar="TYPE", help="acda, pafu or sekg")
+    group.add_argument(
+        "--pattern",
+        metavar="dcb|mdcb",
+        help="residual blocks become ADFNet's DCBs, instead of --type (mdcb: says why not)",
+    )
+    group.add_argument(
+        "--recipe",
+        metavar="FILE|zoo/NAME",
+        help="rules from a recipe, or those of a zoo network, instead of --layers and --type",
+    )
+    group = parser.add_argument_group("layer options (any other by --option)")
+    group.add_argument("--atoms", "-m", type=whole, metavar="M", help="acda: dynamic atoms")
+    group.add_argument("--scales", "-S", type=whole, metavar="S", help="acda: scales of the basis, 3x3, 5x5, ...")
+    group.add_argument("--basis-size", type=whole, metavar="M'", help="acda: basis elements a scale")
+    group.add_argument("--group-size", "-n", type=whole, metavar="N", help="pafu: kernels in a group")
+    group.add_argument("--kernel-groups", type=whole, metavar="G", help="sekg: channels that share a kernel, as groups")
+    group.add_argument("--compress", action="store_true", help="acda: drop the static atoms; smaller, not exact")
+    group.add_argument("--calibrate", metavar="DIR", help="pictures for an activation-aware --compress")
+    add_pairs(group, "--option", "any layer option", dest="options")
+    group = parser.add_argument_group("output")
+    add_output(group, required=False, help_="folder to write (default: runs/NAME-TYPE)")
+    group.add_argument("--dry-run", action="store_true", help="convert and report, but write nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    from torch import fx
+
+    import surgeon
+    from surgeon.commands.console import Progress, width
+    from surgeon.models.checkpoint import check_output, save
+    from surgeon.models.programs import described
+    from surgeon.records.recipe import Recipe
+    from surgeon.surgery.convert import OPTIMIZER_NOTE
+
+    recipe = Recipe.read(args.recipe) if args.recipe else None
+    options = _layer_options(args)
+    if recipe is not None and (args.layers or args.type or args.pattern or options):
+        raise ConfigError(
+            "--recipe says layers, types and options itself: leave out --layers, --type, --pattern and layer options"
+        )
+    if args.pattern and args.type:
+        raise ConfigError("--pattern says what the layers become: leave out --type")
+    if recipe is None and not args.type and not args.pattern:
+        raise ConfigError("say what the layers become: --type acda, pafu or sekg (or --recipe FILE)")
+    output = args.output or _default_output(args.model, args.type or args.pattern or "recipe")
+    if not args.dry_run:
+        check_output(output, force=args.force)
+    _check_options(args.type, options)
+    model, base = build(args)
+    read = [f"read {args.model}: {described(model)}"] if isinstance(model, fx.GraphModule) else []
+    calibration = _calibration(args, model, base)
+    with Progress(enabled=not args.quiet) as progress:
+        model, report = surgeon.convert(
+            model,
+            layers=None if recipe else args.layers or "all",
+            type=args.type,
+            pattern=args.pattern,
+            recipe=recipe,
+            input_size=input_size(args, base),
+            calibration=calibration,
+            seed=args.seed,
+            inplace=True,
+            progress=progress,
+            **options,
+        )
+        report.model = args.model
+        report.notes = read + [
+            note for note in report.notes if not note.startswith(OPTIMIZER_NOTE)
+        ]  # there is none here
+        if not args.dry_run:
+            progress("save", 0, 1)
+            save(model, output, report=report, base=base, force=args.force)
+    written = None if args.dry_run else str(output)
+    if args.json:
+        print_json({"output": written, **report.to_dict()})
+    else:
+        print(report.to_text(width()), end="")
+        print(f"written to  {written}" if written else "dry run: nothing was written")
+    return 0
+
+
+def _layer_options(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("atoms", "scales", "basis_size", "group_size", "kernel_groups")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.compress:
+        if args.type != "acda":
+            raise ConfigError(f"--compress drops the static atoms of acda layers; it has no meaning for {args.type}")
+        options["static_atoms"] = 0
+    for key, value in args.options:
+        if options.setdefault(key, value) != value:
+            raise ConfigError(f"{key} is given twice: {options[key]!r}, and {value!r} by --option; give it once")
+    return options
+
+
+def _check_options(kind: str | None, options: dict[str, Any]) -> None:
+    """Refuse wrong types and options before a model is built."""
+    if kind is not None:
+        from surgeon.layers.registry import layer_class
+        from surgeon.records.recipe import Rule
+        from surgeon.surgery.plan import read_config
+
+        read_config(layer_class(kind), Rule(layers="all", type=kind, options=options))
+
+
+def _calibration(args: argparse.Namespace, model: "nn.Module", base: "BaseModel | None") -> Any:
+    if args.calibrate is None:
+        return None
+    from surgeon.models.images import read_images
+
+    if base is None:
+        raise ConfigError("--calibrate needs to know the base model, for its transform; this folder does not name it")
+    return read_images(args.calibrate, model, base)
+
+
+def _default_output(model: str, kind: str) -> str:
+    """`runs/NAME-TYPE`, the name being the last part of how the model was named."""
+    name = model.rstrip("/").removesuffix(".pt2").rpartition("/")[2].rpartition(":")[2]
+    return f"runs/{name}-{kind}"

@@ -1,0 +1,256 @@
+"""`surgeon cost`: what a model costs, printed, drawn, compared, and on request measured. Imports torch when it runs."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgeon.commands.arguments import add_amp, print_json, size, whole
+from surgeon.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgeon.costs import Cost
+
+DESCRIPTION = "FLOPs, parameters and peak GPU memory of a model, without a GPU"
+EXAMPLES = """  surgeon cost resnet50 --batch-size 32 --optimizer sgd --amp
+  surgeon cost runs/resnet50-acda --batch-size 32 --compare
+  surgeon cost resnet50 --batch-size 64 --table --layers stage3,stage4
+  surgeon cost resnet50 --batch-size 32 --plot memory.png --max-memory 8GiB
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `surgeon cost`, beside --json, --quiet and --debug."""
+    parser.add_argument("model", metavar="MODEL|RUN", help="a model's name, or a folder that surgeon wrote")
+    add_step_arguments(parser)
+    parser.add_argument("--infer", action="store_true", help="inference instead of a training step")
+    parser.add_argument(
+        "--accumulate", type=whole, default=1, metavar="N", help="micro-steps an optimizer step (default: 1)"
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing (timm models)")
+    parser.add_argument("--weight-decay", type=float, default=1e-4, metavar="X", help="default: 1e-4")
+    parser.add_argument("--strict", action="store_true", help="an operator without a FLOP formula is an error")
+    parser.add_argument("--max-flops", metavar="N", help="exit 1 if an image costs more (4.5G; 1 MAC = 2 FLOPs)")
+    parser.add_argument("--max-memory", metavar="N", help="exit 1 if a step needs more, reserve included (8GiB)")
+    parser.add_argument(
+        "--compare",
+        nargs="?",
+        const="",
+        metavar="ORIGINAL",
+        help="beside another model (default: the run's base model)",
+    )
+    parser.add_argument("--table", action="store_true", help="what every layer would cost as every layer type")
+    parser.add_argument("--layers", metavar="SELECTION", help="of --table (default: all with k >= 2)")
+    parser.add_argument("--plot", metavar="FILE", help="draw memory over the step, and the layers' shares (png)")
+    parser.add_argument("--measure", action="store_true", help="run the step on the CUDA device and compare")
+
+
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a step is run; shared with `surgeon bench`."""
+    parser.add_argument("--batch-size", type=whole, default=1, metavar="N", help="images a step (default: 1)")
+    parser.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
+    parser.add_argument("--optimizer", default="sgd", metavar="NAME", help="sgd (momentum), sgd-plain, adam, adamw")
+    add_amp(parser)
+    parser.add_argument("--channels-last", action="store_true", help="channels-last memory format")
+    parser.add_argument("--trust-factory", action="store_true", help="run the factory that a run's recipe names")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code: 1 over budget, or --measure without CUDA."""
+    from surgeon.costs import cost, parse_quantity
+
+    budgets = {
+        "flops": parse_quantity(args.max_flops, "--max-flops") if args.max_flops else None,
+        "total_bytes": parse_quantity(args.max_memory, "--max-memory") if args.max_memory else None,
+    }
+    settings = _settings(args)
+    _check_device(args)
+    model, found = _cost_of(args.model, args, strict=args.strict, **settings)
+    other = None
+    if args.compare:
+        other = _cost_of(args.compare, args, **settings)[1]
+    elif args.compare is not None:
+        other = cost(original_of(args), **settings)
+    document: dict[str, Any] = {"model": args.model, **found.to_dict()}
+    if other is not None:
+        document["compared_with"] = {"model": args.compare or "base model", **other.to_dict()}
+    if args.table:
+        document["table"] = _table(model, args, settings)
+    if args.plot:
+        from surgeon.costs.plot import draw
+
+        draw(found, args.plot, title=args.model)
+        document["plot"] = args.plot
+    if args.measure:
+        document["measured"] = _measured(model, settings, found)
+    over = [name for name, limit in budgets.items() if limit is not None and getattr(found, name) > limit]
+    document["over_budget"] = over
+    _print(document, found, other, args)
+    return 1 if over else 0
+
+
+def _cost_of(spec: str, args: argparse.Namespace, **settings: Any) -> "tuple[nn.Module, Cost]":
+    """A model and what it costs. Weights are made for --measure, and where the model cannot be traced without data."""
+    from surgeon.costs import cost
+    from surgeon.models.hub import folder_if_any
+    from surgeon.models.names import shapes_of
+
+    spec = folder_if_any(spec)
+    if not args.measure and not Path(spec, "recipe.json").is_file():
+        model = shapes_of(spec)
+        try:
+            return model, cost(model, **settings)
+        except InputError:
+            if not any(parameter.is_meta for parameter in model.parameters()):
+                raise
+    model = build(spec, trust_factory=args.trust_factory)
+    return model, cost(model, **settings)
+
+
+def build(spec: str, *, trust_factory: bool = False) -> "nn.Module":
+    """A model for its shapes: the weights do not matter, so that none are fetched."""
+    from surgeon.models.hub import folder_if_any
+
+    folder = folder_if_any(spec)
+    if Path(folder, "recipe.json").is_file():
+        from surgeon.models.checkpoint import load
+
+        return load(folder, trust_factory=trust_factory)
+    from surgeon.models.names import build_model
+
+    return build_model(spec, weights="random")[0]
+
+
+def original_of(args: argparse.Namespace) -> "nn.Module":
+    """The unconverted model behind a run, with meaningless weights; raises `ConfigError` where it is not known."""
+    from surgeon.models.hub import folder_if_any
+    from surgeon.models.names import build_structure
+    from surgeon.records.recipe import Recipe
+
+    folder = folder_if_any(getattr(args, "run", None) or args.model)
+    if not Path(folder, "recipe.json").is_file():
+        raise ConfigError(
+            f"{folder} is no folder that surgeon wrote; name the model to compare with: --compare ORIGINAL"
+        )
+    base = Recipe.read(folder).base
+    if base is None:
+        raise ConfigError(f"{folder} does not know its base model; name the model to compare with: --compare ORIGINAL")
+    return build_structure(base, trust_factory=args.trust_factory)
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "input_size": args.input_size,
+        "batch_size": args.batch_size,
+        "mode": "infer" if args.infer else "train",
+        "optimizer": args.optimizer,
+        "amp": args.amp or False,
+        "channels_last": args.channels_last,
+        "weight_decay": args.weight_decay,
+        "accumulate": args.accumulate,
+        "checkpointing": args.checkpointing,
+    }
+
+
+def _check_device(args: argparse.Namespace) -> None:
+    if not args.measure:
+        return
+    from surgeon.costs.measure import NoDeviceError, has_device
+
+    if not has_device():
+        raise NoDeviceError(
+            "--measure needs a CUDA device, and this machine has none; leave it out for the prediction alone"
+        )
+
+
+def _table(model: "nn.Module", args: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    from surgeon.costs.table import KEEP, cost_table
+
+    table = cost_table(model, layers=args.layers, **settings)
+    return [asdict(row) for row in table.rows if row.option != KEEP]
+
+
+def _measured(model: "nn.Module", settings: dict[str, Any], found: "Cost") -> dict[str, float]:
+    from surgeon.costs.measure import measure
+    from surgeon.costs.settings import make_settings
+
+    real = measure(model, make_settings(model, **settings))
+    return {
+        "peak_bytes": real.peak_bytes,
+        "reserved_bytes": real.reserved_bytes,
+        "error": found.peak_bytes / real.peak_bytes - 1,
+    }
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+def _print(document: dict[str, Any], found: "Cost", other: "Cost | None", args: argparse.Namespace) -> None:
+    if args.json:
+        print_json(document)
+        return
+    print("\n".join(cost_lines(args.model, found, other, args.compare)))
+    for row_text in _table_text(document.get("table")):
+        print(row_text)
+    if "measured" in document:
+        real = document["measured"]
+        mib = 2**20
+        print(
+            f"\nmeasured    peak {real['peak_bytes'] / mib:,.1f} MiB, predicted {found.peak_bytes / mib:,.1f} MiB "
+            f"({real['error']:+.1%}); reserved {real['reserved_bytes'] / mib:,.1f} MiB"
+        )
+    for name in document["over_budget"]:
+        limit = args.max_flops if name == "flops" else args.max_memory
+        print(f"over budget: {'FLOPs' if name == 'flops' else 'memory'} above {limit}")
+    if args.plot:
+        print(f"drawn to    {args.plot}", file=sys.stderr)
+
+
+def cost_lines(name: str, found: "Cost", other: "Cost | None" = None, other_name: str | None = None) -> list[str]:
+    """The cost for people, one or two columns."""
+    from surgeon.util.parse import giga, mebibytes
+    from surgeon.util.tables import table
+
+    step = "inference" if found.mode == "infer" else f"training step, {found.optimizer}"
+    precision = found.amp or "float32"
+    size = "x".join(map(str, found.input_size))
+    head = f"{name}: {step}, {precision}, batch {found.batch_size} of {size}"
+
+    def column(c: "Cost") -> list[str]:
+        values = [giga(c.flops), giga(c.macs), giga(c.backward_flops), giga(c.params), mebibytes(c.peak_bytes)]
+        parts = [mebibytes(value) for value in c.breakdown.values()]
+        return [*values, *parts, mebibytes(c.total_bytes)]
+
+    names = ["FLOPs an image, forward", "MACs an image, forward", "FLOPs an image, backward", "parameters"]
+    names += ["peak of tensors", *(f"  {kind}" for kind in found.breakdown), "needed in total"]
+    names[names.index("  reserve")] = "reserve"
+    columns = [column(found)] + ([column(other)] if other is not None else [])
+    header = ["", "this model"] + ([other_name or "original"] if other is not None else [])
+    text = table(header, [[n, *values] for n, *values in zip(names, *columns, strict=True)])
+    notes = [f"note: {note}" for note in found.notes]
+    parts = ", ".join(f"{key} {value / 2**20:,.0f}" for key, value in found.reserve.items())
+    return [head, "", text, "", f"reserve, MiB: {parts} (stated, not measured)", *notes]
+
+
+def _table_text(rows: list[dict[str, Any]] | None) -> list[str]:
+    if rows is None:
+        return []
+    from surgeon.util.tables import shorten, table
+
+    def line(row: dict[str, Any]) -> list[str]:
+        if row["reasons"]:
+            return [row["layer"], row["option"], shorten("no: " + "; ".join(row["reasons"]), 40), "", "", ""]
+        numbers = [f"{row['flops'] / 1e6:+,.1f}", f"{row['params'] / 1e3:+,.1f}"]
+        return [
+            row["layer"],
+            row["option"],
+            *numbers,
+            *(f"{row[k] / 2**20:+,.1f}" for k in ("saved_bytes", "transient_bytes")),
+        ]
+
+    header = ["layer", "becomes", "MFLOP", "kparams", "saved MiB", "transient MiB"]
+    return ["", table(header, [line(row) for row in rows], left=2, width=100)]

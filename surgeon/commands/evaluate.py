@@ -1,0 +1,259 @@
+"""`surgeon evaluate`: a model's metrics on a task, beside those of its original. Imports torch when it runs."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgeon.commands.arguments import add_amp, add_device, add_pairs, add_seed, positive, print_json, whole
+from surgeon.errors import ConfigError, DataError, ModelError, SurgeonError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgeon.records.recipe import BaseModel
+    from surgeon.visualize.adaptivity import Adaptivity
+    from surgeon.zoo.tasks import Task
+
+DESCRIPTION = "metrics of a model on a task, beside those of its original"
+EXAMPLES = """  surgeon evaluate runs/resnet50-acda --task classification --data imagenet/
+  surgeon evaluate runs/dncnn-sekg --task denoising --data photos/ --task-option sigma=25
+  surgeon evaluate resnet50 --task classification --data imagenet/ --original none --limit 500
+  surgeon evaluate runs/mine --task classification --data cifar/ --original zoo/resnet20_cifar \\
+      --original-weights resnet20.pth
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `surgeon evaluate`, beside --json, --quiet and --debug."""
+    parser.add_argument("model", metavar="RUN|MODEL", help="a folder that surgeon wrote, or a model's name")
+    group = parser.add_argument_group("task")
+    group.add_argument("--task", required=True, metavar="NAME", help="classification, denoising, ...")
+    group.add_argument("--data", metavar="DIR", help="the task's data, laid out as docs/tasks.md says")
+    add_pairs(group, "--task-option", "any option of the task", dest="task_options")
+    group.add_argument("--split", choices=("val", "train"), default="val", help="default: val")
+    group.add_argument("--limit", type=positive, metavar="N", help="only N samples, spread evenly over the split")
+    group = parser.add_argument_group("what it is compared with")
+    group.add_argument(
+        "--original",
+        default="auto",
+        metavar="auto|none|MODEL",
+        help="auto: the base model of a run, with the weights it was converted with (default)",
+    )
+    group.add_argument("--original-weights", metavar="FILE", help="its weights, where they cannot be found")
+    group = parser.add_argument_group("how it is run")
+    group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="of a MODEL")
+    group.add_argument("--num-classes", type=positive, metavar="N", help="classes of a MODEL's head")
+    add_seed(group, "of the task and of random weights")
+    group.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
+    group.add_argument("--workers", type=whole, default=0, metavar="N", help="processes that load data (default: 0)")
+    add_device(group)
+    add_amp(group)
+    group.add_argument("--trust-factory", action="store_true", help="run the factory that a run's recipe names")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    from surgeon.commands.console import Progress, width
+    from surgeon.records.report import jsonable
+
+    task = _task(args)
+    model, base = _model(args)
+    notes: list[str] = []
+    original, name = _original(args, base, notes)
+    task.check()
+    device = _default_device() if args.device in (None, "auto") else args.device
+    with Progress(enabled=not args.quiet) as progress:
+        found = _measure(model, args.model, task, args, device, progress, notes)
+        beside = None
+        if original is not None:
+            beside = {"model": name, **_measure(original, name, task, args, device, progress, notes)}
+    document = {
+        "model": args.model,
+        "task": task.name,
+        "split": args.split,
+        "samples": len(task.dataset(args.split)),
+        "device": device,
+        "amp": args.amp,
+        "primary": task.primary,
+        "higher_is_better": task.higher_is_better,
+        **found,
+        "original": beside,
+        "notes": notes,
+    }
+    if args.json:
+        print_json(jsonable(document))
+    else:
+        print(text(document, width()))
+    return 0
+
+
+def _task(args: argparse.Namespace) -> "Task":
+    from surgeon.zoo.tasks import create_task
+
+    options: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in args.task_options
+    }
+    if args.data is not None:
+        if not Path(args.data).is_dir():
+            raise DataError(f"--data: there is no folder {args.data}")
+        options["data"] = Path(args.data)
+    if args.limit is not None:
+        options[f"{args.split}_limit"] = args.limit
+    try:
+        return create_task(args.task, seed=args.seed, **options)
+    except TypeError as error:
+        raise ConfigError(f"task {args.task} cannot be made with these options: {error}") from error
+
+
+def _model(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
+    from surgeon.models.hub import folder_if_any
+
+    folder = folder_if_any(args.model)
+    if Path(folder, "recipe.json").is_file():
+        from surgeon.models.checkpoint import load
+        from surgeon.records.recipe import get_recipe
+
+        model = load(folder, trust_factory=args.trust_factory)
+        recipe = get_recipe(model)
+        return model, None if recipe is None else recipe.base
+    from surgeon.models.names import build_model
+
+    if args.original == "auto":
+        args.original = "none"  # a model by its name is an original
+    return build_model(args.model, weights=args.weights, seed=args.seed, num_classes=args.num_classes)
+
+
+def _original(args: argparse.Namespace, base: "BaseModel | None", notes: list[str]) -> "tuple[nn.Module | None, str]":
+    from surgeon.models.names import build_model, restore
+
+    if args.original == "none":
+        return None, ""
+    if args.original != "auto":
+        weights = args.original_weights or "auto"
+        return build_model(args.original, weights=weights, seed=args.seed)[0], args.original
+    if base is None:
+        notes.append("no original: the run does not know its base model (name one with --original MODEL)")
+        return None, ""
+    try:
+        return restore(base, weights=args.original_weights, trust_factory=args.trust_factory), base.name
+    except ModelError as error:
+        if args.original_weights:
+            raise
+        notes.append(f"no original: {error} (here --original-weights FILE)")
+        return None, ""
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _measure(
+    model: "nn.Module",
+    name: str,
+    task: "Task",
+    args: argparse.Namespace,
+    device: str,
+    progress: Any,
+    notes: list[str],
+) -> dict[str, Any]:
+    """Metrics, parameters and FLOPs of one model; the model is made to fit the task first."""
+    from surgeon.zoo.evaluate import evaluate
+
+    before = {id(parameter) for parameter in model.parameters()}
+    layers: list[Adaptivity] = []
+    model = task.bind(model)
+    new = [key for key, parameter in model.named_parameters() if id(parameter) not in before]
+    if new:
+        shown = ", ".join(new[:3]) + (", ..." if len(new) > 3 else "")
+        notes.append(f"{name} was given new, untrained parameters to fit the task: {shown}")
+    flops, size = _flops(model, task, args.split, name, notes)
+    metrics = evaluate(
+        model,
+        task,
+        split=args.split,
+        batch_size=args.batch_size,
+        device=device,
+        amp=args.amp,
+        workers=args.workers,
+        progress=lambda stage, done, total: progress(name.rstrip("/").rpartition("/")[2], done, total),
+        layers=layers,
+    )
+    params = sum(p.numel() for p in model.parameters())
+    return {
+        "metrics": metrics,
+        "params": params,
+        "flops": flops,
+        "input_size": size,
+        "layers": [x.to_dict() for x in layers],
+    }
+
+
+def _flops(model: "nn.Module", task: "Task", split: Any, name: str, notes: list[str]) -> tuple[int | None, list[int]]:
+    """FLOPs of one forward pass of the split's first input, and that input's shape."""
+    from surgeon.costs import cost
+
+    size = tuple(task.dataset(split)[0]["input"].shape)
+    try:
+        return cost(model, input_size=size, mode="infer").flops, list(size)
+    except SurgeonError as error:
+        notes.append(f"the FLOPs of {name} cannot be counted: {error}")
+        return None, list(size)
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+def text(document: dict[str, Any], width: int) -> str:
+    """The result for people: metrics, parameters and FLOPs, one or two models and the difference."""
+    from surgeon.util.tables import count, paragraph, shorten, table
+
+    beside = document["original"]
+    samples = f"{document['samples']} sample{'s' * (document['samples'] != 1)}"
+    head = f"{document['model']}: {document['task']}, {samples} of {document['split']}"
+    columns = [document] + ([beside] if beside else [])
+    rows = []
+    for name, value in document["metrics"].items():
+        mark = "*" if name == document["primary"] else ""
+        cells = [_number(column["metrics"].get(name)) for column in columns]
+        rows.append([name + mark, *cells, *([_difference(value, beside["metrics"].get(name))] if beside else [])])
+    for title, key in (("parameters", "params"), ("FLOPs", "flops")):
+        cells = [count(column[key]) for column in columns]
+        factor = f"x{document[key] / beside[key]:.2f}" if beside and document[key] and beside[key] else "-"
+        rows.append([title, *cells, *([factor] if beside else [])])
+    header = ["", "this model", *([shorten(beside["model"], 24), "change"] if beside else [])]
+    way = "higher" if document["higher_is_better"] else "lower"
+    size = "x".join(map(str, document["input_size"]))
+    lines = [paragraph(head, width=width), "", table(header, rows, width=width), ""]
+    told = f"* decides, {way} is better. FLOPs (1 MAC = 2 FLOPs) are those of one input of {size}."
+    lines.append(paragraph(told, width=width))
+    if document["layers"]:
+        lines += ["", _layers(document["layers"], width), ""]
+        lines.append(paragraph(ADAPTIVITY, width=width))
+    lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in document["notes"]]
+    return "\n".join(lines)
+
+
+ADAPTIVITY = (
+    "content: part of the generator's last map that varies over an image. saturated: part of it at the ends of tanh. distance: "
+    "1 - cos of the codes of two pixels (0: one filter everywhere). All on the first batch."
+)
+
+
+def _layers(layers: list[dict[str, Any]], width: int) -> str:
+    from surgeon.util.tables import table
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    rows = [[x["name"], x["type"], share(x["content"]), share(x["saturated"]), share(x["distance"])] for x in layers]
+    return table(["dynamic layer", "type", "content", "saturated", "distance"], rows, width=width)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 1000 else f"{value:.1f}"
+
+
+def _difference(value: float, other: float | None) -> str:
+    return "-" if other is None else f"{value - other:+.4f}" if abs(value) < 1000 else f"{value - other:+.1f}"

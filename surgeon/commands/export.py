@@ -1,0 +1,135 @@
+"""`surgeon export`: one file that runs where surgeon is not installed. Imports torch when it runs."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from surgeon.commands.arguments import add_seed, print_json, size, whole
+from surgeon.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgeon.exporting.export import Exported
+
+DESCRIPTION = "write a model to one ONNX or torch.export file, checked against the model"
+EXAMPLES = """  surgeon export runs/resnet50-acda -o model.onnx
+  surgeon export runs/resnet50-acda --format torch -o model.pt2
+  surgeon export zoo/adfnet --weights random --free size -o adfnet.onnx --json
+
+The file is run at two batch sizes and two image sizes, as far as these are free, and compared
+with the model before it gets its name. ONNX models of more than 1.5 GiB have their weights in a
+second file, FILE.data, which stays beside it. Exit code 1: torch.export or ONNX refuses the model, or
+the file computes something else; nothing is written then.
+"""
+
+SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `surgeon export`, beside --json, --quiet and --debug."""
+    parser.add_argument("run", metavar="RUN|MODEL", help="a folder that surgeon wrote, or a model's name")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write (.onnx, .pt2)")
+    parser.add_argument("--format", choices=("onnx", "torch"), help="default: by FILE's ending")
+    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    parser.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
+    parser.add_argument(
+        "--free",
+        choices=("auto", "size", "batch", "none"),
+        default="auto",
+        help="what may change: batch and image size, batch, nothing, or as much as the model allows (default: auto)",
+    )
+    parser.add_argument("--opset", type=whole, metavar="N", help="of ONNX (default: that of torch.onnx)")
+    parser.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="of a MODEL by name")
+    add_seed(parser, "of random weights")
+    parser.add_argument("--trust-factory", action="store_true", help="run the factory that a run's recipe names")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    from surgeon.commands.console import Progress
+    from surgeon.exporting.export import check_target, export
+
+    path = Path(args.output)
+    form = _format(args.format, path)
+    if form == "torch" and args.opset is not None:
+        raise ConfigError("--opset belongs to ONNX; a torch.export archive has none")
+    if args.opset is not None and args.opset < 1:
+        raise ConfigError(f"--opset must be at least 1, got {args.opset}")
+    check_target(path.absolute(), form, force=args.force)
+    with Progress(enabled=not args.quiet) as progress:
+        progress("load", 0, 1)
+        model, own = _model(args)
+        result = export(
+            model,
+            path,
+            format=form,
+            input_size=args.input_size or own,
+            free=args.free,
+            opset=args.opset,
+            force=args.force,
+            progress=progress,
+        )
+    if args.json:
+        print_json({"run": args.run, **result.to_dict()})
+    else:
+        print(_text(args.run, result))
+    return 0
+
+
+def _format(given: str | None, path: Path) -> Literal["onnx", "torch"]:
+    """The format asked for, else the one of the file's ending."""
+    found = given or SUFFIXES.get(path.suffix)
+    if found is None:
+        raise ConfigError(
+            f"the ending of {path.name} does not say the format: --format onnx or torch, or a name that ends in .onnx or .pt2"
+        )
+    return "onnx" if found == "onnx" else "torch"
+
+
+def _model(args: argparse.Namespace) -> "tuple[nn.Module, tuple[int, ...] | None]":
+    """The model, and the input size that it was converted at or is made for, where that is known."""
+    from surgeon.models.hub import folder_if_any
+
+    folder = folder_if_any(args.run)
+    if Path(folder, "recipe.json").is_file():
+        from surgeon.models.checkpoint import load
+        from surgeon.records.recipe import get_recipe
+
+        model = load(folder, trust_factory=args.trust_factory)
+        recipe = get_recipe(model)
+        base = recipe.base if recipe is not None else None
+    else:
+        from surgeon.models.names import build_model
+
+        model, base = build_model(args.run, weights=args.weights, seed=args.seed)
+    return model, (base.input_size or None) if base is not None else None
+
+
+def _text(run: str, result: "Exported") -> str:
+    from surgeon.commands.console import width
+    from surgeon.util.tables import count, error, paragraph
+
+    def line(name: str, text: str) -> str:
+        return paragraph(f"{name:<10}{text}", width=width(), hang=" " * 10)
+
+    names = ("batch", "channels", "height", "width")
+    shape = [name if name in result.free else str(n) for name, n in zip(names, result.input_shape, strict=True)]
+    opset = "" if result.opset is None else f" opset {result.opset}"
+    lines = [
+        f"{run}: {result.format}{opset}, {result.operators} operations, {count(result.size, 'B')}",
+        "",
+        line("input", f"({', '.join(shape)}), {result.dtype}"),
+        *([line("output", ", ".join(result.outputs))] if result.outputs else []),
+        *(line("free", f"{name}: {told}") for name, told in result.free.items()),
+        *(line("fixed", f"{name}: {why}") for name, why in result.fixed.items()),
+    ]
+    for check in result.checks:
+        excuse = "" if check.own is None else f" (float32 moves the model itself by {error(check.own)})"
+        if check.draws > 1:
+            excuse += f" (draw {check.draws} of images: those before differ, as where PAFU's kernels are tied)"
+        lines.append(line("check", f"{'x'.join(map(str, check.shape))}: {error(check.max_rel)} relative{excuse}"))
+    if result.foreign:
+        lines.append(line("needs", f"operators that are not standard: {', '.join(result.foreign)}"))
+    beside = "" if result.data is None else f", its weights beside it in {Path(result.data).name}"
+    return "\n".join([*lines, f"written to  {result.path}{beside}"])

@@ -1,0 +1,308 @@
+"""`surgeon finetune`: train a converted (or plain) network on a task. Imports torch when it runs."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgeon.commands.arguments import add_amp, add_device, add_pairs, amp, print_json, whole
+from surgeon.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgeon.zoo.finetune import FinetuneConfig
+    from surgeon.zoo.finetune.run import DryRun
+    from surgeon.zoo.recipes import TrainingRecipe
+    from surgeon.zoo.tasks import Task
+
+DESCRIPTION = "train a converted network on a task, or a zoo network by its paper's recipe; crash-safe, resumable"
+EXAMPLES = """  surgeon finetune runs/resnet50-acda --task classification --data imagenet/ --epochs 10 --amp bf16
+  surgeon finetune runs/resnet50-acda --task classification --data imagenet/ --new-first 1ep --warmup 5% --ema 0.999
+  surgeon finetune runs/dncnn-pafu --task denoising --data photos/ --task-option sigma=25 --alternate --distill 0.1
+  surgeon finetune runs/resnet50-acda --task classification --data imagenet/ --dry-run
+  surgeon finetune runs/resnet50-acda --task classification --data imagenet/ --epochs 10 --amp bf16 --resume
+  surgeon finetune --recipe adfnet --data DIV2K/ --amp bf16
+  surgeon finetune zoo/adfnet_wo_dcb_mdcb --recipe adfnet --preset small --data photos/ --task-option sigma=30
+  torchrun --nproc-per-node 4 -m surgeon finetune runs/resnet50-acda --task classification --data imagenet/
+
+spans (--warmup, --new-first, ...) are optimizer steps (200), epochs (1.5ep) or a part of the run (5%)
+recipes are files with a network, a task and options as a paper has them (surgeon zoo NAME names those of a network); every other
+option given here is laid over the recipe's
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `surgeon finetune`, beside --json, --quiet and --debug.
+
+    Those of the run's config have no default here: what is not given is left to `FinetuneConfig`.
+    """
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="RUN|MODEL",
+        help="a folder that surgeon wrote, or a model's name (default: the recipe's network)",
+    )
+    group = parser.add_argument_group("what is trained on what")
+    group.add_argument("--task", metavar="TASK", help="classification, denoising, ... (default: the recipe's)")
+    group.add_argument("--recipe", metavar="NAME|FILE", help="a training recipe: surgeon's by name, or a .json file")
+    group.add_argument(
+        "--preset",
+        dest="presets",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="of the recipe, the later over the earlier; small: minutes on a CPU",
+    )
+    group.add_argument("--data", type=Path, metavar="DIR", help="the task's data")
+    group.add_argument(
+        "--weights", default="auto", metavar="auto|pretrained|random|FILE", help="of MODEL (default: auto)"
+    )
+    add_pairs(group, "--model-args", "further options of MODEL")
+    add_pairs(group, "--task-option", "any option of the task", dest="task_options")
+    group.add_argument(
+        "--trust-factory", action="store_true", help="run the package.module:factory that RUN's recipe names"
+    )
+    group.add_argument("-o", "--output", type=Path, metavar="OUT", help="folder to write (default: runs/NAME-TASK)")
+    group.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")
+    group.add_argument(
+        "--resume", action="store_true", help="go on with the run in OUT, with the same options and data"
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", help="check the data, try one step, predict its cost; write nothing"
+    )
+    _add_length(parser)
+    _add_optimizer(parser)
+    _add_layers(parser)
+    _add_operation(parser)
+
+
+def _add_length(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("length and batches")
+    _option(group, "--epochs", float, "N", "passes over the training data")
+    _option(group, "--max-steps", int, "N", "at most so many optimizer steps")
+    _option(group, "--max-time", str, "TIME", "at most so much training: 90s, 30m, 1.5h")
+    _option(group, "--batch-size", int, "N", "samples a micro-step, over all processes")
+    _option(group, "--accumulate", int, "N", "micro-steps an optimizer step")
+    _option(group, "--eval-batch-size", int, "N", "samples a batch in evaluation")
+    _option(group, "--workers", int, "N", "processes that load data; 0 loads in the training process")
+    _option(group, "--eval-every", str, "SPAN", "between evaluations")
+    _option(group, "--patience", int, "N", "stop after so many evaluations without a better one")
+    group.add_argument("--keep", choices=("best", "last"), help="which weights make the result")
+
+
+def _add_optimizer(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimizer")
+    _option(group, "--opt", str, "NAME", "any of timm's optimizers")
+    _option(group, "--lr", float, "X", "learning rate at its highest")
+    _option(group, "--weight-decay", float, "X", "not on norms and biases")
+    _option(group, "--momentum", float, "X", "of optimizers that have one")
+    schedules = ("cosine", "poly", "step", "multistep", "tanh", "constant")
+    group.add_argument("--sched", choices=schedules, help="of timm's schedules")
+    _option(group, "--decay-rate", float, "X", "step, multistep: factor on the rate; poly: the power")
+    _option(group, "--decay-every", str, "SPAN", "step: between decays")
+    group.add_argument(
+        "--milestones", nargs="+", action="extend", metavar="SPAN", help="multistep: when the rate decays"
+    )
+    _option(group, "--warmup", str, "SPAN", "linear warm-up")
+    _option(group, "--min-lr", float, "X", "where the schedule ends")
+    _option(group, "--clip", float, "X", "largest norm of the gradient; 0: no limit")
+    _option(group, "--ema", float, "DECAY", "keep an average of the weights")
+
+
+def _add_layers(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("dynamic layers")
+    _option(group, "--new-lr-scale", float, "X", "rate of new parameters, as a part of --lr")
+    _option(group, "--new-first", str, "SPAN", "train only new parameters so long")
+    _option(group, "--regularization", float, "X", "weight of the layers' own loss (PAFU: decorrelation)")
+    _option(group, "--temperature-end", float, "X", "PAFU: temperature at the end, as a part of the first")
+    group.add_argument(
+        "--alternate", type=whole, nargs="?", const=3, metavar="K", help="PAFU: a selector step, then K others (3)"
+    )
+    _option(group, "--distill", float, "X", "weight of the distance to the original network's outputs")
+    group.add_argument("--freeze-bn", action="store_true", default=None, help="keep the BatchNorm statistics")
+    _option(group, "--recalibrate", int, "N", "training batches that measure BatchNorm statistics at the end")
+
+
+def _add_operation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("operation")
+    add_amp(group, amp)
+    add_device(group)
+    group.add_argument("--channels-last", action="store_true", default=None, help="channels-last memory format")
+    group.add_argument(
+        "--checkpointing", action="store_true", default=None, help="gradient checkpointing (timm models)"
+    )
+    _option(group, "--checkpoint-every", str, "SPAN", "between checkpoints")
+    _option(group, "--max-rollbacks", int, "N", "returns after numbers that are not finite")
+    _option(group, "--log-every", int, "N", "steps between rows of the log")
+    _option(group, "--seed", int, "N", "of the order, the augmentation and the layers' noise")
+
+
+def _option(group: Any, flag: str, kind: Any, metavar: str, told: str) -> None:
+    group.add_argument(flag, type=kind, metavar=metavar, help=told)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code; 130 when interrupted, with how to go on."""
+    from surgeon.zoo.finetune import finetune
+    from surgeon.zoo.finetune.folder import RunFolder
+    from surgeon.zoo.finetune.loop import Interrupted
+
+    recipe = read_recipe(args)
+    config = read_config(args, recipe)
+    task = make_task(args, config.seed, recipe)
+    if args.model is None and recipe is not None:
+        args.model = f"zoo/{recipe.networks[0]}"
+    name = args.model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+    output = args.output or Path("runs", f"{name}-{task.name if recipe is None else Path(recipe.name).stem}")
+    if not args.dry_run:
+        RunFolder(output).check(resume=args.resume, force=args.force)  # before a model is built
+    model, original, source = _source(args, config.seed, recipe)
+    config = read_config(args, recipe, model)
+    if args.dry_run:
+        return _dry_run(args, model, original, task, config)
+    try:
+        result = finetune(
+            model,
+            task,
+            config,
+            output,
+            original=original,
+            source=source,
+            resume=args.resume,
+            force=args.force,
+            quiet=args.quiet,
+        )
+    except Interrupted as stop:
+        print(f"surgeon: {stop}; go on with the same command and --resume", file=sys.stderr)
+        return 130
+    finally:
+        _leave_group()
+    if result.main:
+        from surgeon.commands.console import width
+
+        if args.json:
+            print_json({"output": str(output), **result.summary.to_dict()})
+        else:
+            print(f"{result.summary.to_text(width())}written to  {output}")
+    return 0
+
+
+def read_recipe(args: argparse.Namespace) -> "TrainingRecipe | None":
+    """The training recipe with its presets, None where there is none. Raises `ConfigError` where something is missing."""
+    if args.recipe is None:
+        lacking = [told for told, value in (("RUN|MODEL", args.model), ("--task", args.task)) if value is None]
+        if lacking:
+            raise ConfigError(f"{' and '.join(lacking)} must be given, or --recipe NAME, which brings them")
+        if args.presets:
+            raise ConfigError(f"--preset {args.presets[0]} is a preset of a recipe, and there is no --recipe")
+        return None
+    from surgeon.zoo.recipes import training_recipe
+
+    recipe = training_recipe(args.recipe).with_presets(*args.presets)
+    if args.task not in (None, recipe.task):
+        raise ConfigError(f"recipe {recipe.name} is for the task {recipe.task}, got --task {args.task}")
+    return recipe
+
+
+def read_config(
+    args: argparse.Namespace, recipe: "TrainingRecipe | None" = None, model: "nn.Module | None" = None
+) -> "FinetuneConfig":
+    """The options that were given, over the recipe's, as far as they are for this model, over the defaults.
+
+    Raises `ConfigError`.
+    """
+    from dataclasses import fields
+
+    from surgeon.zoo.finetune import FinetuneConfig
+    from surgeon.zoo.finetune.config import parse_time
+
+    given = {f.name: getattr(args, f.name) for f in fields(FinetuneConfig) if getattr(args, f.name, None) is not None}
+    if "max_time" in given:
+        given["max_time"] = parse_time(given["max_time"], "--max-time")
+    if given.get("clip") == 0:
+        given["clip"] = None
+    return FinetuneConfig(**given) if recipe is None else recipe.config(model, **given)
+
+
+def make_task(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None" = None) -> "Task":
+    """The task with its options. Raises `ConfigError`."""
+    from surgeon.zoo.tasks import create_task
+
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in args.task_options}
+    if "data" in options:
+        raise ConfigError("the task's data are given with --data, not as a --task-option")
+    if recipe is not None:
+        return recipe.make_task(args.data, seed=seed, **options)
+    if args.data is not None:
+        options["data"] = args.data
+    return create_task(args.task, seed=seed, **options)
+
+
+def _source(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None") -> tuple[Any, Any, Any]:
+    """The model, its original where that takes trust, and where the model comes from."""
+    from surgeon.models.hub import folder_if_any
+    from surgeon.models.names import build_model, restore
+    from surgeon.records.recipe import get_recipe
+    from surgeon.zoo.finetune import Source
+
+    folder = folder_if_any(args.model)
+    if not Path(folder, "recipe.json").is_file():
+        options = dict(args.model_args)
+        if recipe is None:
+            model, base = build_model(args.model, weights=args.weights, options=options)
+        else:
+            model, base = recipe.make_model(args.model, weights=args.weights, seed=seed, options=options)
+        return model, None, Source(name=args.model, base=base)
+    from surgeon.models.checkpoint import load, read_report
+
+    for flag, given in (("--weights", args.weights != "auto"), ("--model-args", args.model_args)):
+        if given:
+            raise ConfigError(f"{args.model} is a surgeon folder and has its own weights; {flag} cannot apply")
+    model = load(folder, trust_factory=args.trust_factory)
+    recorded = get_recipe(model)
+    base = None if recorded is None else recorded.base
+    original = restore(base, trust_factory=True) if args.trust_factory and base is not None else None
+    return model, original, Source(name=args.model, base=base, report=read_report(folder))
+
+
+def _leave_group() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _dry_run(
+    args: argparse.Namespace, model: "nn.Module", original: "nn.Module | None", task: "Task", config: "FinetuneConfig"
+) -> int:
+    from surgeon.zoo.finetune import dry_run
+
+    found = dry_run(model, task, config, original=original)
+    _leave_group()
+    if args.json:
+        print_json({"model": args.model, "task": task.name, **found.to_dict()})
+    else:
+        print("\n".join(_dry_run_lines(args.model, task.name, found)))
+    return 0
+
+
+def _dry_run_lines(model: str, task: str, found: "DryRun") -> list[str]:
+    from surgeon.commands.cost import cost_lines
+    from surgeon.util.tables import count, table
+
+    rows = [
+        (g["role"], count(g["parameters"]), str(g["tensors"]), f"{g['lr_scale']:g}", f"{g['weight_decay']:g}")
+        for g in found.groups
+    ]
+    lines = [
+        f"{task}: {found.train_samples} training and {found.val_samples} validation samples, all readable",
+        f"{found.steps} steps, {found.epochs:.2f} epochs; one step on this machine: {found.seconds:.2f} s, loss {found.loss:.5g}",
+        "",
+        table(("parameters", "count", "tensors", "rate x", "decay"), rows),
+        "",
+    ]
+    if found.cost is not None:
+        lines += cost_lines(model, found.cost)
+    return [*lines, *(f"note: {note}" for note in found.notes), "dry run: nothing was written"]

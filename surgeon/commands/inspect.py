@@ -1,0 +1,27 @@
+"""`surgeon inspect`: every convolution of a model."""
+
+import argparse
+
+from surgeon.commands.arguments import add_model, build, input_size, print_json
+
+DESCRIPTION = "list every convolution: stage, shapes, FLOPs, memory, what it can become and why not"
+EXAMPLES = "  surgeon inspect resnet50\n  surgeon inspect torchvision/densenet121 --json\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `surgeon inspect`, beside --json, --quiet and --debug."""
+    add_model(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    import surgeon
+    from surgeon.commands.console import inspection_text, inspection_values, width
+
+    model, base = build(args)
+    sites = surgeon.inspect(model, input_size=input_size(args, base))
+    if args.json:
+        print_json({"model": args.model, "convolutions": inspection_values(sites)})
+    else:
+        print(inspection_text(sites, args.model, width()), end="")
+    return 0

@@ -1,0 +1,68 @@
+"""`surgeon models`: the names that can be given."""
+
+import argparse
+from typing import Any
+
+from surgeon.commands.arguments import print_json
+from surgeon.errors import ConfigError
+
+DESCRIPTION = "list the models that can be named"
+EXAMPLES = "  surgeon models 'resnet*'\n  surgeon models torchvision/ --json\n  surgeon models 'resnet*' --type acda\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `surgeon models`, beside --json, --quiet and --debug."""
+    parser.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="a glob, or a part of the name")
+    parser.add_argument(
+        "--type", metavar="TYPE", help="how many convolutions of each can become acda, pafu or sekg; builds every one"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    from surgeon.models.names import model_names, nearest
+
+    if args.type is not None:
+        from surgeon.layers.registry import layer_class
+
+        layer_class(args.type)  # what is wrong with it is said before anything is built
+
+    names = model_names(args.pattern)
+    if not names:
+        raise ConfigError(f"no model matches {args.pattern!r}{nearest(args.pattern)}")
+    if args.type is not None:
+        _print_fitting(args, names)
+    elif args.json:
+        print_json(names)
+    else:
+        print("\n".join(names))
+    return 0
+
+
+def _print_fitting(args: argparse.Namespace, names: list[str]) -> None:
+    """A line for each model, as soon as it is known; nothing is downloaded, and models have no weights."""
+    import surgeon
+    from surgeon.commands.console import Progress
+    from surgeon.errors import SurgeonError
+    from surgeon.models.names import shapes_of
+    from surgeon.surgery.plan import can_become
+
+    rows = []
+    with Progress(enabled=not args.quiet and args.json) as progress:
+        for number, name in enumerate(names):
+            progress(f"look at {name}", number, len(names))
+            row: dict[str, Any] = {"model": name, "convolutions": None, "fitting": None, "why_not": None}
+            try:
+                sites = surgeon.inspect(shapes_of(name))
+                row["convolutions"] = len(sites)
+                row["fitting"] = sum(not can_become(site)[args.type] for site in sites)
+            except (SurgeonError, RuntimeError) as error:
+                row["why_not"] = str(error).splitlines()[0]
+            rows.append(row)
+            if not args.json:
+                told = (
+                    row["why_not"] or f"{row['fitting']} of {row['convolutions']} convolutions can become {args.type}"
+                )
+                print(f"{name}: {told}", flush=True)
+    if args.json:
+        print_json(rows)

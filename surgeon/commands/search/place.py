@@ -1,0 +1,253 @@
+"""`surgeon place`: the best placement under budgets for given gains, without any training. Imports torch when it runs."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgeon.commands.arguments import add_seed, positive, print_json, whole
+from surgeon.commands.cost import add_step_arguments
+from surgeon.errors import ConfigError
+from surgeon.util.files import told, write_text
+
+if TYPE_CHECKING:
+    from surgeon.search.gains.gain import GainTable
+    from surgeon.search.gate import Gate, Verdict
+    from surgeon.search.placement.problem import Ints, Problem
+    from surgeon.search.space import SpaceConfig
+
+DESCRIPTION = "where to put dynamic layers under budgets, for given gains; no training"
+EXAMPLES = """  surgeon place resnet50 --max-flops +10% --max-memory 8GiB --batch-size 32 -o recipe.json
+  surgeon place resnet50 --types acda,pafu --atoms 4,6 --group-sizes 4,8 --max-params +20% --gains gains.json
+  surgeon place convnext_atto --max-flops +5% --max-layers 4 --count 3 --json
+  surgeon convert resnet50 --recipe recipe.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `surgeon place`, beside --json, --quiet and --debug."""
+    parser.add_argument("model", metavar="MODEL", help="a model's name, or a folder that surgeon wrote; not converted")
+    add_step_arguments(parser)
+    weights = "default: random; a folder has its own"
+    parser.add_argument("--weights", metavar="auto|pretrained|random|FILE", help=weights)
+    add_seed(parser, "of the recipe")
+    add_space_arguments(parser)
+    add_budget_arguments(parser)
+    group = parser.add_argument_group("what to do")
+    group.add_argument("--gains", default="uniform", metavar="FILE|uniform", help="a gain table (default: uniform)")
+    group.add_argument("--count", type=whole, default=1, metavar="K", help="so many different placements (default: 1)")
+    group.add_argument(
+        "--distance", type=whole, default=1, metavar="D", help="layers in which they differ (default: 1)"
+    )
+    group.add_argument("-o", "--output", metavar="FILE", help="write the best as a recipe for surgeon convert --recipe")
+    group.add_argument("--force", action="store_true", help="replace FILE")
+
+
+def add_space_arguments(parser: argparse.ArgumentParser) -> None:
+    """What layers may become; shared by everything that searches."""
+    group = parser.add_argument_group("space")
+    group.add_argument("--space", metavar="FILE", help="a description in YAML or JSON, instead of these options")
+    group.add_argument("--layers", metavar="SELECTION", help="which convolutions (default: all with k >= 2)")
+    group.add_argument("--types", type=_names, default=(), metavar="A,B", help="acda, pafu, sekg (default: all)")
+    for flag, what in (
+        ("--atoms", "acda: dynamic atoms"),
+        ("--scales", "acda: scales of the basis"),
+        ("--group-sizes", "pafu: kernels in a group"),
+        ("--kernel-groups", "sekg: generated kernels a pixel"),
+    ):
+        group.add_argument(flag, type=_numbers, default=(), metavar="N,M", help=what)
+
+
+def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a placement may cost; shared by everything that searches."""
+    group = parser.add_argument_group("budgets, absolute or relative to the original")
+    group.add_argument("--max-flops", metavar="N|+P%", help="for one image (4.5G, +10%%; 1 MAC = 2 FLOPs)")
+    group.add_argument("--max-params", metavar="N|+P%", help="parameters (30M, +20%%)")
+    group.add_argument(
+        "--max-memory", metavar="N|+P%", help="device memory of a step, margin and reserve included (8GiB)"
+    )
+    group.add_argument("--memory-mode", choices=("train", "infer"), default="train", help="which step (default: train)")
+    group.add_argument("--max-latency", metavar="T|+P%", help="of an inference, measured on this machine (20ms, +30%%)")
+    group.add_argument("--max-layers", type=whole, metavar="K", help="replace at most so many layers")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(positive(part) for part in text.split(","))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 4,6,9, got {told(text)}") from error
+
+
+def space_config(args: argparse.Namespace) -> "SpaceConfig":
+    """The description of the space that the arguments give."""
+    from surgeon.search.space import SpaceConfig
+
+    if args.space is None:
+        return SpaceConfig(
+            types=args.types,
+            atoms=args.atoms,
+            scales=args.scales,
+            group_sizes=args.group_sizes,
+            kernel_groups=args.kernel_groups,
+            layers=args.layers,
+        )
+    if args.types or args.atoms or args.scales or args.group_sizes or args.kernel_groups or args.layers:
+        raise ConfigError("--space says the types, their options and the layers itself: leave the other options out")
+    return SpaceConfig.read(args.space)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code: 1 where no placement, or only that without replacements, is within the budgets."""
+    from surgeon.models.names import build_model
+    from surgeon.search.budget import Budgets
+    from surgeon.search.gains.gain import read_gains
+    from surgeon.search.gate import Gate
+
+    for name in ("count", "distance"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.output and Path(args.output).exists() and not args.force:
+        raise ConfigError(f"{args.output} exists already; --force replaces it")
+    budgets = Budgets.parse(
+        flops=args.max_flops,
+        params=args.max_params,
+        memory=args.max_memory,
+        latency=args.max_latency,
+        mode=args.memory_mode,
+        max_layers=args.max_layers,
+    )
+    config = space_config(args)
+    weights = args.weights or ("auto" if Path(args.model, "recipe.json").is_file() else "random")
+    model, _ = build_model(args.model, weights=weights, seed=args.seed, input_size=args.input_size)
+    gate = Gate(
+        model,
+        config,
+        budgets,
+        input_size=args.input_size,
+        batch_size=args.batch_size,
+        optimizer=args.optimizer,
+        amp=args.amp,
+        channels_last=args.channels_last,
+    )
+    gains = read_gains(args.gains, gate.space)
+    gate.check_feasible()
+    chosen = choose(gate, gains, args.count, args.distance)
+    if not chosen:
+        return _nothing(gate, args)
+    if args.output:
+        _write(gate, chosen[0][0], args)
+    document = _document(gate, gains, chosen, args)
+    if args.json:
+        print_json(document)
+    else:
+        print("\n".join(_lines(document)))
+    return 0
+
+
+def choose(gate: "Gate", gains: "GainTable", count: int, distance: int) -> "list[tuple[Ints, Verdict]]":
+    """The best placements that the gate lets pass, with its verdicts; those it refuses are learned from and stayed away from."""
+    from surgeon.search.placement.place import Cut, gain_of, optimum
+
+    found: list[tuple[Ints, Verdict]] = []
+    refused: list[Ints] = []
+    while len(found) < count and len(refused) < 20:
+        cuts = [*(Cut(one, distance) for one, _ in found), *(Cut(one) for one in refused)]
+        placement = optimum(gate.problem, gains.gain, cuts=cuts, at_least=1)
+        if placement is None or gain_of(gains.gain, placement) <= 0:
+            break
+        verdict = gate.check(placement)
+        if verdict.fits:
+            found.append((placement, verdict))
+        else:
+            refused.append(placement)
+            gate.refused(verdict)
+    return found
+
+
+def _nothing(gate: "Gate", args: argparse.Namespace) -> int:
+    """The budgets leave room for the original only, or nothing gains."""
+    from surgeon.search.budget import FLAGS, as_budget
+    from surgeon.search.placement.place import nearest
+    from surgeon.search.placement.problem import InfeasibleError
+
+    problem: Problem = gate.problem
+    numbers = nearest(problem, at_least=1)
+    if "memory" in numbers:
+        numbers["memory"] = gate.calibration.needed(numbers["memory"], sum(gate.original.reserve.values()))
+    needed = ", ".join(f"{FLAGS[name]} {as_budget(name, value)}" for name, value in numbers.items())
+    raise InfeasibleError(
+        f"nothing was placed in {args.model}: within {gate.budgets.text} there is no replacement that gains anything"
+        + (f"; the cheapest one needs {needed}" if needed else "")
+    )
+
+
+def _write(gate: "Gate", placement: "Ints", args: argparse.Namespace) -> None:
+    write_text(args.output, gate.space.recipe(placement, seed=args.seed).to_json(), ConfigError)
+
+
+# --- what is printed ----------------------------------------------------------------------------------------------
+
+
+def _document(
+    gate: "Gate", gains: "GainTable", chosen: "list[tuple[Ints, Verdict]]", args: argparse.Namespace
+) -> dict[str, Any]:
+    from surgeon.search.placement.place import gain_of
+
+    original = gate.original
+    reserve = sum(original.reserve.values())
+    return {
+        "model": args.model,
+        "budgets": gate.budgets.text,
+        "estimator": gains.estimator,
+        "space": {"hash": gate.space.hash, "layers": len(gate.space.layers), "options": list(gate.space.labels)},
+        "original": {
+            "flops": original.flops,
+            "params": original.params,
+            "needed": gate.calibration.needed(original.peak_bytes, reserve),
+        },
+        "placements": [
+            {
+                "hash": gate.space.hash_of(placement),
+                "gain": gain_of(gains.gain, placement),
+                "replaced": gate.space.names(placement),
+                "predicted": dict(verdict.predicted),
+                "traced": dict(verdict.traced),
+                "latency": verdict.latency,
+            }
+            for placement, verdict in chosen
+        ],
+        "output": args.output,
+    }
+
+
+def _lines(document: dict[str, Any]) -> list[str]:
+    from surgeon.search.budget import told
+    from surgeon.util.tables import table
+
+    space, before = document["space"], document["original"]
+    lines = [
+        f"{document['model']}: {space['layers']} layers, {len(space['options']) - 1} options, {document['budgets']}",
+        f"gains: {document['estimator']}",
+    ]
+    rows = []
+    for number, one in enumerate([{"traced": before, "replaced": {}, "gain": 0.0}, *document["placements"]]):
+        found = one["traced"]
+        rows.append(
+            [
+                "original" if not number else f"placement {number}",
+                str(len(one["replaced"])),
+                f"{one['gain']:.4g}",
+                *(f"{told(kind, found[key])}" for kind, key in (("flops", "flops"), ("params", "params"))),
+                told("memory", found["needed"]),
+            ]
+        )
+    lines += ["", table(["", "replaced", "gain", "FLOPs", "parameters", "memory needed"], rows)]
+    best = document["placements"][0]["replaced"]
+    lines += ["", table(["layer", "becomes"], [[layer, label] for layer, label in best.items()], left=2)]
+    if document["output"]:
+        lines += ["", f"written to  {document['output']}"]
+    lines += ["", "FLOPs of one image (1 MAC = 2 FLOPs), memory of a step with margin and reserve"]
+    return lines

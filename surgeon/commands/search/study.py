@@ -1,0 +1,146 @@
+"""`surgeon study`: look at a search, running or finished, and take its best out. Imports torch only to export."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgeon.commands.arguments import print_json, whole
+from surgeon.errors import ConfigError
+
+if TYPE_CHECKING:
+    from surgeon.search.study.folder import Finished
+
+DESCRIPTION = "status, best placements, report and export of a search"
+EXAMPLES = """  surgeon study status runs/resnet50-classification-search
+  surgeon study best runs/resnet50-classification-search --count 3 --json
+  surgeon study report runs/resnet50-classification-search --against runs/resnet50-random
+  surgeon study export runs/resnet50-classification-search -o runs/resnet50-found
+  surgeon convert resnet50 --recipe runs/resnet50-found/recipe.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `surgeon study`, beside --json, --quiet and --debug."""
+    parser.add_argument("action", choices=tuple(_ACTIONS), help="what to do; searches may be running meanwhile")
+    parser.add_argument("folder", metavar="FOLDER", help="what surgeon search wrote")
+    parser.add_argument("--storage", metavar="URL", help="the search's database, where it is on a server")
+    parser.add_argument("--count", type=whole, default=5, metavar="K", help="status, best: so many (default: 5)")
+    parser.add_argument("--against", metavar="FOLDER", help="report: another search (--sampler random) to compare with")
+    parser.add_argument("--best", action="store_true", help="export: the best placement with replacements (always so)")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="report, export: folder to write")
+    parser.add_argument("--force", action="store_true", help="export: replace OUT if surgeon wrote it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code: 1 where there is nothing to show or to export yet."""
+    from surgeon.search.study.folder import read_search
+
+    if args.count < 1:
+        raise ConfigError(f"--count must be at least 1, got {args.count}")
+    return _ACTIONS[args.action](args, read_search(args.folder, args.storage))
+
+
+def _status(args: argparse.Namespace, found: "Finished") -> int:
+    from surgeon.search.results.summary import status_lines, status_values
+
+    if args.json:
+        print_json(status_values(found, args.count))
+    else:
+        print("\n".join(status_lines(found, args.count)))
+    return 0
+
+
+def _best(args: argparse.Namespace, found: "Finished") -> int:
+    from surgeon.search.results.summary import record_values
+    from surgeon.util.tables import table
+
+    best = found.ranked()[: args.count]
+    if args.json:
+        print_json([record_values(found, one) for one in best])
+        return 0 if best else 1
+    if not best:
+        print(f"surgeon: no trial of {args.folder} is complete yet", file=sys.stderr)
+        return 1
+    for one in best:
+        print(f"trial {one.number} ({one.source}): {found.about['task']['primary']} {found.value(one):.5g}")
+        rows = [[layer, label] for layer, label in one.placement.items()]
+        print((table(["layer", "becomes"], rows, left=2) if rows else "the unmodified model") + "\n")
+    return 0
+
+
+def _report(args: argparse.Namespace, found: "Finished") -> int:
+    from surgeon.search.results.report import write_report
+    from surgeon.search.study.folder import read_search
+
+    other = read_search(args.against, args.storage) if args.against else None
+    page = write_report(found, args.output or found.folder.report, other)
+    if args.json:
+        print_json({"report": str(page)})
+    else:
+        print(f"written to  {page}")
+    return 0
+
+
+def _export(args: argparse.Namespace, found: "Finished") -> int:
+    """The surgeon folder of the best: of the finals where there are any, else of the trials."""
+    import shutil
+
+    from surgeon.models.checkpoint import check_output, fresh_folder
+    from surgeon.util.files import check_plain
+
+    source, about = _source(found)
+    output = args.output or found.folder.path / "export"
+    check_output(output, force=args.force)
+    check_plain(source)
+    with fresh_folder(output, args.force) as fresh:
+        shutil.copytree(source, fresh, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns("training"))
+    original = _original_value(found, about["stage"])
+    sign = 1.0 if found.higher_is_better else -1.0
+    if original is not None and sign * (about["value"] - original) <= 0 and not args.quiet:
+        print(
+            f"surgeon: warning: the unmodified model, trained equally, is as good or better: {original:.5g} against "
+            f"{about['value']:.5g}",
+            file=sys.stderr,
+        )
+    values: dict[str, Any] = {"output": str(output), "original": original, **about}
+    if args.json:
+        print_json(values)
+    else:
+        primary = found.about["task"]["primary"]
+        print(f"{len(about['placement'])} layers, {primary} {about['value']:.5g} ({about['stage']})")
+        print(f"written to  {output}\nrecipe      {output / 'recipe.json'}")
+    return 0
+
+
+def _source(found: "Finished") -> tuple[Path, dict[str, Any]]:
+    """The folder to copy, and what is in it."""
+    import statistics
+
+    from surgeon.search.evaluate.finals import best_arm
+    from surgeon.search.study.folder import read_kept
+    from surgeon.util.files import inside
+
+    if found.finals is not None:
+        arm = best_arm(found.finals["arms"], higher=found.higher_is_better)
+        folder = None if arm is None else found.folder.final_of(arm["hash"])
+        if arm is not None and folder is not None:
+            value = statistics.fmean(arm["values"])
+            return folder, {"stage": "finals", "hash": arm["hash"], "value": value, "placement": arm["placement"]}
+    kept = read_kept(found.folder.best)
+    if kept is None:
+        raise ConfigError(f"no placement with replacements was trained to its end in {found.folder.path} yet")
+    return inside(found.folder.best, kept["hash"]), {"stage": "trials", **kept}
+
+
+def _original_value(found: "Finished", stage: str) -> float | None:
+    import statistics
+
+    if stage == "finals" and found.finals is not None:
+        arms = [arm for arm in found.finals["arms"] if arm["role"] == "original" and arm["values"]]
+        return statistics.fmean(arms[0]["values"]) if arms else None
+    one = found.original()
+    return None if one is None else found.value(one)
+
+
+_ACTIONS = {"status": _status, "best": _best, "report": _report, "export": _export}

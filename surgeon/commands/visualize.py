@@ -1,0 +1,267 @@
+"""`surgeon visualize`: pictures of what varies in a model, and numbers. Imports torch when it runs."""
+
+import argparse
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgeon.commands.arguments import print_json, size
+from surgeon.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor, nn
+
+    from surgeon.layers import DynamicConv2d
+    from surgeon.records.recipe import BaseModel
+
+DESCRIPTION = "draw what varies in a model: masks, coefficients, kernels, features"
+EXAMPLES = """  surgeon visualize runs/resnet50-acda photo.jpg -o pictures
+  surgeon visualize runs/resnet50-pafu photos/*.jpg --layers layer4 -o pictures --input-size 480x640
+  surgeon visualize runs/dncnn-sekg photo.png -o pictures --against auto --tensorboard runs/board
+
+Writes OUT/IMAGE/LAYER-WHAT.png, the bases of acda layers, and OUT/numbers.json.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `surgeon visualize`, beside --json, --quiet and --debug."""
+    parser.add_argument("run", metavar="RUN", help="a folder that surgeon wrote")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="pictures")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
+    parser.add_argument("--force", action="store_true", help="write into OUT though it is not empty")
+    parser.add_argument("--layers", metavar="NAMES", help="which dynamic layers (default: all)")
+    parser.add_argument(
+        "--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (default: the model's)"
+    )
+    parser.add_argument(
+        "--bayer",
+        metavar="PATTERN",
+        help="show the model what an RGGB (BGGR, …) sensor sees; selections by its colors, too",
+    )
+    parser.add_argument("--tensorboard", metavar="DIR", help="write pictures and numbers there, too")
+    parser.add_argument(
+        "--against", metavar="auto|MODEL", help="draw the original's features beside; auto is the run's base model"
+    )
+    parser.add_argument("--against-weights", metavar="FILE", help="its weights, where they cannot be found")
+    parser.add_argument("--trust-factory", action="store_true", help="run the factory that a run's recipe names")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit code. Everything is read before anything is written."""
+    from surgeon.commands.console import Progress, width
+    from surgeon.models.checkpoint import load
+    from surgeon.models.hub import folder
+    from surgeon.records.recipe import get_recipe
+    from surgeon.records.report import jsonable
+    from surgeon.surgery.rewrite import dynamic_layers
+    from surgeon.util.files import filling
+
+    output = Path(args.output)
+    _check_output(output, args)
+    model = load(folder(args.run), trust_factory=args.trust_factory)
+    layers = dynamic_layers(model, args.layers)
+    if not layers:
+        raise InputError(f"{args.run} has no dynamic layer: there is nothing to draw")
+    recipe = get_recipe(model)
+    base = recipe.base if recipe is not None else None
+    if base is None:
+        raise ConfigError(f"{args.run} does not name its base model, whose transform the pictures need")
+    images = _read(args, model, base)
+    if args.bayer is not None:
+        images = _sensed(model, images, args.bayer)
+    original = _original(args, base)
+    with (
+        Progress(enabled=not args.quiet) as progress,
+        filling(output, ConfigError) as fresh,
+        _Writer(fresh, args.tensorboard) as writer,
+    ):
+        found = _draw(model, layers, images, original, writer, progress, args.bayer)
+        document = jsonable({"run": args.run, "output": str(output), "images": found, "bases": writer.bases})
+        writer.numbers(document)
+    if args.json:
+        print_json(document)
+    else:
+        print(text(document, writer.count, width()))
+    return 0
+
+
+def _check_output(output: Path, args: argparse.Namespace) -> None:
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"the output {output} exists and is not a folder")
+    if output.is_dir() and any(output.iterdir()) and not args.force:
+        raise ConfigError(f"the output {output} is not empty; choose another with -o, or write into it with --force")
+
+
+def _read(args: argparse.Namespace, model: "nn.Module", base: "BaseModel") -> "dict[str, tuple[Tensor, Any]]":
+    """By a name for each: the picture as the model gets it (C, H, W), and as people see it (H, W, 3) in [0, 1]."""
+    from surgeon.models.images import evaluation_transform, read_image
+
+    if args.input_size:
+        given = args.input_size
+        channels = base.input_size[0] if base.input_size else 3
+        base = replace(base, input_size=given if len(given) == 3 else (channels, *given))
+    transform = evaluation_transform(model, base)
+    found: dict[str, tuple[Tensor, Any]] = {}
+    for file in map(Path, args.images):
+        name = stem = file.stem
+        for number in range(2, len(args.images) + 2):
+            if name not in found:
+                break
+            name = f"{stem}-{number}"
+        picture = read_image(file, transform, base, option="IMAGE")
+        found[name] = (picture, _photo(picture, transform))
+    return found
+
+
+def _sensed(
+    model: "nn.Module", images: "dict[str, tuple[Tensor, Any]]", pattern: str
+) -> "dict[str, tuple[Tensor, Any]]":
+    """The same for a model that demosaicks: it gets zero where a sensor of this pattern measures nothing."""
+    from surgeon.zoo.bayer import PATTERNS, bayer_mask, tell_pattern
+
+    if pattern not in PATTERNS:
+        raise ConfigError(f"--bayer must be one of {', '.join(PATTERNS)}, got {pattern!r}")
+    tell_pattern(model, pattern)
+    found = {}
+    for name, (picture, photo) in images.items():
+        if picture.shape[0] != 3:
+            raise InputError(f"--bayer is for models of color images; this one gets {picture.shape[0]} channels")
+        found[name] = (picture * bayer_mask(pattern, *picture.shape[1:]), photo)
+    return found
+
+
+def _photo(picture: "Tensor", transform: Any) -> Any:
+    """The picture before normalization."""
+    import torch
+
+    for step in getattr(transform, "transforms", ()):
+        if hasattr(step, "mean") and hasattr(step, "std"):
+            mean, std = (torch.as_tensor(values).view(-1, 1, 1) for values in (step.mean, step.std))
+            picture = picture * std + mean
+    return picture.expand(3, -1, -1).movedim(0, -1).numpy()
+
+
+def _original(args: argparse.Namespace, base: "BaseModel") -> "nn.Module | None":
+    if args.against is None:
+        return None
+    from surgeon.models.names import build_model, restore
+
+    if args.against == "auto":
+        return restore(base, weights=args.against_weights, trust_factory=args.trust_factory)
+    return build_model(args.against, weights=args.against_weights or "auto")[0]
+
+
+def _draw(
+    model: "nn.Module",
+    layers: "dict[str, DynamicConv2d]",
+    images: "dict[str, tuple[Tensor, Any]]",
+    original: "nn.Module | None",
+    writer: "_Writer",
+    progress: Any,
+    bayer: str | None = None,
+) -> list[dict[str, Any]]:
+    from surgeon.layers import ACDAConv2d
+    from surgeon.visualize.capture import capture
+    from surgeon.visualize.measures import numbers
+    from surgeon.visualize.pictures import bases, pictures
+
+    found = []
+    for step, (image, (picture, photo)) in enumerate(images.items()):
+        seen = capture(model, layers, picture, original)
+        entries = []
+        for done, (name, layer) in enumerate(seen.items()):
+            progress("draw", step * len(seen) + done, len(images) * len(seen))
+            values = numbers(layer)
+            values["pictures"] = [
+                writer.picture(f"{image}/{safe(name)}-{what}", figure, step)
+                for what, figure in pictures(layer, photo, bayer).items()
+            ]
+            writer.scalars(name, values, step)
+            entries.append(values)
+        unseen = [name for name in layers if name not in seen]
+        found.append({"image": image, "layers": entries, "not_reached": unseen})
+    for acda in {_basis(layer): layer for layer in layers.values() if isinstance(layer, ACDAConv2d)}.items():
+        writer.bases.append(writer.picture(acda[0], bases(acda[1]), 0))
+    return found
+
+
+def _basis(layer: Any) -> str:
+    """A name for the basis of an ACDA layer; layers that share it have the same."""
+    config, (height, width) = layer.config, layer.geometry.kernel_size
+    return f"bases-{height}x{width}-S{config.scales}-{config.basis_size}"
+
+
+def safe(name: str) -> str:
+    """A layer's name as a part of a file name."""
+    return re.sub(r"[^\w.\-]", "_", name) or "model"
+
+
+class _Writer:
+    """Writes pictures as PNG files, and with their numbers to TensorBoard where that is asked for."""
+
+    def __init__(self, output: Path, board: str | None) -> None:
+        self.output = output
+        self.count = 0
+        self.bases: list[str] = []
+        self.board: Any = None
+        self.folder = board
+
+    def __enter__(self) -> "_Writer":
+        if self.folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.folder)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self.board is not None:
+            self.board.close()
+
+    def picture(self, name: str, figure: "Figure", step: int) -> str:
+        """Returns the path of the file, relative to the output."""
+        from PIL import Image
+
+        from surgeon.visualize.sheet import pixels
+
+        file = self.output / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        values = pixels(figure)
+        Image.fromarray(values).save(file, optimize=True)
+        if self.board is not None:
+            self.board.add_image(name, values, step, dataformats="HWC")
+        self.count += 1
+        return str(file.relative_to(self.output))
+
+    def scalars(self, layer: str, values: dict[str, Any], step: int) -> None:
+        if self.board is not None:
+            for key, value in values.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{layer}/{key}", value, step)
+
+    def numbers(self, document: Any) -> None:
+        (self.output / "numbers.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def text(document: dict[str, Any], count: int, width: int) -> str:
+    """The result for people: a row a layer and picture."""
+    from surgeon.util.tables import paragraph, table
+    from surgeon.visualize.measures import told
+
+    rows = [
+        (layer["name"], image["image"], layer["type"], _varies(layer["variation"]), told(layer))
+        for image in document["images"]
+        for layer in image["layers"]
+    ]
+    lines = [table(("layer", "image", "type", "varies", "measured"), rows, width=width, left=3), ""]
+    for image in document["images"]:
+        if image["not_reached"]:
+            lines.append(paragraph(f"{image['image']} does not reach: {', '.join(image['not_reached'])}", width=width))
+    lines.append(f"{count} pictures and numbers.json in  {document['output']}")
+    return "\n".join(lines)
+
+
+def _varies(variation: Any) -> str:
+    return f"{variation:.2g}" if isinstance(variation, float) else "-"

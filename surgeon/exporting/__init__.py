@@ -1,0 +1,1 @@
+"""One checked file of a model, ONNX or torch.export."""

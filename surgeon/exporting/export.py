@@ -1,0 +1,292 @@
+"""A model as one file that runs where surgeon is not installed: `torch.export` (.pt2) or ONNX, checked before it gets its name.
+
+The model is traced in eval mode; its dynamic layers become ordinary operations (`surgeon.layers.ops.portable`). Batch and
+image size stay free as far as the model and the file allow; what does not is said, with the reason. The file is written beside its
+place, read back, run at two batch sizes and two image sizes, compared with the model, and only then renamed. Where any of that
+fails, it is tried again with fewer free dimensions.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from surgeon.errors import ConfigError, ExportError, SurgeonError
+from surgeon.exporting.exported import Runner, data_of, foreign_operators, missing_packages, quiet, read, write
+from surgeon.exporting.outputs import input_name, output_names, prepared
+from surgeon.exporting.trace import NAMES, Shapes, first_line, random_images, traced
+from surgeon.layers.pafu import PAFUConv2d
+from surgeon.sites.inputs import Inputs
+from surgeon.surgery.compare import Difference, compare
+from surgeon.surgery.rewrite import dynamic_layers
+from surgeon.surgery.verify import run as run_model
+from surgeon.util.copying import copy_model, strict_float32
+from surgeon.util.unfinished import unfinished
+
+Format = Literal["onnx", "torch"]
+FORMATS = ("onnx", "torch")
+FREE = ("auto", "size", "batch", "none")
+
+TOLERANCE = 1e-4  # of the relative error of the outputs
+_ROUNDING = 10.0  # times what float32 does to the model itself, that a file may differ where that is more
+_DRAWS = 5  # of images for a network whose kernels are selected
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One run of the file beside the model; `own` is how far float32 moves the model itself, where that was asked.
+
+    `draws` is how many images it took: where PAFU's selection is tied, rounding decides, and single pixels get another kernel. What
+    is wrong beyond that shows on every image.
+    """
+
+    shape: tuple[int, ...]
+    max_rel: float
+    max_abs: float
+    own: float | None = None
+    draws: int = 1
+
+    @property
+    def good(self) -> bool:
+        return self.max_rel <= max(TOLERANCE, _ROUNDING * (self.own or 0.0))
+
+
+@dataclass(kw_only=True)
+class Exported:
+    """What was written: which dimensions are free and within what, why the others are not, and what the checks gave.
+
+    `operators` counts operations, `opset` is that of an ONNX file, `outputs` are the names of what it gives. `size` is in bytes,
+    `foreign` names operators beyond torch's own or standard ONNX. `data` is the second file of an ONNX model whose weights one
+    file cannot hold: it must stay beside the first under its name.
+    """
+
+    path: str
+    format: str
+    input_shape: tuple[int, ...]
+    dtype: str
+    free: dict[str, str]
+    fixed: dict[str, str] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
+    operators: int = 0
+    opset: int | None = None
+    outputs: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    size: int = 0
+    data: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        checks = [
+            {"shape": list(c.shape), "rel_error": c.max_rel, "abs_error": c.max_abs, "draws": c.draws}
+            for c in self.checks
+        ]
+        return vars(self) | {"input_shape": list(self.input_shape), "checks": checks}
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: Format = "onnx",
+    input_size: Sequence[int] | int | None = None,
+    example_inputs: Any = None,
+    free: str = "auto",
+    opset: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write the model, in eval mode, to one file (ONNX above 1.5 GiB of weights: two), and check what it computes.
+
+    `format` is "onnx" or "torch" (a `torch.export` archive). `free` says which dimensions of the input (N, C, H, W) may change:
+    "size" batch and image size, "batch", "none", or "auto": as much of that as the model and the file allow. `input_size` and
+    `example_inputs` are as for `convert`. Raises `ExportError` where `torch.export` or the conversion to ONNX refuses the model
+    or the file computes something else (nothing is written then), `ConfigError` for a missing package or a file that exists.
+    """
+    tell = progress or (lambda stage, done, total: None)
+    path = Path(path).absolute()
+    if free not in FREE:
+        raise ConfigError(f"free must be one of {', '.join(FREE)}, got {free!r}")
+    check_target(path, format, force=force)
+    tell("trace", 0, 1)
+    shapes = Shapes.of(model, input_size, example_inputs, free)
+    output = _settled_output(model, shapes.example)
+    model = prepared(model, output, format)
+    # Attention by its formula: fused kernels lay out their result so that a reshape behind them is traced as a view, which
+    # what stands for them in ONNX does not allow.
+    with _beside(path) as partial, sdpa_kernel(SDPBackend.MATH):
+        reasons: dict[str, str] = {}
+        for names in shapes.tries():
+            try:
+                result = _attempt(model, partial, format, opset, shapes, names, output_names(model, output), tell)
+                break
+            except ExportError as error:
+                if free == "size" or not names:
+                    raise
+                reasons |= dict.fromkeys(names, _reason(error))
+        result.fixed = {name: why for name, why in (reasons | shapes.fixed).items() if name not in result.free}
+        result.size = sum(file.stat().st_size for file in partial.parent.iterdir())
+        data = _put(partial, path, format)
+        result.path, result.data = str(path), None if data is None else str(data)
+    return result
+
+
+def _attempt(
+    model: nn.Module,
+    partial: Path,
+    format: str,
+    opset: int | None,
+    shapes: Shapes,
+    names: tuple[str, ...],
+    outputs: list[str] | None,
+    tell: Progress,
+) -> Exported:
+    """Trace with these dimensions free, write the file, and check what it computes.
+
+    `shapes.fixed` learns what the next attempt need not try.
+    """
+    tell("trace", 0, 1)
+    program, bounds = traced(model, shapes, names)
+    tell("convert", 0, 1)
+    given = input_name(model, outputs or ())
+    with quiet():
+        written = write(program, partial, format, opset, given, outputs)
+    result = Exported(
+        path=str(partial),
+        format=format,
+        input_shape=tuple(shapes.example.shape),
+        dtype=str(shapes.example.dtype).removeprefix("torch."),
+        free=bounds,
+        operators=written.operators,
+        opset=written.opset,
+        outputs=written.outputs if format == "onnx" else outputs or [],
+        foreign=foreign_operators(program, partial, format),
+    )
+    runner = read(partial, format)
+    wanted = shapes.to_check(tuple(bounds))
+    for done, shape in enumerate(wanted):
+        tell("check", done, len(wanted))
+        try:
+            result.checks.append(_check(model, runner, shape))
+        except ExportError as error:
+            if shape[2:] != shapes.example.shape[2:]:
+                shapes.fixed |= dict.fromkeys(NAMES[1:], _reason(error))
+            raise
+    return result
+
+
+def _settled_output(model: nn.Module, example: Tensor) -> Any:
+    """What the model gives. Raises `ExportError` for one that is random in eval mode: no file can be compared with it."""
+    first, second = (run_model(model, Inputs(args=(example,)), seed) for seed in (0, 1))
+    difference = compare(_leaves(first), _leaves(second))
+    if not difference.max_rel <= TOLERANCE:
+        raise ExportError(
+            f"{type(model).__name__} is random in eval mode: two runs on the same images differ by "
+            f"{difference.max_rel:.1e}; switch off what draws (dropout by hand, noise) before it is exported"
+        )
+    return first
+
+
+def _reason(error: ExportError) -> str:
+    return str(error).removesuffix("; nothing was written")
+
+
+def check_target(path: Path, format: str, *, force: bool = False) -> None:
+    """Raise `ConfigError` before work starts: unknown format, missing package, file that exists, folder that does not."""
+    if format not in FORMATS:
+        raise ConfigError(f"the format must be one of {', '.join(FORMATS)}, got {format!r}")
+    missing = missing_packages(format)
+    if missing:
+        raise ConfigError(
+            f"export to {format} needs {', '.join(missing)}, not installed here: pip install {' '.join(missing)}, "
+            f"or pip install 'surgeon[export]'"
+        )
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file")
+    for there in [path, data_of(path)] if format == "onnx" else [path]:
+        if there.exists() and not force:
+            raise ConfigError(f"{there} exists; choose another with -o, or replace it with --force")
+    if not path.parent.is_dir():
+        raise ConfigError(f"there is no folder {path.parent} to write {path.name} to")
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A place of that name in an unfinished folder beside it."""
+    try:
+        with unfinished(path) as folder:
+            yield folder / path.name
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _put(partial: Path, path: Path, format: str) -> Path | None:
+    """Move the file to its place. Weights of their own, whose place is returned, go first: it names them."""
+    data, place = data_of(partial), data_of(path)
+    apart = data.exists()
+    if apart:
+        path.unlink(missing_ok=True)  # the one that is replaced would be read with weights that are not its own
+        data.replace(place)
+    partial.replace(path)
+    if format == "onnx" and not apart:
+        place.unlink(missing_ok=True)  # those of the one that was replaced
+    return place if apart else None
+
+
+# --- checking -----------------------------------------------------------------------------------------------------
+
+
+def _check(model: nn.Module, runner: Runner, shape: tuple[int, ...]) -> Check:
+    selects = any(isinstance(layer, PAFUConv2d) for layer in dynamic_layers(model).values())
+    for draw in range(1, (_DRAWS if selects else 1) + 1):
+        check = replace(_compared(model, runner, shape, draw), draws=draw)
+        if check.good:
+            return check
+    allowed = f"at most {TOLERANCE:g}"
+    if check.own and _ROUNDING * check.own > TOLERANCE:
+        allowed += f", or {_ROUNDING:g} times the {check.own:.1e} by which float32 moves the model itself"
+    raise ExportError(
+        f"the exported file does not compute what the model computes: relative error {check.max_rel:.1e} at "
+        f"{'x'.join(map(str, shape))} ({allowed}); nothing was written"
+    )
+
+
+def _compared(model: nn.Module, runner: Runner, shape: tuple[int, ...], draw: int) -> Check:
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    images = random_images(like.new_empty(1, shape[1], 1, 1), shape[0], shape[2:], draw)
+    expected = _leaves(run_model(model, Inputs(args=(images,))))
+    try:
+        with strict_float32():
+            found = runner(images)
+    except Exception as error:
+        raise ExportError(
+            f"the exported file does not run at {'x'.join(map(str, shape))}: {first_line(error)}; nothing was written"
+        ) from error
+    difference = compare(expected, found)
+    check = Check(shape=shape, max_rel=difference.max_rel, max_abs=difference.max_abs)
+    if not check.good and math.isfinite(check.max_rel):
+        check = replace(check, own=_own_rounding(model, images, expected).max_rel)
+    return check
+
+
+def _own_rounding(model: nn.Module, images: Tensor, expected: list[Tensor]) -> Difference:
+    """How far the model in float32 is from itself in float64."""
+    try:
+        double = copy_model(model).double()
+        exact = _leaves(run_model(double, Inputs(args=(images.double(),))))
+    except SurgeonError:  # it does not run in float64: nothing is excused
+        return Difference()
+    return compare([t.to(e.dtype) for t, e in zip(exact, expected, strict=True)], expected)
+
+
+def _leaves(output: Any) -> list[Tensor]:
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -1,0 +1,95 @@
+"""What a model gives, for the files it is exported to: names of its outputs, and what no file can hold."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten_with_path
+
+from surgeon.errors import ExportError
+from surgeon.util.files import told
+
+
+def prepared(model: nn.Module, output: Any, format: str) -> nn.Module:
+    """The model as it is exported: named tuples, whose class is not where the file is read, become dictionaries.
+
+    Raises `ExportError` for an output without tensors, and for values in it that the format cannot hold.
+    """
+    leaves = tree_flatten_with_path(output)[0]
+    kinds = (Tensor, type(None)) if format == "onnx" else (Tensor, int, float, type(None))
+    for path, leaf in leaves:
+        if not isinstance(leaf, kinds):
+            where = f" at {_name(path)}" if path else ""
+            raise ExportError(
+                f"{type(model).__name__} gives {told(leaf)} ({type(leaf).__name__}){where}: "
+                f"a file of format {format} holds only tensors{'' if format == 'onnx' else ' and numbers'}"
+            )
+    if not any(isinstance(leaf, Tensor) for _, leaf in leaves):
+        raise ExportError(f"{type(model).__name__} gives no tensor, but {told(output)}: there is nothing to export")
+    return _AsDictionaries(model) if format == "torch" and _has_named_tuple(output) else model
+
+
+def output_names(model: nn.Module, output: Any) -> list[str] | None:
+    """Names of the tensors in order, by keys, fields and places (`aux.0`); None where no key or field names anything.
+
+    An underscore is added to a name that a parameter or a buffer has already.
+    """
+    paths = [path for path, leaf in tree_flatten_with_path(output)[0] if isinstance(leaf, Tensor)]
+    if not any(isinstance(key, MappingKey | GetAttrKey) for path in paths for key in path):
+        return None
+    names: list[str] = []
+    for path in paths:
+        name = _name(path)
+        while name in names or name in _held(model):
+            name += "_"
+        names.append(name)
+    return names
+
+
+def input_name(model: nn.Module, outputs: Iterable[str]) -> str:
+    """ "images", or another name where a parameter, a buffer or an output has that one."""
+    taken = _held(model) | set(outputs)
+    candidates = ["images", "input", *(f"images_{number}" for number in range(len(taken) + 1))]
+    return next(name for name in candidates if name not in taken)
+
+
+def _held(model: nn.Module) -> set[str]:
+    return {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(
+        str(key.idx if isinstance(key, SequenceKey) else key.key if isinstance(key, MappingKey) else key.name)
+        for key in path
+    )
+
+
+def _is_named_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def _has_named_tuple(value: Any) -> bool:
+    if _is_named_tuple(value):
+        return True
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(map(_has_named_tuple, items))
+
+
+def _as_dictionaries(value: Any) -> Any:
+    if _is_named_tuple(value):
+        return {name: _as_dictionaries(getattr(value, name)) for name in value._fields}
+    if isinstance(value, Mapping):
+        return {key: _as_dictionaries(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_as_dictionaries, value))
+    return value
+
+
+class _AsDictionaries(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, images: Tensor) -> Any:
+        return _as_dictionaries(self.model(images))

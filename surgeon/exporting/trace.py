@@ -1,0 +1,214 @@
+"""How a model is traced for `surgeon.export`: on which images, which of their dimensions stay free, and why the others do not."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.errors import ExportError, InputError, SurgeonError
+from surgeon.exporting.exported import quiet
+from surgeon.sites.inputs import Inputs, candidate_inputs, given_inputs
+from surgeon.surgery.rewrite import dynamic_layers, static
+from surgeon.surgery.verify import run as run_model
+from surgeon.util.copying import evaluating
+
+_PLACES = {"batch": 0, "height": 2, "width": 3}
+NAMES = tuple(_PLACES)
+
+# The second image size is larger by one of these in height and by twice that in width: what most networks divide by, and patches
+# of 14. Twice the size would suit more of them, but HaloNet's windows kept torch.export at free sizes for ten minutes.
+_STEPS = (32, 28)
+_REPAIRS = 4  # how often torch.export may ask for other bounds of a dimension
+_VIOLATED = "Constraints violated"  # how it says that a dimension cannot be as free as it was asked to be
+
+
+@dataclass
+class Shapes:
+    """The example, another image size that the model takes too, and why dimensions are fixed."""
+
+    example: Tensor
+    other: tuple[int, int] | None
+    fixed: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module, input_size: Any, example_inputs: Any, free: str) -> "Shapes":
+        example = _example(model, input_size, example_inputs)
+        shapes = cls(example, None, {})
+        if free in ("batch", "none"):
+            shapes.fixed |= dict.fromkeys(NAMES[1:], "asked for")
+        else:
+            try:
+                shapes.other = _other_size(model, example)
+            except InputError as error:
+                if free == "size":
+                    raise ExportError(f"the model itself does not run {error}") from error
+                shapes.fixed |= dict.fromkeys(
+                    NAMES[1:], f"the model takes no other size: {first_line(error.__cause__)}"
+                )
+        if free == "none":
+            shapes.fixed["batch"] = "asked for"
+        return shapes
+
+    def tries(self) -> Iterator[tuple[str, ...]]:
+        """Names of the dimensions to leave free, the most first, none last; without those that are fixed by then."""
+        tried: set[tuple[str, ...]] = set()
+        for names in (NAMES, NAMES[1:], NAMES[:1]):
+            left = tuple(name for name in names if name not in self.fixed)
+            if left and left not in tried:
+                tried.add(left)
+                yield left
+        yield ()
+
+    def to_check(self, dims: Sequence[str]) -> list[tuple[int, ...]]:
+        """Two batch sizes and two image sizes, as far as they are free."""
+        n, c, h, w = self.example.shape
+        batches = [n, n + 1] if "batch" in dims else [n]
+        sizes = [(h, w)]
+        if self.other is not None and ("height" in dims or "width" in dims):
+            sizes.append((self.other[0] if "height" in dims else h, self.other[1] if "width" in dims else w))
+        return [(batch, c, *size) for size in sizes for batch in batches]
+
+
+def _example(model: nn.Module, input_size: Any, example_inputs: Any) -> Tensor:
+    """One batch of images (N, C, H, W) that the model runs on."""
+    candidates: list[Inputs] | Iterator[Inputs]
+    candidates = candidate_inputs(model, input_size) if example_inputs is None else iter([given_inputs(example_inputs)])
+    failure: SurgeonError | None = None
+    for inputs in candidates:
+        if (
+            inputs.kwargs
+            or len(inputs.args) != 1
+            or not isinstance(inputs.args[0], Tensor)
+            or inputs.args[0].dim() != 4
+        ):
+            raise ExportError(
+                f"only models of one batch of images (N, C, H, W) can be exported; {type(model).__name__} takes "
+                f"{inputs.shapes()}"
+            )
+        try:
+            run_model(model, inputs)
+        except InputError as error:
+            failure = failure or error
+            continue
+        return inputs.args[0]
+    assert failure is not None
+    raise failure
+
+
+def _other_size(model: nn.Module, example: Tensor) -> tuple[int, int]:
+    """Another image size that the model takes. Raises `InputError` where none was found."""
+    height, width = example.shape[-2:]
+    sizes = [(height + step, width + 2 * step) for step in _STEPS]
+    refused: BaseException | None = None
+    for size in sizes:
+        try:
+            run_model(model, Inputs(args=(random_images(example, 2, size),)))
+        except InputError as error:
+            refused = refused or error.__cause__ or error
+        else:
+            return size
+    tried = " or ".join(f"{h}x{w}" for h, w in sizes)
+    raise InputError(f"at {tried}, only at {height}x{width}: {first_line(refused)}") from refused
+
+
+def random_images(like: Tensor, batch: int, size: Sequence[int], draw: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(6 + draw)
+    return torch.randn((batch, like.shape[1], *size), generator=generator).to(like)
+
+
+# --- tracing ------------------------------------------------------------------------------------------------------
+
+
+def traced(
+    model: nn.Module, shapes: Shapes, names: tuple[str, ...]
+) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    minima = [1, *_minima(shapes.example)] if "height" in names else [1]
+    for least in minima:
+        dims = {_PLACES[name]: torch.export.Dim(name, min=1 if name == "batch" else least) for name in names}
+        try:
+            program, solved = _trace(model, shapes.example, dims, explore=least != minima[-1]), True
+        except Exception as error:  # torch.export raises whatever the model's code raises under its symbols
+            if least != minima[-1] and _asks_for_more(error):
+                continue
+            program, solved = _unsolved(model, shapes.example, names, least, error), False
+        break
+    (given,) = program.graph_signature.user_inputs
+    sizes = next(node for node in program.graph.nodes if node.name == given).meta["val"].shape
+    free = {}
+    for name in names:
+        size = sizes[_PLACES[name]]
+        if isinstance(size, int):
+            shapes.fixed[name] = f"the model's code fixes it at {size}"
+        else:
+            free[name] = _bounds(size, program, solved or name == "batch")
+    return program, free
+
+
+def _trace(model: nn.Module, example: Tensor, dims: Any, *, explore: bool) -> torch.export.ExportedProgram:
+    """`explore`: plain convolutions first. They have the same sizes in a fraction of the operations, and rule out bounds sooner."""
+    given: Any = (dims,)
+    if explore and dynamic_layers(model):
+        with static(model):
+            _, given = _program(model, example, given)
+    return _program(model, example, given)[0]
+
+
+def _asks_for_more(error: Exception) -> bool:
+    return isinstance(error, torch._dynamo.exc.UserError) and _VIOLATED in str(error)
+
+
+def _unsolved(
+    model: nn.Module, example: Tensor, names: tuple[str, ...], least: int, why: Exception
+) -> torch.export.ExportedProgram:
+    """Traced with sizes that torch.export need not put into bounds; some conditions it cannot (pooling with `ceil_mode`)."""
+    hint = torch.export.Dim.AUTO
+    dims = {_PLACES[name]: hint if name == "batch" else hint(min=least) for name in names}
+    if dims and not _asks_for_more(why):
+        with suppress(Exception):  # what it said first is what can be told
+            return _trace(model, example, dims, explore=True)
+    raise ExportError(f"torch.export refuses {type(model).__name__}: {first_line(why)}; nothing was written") from why
+
+
+def _minima(example: Tensor) -> list[int]:
+    """Least image sizes to try. Strides make one pixel of a small image, which torch.export sets apart: 33 where they are 32."""
+    shorter = min(example.shape[2:])
+    return [least for least in (5, 9, 17, 33, 65, 129) if shorter / 8 <= least <= shorter]
+
+
+def _program(model: nn.Module, example: Tensor, dims: Any) -> tuple[torch.export.ExportedProgram, Any]:
+    """Traced with these free dimensions, or with what torch.export suggests in place of them (multiples of 8, a constant)."""
+    from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+
+    repairs = 0
+    while True:
+        try:
+            with quiet(), evaluating(model):
+                return torch.export.export(model, (example,), dynamic_shapes=dims, strict=False), dims
+        except torch._dynamo.exc.UserError as error:
+            fixes = str(error).partition("Suggested fixes:")[2].strip().partition("\n\n")[0]
+            if repairs == _REPAIRS or not fixes:
+                raise
+            dims, repairs = refine_dynamic_shapes_from_suggested_fixes(f"Suggested fixes:\n{fixes}", dims), repairs + 1
+
+
+def _bounds(size: torch.SymInt, program: torch.export.ExportedProgram, solved: bool) -> str:
+    """Which values a free dimension takes, for people. That a symbol is at least 2 is torch's habit, not a bound."""
+    factor, symbol = size.node.expr.as_coeff_Mul()
+    least = int(program.range_constraints[symbol].lower) if symbol in program.range_constraints else 1
+    told = [f"multiples of {factor}"] if factor != 1 else []
+    told += [f"at least {factor * least}"] if least > 2 else []
+    if not solved:
+        told.append("not all for certain: torch.export could not solve its conditions")
+    return ", ".join(told) or "any"
+
+
+def first_line(error: BaseException | None) -> str:
+    """What an error says, in a line: those of torch.export go on for pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = lines[0] if lines else ""
+    if told.startswith(_VIOLATED) and len(lines) > 1:  # this says only where to look
+        told = lines[1].removeprefix("- ")
+    return f"{type(error).__name__}: {told[:300]}" if told else type(error).__name__

@@ -1,0 +1,1 @@
+"""Models by name or folder, their weights, and the name of a given model."""

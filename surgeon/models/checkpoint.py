@@ -1,0 +1,414 @@
+"""Converted models on disk: a folder with recipe.json, model.safetensors, README.md, report.json and report.txt.
+
+Where the base model is an exported program, its file lies there, too. README.md is for people and the Hub: nothing reads it
+back, and it may be edited.
+
+No pickles, and no code from the folder runs when it is read. A folder appears under its name only when it is complete.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from surgeon.errors import CheckpointError, RecipeError, SurgeonError
+from surgeon.layers.base import DynamicConv2d, LayerConfig
+from surgeon.layers.geometry import ConvGeometry
+from surgeon.layers.registry import layer_class
+from surgeon.layers.source import ConvSource
+from surgeon.models.identify import identify
+from surgeon.models.names import build_structure
+from surgeon.models.programs import FILE as PROGRAM
+from surgeon.models.weights import mismatches, told_mismatches
+from surgeon.records.card import FILE as CARD
+from surgeon.records.card import model_card
+from surgeon.records.collapse_report import CollapseReport, read
+from surgeon.records.recipe import (
+    CONVOLUTION,
+    BaseModel,
+    Recipe,
+    Rule,
+    get_recipe,
+    quoted,
+    set_recipe,
+    unquoted,
+    versions,
+)
+from surgeon.records.recipe import FILE as RECIPE
+from surgeon.records.report import Report
+from surgeon.surgery.raised import Raised
+from surgeon.surgery.rewrite import Rewrite, convolution_rule, dynamic_layers, folded_from, folded_windows
+from surgeon.surgery.sizes import check_layers
+from surgeon.util.copying import copy_model
+from surgeon.util.files import check_fields, parse_json, read_json, read_object, sync, told
+from surgeon.util.unfinished import unfinished
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+REPORT = "report.json"
+TEXT = "report.txt"
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    report: Report | CollapseReport | None = None,
+    base: BaseModel | None = None,
+    force: bool = False,
+) -> None:
+    """Write a model, converted or not, to the folder `path`.
+
+    `base` says how to build the base model; without it the model's recipe is asked, then the model itself. Where nobody knows
+    (a class of the caller's own) that is logged, and `load` will need `base=`. An existing folder is an error unless `force`,
+    which replaces it only if surgeon wrote it, and only once the new one is complete. Raises `CheckpointError`.
+    """
+    path = Path(path).absolute()
+    check_output(path, force=force)
+    recipe = describe(model, base)
+    tensors, aliases = _tensors(model)
+    with fresh_folder(path, force) as folder:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+        recipe = _with_program(recipe, folder)
+        artefact = {
+            "files": {
+                file.name: {"sha256": _file_sha256(file), "bytes": file.stat().st_size} for file in folder.iterdir()
+            },
+            "static": [name for name, layer in dynamic_layers(model).items() if not layer.adaptive],
+        }
+        values = recipe.to_dict() | {"artefact": artefact}
+        _write(folder / RECIPE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        (folder / WEIGHTS).chmod((folder / RECIPE).stat().st_mode)
+        _write(folder / CARD, model_card(recipe, report))
+        if report is not None:
+            _write(folder / REPORT, report.to_json())
+            _write(folder / TEXT, report.to_text())
+
+
+def load(
+    path: str | Path,
+    *,
+    base: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    trust_factory: bool = False,
+) -> nn.Module:
+    """Read a folder that `save` wrote; the model is in eval mode, on `device`.
+
+    Needs no network. `base` is a model of the original architecture (its weights do not matter, it is not changed) for
+    folders whose recipe does not know how to build it. Raises `CheckpointError` for damaged files, `RecipeError` for a recipe
+    that cannot be read, `ModelError` for a base model that cannot be built.
+    """
+    path = Path(path)
+    recipe, artefact = read_folder(path)
+    model = _structure(recipe, base, path, trust_factory)
+    model = apply_rules(model, recipe.rules, str(path))
+    _fill(model, path / WEIGHTS)
+    static = artefact.get("static", [])
+    check_fields(static, [str], f"{path / RECIPE}: artefact: static")
+    for name in static:
+        layer = _submodule(model, name, str(path))
+        if not isinstance(layer, DynamicConv2d):
+            raise CheckpointError(f"{path / RECIPE}: artefact: static: {name} is no dynamic layer")
+        layer.adaptive = False
+    set_recipe(model, recipe)
+    return model.eval().to(device)
+
+
+def read_folder(path: Path) -> tuple[Recipe, dict[str, Any]]:
+    """Recipe of a surgeon folder and what it says of its files, which are whole. Raises `CheckpointError`, `RecipeError`."""
+    if not path.is_dir():
+        raise CheckpointError(f"there is no surgeon folder {path}")
+    if not (path / RECIPE).is_file():
+        raise CheckpointError(f"{path} is not a surgeon folder: it has no {RECIPE}")
+    values = read_json(path / RECIPE, RecipeError, "the recipe")
+    recipe = Recipe.from_dict(values, str(path / RECIPE)).located(path)
+    artefact = values.get("artefact")
+    if not isinstance(artefact, dict):
+        raise CheckpointError(f"{path / RECIPE} is a recipe, but not that of a saved model: it has no artefact section")
+    _check_file(path / WEIGHTS, artefact)
+    if recipe.base is not None and recipe.base.source == "program":
+        _check_file(path / Path(recipe.base.name).name, artefact)
+    return recipe, artefact
+
+
+def read_report(path: str | Path) -> Report | CollapseReport | None:
+    """The report in a surgeon folder, of a conversion or a collapse; None if it has none."""
+    file = Path(path) / REPORT
+    if not file.is_file():
+        return None
+    return read(read_object(file))
+
+
+def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
+    """The recipe of a model as it is now: a rule for each dynamic layer, and each convolution folded to another window."""
+    carried = get_recipe(model)
+    rules = tuple(
+        Rule(layers=quoted(name), type=layer.type_name, options=layer.config.to_dict())
+        for name, layer in dynamic_layers(model).items()
+    )
+    rules += tuple(convolution_rule(name, window) for name, window in folded_windows(model).items())
+    known = base or (carried.base if carried is not None else None)
+    found = known if known is not None and _fits(model, known, rules) else identify(model)
+    if found is not None and known is not None:
+        found = replace(found, weights=known.weights, input_size=known.input_size)
+    if found is None or not _fits(model, found, rules):
+        logger.warning(
+            "it is not known how to build this %s again: the folder will load only with base=MODEL, a model of the "
+            "original architecture",
+            type(model).__name__,
+        )
+        found = None
+    seed, classes = (carried.seed, carried.classes) if carried is not None else (0, None)
+    return Recipe(rules=rules, base=found, seed=seed, versions=versions(), classes=classes)
+
+
+def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Module:
+    """Put empty dynamic layers, shaped by the rules' options, in the places that the rules name.
+
+    Returns the model, another object only if the model itself is replaced. Raises `RecipeError`.
+    """
+    layers: dict[str, nn.Module] = {}
+    Raised(model, {unquoted(rule.layers) for rule in rules})
+    check_layers(_wanted(model, rules))
+    for rule in rules:
+        name = unquoted(rule.layers)
+        old = _submodule(model, name, where)
+        if rule.type == CONVOLUTION:
+            layers[name] = _folded(old, rule, where)
+            continue
+        cls = layer_class(rule.type)
+        config = cls.Config.from_dict(rule.options)
+        if isinstance(old, DynamicConv2d):
+            if type(old) is not cls or old.config != config:
+                raise RecipeError(
+                    f"{where}: {rule.layers} is a {old.type_name} layer with other options in the base model"
+                )
+            continue
+        try:
+            layers[name] = cls(ConvSource.read(old).geometry, config)
+        except SurgeonError as error:
+            raise RecipeError(f"{where}: {rule.layers} cannot become {rule.type}: {error}") from error
+    return Rewrite(model, layers).apply()
+
+
+def _wanted(
+    model: nn.Module, rules: tuple[Rule, ...]
+) -> Iterator[tuple[type[DynamicConv2d], ConvGeometry, LayerConfig]]:
+    for rule in rules:
+        with contextlib.suppress(AttributeError, SurgeonError):  # said when it is built
+            cls = layer_class(rule.type)
+            yield cls, ConvSource.read(model.get_submodule(rule.layers)).geometry, cls.Config.from_dict(rule.options)
+
+
+def _folded(old: nn.Module, rule: Rule, where: str) -> nn.Module:
+    height, width = rule.options["window"]
+    try:
+        return folded_from(old, (height, width))
+    except SurgeonError as error:
+        raise RecipeError(f"{where}: {rule.layers} cannot become a {height}x{width} convolution: {error}") from error
+
+
+def check_output(path: str | Path, *, force: bool = False) -> None:
+    """Raise `CheckpointError` unless a folder may be written at `path`: before work starts, not after it."""
+    path = Path(path)
+    if not path.exists() and not path.is_symlink():
+        return
+    if not force:
+        raise CheckpointError(f"the output {path} exists; choose another with -o, or replace it with --force")
+    if not path.is_dir() or path.is_symlink():
+        raise CheckpointError(f"the output {path} exists and is not a folder: --force replaces only folders")
+    if any(path.iterdir()) and not (path / RECIPE).is_file():
+        raise CheckpointError(
+            f"the output {path} was not written by surgeon (it has no {RECIPE}): --force leaves it alone"
+        )
+
+
+# --- the model ----------------------------------------------------------------------------------------------------
+
+
+def _submodule(model: nn.Module, name: str, where: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise RecipeError(f"{where}: the base model {type(model).__name__} has no layer {name!r}") from error
+
+
+def _fits(model: nn.Module, base: BaseModel, rules: tuple[Rule, ...]) -> bool:
+    """Whether base and rules rebuild a model that takes this one's state dict. Factories are believed: they are code."""
+    if base.source == "factory":
+        return True
+    try:
+        rebuilt = apply_rules(build_structure(base), rules, base.name)
+    except SurgeonError:
+        return False
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return _kinds(rebuilt) == _kinds(model) and not mismatches(own, rebuilt)
+
+
+def _kinds(model: nn.Module) -> dict[str, tuple[type[nn.Module], str]]:
+    """Class of every module, and the settings of convolutions, which shapes do not tell."""
+    return {
+        name: (
+            fx.GraphModule if isinstance(module, fx.GraphModule) else type(module),
+            module.extra_repr() if isinstance(module, nn.Conv2d) else "",
+        )
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+
+
+def _with_program(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe for a folder; the program that the base model is, which nothing could build again, comes into it."""
+    if recipe.base is None or recipe.base.source != "program":
+        return recipe
+    try:
+        shutil.copyfile(recipe.base.name, folder / PROGRAM)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"the program {recipe.base.name} of the base model is gone: it is part of the folder"
+        ) from error
+    return replace(recipe, base=replace(recipe.base, name=PROGRAM))
+
+
+def _structure(recipe: Recipe, base: nn.Module | None, path: Path, trust_factory: bool) -> nn.Module:
+    if base is not None:
+        return copy_model(base)
+    if recipe.base is None:
+        raise CheckpointError(f"{path} does not know how to build its base model: load it with base=MODEL")
+    return build_structure(recipe.base, trust_factory=trust_factory)
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors as safetensors takes them (contiguous, none sharing memory), and which names share one tensor."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{name} in the state dict is a {type(value).__name__}; only tensors can be saved")
+        kind = _unsavable(value)
+        if kind:
+            raise CheckpointError(
+                f"{name} in the state dict is {kind}; a surgeon folder holds ordinary, dense tensors with data"
+            )
+        key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if value.numel() and key in first:
+            aliases[name] = first[key]
+            continue
+        first[key] = name
+        value = value.detach().to("cpu")
+        whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        tensors[name] = value if whole else value.clone(memory_format=torch.contiguous_format)
+    return tensors, aliases
+
+
+def _unsavable(value: Tensor) -> str:
+    """What makes a tensor one that safetensors cannot hold; empty if it can."""
+    made: Any = value
+    if is_traceable_wrapper_subclass(made):
+        return f"a {type(made).__name__}, a tensor made of others (quantized or distributed)"
+    if value.is_quantized or value.is_nested or value.layout != torch.strided:
+        return f"quantized, nested or sparse ({value.layout}, {value.dtype})"
+    return "on the meta device" if value.is_meta else ""
+
+
+def _fill(model: nn.Module, file: Path) -> None:
+    """Load the weights strictly; the model takes over their dtypes."""
+    try:
+        state = load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            text = (opened.metadata() or {}).get("aliases", "{}")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+    aliases = parse_json(text, f"{file}: aliases", CheckpointError)
+    check_fields(aliases, {"*": str}, f"{file}: aliases")
+    unknown = [other for other in aliases.values() if other not in state]
+    if unknown:
+        raise CheckpointError(f"{file}: aliases: there is no tensor {told(unknown[0])}")
+    state |= {name: state[other] for name, other in aliases.items()}
+    problems = mismatches(state, model)
+    if problems:
+        raise CheckpointError(f"{file} does not fit the model of its recipe: {told_mismatches(problems)}")
+    floats = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(floats) == 1:
+        model.to(floats.pop())  # with it go the buffers that no state dict holds
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    for name, value in state.items():
+        if own[name].dtype != value.dtype:
+            own[name].data = own[name].data.to(value.dtype)
+    model.load_state_dict(state)
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def fresh_folder(path: Path, force: bool) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends well, and goes when it does not."""
+    try:
+        with unfinished(path) as folder:
+            yield folder
+            for file in folder.rglob("*"):
+                sync(file)
+            sync(folder)
+            _take_place(folder, path, force)
+            sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SurgeonError):
+            raise
+        raise CheckpointError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _take_place(folder: Path, path: Path, force: bool) -> None:
+    if not path.exists():
+        folder.rename(path)
+        return
+    check_output(path, force=force)
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    path.rename(old)
+    try:
+        folder.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+
+
+def _file_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_file(file: Path, artefact: dict[str, Any]) -> None:
+    """Raise `CheckpointError` unless the file is the one that was saved."""
+    try:
+        expected = artefact["files"][file.name]
+        check_fields(expected, {"bytes": int, "sha256": str}, "files", RecipeError)
+        size, digest = expected["bytes"], expected["sha256"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the artefact section of {file.parent / RECIPE} does not describe {file.name}"
+        ) from error
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent} is incomplete: {file.name} is missing")
+    if file.stat().st_size != size:
+        raise CheckpointError(f"{file} is damaged: {file.stat().st_size} bytes, expected {size}")
+    found = _file_sha256(file)
+    if found != digest:
+        raise CheckpointError(f"{file} is damaged or was changed: SHA-256 {found}, expected {digest}")

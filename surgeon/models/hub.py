@@ -1,0 +1,210 @@
+"""Surgeon folders on the Hugging Face Hub: published in one commit, fetched into the Hub's cache, and read as any stranger's.
+
+Of a repository only the files that surgeon writes are fetched; nothing in them is unpickled or run.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import surgeon
+from surgeon.errors import CheckpointError, ConfigError
+from surgeon.models.checkpoint import REPORT, TEXT, WEIGHTS, load, read_folder, save
+from surgeon.models.programs import FILE as PROGRAM
+from surgeon.models.sources import HUB
+from surgeon.models.weights import bounded_network
+from surgeon.records.card import FILE as CARD
+from surgeon.records.card import PLACE
+from surgeon.records.collapse_report import CollapseReport
+from surgeon.records.recipe import FILE as RECIPE
+from surgeon.records.recipe import FORMAT, BaseModel
+from surgeon.records.report import Report
+from surgeon.util.files import read_json, read_text, told
+
+FILES = (RECIPE, WEIGHTS, PROGRAM, CARD, REPORT, TEXT)
+
+
+def push_to_hub(
+    source: nn.Module | str | Path,
+    repo_id: str,
+    *,
+    report: Report | CollapseReport | None = None,
+    base: BaseModel | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Publish a model, or a folder that `save` wrote, as ORG/NAME; returns the address of the commit.
+
+    The repository is made if it is not there, `private` or as the organization has it. `revision` is a branch (main),
+    `token` that of `hf auth login` or HF_TOKEN by default. A folder is checked first and goes up with its card as it is; with
+    a model (`report` and `base` as for `save`), a card that the repository has already stays. Raises `CheckpointError`, where
+    nothing is published.
+    """
+    if not isinstance(source, nn.Module):
+        if report is not None or base is not None:
+            raise ConfigError("report and base belong to a model; a folder has its own")
+        return _push(Path(source), repo_id, False, commit_message, revision, private, token, create_pr)
+    with tempfile.TemporaryDirectory(prefix="surgeon-push-") as place:
+        folder = Path(place, "model")
+        save(source, folder, report=report, base=base)
+        return _push(folder, repo_id, True, commit_message, revision, private, token, create_pr)
+
+
+def from_pretrained(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    base: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    trust_factory: bool = False,
+) -> nn.Module:
+    """The model of a surgeon folder, or of the repository ORG/NAME (also hf-hub:ORG/NAME) on the Hub, in eval mode.
+
+    A folder of that name comes first. `revision` is a branch, tag or commit; `base`, `device`, `trust_factory` are those of
+    `load`, which does the checks. Raises what `load` raises, and `CheckpointError` where the repository cannot be had.
+    """
+    if Path(name).is_dir():
+        if revision is not None:
+            raise ConfigError(f"{name} is a folder here, which has no revision; hf-hub:{name} is the repository")
+        return load(name, base=base, device=device, trust_factory=trust_factory)
+    found = HUB.fullmatch(str(name))
+    if found is None and str(name).count("/") != 1:
+        raise CheckpointError(f"there is no surgeon folder {name}, and a repository on the Hub is named ORG/NAME")
+    folder = fetch(
+        found["id"] if found is not None else str(name),
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        force_download=force_download,
+        local_files_only=local_files_only,
+    )
+    return load(folder, base=base, device=device, trust_factory=trust_factory)
+
+
+def fetch(repo_id: str, *, revision: str | None = None, **options: Any) -> Path:
+    """The files of a surgeon repository in the Hub's cache; `options` are those of `huggingface_hub.snapshot_download`.
+
+    The recipe comes first, so that nothing more of another kind of repository is fetched. Raises `CheckpointError`.
+    """
+    import huggingface_hub
+
+    with bounded_network(), _telling(f"hf-hub:{repo_id}"):
+        recipe = Path(huggingface_hub.hf_hub_download(repo_id, RECIPE, revision=revision, **options))
+        values = read_json(recipe)
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise CheckpointError(f"hf-hub:{repo_id} is no surgeon repository: its {RECIPE} is none of surgeon's")
+        commit = recipe.parent.name  # whatever is pushed meanwhile, all files are of one commit
+        found = huggingface_hub.snapshot_download(repo_id, revision=commit, allow_patterns=list(FILES), **options)
+    return Path(found)
+
+
+def folder(name: str) -> str:
+    """The folder that `hf-hub:ORG/NAME` is in the Hub's cache, fetched where it is not; other names are as they are."""
+    found = HUB.fullmatch(name)
+    if found is None or name.startswith("local-dir"):
+        return name
+    repo_id, _, revision = found["id"].partition("@")
+    return str(fetch(repo_id, revision=revision or None))
+
+
+def folder_if_any(name: str) -> str:
+    """As `folder`, but a repository that is not surgeon's, or cannot be reached, keeps its name: it may be a model of timm."""
+    try:
+        return folder(name)
+    except _NoFolderError:
+        return name
+
+
+# --- within -------------------------------------------------------------------------------------------------------------
+
+
+class _NoFolderError(CheckpointError):
+    """There is no recipe of surgeon's to be had."""
+
+
+def _push(
+    folder: Path,
+    repo_id: str,
+    keep_card: bool,
+    message: str | None,
+    revision: str | None,
+    private: bool | None,
+    token: str | None,
+    create_pr: bool,
+) -> str:
+    import huggingface_hub
+
+    read_folder(folder)
+    if not (token or huggingface_hub.get_token()):
+        raise CheckpointError(
+            f"pushing to {told(repo_id)} takes a token: log in (`hf auth login`), set HF_TOKEN, or give token=; "
+            "https://huggingface.co/settings/tokens makes one that may write"
+        )
+    api = huggingface_hub.HfApi(token=token, library_name="surgeon", library_version=surgeon.__version__)
+    with bounded_network(), _telling(f"{folder} cannot be pushed to {told(repo_id)}"):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        names = [name for name in FILES if (folder / name).is_file() and name != CARD]
+        operations = [
+            huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names
+        ]
+        there = keep_card and api.file_exists(repo_id, CARD, revision=revision)
+        if (folder / CARD).is_file() and not there:
+            card = read_text(folder / CARD).replace(PLACE, repo_id)
+            operations.append(huggingface_hub.CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=card.encode()))
+        done = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=message or "Push a network with surgeon",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return str((done.pr_url if create_pr else None) or done.commit_url)
+
+
+@contextlib.contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into one `CheckpointError`."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"{what}: a repository is named ORG/NAME: {_line(error)}") from error
+    except errors.GatedRepoError as error:
+        raise CheckpointError(f"{what}: access must be asked for on its page, and be given with a token") from error
+    except errors.RepositoryNotFoundError as error:
+        raise _NoFolderError(
+            f"{what}: there is no such repository on the Hub, or it is private and the token may not read it"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{what}: the repository has no such revision (branch, tag or commit)") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
+        raise _NoFolderError(
+            f"{what}: it is not in the cache, and the Hub does not answer (or HF_HUB_OFFLINE)"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise _NoFolderError(f"{what} is no surgeon repository: it has no {RECIPE}") from error
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        hint = "; the token may not do that" if status in (401, 403) else ""
+        raise CheckpointError(f"{what}: the Hub answers {status}: {_line(error)}{hint}") from error
+    except Exception as error:  # the client's transports raise anything
+        raise CheckpointError(f"{what}: {type(error).__name__}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")

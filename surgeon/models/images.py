@@ -1,0 +1,67 @@
+"""Calibration images: a folder of pictures as the batch that a model was trained to see."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.errors import DataError, InputError
+from surgeon.records.recipe import BaseModel
+from surgeon.util.picture_files import SUFFIXES, files_below, opened
+
+IMAGES = 32
+
+
+def read_images(
+    folder: str | Path, model: nn.Module, base: BaseModel, *, limit: int = IMAGES, option: str = "--calibrate"
+) -> Tensor:
+    """Up to `limit` pictures below a folder as a batch (N, C, H, W), transformed as the model expects.
+
+    They are taken evenly from the sorted list of files, so that a folder with one subfolder a class gives many classes.
+    `option` is what messages call them. Raises `InputError` where there is none, or one cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{option}: there is no folder {folder}")
+    try:
+        files = files_below(folder)
+    except DataError as error:
+        raise InputError(f"{option}: {error}") from error
+    if not files:
+        raise InputError(f"{option}: {folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+    step = max(len(files) / limit, 1.0)
+    chosen = [files[int(i * step)] for i in range(min(limit, len(files)))]
+    transform = evaluation_transform(model, base)
+    return torch.stack([read_image(file, transform, base, option=option) for file in chosen])
+
+
+def read_image(file: Path, transform: Callable[[Any], Tensor], base: BaseModel, *, option: str) -> Tensor:
+    """One picture (C, H, W) as the model gets it, gray where the model takes one channel; raises `InputError`."""
+    channels = base.input_size[0] if base.input_size else 3
+    if not file.is_file():
+        raise InputError(f"{option}: there is no picture {file}")
+    try:
+        with opened(file) as image:
+            return transform(image.convert("L" if channels == 1 else "RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"{option}: cannot read the picture {file}: {error}") from error
+
+
+def evaluation_transform(model: nn.Module, base: BaseModel) -> Callable[[Any], Tensor]:
+    """The model's own evaluation transform (timm), or ImageNet's, or for other networks plain values in [0, 1]."""
+    from torchvision import transforms
+
+    size = list(base.input_size[1:]) or [224, 224]
+    if base.source == "timm":
+        from timm.data import create_transform, resolve_data_config
+
+        config = resolve_data_config({"input_size": tuple(base.input_size)} if base.input_size else {}, model=model)
+        made: Callable[[Any], Tensor] = create_transform(**config, is_training=False)
+        return made
+    steps: list[Any] = [transforms.Resize(max(size)), transforms.CenterCrop(size), transforms.ToTensor()]
+    if base.source == "torchvision" and ".detection." not in type(model).__module__:
+        steps.append(transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    composed: Callable[[Any], Tensor] = transforms.Compose(steps)
+    return composed

@@ -1,0 +1,334 @@
+"""Models by the names people already use: timm, torchvision, the zoo, a surgeon folder, a `.pt2` file, `package.module:factory`.
+
+`build_model` makes a model from a name, with weights. What it did is kept as a `BaseModel`, from which `build_structure`
+makes the bare architecture again (no downloads, no foreign code) and `restore` the very same weights.
+"""
+
+import contextlib
+import difflib
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgeon.errors import ModelError
+from surgeon.models.programs import SUFFIX, is_program
+from surgeon.models.sources import HUB, construct, pretrained, resolve_hub
+from surgeon.models.weights import load_weights, read_weights, state_sha256
+from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
+
+logger = logging.getLogger(__name__)
+
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+_NAME = re.compile(r"[\w.\-]+")
+_FORBIDDEN = re.compile(r"pretrained|checkpoint|cache_dir|weights|_file|file$|url")
+
+
+def build_model(
+    spec: str,
+    *,
+    weights: str = "auto",
+    seed: int = 0,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    input_size: tuple[int, ...] | None = None,
+    options: dict[str, Any] | None = None,
+) -> tuple[nn.Module, BaseModel | None]:
+    """Build the model that `spec` names, in eval mode, and say how it was built.
+
+    `weights` is auto (pretrained where they can be had, otherwise random, with a logged warning), pretrained, random, or a
+    file. Random weights follow from `seed`. `input_size` is (C, H, W) or (H, W). `options` go to the model's own factory.
+    The second result is None only for a surgeon folder whose base model is not known. Raises `ModelError`.
+    """
+    from surgeon.models.hub import folder_if_any
+
+    found = folder_if_any(spec)
+    if (Path(found) / "recipe.json").is_file():
+        return _from_folder(found, weights, spec)
+    if is_program(spec):
+        given = {
+            "--weights": weights != "auto",
+            "--num-classes": num_classes,
+            "in_chans": in_chans,
+            "--model-args": options,
+        }
+        if any(given.values()):
+            told = ", ".join(key for key, value in given.items() if value)
+            raise ModelError(f"{spec} is an exported program with its own weights; {told} cannot apply")
+        return _from_program(spec, input_size)
+    base = _parse(spec)
+    size = _example_size(base.input_size, input_size, in_chans)
+    kwargs = dict(base.kwargs) | (options or {})
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    if base.source == "timm" and size and size[0] != (*base.input_size, 3)[0]:
+        kwargs["in_chans"] = size[0]
+    elif in_chans is not None:
+        kwargs["in_chans"] = in_chans
+    if input_size is not None and base.source == "timm" and _has_fixed_size(base.name):
+        kwargs.setdefault("img_size", list(input_size[-2:]))
+    model, base = _with_weights(replace(base, kwargs=kwargs, input_size=size), weights, seed)
+    return model.eval(), base
+
+
+def open_model(spec: str, **options: Any) -> nn.Module:
+    """The model that `spec` names, in eval mode: a library's name, a surgeon folder, a `.pt2` file or `package.module:factory`.
+
+    `options` are those of `build_model`. The model carries how it was built, so that a folder made of it loads without `base=`.
+    Raises `ModelError`.
+    """
+    model, base = build_model(spec, **options)
+    if base is not None and get_recipe(model) is None:
+        set_recipe(model, Recipe(rules=(), base=base))
+    return model
+
+
+def _example_size(own: tuple[int, ...], wanted: tuple[int, ...] | None, in_chans: int | None) -> tuple[int, ...]:
+    """(C, H, W) to run the model at: what was asked for, completed by what the model was made for; () if neither is known."""
+    if wanted is not None and len(wanted) == 3:
+        return wanted
+    sides = own[1:] if wanted is None else wanted
+    return (in_chans or (*own, 3)[0], *sides) if sides else ()
+
+
+def build_structure(base: BaseModel, *, trust_factory: bool = False) -> nn.Module:
+    """The architecture of a base model with meaningless weights: no downloads, and no code but that of the libraries.
+
+    Raises `ModelError`, also for factories unless they are trusted: a factory is code that a recipe names.
+    """
+    _check_base(base, trust_factory=trust_factory)
+    with torch.random.fork_rng(devices=[]):
+        return construct(base)
+
+
+def build_shapes(base: BaseModel, *, trust_factory: bool = False) -> nn.Module:
+    """The structure on the meta device, which costs no memory; on the CPU where the factory computes with values."""
+    try:
+        with torch.device("meta"):
+            return build_structure(base, trust_factory=trust_factory)
+    except ModelError:
+        return build_structure(base, trust_factory=trust_factory)
+
+
+def shapes_of(spec: str) -> nn.Module:
+    """A model by its name for its shapes alone, in eval mode; nothing is fetched. Raises `ModelError`."""
+    base = _parse(spec)
+    if base.source == "factory" or HUB.fullmatch(base.name):
+        return build_model(spec, weights="random")[0]
+    return build_shapes(base).eval()
+
+
+def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool = False) -> nn.Module:
+    """The base model with the weights it had when it was converted, in eval mode; their SHA-256 is checked.
+
+    `weights` names a file to take them from instead. Raises `ModelError`.
+    """
+    recorded = base.weights
+    _check_base(base, trust_factory=trust_factory)
+    if weights is None and recorded.kind == "given" and base.source != "factory":
+        raise ModelError(
+            f"the weights of {base.name} were given as a model object and are not recorded; name their file with --weights"
+        )
+    if (
+        weights is None
+        and recorded.sha256 is None
+        and recorded.kind in ("file", "pretrained")
+        and base.source != "factory"
+    ):
+        raise ModelError(
+            f"the recipe names weights of {base.name} ({recorded.path or recorded.kind}) without their SHA-256: "
+            "name the file with --weights if you know it"
+        )
+    if base.source == "program" and weights is not None:
+        raise ModelError("an exported program has its own weights: leave --weights out")
+    kind = weights or {"file": str(recorded.path), "given": "auto"}.get(recorded.kind, recorded.kind)
+    model, found = _with_weights(base, kind, recorded.seed or 0)
+    if recorded.sha256 is not None and found.weights.sha256 != recorded.sha256:
+        raise ModelError(
+            f"the weights of {base.name} ({found.weights.kind}{f' {found.weights.path}' if found.weights.path else ''}) are "
+            f"not those that were converted: SHA-256 {str(found.weights.sha256)[:16]}.., expected {recorded.sha256[:16]}.."
+        )
+    return model.eval()
+
+
+def model_names(pattern: str = "*") -> list[str]:
+    """Every name that `build_model` knows and the glob matches: timm's plain, the others as torchvision/... and zoo/..."""
+    import fnmatch
+
+    import timm
+
+    from surgeon import zoo
+
+    own = set(zoo.names())  # the zoo's classifiers are timm's as well
+    listed = [name for name in timm.list_models() if name not in own]
+    names = listed + [f"torchvision/{n}" for n in _torchvision_names()] + [f"zoo/{n}" for n in zoo.names()]
+    if not any(c in pattern for c in "*?["):
+        pattern = f"*{pattern}*"
+    return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
+def _check_base(base: BaseModel, *, trust_factory: bool) -> None:
+    """Raise `ModelError` for what a stranger's recipe must not make happen: foreign code, downloads, pickles."""
+    if base.source == "factory" and not trust_factory:
+        raise ModelError(
+            f"the base model is made by the factory {base.name}, which is code: load the folder with base=MODEL, "
+            "or with trust_factory=True (--trust-factory) if you trust it"
+        )
+    bad = sorted(
+        key for key in base.kwargs if _FORBIDDEN.search(key) and (base.source, key) != ("torchvision", "weights")
+    )
+    if bad or not (base.source in ("factory", "program") or _NAME.fullmatch(base.name)):
+        raise ModelError(f"the recipe's base model {base.name!r} may not have {', '.join(bad) or 'such a name'}")
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+def _parse(spec: str) -> BaseModel:
+    """What a spec names, with the options and the input size that follow from the name alone."""
+    import timm
+
+    from surgeon import zoo
+
+    unset = Weights(kind="random")
+    if HUB.fullmatch(spec):
+        return BaseModel(source="timm", name=spec, input_size=(), weights=unset)
+    if _FACTORY.fullmatch(spec):
+        return BaseModel(source="factory", name=spec, input_size=(), weights=unset)
+    prefix, _, name = spec.rpartition("/")
+    if prefix in ("", "zoo") and name in zoo.names():
+        return BaseModel(source="zoo", name=name, input_size=tuple(zoo.entry(name).input_size), weights=unset)
+    if prefix in ("", "timm") and timm.is_model(name.split(".")[0]):
+        _check_tag(name)
+        cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+        size = tuple(cfg.input_size) if cfg is not None else ()
+        return BaseModel(source="timm", name=name, input_size=size, weights=unset)
+    if prefix == "torchvision" and name in _torchvision_names():
+        return BaseModel(source="torchvision", name=name, input_size=torchvision_size(name), weights=unset)
+    if spec.endswith(SUFFIX):
+        raise ModelError(f"there is no file {spec}")
+    if Path(spec).is_dir():
+        raise ModelError(f"{spec} is a folder, but surgeon did not write it: it has no recipe.json")
+    raise ModelError(f"there is no model {spec!r}{nearest(spec)}; `surgeon models PATTERN` lists the names")
+
+
+def nearest(spec: str) -> str:
+    """The nearest known names, as the end of an error message."""
+    by_tail: dict[str, list[str]] = {}
+    for name in model_names():
+        by_tail.setdefault(name.rpartition("/")[2], []).append(name)
+    tails = difflib.get_close_matches(spec.rpartition("/")[2].lower(), by_tail, n=3, cutoff=0.6)
+    near = [name for tail in tails for name in by_tail[tail]]
+    return f". Did you mean {', '.join(near[:4])}?" if near else ""
+
+
+def _check_tag(name: str) -> None:
+    import timm
+
+    stem, _, tag = name.partition(".")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{stem}.*")]
+    if tag and tag not in tags:
+        raise ModelError(f"timm's {stem} has no weights {tag!r}; it has {', '.join(tags) or 'none'}")
+
+
+def _has_fixed_size(name: str) -> bool:
+    import timm
+
+    cfg = None if HUB.fullmatch(name) else timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    return bool(cfg is not None and cfg.fixed_input_size)
+
+
+def _torchvision_names() -> list[str]:
+    from torchvision import models
+
+    # The quantized twins are made of packed integer modules: nothing in them can be replaced.
+    return [name for name in models.list_models() if not name.startswith("quantized_")]
+
+
+def torchvision_size(name: str) -> tuple[int, ...]:
+    """(C, H, W) of what the model's default weights were made for; () for video and optical flow, which take no such images."""
+    from torchvision import models
+
+    module = models.get_model_builder(name).__module__
+    if module.startswith(("torchvision.models.video", "torchvision.models.optical_flow")):
+        return ()
+    options = getattr(models.get_model_weights(name)["DEFAULT"].transforms, "keywords", {})
+    crop = int(options.get("crop_size", 224))
+    return (3, crop, crop)
+
+
+# --- building -----------------------------------------------------------------------------------------------------
+
+
+def _with_weights(base: BaseModel, weights: str, seed: int) -> tuple[nn.Module, BaseModel]:
+    """The model with the weights that were asked for, and the record of both."""
+    if base.source == "program":
+        model = construct(base)
+        return model, _recorded(base, model, base.weights)
+    if base.source == "factory" and weights == "auto":
+        with _seeded(seed):
+            model = construct(base)
+        return model, _recorded(base, model, Weights(kind="given", seed=seed))
+    if weights in ("auto", "pretrained"):
+        try:
+            model, base = pretrained(base)
+        except ModelError as error:
+            if weights == "pretrained" or HUB.fullmatch(base.name):
+                raise
+            logger.warning("%s. GOING ON WITH RANDOM WEIGHTS of seed %d.", error, seed)
+        else:
+            return model, _recorded(base, model, base.weights)
+    if HUB.fullmatch(base.name):
+        base = resolve_hub(base)
+    with _seeded(seed):
+        model = construct(base)
+    if weights in ("auto", "random"):
+        return model, _recorded(base, model, Weights(kind="random", seed=seed))
+    load_weights(model, _named_for(base, model, read_weights(weights)), weights)
+    return model, _recorded(base, model, Weights(kind="file", path=str(Path(weights).resolve())))
+
+
+def _recorded(base: BaseModel, model: nn.Module, weights: Weights) -> BaseModel:
+    return replace(base, weights=replace(weights, sha256=state_sha256(model)))
+
+
+def _named_for(base: BaseModel, model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights in circulation for a zoo network, under that network's names."""
+    if base.source != "zoo":
+        return state
+    from surgeon.zoo import entry
+    from surgeon.zoo.foreign import adapt
+
+    return adapt(state, entry(base.name), model)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _from_program(path: str, input_size: tuple[int, ...] | None) -> tuple[nn.Module, BaseModel]:
+    weights = Weights(kind="file", path=str(Path(path).resolve()))
+    base = BaseModel(source="program", name=str(Path(path).resolve()), input_size=input_size or (), weights=weights)
+    model, base = _with_weights(base, "auto", 0)
+    return model.eval(), base
+
+
+def _from_folder(path: str, weights: str, spec: str) -> tuple[nn.Module, BaseModel | None]:
+    from surgeon.models.checkpoint import load
+
+    if weights != "auto":
+        raise ModelError(f"{spec} is a surgeon folder and has its own weights; --weights {weights} cannot apply")
+    model, recipe = load(path), Recipe.read(path)
+    base = recipe.base
+    if base is None or recipe.rules or base.source not in ("timm", "torchvision", "zoo"):
+        return model, base
+    file = Path(path, "model.safetensors").resolve()  # a plain network that was trained: the weights are the folder's
+    return model, _recorded(base, model, Weights(kind="file", path=str(file)))

@@ -1,0 +1,191 @@
+"""How each source of models builds: timm, torchvision, the zoo, a caller's factory; bare, or with published weights."""
+
+import contextlib
+import importlib
+import inspect
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgeon.errors import ModelError
+from surgeon.models.weights import bounded_network
+from surgeon.records.recipe import BaseModel, Weights
+from surgeon.surgery.sizes import bounded
+from surgeon.util.files import told
+from surgeon.util.machine import TooLargeError
+
+HUB = re.compile(r"(hf-hub|hf_hub|local-dir):(?P<id>.+)")
+
+
+def construct(base: BaseModel) -> nn.Module:
+    """Call the model's factory without weights; raises `ModelError` for options it does not take."""
+    with (
+        _telling(f"{base.source} cannot build {base.name} with {base.kwargs or 'its defaults'}"),
+        warnings.catch_warnings(),
+        _bounded(base),
+    ):
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # torchvision's googlenet and inception warn of their own defaults
+        return _bare(base)
+
+
+def _bare(base: BaseModel) -> nn.Module:
+    builders: dict[str, Callable[[BaseModel], nn.Module]] = {
+        "timm": _timm_model,
+        "torchvision": _torchvision_model,
+        "zoo": _zoo_model,
+        "factory": _factory_model,
+        "program": _program,
+    }
+    return builders[base.source](base)
+
+
+def _bounded(base: BaseModel) -> contextlib.AbstractContextManager[None]:
+    """Raises `TooLargeError` for options that ask for more than this machine has; a caller's factory knows what it does."""
+    if base.source in ("factory", "program") or HUB.fullmatch(base.name):
+        return contextlib.nullcontext()
+    return bounded(lambda: _bare(base), base.kwargs, f"{base.name} with {told(base.kwargs)}")
+
+
+@contextlib.contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Turn what a library raises into one `ModelError`."""
+    try:
+        yield
+    except (ModelError, TooLargeError):
+        raise
+    except Exception as error:  # the libraries' factories and hubs raise anything
+        told = " ".join(str(error).split()) or type(error).__name__
+        if type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "URLError", "ConnectError"):
+            told = "they are not in the cache, and the network does not answer"
+        raise ModelError(f"{what}: {told[:300].rstrip('.')}") from error
+
+
+def _timm_model(base: BaseModel) -> nn.Module:
+    import timm
+
+    from surgeon import zoo as zoo  # registers its classifiers with timm
+
+    model: nn.Module = timm.create_model(base.name, pretrained=False, **base.kwargs)
+    return model
+
+
+def _zoo_model(base: BaseModel) -> nn.Module:
+    from surgeon import zoo
+
+    model: nn.Module = zoo.create(base.name, **base.kwargs)
+    return model
+
+
+def _torchvision_model(base: BaseModel) -> nn.Module:
+    """With the structure that goes with pretrained weights where those are named: frozen norms, no auxiliary heads."""
+    from torchvision import models
+
+    kwargs = _plain(base)
+    builder = models.get_model_builder(base.name)
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        kwargs["weights_backbone"] = None
+    if "weights" not in base.kwargs:
+        kwargs.setdefault("weights", None)
+        return _as_module(builder(**kwargs))
+    with _no_state_dicts():
+        return _as_module(builder(weights=models.get_model_weights(base.name)[base.kwargs["weights"]], **kwargs))
+
+
+@contextlib.contextmanager
+def _no_state_dicts() -> Iterator[None]:
+    """Let torchvision's factories build for given weights, without fetching or loading those."""
+    from unittest.mock import patch
+
+    from torchvision.models import WeightsEnum
+
+    with patch.object(WeightsEnum, "get_state_dict", return_value={}), patch.object(nn.Module, "load_state_dict"):
+        yield
+
+
+def _factory_model(base: BaseModel) -> nn.Module:
+    module_name, _, attribute = base.name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            factory = getattr(factory, part)
+    finally:
+        sys.path.pop(0)
+    return _as_module(factory(**base.kwargs))
+
+
+def _program(base: BaseModel) -> nn.Module:
+    from surgeon.models.programs import read_program
+
+    return read_program(base.name)
+
+
+def _as_module(made: Any) -> nn.Module:
+    if not isinstance(made, nn.Module):
+        raise ModelError(f"the factory made a {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+def _plain(base: BaseModel) -> dict[str, Any]:
+    """The options without torchvision's record of the weights that decide about the structure."""
+    return {key: value for key, value in base.kwargs.items() if (base.source, key) != ("torchvision", "weights")}
+
+
+def pretrained(base: BaseModel) -> tuple[nn.Module, BaseModel]:
+    """The model with its published weights; raises `ModelError` where they cannot be had."""
+    failed = f"pretrained weights of {base.name} cannot be had"
+    if base.source == "zoo":
+        raise ModelError(f"{failed}: the zoo publishes none")
+    if base.source == "factory":
+        raise ModelError(f"{failed}: a factory brings its own weights (--weights auto)")
+    with _bounded(base), bounded_network(), _telling(failed), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return _timm_pretrained(base) if base.source == "timm" else _torchvision_pretrained(base)
+
+
+def _timm_pretrained(base: BaseModel) -> tuple[nn.Module, BaseModel]:
+    import timm
+
+    hub = base.weights.path if base.weights.kind == "pretrained" else base.name
+    spec = str(hub) if HUB.fullmatch(str(hub)) else base.name
+    model = timm.create_model(spec, pretrained=True, **base.kwargs)
+    cfg: Any = model.pretrained_cfg
+    if HUB.fullmatch(spec):
+        weights = Weights(kind="pretrained", path=spec)
+        return model, replace(resolve_hub(base), weights=weights)
+    name = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg["architecture"]
+    weights = Weights(kind="pretrained", path=cfg.get("hf_hub_id") or cfg.get("url") or cfg.get("file") or None)
+    return model, replace(base, name=name, weights=weights)
+
+
+def resolve_hub(base: BaseModel) -> BaseModel:
+    """The timm architecture and options behind `hf-hub:...` or `local-dir:...`, so that it can be built without either."""
+    from timm.models import load_model_config_from_hf
+    from timm.models._hub import load_model_config_from_path
+
+    found = HUB.fullmatch(base.name)
+    if found is None:
+        return base
+    read = load_model_config_from_path if base.name.startswith("local-dir") else load_model_config_from_hf
+    with bounded_network(), _telling(f"{base.name} cannot be had"):
+        cfg, architecture, arguments = read(found["id"])
+    size = base.input_size or tuple(cfg.get("input_size", (3, 224, 224)))
+    kwargs = {"num_classes": cfg.get("num_classes", 1000), "in_chans": size[0]} | dict(arguments or {}) | base.kwargs
+    return replace(base, name=architecture, kwargs=kwargs, input_size=(kwargs["in_chans"], *size[1:]))
+
+
+def _torchvision_pretrained(base: BaseModel) -> tuple[nn.Module, BaseModel]:
+    from torchvision import models
+
+    member = models.get_model_weights(base.name)[base.kwargs.get("weights", "DEFAULT")]
+    model = models.get_model_builder(base.name)(weights=member, **_plain(base))
+    weights = Weights(kind="pretrained", path=str(member))
+    return _as_module(model), replace(base, kwargs=base.kwargs | {"weights": member.name}, weights=weights)

@@ -1,0 +1,191 @@
+"""State dicts: read from files without running code, loaded strictly, hashed, and fetched without long waits."""
+
+import contextlib
+import hashlib
+import socket
+import threading
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from surgeon.errors import ModelError
+from surgeon.layers.base import DynamicConv2d
+from surgeon.surgery.rewrite import folded_window
+
+_WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "params_ema", "params", "net")
+_PREFIXES = ("module.", "_orig_mod.")
+_SHOWN = 5
+_PATIENCE = 5.0  # seconds
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors, .pth, .pt or .bin file, out of its wrappers and without `module.` before every name.
+
+    Pickles are read with `weights_only=True`: a file from a stranger runs no code. Raises `ModelError`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"there is no weights file {path}; --weights takes auto, pretrained, random or a file")
+    try:
+        if path.suffix == ".safetensors":
+            loaded: Any = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (Exception, SafetensorError) as error:  # zip, pickle and safetensors each have errors of their own
+        told = (str(error).splitlines() or [""])[0][:160]
+        raise ModelError(
+            f"cannot read {path} as weights ({type(error).__name__}: {told}). Expected a state dict written by "
+            "safetensors or torch.save; files that need code to load are not read."
+        ) from error
+    return _strip(_unwrap(loaded, path))
+
+
+def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
+    while isinstance(loaded, Mapping):
+        inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)), None)
+        if inner is None:
+            break
+        loaded = inner
+    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ModelError(f"{path} holds no state dict (names and tensors), but a {type(loaded).__name__}")
+    return {str(name): value for name, value in loaded.items()}
+
+
+def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            return _strip({name.removeprefix(prefix): value for name, value in state.items()})
+    return state
+
+
+def mismatches(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    """What keeps a state dict from fitting a model: missing, unexpected, other shapes, whole numbers for real ones.
+
+    Counters of batch norms may be missing.
+    """
+    own = model.state_dict()
+    return [
+        *(f"missing {name}" for name in own if name not in state and not name.endswith("num_batches_tracked")),
+        *(f"unexpected {name}" for name in state if name not in own),
+        *(
+            f"{name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}"
+            for name, value in state.items()
+            if name in own and value.shape != own[name].shape
+        ),
+        *(
+            f"{name} is of dtype {_dtype(value)}, expected {_dtype(own[name])}"
+            for name, value in state.items()
+            if name in own and value.shape == own[name].shape and _kind(value) != _kind(own[name])
+        ),
+    ]
+
+
+def _kind(value: Tensor) -> str:
+    """Dtypes of one kind are converted, others are not meant."""
+    if value.is_floating_point():
+        return "real"
+    if value.is_complex():
+        return "complex"
+    return "truth" if value.dtype == torch.bool else "whole"
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def told_mismatches(problems: list[str]) -> str:
+    """The first few mismatches and how many more there are."""
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return "; ".join(problems[:_SHOWN]) + more
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load a state dict strictly; raises `ModelError` with the first mismatches."""
+    problems = mismatches(state, model)
+    if problems:
+        raise ModelError(
+            f"{where} holds the weights of another model: {told_mismatches(problems)}. "
+            "Check the model's name and --num-classes."
+        )
+    model.load_state_dict(dict(state), strict=False)
+
+
+def state_sha256(model: nn.Module) -> str:
+    """SHA-256 over the sorted state dict: names, dtypes, shapes, bytes."""
+    digest = hashlib.sha256()
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    for name in sorted(state):
+        value = state[name].detach()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def changed_tensors(original: nn.Module, converted: nn.Module) -> list[str]:
+    """Names of parameters and buffers outside the dynamic layers that are not the same in both models.
+
+    Convolutions that were folded to another window are left out, too: their tensors cannot be the same. A layer that was
+    converted and reverted has its weight back up to rounding; that counts as the same.
+    """
+    from surgeon.surgery.raised import Raised
+
+    modules = converted.named_modules(remove_duplicate=False)
+    inside = tuple(f"{name}." for name, module in modules if isinstance(module, DynamicConv2d) or folded_window(module))
+    raised = Raised(original, [name.removesuffix(".") for name in inside])
+    before = {name: value for name, value in original.state_dict().items() if not name.startswith(inside)}
+    raised.undo()
+    after = {name: value for name, value in converted.state_dict().items() if not name.startswith(inside)}
+    return [name for name in {**before, **after} if not _same(before.get(name), after.get(name))]
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a.shape != b.shape:
+        return False
+    if torch.equal(a, b) or not a.numel():
+        return True
+    if not a.is_floating_point() or not b.is_floating_point():
+        return False
+    a, b = a.double(), b.double()
+    return bool((a - b).abs().max() <= 1e-5 * a.abs().max())
+
+
+@contextlib.contextmanager
+def bounded_network() -> Iterator[None]:
+    """Let downloads inside fail in seconds where there is no network; what lies in the cache is still found.
+
+    The Hugging Face client retries an unknown host for most of a minute, and urllib waits for ever.
+    """
+    from huggingface_hub import constants
+
+    offline, timeout = constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
+    constants.HF_HUB_OFFLINE = offline or not reachable(constants.ENDPOINT)
+    socket.setdefaulttimeout(4 * _PATIENCE)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        socket.setdefaulttimeout(timeout)
+
+
+def reachable(url: str, patience: float = _PATIENCE) -> bool:
+    """Whether a connection to the host of this address, or to the proxy that leads there, opens within `patience` seconds."""
+    target = urllib.parse.urlsplit(urllib.request.getproxies().get("https", url))
+    port = target.port or (80 if target.scheme == "http" else 443)
+    opened = threading.Event()
+
+    def connect() -> None:
+        with contextlib.suppress(OSError), socket.create_connection((target.hostname or "", port), timeout=patience):
+            opened.set()
+
+    # Name resolution knows no timeout, hence the thread.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(patience)
+    return opened.is_set()

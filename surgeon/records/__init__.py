@@ -1,0 +1,1 @@
+"""What surgeon writes down: recipes and reports."""

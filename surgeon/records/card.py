@@ -1,0 +1,183 @@
+"""The model card of a surgeon folder: README.md as the Hugging Face Hub reads it, metadata first, then what people ask."""
+
+from pathlib import Path
+
+from surgeon.records.collapse_report import CollapseReport
+from surgeon.records.recipe import CONVOLUTION, BaseModel, Recipe, unquoted
+from surgeon.records.report import Replaced, Report, flops, geometry_text, options_text
+from surgeon.util.tables import count, error
+
+FILE = "README.md"
+PLACE = "path/of/this/folder"  # stands in a card until it is published under a name
+
+# What the Hub calls licenses; any other is `other`, with its name.
+_LICENSES = (
+    "apache-2.0",
+    "apple-amlr",
+    "apple-ascl",
+    "bsd-3-clause",
+    "cc-by-4.0",
+    "cc-by-nc-4.0",
+    "gemma",
+    "mit",
+    "unknown",
+)
+
+
+def model_card(recipe: Recipe, report: Report | CollapseReport | None = None) -> str:
+    """Markdown with YAML in front, for a model that `recipe` describes layer by layer.
+
+    Says what is known and nothing else: costs are those of the report, the license is that of the base model's published
+    weights.
+    """
+    parts = [_title(recipe, report), _use(recipe), _replacements(recipe, report), _cost(report), _origin(recipe)]
+    return f"---\n{_metadata(recipe)}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def license_of(base: BaseModel | None) -> str | None:
+    """The license of the base model's weights where its library states one; timm does for published ones."""
+    if base is None or base.source != "timm" or base.weights.kind != "pretrained":
+        return None
+    from timm.models import get_pretrained_cfg
+
+    found = get_pretrained_cfg(base.name, allow_unregistered=True)
+    return None if found is None or not found.license else str(found.license)
+
+
+def _metadata(recipe: Recipe) -> str:
+    from huggingface_hub import ModelCardData
+
+    base = recipe.base
+    kinds = sorted({rule.type for rule in recipe.rules} - {CONVOLUTION})
+    source = [base.source] if base is not None and base.source in ("timm", "torchvision") else []
+    stated = license_of(base)
+    known = stated is None or stated in _LICENSES
+    data = ModelCardData(
+        library_name="surgeon",
+        tags=["surgeon", "dynamic-convolution", *kinds, *source],
+        base_model=_hub_id(base),
+        license=stated if known else "other",
+        license_name=None if known else stated,
+    )
+    return str(data.to_yaml())
+
+
+def _hub_id(base: BaseModel | None) -> str | None:
+    """ORG/NAME of the repository on the Hub that the base model's weights came from."""
+    if base is None or base.source != "timm" or base.weights.kind != "pretrained" or base.weights.path is None:
+        return None
+    name = base.weights.path.removeprefix("hf-hub:").removeprefix("hf_hub:").partition("@")[0]
+    return name if name.count("/") == 1 and "://" not in name and not name.startswith("local-dir") else None
+
+
+def _title(recipe: Recipe, report: Report | CollapseReport | None) -> str:
+    name = recipe.base.name if recipe.base is not None else (report.model if report is not None else None)
+    of = (
+        f" of {recipe.base.source}" if recipe.base is not None and recipe.base.source in ("timm", "torchvision") else ""
+    )
+    dynamic = [rule for rule in recipe.rules if rule.type != CONVOLUTION]
+    shown = _code(name) if name else "A network"
+    if not dynamic:
+        return f"# {shown}\n\n{shown}{of}, written by surgeon; none of its convolutions is dynamic."
+    layers = "one convolution is" if len(dynamic) == 1 else f"{len(dynamic)} convolutions are"
+    return f"# {shown} with dynamic convolutions\n\n{shown}{of}, in which {layers} content-adaptive (see the table)."
+
+
+def _use(recipe: Recipe) -> str:
+    """How to load it, in four lines."""
+    base = recipe.base
+    more, first = "", ""
+    if base is None:
+        more, first = ", base=model", "`model` is one of the original architecture; its weights do not matter.\n\n"
+    elif base.source == "factory":
+        more = ", trust_factory=True"
+        first = f"The base model is built by {_code(base.name)}, code that you must have and trust.\n\n"
+    lines = ["import surgeon", "import torch", "", f'model = surgeon.from_pretrained("{PLACE}"{more})  # in eval mode']
+    if base is not None and base.input_size:
+        lines.append(f"outputs = model(torch.randn(1, {', '.join(map(str, base.input_size))}))")
+    code = "\n".join(lines)
+    return (
+        f"## Use\n\n{first}```python\n{code}\n```\n\nNothing in the folder is executed, and there are no pickles in it."
+    )
+
+
+def _replacements(recipe: Recipe, report: Report | CollapseReport | None) -> str:
+    """A line for each layer of the recipe, with the report's numbers where it has some of that layer."""
+    if not recipe.rules:
+        return ""
+    known = {entry.name: entry for entry in report.replaced} if isinstance(report, Report) else {}
+    header = ["layer", "became"]
+    rows = []
+    for rule in recipe.rules:
+        name = unquoted(rule.layers)
+        became = "{}x{} convolution".format(*rule.options["window"]) if rule.type == CONVOLUTION else ""
+        rows.append([_code(name), became or options_text(rule.type, rule.options), *_numbers(known.get(name))])
+    if known:
+        header += ["stage", "geometry", "parameters", "after", "FLOPs", "after", "error"]
+    told = "All options are in `recipe.json`."
+    if known:
+        told += " FLOPs are for one image (1 MAC = 2 FLOPs); the error is the layer's, relative, right after the conversion."
+    rows = [row[: len(header)] for row in rows]
+    return f"## What the layers became\n\n{_table(header, rows, left=4)}\n\n{told}"
+
+
+def _numbers(entry: Replaced | None) -> list[str]:
+    if entry is None:
+        return ["-"] * 7
+    params, work = (entry.params_before, entry.params_after), (entry.macs_before, entry.macs_after)
+    told = [entry.stage or "-", geometry_text(entry.geometry), *map(count, params), *map(flops, work)]
+    return [*map(_plain, told), error(entry.max_rel_error)]
+
+
+def _cost(report: Report | CollapseReport | None) -> str:
+    if report is None:
+        return ""
+    if isinstance(report, Report):
+        heading, names = "Cost", ("original", "converted")
+        work = [None if macs is None else 2 * macs for macs in (report.macs_before, report.macs_after)]
+    else:
+        heading, names = "Cost before and after collapsing", ("before", "after")
+        work = [report.flops_before, report.flops_after]
+    rows = []
+    for what, (before, after) in (("parameters", (report.params_before, report.params_after)), ("FLOPs", work)):
+        factor = f"x{after / before:.2f}" if before and after is not None else "-"
+        rows.append([what, count(before), count(after), factor])
+    return f"## {heading}\n\n{_table(['', *names, 'factor'], rows, left=1)}"
+
+
+def _origin(recipe: Recipe) -> str:
+    base = recipe.base
+    versions = ", ".join(f"{name} {version}" for name, version in recipe.versions.items())
+    lines = [f"- written with {_plain(versions)}"] if versions else []
+    if base is not None:
+        weights = {
+            "pretrained": f"published ones{f' ({_code(base.weights.path)})' if base.weights.path else ''}",
+            "random": f"random ones of seed {base.weights.seed}: nothing published is in them",
+            "file": f"the file {_code(Path(base.weights.path).name)}" if base.weights.path else "a file",
+            "given": "those of a model that was given",
+        }[base.weights.kind]
+        stated = license_of(base)
+        lines = [f"- base model: {_code(base.name)} ({base.source})", f"- its weights: {weights}", *lines]
+        if base.weights.kind != "random":
+            lines.append(
+                f"- license of its weights: {_plain(stated) if stated else 'not stated; ask where they are from'}"
+            )
+    return "\n".join(["## Where it comes from", "", *lines]) if lines else ""
+
+
+# --- Markdown -----------------------------------------------------------------------------------------------------------
+
+
+def _table(header: list[str], rows: list[list[str]], *, left: int) -> str:
+    """The columns from `left` on are flush right."""
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def _plain(text: str) -> str:
+    """Words that stay in their cell and line, and are no markup."""
+    return "".join(f"\\{letter}" if letter in "\\|<>[]*_`#" else letter for letter in " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', chr(92) + '|')}`"

@@ -1,0 +1,177 @@
+"""The report of a collapse: every dynamic layer is in it, folded or kept, with the evidence."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from surgeon.errors import CheckpointError
+from surgeon.records.fields import read_fields
+from surgeon.records.report import Report, change, entry, flops, jsonable, name_list, took
+from surgeon.util.pages import rows, snippet
+from surgeon.util.tables import count, error, paragraph, table
+
+KIND = "collapse"
+EVIDENCE = {
+    "off": "its dynamic part was switched off",
+    "parameters": "proved from the parameters",
+    "images": "observed on the images",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collapsed:
+    """One dynamic layer. MACs are for one image; errors are those of the layer's output, on the inputs it really got."""
+
+    name: str
+    type: str
+    folded: bool
+    reason: str = ""  # why it was kept
+    evidence: str | None = None  # "off", "parameters" or "images"
+    variation: float | None = None  # relative, see surgeon.collapsing.evidence; None where nothing was observed
+    pixels: int = 0  # that were observed
+    told: str = ""
+    geometry: dict[str, Any]  # of the convolution that the layer replaced
+    kernel_size: tuple[int, ...] | None = None  # of the convolution that it became
+    params_before: int
+    params_after: int
+    macs_before: int | None = None
+    macs_after: int | None = None
+    max_abs_error: float | None = None
+    max_rel_error: float | None = None
+
+
+@dataclass(kw_only=True)
+class CollapseReport:
+    """What a collapse did, on what evidence, and how exact it is. FLOPs are for one image, 1 MAC = 2."""
+
+    layers: list[Collapsed]
+    tolerance: float = 0.0
+    images: int = 0  # that were given; 0: only the parameters counted
+    max_abs_error: float | None = None  # of the model's outputs, after against before
+    max_rel_error: float | None = None
+    precision: str = "float32"
+    exact: bool = True  # False where a layer that varies was folded at its mean: errors are stated, not bounded
+    params_before: int = 0
+    params_after: int = 0
+    flops_before: int | None = None
+    flops_after: int | None = None
+    model: str | None = None
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def folded(self) -> list[Collapsed]:
+        return [layer for layer in self.layers if layer.folded]
+
+    @property
+    def kept(self) -> list[Collapsed]:
+        return [layer for layer in self.layers if not layer.folded]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; numbers that are not finite become the strings "nan", "inf", "-inf"."""
+        values: dict[str, Any] = jsonable({"kind": KIND} | asdict(self))
+        return values
+
+    def to_json(self) -> str:
+        """As the text of a report.json."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "CollapseReport":
+        """Inverse of `to_dict`; raises `CheckpointError` for what is not a report of a collapse."""
+        try:
+            rest = {key: value for key, value in values.items() if key not in ("kind", "layers")}
+            report = cls(layers=[entry(Collapsed, layer) for layer in values["layers"]], **read_fields(cls, rest))
+        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as problem:
+            raise CheckpointError(
+                f"this is not a report of a collapse: {type(problem).__name__}: {problem}"
+            ) from problem
+        return report
+
+    def to_text(self, width: int = 80) -> str:
+        """For people: the table of layers, the evidence, why others were kept, totals, errors, notes."""
+        parts = [
+            self._title(),
+            _table(self.layers, width),
+            _evidence(self, width),
+            _kept(self, width),
+            _totals(self, width),
+        ]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table, totals and notes, and the evidence and what was kept to unfold."""
+        more = [("evidence", _evidence(self, 100)), (f"kept: {len(self.kept)}", _kept(self, 100))]
+        folded = [(heading, text) for heading, text in more if text]
+        return snippet(self._title(), rows(_HEADER, _rows(self.layers)), _totals(self, 100), folded)
+
+    def _title(self) -> str:
+        title = f"{self.model}: " if self.model else ""
+        return f"{title}{len(self.folded)} of {len(self.layers)} dynamic layers folded into convolutions"
+
+
+def read(values: dict[str, Any]) -> "Report | CollapseReport":
+    """The report that a report.json holds; raises `CheckpointError`."""
+    return CollapseReport.from_dict(values) if values.get("kind") == KIND else Report.from_dict(values)
+
+
+_HEADER = ("layer", "type", "becomes", "varies", "params", "after", "FLOPs", "after", "error")
+
+
+def _rows(layers: list[Collapsed]) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    for x in layers:
+        kernel = "kept" if x.kernel_size is None else "x".join(map(str, x.kernel_size))
+        told = "-" if x.variation is None else f"{x.variation:.2g}"
+        params, work = (count(x.params_before), count(x.params_after)), (flops(x.macs_before), flops(x.macs_after))
+        found.append((x.name, x.type, kernel, told, *params, *work, error(x.max_rel_error)))
+    return found
+
+
+def _table(layers: list[Collapsed], width: int) -> str:
+    return table(_HEADER, _rows(layers), width=width, left=3)
+
+
+def _evidence(report: CollapseReport, width: int) -> str:
+    lines = []
+    for kind, heading in EVIDENCE.items():
+        found = [layer for layer in report.folded if layer.evidence == kind]
+        if not found:
+            continue
+        lines.append(paragraph(f"{heading} ({len(found)}):", width=width))
+        plain = [layer.name for layer in found if not layer.told]
+        if plain:
+            lines.append(paragraph(name_list(plain), width=width, indent="  "))
+        lines += [f"  {layer.name}: {layer.told}" for layer in found if layer.told]
+    return "\n".join(lines)
+
+
+def _kept(report: CollapseReport, width: int) -> str:
+    groups: dict[str, list[Collapsed]] = {}
+    for layer in report.kept:
+        groups.setdefault(layer.reason, []).append(layer)
+    lines = [f"kept: {len(report.kept)}"] if groups else []
+    for reason, layers in groups.items():
+        lines.append(paragraph(f"{reason} ({len(layers)}):", width=width, indent="  ", hang="    "))
+        plain = [layer.name for layer in layers if not layer.told]
+        if plain:
+            lines.append(paragraph(name_list(plain), width=width, indent="    "))
+        lines += [f"    {layer.name}: {layer.told}" for layer in layers if layer.told]
+    return "\n".join(lines)
+
+
+def _totals(report: CollapseReport, width: int) -> str:
+    lines = [change("parameters", report.params_before, report.params_after)]
+    if report.flops_before is not None and report.flops_after is not None:
+        lines.append(change("FLOPs", report.flops_before, report.flops_after) + " (1 MAC = 2 FLOPs)")
+    if report.max_rel_error is not None:
+        kind = "" if report.exact else ", not exact by choice"
+        lines.append(
+            f"error       {error(report.max_rel_error)} relative, {error(report.max_abs_error)} absolute "
+            f"({report.precision}{kind})"
+        )
+    count = f"{report.images} image{'s' * (report.images != 1)}"
+    given = f"{count}, tolerance {report.tolerance or 0:g}" if report.images else "none given"
+    lines += [f"images      {given}", took(report.seconds)]
+    lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in report.notes]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Dynamic layers put in the places of convolutions, checked, and taken out again."""

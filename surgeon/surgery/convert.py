@@ -1,0 +1,249 @@
+"""The main operation: give chosen convolutions of a model dynamic layers that compute the same."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from surgeon.commands.console import Inspection
+from surgeon.errors import (
+    ConfigError,
+    ModelError,
+    SelectionError,
+    VerificationError,
+)
+from surgeon.layers.base import LayerConfig
+from surgeon.layers.registry import type_of
+from surgeon.records.recipe import CONVOLUTION, Recipe, Rule, get_recipe, quoted, set_recipe, versions
+from surgeon.records.report import Report, growth_notes
+from surgeon.sites.select import split_items
+from surgeon.sites.sites import ConvSite, find_sites
+from surgeon.sites.trace import trace_graph
+from surgeon.surgery.blocks import find_blocks
+from surgeon.surgery.compare import compare
+from surgeon.surgery.operation import Progress, Surgery, count_parameters
+from surgeon.surgery.plan import Planned, make_plan
+from surgeon.surgery.raised import Raised
+from surgeon.surgery.verify import outputs
+from surgeon.util.copying import copy_model, eager, without_compiler
+
+
+@eager()
+def convert(
+    model: nn.Module,
+    type: str | LayerConfig | None = None,
+    *,
+    layers: str | Sequence[str] | Recipe | None = None,
+    pattern: str | None = None,
+    example_inputs: Any = None,
+    inplace: bool = False,
+    as_graph: bool = False,
+    recipe: Recipe | None = None,
+    input_size: Sequence[int] | int | None = None,
+    calibration: Any = None,
+    seed: int = 0,
+    check: bool = True,
+    progress: Progress | None = None,
+    **layer_options: Any,
+) -> tuple[nn.Module, Report]:
+    """Replace convolutions by dynamic layers so that the model computes what it computed.
+
+    Args:
+        type: the layer type, "acda", "pafu" or "sekg", with `layer_options`; or a config such as `ACDAConfig(atoms=2)`.
+        layers: which convolutions, in the selector language of `surgeon.sites.select`, or a recipe.
+        pattern: "dcb" instead of a type: residual blocks become ADFNet's DCBs (see `surgeon.surgery.blocks`), those whose first
+            convolution `layers` selects (default: all); `layer_options` are those of "sekg".
+        example_inputs: a tensor, a tuple of arguments, a list (one argument) or a dict of keyword arguments. Without it the
+            model's own input size is used, or `input_size`: (C, H, W), (H, W) or one number.
+        inplace: change the caller's model; otherwise a copy is changed. After an error the model is as it was.
+        as_graph: return a `torch.fx.GraphModule` of the converted model, traced in its current mode.
+        recipe: rules that mix types and options, instead of `layers` and `type`.
+        calibration: model inputs, as `example_inputs`; layers that are compressed are fitted to what they get from it.
+        check: compare with the original, output and layers, and try that new parameters get gradients.
+        progress: called with a stage's name, what is done and how much there is.
+
+    Returns:
+        The converted model, and a report in which every convolution is.
+
+    Raises:
+        SelectionError, ConfigError: the selection matches nothing, the type or an option is wrong.
+        InputError: the model does not run on the inputs.
+        NothingReplacedError: every selected convolution was refused; the message has the reasons.
+        VerificationError: the result does not compute the same.
+    """
+    started = time.perf_counter()
+    if pattern is not None:
+        layers, type, layer_options = _of_pattern(pattern, layers, type, recipe, layer_options)
+    order = _read_order(layers, type, recipe, layer_options, seed)
+    tell = progress or _silent
+    model = without_compiler(model)
+    _has_data(model)
+    work = model if inplace else copy_model(model)
+    params_before = count_parameters(work)
+    functional = Raised(work)
+    surgery = None
+    try:
+        tell("trace", 0, 1)
+        sites = functional.described(find_sites(work, example_inputs, input_size, origin=model))
+        tell("trace", 1, 1)
+        plans = make_plan(sites.convs, order.rules)
+        if pattern is not None:
+            plans = _in_blocks(plans, find_blocks(work, pattern), pattern)
+        surgery = Surgery(work=work, sites=sites, plans=plans, seed=order.seed, tell=tell, earlier=get_recipe(work))
+        if inplace and any(plan.site.name == "" for plan in surgery.plans):
+            raise ConfigError("the model itself is the selected convolution: it cannot be replaced in place")
+        surgery.build(calibration)
+        result, verification = surgery.operate(check=check)
+        if surgery.expected is None:
+            functional.keep(surgery.layers)
+        else:
+            functional.keep_checked(surgery.layers, surgery.expected, sites.seen.inputs, order.seed)
+        _remember(result, order, surgery)
+        report = surgery.report(verification)
+        report.params_before, report.params_after = params_before, count_parameters(result)
+        report.model = model.__class__.__name__
+        report.notes += growth_notes(report)
+        if as_graph and not isinstance(result, fx.GraphModule):
+            result = _as_graph(result, surgery, check)
+    except BaseException:
+        if surgery is not None:
+            surgery.undo()
+        functional.undo()
+        raise
+    if inplace:
+        report.notes.append(_optimizer_note(surgery))
+    report.seconds = time.perf_counter() - started
+    return result, report
+
+
+def inspect(
+    model: nn.Module, example_inputs: Any = None, *, input_size: Sequence[int] | int | None = None
+) -> list[ConvSite]:
+    """Every convolution of a model: names, geometry, stage, shapes, cost, neighbors, and what forbids to replace it.
+
+    The model is not touched. In a notebook the list shows as a table. Raises `InputError` if it does not run on the inputs.
+    """
+    functional = Raised(model)
+    try:
+        return Inspection(functional.described(find_sites(model, example_inputs, input_size)).convs)
+    finally:
+        functional.undo()
+
+
+OPTIMIZER_NOTE = "an optimizer made before this conversion does not know"  # so begins a note of conversions in place
+
+
+def _optimizer_note(surgery: Surgery) -> str:
+    count = sum(len(list(layer.parameters())) for layer in surgery.layers.values())
+    return f"{OPTIMIZER_NOTE} {count} parameters of the new layers: make it anew"
+
+
+def _has_data(model: nn.Module) -> None:
+    empty = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    if empty:
+        raise ModelError(
+            f"{type(model).__name__} has tensors without data ({', '.join(empty[:3])}: on the meta device, or offloaded): "
+            f"load its weights, or take the offloading off (accelerate.hooks.remove_hook_from_module), before it is converted"
+        )
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    return None
+
+
+# --- what was asked -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    rules: tuple[Rule, ...]
+    seed: int
+    recipe: Recipe | None
+
+
+def _read_order(
+    layers: str | Sequence[str] | Recipe | None,
+    type: str | LayerConfig | None,
+    recipe: Recipe | None,
+    options: dict[str, Any],
+    seed: int,
+) -> _Order:
+    if isinstance(layers, Recipe):
+        if recipe is not None:
+            raise ConfigError("two recipes were given, as layers and as recipe")
+        layers, recipe = None, layers
+    if recipe is not None:
+        if layers is not None or type is not None or options:
+            extra = ", ".join(
+                [*(["layers"] if layers is not None else []), *(["type"] if type is not None else []), *options]
+            )
+            raise ConfigError(f"a recipe says everything itself: leave out {extra}")
+        if any(rule.type == CONVOLUTION for rule in recipe.rules):
+            raise ConfigError("the recipe is that of a collapsed model: its convolutions cannot be made by converting")
+        if not recipe.rules:
+            raise ConfigError("the recipe has no rules: there is nothing to replace")
+        return _Order(rules=recipe.rules, seed=seed or recipe.seed, recipe=recipe)
+    if layers is None or type is None:
+        missing = "layers" if layers is None else "type"
+        raise ConfigError(f"{missing} is missing: say which layers become which type, or pass a recipe")
+    if isinstance(type, LayerConfig):
+        if options:
+            raise ConfigError(
+                f"the type is a {type.__class__.__name__} and says its options itself: leave out {', '.join(options)}"
+            )
+        options = type.to_dict()
+        type = type_of(type)
+    rule = Rule(layers=",".join(split_items(layers)), type=type, options=options)
+    return _Order(rules=(rule,), seed=seed, recipe=None)
+
+
+def _of_pattern(
+    pattern: str, layers: Any, type: Any, recipe: Recipe | None, options: dict[str, Any]
+) -> tuple[Any, str, dict[str, Any]]:
+    """The selection, type and options of a pattern; raises `ConfigError` where these are said in another way, too."""
+    if type is not None or recipe is not None or isinstance(layers, Recipe):
+        raise ConfigError(f"the pattern {pattern} says what layers become: leave out type and recipe")
+    if "mode" in options:
+        raise ConfigError(f"the pattern {pattern} says the mode itself: leave it out")
+    return "all" if layers is None else layers, "sekg", {"mode": "dense", **options}
+
+
+def _in_blocks(plans: list[Planned], blocks: dict[str, str], pattern: str) -> list[Planned]:
+    """The plans for the convolutions that a pattern names."""
+    chosen = [plan for plan in plans if plan.site.name in blocks]
+    if not chosen:
+        raise SelectionError(
+            f"the selection holds no first convolution of a residual block; for {pattern} there are {', '.join(blocks)}"
+        )
+    return chosen
+
+
+def _remember(result: nn.Module, order: _Order, surgery: Surgery) -> None:
+    """Record the conversion in the model: one rule a layer, after those of earlier conversions."""
+    earlier = surgery.earlier
+    base = order.recipe.base if order.recipe is not None else None
+    rules = earlier.rules if earlier is not None else ()
+    if base is None and earlier is not None:
+        base = earlier.base
+    new = tuple(
+        Rule(layers=quoted(name), type=layer.type_name, options=layer.config.to_dict())
+        for name, layer in surgery.layers.items()
+    )
+    classes = earlier.classes if earlier is not None else None
+    set_recipe(result, Recipe(rules=rules + new, base=base, seed=order.seed, versions=versions(), classes=classes))
+
+
+def _as_graph(result: nn.Module, surgery: Surgery, check: bool) -> nn.Module:
+    graph = trace_graph(result)
+    if check:
+        inputs = surgery.sites.seen.inputs
+        difference = compare(outputs(result, inputs, surgery.seed), outputs(graph, inputs, surgery.seed))
+        if difference.max_rel > 1e-6:
+            raise VerificationError(
+                f"the traced graph does not compute what the model computes (relative error {difference.max_rel:.1e}): "
+                f"the model's forward depends on its inputs or mode. Leave as_graph out."
+            )
+    set_recipe(graph, get_recipe(result))
+    return graph

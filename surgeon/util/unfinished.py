@@ -1,0 +1,53 @@
+"""A place for what is being written: beside its target, on the same disk, gone when the writing fails."""
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+from surgeon.util.machine import has_ended, machine
+
+_OLD = 7 * 24 * 3600.0  # seconds, after which what another machine left is nobody's
+_LONG = 150  # bytes of a name, beyond which its hash stands for it
+_NUMBERS = count()
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """A fresh folder beside `path`; with the block it goes, and what is still in it.
+
+    First goes what killed processes left there.
+    """
+    stem = f".{_short(path.name)}.partial-"
+    _remove_stale(path.parent, stem)
+    folder = path.with_name(f"{stem}{machine()}-{os.getpid()}-{next(_NUMBERS)}")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that had this number before
+        folder.mkdir(parents=True)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _short(name: str) -> str:
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= _LONG else hashlib.sha256(encoded).hexdigest()[:16]
+
+
+def _remove_stale(parent: Path, stem: str) -> None:
+    """What ended processes of this machine left for any target, and what others left for this one long ago."""
+    here = f".partial-{machine()}-"
+    for left in parent.glob(".*.partial-*"):
+        _, ours, process = left.name.rpartition(here)
+        number = process.partition("-")[0]
+        with suppress(OSError):
+            if ours:
+                gone = number.isdigit() and has_ended(int(number))
+            else:
+                gone = left.name.startswith(stem) and time.time() - left.stat().st_mtime > _OLD
+            if gone:
+                shutil.rmtree(left, ignore_errors=True)

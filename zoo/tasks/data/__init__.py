@@ -1,0 +1,1 @@
+"""Data of the tasks: read, checked, drawn, transformed, fingerprinted."""

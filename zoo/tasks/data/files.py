@@ -1,0 +1,238 @@
+"""Folders of images: found, split into train and val, and looked through before anything is trained."""
+
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from surgeon.errors import ConfigError, DataError
+from surgeon.util.picture_files import SUFFIXES, files_below, opened
+from surgeon.zoo.tasks.base import Split, TaskConfig
+from surgeon.zoo.tasks.data.options import check_types
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"})  # 8 bits a channel or less
+DECODED = 20_000  # files that a check decodes; of a larger set it decodes so many and opens the others
+VAL_STREAM = 0x5EED
+_DIV2K = {"train": "DIV2K_train_HR", "val": "DIV2K_valid_HR"}
+_REDUCED = re.compile(r"(^|_)LR(_|$)")
+NAMED = 5  # files that a message names
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig(TaskConfig):
+    """Options of tasks that read folders.
+
+    `data` holds `train/` and `val/`, or is one folder of which `val_fraction` becomes the validation set. `train` and `val`
+    name other folders for a split; `val` alone is enough to evaluate. `val_seed` draws that fraction and the noise of
+    validation images: it is not the seed of a run, so that runs with different seeds are judged on the same samples.
+    """
+
+    train: Path | None = None
+    val: Path | None = None
+    val_fraction: float = 0.1
+    val_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        super().__post_init__()
+        for name in ("data", "train", "val"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, Path(value))
+        if not 0 < self.val_fraction < 1:
+            raise ConfigError(f"val_fraction must lie between 0 and 1, got {self.val_fraction!r}")
+
+    def check_square(self) -> None:
+        """Raise `ConfigError` unless training samples are square; for tasks that turn them or cut them so."""
+        if self.input_size is not None and self.input_size[1] != self.input_size[2]:
+            raise ConfigError(f"input_size must be square (C, N, N) for this task, got {self.input_size!r}")
+
+    @property
+    def val_stream(self) -> int:
+        """Seed of the noise of validation images; away from the small numbers that people give to runs."""
+        return self.val_seed + VAL_STREAM
+
+
+@dataclass(frozen=True)
+class Roots:
+    """Where the splits lie. The same folder for both means that it is divided by `val_fraction`; None: not given."""
+
+    train: Path | None
+    val: Path | None
+
+    @property
+    def divided(self) -> bool:
+        return self.train is not None and self.train == self.val
+
+    def of(self, split: Split) -> Path | None:
+        return self.train if split == "train" else self.val
+
+
+def find_roots(task: str, config: FolderConfig) -> Roots:
+    """The folders of both splits; raises `DataError` where there are none."""
+    for option in ("data", "train", "val"):
+        folder = getattr(config, option)
+        if folder is not None and not folder.is_dir():
+            raise DataError(f"task {task}: there is no folder {folder} ({option})")
+    train, val = config.train, config.val
+    if config.data is not None:
+        inside = _splits_of(config.data)
+        if not inside:
+            if train is not None and val is None:
+                raise DataError(f"task {task}: {config.data} has no val/; give train alone, or train and val")
+            train = train or config.data
+        train, val = train or inside.get("train"), val or inside.get("val")
+        if train is None and val is not None and config.val is None:
+            raise DataError(f"task {task}: {config.data} has val/ but no train/; name a folder with train=FOLDER")
+        if val is None and train == inside.get("train"):
+            raise DataError(
+                f"task {task}: {config.data} has train/ but no val/; name one with val=FOLDER, or divide the training set "
+                f"with train={train} in place of data"
+            )
+    if train is None and val is None:
+        raise DataError(f"task {task} needs a folder: data=FOLDER with train/ and val/, or train=FOLDER and val=FOLDER")
+    return Roots(train, val if val is not None else train)
+
+
+def _splits_of(data: Path) -> dict[str, Path]:
+    """The folders of splits in a set, by split: `train` and `val`, or DIV2K's."""
+    inside = {name: data / name for name in ("train", "val") if (data / name).is_dir()}
+    if inside:
+        return inside
+    return {split: data / name for split, name in _DIV2K.items() if (data / name).is_dir()}
+
+
+def refuse_reduced(task: str, folder: Path) -> None:
+    """Raise `DataError` where images lie beside reduced copies of them, as super-resolution's sets have them."""
+    reduced = [child.name for child in sorted(folder.iterdir()) if child.is_dir() and _REDUCED.search(child.name)]
+    if reduced:
+        raise DataError(
+            f"task {task}: {folder} holds reduced images, too ({', '.join(reduced[:NAMED])}), which must not be trained on: name "
+            "the folders of the large ones with train= and val="
+        )
+
+
+def divide(count: int, split: Split, fraction: float, seed: int, groups: Sequence[int] | None = None) -> list[int]:
+    """Indices of one part of a set; `fraction` of it, at least one, is "val". Every group keeps its share (stratified)."""
+    if count < 2:
+        raise DataError(
+            f"a set of {count} cannot be divided into train and val; name a folder for each with train= and val="
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    if groups is not None:
+        order.sort(key=lambda index: groups[index])
+    wanted = min(max(math.floor(count * fraction), 1), count - 1)
+    val = {order[position] for position in range(count) if _steps(position, wanted, count)}
+    return [index for index in range(count) if (index in val) == (split == "val")]
+
+
+def _steps(position: int, wanted: int, count: int) -> bool:
+    """Whether this position is one of `wanted` that lie evenly among `count`."""
+    return (position + 1) * wanted // count != position * wanted // count
+
+
+def limited(indices: Sequence[int], limit: int | None) -> list[int]:
+    """At most `limit` of them, spread evenly."""
+    if limit is None or limit >= len(indices):
+        return list(indices)
+    return [value for position, value in enumerate(indices) if _steps(position, limit, len(indices))]
+
+
+def chosen(
+    samples: Sequence[T], split: Split, config: FolderConfig, divided: bool, groups: Sequence[int] | None = None
+) -> list[tuple[int, T]]:
+    """(index, sample) of those that a split uses: its part of a divided set (see `divide`), thinned to the limit."""
+    indices: Sequence[int] = range(len(samples))
+    if divided:
+        indices = divide(len(samples), split, config.val_fraction, config.val_seed, groups)
+    limit = config.train_limit if split == "train" else config.val_limit
+    return [(index, samples[index]) for index in limited(indices, limit)]
+
+
+def list_images(folder: Path) -> list[Path]:
+    """All image files below a folder, by name (see `files_below`). Raises `DataError` where there is none."""
+    found = files_below(folder)
+    if not found:
+        raise DataError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
+    return found
+
+
+def open_image(path: Path) -> "Image.Image":
+    """A decoded image as it is stored. Raises `DataError` for what is no image, is truncated, or has more than 8 bits."""
+    with opened(path) as image:
+        try:
+            image.load()
+        except Exception as error:  # on broken files PIL's decoders raise whatever comes up
+            raise DataError(f"cannot read the image {path}: {error}") from error
+        if image.mode not in MODES:
+            raise DataError(f"{path} has mode {image.mode!r}; images must have 8 bits a channel")
+        return image.copy()
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) from the header alone."""
+    with opened(path) as image:
+        return image.height, image.width
+
+
+def named(what: str, problems: Sequence[str]) -> str:
+    """One message for many problems: how many, and the first of them."""
+    rest = len(problems) - NAMED
+    lines = [*problems[:NAMED], *([f"and {rest} more"] if rest > 0 else [])]
+    return f"{what} ({len(problems)}):\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def look_through(what: str, items: Iterable[T], problem: Callable[[T], str | None]) -> None:
+    """Call `problem` for every item and raise one `DataError` for all that it finds; progress is shown after two seconds."""
+    from tqdm import tqdm
+
+    found = []
+    for item in tqdm(list(items), desc="checking data", unit="file", file=sys.stderr, delay=2, leave=False):
+        text = problem(item)
+        if text is not None:
+            found.append(text)
+    if found:
+        raise DataError(named(what, found))
+
+
+_DECODED: set[tuple[Path, int, int]] = set()  # files found sound in this process, by time and size
+
+
+def unreadable(path: Path, decode: bool = True) -> str | None:
+    """What is wrong with an image file, or None. Without `decode` only its header is read."""
+    try:
+        stat = path.stat()
+        key = (path, stat.st_mtime_ns, stat.st_size)
+        if key in _DECODED:
+            return None
+        if decode:
+            open_image(path)
+            _DECODED.add(key)
+        else:
+            image_size(path)
+    except (OSError, DataError) as error:
+        return f"{path}: {error.__cause__ or error}"
+    return None
+
+
+def check_images(task: str, paths: Sequence[Path], also: Callable[[Path], str | None] = lambda path: None) -> None:
+    """Raise a `DataError` that names the images which cannot be read, or of which `also` says what is wrong.
+
+    All are decoded up to `DECODED` files; of more, so many are decoded and of the others the headers are read.
+    """
+    decoded = set(limited(range(len(paths)), DECODED))
+
+    def problem(item: tuple[int, Path]) -> str | None:
+        return unreadable(item[1], decode=item[0] in decoded) or also(item[1])
+
+    look_through(f"task {task}: images that cannot be used", enumerate(paths), problem)

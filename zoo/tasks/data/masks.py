@@ -1,0 +1,102 @@
+"""Pictures with a mask of classes: found in pairs, read, looked through."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surgeon.errors import DataError
+from surgeon.util.picture_files import opened
+from surgeon.zoo.tasks.data.files import image_size, list_images, named, open_image
+
+MASKS = ("masks", "labels", "annotations")
+Pair = tuple[Path, Path]
+_LOSSY = ("JPEG", "MPO")
+
+logger = logging.getLogger(__name__)
+
+
+def mask_pairs(task: str, folder: Path) -> list[Pair]:
+    """(picture, mask) of `images/` and `masks/` (or `labels/`, `annotations/`); raises `DataError` for those without a partner."""
+    images = folder / "images"
+    masks = next((folder / name for name in MASKS if (folder / name).is_dir()), None)
+    if not images.is_dir() or masks is None:
+        raise DataError(f"task {task}: {folder} must hold images/ and {' or '.join(f'{name}/' for name in MASKS)}")
+    pictures, found = _keyed(task, images), _keyed(task, masks)
+    alone = [f"{pictures[key]} has no mask" for key in sorted(pictures.keys() - found.keys())]
+    alone += [f"{found[key]} has no image" for key in sorted(found.keys() - pictures.keys())]
+    if alone:
+        raise DataError(named(f"task {task}: images and masks that do not match", alone))
+    return [(pictures[key], found[key]) for key in sorted(pictures)]
+
+
+def _keyed(task: str, folder: Path) -> dict[str, Path]:
+    """The images of a folder by what they share with their partner."""
+    keyed: dict[str, Path] = {}
+    for path in list_images(folder):
+        key = str(path.relative_to(folder).with_suffix(""))
+        if key in keyed:
+            raise DataError(f"task {task}: {keyed[key]} and {path} would both belong to one pair")
+        keyed[key] = path
+    return keyed
+
+
+def read_mask(path: Path) -> Tensor:
+    """(H, W) of int64, the values as they are stored (palette images: their indices)."""
+    with opened(path) as header:
+        if header.format in _LOSSY:
+            raise DataError(
+                f"{path} is a {header.format}: it changes labels at their borders; masks must be lossless (PNG)"
+            )
+    image = open_image(path)
+    if image.mode not in ("L", "P", "1"):
+        raise DataError(f"{path} has mode {image.mode}; a mask has one channel, the number of the class of each pixel")
+    return torch.from_numpy(np.asarray(image).astype(np.int64))
+
+
+def bad_pair(pair: Pair, classes: int | None, ignore: int, labels: set[int]) -> str | None:
+    """What is wrong with a mask: unreadable, of another size than its picture, or with labels of no class.
+
+    The labels of a good one are added to `labels`.
+    """
+    try:
+        size, mask = image_size(pair[0]), read_mask(pair[1])
+    except DataError as error:
+        return str(error)
+    if size != tuple(mask.shape):
+        (h, w), (mask_h, mask_w) = size, mask.shape
+        return f"{pair[0]} is {w}x{h}, its mask {pair[1]} is {mask_w}x{mask_h}"
+    held = set(mask.unique().tolist()) - {ignore}
+    wrong = sorted(value for value in held if classes is not None and value >= classes)
+    if wrong:
+        shown = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
+        return f"{pair[1]} has label {shown}, out of 0 to {classes - 1 if classes else 0} (ignore_index={ignore})"
+    labels |= held
+    return None
+
+
+def check_labels(task: str, labels: Mapping[str, set[int]], classes: int | None, ignore: int) -> int:
+    """The number of classes, from the labels of every split and what the options say.
+
+    Raises `DataError` where the masks cannot teach or judge anything; warns of labels that do not occur.
+    """
+    void = [split for split, held in labels.items() if not held]
+    if void:
+        raise DataError(
+            f"task {task}: the masks of {' and '.join(void)} hold only ignore_index={ignore}; there must be two classes"
+        )
+    held = set().union(*labels.values())
+    if len(held) < 2:
+        raise DataError(
+            f"task {task}: the masks hold only {sorted(held)} beside ignore_index={ignore}; there must be two classes. Where "
+            f"{ignore} is a class, give another ignore_index, and masks with the numbers 0, 1, ..."
+        )
+    count = classes or max(held) + 1
+    lacking = count - len(held)
+    if lacking:
+        shown = ", ".join(map(str, sorted(held)[:8])) + (", ..." if len(held) > 8 else "")
+        logger.warning("task %s: %d of %d classes occur in no mask; labels are %s", task, lacking, count, shown)
+    return count

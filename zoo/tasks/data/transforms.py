@@ -1,0 +1,139 @@
+"""Pictures of any size as the tensors that a classifier takes: timm's transforms, and a small one for pictures as CIFAR's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from surgeon.errors import ConfigError
+from surgeon.sites.inputs import exported_size
+
+SMALL = 64  # pixels up to which pictures are padded and cropped, not resized at random
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFormat:
+    """What a classifier takes: size (C, H, W), normalization, and how pictures are brought to that size."""
+
+    size: tuple[int, int, int]
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    interpolation: str = "bilinear"
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+
+    @classmethod
+    def of(cls, model: nn.Module | None, side: int) -> Self:
+        """That of a timm model; for others ImageNet's normalization, and the size of an exported program or `side` pixels."""
+        if not isinstance(getattr(model, "pretrained_cfg", None), dict):
+            return cls(size=exported_size(model) or (3, side, side))
+        from timm.data import resolve_model_data_config
+
+        found = resolve_model_data_config(model)
+        return cls(
+            size=tuple(found["input_size"]),
+            mean=tuple(found["mean"]),
+            std=tuple(found["std"]),
+            interpolation=found["interpolation"],
+            crop_pct=found["crop_pct"],
+            crop_mode=found["crop_mode"],
+        )
+
+    def with_channels(self, channels: int) -> Self:
+        """For another number of channels; gray pictures take the means over the colors."""
+        if channels == self.size[0]:
+            return self
+
+        def fitted(values: tuple[float, ...]) -> tuple[float, ...]:
+            return values if len(values) == channels else (sum(values) / len(values),) * channels
+
+        return replace(self, size=(channels, *self.size[1:]), mean=fitted(self.mean), std=fitted(self.std))
+
+    def checked(self, task: str) -> Self:
+        """Itself; raises `ConfigError` where it makes no sense."""
+        channels = self.size[0]
+        if channels not in (1, 3):
+            raise ConfigError(f"task {task}: pictures have 1 or 3 channels, not {channels} (input_size={self.size})")
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise ConfigError(f"task {task}: mean={self.mean} and std={self.std} must have {channels} values each")
+        if min(self.std) <= 0:
+            raise ConfigError(f"task {task}: std must be positive, got {self.std}")
+        return self
+
+    def shown(self, x: Tensor) -> Tensor:
+        """A normalized picture (C, H, W) as values in [0, 1]."""
+        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return x.detach().float() * std + mean
+
+
+def make_transform(
+    form: ImageFormat,
+    *,
+    train: bool,
+    crop_scale: tuple[float, float],
+    color_jitter: float,
+    auto_augment: str | None,
+    erase: float,
+) -> Callable[[Image.Image], Tensor]:
+    """Picture -> normalized tensor. Random ones draw from the global state of `random`, numpy and torch."""
+    if max(form.size[1:]) <= SMALL:
+        return _small(form, train, color_jitter, auto_augment, erase)
+    from timm.data import create_transform
+
+    made: Callable[[Image.Image], Tensor] = create_transform(
+        input_size=form.size,
+        is_training=train,
+        scale=crop_scale,
+        color_jitter=color_jitter,
+        auto_augment=auto_augment,
+        interpolation=form.interpolation,
+        mean=form.mean,
+        std=form.std,
+        re_prob=erase,
+        crop_pct=form.crop_pct,
+        crop_mode=form.crop_mode,
+    )
+    return made
+
+
+def _small(
+    form: ImageFormat, train: bool, color_jitter: float, auto_augment: str | None, erase: float
+) -> Callable[[Image.Image], Tensor]:
+    """Pad by an eighth, crop, mirror (He et al. 2016, section 4.2), then timm's further augmentation where asked for."""
+    from timm.data import transforms_factory
+    from torchvision import transforms
+
+    size = form.size[1:]
+    made: Callable[[Image.Image], Tensor]
+    steps: list[Any] = [_Resize(size)]
+    if not train:
+        steps += [transforms.ToTensor(), transforms.Normalize(form.mean, form.std)]
+        made = transforms.Compose(steps)
+        return made
+    steps += [transforms.RandomCrop(size, padding=(size[1] // 8, size[0] // 8)), transforms.RandomHorizontalFlip()]
+    _, further, final = transforms_factory.transforms_imagenet_train(
+        size,
+        color_jitter=color_jitter,
+        auto_augment=auto_augment,
+        mean=form.mean,
+        std=form.std,
+        re_prob=erase,
+        separate=True,
+    )
+    made = transforms.Compose([*steps, further, final])
+    return made
+
+
+class _Resize:
+    """To the size, by a bicubic filter, where a picture does not have it."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
