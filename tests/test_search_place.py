@@ -176,7 +176,7 @@ def test_a_problem_checks_itself() -> None:
 def test_the_solver_writes_nothing_to_stdout(root: Path) -> None:
     """HiGHS has a print left in it, which `--json` would not survive."""
     code = (
-        "import ctypes\nfrom surgeon.search import solver\nprint('before', end=' ')\n"
+        "import ctypes\nfrom surgeon.search.placement import solver\nprint('before', end=' ')\n"
         "def noisy(*args, **kwargs): ctypes.CDLL(None).printf(b'tmpSolver.run();\\n')\n"
         "solver.milp = noisy\nsolver._quiet_milp()\nprint('after')"
     )

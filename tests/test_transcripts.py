@@ -51,7 +51,12 @@ def test_the_first_outputs_are_what_is_printed(
     monkeypatch.setenv("COLUMNS", "80")
     for name, content in transcripts.files(TOUR).items():
         Path(name).write_text(content)
-    unstable = re.compile(r"( +\d\.\de-\d\d| +0)$|^(error|time) .*$", re.MULTILINE)
+    unstable = re.compile(r"(( +\d\.\de-\d\d| +0)+)$|^(error|time) .*$", re.MULTILINE)
+
+    def stable(text: str) -> str:
+        """Without these digits, and without the widths that follow from them."""
+        return re.sub(r"  +|-+", " ", unstable.sub("", text)).replace(" \n", "\n")
+
     compared = []
     for command, output in transcripts.transcript(TOUR).items():
         words = shlex.split(command)
@@ -63,7 +68,7 @@ def test_the_first_outputs_are_what_is_printed(
         assert main([*words[1:], "--quiet"]) == 0
         printed = capsys.readouterr().out
         if words[1] in ("inspect", "convert", "verify"):
-            assert unstable.sub("", printed.strip("\n")) == unstable.sub("", output), command
+            assert stable(printed.strip("\n")) == stable(output), command
             compared.append(words[1])
         if words[1] == "verify":
             break
