@@ -194,7 +194,12 @@ def read_recipe(args: argparse.Namespace) -> "TrainingRecipe | None":
     if args.recipe is None:
         lacking = [told for told, value in (("RUN|MODEL", args.model), ("--task", args.task)) if value is None]
         if lacking:
-            raise ConfigError(f"{' and '.join(lacking)} must be given, or --recipe NAME, which brings them")
+            from surgeon.zoo.tasks.registry import task_names
+
+            raise ConfigError(
+                f"{' and '.join(lacking)} must be given, or --recipe NAME, which brings {'both' if lacking[1:] else 'it'}; "
+                f"tasks are {', '.join(task_names())}"
+            )
         if args.presets:
             raise ConfigError(f"--preset {args.presets[0]} is a preset of a recipe, and there is no --recipe")
         return None

@@ -212,7 +212,9 @@ def check_target(path: Path, format: str, *, force: bool = False) -> None:
         raise ConfigError(f"{path} is a folder; name a file")
     for there in [path, data_of(path)] if format == "onnx" else [path]:
         if there.exists() and not force:
-            raise ConfigError(f"{there} exists; choose another with -o, or replace it with --force")
+            raise ConfigError(
+                f"{there} exists; choose another with -o, or replace it with --force (in Python force=True)"
+            )
     if not path.parent.is_dir():
         raise ConfigError(f"there is no folder {path.parent} to write {path.name} to")
 

@@ -227,7 +227,9 @@ def check_output(path: str | Path, *, force: bool = False) -> None:
     if not path.exists() and not path.is_symlink():
         return
     if not force:
-        raise CheckpointError(f"the output {path} exists; choose another with -o, or replace it with --force")
+        raise CheckpointError(
+            f"the output {path} exists; choose another with -o, or replace it with --force (in Python force=True)"
+        )
     if not path.is_dir() or path.is_symlink():
         raise CheckpointError(f"the output {path} exists and is not a folder: --force replaces only folders")
     if any(path.iterdir()) and not (path / RECIPE).is_file():

@@ -214,7 +214,7 @@ def _parse(spec: str) -> BaseModel:
         raise ModelError(f"there is no file {spec}")
     if Path(spec).is_dir():
         raise ModelError(f"{spec} is a folder, but surgeon did not write it: it has no recipe.json")
-    raise ModelError(f"there is no model {spec!r}{nearest(spec)}; `surgeon models PATTERN` lists the names")
+    raise ModelError(f"there is no model {spec!r}{nearest(spec)} (`surgeon models PATTERN` lists the names)")
 
 
 def nearest(spec: str) -> str:

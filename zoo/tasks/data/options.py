@@ -49,4 +49,15 @@ def _readable(hint: Any) -> str:
         Path: "a path",
         type(None): "none",
     }
-    return " or ".join(names.get(part) or str(part).replace("typing.", "") for part in parts)
+    return " or ".join(names.get(part) or _readable_list(part) for part in parts)
+
+
+def _readable_list(hint: Any) -> str:
+    """A tuple in the words of a command line: a list, with an example."""
+    if typing.get_origin(hint) is not tuple:
+        return str(hint).replace("typing.", "")
+    parts = typing.get_args(hint)
+    example = {int: "3,64,64", float: "0.5,0.5,0.5"}.get(parts[0], "a,b,c").split(",")
+    if parts[-1] is Ellipsis:
+        return f"a list such as [{','.join(example)}]"
+    return f"a list of {len(parts)}, such as [{','.join(example[: len(parts)])}]"
