@@ -1,5 +1,6 @@
 """Models by name: what is built, with which weights, and what is said when something cannot be had."""
 
+import dataclasses
 import logging
 import sys
 import time
@@ -302,6 +303,15 @@ def test_restored_weights_must_be_the_recorded_ones(tmp_path: Path) -> None:
     given = BaseModel(source="timm", name=TINY, weights=Weights(kind="given", sha256=state_sha256(source)))
     with pytest.raises(ModelError, match="given as a model object"):
         restore(given)
+
+
+def test_an_original_with_a_new_classifier_says_what_to_compare_with() -> None:
+    _, base = build_model(TINY, weights="random")
+    assert base is not None
+    assert restore(base)
+    changed = dataclasses.replace(base, kwargs={**base.kwargs, "num_classes": 2})
+    with pytest.raises(ModelError, match=r"got a new classifier of 2 classes .* compare with a plain run"):
+        restore(changed)
 
 
 # --- factories and foreign recipes --------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def _original(args: argparse.Namespace, base: "BaseModel | None", notes: list[st
     except ModelError as error:
         if args.original_weights:
             raise
-        notes.append(f"no original: {error} (here --original-weights FILE)")
+        notes.append(f"no original: {error} (--original RUN names another, --original-weights FILE its weights)")
         return None, ""
 
 

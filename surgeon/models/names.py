@@ -149,11 +149,26 @@ def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool 
     kind = weights or {"file": str(recorded.path), "given": "auto"}.get(recorded.kind, recorded.kind)
     model, found = _with_weights(base, kind, recorded.seed or 0)
     if recorded.sha256 is not None and found.weights.sha256 != recorded.sha256:
+        if _differs_in_head(base, kind):
+            raise ModelError(
+                f"{base.name} got a new classifier of {base.kwargs['num_classes']} classes after its conversion, which "
+                f"the original never had: compare with a plain run that was trained as long"
+            )
         raise ModelError(
             f"the weights of {base.name} ({found.weights.kind}{f' {found.weights.path}' if found.weights.path else ''}) are "
             f"not those that were converted: SHA-256 {str(found.weights.sha256)[:16]}.., expected {recorded.sha256[:16]}.."
         )
     return model.eval()
+
+
+def _differs_in_head(base: BaseModel, kind: str) -> bool:
+    """Whether the weights are the recorded ones where the model has the classes that its library gives it."""
+    recorded = base.weights
+    if "num_classes" not in base.kwargs or recorded.kind not in ("pretrained", "random"):
+        return False
+    kwargs = {key: value for key, value in base.kwargs.items() if key != "num_classes"}
+    _, found = _with_weights(replace(base, kwargs=kwargs), kind, recorded.seed or 0)
+    return found.weights.sha256 == recorded.sha256
 
 
 def model_names(pattern: str = "*") -> list[str]:
