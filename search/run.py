@@ -30,7 +30,8 @@ _REFUSALS = 20  # in a row, after which the budgets are not what the table can s
 class SearchConfig:
     """How to search. `trials` counts evaluations of different placements over all workers; `max_time` seconds of this worker.
 
-    `sampler` is a name (`search.tuners`). `resources` are costs that are objectives beside the evaluator's: flops, params, memory.
+    `sampler` is a name (`search.sampling.tuners`). `resources` are costs that are objectives beside the evaluator's: flops, params,
+    memory.
     """
 
     trials: int = 60

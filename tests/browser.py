@@ -115,10 +115,12 @@ def installed() -> str | None:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A fresh browser; skips where the system has none."""
+    """A fresh browser; skips where the system has none, as no Python package brings one."""
     program = installed()
     if program is None:
-        pytest.skip("there is no Chromium here (Debian's package chromium)")
+        pytest.skip(
+            "looking at a page takes a browser, which pip cannot bring: install Chromium (apt install chromium)"
+        )
     read_theirs, write_ours = os.pipe()
     read_ours, write_theirs = os.pipe()
     with tempfile.TemporaryDirectory(prefix="surgeon-chromium-", ignore_cleanup_errors=True) as profile:

@@ -81,3 +81,13 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no evaluation data at {folder}")
     return folder
+
+
+@pytest.fixture
+def fake_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer type "fake", for the time of a test."""
+    from surgeon.layers import registry
+    from tests.fake_layer import FakeConv2d
+
+    registry.layer_types()
+    monkeypatch.setitem(registry._TYPES, "fake", FakeConv2d)

@@ -4,18 +4,13 @@ import pytest
 from torch import nn
 
 from surgeon.errors import ConfigError, SelectionError
-from surgeon.layers import registry
 from surgeon.layers.registry import layer_class, layer_types
 from surgeon.records.recipe import Rule
 from surgeon.sites.sites import ConvSite, find_sites
 from surgeon.surgery.plan import can_become, make_plan, may_compress, nothing_replaced, why_not
 from tests.fake_layer import FakeConfig, FakeConv2d
 
-
-@pytest.fixture(autouse=True)
-def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer_types()
-    monkeypatch.setitem(registry._TYPES, "fake", FakeConv2d)
+pytestmark = pytest.mark.usefixtures("fake_type")
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,7 @@ from tests.fake_layer import FakeConfig, FakeConv2d
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(autouse=True)
-def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer_types()
-    monkeypatch.setitem(registry._TYPES, "fake", FakeConv2d)
+pytestmark = pytest.mark.usefixtures("fake_type")
 
 
 def small() -> nn.Sequential:

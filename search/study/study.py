@@ -1,7 +1,7 @@
-"""A study: what it is bound to, its trials, and who runs them. `search.study_file` and `search.database` are places for one.
+"""A study: what it is bound to, its trials, and who runs them. `study_file.py` and `database.py` are places for one.
 
-Every trial is an Optuna trial, so that Optuna's own tools read the study: its parameters are the decisions (`search.parameters`),
-the budgets its constraints, and the rest its user attributes (`search.record`).
+Every trial is an Optuna trial, so that Optuna's own tools read the study: its parameters are the decisions
+(`search.sampling.parameters`), the budgets its constraints, and the rest its user attributes (`record.py`).
 """
 
 import os

@@ -15,7 +15,7 @@ from surgeon.search.study.study import Study
 class StudyFile(Study):
     """A study in a journal file: the quickest place, by an order of magnitude where there are many layers (benchmarks.stores).
 
-    Its lock and the leases of its workers are the kernel's (`search.journal`); what is written under the lock appears together.
+    Its lock and the leases of its workers are the kernel's (`journal.py`); what is written under the lock appears together.
     """
 
     shared = False

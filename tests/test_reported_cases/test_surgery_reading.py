@@ -1,5 +1,7 @@
 """Convolutions that are more, or other, than their attributes say, and code that reads them itself."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,6 @@ from surgeon.sites.reads import written_reads
 from surgeon.sites.syntax import Read, reads_of
 
 X = torch.randn(1, 3, 8, 8)
-PYENV = Path("/root/.pyenv/versions")
 
 
 class Pair(nn.Module):
@@ -243,7 +244,8 @@ class Looped(Pair):
         return torch.stack([conv.weight.norm() for conv in (self.a,)]).sum() + self.penalty()
 
     def penalty(self) -> Tensor:
-        return sum((getattr(m, "weight").norm() for name, m in self.named_children() if name == "a"), torch.zeros(()))  # noqa: B009  getattr by a constant name is the case
+        weights = (getattr(m, "weight", None) for name, m in self.named_children() if name == "a")
+        return sum((w.norm() for w in weights if w is not None), torch.zeros(()))
 
 
 class Nested(Pair):
@@ -348,13 +350,20 @@ TEXT = "def forward(self, x):\\n    return F(x, self.conv.weight)"
 """
 
 
-@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14"])
-def test_every_supported_python_reads_alike(version: str, tmp_path: Path, root: Path) -> None:
+def interpreters() -> dict[str, str]:
+    """This Python, and of the other supported ones those at hand: pyenv's (whose shims run only where they are switched on), or on the PATH."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
+    found: dict[str, str | None] = {}
+    for version in ("3.11", "3.12", "3.13", "3.14"):
+        kept = [str(path) for path in sorted(pyenv.glob(f"{version}.*/bin/python"))]
+        found[version] = next(iter(kept), None) or shutil.which(f"python{version}")
+    found[f"3.{sys.version_info.minor}"] = sys.executable
+    return {version: python for version, python in found.items() if python}
+
+
+@pytest.mark.parametrize("python", interpreters().values(), ids=interpreters())
+def test_every_python_at_hand_reads_alike(python: str, tmp_path: Path, root: Path) -> None:
     """K9: byte code differs between Pythons; `F(x, self.conv.weight)` was not found on 3.13."""
-    at_hand = [p / "bin" / "python" for p in sorted(PYENV.glob(f"{version}.*"))] if PYENV.is_dir() else []
-    python = sys.executable if sys.version.startswith(f"{version}.") else next(iter(map(str, at_hand)), None)
-    if python is None:
-        pytest.skip(f"neither this interpreter nor one in {PYENV} is Python {version}")
     (tmp_path / "sample.py").write_text(SAMPLE)
     (tmp_path / "reading.py").write_text(READING)
     call = [python, "-S", str(tmp_path / "reading.py"), str(root / "surgeon" / "sites" / "syntax.py"), str(tmp_path)]

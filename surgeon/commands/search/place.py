@@ -10,6 +10,7 @@ from surgeon.errors import ConfigError
 from surgeon.util.files import told, write_text
 
 if TYPE_CHECKING:
+    from surgeon.search.budget import Budgets
     from surgeon.search.gains.gain import GainTable
     from surgeon.search.gate import Gate, Verdict
     from surgeon.search.placement.problem import Ints, Problem
@@ -81,6 +82,20 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected whole numbers such as 4,6,9, got {told(text)}") from error
 
 
+def read_budgets(args: argparse.Namespace) -> "Budgets":
+    """The budgets that the arguments give."""
+    from surgeon.search.budget import Budgets
+
+    return Budgets.parse(
+        flops=args.max_flops,
+        params=args.max_params,
+        memory=args.max_memory,
+        latency=args.max_latency,
+        mode=args.memory_mode,
+        max_layers=args.max_layers,
+    )
+
+
 def space_config(args: argparse.Namespace) -> "SpaceConfig":
     """The description of the space that the arguments give."""
     from surgeon.search.space import SpaceConfig
@@ -102,7 +117,6 @@ def space_config(args: argparse.Namespace) -> "SpaceConfig":
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 where no placement, or only that without replacements, is within the budgets."""
     from surgeon.models.names import build_model
-    from surgeon.search.budget import Budgets
     from surgeon.search.gains.gain import read_gains
     from surgeon.search.gate import Gate
 
@@ -111,14 +125,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.output and Path(args.output).exists() and not args.force:
         raise ConfigError(f"{args.output} exists already; --force replaces it")
-    budgets = Budgets.parse(
-        flops=args.max_flops,
-        params=args.max_params,
-        memory=args.max_memory,
-        latency=args.max_latency,
-        mode=args.memory_mode,
-        max_layers=args.max_layers,
-    )
+    budgets = read_budgets(args)
     config = space_config(args)
     weights = args.weights or ("auto" if Path(args.model, "recipe.json").is_file() else "random")
     model, _ = build_model(args.model, weights=weights, seed=args.seed, input_size=args.input_size)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.arguments import print_json, whole
-from surgeon.commands.search.place import add_budget_arguments, add_space_arguments, space_config
+from surgeon.commands.search.place import add_budget_arguments, add_space_arguments, read_budgets, space_config
 from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments
 from surgeon.errors import ConfigError
 
@@ -213,7 +213,6 @@ def _make(
 ) -> "tuple[Search, TrainingEvaluator]":
     import optuna
 
-    from surgeon.search.budget import Budgets
     from surgeon.search.evaluate.training import ShortConfig, TrainingEvaluator
     from surgeon.search.gate import Gate
     from surgeon.search.run import Search, SearchConfig
@@ -221,14 +220,7 @@ def _make(
     from surgeon.zoo.finetune.config import parse_time
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    budgets = Budgets.parse(
-        flops=args.max_flops,
-        params=args.max_params,
-        memory=args.max_memory,
-        latency=args.max_latency,
-        mode=args.memory_mode,
-        max_layers=args.max_layers,
-    )
+    budgets = read_budgets(args)
     short = ShortConfig(steps=args.steps, evaluations=args.evaluations, base=setup.config)
     gate = Gate(setup.model, space_config(args), budgets, **setup.cost_settings(args))
     gate.check_feasible()
