@@ -1,8 +1,8 @@
 """`PlacementSampler`: an Optuna sampler whose proposals are within budgets, and what every sampler of a search has in common.
 
 A trial's parameters are the decisions (`search.sampling.parameters`). Every study begins with the unmodified model, different
-optima of the gain table and random placements; no placement is proposed twice. The random numbers of a proposal depend on the seed and the
-trial's number alone, never on a process: a study that is gone on with in another one gets the same proposals.
+optima of the gain table and random placements; no placement is proposed twice. The random numbers of a proposal depend on the
+seed and the trial's number alone, never on a process: a study that is gone on with in another one gets the same proposals.
 
     sampler = PlacementSampler(gate.space, gate)
     study = optuna.create_study(direction="maximize", sampler=sampler)

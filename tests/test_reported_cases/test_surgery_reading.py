@@ -351,7 +351,10 @@ TEXT = "def forward(self, x):\\n    return F(x, self.conv.weight)"
 
 
 def interpreters() -> dict[str, str]:
-    """This Python, and of the other supported ones those at hand: pyenv's (whose shims run only where they are switched on), or on the PATH."""
+    """This Python, and of the other supported ones those at hand.
+
+    pyenv's own come before the PATH, where its shims lie, which run only where they are switched on.
+    """
     pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
     found: dict[str, str | None] = {}
     for version in ("3.11", "3.12", "3.13", "3.14"):
