@@ -1,10 +1,10 @@
-"""surgeon gives trained vision networks content-adaptive convolutions without changing what they compute."""
+"""surgeon gives trained vision networks content-adaptive convolutions without changing their function."""
 
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# A checkout keeps `layers`, `search`, `zoo` and `cli.py` beside this folder; the wheel keeps them inside it.
+# In a checkout, `layers`, `search`, `zoo` and `cli.py` are next to this folder; in the wheel they are inside it.
 _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "layers").is_dir():
     __path__.append(str(_ROOT))
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from surgeon.zoo.finetune import finetune as finetune
     from surgeon.zoo.tasks import create_task as create_task
 
-# Public name -> module that defines it. Nothing is imported before it is used: `surgeon --help` must not load torch.
+# Public name -> module that defines it. Nothing is imported before use: `surgeon --help` must not load torch.
 _EXPORTS = {
     "CollapseReport": "surgeon.records.collapse_report",
     "ConvSite": "surgeon.sites.sites",

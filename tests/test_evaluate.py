@@ -190,7 +190,7 @@ def test_an_original_that_cannot_be_had_is_a_note(capsys: pytest.CaptureFixture[
     assert main(arguments) == 0
     found = document(capsys)
     assert found["original"] is None
-    assert "were given as a model object and are not recorded" in found["notes"][0]
+    assert "came from a model object and are not recorded" in found["notes"][0]
     weights = timm.create_model("test_resnet", num_classes=5).state_dict()
     torch.save(weights, "base.pth")
     assert main([*arguments, "--original-weights", "base.pth"]) == 0

@@ -1,4 +1,4 @@
-"""Reading and writing quantities as people write them: `4.5G`, `8GiB`, `224x320`."""
+"""Parsing and formatting human-readable quantities: `4.5G`, `8GiB`, `224x320`."""
 
 import re
 from typing import Any
@@ -14,7 +14,7 @@ _QUANTITY = re.compile(
 
 
 def parse_quantity(value: str | int | float, what: str = "quantity") -> int:
-    """A count or a number of bytes: `4.5G` is 4.5e9, `8GiB` 8·2³⁰, `512MB` 512e6, plain numbers as they are.
+    """A count or a number of bytes: `4.5G` is 4.5e9, `8GiB` 8·2³⁰, `512MB` 512e6; plain numbers are unchanged.
 
     A letter alone and `…B` count in powers of ten, `…i` and `…iB` in powers of two. Raises `ConfigError` for anything else,
     for negative numbers and for zero.
@@ -69,5 +69,5 @@ def mebibytes(count: float) -> str:
 
 
 def giga(count: float) -> str:
-    """A count in 10⁹ with three decimals and its letter, or in 10⁶ where it is smaller."""
+    """A count in 10⁹ with three decimals and its letter, or in 10⁶ if it is smaller."""
     return f"{count / 1e9:.3f} G" if abs(count) >= 1e8 else f"{count / 1e6:.3f} M"

@@ -202,7 +202,7 @@ class Norm(nn.Module):
 def test_a_batch_norm_of_one_value_is_told_with_what_helps() -> None:
     """T16: DeepLab at batch size 1; also in `--dry-run`."""
     for run in (finetune, dry_run):
-        with pytest.raises(ConfigError, match=r"single value a channel from a batch \(1, 3, 8, 8\).*--freeze-bn"):
+        with pytest.raises(ConfigError, match=r"single value per channel from a batch \(1, 3, 8, 8\).*--freeze-bn"):
             run(Norm(), regression(), with_(batch_size=1, max_steps=1))
     assert finetune(Norm(), regression(), with_(batch_size=1, max_steps=1, freeze_bn=True)).summary.steps == 1
 
