@@ -1,4 +1,4 @@
-"""Zoo networks that are a plain network after surgery: the same `surgeon.convert` that users call, with a stored recipe."""
+"""Zoo networks built by surgery on a plain network: the public `surgeon.convert` with a stored recipe."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,13 +18,13 @@ def operate(
     input_size: Sequence[int],
     layer_options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Convert `model` in place by the rules, with layers as their papers have them, and start its ACDA layers as their paper does.
+    """Convert `model` in place by the rules, with layers and ACDA initialization as in their papers.
 
-    `layer_options` are laid over the options of every rule ({"norm": "batch"}, {"selection": "argmax"}).
+    `layer_options` override the options of every rule ({"norm": "batch"}, {"selection": "argmax"}).
 
-    A network that is trained from scratch has no function to preserve: ACDA layers that are cut to the paper's size
-    (`static_atoms` 0) begin at their own random start instead of a few atoms of a random kernel. The layers' random numbers
-    follow from torch's generator.
+    A network trained from scratch has no function to preserve: ACDA layers truncated to the paper's size
+    (`static_atoms` 0) get their own random initialization instead of a few atoms of a random kernel. The layers' random
+    numbers come from torch's generator.
     """
     seed = int(torch.randint(2**31, ()).item()) if not _on_meta(model) else 0
     published = [as_published(rule) for rule in rules]

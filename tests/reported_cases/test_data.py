@@ -218,7 +218,9 @@ def segmentation(root: Path, values: dict[str, list[int]], suffix: str = ".png",
 def test_masks_of_0_and_255_are_refused_whatever_classes_says(tmp_path: Path) -> None:
     """T12: masks 0/255 with `classes=2`: a constant predictor gets mIoU 1.0."""
     task = segmentation(tmp_path, {"train": [0, 255], "val": [0, 255]}, classes=2)
-    with pytest.raises(DataError, match=r"hold only \[0\] beside ignore_index=255; there must be two classes"):
+    with pytest.raises(
+        DataError, match=r"contain only \[0\] besides ignore_index=255; at least two classes are needed"
+    ):
         task.check()
 
 
@@ -243,7 +245,7 @@ def test_gaps_between_labels_are_warned_of(tmp_path: Path, caplog: pytest.LogCap
 def test_validation_masks_without_a_class_are_refused(tmp_path: Path) -> None:
     """T12: all-void validation (nan)."""
     task = segmentation(tmp_path, {"train": [0, 1], "val": [255]})
-    with pytest.raises(DataError, match="the masks of val hold only ignore_index=255"):
+    with pytest.raises(DataError, match="the masks of val contain only ignore_index=255"):
         task.check()
 
 
@@ -282,7 +284,7 @@ def test_reduced_images_beside_others_are_refused(tmp_path: Path) -> None:
     """T14: other sets with a folder of reduced images."""
     for folder in ("Flickr2K_HR", "Flickr2K_LR_bicubic/X2"):
         picture(tmp_path / folder / "0001.png", side=32)
-    with pytest.raises(DataError, match=r"holds reduced images, too \(Flickr2K_LR_bicubic\)"):
+    with pytest.raises(DataError, match=r"also contains reduced images \(Flickr2K_LR_bicubic\)"):
         create_task("denoising", data=tmp_path, patch=16).check()
 
 

@@ -89,7 +89,7 @@ def test_a_convolution_that_makes_the_weight_of_another_is_not_replaced_beside_i
     converted, report = surgeon.convert(exported(net), layers="all", type="pafu")
     assert [entry.name for entry in report.replaced] == ["a_conv"]
     assert [(entry.name, entry.reasons) for entry in report.skipped] == [
-        ("b_conv", ("it is part of what makes the weight of a_conv",))
+        ("b_conv", ("it helps compute the weight of a_conv",))
     ]
     assert isinstance(converted, fx.GraphModule)
     assert "a_conv" in {node.target for node in converted.graph.nodes}

@@ -76,7 +76,7 @@ def test_a_network_made_for_one_sensor_refuses_the_task_of_another(folders: Path
     """D3: a pattern that was chosen for the network is not overruled in silence."""
     task = create_task("demosaicking", data=folders, patch=16, pattern="GRBG")
     task.bind(zoo.create("iterative_demosaic", **_TINY, pattern="GRBG"))
-    with pytest.raises(InputError, match="BGGR sensor, the mosaics are GRBG; make the network with pattern=GRBG"):
+    with pytest.raises(InputError, match="BGGR sensor, but the mosaics are GRBG; build the network with pattern=GRBG"):
         task.bind(nn.Sequential(zoo.create("iterative_demosaic", **_TINY, pattern="BGGR")))
     with pytest.raises(ConfigError, match=r"pattern must be one of RGGB, .*, got 'RGBG'"):
         zoo.create("iterative_demosaic", **_TINY, pattern="RGBG")

@@ -254,11 +254,11 @@ def test_an_archive_gives_what_the_model_gives(form: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("form", "format", "words"),
     [
-        ("a number", "onnx", r"Gives gives 3 \(int\) at 1: a file of format onnx holds only tensors$"),
-        ("a text", "onnx", r"'text' \(str\) at kind: a file of format onnx holds only tensors$"),
-        ("a text", "torch", r"'text' \(str\) at kind: a file of format torch holds only tensors and numbers"),
-        ("nothing", "torch", "gives no tensor, but"),
-        ("nothing", "onnx", "gives no tensor, but"),
+        ("a number", "onnx", r"Gives returns 3 \(int\) at 1: a file of format onnx can store only tensors$"),
+        ("a text", "onnx", r"'text' \(str\) at kind: a file of format onnx can store only tensors$"),
+        ("a text", "torch", r"'text' \(str\) at kind: a file of format torch can store only tensors and numbers"),
+        ("nothing", "torch", "returns no tensor but"),
+        ("nothing", "onnx", "returns no tensor but"),
         ("dropout", "torch", "is random in eval mode: two runs on the same images differ"),
         ("noise", "onnx", "is random in eval mode: two runs on the same images differ"),
     ],

@@ -130,7 +130,7 @@ class Broken(TaskDataset):
     ("kills", "error", "told"),
     [
         (False, DataError, r"^cannot read the image a.png: truncated$"),
-        (True, TrainingError, "a process that loads data is gone"),
+        (True, TrainingError, "a data-loading process died"),
     ],
 )
 def test_what_breaks_in_a_loader_process_is_told_in_one_line(kills: bool, error: type[Exception], told: str) -> None:

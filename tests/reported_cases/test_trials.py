@@ -105,4 +105,4 @@ def test_one_class_is_one_error(command: list[str], capsys: Told) -> None:
     assert main([*arguments, "--weights", "random", "--quiet"]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(lines) == 1
-    assert "the data have one class only (only)" in lines[0]
+    assert "the data have only one class (only)" in lines[0]

@@ -324,7 +324,10 @@ def test_converting_by_the_name_of_a_zoo_network(tmp_path: Path, capsys: pytest.
     assert shapes == {key: value.shape for key, value in zoo.create("pafu_linear_sr_x2").state_dict().items()}
     capsys.readouterr()
     assert main(["convert", "zoo/dncnn", "--recipe", "zoo/dncnn_dconv", "--dry-run"]) == 2
-    assert "no recipe makes zoo/dncnn_dconv of another network: the DConv takes the place" in capsys.readouterr().err
+    assert (
+        "no recipe makes zoo/dncnn_dconv of another network: the DConv replaces a convolution"
+        in capsys.readouterr().err
+    )
     assert main(["convert", "zoo/dncnn", "--recipe", "zoo/dncn", "--dry-run"]) == 2
     assert "Did you mean dncnn" in capsys.readouterr().err
 

@@ -229,7 +229,7 @@ def test_it_says_why_not() -> None:
     double = [t.double() for t in operands]
     assert ACDA_CONV.why_not("native", *double, *geometry) == ["it computes in float32, not in torch.float64"]
     meta = [t.to("meta") for t in operands]
-    assert ACDA_CONV.why_not("native", *meta, *geometry) == ["it runs on the CPU, the tensors are on meta"]
+    assert ACDA_CONV.why_not("native", *meta, *geometry) == ["it runs on the CPU; the tensors are on meta"]
     with pytest.raises(BackendError, match=r"it computes in float32, not in torch\.bfloat16"):
         acda_conv(operands[0].bfloat16(), *operands[1:], *geometry, backend="native")
     assert ACDA_CONV.choose(*operands, *geometry).name == "native"

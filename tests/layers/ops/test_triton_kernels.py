@@ -90,9 +90,9 @@ def test_every_configuration_compiles_without_spills(capability: str, dtype: str
 
 def test_on_the_cpu_the_reason_is_the_device() -> None:
     (x, *rest), geometry = problem(dtype=torch.float32)
-    assert ACDA_CONV.why_not("triton", x, *rest, *geometry) == ["it runs on CUDA, the tensors are on cpu"]
+    assert ACDA_CONV.why_not("triton", x, *rest, *geometry) == ["it runs on CUDA; the tensors are on cpu"]
     assert ACDA_CONV.choose(x, *rest, *geometry).name in ("native", "torch")
-    with pytest.raises(BackendError, match="it runs on CUDA, the tensors are on cpu"):
+    with pytest.raises(BackendError, match="it runs on CUDA; the tensors are on cpu"):
         acda_conv(x, *rest, *geometry, backend="triton")
 
 
@@ -103,16 +103,14 @@ def test_every_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reasons == [
         "the package triton is not installed",
         "it computes in float32, bfloat16 and float16, not in torch.float64",
-        "it runs on CUDA, the tensors are on cpu",
+        "it runs on CUDA; the tensors are on cpu",
         "its tensors are of different dtypes (torch.float32, torch.float64)",
     ]
 
 
 def test_an_image_beyond_32_bit_places_is_a_reason() -> None:
     huge = torch.empty(1, 64, 8192, 8192, device="meta")
-    assert (
-        support.reasons_against([huge])[-1] == "one image of (1, 64, 8192, 8192) reaches over more than 2^31 elements"
-    )
+    assert support.reasons_against([huge])[-1] == "one image of (1, 64, 8192, 8192) spans more than 2^31 elements"
     assert not any("2^31" in reason for reason in support.reasons_against([huge[:, :16]]))
 
 

@@ -172,7 +172,7 @@ def test_it_is_the_default_in_float32_and_says_why_not() -> None:
     assert PAFU_CONV.why_not("native", *double, *rest) == ["it computes in float32, not in torch.float64"]
     (x, kernel, further, soft), index, options = problem(group=(1, 1), groups=4)
     few = (x, kernel, further, index, soft, *options.values())
-    assert PAFU_CONV.why_not("native", *few) == ["torch is faster where a group has fewer than 4 channels"]
+    assert PAFU_CONV.why_not("native", *few) == ["torch is faster with fewer than 4 channels per group"]
     assert PAFU_CONV.choose(*few).name == "torch"
 
 

@@ -193,7 +193,7 @@ def test_the_layer_is_the_default_and_says_why_not() -> None:
     assert DCONV_LAYER.why_not("native", *shared) == ["several output channels share a generated kernel"]
     last = x.contiguous(memory_format=torch.channels_last)
     assert DCONV_LAYER.why_not("native", last, features, weight, *rest) == [
-        "the input is channels last, and so must be the result"
+        "the input is channels last, so the result must be, too"
     ]
     for arguments in (shared, (last, features, weight, *rest)):
         assert DCONV_LAYER.choose(*arguments).name == "torch"

@@ -315,7 +315,7 @@ def pafu(sweep: bool) -> Iterator[Check]:
     def refusals() -> None:
         case, window = make_case(dtype=torch.float32, per_group=(1, 1), groups=3)
         reasons = PAFU_CONV.why_not("triton", *case.values(), *window[1:])
-        assert reasons == ["it multiplies matrices, and the groups of a depthwise convolution are none"]
+        assert reasons == ["it multiplies matrices, and a depthwise convolution has none"]
         case, _ = make_case(dtype=torch.float32)
         wrong = case | {"index": case["index"] + 1}
         refused(lambda: pafu_conv(**wrong, padding=(1, 1), backend="triton"), GeometryError, "index 3 is out of range")

@@ -92,7 +92,7 @@ def test_without_images_only_proofs_count() -> None:
         (first, "images", "kernel 2 at 100 % of the pixels")
     ]
     assert report.images == 3
-    assert any("holds for these images" in note for note in report.notes)
+    assert any("hold for these images" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -162,7 +162,7 @@ def test_a_type_that_does_not_say_what_varies_is_kept() -> None:
     model = nn.Sequential(make("acda", plain_conv()), FakeConv2d.from_conv(plain_conv(in_channels=8)))
     _, report = surgeon.collapse(model, calibration=torch.randn(2, 6, 9, 9))
     assert [(layer.name, layer.reason) for layer in report.kept] == [
-        ("1", "layers of type fake do not say what varies in them")
+        ("1", "layers of type fake do not expose what varies in them")
     ]
 
 
@@ -185,7 +185,7 @@ def test_a_wrong_folding_is_refused_and_the_model_stays(monkeypatch: pytest.Monk
         return conv
 
     monkeypatch.setattr(sys.modules["surgeon.collapsing.collapse"], "plain_convolution", flawed)
-    with pytest.raises(VerificationError, match="does not compute what the original computes"):
+    with pytest.raises(VerificationError, match="is not equivalent to the original"):
         surgeon.collapse(model, example_inputs=images(), inplace=True)
     assert list(dynamic_layers(model)) == names
 

@@ -79,7 +79,7 @@ def test_a_module_called_like_a_keyword_is_found_by_its_name() -> None:
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ("layr2", r"'layr2' matches no convolution; near it are .*'layer2'"),
+        ("layr2", r"'layr2' matches no convolution; the closest names are .*'layer2'"),
         ("stage7", r"the model's stages are stage1, stage2, stem"),
         ("stage2,layr2", "'layr2' matches no convolution"),
         ("all,!layr2", "'layr2' matches no convolution"),
@@ -90,7 +90,7 @@ def test_a_module_called_like_a_keyword_is_found_by_its_name() -> None:
         ("stem,,stage1", "empty item"),
         ("!", "`!` must be followed"),
         ("k=three", "must compare with a whole number, got 'three'"),
-        ("width>=3", "unknown filter 'width>=3'; values that can be compared are k, in, out"),
+        ("width>=3", "unknown filter 'width>=3'; comparable values are k, in, out"),
         ("re:[", "is not a regular expression"),
     ],
 )

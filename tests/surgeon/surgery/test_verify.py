@@ -82,7 +82,7 @@ def test_what_is_not_finite_must_be_so_at_the_same_places() -> None:
     a = torch.tensor([1.0, nan, inf, 4.0])
     found = compare(a, torch.tensor([1.0, nan, inf, 5.0]))
     assert (found.max_abs, found.max_rel) == (1.0, 0.25)
-    assert "at the same places" in found.notes[0]
+    assert "in the same positions" in found.notes[0]
     assert compare(a, torch.tensor([1.0, nan, -inf, 4.0])).max_rel == inf
     assert compare(a, torch.tensor([1.0, 2.0, inf, 4.0])).max_rel == inf
     found = compare(torch.tensor([nan]), torch.tensor([nan]))
@@ -91,7 +91,9 @@ def test_what_is_not_finite_must_be_so_at_the_same_places() -> None:
 
 
 def test_empty_outputs_are_noted() -> None:
-    assert compare(torch.zeros(0, 4), torch.zeros(0, 4)).notes == ("parts of the output are empty: they tell nothing",)
+    assert compare(torch.zeros(0, 4), torch.zeros(0, 4)).notes == (
+        "parts of the output are empty and were not compared",
+    )
 
 
 # --- running and measuring ----------------------------------------------------------------------------------------
@@ -337,7 +339,7 @@ def test_compressed_conversions_state_their_error() -> None:
     assert not report.exact
     assert report.max_rel_error is not None
     assert report.max_rel_error > 1e-3
-    assert "stated, not bounded" in report.notes[0]
+    assert "reported, not bounded" in report.notes[0]
 
 
 def test_calibration_reaches_the_layers_and_helps() -> None:

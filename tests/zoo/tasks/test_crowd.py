@@ -159,7 +159,7 @@ def test_points_outside_are_an_error_or_clipped_or_dropped(tmp_path: Path) -> No
     options = crowds(tmp_path)
     np.save(tmp_path / "val/1.npy", np.array([[5.0, 5], [74, 70], [300, 5]]))  # 73x70: the second is rounded up
     with pytest.raises(
-        DataError, match=r"val/1\.npy: 1 of 3 points lie outside of 1\.jpg \(73x70\), the first at \(300, 5\)"
+        DataError, match=r"val/1\.npy: 1 of 3 points are outside 1\.jpg \(73x70\), the first at \(300, 5\)"
     ):
         create_task("crowd-counting", **options).check()
     for outside, count in (("clip", 3), ("drop", 2)):

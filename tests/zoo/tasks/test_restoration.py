@@ -191,7 +191,7 @@ def test_the_variational_loss_in_training(tmp_path: Path) -> None:
     assert torch.equal(task.predict(net, {"input": batch["input"]}), net(batch["input"]))
     assert float(task.distillation_loss(output, output).detach()) == 0
     with pytest.raises(
-        InputError, match=r"loss=variational is for networks that give a posterior .* Conv2d has no argument"
+        InputError, match=r"loss=variational is for networks that return a posterior .* Conv2d has no argument"
     ):
         task.bind(nn.Conv2d(3, 3, 3, padding=1))
     with pytest.raises(ConfigError, match="loss must be one of l1, mse, charbonnier, got 'variational'"):

@@ -78,7 +78,7 @@ def test_problems_are_named(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"images/2\.png is 42x36, its mask .*masks/2\.png is 42x30"):
         task_of(**options).check()
     save_mask(tmp_path / "train/masks/2.png", np.full((36, 42), 9))
-    with pytest.raises(DataError, match=r"masks/2\.png has label 9, out of 0 to 2 \(ignore_index=255\)"):
+    with pytest.raises(DataError, match=r"masks/2\.png has label 9, outside 0 to 2 \(ignore_index=255\)"):
         task_of(**options, classes=3).check()
     photo(tmp_path / "train/masks/2.png", 42, 36)
     with pytest.raises(DataError, match="has mode RGB; a mask has one channel"):
@@ -86,7 +86,7 @@ def test_problems_are_named(options: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "train/masks/2.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"cannot read the image .*masks/2\.png"):
         task_of(**options).check()
-    with pytest.raises(DataError, match="must hold images/"):
+    with pytest.raises(DataError, match="must contain images/"):
         task_of(data=tmp_path / "train/images").check()
 
 

@@ -121,7 +121,7 @@ def test_images_are_found_below_a_folder_without_hidden_ones(tmp_path: Path) -> 
     (tmp_path / "notes.txt").write_text("")
     assert [path.name for path in list_images(tmp_path)] == ["1.JPG", "2.png"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="contains no images"):
         list_images(tmp_path / "empty")
 
 
