@@ -1,27 +1,39 @@
 """docs/architecture.md, "Adding a fourth layer": one class and its registration, and everything else takes it."""
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import surgeon
+from surgeon.cli import main
 from surgeon.errors import ConfigError
 from surgeon.layers import registry
 from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, scaled_bias
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.source import ConvSource
+from surgeon.records.recipe import Rule
+from surgeon.records.report import growth_notes
 from surgeon.search.space import SpaceConfig, make_space
 from surgeon.zoo.finetune import FinetuneConfig, finetune
+from surgeon.zoo.finetune.parameters import group_parameters
+from surgeon.zoo.finetune.schedule import Temperature
+from surgeon.zoo.surgery import operate
+from surgeon.zoo.trial.plan import default_conversion
 from tests.support.training.tasks import make_restorer, regression
 
 
 @dataclass(frozen=True, kw_only=True)
 class GainConfig(LayerConfig):
+    symbols: ClassVar = {"hidden": "h"}
+    search_defaults: ClassVar = ({"hidden": 2}, {"hidden": 3})
+    compressed: ClassVar = {"hidden": 1}
+
     hidden: int = 4
 
     def __post_init__(self) -> None:
@@ -32,6 +44,9 @@ class GainConv2d(CodedConv2d):
     """A convolution whose output channels have a factor 1 + g(x) at every pixel, g of two convolutions."""
 
     type_name = "gain"
+    fewer_parameters = "a smaller hidden"
+    tasks = ("deblurring",)
+    selects = True
     Config = GainConfig
     config: GainConfig
 
@@ -72,6 +87,19 @@ class GainConv2d(CodedConv2d):
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.squeeze.named_parameters("squeeze")
         yield from self.expand.named_parameters("expand")
+
+    def selector_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.squeeze.named_parameters("squeeze")
+
+    def no_weight_decay(self) -> set[str]:
+        return {"expand.weight"}
+
+    def anneal(self, factor: float) -> bool:
+        self.factor = factor
+        return True
+
+    def start_untrained(self) -> None:
+        nn.init.ones_(self.expand.bias)
 
     def macs(self, height: int, width: int) -> int:
         g = self.geometry
@@ -121,7 +149,9 @@ def test_convert_report_save_and_load(tmp_path: Path) -> None:
     assert layers
     assert all(isinstance(layer, GainConv2d) for layer in layers.values())
     assert report.max_rel_error <= 1e-6
-    assert "gain" in report.to_text()
+    assert "gain h3" in report.to_text(120)
+    growth = replace(report, params_after=10 * report.params_before)
+    assert any("a smaller hidden" in note for note in growth_notes(growth))
     with torch.no_grad():
         next(iter(layers.values())).expand.bias.fill_(0.5)
     surgeon.save(model, tmp_path / "run", report=report)
@@ -135,14 +165,14 @@ def test_cost_and_search_space() -> None:
     plain, ours = (surgeon.cost(m, input_size=(3, 16, 16)) for m in (make_restorer(), model))
     assert ours.params > plain.params
     assert ours.flops > plain.flops
+    assert {"gain(hidden=2)", "gain(hidden=3)"} < {option.label for option in SpaceConfig().make_options()}
     config = SpaceConfig(types=("gain", "acda"))
-    assert "gain" in {option.type for option in config.make_options()}
     model = make_restorer()
     space = make_space(model, config, sites=surgeon.inspect(model, input_size=(3, 16, 16)))
     column = space.types.index("gain")
     assert space.allowed[:, column].all()
     table = surgeon.cost_table(model, space.options, input_size=(3, 16, 16))
-    assert any(row.option == "gain" and row.flops > 0 and not row.reasons for row in table.rows)
+    assert any(row.option == "gain(hidden=2)" and row.flops > 0 and not row.reasons for row in table.rows)
 
 
 def test_finetune_collapse_and_export(tmp_path: Path) -> None:
@@ -158,6 +188,39 @@ def test_finetune_collapse_and_export(tmp_path: Path) -> None:
     folded, report = surgeon.collapse(tuned, input_size=(3, 16, 16))
     assert report.folded
     assert torch.allclose(folded.eval()(x), before, atol=1e-5)
+
+
+def test_training_respects_what_the_layer_states() -> None:
+    model, _ = converted()
+    groups = {name: group for group in group_parameters(model) for name in group.parameters}
+    assert {group.role for name, group in groups.items() if ".squeeze." in name} == {"selector"}
+    assert {group.role for name, group in groups.items() if ".expand." in name} == {"new"}
+    assert not any(group.decays for name, group in groups.items() if name.endswith("expand.weight"))
+    assert Temperature(model, 0.25, 3).set(2) == 0.25
+    assert {layer.factor for layer in surgeon.dynamic_layers(model).values()} == {0.25}
+    assert default_conversion("deblurring")[0] == "gain"
+    scratch = operate(make_restorer(), [Rule(layers="all", type="gain", options={})], (3, 16, 16))
+    assert all((layer.expand.bias == 1).all() for layer in scratch.modules() if isinstance(layer, GainConv2d))
+
+
+def test_an_export_forgives_ties_if_the_layer_selects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = converted()
+    runs: list[Tensor] = []
+
+    def tied(x: Tensor) -> list[Tensor]:
+        runs.append(x)
+        return [model.eval()(x) + (len(runs) == 1)]
+
+    monkeypatch.setattr("surgeon.exporting.export.read", lambda *_: tied)
+    exported = surgeon.export(model, tmp_path / "model.pt2", format="torch", input_size=(3, 16, 16), free="none")
+    assert [check.draws for check in exported.checks] == [2]
+
+
+def test_compress_takes_the_options_that_the_config_states(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["zoo/resnet20_cifar", "--weights", "random", "--layers", "conv1"]
+    assert main(["convert", *model, "--type", "gain", "--compress", "--dry-run", "--json"]) == 0
+    (replaced,) = json.loads(capsys.readouterr().out)["replaced"]
+    assert replaced["options"] == {"hidden": 1}
 
 
 def test_geometries_and_options_that_it_refuses() -> None:

@@ -12,6 +12,8 @@ from tests.support.places import ROOT
 
 FOLDERS = ("surgeon", "layers", "search", "zoo")
 MOST_FILES = 20
+TYPES = {"acda", "pafu", "sekg"}
+CLASSES = {f"{kind.upper()}{what}" for kind in TYPES for what in ("Conv2d", "Config")}
 
 CORE = "errors util"
 ARROWS = {
@@ -26,7 +28,7 @@ ARROWS = {
     "surgeon.passes": f"{CORE} layers records surgery",
     "surgeon.costs": f"{CORE} layers records sites surgery surgeon",
     "surgeon.collapsing": f"{CORE} layers records sites surgery costs",
-    "surgeon.exporting": f"{CORE} layers.pafu sites surgery",
+    "surgeon.exporting": f"{CORE} layers sites surgery",
     "surgeon.visualize": f"{CORE} layers layers.acda sites surgery collapsing",
     "surgeon.models": f"{CORE} layers records sites surgery zoo surgeon",  # zoo: the networks are a source of models
     "surgeon.doctor": f"{CORE} layers layers.ops layers.ops.native surgery surgeon",
@@ -53,15 +55,15 @@ ARROWS = {
     "surgeon.search.run": f"{CORE} search.evaluate search.gains search.gate search.placement search.sampling search.space "
     "search.study",
     "surgeon.search.results": f"{CORE} zoo.trial search.evaluate search.gains search.study",
-    "surgeon.zoo": f"{CORE} layers layers.acda layers.sekg records models surgery costs visualize zoo.networks zoo.recipes "
+    "surgeon.zoo": f"{CORE} layers layers.sekg records models surgery costs visualize zoo.networks zoo.recipes "
     "zoo.tasks zoo.tasks.data",
     "surgeon.zoo.networks": f"{CORE} layers.sekg records zoo",
-    "surgeon.zoo.recipes": f"{CORE} layers.pafu records models zoo zoo.finetune zoo.tasks",
+    "surgeon.zoo.recipes": f"{CORE} layers records models zoo zoo.finetune zoo.tasks",
     "surgeon.zoo.tasks": f"{CORE} layers records zoo zoo.networks zoo.tasks.data zoo.tasks.support",
     "surgeon.zoo.tasks.data": f"{CORE} sites zoo.tasks",
     "surgeon.zoo.tasks.support": f"{CORE} layers zoo.tasks zoo.tasks.data",
-    "surgeon.zoo.finetune": f"{CORE} layers layers.pafu records models surgery costs visualize zoo zoo.tasks zoo.tasks.data",
-    "surgeon.zoo.trial": f"{CORE} records models surgery costs visualize zoo zoo.finetune zoo.tasks zoo.tasks.data",
+    "surgeon.zoo.finetune": f"{CORE} layers records models surgery costs visualize zoo zoo.tasks zoo.tasks.data",
+    "surgeon.zoo.trial": f"{CORE} layers records models surgery costs visualize zoo zoo.finetune zoo.tasks zoo.tasks.data",
 }
 
 BACK = {
@@ -169,6 +171,33 @@ def test_nothing_uses_the_commands() -> None:
     floor = above - {"surgeon.cli"}
     users = {m for m in files() for target in imports(m) if room_of(target) in floor and (m, target) not in ABOVE}
     assert {m for m in users if room_of(m) not in above} == set()
+
+
+def constants(module: str) -> set[str]:
+    """Strings of a module, docstrings aside."""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    bodies = [node.body for node in ast.walk(tree(module)) if isinstance(node, owners)]
+    docstrings = {id(body[0].value) for body in bodies if body and isinstance(body[0], ast.Expr)}
+    strings = (
+        node for node in ast.walk(tree(module)) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    return {node.value for node in strings if id(node) not in docstrings}
+
+
+def names(module: str) -> set[str]:
+    """Names and attributes that the code of a module reads or imports."""
+    nodes = list(ast.walk(tree(module)))
+    found = {node.id for node in nodes if isinstance(node, ast.Name)}
+    found |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return found | {node.name for node in nodes if isinstance(node, ast.alias)}
+
+
+def test_only_their_own_rooms_name_the_layer_types() -> None:
+    """What the others need to know of a type is an attribute or a method of its class or config: `tests/test_fourth_layer.py`."""
+    rooms = ("surgeon.layers", "surgeon.visualize", "surgeon.zoo.networks")
+    others = [module for module in files() if not f"{module}.".startswith(tuple(f"{room}." for room in rooms))]
+    assert {module: named for module in others if (named := constants(module) & TYPES)} == {}
+    assert {module: named for module in others if (named := names(module) & CLASSES)} == {}
 
 
 def test_no_loop_of_files() -> None:

@@ -7,7 +7,7 @@ from surgeon.errors import ConfigError, SelectionError
 from surgeon.layers.registry import layer_class, layer_types
 from surgeon.records.recipe import Rule
 from surgeon.sites.sites import ConvSite, find_sites
-from surgeon.surgery.plan import can_become, make_plan, may_compress, nothing_replaced, why_not
+from surgeon.surgery.plan import can_become, make_plan, nothing_replaced, why_not
 from tests.support.fake_layer import FakeConfig, FakeConv2d
 
 pytestmark = pytest.mark.usefixtures("fake_type")
@@ -61,6 +61,6 @@ def test_compressing_options_are_known(sites: tuple[ConvSite, ...]) -> None:
     geometry = sites[1].geometry
     assert geometry is not None
     acda = layer_class("acda").Config
-    assert not may_compress(geometry, acda())
-    assert may_compress(geometry, acda.from_dict({"static_atoms": 0}))
-    assert not may_compress(geometry, acda.from_dict({"static_atoms": 3}))  # 6 + 3 atoms span every 3x3 kernel
+    assert not acda().may_compress(geometry)
+    assert acda.from_dict({"static_atoms": 0}).may_compress(geometry)
+    assert not acda.from_dict({"static_atoms": 3}).may_compress(geometry)  # 6 + 3 atoms span every 3x3 kernel
