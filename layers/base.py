@@ -19,11 +19,25 @@ from surgeon.layers.static_weight import READ_ONLY, StaticWeight, read_only
 class LayerConfig:
     """Options of a dynamic layer. Subclasses are frozen, keyword-only, and validate themselves in `__post_init__`.
 
-    `paper`: options whose default departs from the paper, with the paper's values. Version-1 recipes that leave them out
-    mean these values.
+    The class attributes state what the rest of the program needs to know of the type:
+
+    paper: the options whose default departs from the paper, with the values that follow it. Recipes of version 1, which do not
+        name them, mean these.
+    symbols: the options that tables show, each with the letter of the paper.
+    search_defaults: the options with which a search tries the type, one mapping per try.
+    search_axes: the options whose values a search combines.
+    compressed: the options that make the layer smaller than exactness allows; empty if there are none.
     """
 
     paper: ClassVar[Mapping[str, Any]] = {}
+    symbols: ClassVar[Mapping[str, str]] = {}
+    search_defaults: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    search_axes: ClassVar[tuple[str, ...]] = ()
+    compressed: ClassVar[Mapping[str, Any]] = {}
+
+    def may_compress(self, geometry: ConvGeometry) -> bool:
+        """Whether these options allow a layer to be smaller than exactness needs; its errors are then stated, not judged."""
+        return False
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -79,6 +93,11 @@ class DynamicConv2d(nn.Module):
 
     type_name: ClassVar[str]
     fewer_parameters: ClassVar[str] = ""  # the option that makes the layer smaller, for hints
+    tasks: ClassVar[tuple[str, ...]] = ()  # the tasks of the layer's paper, on which `surgeon try` tries it first
+    patterns: ClassVar[
+        Mapping[str, Mapping[str, Any]]
+    ] = {}  # block patterns (surgeon.surgery.blocks) and their options
+    selects: ClassVar[bool] = False  # whether the largest of several numbers decides: rounding breaks ties
     Config: ClassVar[type[LayerConfig]]
 
     geometry: ConvGeometry
@@ -153,6 +172,14 @@ class DynamicConv2d(nn.Module):
     def regularization(self) -> Tensor | None:
         """The layer's own loss term, a scalar, or None if its paper has none."""
         return None
+
+    def anneal(self, factor: float) -> bool:
+        """Set the layer's temperature to `factor` times that of its config; False if it has none."""
+        return False
+
+    def start_untrained(self) -> None:
+        """Draw the start of the paper for a network that is trained from scratch, if the layer cannot hold the kernel anyway."""
+        return
 
     def scale_output(self, scale: Tensor, shift: Tensor) -> None:
         """Change the parameters so that the layer returns scale · y + shift, both (C_out,), instead of y, adaptive or not.

@@ -42,6 +42,14 @@ class ACDAConfig(LayerConfig):
     """
 
     paper: ClassVar[Mapping[str, Any]] = {"norm": None}
+    symbols: ClassVar[Mapping[str, str]] = {"atoms": "m", "scales": "S"}
+    search_defaults: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"atoms": 6, "scales": 3},  # of the paper
+        {"atoms": 4, "scales": 1},
+        {"atoms": 6, "scales": 1},
+    )
+    search_axes: ClassVar[tuple[str, ...]] = ("atoms", "scales")
+    compressed: ClassVar[Mapping[str, Any]] = {"static_atoms": 0}
 
     atoms: int = 6
     scales: int = 3
@@ -69,6 +77,15 @@ class ACDAConfig(LayerConfig):
                     f"ACDAConfig: generator_rank belongs to generator 'lowrank', got generator {self.generator!r}"
                 )
 
+    def may_compress(self, geometry: ConvGeometry) -> bool:
+        if self.static_atoms is None:
+            return False
+        taps, filters = (
+            geometry.kernel_size[0] * geometry.kernel_size[1],
+            geometry.weight_shape[0] * geometry.weight_shape[1],
+        )
+        return self.atoms + self.static_atoms < min(taps, filters)
+
 
 @register
 class ACDAConv2d(CodedConv2d):
@@ -79,6 +96,7 @@ class ACDAConv2d(CodedConv2d):
     """
 
     type_name: ClassVar[str] = "acda"
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "crowd-counting", "pattern-detection")
     Config: ClassVar[type[LayerConfig]] = ACDAConfig
     config: ACDAConfig
     psi: Tensor
@@ -105,6 +123,10 @@ class ACDAConv2d(CodedConv2d):
         static = torch.randn(config.static_atoms, geometry.kernel_size[0] * geometry.kernel_size[1])
         self.static_atoms = nn.Parameter(F.normalize(static, dim=1).view(-1, *geometry.kernel_size))
         self.bias = nn.Parameter(torch.zeros(c_out)) if geometry.bias else None
+
+    def start_untrained(self) -> None:
+        if self.config.static_atoms == 0:
+            self.load_state_dict(type(self)(self.geometry, self.config).state_dict())
 
     @classmethod
     def from_conv(cls, conv: nn.Module | ConvSource, config: LayerConfig | None = None, **context: Any) -> Self:

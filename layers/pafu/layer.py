@@ -45,6 +45,9 @@ class PAFUConfig(LayerConfig):
     """
 
     paper: ClassVar[Mapping[str, Any]] = {"shared": False, "selection": "gumbel", "norm": None}
+    symbols: ClassVar[Mapping[str, str]] = {"group_size": "n"}
+    search_defaults: ClassVar[tuple[Mapping[str, Any], ...]] = ({"group_size": 4}, {"group_size": 8})  # 8: of the paper
+    search_axes: ClassVar[tuple[str, ...]] = ("group_size",)
 
     group_size: int = 8
     hidden: int = 32
@@ -92,6 +95,8 @@ class PAFUConv2d(CodedConv2d):
     """
 
     type_name = "pafu"
+    tasks = ("segmentation", "super-resolution", "demosaicking", "sad")
+    selects = True
     fewer_parameters = "a smaller group_size makes fewer kernels"
     Config = PAFUConfig
 
@@ -290,6 +295,10 @@ class PAFUConv2d(CodedConv2d):
         rows, columns = self.geometry.output_size(height, width)
         outputs, inputs, *_ = self.geometry.weight_shape
         return outputs * inputs * math.prod(self.window) * rows * columns + self.selector.macs(height, width)
+
+    def anneal(self, factor: float) -> bool:
+        self.temperature = self.config.temperature * factor
+        return True
 
     def regularization(self) -> Tensor:
         """‖W_f W_fᵀ − I‖²_F; the rows of W_f (n, k·l·C/G·O) are the kernels, padded to the window and normalized (eq. 3)."""

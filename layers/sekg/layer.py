@@ -34,6 +34,8 @@ class SEKGConfig(LayerConfig):
     """
 
     paper: ClassVar[Mapping[str, Any]] = {"norm": None}
+    symbols: ClassVar[Mapping[str, str]] = {"kernel_size": "k", "kernel_groups": "g"}
+    search_axes: ClassVar[tuple[str, ...]] = ("kernel_groups",)
 
     kernel_size: int = 3
     kernel_groups: int | None = None
@@ -51,6 +53,10 @@ class SEKGConfig(LayerConfig):
             raise ConfigError(f"SEKGConfig: mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         if self.multiplier is not None and self.mode != "factorised":
             raise ConfigError(f"SEKGConfig: multiplier belongs to mode 'factorised', got mode {self.mode!r}")
+
+    def may_compress(self, geometry: ConvGeometry) -> bool:
+        taps = geometry.kernel_size[0] * geometry.kernel_size[1]
+        return self.mode == "factorised" and self.multiplier is not None and self.multiplier < taps
 
     def resolve(self, geometry: ConvGeometry) -> "SEKGConfig":
         """This config with every open choice resolved for a convolution of this geometry."""
@@ -83,6 +89,8 @@ class SEKGConv2d(CodedConv2d):
 
     type_name: ClassVar[str] = "sekg"
     fewer_parameters: ClassVar[str] = "kernel_groups shares kernels among channels"
+    tasks: ClassVar[tuple[str, ...]] = ("denoising", "real-denoising")
+    patterns: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dcb": {"mode": "dense"}}
     Config: ClassVar[type[LayerConfig]] = SEKGConfig
     config: SEKGConfig
     kernel: nn.Parameter | None

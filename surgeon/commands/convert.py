@@ -123,9 +123,12 @@ def _layer_options(args: argparse.Namespace) -> dict[str, Any]:
     names = ("atoms", "scales", "basis_size", "group_size", "kernel_groups")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.compress:
-        if args.type != "acda":
+        from surgeon.layers.registry import layer_class
+
+        compressed = layer_class(args.type).Config.compressed if args.type else {}
+        if not compressed:
             raise ConfigError(f"--compress drops the static atoms of acda layers; it has no meaning for {args.type}")
-        options["static_atoms"] = 0
+        options |= compressed
     for key, value in args.options:
         if options.setdefault(key, value) != value:
             raise ConfigError(f"{key} is given twice: {options[key]!r}, and {value!r} by --option; give it once")

@@ -21,7 +21,6 @@ from surgeon.errors import ConfigError, ExportError, SurgeonError
 from surgeon.exporting.exported import Runner, data_of, foreign_operators, missing_packages, quiet, read, write
 from surgeon.exporting.outputs import input_name, output_names, prepared
 from surgeon.exporting.trace import NAMES, Shapes, first_line, random_images, traced
-from surgeon.layers.pafu import PAFUConv2d
 from surgeon.sites.inputs import Inputs
 from surgeon.surgery.compare import Difference, compare
 from surgeon.surgery.rewrite import dynamic_layers
@@ -44,8 +43,8 @@ Progress = Callable[[str, int, int], None]
 class Check:
     """One run of the file against the model; `own` is the model's own float32 error, if computed.
 
-    `draws` is the number of image draws it took: if PAFU's selection is tied, rounding decides, and a few pixels change kernels.
-    Any other error shows on every image.
+    `draws` is how many images it took: where a layer's selection is tied, rounding decides, and single pixels get another
+    kernel. What is wrong beyond that shows on every image.
     """
 
     shape: tuple[int, ...]
@@ -246,7 +245,7 @@ def _put(partial: Path, path: Path, format: str) -> Path | None:
 
 
 def _check(model: nn.Module, runner: Runner, shape: tuple[int, ...]) -> Check:
-    selects = any(isinstance(layer, PAFUConv2d) for layer in dynamic_layers(model).values())
+    selects = any(layer.selects for layer in dynamic_layers(model).values())
     for draw in range(1, (_DRAWS if selects else 1) + 1):
         check = replace(_compared(model, runner, shape, draw), draws=draw)
         if check.good:

@@ -61,16 +61,21 @@ def other(*inputs: Any) -> Any:
     return inputs
 
 
-def find_blocks(model: nn.Module, pattern: str) -> dict[str, str]:
-    """Where a pattern's dynamic part goes: name of the convolution, and of the block's last one.
-
-    Raises `ConfigError` for an unknown pattern, for one that no block can become, and for a model that torch.fx cannot trace;
-    `SelectionError` if nothing in the model matches.
-    """
+def check_pattern(pattern: str) -> None:
+    """Raise `ConfigError` for a pattern that there is not, or that no block can become."""
     if pattern == "mdcb":
         raise ConfigError(MDCB_REFUSED)
     if pattern != "dcb":
         raise ConfigError(f"a pattern is one of {', '.join(PATTERNS)}, got {pattern!r}")
+
+
+def find_blocks(model: nn.Module, pattern: str) -> dict[str, str]:
+    """Where a pattern's dynamic part goes: name of the convolution, and of the block's last one.
+
+    Raises `ConfigError` as `check_pattern`, and for a model that torch.fx cannot trace; `SelectionError` for one in which nothing
+    matches.
+    """
+    check_pattern(pattern)
     shadow = _shadow(model)
     found: dict[str, str] = {}
     for form in itertools.product((True, False), repeat=4):

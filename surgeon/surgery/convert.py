@@ -15,13 +15,13 @@ from surgeon.errors import (
     VerificationError,
 )
 from surgeon.layers.base import LayerConfig
-from surgeon.layers.registry import type_of
+from surgeon.layers.registry import layer_class, layer_types, type_of
 from surgeon.records.recipe import CONVOLUTION, Recipe, Rule, get_recipe, quoted, set_recipe, versions
 from surgeon.records.report import Report, growth_notes
 from surgeon.sites.select import split_items
 from surgeon.sites.sites import ConvSite, find_sites
 from surgeon.sites.trace import trace_graph
-from surgeon.surgery.blocks import find_blocks
+from surgeon.surgery.blocks import check_pattern, find_blocks
 from surgeon.surgery.compare import compare
 from surgeon.surgery.operation import Progress, Surgery, count_parameters
 from surgeon.surgery.plan import Planned, make_plan
@@ -206,8 +206,10 @@ def _of_pattern(
     if type is not None or recipe is not None or isinstance(layers, Recipe):
         raise ConfigError(f"the pattern {pattern} determines the type: leave out type and recipe")
     if "mode" in options:
-        raise ConfigError(f"the pattern {pattern} determines the mode: leave it out")
-    return "all" if layers is None else layers, "sekg", {"mode": "dense", **options}
+        raise ConfigError(f"the pattern {pattern} says the mode itself: leave it out")
+    check_pattern(pattern)
+    kind = next(kind for kind in layer_types() if pattern in layer_class(kind).patterns)
+    return "all" if layers is None else layers, kind, {**layer_class(kind).patterns[pattern], **options}
 
 
 def _in_blocks(plans: list[Planned], blocks: dict[str, str], pattern: str) -> list[Planned]:

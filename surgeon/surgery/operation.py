@@ -20,7 +20,7 @@ from surgeon.sites.sites import ConvSite, Sites, macs_of
 from surgeon.surgery.calls import inside, run_converted
 from surgeon.surgery.compare import Difference, Leaves, compare
 from surgeon.surgery.gradients import check_gradients
-from surgeon.surgery.plan import Planned, may_compress, nothing_replaced
+from surgeon.surgery.plan import Planned, nothing_replaced
 from surgeon.surgery.rewrite import Rewrite, build_layer
 from surgeon.surgery.sizes import check_layers
 from surgeon.surgery.verify import (
@@ -185,7 +185,7 @@ class Surgery:
     def _judge(
         self, expected: Leaves, output: Difference, errors: dict[str, Difference], *, settles: bool
     ) -> Verification:
-        compressed = any(may_compress(plan.site.geometry, plan.config) for plan in self.plans if plan.site.geometry)
+        compressed = any(plan.config.may_compress(plan.site.geometry) for plan in self.plans if plan.site.geometry)
         try:
             if not settles:
                 return judge(output, errors, self._dtype(), _nothing_to_settle, compressed)

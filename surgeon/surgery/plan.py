@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from surgeon.errors import ConfigError, NothingReplacedError
 from surgeon.layers.base import DynamicConv2d, LayerConfig
-from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.registry import layer_class, layer_types
 from surgeon.records.recipe import Rule
 from surgeon.sites.select import select
@@ -55,18 +54,6 @@ def why_not(site: ConvSite, layer: type[DynamicConv2d], config: LayerConfig | No
 def can_become(site: ConvSite) -> dict[str, list[str]]:
     """For every layer type, the reasons against it (with default options); an empty list means that it fits."""
     return {name: why_not(site, layer_class(name)) for name in layer_types()}
-
-
-def may_compress(geometry: ConvGeometry, config: LayerConfig) -> bool:
-    """Whether these options allow a layer smaller than exactness needs; its errors are then reported, not checked."""
-    taps = geometry.kernel_size[0] * geometry.kernel_size[1]
-    atoms, static_atoms = getattr(config, "atoms", 0), getattr(config, "static_atoms", None)
-    if static_atoms is not None and atoms + static_atoms < min(
-        taps, geometry.weight_shape[0] * geometry.weight_shape[1]
-    ):
-        return True
-    multiplier = getattr(config, "multiplier", None)
-    return getattr(config, "mode", None) == "factorised" and multiplier is not None and multiplier < taps
 
 
 def nothing_replaced(refused: Sequence[tuple[ConvSite, Sequence[str]]]) -> NothingReplacedError:

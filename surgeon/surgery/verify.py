@@ -14,7 +14,6 @@ from surgeon.layers.base import DynamicConv2d
 from surgeon.sites.inputs import Inputs
 from surgeon.sites.observe import observe
 from surgeon.surgery.compare import Difference, Leaves, compare, compare_tensors, leaves
-from surgeon.surgery.plan import may_compress
 from surgeon.surgery.rewrite import (
     Rewrite,
     build_layer,
@@ -427,7 +426,7 @@ def _verify(
         dtype,
         settle,
         compressed=any(
-            may_compress(layer.geometry, layer.config) for layer in layers.values() if isinstance(layer, DynamicConv2d)
+            layer.config.may_compress(layer.geometry) for layer in layers.values() if isinstance(layer, DynamicConv2d)
         ),
     )
 

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.pafu import PAFUConv2d
 from surgeon.zoo.finetune.config import FinetuneConfig, span_steps
 from surgeon.zoo.finetune.parameters import ROLES, Group, Role, dynamic_modules
 
@@ -121,20 +120,17 @@ class Rates:
 
 
 class Temperature:
-    """PAFU's temperature over a run: exponential decay from each layer's own to `end` times it."""
+    """The temperature of selections over a run: from each layer's own, exponentially, to `end` times it."""
 
     def __init__(self, model: nn.Module, end: float, total: int) -> None:
-        self.layers = [layer for _, layer in dynamic_modules(model) if isinstance(layer, PAFUConv2d)]
+        self.layers = [layer for _, layer in dynamic_modules(model)]
         self.end, self.total = end, total
 
     def set(self, step: int) -> float | None:
-        """Set it for a step; returns the factor on the layers' own temperatures, None if there are no such layers."""
-        if not self.layers:
-            return None
+        """Set it for a step; returns the factor on the layers' own temperatures, None if no layer has one."""
         factor = float(self.end ** (step / max(self.total - 1, 1)))
-        for layer in self.layers:
-            layer.temperature = layer.config.temperature * factor
-        return factor
+        annealed = [layer.anneal(factor) for layer in self.layers]
+        return factor if any(annealed) else None
 
 
 def describe(optimizer: torch.optim.Optimizer, groups: list[Group]) -> list[dict[str, Any]]:

@@ -181,9 +181,10 @@ def recipes_for(network: str) -> list[tuple[TrainingRecipe, str | None]]:
 
 
 def _has_selectors(model: "nn.Module") -> bool:
-    from surgeon.layers.pafu import PAFUConv2d
+    from surgeon.layers.base import DynamicConv2d
 
-    return any(isinstance(module, PAFUConv2d) for module in model.modules())
+    layers = (module for module in model.modules() if isinstance(module, DynamicConv2d))
+    return any(True for layer in layers for _ in layer.selector_parameters())
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from surgeon.errors import ConfigError
+from surgeon.layers.registry import layer_class, layer_types
 from surgeon.zoo.trial.answer import LEAST_SEEDS
 
 RATES = (1e-4, 3e-4, 1e-3)  # a third and three times the default of fine-tuning
@@ -13,20 +14,16 @@ MOST_EPOCHS = 10.0
 _SPARE = 0.9  # share of the time that is planned; step times vary
 _EVALUATION = 0.2  # largest share of the time for evaluations
 
-# The layer from the task's paper; selections in the order in which they are tried.
-_DEEP = ("stage3,stage4", "stage2", "stage1", "all")  # late stages cost least
-DEFAULTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "classification": ("acda", _DEEP),
-    "crowd-counting": ("acda", _DEEP),
-    "pattern-detection": ("acda", ("all",)),
-    "segmentation": ("pafu", _DEEP),
-    "super-resolution": ("pafu", ("all",)),
-    "demosaicking": ("pafu", ("all",)),
-    "sad": ("pafu", ("all",)),
-    "denoising": ("sekg", ("all",)),
-    "real-denoising": ("sekg", ("all",)),
-}
-OTHERWISE = ("acda", _DEEP)
+# Selections in the order in which they are tried, by task; late stages cost least.
+_DEEP = ("stage3,stage4", "stage2", "stage1", "all")
+_SHALLOW = frozenset({"pattern-detection", "super-resolution", "demosaicking", "sad", "denoising", "real-denoising"})
+_OTHERWISE = "classification"  # the task whose layer is tried on those of no paper
+
+
+def default_conversion(task: str) -> tuple[str, tuple[str, ...]]:
+    """The layer type of the paper that is on the task, and the selections in the order in which they are tried."""
+    kinds = {name: kind for kind in layer_types() for name in layer_class(kind).tasks}
+    return kinds.get(task, kinds[_OTHERWISE]), ("all",) if task in _SHALLOW else _DEEP
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from surgeon.surgery.convert import convert
 from surgeon.util.copying import copy_model
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.tasks import Task
-from surgeon.zoo.trial.plan import DEFAULTS, OTHERWISE, RATES
+from surgeon.zoo.trial.plan import RATES, default_conversion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Twins:
         if config.recipe is not None:
             self.order = {"recipe": config.recipe, "input_size": self.size}
             return "by a recipe", convert(bound, **self.order)[1]
-        kind, selections = DEFAULTS.get(self.task.name, OTHERWISE)
+        kind, selections = default_conversion(self.task.name)
         tried = (config.layers,) if config.layers else selections
         for layers in tried:
             self.order = {"layers": layers, "type": config.type or kind, "input_size": self.size, **config.options}
