@@ -197,7 +197,7 @@ def _study(args: argparse.Namespace, folder: "SearchFolder") -> "Study":
         if going_on:
             file.read_notes()
         elif file.exists():
-            raise StudyError(f"the study {file} exists already; go on with it (--join {file.name}), or give another -o")
+            raise StudyError(f"the study {file} already exists; continue it (--join {file.name}) or choose another -o")
     except StudyError:
         file.close()
         raise
