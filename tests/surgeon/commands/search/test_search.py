@@ -171,7 +171,7 @@ def test_ctrl_c_says_how_to_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPat
         patch.setattr(Run, "train", failing(Interrupted(2), 1))
         assert main(search_arguments("s", "--trials", "3", "--no-pruning")) == 130
     out, error = capsys.readouterr()
-    assert "go on with the same command and --resume" in error
+    assert "resume with the same command and --resume" in error
     assert out == ""
     assert main(search_arguments("s", "--trials", "3", "--no-pruning", "--resume", "--json")) == 0
     assert document(capsys)["trials"]["complete"] == 3
@@ -203,7 +203,10 @@ def test_interrupted_finals_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPat
         (["--storage", "sqlite://"], "in memory is lost"),
         (["--join", "study"], "--join needs --storage"),
         (["--jobs", "0"], "--jobs must be at least 1"),
-        (["--jobs", "2", "--device", "cuda:1"], "--device cuda:1 names one GPU, and --jobs 2 workers share all"),
+        (
+            ["--jobs", "2", "--device", "cuda:1"],
+            "--device cuda:1 names one GPU, but --jobs 2 workers share all of them",
+        ),
         (["--layers", "k<=1"], "the selection 'k<=1' matches nothing"),
         (["--layers", "nowhere"], "nowhere"),
         (["--max-flops", "10%"], "has a sign"),
