@@ -12,6 +12,7 @@ import numpy as np
 
 from surgeon.costs.table import KEEP, Option
 from surgeon.errors import ConfigError, RecipeError
+from surgeon.layers.registry import layer_class, layer_types
 from surgeon.records.recipe import Recipe, Rule, quoted, unquoted, versions
 from surgeon.search.placement.problem import Bools, Ints
 from surgeon.util.files import read_text, told
@@ -22,16 +23,12 @@ if TYPE_CHECKING:
     from surgeon.records.recipe import BaseModel
     from surgeon.sites.sites import ConvSite
 
-# What the papers use (ACDA appendix A.4: m = 6, S = 3; PAFU: groups of 8; SEKG: a kernel a channel), and smaller ones beside it.
-DEFAULT_OPTIONS = (
-    Option("acda", {"atoms": 6, "scales": 3}),
-    Option("acda", {"atoms": 4, "scales": 1}),
-    Option("acda", {"atoms": 6, "scales": 1}),
-    Option("pafu", {"group_size": 4}),
-    Option("pafu", {"group_size": 8}),
-    Option("sekg", {}),
-)
-_VALUES = {"acda": ("atoms", "scales"), "pafu": ("group_size",), "sekg": ("kernel_groups",)}
+_AXES = {
+    "atoms": "atoms",
+    "scales": "scales",
+    "group_size": "group_sizes",
+    "kernel_groups": "kernel_groups",
+}  # option: key
 _DEPTH = 32  # of lists and mappings in one another
 _KEYS = ("types", "atoms", "scales", "group_sizes", "kernel_groups", "layers", "options")
 
@@ -53,7 +50,6 @@ class SpaceConfig:
 
     def make_options(self) -> tuple[Option, ...]:
         """The options, without repetitions, each checked by its layer type. Raises `ConfigError`."""
-        from surgeon.layers.registry import layer_class
         from surgeon.surgery.plan import read_config
 
         found = [*self._combined(), *self.options]
@@ -64,26 +60,28 @@ class SpaceConfig:
         return tuple({option.label: option for option in found}.values())
 
     def _combined(self) -> list[Option]:
-        given = {"atoms": self.atoms, "scales": self.scales, "group_size": self.group_sizes}
-        given["kernel_groups"] = self.kernel_groups
-        used = {name for names in _VALUES.values() for name in names if given[name]}
-        types = self.types or tuple(kind for kind, names in _VALUES.items() if used.intersection(names))
+        given = {option: getattr(self, key) for option, key in _AXES.items()}
+        axes = {
+            kind: [axis for axis in layer_class(kind).Config.search_axes if axis in given] for kind in layer_types()
+        }
+        used = {axis for names in axes.values() for axis in names if given[axis]}
+        types = self.types or tuple(kind for kind, names in axes.items() if used.intersection(names))
         if not types and self.options:
             return []
         if not types:
-            return list(DEFAULT_OPTIONS)
-        idle = sorted(used - {name for kind in types for name in _VALUES.get(kind, ())})
+            return default_options()
+        idle = sorted(used - {axis for kind in types for axis in axes.get(kind, ())})
         if idle:
             raise ConfigError(f"{idle[0].replace('_', ' ')} is an option of none of the types {', '.join(types)}")
         options: list[Option] = []
         for kind in types:
-            names = _VALUES.get(kind, ())
-            if not any(given[name] for name in names):
-                options += [option for option in DEFAULT_OPTIONS if option.type == kind] or [Option(kind, {})]
+            names = [axis for axis in axes.get(kind, ()) if given[axis]]
+            if not names:
+                options += default_options(kind)
                 continue
             sets: list[dict[str, Any]] = [{}]
             for name in names:
-                sets = [one | {name: value} for one in sets for value in given[name]] if given[name] else sets
+                sets = [one | {name: value} for one in sets for value in given[name]]
             options += [Option(kind, one) for one in sets]
         return options
 
@@ -119,6 +117,13 @@ class SpaceConfig:
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())[:300]}") from error
         return cls.from_dict(values, str(path))
+
+
+def default_options(*types: str) -> list[Option]:
+    """What a search tries of the layer types (default: all of them), as their configs state it."""
+    return [
+        Option(kind, dict(one)) for kind in types or layer_types() for one in layer_class(kind).Config.search_defaults
+    ]
 
 
 def _check_yaml(text: str) -> None:
@@ -274,7 +279,6 @@ class Space:
 
 def _agrees(option: Option, rule: Rule) -> bool:
     """Whether a rule says what an option says, or what a conversion made of it: open choices (None, "auto") may be resolved."""
-    from surgeon.layers.registry import layer_class
 
     if option.type != rule.type:
         return False
@@ -290,7 +294,6 @@ def make_space(
 
     Raises `SelectionError` for a selection that matches nothing, `NothingReplacedError` if no layer can become anything.
     """
-    from surgeon.layers.registry import layer_class
     from surgeon.sites.select import select
     from surgeon.sites.sites import find_sites
     from surgeon.surgery.plan import nothing_replaced, read_config, why_not

@@ -20,10 +20,11 @@ _TYPES = {"Any": Any, "Literal": Literal, "Path": Path}
 
 @dataclass(frozen=True)
 class Declared:
-    """A layer type or a task: the name of its config class, and the type of each option."""
+    """A layer type or a task: the name of its config class, the type of each option, whether it names `compressed` ones."""
 
     config: str
     options: dict[str, Any]
+    compressed: bool = False
 
 
 @cache
@@ -98,7 +99,8 @@ def _declared(package: str, below: str, name: str, config: str) -> dict[str, Dec
     for one in classes.values():
         values = {key: node for key, _, node in _assigned(one)}
         if isinstance(called := values.get(name), ast.Constant) and isinstance(made := values.get(config), ast.Name):
-            found[str(called.value)] = Declared(made.id, _fields(made.id, classes))
+            compressed = made.id in classes and "compressed" in (key for key, _, _ in _assigned(classes[made.id]))
+            found[str(called.value)] = Declared(made.id, _fields(made.id, classes), compressed)
     return found
 
 

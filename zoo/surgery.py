@@ -1,4 +1,4 @@
-"""Zoo networks that are a plain network after surgery: the same `surgeon.convert` that users call, with a stored recipe."""
+"""Zoo networks built by surgery on a plain network: the public `surgeon.convert` with a stored recipe."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgeon.layers.acda import ACDAConv2d
+from surgeon.layers.base import DynamicConv2d
 from surgeon.records.recipe import Recipe, Rule, as_published, set_recipe
 from surgeon.surgery.convert import convert
 
@@ -18,12 +18,13 @@ def operate(
     input_size: Sequence[int],
     layer_options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Convert `model` in place by the rules, with layers as their papers have them, and start its ACDA layers as their paper does.
+    """Convert `model` in place by the rules, with layers as their papers have them, and start those from scratch that cannot hold
+    the kernel.
 
-    `layer_options` are laid over the options of every rule ({"norm": "batch"}, {"selection": "argmax"}).
+    `layer_options` override the options of every rule ({"norm": "batch"}, {"selection": "argmax"}).
 
-    A network that is trained from scratch has no function to preserve: ACDA layers that are cut to the paper's size
-    (`static_atoms` 0) begin at their own random start instead of a few atoms of a random kernel. The layers' random numbers
+    A network that is trained from scratch has no function to preserve: layers that are cut to the paper's size (ACDA with
+    `static_atoms` 0) begin at their own random start instead of a few atoms of a random kernel. The layers' random numbers
     follow from torch's generator.
     """
     seed = int(torch.randint(2**31, ()).item()) if not _on_meta(model) else 0
@@ -32,8 +33,8 @@ def operate(
     recipe = Recipe(rules=made, seed=seed)
     converted, _ = convert(model, recipe=recipe, input_size=tuple(input_size), inplace=True, check=False)
     for layer in converted.modules():
-        if isinstance(layer, ACDAConv2d) and layer.config.static_atoms == 0:
-            layer.load_state_dict(ACDAConv2d(layer.geometry, layer.config).state_dict())
+        if isinstance(layer, DynamicConv2d):
+            layer.start_untrained()
     set_recipe(converted, None)
     return converted
 

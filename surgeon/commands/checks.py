@@ -61,6 +61,17 @@ def layer_type(kind: str | None, options: dict[str, Any] | None = None) -> None:
         declared.check_layer_options(kind, options or {})
 
 
+def compression(kind: str | None) -> None:
+    """A layer type that `--compress` can make smaller."""
+    if not _loaded() and (kind is None or not declared.layer_types()[kind].compressed):
+        raise no_compression(kind)
+
+
+def no_compression(kind: str | None) -> ConfigError:
+    """The error for `--compress` with another type, or none."""
+    return ConfigError(f"--compress drops the static atoms of acda layers; it has no meaning for {kind}")
+
+
 def task(name: str | None, options: dict[str, Any], data: str | Path | None = None) -> None:
     """A task, its options, and the folder of its data."""
     if "data" in options:

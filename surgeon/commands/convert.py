@@ -84,6 +84,8 @@ def check(args: argparse.Namespace) -> None:
     if not args.recipe and not args.type and not args.pattern:
         raise ConfigError("say what the layers become: --type acda, pafu or sekg (or --recipe FILE)")
     checks.layer_type(args.type, options)
+    if args.compress:
+        checks.compression(args.type)
     checks.recipe(args.recipe)
     checks.model(args.model, args.weights)
     checks.folder(args.calibrate, "--calibrate", InputError)
@@ -103,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.surgery.convert import OPTIMIZER_NOTE
 
     recipe = Recipe.read(args.recipe) if args.recipe else None
-    options = _layer_options(args)
+    options = _compressed(args, _layer_options(args))
     output = _output(args)
     _check_options(args.type, options)
     model, base = build(args)
@@ -142,14 +144,25 @@ def run(args: argparse.Namespace) -> int:
 def _layer_options(args: argparse.Namespace) -> dict[str, Any]:
     names = ("atoms", "scales", "basis_size", "group_size", "kernel_groups")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.compress:
-        if args.type != "acda":
-            raise ConfigError(f"--compress drops the static atoms of acda layers; it has no meaning for {args.type}")
-        options["static_atoms"] = 0
     for key, value in checks.layer_options(args.type, args.options).items():
         if options.setdefault(key, value) != value:
             raise ConfigError(f"{key} is given twice: {options[key]!r}, and {value!r} by --option; give it once")
     return options
+
+
+def _compressed(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """The layer options, with those of `--compress`."""
+    if not args.compress:
+        return options
+    from surgeon.layers.registry import layer_class
+
+    compressed = layer_class(args.type).Config.compressed if args.type else {}
+    if not compressed:
+        raise checks.no_compression(args.type)
+    given = [key for key, value in compressed.items() if options.get(key, value) != value]
+    if given:
+        raise ConfigError(f"--compress says {given[0]} itself: leave it out of --option")
+    return options | compressed
 
 
 def _check_options(kind: str | None, options: dict[str, Any]) -> None:

@@ -175,10 +175,9 @@ def _draw(
     progress: Any,
     bayer: str | None = None,
 ) -> list[dict[str, Any]]:
-    from surgeon.layers import ACDAConv2d
     from surgeon.visualize.capture import capture
     from surgeon.visualize.measures import numbers
-    from surgeon.visualize.pictures import bases, pictures
+    from surgeon.visualize.pictures import bases, basis_name, pictures
 
     found = []
     for step, (image, (picture, photo)) in enumerate(images.items()):
@@ -195,15 +194,9 @@ def _draw(
             entries.append(values)
         unseen = [name for name in layers if name not in seen]
         found.append({"image": image, "layers": entries, "not_reached": unseen})
-    for acda in {_basis(layer): layer for layer in layers.values() if isinstance(layer, ACDAConv2d)}.items():
-        writer.bases.append(writer.picture(acda[0], bases(acda[1]), 0))
+    with_basis = {basis: layer for layer in layers.values() if (basis := basis_name(layer))}
+    writer.bases += [writer.picture(name, bases(layer), 0) for name, layer in with_basis.items()]
     return found
-
-
-def _basis(layer: Any) -> str:
-    """A name for the basis of an ACDA layer; layers that share it have the same."""
-    config, (height, width) = layer.config, layer.geometry.kernel_size
-    return f"bases-{height}x{width}-S{config.scales}-{config.basis_size}"
 
 
 def safe(name: str) -> str:

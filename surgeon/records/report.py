@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from surgeon.errors import CheckpointError
-from surgeon.layers.registry import layer_class
+from surgeon.layers.registry import layer_class, layer_types
 from surgeon.records.fields import read_fields
 from surgeon.util.pages import rows, snippet
 from surgeon.util.tables import count, error, paragraph, table
@@ -163,12 +163,8 @@ def geometry_text(geometry: dict[str, Any] | None) -> str:
 
 def options_text(kind: str, options: dict[str, Any]) -> str:
     """What a layer became, in a few characters: `acda m6 S3`."""
-    letters = {
-        "acda": (("atoms", "m"), ("scales", "S")),
-        "pafu": (("group_size", "n"),),
-        "sekg": (("kernel_size", "k"), ("kernel_groups", "g")),
-    }
-    told = [f"{letter}{options[key]}" for key, letter in letters.get(kind, ()) if options.get(key) is not None]
+    symbols = layer_class(kind).Config.symbols if kind in layer_types() else {}
+    told = [f"{letter}{options[key]}" for key, letter in symbols.items() if options.get(key) is not None]
     return " ".join([kind, *told])
 
 

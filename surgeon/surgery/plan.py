@@ -1,11 +1,10 @@
-"""What becomes what: every selected convolution with its layer type and options, or the reasons why it stays."""
+"""The plan of a conversion: every selected convolution with its layer type and options, or the reasons why it stays."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from surgeon.errors import ConfigError, NothingReplacedError
 from surgeon.layers.base import DynamicConv2d, LayerConfig
-from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.registry import layer_class, layer_types
 from surgeon.records.recipe import Rule
 from surgeon.sites.select import select
@@ -23,9 +22,9 @@ class Planned:
 
 
 def make_plan(sites: Sequence[ConvSite], rules: Iterable[Rule]) -> list[Planned]:
-    """Apply the rules in order; of two that select the same convolution the later wins. In module order.
+    """Apply the rules in order; if two select the same convolution, the later one wins. In module order.
 
-    Raises `SelectionError` for a selection that matches nothing, `ConfigError` for an unknown type or a wrong option.
+    Raises `SelectionError` for a selection that matches nothing, `ConfigError` for an unknown type or an invalid option.
     """
     chosen: dict[str, Planned] = {}
     for rule in rules:
@@ -38,11 +37,11 @@ def make_plan(sites: Sequence[ConvSite], rules: Iterable[Rule]) -> list[Planned]
 
 
 def read_config(layer: type[DynamicConv2d], rule: Rule) -> LayerConfig:
-    """The config of a rule; a value of a wrong kind is a `ConfigError`, too."""
+    """The config of a rule; a value of the wrong kind raises a `ConfigError`, too."""
     try:
         return layer.Config.from_dict(rule.options)
     except TypeError as error:
-        raise ConfigError(f"{layer.Config.__name__} cannot be made of {rule.options}: {error}") from error
+        raise ConfigError(f"{layer.Config.__name__} cannot be created from {rule.options}: {error}") from error
 
 
 def why_not(site: ConvSite, layer: type[DynamicConv2d], config: LayerConfig | None = None) -> list[str]:
@@ -53,20 +52,8 @@ def why_not(site: ConvSite, layer: type[DynamicConv2d], config: LayerConfig | No
 
 
 def can_become(site: ConvSite) -> dict[str, list[str]]:
-    """For every layer type the reasons against it (with default options); an empty list means that it fits."""
+    """For every layer type, the reasons against it (with default options); an empty list means that it fits."""
     return {name: why_not(site, layer_class(name)) for name in layer_types()}
-
-
-def may_compress(geometry: ConvGeometry, config: LayerConfig) -> bool:
-    """Whether these options allow a layer to be smaller than exactness needs; its errors are then stated, not judged."""
-    taps = geometry.kernel_size[0] * geometry.kernel_size[1]
-    atoms, static_atoms = getattr(config, "atoms", 0), getattr(config, "static_atoms", None)
-    if static_atoms is not None and atoms + static_atoms < min(
-        taps, geometry.weight_shape[0] * geometry.weight_shape[1]
-    ):
-        return True
-    multiplier = getattr(config, "multiplier", None)
-    return getattr(config, "mode", None) == "factorised" and multiplier is not None and multiplier < taps
 
 
 def nothing_replaced(refused: Sequence[tuple[ConvSite, Sequence[str]]]) -> NothingReplacedError:

@@ -27,21 +27,21 @@ def check_output(path: str | Path, *, force: bool = False) -> None:
 
 
 def check_run_output(output: Path, *, resume: bool, force: bool) -> None:
-    """Raise unless a run of fine-tuning may be started, or taken up again, in a folder.
+    """Raise unless a fine-tuning run may be started or resumed in a folder.
 
     `ConfigError` for both at once, `CheckpointError` for what is there, or is not.
     """
     if resume and force:
-        raise ConfigError("resume goes on with a run, force replaces it: give one of them")
+        raise ConfigError("resume continues a run, force replaces it: give only one of them")
     there = (output / RUN).is_file()
     if resume:
         if not there:
-            raise CheckpointError(f"there is no run to take up again in {output}: it has no {RUN}")
+            raise CheckpointError(f"no run to resume in {output}: it has no {RUN}")
         return
     if not output.exists() and not output.is_symlink():
         return
     if not force:
-        hint = "go on with it (--resume), or replace it (--force)" if there else "or use --force"
+        hint = "continue it (--resume) or replace it (--force)" if there else "or use --force"
         raise CheckpointError(f"the output {output} exists; choose another with -o, {hint}")
     if not output.is_dir() or output.is_symlink():
         raise CheckpointError(f"the output {output} exists and is not a folder: --force replaces only folders")

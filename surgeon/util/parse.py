@@ -70,7 +70,7 @@ def parse_span(text: str, what: str = "span") -> tuple[float, str]:
     """(number, unit): the unit is "" for optimizer steps, "ep" for epochs, "%" of the run. Raises `ConfigError`."""
     match = _SPAN.fullmatch(str(text).strip())
     if match is None or (not match[2] and not float(match[1]).is_integer()):
-        raise ConfigError(f"{what}: expected steps (200), epochs (1.5ep) or a part of the run (5%), got {text!r}")
+        raise ConfigError(f"{what}: expected steps (200), epochs (1.5ep) or a percentage of the run (5%), got {text!r}")
     return float(match[1]), match[2]
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from surgeon.layers import ACDAConv2d, PAFUConv2d, SEKGConv2d
+from surgeon.layers import ACDAConv2d, DynamicConv2d, PAFUConv2d, SEKGConv2d
 from surgeon.layers.acda.bases import basis_elements, centered, fourier_bessel, scale_boxes
 from surgeon.visualize.capture import Seen, channel_rms
 from surgeon.visualize.measures import FROM_WEIGHTS, alpha_by_scale, kernel_energy, numbers
@@ -150,8 +150,17 @@ def atoms(seen: Seen, photo: NDArray[Any]) -> Figure:
     return figure
 
 
-def bases(layer: ACDAConv2d) -> Figure:
+def basis_name(layer: DynamicConv2d) -> str | None:
+    """A name for the basis of a layer; layers that share it have the same. None for a layer without one."""
+    if not isinstance(layer, ACDAConv2d):
+        return None
+    config, (height, width) = layer.config, layer.geometry.kernel_size
+    return f"bases-{height}x{width}-S{config.scales}-{config.basis_size}"
+
+
+def bases(layer: DynamicConv2d) -> Figure:
     """The Fourier-Bessel elements, one row a scale, padded to the largest (ACDA, Figure B)."""
+    assert isinstance(layer, ACDAConv2d)
     config, kernel = layer.config, layer.geometry.kernel_size
     boxes = scale_boxes(kernel, config.scales)
     window = tuple(basis_elements(kernel, config.scales, config.basis_size).shape[1:])
