@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import print_json
 from surgeon.errors import ConfigError
 
@@ -16,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--type", metavar="TYPE", help="how many convolutions of each can become acda, pafu or sekg; builds every one"
     )
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be refused at once."""
+    checks.layer_type(args.type)
 
 
 def run(args: argparse.Namespace) -> int:

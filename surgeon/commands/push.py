@@ -2,6 +2,7 @@
 
 import argparse
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import print_json
 
 DESCRIPTION = "publish a folder that surgeon wrote on the Hugging Face Hub"
@@ -21,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
     parser.add_argument("--message", metavar="TEXT", help="of the commit")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request in place of committing")
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be refused at once."""
+    checks.run_folder(args.run)
 
 
 def run(args: argparse.Namespace) -> int:
