@@ -10,8 +10,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any
+from contextlib import nullcontext, suppress
+from importlib import import_module
+from typing import Any, NoReturn
 
 from surgeon.commands import (
     bench,
@@ -39,6 +40,8 @@ from surgeon.commands.search import (
     study,
 )
 from surgeon.errors import SurgeonError
+from surgeon.util.kinds import did_you_mean
+from surgeon.util.waiting import waiting
 
 EPILOG = """examples:
   surgeon models 'resnet*'
@@ -64,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler: Callable[[argparse.Namespace], int] = args.handler
     try:
         _start_logging(args)
+        if args.check is not None:
+            args.check(args)  # what can be refused before the libraries are loaded
+        _load(args)
         with one_document() if args.json else nullcontext():
             code = handler(args)
         sys.stdout.flush()
@@ -81,6 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"surgeon: error: {_told(error)}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
+
+
+def _load(args: argparse.Namespace) -> None:
+    """The libraries that a command needs, with a line on a terminal where that takes long."""
+    names = [name for name in args.needs if name not in sys.modules]
+    told = f"loading {' and '.join(dict.fromkeys(name.partition('.')[0] for name in names))}"
+    with waiting(told, quiet=args.quiet or not names, after=1.0, terminal_only=True), suppress(ImportError):
+        for name in names:
+            import_module(name)
 
 
 def _told(error: BaseException) -> str:
@@ -111,7 +126,7 @@ def _start_logging(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="surgeon",
         description="Give trained vision networks content-adaptive convolutions without changing their function.",
         epilog=EPILOG,
@@ -148,8 +163,32 @@ def _parser() -> argparse.ArgumentParser:
         "study": study,
     }
     for name, module in modules.items():
-        module.add_arguments(_command(commands, name, module.run, module.DESCRIPTION, module.EXAMPLES))
+        module.add_arguments(_command(commands, name, module))
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """As argparse's own, but an error is one line with the nearest name and where help is, and each command tells its own."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"surgeon: error: {message} ({self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            unknown = next((one for one in rest if one.startswith("-")), None)
+            if unknown is None:
+                self.error(f"unexpected {', '.join(map(repr, rest))}")
+            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            self.error(f"there is no option {unknown}.{did_you_mean(unknown.partition('=')[0], flags)}".rstrip("."))
+        return found, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            what = "command" if isinstance(action, argparse._SubParsersAction) else "choice"
+            told = f"there is no {what} {value!r}; there are {', '.join(known)}.{did_you_mean(str(value), known)}"
+            raise argparse.ArgumentError(None if what == "command" else action, told)
 
 
 class _Completion(argparse.Action):
@@ -173,19 +212,18 @@ class _Store(argparse._StoreAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def _command(
-    commands: Any, name: str, handler: Callable[[argparse.Namespace], int], description: str, examples: str
-) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, module: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
-        help=description,
-        description=description,
-        epilog=f"examples:\n{examples}",
+        help=module.DESCRIPTION,
+        description=module.DESCRIPTION,
+        epilog=f"examples:\n{module.EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.register("action", None, _Store)
-    parser.set_defaults(handler=handler)
+    needs = getattr(module, "NEEDS", ("torch", "timm"))
+    parser.set_defaults(handler=module.run, check=getattr(module, "check", None), needs=needs)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

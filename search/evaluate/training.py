@@ -93,11 +93,12 @@ class TrainingEvaluator(Evaluator):
         keep: Path | None = None,
     ) -> None:
         self.model, self.task, self.space, self.config = model, task, space, config
-        self.base, self.keep = base, keep
+        self.keep = keep
         self.directions = ("maximize" if task.higher_is_better else "minimize",)
         self._weights = state_sha256(model)
         self._data = fingerprint(task)
         self._size = sample_size(task)
+        self.base = base if base is None else replace(base, input_size=self._size)  # at which it is trained
         self._start: dict[str, float] | None = None  # metrics before training, which conversion preserves
 
     def identity(self) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -151,13 +152,38 @@ def add_device(parser: Any) -> None:
     parser.add_argument("--device", type=device, metavar="auto|cpu|cuda:N", help="default: auto, a GPU if there is one")
 
 
-def add_training_options(group: Any) -> Any:
-    """`--batch-size`, `--amp`, `--device` and `--workers`, left to the config if not given; returns the group."""
-    group.add_argument("--batch-size", type=positive, metavar="N", help="samples per step (default: 32)")
-    add_amp(group, amp)
-    add_device(group)
-    group.add_argument("--workers", type=whole, metavar="N", help="data-loading processes (default: 0)")
-    return group
+def natural(text: str) -> int:
+    """An integer of at least 0; an argparse type."""
+    value = whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {told(text)}")
+    return value
+
+
+def rate(text: str) -> float:
+    """A learning rate: a finite number above 0; an argparse type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, such as 3e-4, got {told(text)}")
+    return value
+
+
+def add_batch_size(parser: Any, told: str, default: int | None = None) -> None:
+    """`--batch-size`."""
+    parser.add_argument("--batch-size", type=positive, default=default, metavar="N", help=told)
+
+
+def add_workers(parser: Any) -> None:
+    """`--workers`."""
+    parser.add_argument("--workers", type=natural, default=0, metavar="N", help="data-loading processes (default: 0)")
+
+
+def add_lr(parser: Any, told: str = "peak learning rate", *, nargs: str | None = None) -> None:
+    """`--lr`, left to the config if not given."""
+    parser.add_argument("--lr", type=rate, nargs=nargs, metavar="X", help=told)
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -191,10 +217,21 @@ def build(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
     )
 
 
+def model_name(spec: str) -> str:
+    """The last part of a model's name, for naming folders."""
+    return spec.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+
+
 def input_size(args: argparse.Namespace, base: "BaseModel | None") -> tuple[int, ...] | None:
     """As given, or the model's own; None if neither is known."""
     given: tuple[int, ...] | None = args.input_size
     return given or (base.input_size or None if base is not None else None)
+
+
+def tell(args: argparse.Namespace, text: str) -> None:
+    """Print a line on stderr, unless --quiet."""
+    if not args.quiet:
+        print(f"surgeon: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import add_device, print_json, whole
 from surgeon.commands.cost import add_step_arguments, build, original_of
 from surgeon.errors import ConfigError
@@ -25,17 +26,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    checks.positives(args, ("rounds",))
+    if args.device == "mps":
+        raise ConfigError("--device must be cpu, cuda or cuda:N here, got 'mps'")
+    checks.run_folder(args.run)
+    if args.compare:
+        checks.model(args.compare)
+
+
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from surgeon.costs.measure import NoDeviceError, has_device, interleaved
     from surgeon.costs.settings import make_settings
     from surgeon.util.machine import take_gpu
 
-    if args.rounds < 1:
-        raise ConfigError(f"--rounds must be at least 1, got {args.rounds}")
     device = ("cuda" if has_device() else "cpu") if args.device in (None, "auto") else args.device
-    if device == "mps":
-        raise ConfigError("--device must be cpu, cuda or cuda:N here, got 'mps'")
     if device != "cpu":
         if not has_device():
             raise NoDeviceError(f"--device {device}: this machine has no CUDA device")

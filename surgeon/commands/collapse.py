@@ -4,8 +4,10 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import add_run, print_json, whole
-from surgeon.errors import ConfigError, NothingFoldedError
+from surgeon.errors import ConfigError, InputError, NothingFoldedError
+from surgeon.util.outputs import check_output
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,13 +47,10 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code; raises `NothingFoldedError` after the report was printed."""
     import surgeon
     from surgeon.commands.console import Progress
-    from surgeon.models.checkpoint import check_output, load, save
+    from surgeon.models.checkpoint import load, save
     from surgeon.models.hub import folder
     from surgeon.records.recipe import get_recipe
 
-    _check(args)
-    if not args.dry_run:
-        check_output(args.output, force=args.force)
     model = load(folder(args.run), trust_factory=args.trust_factory)
     recipe = get_recipe(model)
     base = recipe.base if recipe is not None else None
@@ -78,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
     if not args.output and not args.dry_run:
         raise ConfigError("give an output folder with -o OUT, or use --dry-run")
     if not (math.isfinite(args.tolerance) and 0 <= args.tolerance < 1):
@@ -87,6 +87,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--tolerance needs --images to observe how much a layer varies")
     if args.limit < 1:
         raise ConfigError(f"--limit must be at least 1 image, got {args.limit}")
+    if not args.dry_run:
+        check_output(args.output, force=args.force)
+    checks.run_folder(args.run)
+    checks.folder(args.images, "--images", InputError)
 
 
 def _images(args: argparse.Namespace, model: "nn.Module", base: "BaseModel | None") -> "Tensor | None":

@@ -3,8 +3,19 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands.arguments import add_model, add_output, add_pairs, build, input_size, print_json, whole
-from surgeon.errors import ConfigError
+from surgeon.commands import checks
+from surgeon.commands.arguments import (
+    add_model,
+    add_output,
+    add_pairs,
+    build,
+    input_size,
+    model_name,
+    print_json,
+    whole,
+)
+from surgeon.errors import ConfigError, InputError
+from surgeon.util.outputs import check_output
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,8 +68,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibrate", metavar="DIR", help="images for an activation-aware --compress")
     add_pairs(group, "--option", "any layer option", dest="options")
     group = parser.add_argument_group("output")
-    add_output(group, required=False, help_="folder to write (default: runs/NAME-TYPE)")
+    add_output(group, required=False, help_="folder to write (default: runs/NAME-TYPE, with --recipe runs/NAME-recipe)")
     group.add_argument("--dry-run", action="store_true", help="convert and report, but write nothing")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse conflicting options, unknown names, missing paths and an occupied output before torch is loaded."""
+    options = _layer_options(args)
+    if args.recipe and (args.layers or args.type or args.pattern or options):
+        raise ConfigError(
+            "--recipe defines layers, types and options: leave out --layers, --type, --pattern and layer options"
+        )
+    if args.pattern and args.type:
+        raise ConfigError("--pattern determines the type: leave out --type")
+    if not args.recipe and not args.type and not args.pattern:
+        raise ConfigError("choose a layer type: --type acda, pafu or sekg (or --recipe FILE)")
+    checks.layer_type(args.type, options)
+    if args.compress:
+        checks.compression(args.type)
+    checks.recipe(args.recipe)
+    checks.model(args.model, args.weights)
+    checks.folder(args.calibrate, "--calibrate", InputError)
+    if not args.dry_run:
+        check_output(_output(args), force=args.force)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,24 +99,14 @@ def run(args: argparse.Namespace) -> int:
 
     import surgeon
     from surgeon.commands.console import Progress, width
-    from surgeon.models.checkpoint import check_output, save
+    from surgeon.models.checkpoint import save
     from surgeon.models.programs import described
     from surgeon.records.recipe import Recipe
     from surgeon.surgery.convert import OPTIMIZER_NOTE
 
     recipe = Recipe.read(args.recipe) if args.recipe else None
-    options = _layer_options(args)
-    if recipe is not None and (args.layers or args.type or args.pattern or options):
-        raise ConfigError(
-            "--recipe defines layers, types and options: leave out --layers, --type, --pattern and layer options"
-        )
-    if args.pattern and args.type:
-        raise ConfigError("--pattern determines the type: leave out --type")
-    if recipe is None and not args.type and not args.pattern:
-        raise ConfigError("choose a layer type: --type acda, pafu or sekg (or --recipe FILE)")
-    output = args.output or _default_output(args.model, args.type or args.pattern or "recipe")
-    if not args.dry_run:
-        check_output(output, force=args.force)
+    options = _compressed(args, _layer_options(args))
+    output = _output(args)
     _check_options(args.type, options)
     model, base = build(args)
     read = [f"read {args.model}: {described(model)}"] if isinstance(model, fx.GraphModule) else []
@@ -122,17 +144,25 @@ def run(args: argparse.Namespace) -> int:
 def _layer_options(args: argparse.Namespace) -> dict[str, Any]:
     names = ("atoms", "scales", "basis_size", "group_size", "kernel_groups")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.compress:
-        from surgeon.layers.registry import layer_class
-
-        compressed = layer_class(args.type).Config.compressed if args.type else {}
-        if not compressed:
-            raise ConfigError(f"--compress drops the static atoms of acda layers and does not apply to {args.type}")
-        options |= compressed
-    for key, value in args.options:
+    for key, value in checks.layer_options(args.type, args.options).items():
         if options.setdefault(key, value) != value:
             raise ConfigError(f"{key} is given twice: {options[key]!r}, and {value!r} with --option; give it once")
     return options
+
+
+def _compressed(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """The layer options, including those of `--compress`."""
+    if not args.compress:
+        return options
+    from surgeon.layers.registry import layer_class
+
+    compressed = layer_class(args.type).Config.compressed if args.type else {}
+    if not compressed:
+        raise checks.no_compression(args.type)
+    given = [key for key, value in compressed.items() if options.get(key, value) != value]
+    if given:
+        raise ConfigError(f"--compress sets {given[0]}: leave it out of --option")
+    return options | compressed
 
 
 def _check_options(kind: str | None, options: dict[str, Any]) -> None:
@@ -155,7 +185,9 @@ def _calibration(args: argparse.Namespace, model: "nn.Module", base: "BaseModel 
     return read_images(args.calibrate, model, base)
 
 
-def _default_output(model: str, kind: str) -> str:
-    """`runs/NAME-TYPE`, where NAME is the last part of the model's name."""
-    name = model.rstrip("/").removesuffix(".pt2").rpartition("/")[2].rpartition(":")[2]
-    return f"runs/{name}-{kind}"
+def _output(args: argparse.Namespace) -> str:
+    """As given, or `runs/NAME-TYPE`, where NAME is the last part of the model's name and TYPE is `recipe` for a recipe."""
+    if args.output:
+        return str(args.output)
+    name = model_name(args.model.removesuffix(".pt2"))
+    return f"runs/{name}-{args.type or args.pattern or 'recipe'}"

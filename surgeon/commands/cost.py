@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands.arguments import add_amp, print_json, size, whole
+from surgeon.commands import checks
+from surgeon.commands.arguments import add_amp, add_batch_size, print_json, size, whole
 from surgeon.errors import ConfigError, InputError
+from surgeon.util.parse import parse_quantity
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of a step; shared with `surgeon bench`."""
-    parser.add_argument("--batch-size", type=whole, default=1, metavar="N", help="images per step (default: 1)")
+    add_batch_size(parser, "images per step (default: 1)", 1)
     parser.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
     parser.add_argument("--optimizer", default="sgd", metavar="NAME", help="sgd (momentum), sgd-plain, adam, adamw")
     add_amp(parser)
@@ -57,9 +59,20 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-factory", action="store_true", help="run the factory named by a run's recipe")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    checks.positives(args, ("accumulate",))
+    for name in ("max_flops", "max_memory"):
+        if getattr(args, name):
+            parse_quantity(getattr(args, name), f"--{name.replace('_', '-')}")
+    checks.model(args.model)
+    if args.compare:
+        checks.model(args.compare)
+
+
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 over budget, or --measure without CUDA."""
-    from surgeon.costs import cost, parse_quantity
+    from surgeon.costs import cost
 
     budgets = {
         "flops": parse_quantity(args.max_flops, "--max-flops") if args.max_flops else None,

@@ -4,8 +4,18 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands.arguments import add_amp, add_device, add_pairs, add_seed, positive, print_json, whole
-from surgeon.errors import ConfigError, DataError, ModelError, SurgeonError
+from surgeon.commands import checks
+from surgeon.commands.arguments import (
+    add_amp,
+    add_batch_size,
+    add_device,
+    add_seed,
+    add_workers,
+    positive,
+    print_json,
+)
+from surgeon.commands.tasks import add_task, make_task, settle
+from surgeon.errors import ConfigError, ModelError, SurgeonError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,6 +24,7 @@ if TYPE_CHECKING:
     from surgeon.visualize.adaptivity import Adaptivity
     from surgeon.zoo.tasks import Task
 
+NEEDS = ("torch", "timm", "torchmetrics")  # libraries
 DESCRIPTION = "metrics of a model on a task, compared with its original's"
 EXAMPLES = """  surgeon evaluate runs/resnet50-acda --task classification --data imagenet/
   surgeon evaluate runs/dncnn-sekg --task denoising --data photos/ --task-option sigma=25
@@ -27,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `surgeon evaluate`; --json, --quiet and --debug are common to all commands."""
     parser.add_argument("model", metavar="RUN|MODEL", help="a folder written by surgeon, or a model's name")
     group = parser.add_argument_group("task")
-    group.add_argument("--task", required=True, metavar="NAME", help="classification, denoising, ...")
-    group.add_argument("--data", metavar="DIR", help="the task's data, laid out as in docs/tasks.md")
-    add_pairs(group, "--task-option", "any option of the task", dest="task_options")
+    add_task(group)
     group.add_argument("--split", choices=("val", "train"), default="val", help="default: val")
     group.add_argument("--limit", type=positive, metavar="N", help="only N samples, spread evenly over the split")
     group = parser.add_argument_group("comparison")
@@ -44,11 +53,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="weights of a MODEL")
     group.add_argument("--num-classes", type=positive, metavar="N", help="classes of a MODEL's head")
     add_seed(group, "for the task and random weights")
-    group.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
-    group.add_argument("--workers", type=whole, default=0, metavar="N", help="data-loading processes (default: 0)")
-    add_device(group)
+    add_batch_size(group, "samples a batch (default: 32)", 32)
     add_amp(group)
+    add_device(group)
+    add_workers(group)
     group.add_argument("--trust-factory", action="store_true", help="run the factory named by a run's recipe")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded; settles the task."""
+    checks.model(args.model, args.weights)
+    if args.original not in ("auto", "none"):
+        checks.model(args.original)
+    checks.file(args.original_weights, "--original-weights")
+    settle(args)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,19 +106,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _task(args: argparse.Namespace) -> "Task":
-    from surgeon.zoo.tasks import create_task
-
-    options: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in args.task_options
-    }
-    if args.data is not None:
-        if not Path(args.data).is_dir():
-            raise DataError(f"--data: there is no folder {args.data}")
-        options["data"] = Path(args.data)
-    if args.limit is not None:
-        options[f"{args.split}_limit"] = args.limit
+    limit = {} if args.limit is None else {f"{args.split}_limit": args.limit}
     try:
-        return create_task(args.task, seed=args.seed, **options)
+        return make_task(args, args.seed, **limit)
     except TypeError as error:
         raise ConfigError(f"task {args.task} cannot be created with these options: {error}") from error
 

@@ -4,8 +4,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import add_seed, print_json, size, whole
 from surgeon.errors import ConfigError
+from surgeon.util.outputs import check_file_output
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-factory", action="store_true", help="run the factory named by a run's recipe")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    path = Path(args.output)
+    form = _format(args.format, path)
+    if form == "torch" and args.opset is not None:
+        raise ConfigError("--opset applies to ONNX; a torch.export archive has none")
+    if args.opset is not None and args.opset < 1:
+        raise ConfigError(f"--opset must be at least 1, got {args.opset}")
+    check_file_output(path, force=args.force)
+    checks.model(args.run, args.weights)
+
+
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from surgeon.commands.console import Progress
@@ -54,10 +68,6 @@ def run(args: argparse.Namespace) -> int:
 
     path = Path(args.output)
     form = _format(args.format, path)
-    if form == "torch" and args.opset is not None:
-        raise ConfigError("--opset applies to ONNX; a torch.export archive has none")
-    if args.opset is not None and args.opset < 1:
-        raise ConfigError(f"--opset must be at least 1, got {args.opset}")
     check_target(path.absolute(), form, force=args.force)
     with Progress(enabled=not args.quiet) as progress:
         progress("load", 0, 1)

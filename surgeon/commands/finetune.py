@@ -5,8 +5,23 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands.arguments import add_amp, add_device, add_pairs, amp, print_json, whole
+from surgeon.commands import checks
+from surgeon.commands.arguments import (
+    add_amp,
+    add_device,
+    add_lr,
+    add_pairs,
+    amp,
+    model_name,
+    natural,
+    positive,
+    print_json,
+    whole,
+)
+from surgeon.commands.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
+from surgeon.util.outputs import check_run_output
+from surgeon.util.parse import parse_span, parse_time
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,6 +31,7 @@ if TYPE_CHECKING:
     from surgeon.zoo.recipes import TrainingRecipe
     from surgeon.zoo.tasks import Task
 
+NEEDS = ("torch", "timm", "accelerate", "torchmetrics")  # libraries
 DESCRIPTION = "train a converted network on a task, or a zoo network by its paper's recipe; crash-safe, resumable"
 EXAMPLES = """  surgeon finetune runs/resnet50-acda --task classification --data imagenet/ --epochs 10 --amp bf16
   surgeon finetune runs/resnet50-acda --task classification --data imagenet/ --new-first 1ep --warmup 5% --ema 0.999
@@ -44,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder written by surgeon, or a model's name (default: the recipe's network)",
     )
     group = parser.add_argument_group("model, task and output")
-    group.add_argument("--task", metavar="TASK", help="classification, denoising, ... (default: the recipe's)")
+    add_task(group, "the recipe's, or the one that a fine-tuned folder was trained on")
     group.add_argument("--recipe", metavar="NAME|FILE", help="a training recipe: surgeon's by name, or a .json file")
     group.add_argument(
         "--preset",
@@ -55,12 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="presets of the recipe, later ones override; small: minutes on a CPU",
     )
-    group.add_argument("--data", type=Path, metavar="DIR", help="the task's data")
     group.add_argument(
         "--weights", default="auto", metavar="auto|pretrained|random|FILE", help="weights of MODEL (default: auto)"
     )
     add_pairs(group, "--model-args", "additional options of MODEL")
-    add_pairs(group, "--task-option", "any option of the task", dest="task_options")
     group.add_argument(
         "--trust-factory", action="store_true", help="run the package.module:factory named by RUN's recipe"
     )
@@ -80,11 +94,11 @@ def _add_length(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("length and batches")
     _option(group, "--epochs", float, "N", "passes over the training data")
     _option(group, "--max-steps", int, "N", "maximum number of optimizer steps")
-    _option(group, "--max-time", str, "TIME", "maximum training time: 90s, 30m, 1.5h")
-    _option(group, "--batch-size", int, "N", "samples per micro-step, over all processes")
+    _option(group, "--max-time", str, "TIME", "maximum time, including evaluations and data loading: 90s, 30m, 1.5h")
+    _option(group, "--batch-size", positive, "N", "samples per micro-step, over all processes")
     _option(group, "--accumulate", int, "N", "micro-steps per optimizer step")
     _option(group, "--eval-batch-size", int, "N", "samples per batch in evaluation")
-    _option(group, "--workers", int, "N", "data-loading processes; 0 loads in the training process")
+    _option(group, "--workers", natural, "N", "data-loading processes; 0 loads in the training process")
     _option(group, "--eval-every", str, "SPAN", "between evaluations")
     _option(group, "--patience", int, "N", "stop after N evaluations without a better one")
     group.add_argument("--keep", choices=("best", "last"), help="which weights to keep as the result")
@@ -93,7 +107,7 @@ def _add_length(parser: argparse.ArgumentParser) -> None:
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer")
     _option(group, "--opt", str, "NAME", "any of timm's optimizers")
-    _option(group, "--lr", float, "X", "peak learning rate")
+    add_lr(group)
     _option(group, "--weight-decay", float, "X", "weight decay, except on norms and biases")
     _option(group, "--momentum", float, "X", "momentum, for optimizers that have one")
     schedules = ("cosine", "poly", "step", "multistep", "tanh", "constant")
@@ -146,6 +160,35 @@ def _option(group: Any, flag: str, kind: Any, metavar: str, told: str) -> None:
     group.add_argument(flag, type=kind, metavar=metavar, help=told)
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded; settles the task unless a recipe does."""
+    if args.max_time is not None:
+        parse_time(args.max_time, "--max-time")
+    for name in ("eval_every", "decay_every", "warmup", "new_first", "checkpoint_every"):
+        if getattr(args, name) is not None:
+            parse_span(getattr(args, name), f"--{name.replace('_', '-')}")
+    if args.recipe is None:
+        if args.model is None:
+            raise ConfigError(
+                "RUN|MODEL must be given, and --task; or --recipe NAME, which brings both (surgeon zoo NAME names the "
+                "recipes of a network)"
+            )
+        if args.presets:
+            raise ConfigError(f"--preset {args.presets[0]} is a preset of a recipe, and --recipe is missing")
+        settle(args)
+        if not args.dry_run:
+            check_run_output(_output(args, args.task), resume=args.resume, force=args.force)
+    elif args.recipe.endswith(".json"):
+        checks.file(args.recipe, "--recipe")
+    checks.folder(args.data, "--data")
+    if args.model is not None:
+        checks.model(args.model, args.weights)
+
+
+def _output(args: argparse.Namespace, what: str) -> Path:
+    return args.output or Path("runs", f"{model_name(args.model)}-{what}")
+
+
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code; 130 when interrupted, with a hint on how to resume."""
     from surgeon.zoo.finetune import finetune
@@ -157,8 +200,7 @@ def run(args: argparse.Namespace) -> int:
     task = make_task(args, config.seed, recipe)
     if args.model is None and recipe is not None:
         args.model = f"zoo/{recipe.networks[0]}"
-    name = args.model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
-    output = args.output or Path("runs", f"{name}-{task.name if recipe is None else Path(recipe.name).stem}")
+    output = _output(args, task.name if recipe is None else Path(recipe.name).stem)
     if not args.dry_run:
         RunFolder(output).check(resume=args.resume, force=args.force)  # before a model is built
     model, original, source = _source(args, config.seed, recipe)
@@ -193,18 +235,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_recipe(args: argparse.Namespace) -> "TrainingRecipe | None":
-    """The training recipe with its presets, None if there is none. Raises `ConfigError` if something is missing."""
+    """The training recipe with its presets, None if there is none. Raises `ConfigError`."""
     if args.recipe is None:
-        lacking = [told for told, value in (("RUN|MODEL", args.model), ("--task", args.task)) if value is None]
-        if lacking:
-            from surgeon.zoo.tasks.registry import task_names
-
-            raise ConfigError(
-                f"{' and '.join(lacking)} must be given, or --recipe NAME, which includes {'both' if lacking[1:] else 'it'}; "
-                f"tasks are {', '.join(task_names())}"
-            )
-        if args.presets:
-            raise ConfigError(f"--preset {args.presets[0]} is a preset of a recipe, and --recipe is missing")
         return None
     from surgeon.zoo.recipes import training_recipe
 
@@ -224,7 +256,6 @@ def read_config(
     from dataclasses import fields
 
     from surgeon.zoo.finetune import FinetuneConfig
-    from surgeon.zoo.finetune.config import parse_time
 
     given = {f.name: getattr(args, f.name) for f in fields(FinetuneConfig) if getattr(args, f.name, None) is not None}
     if "max_time" in given:
@@ -232,20 +263,6 @@ def read_config(
     if given.get("clip") == 0:
         given["clip"] = None
     return FinetuneConfig(**given) if recipe is None else recipe.config(model, **given)
-
-
-def make_task(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None" = None) -> "Task":
-    """The task with its options. Raises `ConfigError`."""
-    from surgeon.zoo.tasks import create_task
-
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in args.task_options}
-    if "data" in options:
-        raise ConfigError("give the task's data with --data, not as a --task-option")
-    if recipe is not None:
-        return recipe.make_task(args.data, seed=seed, **options)
-    if args.data is not None:
-        options["data"] = args.data
-    return create_task(args.task, seed=seed, **options)
 
 
 def _source(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None") -> tuple[Any, Any, Any]:

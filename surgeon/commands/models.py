@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import print_json
 from surgeon.errors import ConfigError
 
@@ -18,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help="count the convolutions of each that can become acda, pafu or sekg; builds every model",
     )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    checks.layer_type(args.type)
 
 
 def run(args: argparse.Namespace) -> int:

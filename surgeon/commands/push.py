@@ -2,6 +2,7 @@
 
 import argparse
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import print_json
 
 DESCRIPTION = "push a folder written by surgeon to the Hugging Face Hub"
@@ -21,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
     parser.add_argument("--message", metavar="TEXT", help="commit message")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    checks.run_folder(args.run)
 
 
 def run(args: argparse.Namespace) -> int:

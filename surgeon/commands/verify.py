@@ -2,6 +2,7 @@
 
 import argparse
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import add_run, print_json, size
 from surgeon.errors import CheckpointError, VerificationError
 
@@ -14,6 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument("--weights", metavar="FILE", help="the original's weights, if the recipe cannot find them")
     parser.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    checks.run_folder(args.run)
+    checks.file(args.weights, "--weights")
 
 
 def run(args: argparse.Namespace) -> int:

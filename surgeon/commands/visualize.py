@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import print_json, size
 from surgeon.errors import ConfigError, InputError
 
@@ -49,6 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-factory", action="store_true", help="run the factory named by a run's recipe")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    _check_output(Path(args.output), args)
+    checks.run_folder(args.run)
+    for picture in args.images:
+        if not Path(picture).is_file():
+            raise InputError(f"IMAGE: there is no picture {picture}")
+    if args.against not in (None, "auto"):
+        checks.model(args.against)
+    checks.file(args.against_weights, "--against-weights")
+
+
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code. Everything is read before anything is written."""
     from surgeon.commands.console import Progress, width
@@ -60,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.util.files import filling
 
     output = Path(args.output)
-    _check_output(output, args)
     model = load(folder(args.run), trust_factory=args.trust_factory)
     layers = dynamic_layers(model, args.layers)
     if not layers:

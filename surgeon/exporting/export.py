@@ -26,6 +26,7 @@ from surgeon.surgery.compare import Difference, compare
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.surgery.verify import run as run_model
 from surgeon.util.copying import copy_model, strict_float32
+from surgeon.util.outputs import check_file_output
 from surgeon.util.unfinished import unfinished
 
 Format = Literal["onnx", "torch"]
@@ -207,15 +208,8 @@ def check_target(path: Path, format: str, *, force: bool = False) -> None:
             f"export to {format} needs {', '.join(missing)}, which are not installed: pip install {' '.join(missing)}, "
             f"or pip install 'surgeon[export]'"
         )
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name a file")
     for there in [path, data_of(path)] if format == "onnx" else [path]:
-        if there.exists() and not force:
-            raise ConfigError(
-                f"{there} exists; choose another with -o, or replace it with --force (in Python force=True)"
-            )
-    if not path.parent.is_dir():
-        raise ConfigError(f"there is no folder {path.parent} to write {path.name} to")
+        check_file_output(there, force=force)
 
 
 @contextmanager

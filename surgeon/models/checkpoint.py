@@ -30,6 +30,7 @@ from surgeon.layers.registry import layer_class
 from surgeon.layers.source import ConvSource
 from surgeon.models.identify import identify
 from surgeon.models.names import build_structure
+from surgeon.models.places import check_folder
 from surgeon.models.programs import FILE as PROGRAM
 from surgeon.models.weights import mismatches, told_mismatches
 from surgeon.records.card import FILE as CARD
@@ -53,6 +54,7 @@ from surgeon.surgery.rewrite import Rewrite, convolution_rule, dynamic_layers, f
 from surgeon.surgery.sizes import check_layers
 from surgeon.util.copying import copy_model
 from surgeon.util.files import check_fields, parse_json, read_json, read_object, sync, told
+from surgeon.util.outputs import check_output
 from surgeon.util.unfinished import unfinished
 
 logger = logging.getLogger(__name__)
@@ -129,10 +131,7 @@ def load(
 
 def read_folder(path: Path) -> tuple[Recipe, dict[str, Any]]:
     """Recipe of a surgeon folder and its record of the files, which are verified. Raises `CheckpointError`, `RecipeError`."""
-    if not path.is_dir():
-        raise CheckpointError(f"there is no surgeon folder {path}")
-    if not (path / RECIPE).is_file():
-        raise CheckpointError(f"{path} is not a surgeon folder: it has no {RECIPE}")
+    check_folder(path)
     values = read_json(path / RECIPE, RecipeError, "the recipe")
     recipe = Recipe.from_dict(values, str(path / RECIPE)).located(path)
     artefact = values.get("artefact")
@@ -171,8 +170,10 @@ def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
             type(model).__name__,
         )
         found = None
-    seed, classes = (carried.seed, carried.classes) if carried is not None else (0, None)
-    return Recipe(rules=rules, base=found, seed=seed, versions=versions(), classes=classes)
+    made = Recipe(rules=rules, base=found, versions=versions())
+    if carried is None:
+        return made
+    return replace(made, seed=carried.seed, classes=carried.classes, task=carried.task)
 
 
 def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Module:
@@ -219,23 +220,6 @@ def _folded(old: nn.Module, rule: Rule, where: str) -> nn.Module:
         return folded_from(old, (height, width))
     except SurgeonError as error:
         raise RecipeError(f"{where}: {rule.layers} cannot become a {height}x{width} convolution: {error}") from error
-
-
-def check_output(path: str | Path, *, force: bool = False) -> None:
-    """Raise `CheckpointError` unless a folder may be written at `path`; called before any work."""
-    path = Path(path)
-    if not path.exists() and not path.is_symlink():
-        return
-    if not force:
-        raise CheckpointError(
-            f"the output {path} exists; choose another with -o, or replace it with --force (in Python force=True)"
-        )
-    if not path.is_dir() or path.is_symlink():
-        raise CheckpointError(f"the output {path} exists and is not a folder: --force replaces only folders")
-    if any(path.iterdir()) and not (path / RECIPE).is_file():
-        raise CheckpointError(
-            f"the output {path} was not written by surgeon (it has no {RECIPE}): --force leaves it alone"
-        )
 
 
 # --- the model ----------------------------------------------------------------------------------------------------

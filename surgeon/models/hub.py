@@ -15,8 +15,8 @@ from torch import nn
 import surgeon
 from surgeon.errors import CheckpointError, ConfigError
 from surgeon.models.checkpoint import REPORT, TEXT, WEIGHTS, load, read_folder, save
+from surgeon.models.places import HUB
 from surgeon.models.programs import FILE as PROGRAM
-from surgeon.models.sources import HUB
 from surgeon.models.weights import bounded_network
 from surgeon.records.card import FILE as CARD
 from surgeon.records.card import PLACE

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from surgeon.errors import ModelError
+from surgeon.models.places import HUB, LIBRARIES, no_folder
 from surgeon.models.programs import SUFFIX, is_program
-from surgeon.models.sources import HUB, construct, pretrained, resolve_hub
+from surgeon.models.sources import construct, pretrained, resolve_hub
 from surgeon.models.weights import load_weights, read_weights, state_sha256
 from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
 
@@ -227,8 +228,8 @@ def _parse(spec: str) -> BaseModel:
         return BaseModel(source="torchvision", name=name, input_size=torchvision_size(name), weights=unset)
     if spec.endswith(SUFFIX):
         raise ModelError(f"there is no file {spec}")
-    if Path(spec).is_dir():
-        raise ModelError(f"{spec} is a folder, but surgeon did not write it: it has no recipe.json")
+    if Path(spec).is_dir() or ("/" in spec and prefix not in LIBRARIES):
+        raise no_folder(spec)
     raise ModelError(f"there is no model {spec!r}{nearest(spec)} (`surgeon models PATTERN` lists the names)")
 
 

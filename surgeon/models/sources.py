@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import inspect
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,13 +13,12 @@ from typing import Any
 from torch import nn
 
 from surgeon.errors import ModelError
+from surgeon.models.places import HUB
 from surgeon.models.weights import bounded_network
 from surgeon.records.recipe import BaseModel, Weights
 from surgeon.surgery.sizes import bounded
 from surgeon.util.files import told
 from surgeon.util.machine import TooLargeError
-
-HUB = re.compile(r"(hf-hub|hf_hub|local-dir):(?P<id>.+)")
 
 
 def construct(base: BaseModel) -> nn.Module:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import ModelError
 from surgeon.layers.base import DynamicConv2d
+from surgeon.models.places import check_weights
 from surgeon.surgery.rewrite import folded_window
 
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "params_ema", "params", "net")
@@ -30,9 +31,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Pickles are read with `weights_only=True`, so an untrusted file runs no code. Raises `ModelError`.
     """
+    check_weights(path)
     path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"there is no weights file {path}; --weights takes auto, pretrained, random or a file")
     try:
         if path.suffix == ".safetensors":
             loaded: Any = load_file(path)

@@ -87,6 +87,14 @@ class Rule:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The task that a network was fine-tuned on, by its name, and the options that were not its defaults, without the data's."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
 def as_published(rule: Rule) -> Rule:
     """The rule, with the options of the layer's paper for those it leaves out."""
     from surgeon.layers.registry import layer_class
@@ -99,6 +107,7 @@ class Recipe:
     """Rules, the base model if known, the seed of the conversion, and the versions it was made with.
 
     `classes`: names of a fine-tuned classifier's outputs, in order; None if unknown.
+    `task`: what the network was fine-tuned on; None if it was not.
     """
 
     rules: tuple[Rule, ...]
@@ -106,6 +115,7 @@ class Recipe:
     seed: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
+    task: Trained | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, in reading order."""
@@ -121,6 +131,7 @@ class Recipe:
             "versions": dict(self.versions),
             "rules": [asdict(rule) for rule in self.rules],
             **({} if self.classes is None else {"classes": list(self.classes)}),
+            **({} if self.task is None else {"task": asdict(self.task)}),
         }
 
     def to_json(self) -> str:
@@ -135,7 +146,9 @@ class Recipe:
         """
         values = _mapping(values, where)
         _check_version(values, where)
-        _check_keys(values, ("format", "version", "base", "seed", "versions", "rules", "classes", "artefact"), where)
+        _check_keys(
+            values, ("format", "version", "base", "seed", "versions", "rules", "classes", "task", "artefact"), where
+        )
         rules = values.get("rules")
         if not isinstance(rules, list):
             raise RecipeError(f"{where}: rules must be a list of {{layers, type, options}}, got {files.told(rules)}")
@@ -148,6 +161,7 @@ class Recipe:
             seed=_typed(values, "seed", int, where, default=0),
             versions=_string_map(values.get("versions", {}), f"{where}: versions"),
             classes=_classes(values.get("classes"), where),
+            task=trained(values.get("task"), f"{where}: task"),
         )
 
     @classmethod
@@ -309,6 +323,17 @@ def _classes(values: Any, where: str) -> tuple[str, ...] | None:
     if not values or len(set(values)) != len(values):
         raise RecipeError(f"{where}: classes must be different names, got {files.told(values)}")
     return tuple(values)
+
+
+def trained(values: Any, where: str) -> Trained | None:
+    """What a recipe says of the task, None where it says nothing. Raises `RecipeError`."""
+    if values is None:
+        return None
+    values = _mapping(values, where)
+    _check_keys(values, ("name", "options"), where)
+    options = _mapping(values.get("options", {}), f"{where}: options")
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return Trained(name=_typed(values, "name", str, where), options=given)
 
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:

@@ -278,8 +278,8 @@ def test_further_options_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "RUN|MODEL and --task must be given, or --recipe NAME"),
-        (["zoo/lenet"], "--task must be given, or --recipe"),
+        ([], "RUN|MODEL must be given, and --task; or --recipe NAME"),
+        (["zoo/lenet"], "--task must be given: zoo/lenet does not say"),
         (["zoo/lenet", "--task", "classification", "--preset", "small"], "--preset small is a preset of a recipe"),
         (["--recipe", "lenet", "--task", "denoising"], "is for the task classification, got --task denoising"),
         (["--recipe", "lenet", "--preset", "tiny"], "has no preset 'tiny'"),

@@ -17,7 +17,7 @@ from torch import nn
 from surgeon.errors import ConfigError, ModelError, SurgeonError
 from surgeon.models.weights import state_sha256
 from surgeon.records.collapse_report import CollapseReport
-from surgeon.records.recipe import BaseModel, Recipe, get_recipe, set_recipe
+from surgeon.records.recipe import BaseModel, Recipe, Trained, get_recipe, set_recipe
 from surgeon.records.report import Report
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.util.copying import copy_model
@@ -165,9 +165,10 @@ class _Session:
             run.train()
         summary = self._end(run)
         release(self.accelerator, trainer.wrapped)
-        model = _with_classes(_with_recipe(trainer.result, work), self.task).eval()
+        model = _with_task(_with_recipe(trainer.result, work), self.task, self._input_size()).eval()
         if self.folder is not None and self.accelerator.is_main_process:
-            self.folder.finish(model, self.source.base, self.source.report, summary.to_json())
+            base = _at_size(self.source.base, self._input_size())
+            self.folder.finish(model, base, self.source.report, summary.to_json())
         self.accelerator.wait_for_everyone()
         output = None if self.folder is None else self.folder.output
         return FinetuneResult(model=model, summary=summary, output=output, main=self.accelerator.is_main_process)
@@ -287,12 +288,18 @@ def _with_recipe(model: nn.Module, carrier: nn.Module) -> nn.Module:
     return model
 
 
-def _with_classes(model: nn.Module, task: Task) -> nn.Module:
-    """The model with the names of its outputs in its recipe."""
-    names = task.outputs()
-    if names is not None:
-        set_recipe(model, replace(get_recipe(model) or Recipe(rules=()), classes=names))
+def _with_task(model: nn.Module, task: Task, size: tuple[int, ...]) -> nn.Module:
+    """The model, whose recipe says on what it was trained, at which size, and what its outputs stand for."""
+    recipe = get_recipe(model) or Recipe(rules=())
+    trained = Trained(name=task.name, options=task.options())
+    classes = task.outputs() or recipe.classes
+    set_recipe(model, replace(recipe, base=_at_size(recipe.base, size), task=trained, classes=classes))
     return model
+
+
+def _at_size(base: BaseModel | None, size: tuple[int, ...]) -> BaseModel | None:
+    """How the original is built, run at the size (C, H, W) of the training samples from now on."""
+    return base if base is None or len(size) != 3 else replace(base, input_size=size)
 
 
 def _original(

@@ -1,13 +1,12 @@
 """Registry of the tasks. A task is one file in this folder with one `@register` line."""
 
 import dataclasses
-import difflib
 import pkgutil
 from functools import cache
 from importlib import import_module
 from typing import Any
 
-from surgeon.errors import ConfigError
+from surgeon.declared import unknown_option, unknown_task
 from surgeon.zoo.tasks.base import Task
 
 _TASKS: dict[str, type[Task]] = {}
@@ -40,9 +39,7 @@ def task_class(name: str) -> type[Task]:
     """The class of a task; an unknown name raises a `ConfigError` that lists the known ones."""
     _load()
     if name not in _TASKS:
-        near = difflib.get_close_matches(name, _TASKS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown task {name!r}; there are {', '.join(task_names())}.{hint}")
+        raise unknown_task(name, task_names())
     return _TASKS[name]
 
 
@@ -52,7 +49,5 @@ def create_task(name: str, *, seed: int = 0, **options: Any) -> Task:
     known = [field.name for field in dataclasses.fields(cls.config_class)]
     for option in options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"task {name} has no option {option!r}; it has {', '.join(known)}.{hint}")
+            raise unknown_option(name, option, known)
     return cls(cls.config_class(**options), seed=seed)

@@ -9,6 +9,7 @@ from typing import Any
 from surgeon.errors import CheckpointError, ConfigError, DataError
 from surgeon.models.checkpoint import fresh_folder
 from surgeon.util.files import check_fields, read_object, write_text
+from surgeon.util.outputs import TRIAL, check_trial_output
 from surgeon.zoo.finetune.folder import held
 from surgeon.zoo.tasks.data.fingerprint import changes
 
@@ -24,7 +25,7 @@ class TryFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
-        self.record = self.path / "try.json"
+        self.record = self.path / TRIAL
         self.clock = self.path / "clock.json"
         self.scores = self.path / "scores"
         self.runs = self.path / "runs"
@@ -34,17 +35,7 @@ class TryFolder:
 
     def check(self, *, resume: bool, force: bool) -> None:
         """Raise unless a trial may start or resume here; called before any work."""
-        if resume and force:
-            raise ConfigError("--resume continues a trial, --force replaces it: give only one of them")
-        if resume:
-            if not self.record.is_file():
-                raise CheckpointError(f"no trial to resume in {self.path}: it has no try.json")
-        elif self.path.exists() or self.path.is_symlink():
-            if not force:
-                hint = "continue it (--resume) or replace it (--force)" if self.record.is_file() else "choose another"
-                raise CheckpointError(f"the output {self.path} exists; {hint}")
-            if self.path.is_symlink() or not self.record.is_file():
-                raise CheckpointError(f"the output {self.path} was not written by surgeon try: --force leaves it alone")
+        check_trial_output(self.path, resume=resume, force=force)
 
     def hold(self, *, begin: bool) -> AbstractContextManager[None]:
         """Lock the trial in this folder against other processes, or an empty folder created to start one.

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from surgeon.commands.arguments import print_json, whole
 from surgeon.commands.search.place import add_space_arguments, space_config
-from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments
+from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments, check_task
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
     from surgeon.search.gains.gain import GainTable
 
+NEEDS = ("torch", "timm", "accelerate", "torchmetrics")  # libraries
 DESCRIPTION = "estimate the gain of every layer from every layer type, with errors"
 EXAMPLES = """  surgeon gains zoo/resnet20_cifar --task classification --data cifar/ -o gains.json
   surgeon gains zoo/resnet20_cifar --task classification --data cifar/ --method probe --steps 20 --seeds 3 -o gains.json
@@ -43,6 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--plot", type=Path, metavar="FILE", help="path of the plot")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded; settles the task."""
+    plot = _plot(args)
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise ConfigError(f"a plot must be a .png file, got {plot.name!r}")
+    check_task(args)
+
+
+def _plot(args: argparse.Namespace) -> Path | None:
+    plot: Path | None = args.plot or (args.output.with_suffix(".png") if args.output else None)
+    return plot
+
+
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from surgeon.commands.console import Progress
@@ -55,9 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.method not in METHODS:
         raise ConfigError(f"there is no gain method {args.method!r}; there are {', '.join(METHODS)}")
-    plot = args.plot or (args.output.with_suffix(".png") if args.output else None)
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise ConfigError(f"a plot must be a .png file, got {plot.name!r}")
+    plot = _plot(args)
     probe = ProbeConfig(steps=args.steps, seeds=args.seeds)
     setup = make_setup(args)
     sites = find_sites(setup.model, input_size=setup.size).convs

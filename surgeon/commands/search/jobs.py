@@ -40,7 +40,15 @@ def helpers(
     torch.set_num_threads(min(before, threads_of(args.jobs)))
     context = multiprocessing.get_context("spawn")  # torch and CUDA cannot be forked
     for number in range(1, args.jobs):
-        changed = {"jobs": 1, "finals": 0, "output": output, "join": join, "resume": join is None, "handler": None}
+        changed = {
+            "jobs": 1,
+            "finals": 0,
+            "output": output,
+            "join": join,
+            "resume": join is None,
+            "handler": None,
+            "check": None,
+        }
         own = argparse.Namespace(**vars(args) | changed)
         process: BaseProcess = context.Process(target=_work, args=(own, number, args.jobs), name=f"worker {number + 1}")
         process.start()

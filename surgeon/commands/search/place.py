@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import add_seed, positive, print_json, whole
 from surgeon.commands.cost import add_step_arguments
 from surgeon.errors import ConfigError
@@ -120,17 +121,25 @@ def space_config(args: argparse.Namespace) -> "SpaceConfig":
     return SpaceConfig.read(args.space)
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    checks.positives(args, ("count", "distance"))
+    if args.output and Path(args.output).exists() and not args.force:
+        raise ConfigError(f"{args.output} exists already; --force replaces it")
+    checks.model(args.model, args.weights)
+    for kind in args.types:
+        checks.layer_type(kind)
+    checks.file(args.space, "--space")
+    if args.gains != "uniform":
+        checks.file(args.gains, "--gains")
+
+
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 if no placement with replacements is within the budgets."""
     from surgeon.models.names import build_model
     from surgeon.search.gains.gain import read_gains
     from surgeon.search.gate import Gate
 
-    for name in ("count", "distance"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.output and Path(args.output).exists() and not args.force:
-        raise ConfigError(f"{args.output} exists already; --force replaces it")
     budgets = read_budgets(args)
     config = space_config(args)
     weights = args.weights or ("auto" if Path(args.model, "recipe.json").is_file() else "random")

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands.arguments import print_json, whole
+from surgeon.commands import checks
+from surgeon.commands.arguments import model_name, print_json, tell, whole
 from surgeon.commands.search.place import add_budget_arguments, add_space_arguments, read_budgets, space_config
-from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments
+from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments, check_task
 from surgeon.errors import ConfigError
+from surgeon.util.parse import parse_time
 
 if TYPE_CHECKING:
     from surgeon.commands.search.setup import Setup
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from surgeon.search.study.study import Study
     from surgeon.zoo.tasks import Task
 
+NEEDS = ("torch", "timm", "accelerate", "torchmetrics", "optuna")  # libraries
 DESCRIPTION = "find the placement that trains best within budgets; crash-safe, resumable"
 EXAMPLES = """  surgeon search zoo/resnet20_cifar --task classification --data cifar/ --max-flops +10% --finals 3
   surgeon search resnet50 --task classification --data imagenet/ --max-memory 8GiB --types acda,pafu --trials 40
@@ -82,11 +85,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--join", metavar="NAME", help="add a worker to the study NAME in --storage")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded; settles the task."""
+    if args.join and not args.storage:
+        raise ConfigError("--join needs --storage, the database of the study; in a folder, --resume adds a worker")
+    _resources(args)
+    checks.positives(args, ("trials", "steps", "evaluations", "seeds", "jobs"))
+    checks.positives(args, ("rung", "finals", "final_rung"), least=0)
+    for name, most in (("rung", 20), ("final_rung", 20), ("jobs", 1024)):
+        if getattr(args, name) > most:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at most {most}, got {getattr(args, name)}")
+    if args.jobs > 1 and ":" in (args.device or ""):
+        raise ConfigError(
+            f"--device {args.device} names one GPU, but --jobs {args.jobs} workers share all of them: use cuda"
+        )
+    if args.max_time is not None:
+        parse_time(args.max_time, "--max-time")
+    check_task(args)
+
+
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 for budgets that nothing meets, 130 when interrupted, with a hint on how to resume."""
+    from surgeon.search.sampling.tuners import check_name
     from surgeon.search.study.folder import SearchFolder
 
-    _check(args)
+    check_name(args.sampler)
     folder = SearchFolder(args.output or Path("runs", args.join or f"{model_name(args.model)}-{args.task}-search"))
     file = _study(args, folder)
     try:
@@ -105,15 +128,15 @@ def _search(args: argparse.Namespace, folder: "SearchFolder", file: "Study") -> 
     _begin(args, folder, search, setup)
     name = file.name if file.shared else None
     if name is not None:
-        _tell(args, f"the study is {file}; other machines join with --join {name}")
+        tell(args, f"the study is {file}; other machines join with --join {name}")
     try:
-        with helpers(args, folder.path, name, lambda text: _tell(args, text)) as processes:
+        with helpers(args, folder.path, name, lambda text: tell(args, text)) as processes:
             outcome = search.run()
             if outcome.stopped == "interrupted":
                 interrupt(processes)
     except KeyboardInterrupt:  # the second Ctrl-C
         return _interrupted()
-    _tell(args, f"stopped ({outcome.stopped}) after {outcome.evaluated} evaluations here")
+    tell(args, f"stopped ({outcome.stopped}) after {outcome.evaluated} evaluations here")
     if outcome.stopped == "interrupted":
         return _interrupted()
     assert search.gate is not None
@@ -124,29 +147,6 @@ def _search(args: argparse.Namespace, folder: "SearchFolder", file: "Study") -> 
             return _interrupted()
     _print(args, folder, outcome, evaluator)
     return 0
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Refuse invalid arguments before anything is built."""
-    from surgeon.search.sampling.tuners import check_name
-
-    if args.join and not args.storage:
-        raise ConfigError("--join needs --storage, the database of the study; in a folder, --resume adds a worker")
-    check_name(args.sampler)
-    _resources(args)
-    for name, least in (("trials", 1), ("steps", 1), ("evaluations", 1), ("seeds", 1), ("batch_size", 1), ("jobs", 1)):
-        if getattr(args, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    for name in ("rung", "finals", "final_rung"):
-        if getattr(args, name) < 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
-    for name, most in (("rung", 20), ("final_rung", 20), ("jobs", 1024)):
-        if getattr(args, name) > most:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at most {most}, got {getattr(args, name)}")
-    if args.jobs > 1 and ":" in (args.device or ""):
-        raise ConfigError(
-            f"--device {args.device} names one GPU, but --jobs {args.jobs} workers share all of them: use cuda"
-        )
 
 
 def _resources(args: argparse.Namespace) -> tuple[str, ...]:
@@ -175,11 +175,6 @@ def work(args: argparse.Namespace) -> int:
         return 130 if search.run().stopped == "interrupted" else 0
     finally:
         file.close()
-
-
-def model_name(spec: str) -> str:
-    """The last part of a model's name."""
-    return spec.rstrip("/").rpartition("/")[2].rpartition(":")[2]
 
 
 def _study(args: argparse.Namespace, folder: "SearchFolder") -> "Study":
@@ -221,7 +216,6 @@ def _make(
     from surgeon.search.gate import Gate
     from surgeon.search.run import Search, SearchConfig
     from surgeon.search.study.board import Board
-    from surgeon.zoo.finetune.config import parse_time
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     budgets = read_budgets(args)
@@ -334,7 +328,7 @@ def _finals(args: argparse.Namespace, folder: "SearchFolder", search: "Search", 
         count=args.finals,
         seeds=args.seeds,
         rung=args.final_rung,
-        tell=lambda text: _tell(args, text),
+        tell=lambda text: tell(args, text),
     )
 
 
@@ -357,12 +351,7 @@ class _Progress:
         used = ", ".join(f"{name} {share:.0%}" for name, share in self.gate.use(one.attributes.get("traced")).items())
         replaced = f"{len(one.placement)} layers" if one.placement else "original"
         told = f"trial {one.number}: {replaced} ({one.source}), {self.primary} {value}{known}"
-        _tell(self.args, told + (f"; of the budgets {used}" if used else ""))
-
-
-def _tell(args: argparse.Namespace, text: str) -> None:
-    if not args.quiet:
-        print(f"surgeon: {text}", file=sys.stderr, flush=True)
+        tell(self.args, told + (f"; of the budgets {used}" if used else ""))
 
 
 def _interrupted() -> int:

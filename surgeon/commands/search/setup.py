@@ -2,10 +2,11 @@
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands.arguments import add_amp, add_device, add_pairs, add_seed, amp, whole
+from surgeon.commands import checks
+from surgeon.commands.arguments import add_amp, add_batch_size, add_device, add_lr, add_seed, add_workers, amp
+from surgeon.commands.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,24 +26,31 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """The model and the task."""
     parser.add_argument("model", metavar="MODEL", help="a model's name, or a folder written by surgeon; not converted")
     group = parser.add_argument_group("model and task")
-    group.add_argument("--task", required=True, metavar="TASK", help="classification, denoising, ...")
-    group.add_argument("--data", type=Path, metavar="DIR", help="the task's data")
+    add_task(group)
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
-    add_pairs(group, "--task-option", "any option of the task", dest="task_options")
     add_seed(group, "for everything random")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of a trial's training; --max-memory limits the memory of such a step."""
     group = parser.add_argument_group("training")
-    group.add_argument("--batch-size", type=whole, default=32, metavar="N", help="samples per step (default: 32)")
-    group.add_argument("--lr", type=float, metavar="X", help="peak learning rate")
+    add_batch_size(group, "samples per step (default: 32)", 32)
+    add_lr(group)
     group.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="default: adamw")
     group.add_argument("--weight-decay", type=float, metavar="X", help="weight decay, except on norms and biases")
     group.add_argument("--new-lr-scale", type=float, metavar="X", help="rate of new parameters, as a multiple of --lr")
     add_amp(group, amp)
-    group.add_argument("--workers", type=whole, default=0, metavar="N", help="data-loading processes (default: 0)")
     add_device(group)
+    add_workers(group)
+
+
+def check_task(args: argparse.Namespace) -> None:
+    """Refuse an invalid model, task or space before torch is loaded; settles the task."""
+    checks.model(args.model, args.weights)
+    settle(args)
+    for kind in args.types:
+        checks.layer_type(kind)
+    checks.file(args.space, "--space")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +76,6 @@ class Setup:
 
 def make_setup(args: argparse.Namespace) -> Setup:
     """Build the model, check the task's data, and fit them to each other. Raises `SurgeonError`s."""
-    from surgeon.commands.finetune import make_task
     from surgeon.models.names import build_model
     from surgeon.search.evaluate.training import bound, sample_size
     from surgeon.zoo.finetune import FinetuneConfig

@@ -5,12 +5,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import print_json, whole
 from surgeon.errors import ConfigError
+from surgeon.util.outputs import check_output
 
 if TYPE_CHECKING:
     from surgeon.search.study.folder import Finished
 
+NEEDS = ("optuna", "torch")  # libraries
 DESCRIPTION = "status, best placements, report and export of a search"
 EXAMPLES = """  surgeon study status runs/resnet50-classification-search
   surgeon study best runs/resnet50-classification-search --count 3 --json
@@ -34,12 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="export: replace OUT if surgeon wrote it")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    checks.positives(args, ("count",))
+    checks.search(args.folder)
+    if args.against:
+        checks.search(args.against)
+    if args.action == "export":
+        check_output(args.output or Path(args.folder, "export"), force=args.force)
+
+
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 if there is nothing to show or to export yet."""
     from surgeon.search.study.folder import read_search
 
-    if args.count < 1:
-        raise ConfigError(f"--count must be at least 1, got {args.count}")
     return _ACTIONS[args.action](args, read_search(args.folder, args.storage))
 
 
@@ -88,7 +99,7 @@ def _export(args: argparse.Namespace, found: "Finished") -> int:
     """Export the surgeon folder of the best placement, from the finals if there are any, otherwise from the trials."""
     import shutil
 
-    from surgeon.models.checkpoint import check_output, fresh_folder
+    from surgeon.models.checkpoint import fresh_folder
     from surgeon.util.files import check_plain
 
     source, about = _source(found)

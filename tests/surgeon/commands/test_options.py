@@ -118,7 +118,7 @@ def test_without_the_library_completion_is_one_error(
     assert main(["--print-completion", "bash"]) == 2
     assert "pip install shtab" in capsys.readouterr().err
     assert main(["--print-completion", "fish"]) == 2
-    assert "invalid choice: 'fish'" in capsys.readouterr().err
+    assert "there is no choice 'fish'" in capsys.readouterr().err
 
 
 def test_models_say_what_fits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,9 +17,10 @@ import surgeon
 from surgeon.errors import CheckpointError, ConfigError, TrainingError
 from surgeon.layers import layer_types
 from surgeon.layers.base import DynamicConv2d
+from surgeon.util.parse import parse_span, parse_time
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.finetune.batches import Draws, seed_everything
-from surgeon.zoo.finetune.config import parse_span, parse_time, span_steps
+from surgeon.zoo.finetune.config import span_steps
 from surgeon.zoo.finetune.guard import Guard, NotFiniteError
 from surgeon.zoo.finetune.optimizer import make_optimizer
 from surgeon.zoo.finetune.parameters import ROLES, group_parameters, optimizer_groups

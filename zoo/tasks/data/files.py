@@ -100,7 +100,9 @@ def find_roots(task: str, config: FolderConfig) -> Roots:
                 f"with train={train} instead of data"
             )
     if train is None and val is None:
-        raise DataError(f"task {task} needs a folder: data=FOLDER with train/ and val/, or train=FOLDER and val=FOLDER")
+        raise DataError(
+            f"task {task} needs a folder: --data DIR (in Python data=) with train/ and val/, or the options train and val"
+        )
     return Roots(train, val if val is not None else train)
 
 
