@@ -1,7 +1,7 @@
-"""Names and options of layer types and tasks, read from their source: to import them takes seconds, for torch comes with them.
+"""Names and options of layer types and tasks, read from their source, because importing them loads torch, which takes seconds.
 
-The registries (`surgeon.layers.registry`, `surgeon.zoo.tasks.registry`) are what counts. This is for refusing a misspelled option
-at once, by what is written there: a class with its name, its config class, and that class's annotated fields.
+The registries (`surgeon.layers.registry`, `surgeon.zoo.tasks.registry`) are authoritative. This only serves to
+reject a misspelled option at once, using each class's name, its config class, and that class's annotated fields.
 """
 
 import ast
@@ -20,7 +20,7 @@ _TYPES = {"Any": Any, "Literal": Literal, "Path": Path}
 
 @dataclass(frozen=True)
 class Declared:
-    """A layer type or a task: the name of its config class, the type of each option, whether it names `compressed` ones."""
+    """A layer type or a task: the name of its config class, the type of each option, whether it declares `compressed` options."""
 
     config: str
     options: dict[str, Any]
@@ -29,18 +29,18 @@ class Declared:
 
 @cache
 def layer_types() -> dict[str, Declared]:
-    """The layer types by name; empty where their source is not at hand."""
+    """The layer types by name; empty if their source is unavailable."""
     return _declared("surgeon.layers", "", "type_name", "Config")
 
 
 @cache
 def tasks() -> dict[str, Declared]:
-    """The tasks by name; empty where their source is not at hand."""
+    """The tasks by name; empty if their source is unavailable."""
     return _declared("surgeon.zoo", "tasks", "name", "config_class")
 
 
 def check_layer_options(kind: str, options: dict[str, Any]) -> None:
-    """Raise `ConfigError` for an unknown layer type, and options that it does not have, or not of this kind."""
+    """Raise `ConfigError` for an unknown layer type, and for options that it does not have or of the wrong type."""
     known = layer_types()
     if known and kind not in known:
         raise unknown_layer_type(kind, sorted(known))
@@ -55,7 +55,7 @@ def check_layer_options(kind: str, options: dict[str, Any]) -> None:
 
 
 def check_task_options(name: str, options: dict[str, Any]) -> None:
-    """Raise `ConfigError` for an unknown task, and options that it does not have, or not of this kind."""
+    """Raise `ConfigError` for an unknown task, and for options that it does not have or of the wrong type."""
     known = tasks()
     if known and name not in known:
         raise unknown_task(name, sorted(known))
@@ -67,17 +67,17 @@ def check_task_options(name: str, options: dict[str, Any]) -> None:
 
 
 def unknown_layer_type(name: str, known: Iterable[str]) -> ConfigError:
-    """The error for it."""
+    """The error for an unknown layer type."""
     return ConfigError(f"unknown layer type {name!r}; there are {', '.join(known)}.{did_you_mean(str(name), known)}")
 
 
 def unknown_task(name: str, known: Iterable[str]) -> ConfigError:
-    """The error for it."""
+    """The error for an unknown task."""
     return ConfigError(f"unknown task {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}")
 
 
 def unknown_option(task: str, option: str, known: Iterable[str]) -> ConfigError:
-    """The error for it."""
+    """The error for an unknown task option."""
     names = ", ".join(known)
     return ConfigError(f"task {task} has no option {option!r}; it has {names}.{did_you_mean(option, known)}")
 
@@ -105,7 +105,7 @@ def _declared(package: str, below: str, name: str, config: str) -> dict[str, Dec
 
 
 def _classes(folder: Path) -> Iterator[ast.ClassDef]:
-    """The classes at the top of the files below a folder that declare configs, or name them."""
+    """Top-level classes in the files below a folder that are configs or refer to one."""
     for file in sorted(folder.rglob("*.py")):
         text = file.read_text(encoding="utf-8")
         if "Config" in text:
@@ -122,7 +122,7 @@ def _assigned(one: ast.ClassDef) -> Iterator[tuple[str, ast.expr | None, ast.exp
 
 
 def _fields(name: str, classes: dict[str, ast.ClassDef]) -> dict[str, Any]:
-    """The fields of a config and of those that it derives from, with their types; a type that is not plain is `Any`."""
+    """The fields of a config and its base classes, with their types; types that are not plain become `Any`."""
     if name not in classes:
         return {}
     found: dict[str, Any] = {}

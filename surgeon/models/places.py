@@ -1,4 +1,4 @@
-"""Where models lie, as far as can be told without building one, and before the heavy libraries are loaded."""
+"""Checks of model locations, without building a model or loading heavy libraries."""
 
 import re
 from pathlib import Path
@@ -8,14 +8,14 @@ from surgeon.util.kinds import did_you_mean
 from surgeon.util.outputs import RECIPE, RUN, TRIAL
 
 HUB = re.compile(r"(hf-hub|hf_hub|local-dir):(?P<id>.+)")
-LIBRARIES = ("timm", "torchvision", "zoo")  # what may stand before the / of a model's name
-WEIGHTS = ("auto", "pretrained", "random")  # what --weights takes beside a file
+LIBRARIES = ("timm", "torchvision", "zoo")  # prefixes before the / of a model's name
+WEIGHTS = ("auto", "pretrained", "random")  # values of --weights other than a file
 
-SEARCH = "search.json"  # makes a folder that of a search
+SEARCH = "search.json"  # marks the folder of a search
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise `CheckpointError`, with what to do, unless there is a folder that surgeon wrote."""
+    """Raise `CheckpointError`, with a hint, unless the folder was written by surgeon."""
     path = Path(path)
     if not path.is_dir():
         near = near_folders(path) or " `surgeon convert`, `finetune` and others write such folders"
@@ -25,7 +25,7 @@ def check_folder(path: str | Path) -> None:
 
 
 def check_model_name(spec: str) -> None:
-    """Raise `ModelError` for the name of a model that is a path where there is nothing, or nothing of surgeon's."""
+    """Raise `ModelError` if a model's name is a path that does not exist or was not written by surgeon."""
     path = Path(spec)
     if HUB.fullmatch(spec) or ":" in spec or (path / RECIPE).is_file():
         return
@@ -37,33 +37,33 @@ def check_model_name(spec: str) -> None:
 
 
 def no_folder(spec: str) -> ModelError:
-    """The error for a path that is to be a model, and is none."""
+    """The error for a path that is not a model."""
     path = Path(spec)
     if path.is_dir():
         return ModelError(f"{spec} is a folder, but surgeon did not write it: it has no {RECIPE}{_instead(path)}")
-    told = "is no folder that surgeon wrote" if path.exists() else "does not exist"
+    told = "was not written by surgeon" if path.exists() else "does not exist"
     return ModelError(f"there is no model {spec!r}: this folder {told}.{near_folders(path)}".rstrip("."))
 
 
 def check_search(path: str | Path) -> None:
-    """Raise `CheckpointError`, with what to do, unless a search has begun in the folder."""
+    """Raise `CheckpointError`, with a hint, unless the folder contains a search."""
     path = Path(path)
     if (path / SEARCH).is_file():
         return
     others = sorted(str(one.parent) for one in path.parent.glob(f"*/{SEARCH}"))
-    hint = f"; there are {', '.join(others[:5])}" if others else "; `surgeon search MODEL ... -o FOLDER` begins one"
+    hint = f"; there are {', '.join(others[:5])}" if others else "; `surgeon search MODEL ... -o FOLDER` starts one"
     told = f"it has no {SEARCH}" if path.is_dir() else "there is no such folder"
     raise CheckpointError(f"there is no search in {path}: {told}{hint}")
 
 
 def check_weights(weights: str | Path | None) -> None:
-    """Raise `ModelError` for a file of weights that is not there."""
+    """Raise `ModelError` if a weights file does not exist."""
     if weights is not None and str(weights) not in WEIGHTS and not Path(weights).is_file():
         raise ModelError(f"there is no weights file {weights}; --weights takes {', '.join(WEIGHTS)} or a file")
 
 
 def near_folders(path: Path) -> str:
-    """The surgeon folder beside it of nearest name, or those that there are, as the end of a message."""
+    """The sibling surgeon folder with the closest name, or all of them, formatted as the end of a message."""
     try:
         names = sorted(str(one.parent) for one in path.parent.glob(f"*/{RECIPE}"))
     except OSError:
@@ -73,13 +73,13 @@ def near_folders(path: Path) -> str:
 
 
 def _instead(path: Path) -> str:
-    """What the folder is, where it is another one of surgeon's."""
+    """What kind of surgeon folder it is instead, if any."""
     if (path / "model" / RECIPE).is_file():
         return f"; its model is in {path / 'model'}"
     if (path / RUN).is_file():
-        return "; the fine-tuning there did not end: go on with it (surgeon finetune ... --resume)"
+        return "; its fine-tuning is incomplete: resume it (surgeon finetune ... --resume)"
     if (path / TRIAL).is_file():
-        return "; it is a trial that did not end: go on with it (surgeon try ... --resume)"
+        return "; it is an incomplete trial: resume it (surgeon try ... --resume)"
     if (path / SEARCH).is_file():
-        return f"; it is a search: surgeon study export {path} -o FOLDER takes the best out"
+        return f"; it is a search: surgeon study export {path} -o FOLDER extracts the best model"
     return ""

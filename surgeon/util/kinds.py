@@ -1,4 +1,4 @@
-"""Whether a value is of an annotated type, and how people call that type."""
+"""Checks whether a value has an annotated type, and readable names of types."""
 
 import difflib
 import types
@@ -9,9 +9,9 @@ from typing import Any
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value, as JSON or a caller gives it, is good for the type.
+    """Whether a value, from JSON or a caller, is acceptable for the type.
 
-    An integer is good for a float, a text for a path, a list for a tuple; `Any` takes everything.
+    An integer is accepted for a float, a string for a path, a list for a tuple; `Any` accepts everything.
     """
     if hint is Any:
         return True
@@ -46,7 +46,7 @@ def readable(hint: Any) -> str:
 
 
 def _readable_list(hint: Any) -> str:
-    """A tuple in the words of a command line: a list, with an example."""
+    """A tuple as users write it on a command line: a list, with an example."""
     if typing.get_origin(hint) is not tuple:
         return str(hint).replace("typing.", "")
     parts = typing.get_args(hint)
@@ -57,6 +57,6 @@ def _readable_list(hint: Any) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The nearest known name, as the end of a message; empty where none is near."""
+    """The closest known name, formatted as the end of a message; empty if none is close."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,12 +1,12 @@
-"""What may be written where: asked before any work, and before the heavy libraries are loaded."""
+"""Checks of output paths, made before any work and before heavy libraries are loaded."""
 
 from pathlib import Path
 
 from surgeon.errors import CheckpointError, ConfigError
 
-RECIPE = "recipe.json"  # makes a folder one of surgeon's
+RECIPE = "recipe.json"  # marks a surgeon folder
 RUN = Path("training", "run.json")  # the record of a run of fine-tuning in its folder
-TRIAL = "try.json"  # that of `surgeon try`
+TRIAL = "try.json"  # the record of `surgeon try`
 
 
 def check_output(path: str | Path, *, force: bool = False) -> None:
@@ -29,7 +29,7 @@ def check_output(path: str | Path, *, force: bool = False) -> None:
 def check_run_output(output: Path, *, resume: bool, force: bool) -> None:
     """Raise unless a fine-tuning run may be started or resumed in a folder.
 
-    `ConfigError` for both at once, `CheckpointError` for what is there, or is not.
+    `ConfigError` for both flags at once, `CheckpointError` for an existing or missing run.
     """
     if resume and force:
         raise ConfigError("resume continues a run, force replaces it: give only one of them")
@@ -50,7 +50,7 @@ def check_run_output(output: Path, *, resume: bool, force: bool) -> None:
 
 
 def check_trial_output(output: Path, *, resume: bool, force: bool) -> None:
-    """Raise as `check_run_output` does, for `surgeon try`."""
+    """Like `check_run_output`, for `surgeon try`."""
     if resume and force:
         raise ConfigError("--resume continues a trial, --force replaces it: give only one of them")
     there = (output / TRIAL).is_file()

@@ -1,4 +1,4 @@
-"""What is being waited for, on stderr: at once on a terminal, in a pipe a line now and then. Nothing heavy is imported."""
+"""Waiting messages on stderr: continuous on a terminal, occasional lines in a pipe. Nothing heavy is imported."""
 
 import sys
 import threading
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-_PATIENCE = 2.0  # seconds before anything is said
-_PIPE = 10.0  # seconds before a pipe gets its next line; each is twice as late as the one before, up to a minute
+_PATIENCE = 2.0  # seconds before the first message
+_PIPE = 10.0  # seconds before the next line in a pipe; doubles each time, up to a minute
 _LATEST = 60.0
 _CLEAR = "\r\x1b[2K"
 
@@ -17,10 +17,10 @@ _CLEAR = "\r\x1b[2K"
 def waiting(
     what: str, *, quiet: bool = False, after: float = _PATIENCE, terminal_only: bool = False, file: TextIO | None = None
 ) -> Iterator[None]:
-    """Say what is waited for, and how long already, once it takes more than `after` seconds.
+    """Show what is being waited for and for how long, once it takes more than `after` seconds.
 
-    On a terminal one line counts the seconds and goes away at the end; elsewhere there are lines at growing distances, or none
-    with `terminal_only`.
+    On a terminal, one line counts the seconds and disappears at the end; elsewhere, lines are printed at growing intervals, or
+    none with `terminal_only`.
     """
     stream = file or sys.stderr
     terminal = stream.isatty()
@@ -44,7 +44,7 @@ def _tell(what: str, stream: TextIO, terminal: bool, after: float, done: threadi
         try:
             stream.write(f"{_CLEAR if terminal else ''}surgeon: {what} ... {seconds}{'' if terminal else chr(10)}")
             stream.flush()
-        except (OSError, ValueError):  # nobody listens any more
+        except (OSError, ValueError):  # nobody is listening anymore
             return
         told, pause = True, 1.0 if terminal else min(max(2 * pause, _PIPE), _LATEST)
     if told and terminal:

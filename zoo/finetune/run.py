@@ -289,7 +289,7 @@ def _with_recipe(model: nn.Module, carrier: nn.Module) -> nn.Module:
 
 
 def _with_task(model: nn.Module, task: Task, size: tuple[int, ...]) -> nn.Module:
-    """The model, whose recipe says on what it was trained, at which size, and what its outputs stand for."""
+    """The model, with its task, training size and output names in its recipe."""
     recipe = get_recipe(model) or Recipe(rules=())
     trained = Trained(name=task.name, options=task.options())
     classes = task.outputs() or recipe.classes
@@ -298,7 +298,7 @@ def _with_task(model: nn.Module, task: Task, size: tuple[int, ...]) -> nn.Module
 
 
 def _at_size(base: BaseModel | None, size: tuple[int, ...]) -> BaseModel | None:
-    """How the original is built, run at the size (C, H, W) of the training samples from now on."""
+    """The base model, with the size (C, H, W) of the training samples as its input size."""
     return base if base is None or len(size) != 3 else replace(base, input_size=size)
 
 

@@ -99,9 +99,9 @@ class Task(ABC):
         return model
 
     def options(self) -> dict[str, Any]:
-        """The options that are not the defaults, without those that say where the data lie or how many are taken.
+        """The non-default options, except those that locate or limit the data.
 
-        A new classifier was wanted once.
+        `new_head` is excluded, too: it was needed only once.
         """
         left = ("data", "train", "val", "train_limit", "val_limit", "download", "new_head")
         values = {field.name: (getattr(self.config, field.name), field.default) for field in fields(self.config)}
