@@ -146,7 +146,7 @@ def waits(path: Path, name: str) -> float:
 
 
 def _on_a_server(layers: int, trials: int) -> list[float]:
-    from tests.search_servers import postgresql, why_no_postgresql
+    from tests.support.search.servers import postgresql, why_no_postgresql
 
     if why_no_postgresql() is not None:
         print(f"postgresql is left out: {why_no_postgresql()}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A convolution inside of a dynamic layer, aligned with the convolution that the layer replaces."""
+"""A convolution inside a dynamic layer, aligned with the convolution that the layer replaces."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 
 
 class AlignedConv2d(nn.Conv2d):
-    """Convolution with a window of its own, and the stride, dilation and padding of a geometry, centered where its kernel is.
+    """Convolution with its own window and the stride, dilation and padding of a geometry, centered on the geometry's kernel.
 
-    It is called as a module, so that hooks, pruning, adapters and sharding on it do what they do on every convolution. `padding` is
-    what adapters read; where no symmetric one says it, it is 0 and the input is padded here.
+    Called as a module, so hooks, pruning, adapters and sharding work on it as on any convolution. `padding` is for adapters to
+    read; if no symmetric padding is equivalent, it is 0 and the input is padded here.
     """
 
     def __init__(self, geometry: ConvGeometry, inputs: int, outputs: int, window: Pair, **options: Any) -> None:
@@ -26,7 +26,7 @@ class AlignedConv2d(nn.Conv2d):
                 self.padding = (vertical, horizontal)
 
     def forward(self, input: Tensor, geometry: ConvGeometry | None = None) -> Tensor:
-        """`geometry` stands in for its own where the input is a band of the image (`ConvGeometry.band`)."""
+        """`geometry` overrides the layer's own if the input is a band of the image (`ConvGeometry.band`)."""
         window = (self.kernel_size[0], self.kernel_size[1])
         padded, padding = pad_for_window(input, geometry or self.geometry, window)
         return F.conv2d(padded, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)

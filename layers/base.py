@@ -1,4 +1,4 @@
-"""What every dynamic convolution has in common: its config, its plain part, and the promise of an exact birth."""
+"""Base class of dynamic convolutions: config, static part, and the contract of an exact initialization."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ from surgeon.layers.static_weight import READ_ONLY, StaticWeight, read_only
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """Options of a dynamic layer. Children are frozen, keyword-only, and check themselves in `__post_init__`.
+    """Options of a dynamic layer. Subclasses are frozen, keyword-only, and validate themselves in `__post_init__`.
 
     The class attributes state what the rest of the program needs to know of the type:
 
@@ -55,7 +55,7 @@ class LayerConfig:
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
-# Upper ends of options: far beyond what any paper uses, and still made within seconds.
+# Upper limits of options: far beyond any paper's values, yet built within seconds.
 _MOST = {
     "atoms": 256,
     "scales": 16,
@@ -69,7 +69,7 @@ _MOST_OF_ANY = 65536
 
 
 def check_at_least(config: LayerConfig, name: str, least: int) -> None:
-    """Raise `ConfigError` unless the named option is an integer of at least `least`, and no more than any layer needs."""
+    """Raise `ConfigError` unless the named option is an integer between `least` and the option's upper limit."""
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{type(config).__name__}: {name} must be an integer >= {least}, got {value!r}")
@@ -77,7 +77,7 @@ def check_at_least(config: LayerConfig, name: str, least: int) -> None:
 
 
 def check_at_most(config: LayerConfig, name: str, value: int) -> None:
-    """Raise `ConfigError` for a value of the named option beyond its upper end."""
+    """Raise `ConfigError` if the named option is beyond its upper limit."""
     most = _MOST.get(name, _MOST_OF_ANY)
     if value > most:
         told = value if value < 2**63 else f"a number of {value.bit_length()} bits"
@@ -85,10 +85,10 @@ def check_at_most(config: LayerConfig, name: str, value: int) -> None:
 
 
 class DynamicConv2d(nn.Module):
-    """A content-adaptive layer in the place of a convolution.
+    """A content-adaptive layer that replaces a convolution.
 
-    It maps (N, C_in, H, W) to what the replaced convolution would give, (N, C_out, H', W'). With `adaptive` off it computes
-    the plain convolution `static_weight()`, whatever its generator has learned.
+    It maps (N, C_in, H, W) to (N, C_out, H', W') like the replaced convolution. With `adaptive` off it computes the
+    plain convolution with `static_weight()`, regardless of what its generator has learned.
     """
 
     type_name: ClassVar[str]
@@ -106,7 +106,7 @@ class DynamicConv2d(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(self, geometry: ConvGeometry, config: LayerConfig) -> None:
-        """Uninitialized in what `from_conv` or a state dict will fill; `geometry` is that of the replaced convolution."""
+        """Leave uninitialized what `from_conv` or a state dict will fill; `geometry` is that of the replaced convolution."""
         super().__init__()
         reasons = self.why_not(geometry, config)
         if reasons:
@@ -117,7 +117,7 @@ class DynamicConv2d(nn.Module):
         self.config = config
         self.adaptive = True
 
-    # --- what a layer type provides -------------------------------------------------------------------------------
+    # --- defined by each layer type -------------------------------------------------------------------------------
 
     @classmethod
     def why_not(cls, geometry: ConvGeometry, config: LayerConfig) -> list[str]:
@@ -127,22 +127,22 @@ class DynamicConv2d(nn.Module):
     @classmethod
     @abstractmethod
     def from_conv(cls, conv: nn.Module | ConvSource, config: LayerConfig | None = None, **context: Any) -> Self:
-        """Build the layer that computes in eval mode what `conv` computes.
+        """Build the layer that computes the same as `conv` in eval mode.
 
-        Device, dtype, training flag and the `requires_grad` of the convolution's parameters are taken over. The layer's
-        `config` has every open choice (`None`) resolved, so that `type(layer)(layer.geometry, layer.config)` has the same
-        parameters and buffers and takes its state dict.
+        It takes over the device, dtype, training flag, and `requires_grad` of the convolution's parameters. The layer's
+        `config` has every open choice (`None`) resolved, so `type(layer)(layer.geometry, layer.config)` has the same
+        parameters and buffers and can load its state dict.
         """
 
     @abstractmethod
     def adapt(self, x: Tensor) -> Tensor:
-        """What `forward` computes with `adaptive` on, for an input that fits."""
+        """Forward pass with `adaptive` on; the input has been checked."""
 
     @abstractmethod
     def static_weight(self) -> Tensor:
         """Weight (C_out, C_in/g, h, w) of the plain convolution that remains when the dynamic part is off.
 
-        Differentiable. May be larger than the replaced kernel (h >= k_h, w >= k_w); it is centered on it.
+        Differentiable. May be larger than the replaced kernel (h >= k_h, w >= k_w); it is centered on that kernel.
         """
 
     def static_bias(self) -> Tensor | None:
@@ -150,27 +150,27 @@ class DynamicConv2d(nn.Module):
         return self.bias
 
     def static_is_exact(self) -> bool:
-        """Whether that convolution is what `static_conv2d` computes at every pixel, and not only away from the borders."""
+        """Whether that convolution equals `static_conv2d` at every pixel, including the borders."""
         return True
 
     @abstractmethod
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters that the replaced convolution did not have (generators, selectors, further kernels), by local name."""
+        """Parameters that the replaced convolution did not have (generators, selectors, extra kernels), by local name."""
 
     def selector_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those of the new parameters that only choose, for alternate training (PAFU, §4.1); none where nothing is chosen."""
+        """The new parameters that only select, for alternating training (PAFU, §4.1); none if the layer does not select."""
         return iter(())
 
     def no_weight_decay(self) -> set[str]:
-        """Local names of parameters that weight decay must not pull to zero, beside biases and norms (timm's convention)."""
+        """Local names of parameters to exclude from weight decay in addition to biases and norms (timm's convention)."""
         return set()
 
     @abstractmethod
     def macs(self, height: int, width: int) -> int:
-        """Multiply-accumulates for one image of this input size, generator and all (1 MAC = 2 FLOPs)."""
+        """Multiply-accumulates for one image of this input size, including the generator (1 MAC = 2 FLOPs)."""
 
     def regularization(self) -> Tensor | None:
-        """The layer's own loss term, a scalar, or None where its paper has none."""
+        """The layer's own loss term, a scalar, or None if its paper has none."""
         return None
 
     def anneal(self, factor: float) -> bool:
@@ -182,17 +182,17 @@ class DynamicConv2d(nn.Module):
         return
 
     def scale_output(self, scale: Tensor, shift: Tensor) -> None:
-        """Change the parameters so that the layer gives scale · y + shift, both (C_out,), where it gave y, adaptive or not.
+        """Change the parameters so that the layer returns scale · y + shift, both (C_out,), instead of y, adaptive or not.
 
-        Raises `UnsupportedLayerError`, with nothing changed, where no parameters do that.
+        Raises `UnsupportedLayerError`, with nothing changed, if no parameters can express that.
         """
-        reason = f"{type(self).__name__} has no rule for it"
+        reason = f"{type(self).__name__} does not support it"
         raise UnsupportedLayerError(f"a scale and a shift cannot be folded into this layer: {reason}", (reason,))
 
-    # --- what all share -------------------------------------------------------------------------------------------
+    # --- shared by all layer types --------------------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C_in, H, W) → (N, C_out, H', W'). Every tracer of torch.fx sees one leaf."""
+        """(N, C_in, H, W) → (N, C_out, H', W'). A leaf to every tracer of torch.fx."""
         traced: Any = input
         if isinstance(traced, fx.Proxy):
             return cast(Tensor, _leaf(self, traced))
@@ -201,9 +201,9 @@ class DynamicConv2d(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The static weight to look at, under the name that code written for `nn.Conv2d` looks for.
+        """The static weight, read-only, under the name that code written for `nn.Conv2d` looks for.
 
-        It is computed: `ReadOnlyError` for writes to it. `static_weight` gives an ordinary tensor.
+        It is computed, so writing to it raises `ReadOnlyError`. `static_weight` returns an ordinary tensor.
         """
         return read_only(self.static_weight())
 
@@ -216,7 +216,7 @@ class DynamicConv2d(nn.Module):
         raise ReadOnlyError(READ_ONLY)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of every module, but `weight`, and what is made of it, is not taken."""
+        """As for any module, except that `weight` and names derived from it are ignored."""
         if name == "weight" or isinstance(param, StaticWeight):
             raise ReadOnlyError(READ_ONLY)
         super().register_parameter(name, param)
@@ -229,7 +229,7 @@ class DynamicConv2d(nn.Module):
 
     @property
     def padding(self) -> Pair | str:
-        """As `nn.Conv2d.padding` where that can say it: (vertical, horizontal), or "same"."""
+        """As `nn.Conv2d.padding` if it can be expressed that way: (vertical, horizontal), or "same"."""
         if self.geometry.padding == "tf_same":
             return "same"
         left, right, top, bottom = self.geometry.padding
@@ -243,8 +243,8 @@ class DynamicConv2d(nn.Module):
         return F.conv2d(x, weight, self.static_bias(), g.stride, padding, g.dilation, g.groups)
 
     def check_input(self, x: Tensor) -> None:
-        """Raise `GeometryError` for an input that is not (N, C_in, H, W), or too small."""
-        if tracing():  # sizes are what is traced
+        """Raise `GeometryError` if the input is not (N, C_in, H, W) or is too small."""
+        if tracing():  # sizes are traced values
             return
         if x.dim() != 4 or x.shape[1] != self.geometry.in_channels:
             raise GeometryError(
@@ -259,47 +259,47 @@ class DynamicConv2d(nn.Module):
 
 
 def scaled_bias(bias: nn.Parameter | None, scale: Tensor, shift: Tensor, like: nn.Parameter) -> nn.Parameter:
-    """The bias of scale · y + shift, of the dtype of `like`."""
+    """The bias of scale · y + shift, in the dtype of `like`."""
     new = shift if bias is None else bias.detach() * scale + shift
     return nn.Parameter(new.to(like.dtype), requires_grad=(like if bias is None else bias).requires_grad)
 
 
 def _leaf(layer: nn.Module, input: fx.Proxy) -> fx.Proxy:
-    """The call of a module as one node, for tracers that would look into it."""
+    """The call of a module as one node, for tracers that would trace into it."""
     tracer: Any = input.tracer
     found: fx.Proxy = tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
     return found
 
 
 class CodedConv2d(DynamicConv2d):
-    """A dynamic convolution that says what varies in it, by its code, so that it can be collapsed and pictured."""
+    """A dynamic convolution that exposes its code, the part that varies, so that it can be collapsed and visualized."""
 
     @abstractmethod
     def code(self, x: Tensor) -> Tensor:
-        """What fixes the filter at each output pixel in eval mode, (N, V, H', W'): the filter is an affine function of it."""
+        """The values that determine the filter at each output pixel in eval mode, (N, V, H', W'); the filter is affine in them."""
 
     @abstractmethod
     def signal(self, x: Tensor) -> Tensor:
-        """The generator's last feature map, (N, features, H', W'): all that it knows of its input."""
+        """The generator's last feature map, (N, features, H', W'): all the information it has about its input."""
 
     @abstractmethod
     def energy_of(self, difference: Tensor) -> Tensor:
-        """Squared norm of the change of the filter with changes (..., V) of the code, (...)."""
+        """Squared norm of the filter's change for changes (..., V) of the code, (...)."""
 
     @abstractmethod
     def fix(self, code: Tensor) -> None:
-        """Make the filter of this code (V,) the static one."""
+        """Make the filter for this code (V,) the static one."""
 
     @abstractmethod
     def constant_code(self) -> Tensor | None:
-        """That code, (V,), where the parameters alone make it the same at every pixel of every input; None where they do not."""
+        """The code (V,) if the parameters alone make it the same at every pixel of every input, else None."""
 
     def nearest_constant(self, mean: Tensor) -> Tensor:
         """The code (V,) to fold at, given the mean over pixels: one that the layer can take everywhere."""
         return mean
 
     def code_text(self, mean: Tensor) -> str:
-        """What the mean code says to people; may be empty."""
+        """Description of the mean code for reports; may be empty."""
         return ""
 
     def static_energy(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Small arguments for every operator, to ask which backend would take such inputs and whether it computes the right thing."""
+"""Small arguments for every operator, to check which backend would run them and whether its result is right."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ def operators() -> list[Operator]:
 
 
 def example(operator: Operator, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Arguments for a call of the operator: 2 images of 16 channels and 12×12 pixels, a 3×3 kernel; the same every time."""
+    """Arguments for a call of the operator: 2 images of 16 channels and 12×12 pixels, a 3×3 kernel; always the same."""
     generator = torch.Generator().manual_seed(0)
 
     def make(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""BatchNorm folding: a dynamic layer that computes what it and the norm behind it compute in eval mode."""
+"""BatchNorm folding: a dynamic layer that computes in eval mode what the layer and the norm after it compute."""
 
 import copy
 from dataclasses import replace
@@ -13,17 +13,17 @@ from surgeon.layers.base import DynamicConv2d
 
 
 def fold_batchnorm(conv: nn.Module, norm: nn.Module) -> nn.Module:
-    """A copy of a dynamic layer, or of a convolution, that computes what `norm` makes of its output, adaptive or not.
+    """A copy of a dynamic layer or a convolution with `norm` folded into it, adaptive or not.
 
-    It stands for `torch.nn.utils.fusion.fuse_conv_bn_eval`, which fits convolutions only. Both modules must be in eval mode. What
-    was learned to vary stays. The layer gets a bias where it had none: its state dict then fits no layer that was not folded.
-    Raises `ConfigError` for a norm that is no BatchNorm with running statistics, and `UnsupportedLayerError` where the layer's
-    parameters cannot take it: a `SEKGConv2d` whose channels share generated kernels.
+    Like `torch.nn.utils.fusion.fuse_conv_bn_eval`, which supports convolutions only. Both modules must be in eval mode.
+    The learned dynamics stay. The layer gets a bias if it had none: its state dict then fits only a layer that was folded, too.
+    Raises `ConfigError` if the norm is not a BatchNorm with running statistics, and `UnsupportedLayerError` if the layer's
+    parameters cannot absorb it: a `SEKGConv2d` whose channels share generated kernels.
     """
     if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
         raise ConfigError(f"only a BatchNorm with running statistics can be folded, got {type(norm).__name__}")
     if conv.training or norm.training:
-        raise ConfigError("fold a norm in eval mode: in training it computes with the statistics of the batch")
+        raise ConfigError("fold a norm in eval mode: in training mode it uses the statistics of the batch")
     if not isinstance(conv, DynamicConv2d):
         assert isinstance(conv, nn.Conv2d)
         return fuse_conv_bn_eval(conv, norm)

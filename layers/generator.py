@@ -1,4 +1,4 @@
-"""The small network that tells a dynamic layer, at every output pixel, what to be there."""
+"""The small network that generates a dynamic layer's code at every output pixel."""
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,16 @@ class PixelGenerator(nn.Module):
     """1×1 convolution C → `hidden`, tanh, 3×3 convolution `hidden` → `outputs`, aligned with the replaced convolution.
 
     Maps the layer's input (N, C, H, W) to (N, outputs, H', W') with (H', W') the output size of the replaced convolution,
-    whose stride and dilation the 3×3 convolution takes over; its window is centered where the kernel is. The last
-    convolution's weight starts at zero: at birth the output is its bias everywhere. tanh bounds the hidden map: with an
-    unbounded activation joint training diverges. `depth` - 1 further 3×3 convolutions, each with its tanh, may stand between
-    the two: the generator then sees as many pixels further.
+    which also sets the stride and dilation of the 3×3 convolution; its window is centered on the kernel. The last
+    convolution's weight starts at zero: at initialization the output is its bias everywhere. tanh bounds the hidden map: with an
+    unbounded activation, joint training diverges. `depth` - 1 additional 3×3 convolutions, each followed by a tanh, may be
+    inserted between the two: each widens the generator's receptive field by one pixel on every side.
 
-    The 3×3 convolution is 9·hidden·outputs multiply-accumulates a pixel, often more than the convolution that is replaced.
-    `form` factorises it, without an activation in between: "separable" into a 3×3 depthwise convolution and a 1×1 one,
+    The 3×3 convolution takes 9·hidden·outputs multiply-accumulates per pixel, often more than the convolution that is replaced.
+    `form` factorizes it, without an activation in between: "separable" into a 3×3 depthwise convolution and a 1×1 one,
     hidden·(9 + outputs); "lowrank" into a 3×3 convolution to `rank` maps and a 1×1 one, rank·(9·hidden + outputs).
 
-    `norm` "batch" normalizes the map before each tanh. Without it the hidden map of small features is hardly more than its bias.
+    `norm` "batch" normalizes the map before each tanh. Without it, small features leave little in the hidden map but its bias.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class PixelGenerator(nn.Module):
         self.set_static_output(torch.zeros(outputs))
 
     def forward(self, x: Tensor, geometry: ConvGeometry | None = None) -> Tensor:
-        """`geometry` stands in for the layer's own where x is a band of the image (`ConvGeometry.band`), for depth 1."""
+        """`geometry` overrides the layer's own if x is a band of the image (`ConvGeometry.band`); depth 1 only."""
         hidden = self.hidden(x)
         band = () if geometry is None or geometry is self.geometry else (geometry,)
         out: Tensor = self.expand(hidden, *band) if self.around is None else self.expand(self.around(hidden, *band))
         return out
 
     def hidden(self, x: Tensor) -> Tensor:
-        """The last hidden map, (N, hidden, H, W), within [-1, 1]: all that the generator knows of its input."""
+        """The last hidden map, (N, hidden, H, W), within [-1, 1]: all the information the generator has about its input."""
         y: Tensor = x
         for index, conv in enumerate((self.reduce, *self.between)):
             y = conv(y)
@@ -77,7 +77,7 @@ class PixelGenerator(nn.Module):
 
     @property
     def static_output(self) -> Tensor:
-        """What the generator gives at every pixel while its last weight is zero, (outputs,). Differentiable."""
+        """The generator's output at every pixel while its last weight is zero, (outputs,). Differentiable."""
         assert self.expand.bias is not None
         return self.expand.bias
 

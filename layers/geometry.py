@@ -1,4 +1,4 @@
-"""The geometry of a 2-D convolution, and how to align other windows with it.
+"""The geometry of a 2-D convolution, and the alignment of other windows with it.
 
 Tensors are (N, C, H, W). Padding amounts follow `torch.nn.functional.pad`: (left, right, top, bottom).
 """
@@ -19,9 +19,9 @@ Quad = tuple[int, int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class ConvGeometry:
-    """Everything about a convolution but its numbers.
+    """Everything about a convolution except its weights.
 
-    `padding` is explicit, or "tf_same": TensorFlow's SAME, whose amount depends on the size of the input (timm's `Conv2dSame`).
+    `padding` is explicit, or "tf_same": TensorFlow's SAME, where the amount depends on the input size (timm's `Conv2dSame`).
     """
 
     in_channels: int
@@ -41,7 +41,7 @@ class ConvGeometry:
 
     @property
     def is_depthwise(self) -> bool:
-        """Whether every input channel is filtered on its own (C_out may be a multiple of C_in)."""
+        """Whether every input channel is filtered separately (C_out may be a multiple of C_in)."""
         return self.groups > 1 and self.groups == self.in_channels
 
     @property
@@ -59,7 +59,7 @@ class ConvGeometry:
         return (left, right, top, bottom)
 
     def output_size(self, height: int, width: int) -> Pair:
-        """Spatial size of the output; raises `GeometryError` where nothing would be left."""
+        """Spatial size of the output; raises `GeometryError` if it would be empty."""
         left, right, top, bottom = self.explicit_padding(height, width)
         padded = (height + top + bottom, width + left + right)
         out = tuple(
@@ -79,10 +79,10 @@ class ConvGeometry:
         return math.prod(self.weight_shape) * out_h * out_w
 
     def band(self, rows: slice, windows: Sequence[Pair], height: int, width: int) -> "tuple[slice, ConvGeometry]":
-        """Which input rows the output rows `rows` need, and the geometry that makes exactly these of them.
+        """The input rows that the output rows `rows` need, and the geometry that computes exactly these rows from them.
 
-        For an input of this size whose padding is zeros; `windows` (h, w) are all that are aligned with the kernel by
-        `pad_for_window`. The geometry's vertical padding may be negative: a crop, where another window reads further.
+        For an input of this size with zero padding; `windows` (h, w) are all windows aligned with the kernel by
+        `pad_for_window`. The geometry's vertical padding may be negative: a crop, if another window reads farther.
         """
         left, right, top, _ = self.explicit_padding(height, width)
         stride, dilation, kernel = self.stride[0], self.dilation[0], self.kernel_size[0]
@@ -112,12 +112,12 @@ def _tf_same(size: int, k: int, s: int, d: int) -> Pair:
 
 
 def pad_for_window(x: Tensor, geometry: ConvGeometry, window: Pair) -> tuple[Tensor, Pair]:
-    """Pad x so that a `window` (h, w) taken with the geometry's stride and dilation is centered where its kernel is.
+    """Pad x so that a `window` (h, w) applied with the geometry's stride and dilation is centered on the geometry's kernel.
 
-    Returns the tensor and the symmetric zero padding (vertical, horizontal) that the operator has to add itself. What can be
-    left to the operator is left to it: in the common case x comes back untouched. The convolution's own padding follows its
-    `padding_mode`; what a larger window needs beyond it is zeros, and a smaller window crops. For windows of the other
-    parity than the kernel the center is rounded up-left.
+    Returns the tensor and the symmetric zero padding (vertical, horizontal) that the operator has to add itself. As much
+    as possible is left to the operator: in the common case x is returned as is. The convolution's own padding follows its
+    `padding_mode`; a larger window pads the rest with zeros, and a smaller window crops. For windows whose parity differs
+    from the kernel's, the center is rounded up-left.
     """
     own = geometry.explicit_padding(x.shape[-2], x.shape[-1])
     extra_h, extra_w = (d * (w - k) for w, k, d in zip(window, geometry.kernel_size, geometry.dilation, strict=True))

@@ -1,4 +1,4 @@
-"""Normalization of the signal inside a generator, without which it hardly sees its input (docs/gains.md)."""
+"""Normalization inside a generator, which without it hardly sees its input (docs/gains.md)."""
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,10 @@ NORMS = ("batch",)
 class SignalNorm(nn.BatchNorm2d):
     """BatchNorm over the maps (N, C, H, W) inside a generator.
 
-    The running statistics begin with those of the first batch: with a start at (0, 1) eval mode would not see small features for a
-    hundred steps. Batch statistics need two values per channel: given a single one (one image, one pixel), training uses the
-    running statistics and leaves them alone, as eval mode does. `freeze_bn` of a fine-tuning does not apply: the norm comes with
-    the conversion and has no statistics worth keeping yet.
+    The running statistics start as those of the first batch: if they started at (0, 1), eval mode would not see small features for
+    about a hundred steps. Batch statistics need two values per channel: given only one (one image, one pixel), training uses the
+    running statistics and leaves them unchanged, as eval mode does. Fine-tuning's `freeze_bn` does not apply: the norm is new
+    and has no statistics worth keeping.
     """
 
     running_mean: Tensor
@@ -42,5 +42,5 @@ def check_norm(owner: str, norm: str | None) -> None:
 
 
 def batch_statistics(module: nn.Module) -> bool:
-    """Whether a norm inside of a module normalizes by what is in the batch, so that no part of an image can be computed alone."""
+    """Whether a norm inside the module uses batch statistics, so that no part of an image can be computed alone."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules())

@@ -1,4 +1,4 @@
-"""The dynamic layers by name. A layer type is one file or folder here and one `@register` line in it."""
+"""Registry of the dynamic layers. A layer type is one file or folder here with one `@register` line."""
 
 import difflib
 import pkgutil
@@ -12,7 +12,7 @@ _TYPES: dict[str, type[DynamicConv2d]] = {}
 
 
 def register(cls: type[DynamicConv2d]) -> type[DynamicConv2d]:
-    """Class decorator: make a layer known under its `type_name`."""
+    """Class decorator: register a layer under its `type_name`."""
     if cls.type_name in _TYPES:
         raise ValueError(
             f"layer type {cls.type_name!r} is registered twice, by {_TYPES[cls.type_name].__name__} and {cls.__name__}"
@@ -23,7 +23,7 @@ def register(cls: type[DynamicConv2d]) -> type[DynamicConv2d]:
 
 @cache
 def _load() -> None:
-    """Import every file and folder here, so that the layers in it register themselves."""
+    """Import every file and folder here so that their layers register themselves."""
     import surgeon.layers
 
     for module in pkgutil.iter_modules(surgeon.layers.__path__, "surgeon.layers."):
@@ -37,7 +37,7 @@ def layer_types() -> list[str]:
 
 
 def layer_class(name: str) -> type[DynamicConv2d]:
-    """The class of a layer type; an unknown name is a `ConfigError` that lists the known ones."""
+    """The class of a layer type; an unknown name raises a `ConfigError` that lists the known ones."""
     _load()
     if not isinstance(name, str) or name not in _TYPES:
         near = difflib.get_close_matches(str(name), _TYPES, n=1)
@@ -47,9 +47,9 @@ def layer_class(name: str) -> type[DynamicConv2d]:
 
 
 def type_of(config: LayerConfig) -> str:
-    """Name of the layer type that these options are for; raises `ConfigError` where it is not registered."""
+    """Name of the layer type that takes these options; raises `ConfigError` if none is registered."""
     _load()
     names = [name for name, cls in _TYPES.items() if cls.Config is type(config)]
     if not names:
-        raise ConfigError(f"no layer type takes a {type(config).__name__}; there are {', '.join(layer_types())}")
+        raise ConfigError(f"no layer type takes a {type(config).__name__}; known types: {', '.join(layer_types())}")
     return names[0]

@@ -1,4 +1,4 @@
-"""The loss term that layers ask for beside the task's."""
+"""The loss term that dynamic layers add to the task's loss."""
 
 import torch
 from torch import Tensor, nn
@@ -7,9 +7,9 @@ from surgeon.layers.base import DynamicConv2d
 
 
 def regularization(model: nn.Module) -> Tensor:
-    """Average of the regularization losses of a model's units, to be added to the task's loss (PAFU, §3.5, eq. 4).
+    """Average regularization loss of a model's dynamic layers, to be added to the task's loss (PAFU, §3.5, eq. 4).
 
-    A differentiable scalar; zero, on the device of the model's parameters, where no unit has one.
+    A differentiable scalar; zero, on the device of the model's parameters, if no layer has one.
     """
     layers = (module for module in model.modules() if isinstance(module, DynamicConv2d))
     terms = [term for term in (layer.regularization() for layer in layers) if term is not None]

@@ -1,7 +1,7 @@
-"""What a convolution module really computes: its geometry and its effective weight, read off one call.
+"""What a convolution module computes: its geometry and effective weight, observed in one call.
 
 Subclasses of `nn.Conv2d` may standardize their weight (timm's `StdConv2d`), pad by the size of the input (`Conv2dSame`) or be
-parametrized (`torch.nn.utils.parametrize`). Instead of a table of such classes, the call to `conv2d` is watched.
+parametrized (`torch.nn.utils.parametrize`). Instead of listing such classes, the call to `conv2d` is observed.
 """
 
 import copy
@@ -19,7 +19,7 @@ from surgeon.layers.geometry import ConvGeometry, Quad
 
 CONV_ATTRIBUTES = frozenset(
     vars(nn.Conv2d(1, 1, 1, device="meta"))
-)  # of a fresh convolution; without drawing random numbers
+)  # of a new convolution, without drawing random numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class ConvSource:
 
     @classmethod
     def read(cls, conv: nn.Module) -> "ConvSource":
-        """Read a convolution; raises `UnsupportedLayerError` with reasons for what cannot be read."""
+        """Read a convolution; raises `UnsupportedLayerError` with reasons if it cannot be read."""
         if type(conv) is nn.Conv2d and not ({"forward", "_conv_forward"} & vars(conv).keys()):
             if conv.weight.dim() != 4 or len(conv.weight) % conv.groups:
                 raise _unsupported(conv, f"its weight has shape {tuple(conv.weight.shape)} for {conv.groups} groups")
@@ -51,7 +51,7 @@ class ConvSource:
 
 
 class PlainConvolution(nn.Module):
-    """Nothing but the convolution that was read, for checks."""
+    """Just the convolution that was read, for checks."""
 
     def __init__(self, source: ConvSource) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def _unsupported(conv: nn.Module, reason: str) -> UnsupportedLayerError:
 
 
 def _plain_geometry(conv: nn.Conv2d) -> ConvGeometry:
-    """As torch computes: other padding modes than zeros by amounts that were fixed when the convolution was made."""
+    """As torch computes it: for padding modes other than zeros, by amounts fixed when the convolution was created."""
     padding: Quad
     if conv.padding_mode != "zeros":
         left, right, top, bottom = (int(p) for p in conv._reversed_padding_repeated_twice)
@@ -79,7 +79,7 @@ def _plain_geometry(conv: nn.Conv2d) -> ConvGeometry:
         padding = (0, 0, 0, 0)
     elif conv.padding == "same":
         if _pair(conv.stride) != (1, 1):
-            raise _unsupported(conv, f"padding 'same' goes with stride 1 only, and its stride is {conv.stride}")
+            raise _unsupported(conv, f"padding 'same' requires stride 1, and its stride is {conv.stride}")
         down, across = (d * (k - 1) for d, k in zip(_pair(conv.dilation), conv.weight.shape[2:], strict=True))
         padding = (across // 2, across - across // 2, down // 2, down - down // 2)
     else:
@@ -89,7 +89,7 @@ def _plain_geometry(conv: nn.Conv2d) -> ConvGeometry:
 
 
 def _geometry(conv: nn.Conv2d, padding: Any, bias: bool) -> ConvGeometry:
-    """Channels and kernel size are those of the weight: the attributes that say them too may have been left behind."""
+    """Channels and kernel size are taken from the weight: the attributes for them may be stale."""
     outputs, inputs, height, width = conv.weight.shape
     return ConvGeometry(
         in_channels=inputs * conv.groups,
@@ -105,7 +105,7 @@ def _geometry(conv: nn.Conv2d, padding: Any, bias: bool) -> ConvGeometry:
 
 
 class _WatchConv2d(TorchFunctionMode):
-    """Records every call of `conv2d` with its bound arguments and its result."""
+    """Records every call of `conv2d` with its bound arguments and result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class _WatchConv2d(TorchFunctionMode):
 
 
 def _read_subclass(conv: nn.Conv2d) -> ConvSource:
-    """Watch two calls on inputs of different sizes; accept what is one convolution of the (padded) input."""
+    """Observe two calls on inputs of different sizes; accept a single convolution of the (padded) input."""
     like = conv.weight
     seen: list[tuple[dict[str, Any], Tensor]] = []
     given: list[tuple[Tensor, Tensor]] = []
@@ -161,7 +161,7 @@ def _read_subclass(conv: nn.Conv2d) -> ConvSource:
         raise _unsupported(conv, "its padding depends on the input in an unknown way")
     source = ConvSource(geometry=geometry, weight=first["weight"].detach().clone(), bias=_detached(first["bias"]))
     if any(not _is_close(out, source.conv2d(x)) for x, out in given):
-        raise _unsupported(conv, "what it gives is not the convolution that it calls: its forward does more")
+        raise _unsupported(conv, "its output is not that of the conv2d it calls: its forward does more")
     return source
 
 
@@ -175,7 +175,7 @@ def _captured_geometry(conv: nn.Conv2d, call: dict[str, Any], x: Tensor) -> Conv
     settings = (_pair(call["stride"]), _pair(call["dilation"]), call["groups"], tuple(call["weight"].shape))
     expected = (_pair(conv.stride), _pair(conv.dilation), conv.groups, tuple(conv.weight.shape))
     if settings != expected:
-        raise _unsupported(conv, f"its call of conv2d has other settings than its attributes ({settings}, {expected})")
+        raise _unsupported(conv, f"its call of conv2d uses other settings than its attributes ({settings}, {expected})")
     has_bias = call["bias"] is not None
     given: Tensor = call["input"]
     if given.shape == x.shape and torch.equal(given, x):
@@ -208,7 +208,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def written_by_call(conv: nn.Conv2d) -> list[str]:
-    """Which attributes that a convolution computes with its hooks write when it is called; a copy of it is called."""
+    """Attributes used by a convolution's forward that its hooks write when it is called; a copy is called."""
     if not (conv._forward_pre_hooks or conv._forward_hooks):
         return []
     try:
@@ -218,7 +218,7 @@ def written_by_call(conv: nn.Conv2d) -> list[str]:
         with torch.no_grad(), torch.random.fork_rng():
             twin(torch.zeros((1, twin.weight.shape[1] * twin.groups, *size)).to(twin.weight))
     except Exception:
-        return []  # what a hook wants to see is not known here
+        return []  # the input that a hook expects is not known here
     after = _computing(twin)
     return [name for name, (value, version) in before.items() if after[name] is not value or _version(value) != version]
 
@@ -236,12 +236,12 @@ _COMPUTING = (
 
 
 def _computing(conv: nn.Conv2d) -> dict[str, Any]:
-    """What a convolution computes with; a computed weight (a parametrization) is not followed."""
+    """Attributes that a convolution computes with; a computed weight (a parametrization) is not followed."""
     return {name: conv._parameters.get(name, vars(conv).get(name)) for name in _COMPUTING}
 
 
 def _version(value: Any) -> Any:
-    """Changes when a tensor is written to, also by its `data`."""
+    """A value that changes when a tensor is written to, also via its `data`."""
     return (
         (value._version, value.data_ptr(), float(value.detach().double().sum())) if isinstance(value, Tensor) else None
     )

@@ -1,7 +1,7 @@
-"""What `.weight` of a dynamic layer gives: a tensor to look at, which says so where somebody writes to it.
+"""The value of `.weight` on a dynamic layer: a read-only tensor that raises an error on writes.
 
-Code for `nn.Conv2d` merges adapters, folds norms and clips by writing to `.weight`. A dynamic layer computes its static weight anew
-at each call: the write would be lost, or, where the weight is made into another convolution, the dynamic part would.
+Code for `nn.Conv2d` merges adapters, folds norms and clips by writing to `.weight`. A dynamic layer recomputes its static weight
+on each access: the write would be lost, or, if the weight is built into another convolution, the dynamic part would.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from torch import Tensor
 from surgeon.errors import ReadOnlyError
 
 READ_ONLY = (
-    "the weight of a dynamic layer is there to look at: it is computed from several parameters, and a write, or a convolution "
-    "made of it, would lose them or the dynamic part. Fold a norm with surgeon.layers.fold_batchnorm(layer, norm), merge adapters "
+    "the weight of a dynamic layer is read-only: it is computed from several parameters, and a write, or a convolution built "
+    "from it, would lose them or the dynamic part. Fold a norm with surgeon.layers.fold_batchnorm(layer, norm), merge adapters "
     "and fuse before converting, or make plain convolutions first with surgeon.revert(model); static_weight() is an ordinary tensor"
 )
 
@@ -22,7 +22,7 @@ _WRITING_DUNDERS = frozenset(
     f"__{name}__" for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 ) | {"__setitem__", "__set__", "__delete__", "__idiv__"}
 _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
-# With other tensors, these make the kernel of another convolution: a norm's scale, a parallel branch.
+# Combined with other tensors, these produce the kernel of another convolution: a norm's scale, a parallel branch.
 _COMBINING = frozenset(
     {"add", "sub", "rsub", "mul", "div", "true_divide", "addcmul", "lerp", "where", "cat", "stack"}
 ) | {
@@ -49,7 +49,7 @@ _VIEWS = frozenset(
 
 
 class StaticWeight(Tensor):
-    """A static weight: `ReadOnlyError` for a write to it, to a view of it, and where it is combined with other tensors."""
+    """A static weight: `ReadOnlyError` on a write to it or to a view of it, and when it is combined with other tensors."""
 
     @classmethod
     def __torch_function__(
@@ -65,12 +65,12 @@ class StaticWeight(Tensor):
 
 
 def read_only(weight: Tensor) -> Tensor:
-    """The weight, under guard; as it is where a compiler looks on."""
+    """The weight, guarded; returned as is under a compiler."""
     return weight if torch.compiler.is_compiling() else weight.as_subclass(StaticWeight)
 
 
 def _name(func: Callable[..., Any]) -> str:
-    """Name of a function or method; of an attribute, its own where it is read and `__set__` where it is written."""
+    """Name of a function or method; for an attribute, its own when read and `__set__` when written."""
     name = getattr(func, "__name__", "")
     return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
 
@@ -81,7 +81,7 @@ def _writes(name: str) -> bool:
 
 
 def _with_others(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a tensor, not a number, that is no static weight is among the arguments."""
+    """Whether the arguments contain a tensor other than a static weight."""
     given = [
         item for value in (*args, *kwargs.values()) for item in (value if isinstance(value, list | tuple) else (value,))
     ]

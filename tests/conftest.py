@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support.places import ROOT
+
 settings.register_profile("surgeon", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("surgeon")
 
 # No test may wait for a network: the hub clients fail at once instead of trying again.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,7 +59,7 @@ def nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 def tiny_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny tasks by name, an empty cache, and an empty folder to work in."""
     from surgeon.zoo.tasks import registry
-    from tests.search_tasks import add_tasks
+    from tests.support.search.tasks import add_tasks
 
     registry.task_names()  # registers the real ones
     monkeypatch.setattr(registry, "_TASKS", dict(registry._TASKS))
@@ -87,7 +87,7 @@ def data() -> Path:
 def fake_type(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer type "fake", for the time of a test."""
     from surgeon.layers import registry
-    from tests.fake_layer import FakeConv2d
+    from tests.support.fake_layer import FakeConv2d
 
     registry.layer_types()
     monkeypatch.setitem(registry._TYPES, "fake", FakeConv2d)

@@ -1,4 +1,4 @@
-"""Networks without a library home, by name: `create("resnet20_cifar")`."""
+"""Networks that no library provides, by name: `create("resnet20_cifar")`."""
 
 if __name__ != "surgeon.zoo":
     raise ImportError("this folder is a part of surgeon: import surgeon.zoo, not zoo")

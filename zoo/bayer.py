@@ -1,4 +1,4 @@
-"""The Bayer sensor: which of the three colors it measures at which pixel. For the task and for the networks that need to know."""
+"""The Bayer sensor: which color it measures at each pixel. Used by the task and by networks that need to know."""
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ def bayer_cell(pattern: str) -> Tensor:
 
 
 def bayer_mask(pattern: str, height: int, width: int) -> Tensor:
-    """(3, H, W), the cell of `pattern` repeated from the top left corner."""
+    """(3, H, W), the cell of `pattern` tiled from the top left corner."""
     mask = torch.zeros(3, height, width)
     for index, color in enumerate(pattern):
         mask["RGB".index(color), index // 2 :: 2, index % 2 :: 2] = 1
@@ -27,7 +27,7 @@ def bayer_mask(pattern: str, height: int, width: int) -> Tensor:
 
 
 def tell_pattern(model: nn.Module, pattern: str) -> None:
-    """Let the parts of a model that need to know where the sensor measures know it; one made for another sensor refuses."""
+    """Pass the sensor's pattern to the parts of a model that need it; one built for another sensor raises an error."""
     for module in model.modules():
         if callable(use_pattern := getattr(module, "use_pattern", None)):
             use_pattern(pattern)

@@ -1,4 +1,4 @@
-"""Classifiers of the zoo, known to timm as well: `timm.create_model("ad_resnet_s")` after `import surgeon.zoo`."""
+"""Classifiers of the zoo, also registered with timm: `timm.create_model("ad_resnet_s")` after `import surgeon.zoo`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,8 +33,8 @@ def classifier(
 ) -> None:
     """Register a classifier with the zoo and with timm.
 
-    `build` makes the plain network from timm's keyword options; `rules` say what surgery makes of it. `head` is the name of the
-    last linear layer, `stages` are the feature maps of `features_only`. `about` are fields of the zoo's `Entry`.
+    `build` makes the plain network from timm's keyword options; `rules` say how surgery changes it. `head` is the name of the
+    last linear layer, `stages` are the feature maps of `features_only`. `about` holds fields of the zoo's `Entry`.
     """
 
     def plain_or_operated(layer_options: Mapping[str, Any] | None = None, **options: Any) -> nn.Module:
@@ -67,9 +67,9 @@ def classifier(
 
 
 class SmallClassifier(nn.Module):
-    """What timm expects of a classifier, for networks that are children in sequence, average pooling and one linear layer.
+    """timm's classifier interface for networks that consist of children in sequence, average pooling and one linear layer.
 
-    A subclass makes its children in the order in which they run, names them in `body`, those of them that may be
+    A subclass creates its children in execution order, lists them in `body`, lists those that may be
     checkpointed in `stages`, describes its maps in `feature_info`, and calls `set_head`.
     """
 
@@ -88,10 +88,10 @@ class SmallClassifier(nn.Module):
         self.global_pool = global_pool
 
     def set_head(self, features: int, num_classes: int) -> None:
-        """Make the linear layer; none where `num_classes` is 0. Without pooling there can be none."""
+        """Create the linear layer; none if `num_classes` is 0. Without pooling there can be none."""
         if self.global_pool not in ("", "avg") or (num_classes and not self.global_pool):
             raise ConfigError(
-                f"{type(self).__name__} pools by 'avg', or not at all ('') and then has no classes; got "
+                f"{type(self).__name__} pools by 'avg', or not at all ('') without a classifier; got "
                 f"global_pool={self.global_pool!r} with {num_classes} classes"
             )
         self.num_features = self.head_hidden_size = features
@@ -103,7 +103,7 @@ class SmallClassifier(nn.Module):
         return self.head_name if name_only else self.get_submodule(self.head_name)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new linear layer; `global_pool` "avg" or "" (none: the features come out unpooled)."""
+        """Replace the linear layer; `global_pool` is "avg" or "" (none: return unpooled features)."""
         self.global_pool = self.global_pool if global_pool is None else global_pool
         like = next(self.parameters())
         self.set_head(self.num_features, num_classes)
@@ -137,7 +137,7 @@ class SmallClassifier(nn.Module):
         return x if pre_logits else self.get_submodule(self.head_name)(x)
 
     def pool(self, x: Tensor) -> Tensor:
-        """The maps averaged."""
+        """The average of each map."""
         return x.mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Dynamic layers that the papers measure theirs against. They preserve no function, so that surgery does not offer them.
+"""Dynamic layers that the papers compare against. They cannot preserve a convolution's function, so surgery does not offer them.
 
-`CondConv2d` (Yang et al. 2019) and `DyConv2d` (Chen et al. 2020, DY-CNN) mix one kernel an image from several experts;
+`CondConv2d` (Yang et al. 2019) and `DyConv2d` (Chen et al. 2020, DY-CNN) mix one kernel per image from several experts;
 `DynamicFilterConv2d` (Jia et al. 2016, DFN) generates a filter for every pixel.
 """
 
@@ -16,9 +16,9 @@ from surgeon.layers.sekg.operator import dconv
 
 
 class MixedConv2d(nn.Module, ABC):
-    """A convolution whose kernel and bias are, for each image, sums of `experts` kernels with weights from `routing`.
+    """A convolution whose kernel and bias are, for each image, sums of `experts` kernels weighted by `routing`.
 
-    (N, C_in, H, W) -> (N, C_out, H', W'). All images run as the groups of one convolution. Subclasses say how to route.
+    (N, C_in, H, W) -> (N, C_out, H', W'). All images run as groups of one convolution. Subclasses define the routing.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class MixedConv2d(nn.Module, ABC):
         super().__init__()
         if experts < 1 or in_channels % groups or out_channels % groups:
             raise ConfigError(
-                f"{type(self).__name__} needs at least one expert and channels that {groups} groups divide, got "
+                f"{type(self).__name__} needs at least one expert and channels divisible by {groups} groups, got "
                 f"{experts} experts and {in_channels} -> {out_channels} channels"
             )
         self.shape = (out_channels, in_channels // groups, kernel_size, kernel_size)
@@ -71,9 +71,9 @@ class CondConv2d(MixedConv2d):
 
 
 class DyConv2d(MixedConv2d):
-    """DY-CNN: softmax attention of two linear layers, a quarter as wide between (Chen et al. 2020, Figure 3).
+    """DY-CNN: softmax attention from two linear layers, with a quarter of the width in between (Chen et al. 2020, Figure 3).
 
-    `temperature` starts at 30 in the paper and is annealed to 1 in the first epochs; set the attribute.
+    `temperature` starts at 30 in the paper and is annealed to 1 over the first epochs; set the attribute.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class DyConv2d(MixedConv2d):
 
 
 class DynamicFilterConv2d(nn.Module):
-    """DFN's dynamic local filtering: one k×k filter a pixel from a small network, shared by all channels; then a 1×1 convolution.
+    """DFN's dynamic local filtering: one k×k filter per pixel from a small network, shared by all channels; then a 1×1 convolution.
 
-    (N, C_in, H, W) -> (N, C_out, H, W). The generating network is ACDA's (1×1 to 64, tanh, 3×3), for comparison with it; the
-    filters start at the identity. `filter_groups` filters a pixel serve as many groups of channels.
+    (N, C_in, H, W) -> (N, C_out, H, W). The generating network is ACDA's (1×1 to 64, tanh, 3×3), for a fair comparison; the
+    filters start at the identity. `filter_groups` filters per pixel serve as many groups of channels.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ def filter_pixels(x: Tensor, filters: Tensor, kernel_size: int) -> Tensor:
 
 
 def start_at_zero(conv: nn.Conv2d) -> None:
-    """Let a convolution start with output zero: behind it, a network that corrects its input starts at the identity."""
+    """Make a convolution start with zero output, so that a network that corrects its input starts at the identity."""
     nn.init.zeros_(conv.weight)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
@@ -132,7 +132,7 @@ def start_at_zero(conv: nn.Conv2d) -> None:
 
 @torch.no_grad()
 def identity_filters(conv: nn.Conv2d, kernel_size: int) -> None:
-    """Let the convolution that predicts filters start with the identity at every pixel: weight zero, bias 1 at the center."""
+    """Make the convolution that predicts filters start with the identity at every pixel: zero weight, bias 1 at the center."""
     assert conv.bias is not None
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)

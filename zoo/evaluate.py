@@ -1,4 +1,4 @@
-"""What a model is worth on a task: its metrics over a split, the same at every call."""
+"""Metrics of a model on a split of a task, reproducible from call to call."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -31,16 +31,16 @@ def evaluate(
     progress: Progress | None = None,
     layers: list[Adaptivity] | None = None,
 ) -> dict[str, float]:
-    """Metrics of a model on a split of a task, by name, the task's `primary` among them.
+    """Metrics of a model on a split of a task, by name, including the task's `primary`.
 
-    The model must fit the task already (`task.bind`). It runs in eval mode without gradients; mode, buffers and random state
-    are afterwards as before. Two calls give the same numbers on the same device.
+    The model must already fit the task (`task.bind`). It runs in eval mode without gradients; mode, buffers and random state
+    are restored afterward. Two calls return the same numbers on the same device.
 
     Args:
-        device: where to evaluate; the model is moved there and stays. None is where it is.
+        device: where to evaluate; the model is moved there and stays. None: where it is.
         amp: autocast to "float16" or "bfloat16".
-        workers: processes that load data; 0 loads in this one.
-        progress: called with ("evaluate", batches done, batches in all).
+        workers: number of data-loading processes; 0 loads in this one.
+        progress: called with ("evaluate", batches done, total batches).
         layers: filled with how adaptive each dynamic layer is on the first batch.
 
     Raises:
@@ -56,7 +56,7 @@ def evaluate(
     samples = task.dataset(split)
     if not len(samples):
         raise DataError(f"task {task.name}: the {split} split has no samples")
-    # A generator of its own: a loader draws one number from the global one at every start.
+    # A separate generator: a loader draws one number from the global one each time it starts.
     loader: DataLoader[Sample] = DataLoader(
         samples, batch_size, collate_fn=task.collate, num_workers=workers, generator=torch.Generator().manual_seed(0)
     )
@@ -89,7 +89,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 @contextmanager
 def running(model: nn.Module, batch: Batch, task: Task) -> Iterator[None]:
-    """Within it, that the model cannot take the batch is an `InputError`."""
+    """Context in which a model that cannot take the batch raises an `InputError`."""
     try:
         yield
     except (SurgeonError, torch.OutOfMemoryError):
@@ -108,9 +108,9 @@ def _device(model: nn.Module, wanted: str | torch.device | None) -> torch.device
     try:
         found = torch.device(wanted)
     except RuntimeError as error:
-        raise ConfigError(f"there is no device {str(wanted)!r}: cpu, cuda, cuda:N or mps") from error
+        raise ConfigError(f"unknown device {str(wanted)!r}; expected cpu, cuda, cuda:N or mps") from error
     if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"the device {found} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise ConfigError(f"device {found} not found: this machine has {torch.cuda.device_count()} CUDA devices")
     if found.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("the device mps is not there")
+        raise ConfigError("device mps not found")
     return found

@@ -1,4 +1,4 @@
-"""Weights in circulation: keys renamed to those of the zoo's networks. Files are read by `surgeon.models.weights`, safely."""
+"""Public weights: keys renamed to those of the zoo's networks. `surgeon.models.weights` reads the files safely."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ read_state = weights.read_weights
 
 
 def translate(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """The same tensors under the names that `layout` makes of their keys."""
+    """The same tensors under the names that `layout` maps their keys to."""
     out: dict[str, Tensor] = {}
     for key, value in state.items():
         name = key
@@ -25,9 +25,9 @@ def translate(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
 
 
 def adapt(state: Mapping[str, Tensor], found: Entry, model: nn.Module) -> dict[str, Tensor]:
-    """A state dict in circulation as `model`, a network of the entry `found`, takes it.
+    """A public state dict in the form that `model`, a network of the entry `found`, can load.
 
-    The model's own keys are understood as they are. Tensors that the entry names as `reshaped` get the model's shape.
+    The model's own keys are accepted as they are. Tensors that the entry lists as `reshaped` get the model's shape.
     """
     own = model.state_dict()
     if set(state) <= set(own):
@@ -42,8 +42,8 @@ def adapt(state: Mapping[str, Tensor], found: Entry, model: nn.Module) -> dict[s
 def load_foreign(model: nn.Module, path: str | Path, *, network: str | None = None) -> nn.Module:
     """Load a weights file into `model` and return it.
 
-    `network` is the zoo name whose public key layout may be used; the model's own keys are always understood. Counters of
-    batches that a batch norm keeps may be missing. Raises `ModelError` with the first mismatches.
+    `network` is the zoo name whose public key layout may be used; the model's own keys are always accepted. A batch norm's
+    batch counters may be missing. Raises `ModelError` with the first mismatches.
     """
     state = read_state(path)
     if network is not None:

@@ -1,4 +1,4 @@
-"""The networks of the zoo by name. A network is one file in `networks/` and one `@register` line a name."""
+"""Registry of the zoo's networks. A network is one file in `networks/` with one `@register` line per name."""
 
 import difflib
 import inspect
@@ -21,10 +21,10 @@ Size = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What a paper says that a network has.
+    """Numbers published in a paper.
 
-    `params` parameters; `macs` multiply-accumulates of one image of size `at` (C, H, W), where the paper says so in whatever
-    unit; `where` is the table or the sentence.
+    `params` is the number of parameters; `macs` the multiply-accumulates of one image of size `at` (C, H, W), if the paper
+    gives them in any unit; `where` is the table or the sentence.
     """
 
     where: str
@@ -35,18 +35,18 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One name of the zoo.
+    """One network of the zoo.
 
-    `plain` is the name of the network that `rules` turn into this one; without rules it is the one beside it, and `by_hand`
-    says why no surgery leads from there. `uncounted` is a regular expression of parameters that
-    the published number leaves out; `difference` says why ours differs from what was published.
+    `plain` names the network that `rules` turn into this one; without rules, its closest plain counterpart, and `by_hand`
+    explains why surgery cannot produce this one. `uncounted` is a regular expression of parameters that
+    the published number omits; `difference` explains why ours differs from the published number.
     """
 
     name: str
     factory: Factory
     input_size: Size  # (C, H, W) of an example input; H and W are free unless the docstring says otherwise
-    layout: Layout = ()  # how the keys of the weights that are in circulation map to this network's
-    reshaped: str = ""  # regular expression of the tensors that are in circulation in another shape, in the same order
+    layout: Layout = ()  # how the keys of public weights map to this network's
+    reshaped: str = ""  # regular expression of tensors that public weights store in another shape, in the same order
     summary: str = ""
     description: str = field(default="", repr=False)
     published: Published | None = None
@@ -61,14 +61,14 @@ _ENTRIES: dict[str, Entry] = {}
 
 
 def zero_based(template: str) -> Callable[[re.Match[str]], str]:
-    """Replacement for a layout that counts from 1: each `{}` takes a matched number less one."""
+    """Replacement for a layout that counts from 1: each `{}` takes a matched number minus one."""
     return lambda match: template.format(*(int(group) - 1 for group in match.groups()))
 
 
 def register(name: str, *, input_size: Size, source: str | None = None, **about: Any) -> Callable[[Factory], Factory]:
-    """Decorator: make a factory (keyword options -> module) known under a name.
+    """Decorator: register a factory (keyword options -> module) under a name.
 
-    `source` is the text that says where the network is from, by default that of the factory's module; `about` are fields of
+    `source` cites the network's origin, by default the docstring of the factory's module; `about` holds fields of
     `Entry`.
     """
 
@@ -96,7 +96,7 @@ def names() -> list[str]:
 
 
 def entry(name: str) -> Entry:
-    """What is known about a network; an unknown name is a `ModelError` with the nearest ones."""
+    """Facts about a network; an unknown name raises a `ModelError` with the nearest ones."""
     if name not in _ENTRIES:
         near = difflib.get_close_matches(name, _ENTRIES, n=3) or names()
         raise ModelError(f"the zoo has no network {name!r}. Did you mean {' or '.join(near)}?")

@@ -1,4 +1,4 @@
-"""Zoo networks that are a plain network after surgery: the same `surgeon.convert` that users call, with a stored recipe."""
+"""Zoo networks built by surgery on a plain network: the public `surgeon.convert` with a stored recipe."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ def operate(
     """Convert `model` in place by the rules, with layers as their papers have them, and start those from scratch that cannot hold
     the kernel.
 
-    `layer_options` are laid over the options of every rule ({"norm": "batch"}, {"selection": "argmax"}).
+    `layer_options` override the options of every rule ({"norm": "batch"}, {"selection": "argmax"}).
 
     A network that is trained from scratch has no function to preserve: layers that are cut to the paper's size (ACDA with
     `static_atoms` 0) begin at their own random start instead of a few atoms of a random kernel. The layers' random numbers

@@ -1,4 +1,4 @@
-"""Published against ours: parameters and multiply-accumulates of every network of the zoo, and why they differ."""
+"""Published versus our numbers: parameters and multiply-accumulates of every network of the zoo, and why they differ."""
 
 import json
 import math
@@ -17,12 +17,12 @@ from surgeon.zoo.recipes import recipes_for
 from surgeon.zoo.registry import Entry, Size, create, entry
 
 COUNTED = Path(__file__).with_name("counted.json")
-TOLERANCE = 0.01  # above it a difference needs its reason
+TOLERANCE = 0.01  # a larger difference needs a reason
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One network. `compared_params` are those that the published number counts; MACs are of one image of size `at`."""
+    """One network. `compared_params` are the parameters covered by the published number; MACs are for one image of size `at`."""
 
     name: str
     params: int
@@ -37,12 +37,12 @@ class Row:
 
     @property
     def params_off(self) -> float | None:
-        """Relative difference of the parameters from what was published; None where nothing was."""
+        """Relative difference of the parameters from the published number; None if there is none."""
         return None if self.published_params is None else self.compared_params / self.published_params - 1
 
     @property
     def macs_off(self) -> float | None:
-        """The same of the multiply-accumulates."""
+        """Relative difference of the multiply-accumulates from the published number; None if there is none."""
         return None if self.published_macs is None else self.macs / self.published_macs - 1
 
     @property
@@ -72,7 +72,7 @@ class Row:
 
 
 def make_row(name: str, *, fresh: bool = False) -> Row:
-    """One network, with the numbers that come with surgeon; `fresh`, and where there are none, they are counted."""
+    """One network, with the numbers shipped with surgeon; with `fresh`, or if there are none, they are counted."""
     found = entry(name)
     published = found.published
     at = (published.at if published is not None else None) or found.input_size
@@ -98,7 +98,7 @@ def _counted() -> dict[str, Any]:
 
 
 def _count(found: Entry, at: Size) -> dict[str, Any]:
-    """Build a network and count it; nothing is run but on the meta device."""
+    """Build a network and count it, on the meta device only."""
     model = create(found.name)
     return {
         "params": count_parameters(model),
@@ -109,7 +109,7 @@ def _count(found: Entry, at: Size) -> dict[str, Any]:
 
 
 def write_counted(names: Sequence[str]) -> None:
-    """Count the networks and write the numbers that come with surgeon: after a change of a network, or of what is counted."""
+    """Count the networks and write the shipped numbers; needed after a change of a network or of what is counted."""
     rows = make_table(names, fresh=True)
     numbers = {
         row.name: {"params": row.params, "compared_params": row.compared_params, "macs": row.macs, "at": list(row.at)}
@@ -120,7 +120,7 @@ def write_counted(names: Sequence[str]) -> None:
 
 
 def count_parameters(model: nn.Module, *, without: str = "") -> int:
-    """Parameters, but for those whose name the regular expression `without` finds."""
+    """Number of parameters, except those whose name matches the regular expression `without`."""
     return sum(p.numel() for name, p in model.named_parameters() if not (without and re.search(without, name)))
 
 
@@ -134,7 +134,7 @@ def count_macs(model: nn.Module, size: Size) -> int:
 def make_table(
     names: Sequence[str], tell: Callable[[str, int, int], None] | None = None, *, fresh: bool = False
 ) -> list[Row]:
-    """Rows of the named networks, see `make_row`; `tell(stage, done, total)` hears of the progress."""
+    """Rows of the named networks, see `make_row`; `tell(stage, done, total)` reports progress."""
     rows = []
     for done, name in enumerate(names):
         if tell is not None:
@@ -147,7 +147,7 @@ def make_table(
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table and the reasons as a part of a document."""
+    """The table and the reasons as part of a document."""
     head = (
         "| network | parameters | published | off | GMAC | at | published | off | where |\n| --- |"
         + " ---: |" * 7
@@ -175,12 +175,12 @@ def _markdown_line(row: Row) -> str:
 
 
 def percent(value: float | None) -> str:
-    """+1.2%, or nothing."""
+    """+1.2%, or an empty string."""
     return "" if value is None or math.isnan(value) else f"{100 * value:+.1f}%"
 
 
 def describe(found: Entry) -> dict[str, Any]:
-    """What is known about an entry without building it, as plain JSON values."""
+    """Facts about an entry that do not require building it, as plain JSON values."""
     published = found.published
     return {
         "name": found.name,

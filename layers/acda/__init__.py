@@ -1,4 +1,4 @@
-"""ACDA: the layer, its mathematics and its operator."""
+"""ACDA: the layer, its math and its operator."""
 
 from surgeon.layers.acda.layer import ACDAConfig, ACDAConv2d
 

@@ -1,6 +1,6 @@
-"""Kernels as atoms times coefficients: the exact decomposition, the truncated ones, and atoms written in a basis.
+"""Kernels as atoms times coefficients: exact and truncated decompositions, and atoms expanded in a basis.
 
-W (C_out, C/g, k_h, k_w) = Σ_a coeff (C_out, C/g, a) · atoms (a, k_h, k_w). All tensors made here are float64.
+W (C_out, C/g, k_h, k_w) = Σ_a coeff (C_out, C/g, a) · atoms (a, k_h, k_w). All tensors created here are float64.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from torch import Tensor
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.source import ConvSource
 
-# How many pixels the activation-aware truncation looks at, and at least how many for each unknown of an output channel.
+# Number of pixels used by the activation-aware truncation, and the minimum per unknown of an output channel.
 _PIXELS = 8192
 _PIXELS_PER_UNKNOWN = 4
-# Ridge of the refit, relative to the mean energy of a feature; it pulls towards what is refitted. Measured on whole networks
-# (ResNet-20, SqueezeNet at m = 4 and 6): 1.0 leaves up to 14 % more output error, 0.01 gains nothing on images not seen.
+# Ridge of the refit, relative to the mean energy of a feature; it pulls toward the starting point. Measured on whole networks
+# (ResNet-20, SqueezeNet at m = 4 and 6): 1.0 leaves up to 14 % more output error, 0.01 gains nothing on held-out images.
 _RIDGE = 0.1
-# Directions of a basis weaker than this share of the strongest are not relied on: coefficients stay below about 20.
+# Basis directions weaker than this share of the strongest are ignored: coefficients stay below about 20.
 _WEAK_DIRECTION = 0.05
 
 
@@ -35,15 +35,15 @@ class Decomposition:
         return self.atoms.shape[0]
 
     def weight(self) -> Tensor:
-        """The kernel they make, (C_out, C/g, k_h, k_w)."""
+        """The kernel that they form, (C_out, C/g, k_h, k_w)."""
         return torch.einsum("oca,ahw->ochw", self.coeff, self.atoms)
 
 
 def decompose(weight: Tensor, rank: int | None = None) -> Decomposition:
     """Atoms by energy: the eigenvectors of WᵀW, W as (C_out·C/g, k_h·k_w).
 
-    Without `rank` exact to the precision of the weight: only atoms that together hold less than that are left out, so that
-    the rank is that of the kernel. With `rank` at most that many: the best approximation in weights.
+    Without `rank`, exact to the precision of the weight: only atoms that together hold less than that are dropped, so
+    the rank is that of the kernel. With `rank`, at most that many atoms: the best approximation of the weight.
     """
     rows = weight.detach().double().flatten(2)
     _, atoms = torch.linalg.eigh(torch.einsum("oct,ocs->ts", rows, rows))
@@ -60,18 +60,18 @@ def decompose(weight: Tensor, rank: int | None = None) -> Decomposition:
     return Decomposition(atoms[:, :kept].t().reshape(kept, *weight.shape[2:]), coeff[:, :, :kept])
 
 
-# --- truncation that knows the inputs ----------------------------------------------------------------------------------
+# --- activation-aware truncation -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def truncate_for_inputs(source: ConvSource, rank: int, x: Tensor, x_exact: Tensor | None = None) -> Decomposition:
-    """At most `rank` atoms, for least error of the output on the inputs x (N, C, H, W).
+    """At most `rank` atoms, chosen to minimize the output error on the inputs x (N, C, H, W).
 
-    Atoms and coefficients are the best ones when the error of the weight is weighted by the spatial covariance of the patches of
-    x ((k_h·k_w)², the mean over the channels) and the energy of each channel; then the coefficients are refitted by least
-    squares on patches of x. With `x_exact`, what the layer would get if nothing before it had been truncated, the
-    convolution's output on that is aimed at instead, so that the layer makes good what earlier ones lost.
-    Never worse on x than the plain truncation, which is returned where nothing beats it.
+    Atoms and coefficients minimize the error of the weight, weighted by the spatial covariance of the patches of x
+    ((k_h·k_w)², the mean over the channels) and by the energy of each channel; then the coefficients are refitted by least
+    squares on patches of x. With `x_exact`, the input that the layer would get if nothing before it had been truncated, the
+    target is the convolution's output on `x_exact`, so the layer corrects errors of earlier ones.
+    Never worse on x than the plain truncation, which is returned if nothing beats it.
     """
     plain = decompose(source.weight, rank)
     patches = list(_sample_patches(source, x, plain.rank))
@@ -86,7 +86,7 @@ def truncate_for_inputs(source: ConvSource, rank: int, x: Tensor, x_exact: Tenso
 
 @torch.no_grad()
 def output_error(source: ConvSource, weight: Tensor, x: Tensor, x_exact: Tensor | None = None) -> float:
-    """‖y − ŷ‖ / ‖y‖, y the convolution's output on `x_exact` (default: x), ŷ that on x with another weight; without bias."""
+    """‖y − ŷ‖ / ‖y‖: y is the convolution's output on `x_exact` (default: x), ŷ the output on x with `weight`; without bias."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     right = replace(source, weight=source.weight.to(dtype), bias=None)
     other = replace(source, weight=weight.to(dtype), bias=None)
@@ -102,7 +102,7 @@ def output_error(source: ConvSource, weight: Tensor, x: Tensor, x_exact: Tensor 
 
 
 def _sample_patches(source: ConvSource, x: Tensor, rank: int) -> Iterator[Tensor]:
-    """For each image of x some of its patches, (C, k_h·k_w, pixels), evenly spread."""
+    """Evenly spread patches of each image of x, (C, k_h·k_w, pixels)."""
     g = source.geometry
     wanted = max(_PIXELS, _PIXELS_PER_UNKNOWN * rank * source.weight.shape[1])
     if len(x) == 0:
@@ -128,7 +128,7 @@ def _windows(g: ConvGeometry, image: Tensor, out: tuple[int, int]) -> Tensor:
 
 
 def _weighted(weight: Tensor, patches: list[Tensor], rank: int) -> Decomposition:
-    """The best approximation by `rank` atoms when the error is weighted by the patches' covariance and the channels' energy."""
+    """Best approximation by `rank` atoms if the error is weighted by the patches' covariance and the channels' energy."""
     rows = weight.detach().double().flatten(2)
     zero = rows.new_zeros(())
     covariance = sum((torch.einsum("ctp,csp->ts", p, p) for p in patches), zero)
@@ -147,9 +147,9 @@ def _weighted(weight: Tensor, patches: list[Tensor], rank: int) -> Decomposition
 
 
 def _refit(source: ConvSource, start: Decomposition, patches: list[Tensor], wanted: list[Tensor]) -> Decomposition:
-    """Coefficients of the start's atoms by ridge regression of what the start gets wrong, group by group.
+    """Coefficients of the starting atoms by ridge regression on their residual, group by group.
 
-    Right is what the convolution makes of `wanted`, patches at the same places.
+    The target is the convolution's output for `wanted`, patches at the same positions.
     """
     c_out, c_group, rank = start.coeff.shape
     groups = source.geometry.groups
@@ -176,10 +176,10 @@ def _refit(source: ConvSource, start: Decomposition, patches: list[Tensor], want
 
 
 def expand_in_basis(atoms: Tensor, basis: Tensor, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Write atoms (m, …) over basis elements (K, …) and as many further, orthonormal ones as exactness needs.
+    """Expand atoms (m, …) in basis elements (K, …) plus as many extra, orthonormal ones as exactness requires.
 
-    Returns the extra elements (e, …) and alpha (m, K + e). With `limit` at most that many extra elements, the ones that
-    carry most; what they cannot carry is lost.
+    Returns the extra elements (e, …) and alpha (m, K + e). With `limit`, at most that many extra elements, those that
+    contribute most; the rest is lost.
     """
     shape, atoms, basis = atoms.shape[1:], atoms.flatten(1), basis.flatten(1)
     left, strength, right = torch.linalg.svd(basis, full_matrices=False)

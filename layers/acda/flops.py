@@ -1,7 +1,7 @@
-"""FLOPs of ACDA's operator for torch's counter (1 MAC = 2 FLOPs), by its definition, whatever backend runs.
+"""FLOPs of ACDA's operator for torch's counter (1 MAC = 2 FLOPs), from its definition, independent of the backend.
 
-Torch's counter passes the shapes of tensors in their place. The backward pass saves only inputs; what it computes again is
-counted if a gradient needs it.
+Torch's counter passes shapes in place of tensors. The backward pass saves only inputs; what it recomputes is counted
+if a gradient needs it.
 """
 
 from collections.abc import Sequence
@@ -36,13 +36,13 @@ def acda_backward_flops(
     need_atoms = need_alpha or need_psi or need_static
     macs = mixing * (need_x or need_atoms)  # gradient of the filtered input
     macs += filtering * (need_x + need_atoms) + atoms * (need_alpha + need_psi)
-    macs += atoms * (need_x or need_coeff)  # made again
-    macs += (filtering + mixing) * need_coeff  # filtered again, and the gradient itself
+    macs += atoms * (need_x or need_coeff)  # recomputed
+    macs += (filtering + mixing) * need_coeff  # recomputed filtering, and the gradient itself
     return 2 * macs
 
 
 def _macs(x: Shape, alpha: Shape, psi: Shape, static: Shape, coeff: Shape) -> tuple[int, int, int]:
-    """MACs to make atoms from the basis, to filter with the atoms, and to mix by the coefficients (ACDA §3.2)."""
+    """MACs of synthesizing the atoms, filtering with them, and mixing with the coefficients (ACDA §3.2)."""
     pixels = alpha[0] * alpha[2] * alpha[3]
     elements, window = psi[0], psi[1] * psi[2]
     c_out, c_group, atoms = coeff

@@ -1,7 +1,7 @@
-"""ACDA: a convolution whose filters are made at every pixel from dynamic atoms (Wang et al., "Adaptive Convolutions with Dynamic
+"""ACDA: a convolution whose filters are built at every pixel from dynamic atoms (Wang et al., "Adaptive Convolutions with Dynamic
 Atoms", §3).
 
-Shapes: m dynamic and r static atoms, K basis elements in a window (l_h, l_w) that holds the kernel's box (k_h, k_w);
+Shapes: m dynamic and r static atoms; K basis elements in a window (l_h, l_w) that contains the kernel's box (k_h, k_w);
 alpha (N, m·K, H', W'), psi (K, l_h, l_w), coeff (C_out, C/g, m + r), dynamic atoms first.
 """
 
@@ -27,18 +27,18 @@ from surgeon.layers.ops.dispatch import exporting, tracing
 from surgeon.layers.registry import register
 from surgeon.layers.source import ConvSource
 
-BAND_BYTES = 128 << 20  # what the generator's maps of a band may take, where no gradient is wanted
+BAND_BYTES = 128 << 20  # limit for the generator's maps of one band, without gradients
 
 
 @dataclass(frozen=True, kw_only=True)
 class ACDAConfig(LayerConfig):
     """`atoms` m, `scales` S and `basis_size` m' of the paper (appendix A.4: 6, 3, 6), `hidden` width of the generator (A.3: 64).
 
-    `static_atoms`: how many atoms, beyond the dynamic ones, stay the same everywhere; None is as many as the exact kernel needs,
-    fewer make the layer smaller and no longer exact (0: compress). `extra_elements`: how many basis elements are made from the
-    weights; None is as many as the dynamic atoms need. In a layer both are numbers; built without a convolution, None is 0.
-    `generator` is the form of the generator, "full" (the paper's), "separable" or "lowrank" (see `PixelGenerator`), the latter
-    of rank `generator_rank` (None: 16). `norm` normalizes the generator's signal: "batch", or None as in the paper.
+    `static_atoms`: number of atoms, in addition to the dynamic ones, that are the same at every pixel. None: as many as an exact
+    kernel needs; fewer make the layer smaller but no longer exact (0: compress). `extra_elements`: number of basis elements derived
+    from the weights. None: as many as the dynamic atoms need. In a layer both are numbers; without a convolution, None becomes 0.
+    `generator` is the form of the generator, "full" (as in the paper), "separable" or "lowrank" (see `PixelGenerator`), the latter
+    with rank `generator_rank` (None: 16). `norm` normalizes the generator's signal: "batch", or None as in the paper.
     """
 
     paper: ClassVar[Mapping[str, Any]] = {"norm": None}
@@ -92,7 +92,7 @@ class ACDAConv2d(CodedConv2d):
     """Convolution with per-pixel dynamic atoms (paper: Eq. 4-6, two-layer form of Figure 3).
 
     Parameters: `generator` Φ (its last bias is the static alpha), `coeff`, `static_atoms` (r, k_h, k_w), `bias`.
-    Buffer: `psi`, the Fourier-Bessel elements and after them the extra ones made from the weights.
+    Buffer: `psi`, the Fourier-Bessel elements followed by the extra ones derived from the weights.
     """
 
     type_name: ClassVar[str] = "acda"
@@ -102,7 +102,7 @@ class ACDAConv2d(CodedConv2d):
     psi: Tensor
 
     def __init__(self, geometry: ConvGeometry, config: ACDAConfig | None = None) -> None:
-        """Built from scratch it is the paper's layer: each atom starts at one basis element, coefficients at random."""
+        """Built from scratch, this is the paper's layer: each atom starts as one basis element, with random coefficients."""
         config = config or ACDAConfig()
         config = replace(config, static_atoms=config.static_atoms or 0, extra_elements=config.extra_elements or 0)
         super().__init__(geometry, config)
@@ -130,10 +130,10 @@ class ACDAConv2d(CodedConv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Module | ConvSource, config: LayerConfig | None = None, **context: Any) -> Self:
-        """Exact unless the config asks for fewer static atoms or extra elements than that takes.
+        """Exact unless the config allows fewer static atoms or extra elements than exactness needs.
 
-        Then, with `calibration` (N, C, H, W) in the context, atoms and coefficients are chosen for that input; with
-        `calibration_exact` for the output that the convolution would have made of that.
+        In that case, with `calibration` (N, C, H, W) in the context, atoms and coefficients are fitted to that input; with
+        `calibration_exact`, to the output of the original convolution on it.
         """
         source = conv if isinstance(conv, ConvSource) else ConvSource.read(conv)
         config = config or ACDAConfig()
@@ -146,7 +146,7 @@ class ACDAConv2d(CodedConv2d):
         config = replace(config, static_atoms=max(0, parts.rank - m), extra_elements=len(extra))
         layer = cls(source.geometry, config)
 
-        # Atoms that the kernel does not fill stand at one basis element each, with coefficients zero.
+        # Atoms that the kernel does not need start as one basis element each, with zero coefficients.
         elements, given = len(basis) + len(extra), len(alpha_fit)
         alpha = _one_element_each(m, len(basis), elements)
         alpha[:given] = 0
@@ -174,7 +174,7 @@ class ACDAConv2d(CodedConv2d):
         return self._in_bands(x)
 
     def _filter(self, x: Tensor, g: ConvGeometry) -> Tensor:
-        """The dynamic convolution of an image, or of a band of it with the geometry of that band."""
+        """The dynamic convolution of an image, or of a band of it with the band's geometry."""
         window = self._window
         alpha = self.generator(x, g)
         padded, padding = pad_for_window(x, g, window)
@@ -191,9 +191,9 @@ class ACDAConv2d(CodedConv2d):
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
     def _in_bands(self, x: Tensor) -> Tensor:
-        """The same where no gradient is wanted: the generator's maps, several times the input, exist for one band at a time.
+        """`_filter` without gradients: the generator's maps, several times the input, exist for one band at a time.
 
-        A band is some images, or some output rows of one, whose maps take at most `BAND_BYTES`.
+        A band is a few images, or a few output rows of one image, whose maps take at most `BAND_BYTES`.
         """
         g = self.geometry
         rows, columns = g.output_size(x.shape[2], x.shape[3])
@@ -220,18 +220,18 @@ class ACDAConv2d(CodedConv2d):
 
     @property
     def _window(self) -> Pair:
-        return window_size(self.geometry.kernel_size, self.config.scales)  # plain numbers, also while `psi` is traced
+        return window_size(self.geometry.kernel_size, self.config.scales)  # plain numbers, even while `psi` is traced
 
     @property
     def folds_static(self) -> bool:
-        """Whether the static atoms run as one plain convolution, because that is cheaper than filtering with them one by one."""
+        """Whether the static atoms run as one plain convolution because that is cheaper than filtering with each of them."""
         c_out, c_group = self.geometry.weight_shape[:2]
         window, kernel = math.prod(self._window), math.prod(self.geometry.kernel_size)
         two_layer = (self.config.static_atoms or 0) * (self.geometry.in_channels * window + c_out * c_group)
         return two_layer > kernel * c_out * c_group > 0
 
     def static_weight(self) -> Tensor:
-        """Weight (C_out, C/g, l_h, l_w) where the generator gives its last bias everywhere."""
+        """Weight (C_out, C/g, l_h, l_w) if the generator returns its last bias everywhere."""
         alpha = self.generator.static_output.view(self.config.atoms, -1)
         dynamic = torch.einsum("ak,khw->ahw", alpha, self.psi)
         static = centered(self.static_atoms, self._window)
@@ -247,7 +247,7 @@ class ACDAConv2d(CodedConv2d):
 
     @torch.no_grad()
     def constant_code(self) -> Tensor | None:
-        """Where the generator's last weight is zero, for every atom that has a coefficient."""
+        """Known if the generator's last weight is zero for every atom that has a coefficient."""
         used = self.coeff[:, :, : self.config.atoms].flatten(0, 1).any(0)
         if self.generator.expand.weight.view(self.config.atoms, -1)[used].any():
             return None
@@ -255,7 +255,7 @@ class ACDAConv2d(CodedConv2d):
 
     @torch.no_grad()
     def energy_of(self, difference: Tensor) -> Tensor:
-        """‖A δ ψ‖², from the Gram matrices of the coefficients and of the basis."""
+        """‖A δ ψ‖², from the Gram matrices of the coefficients and the basis."""
         m = self.config.atoms
         coeff, psi = self.coeff[:, :, :m].flatten(0, 1).double(), self.psi.flatten(1).double()
         delta = difference.unflatten(-1, (m, -1))
@@ -273,13 +273,13 @@ class ACDAConv2d(CodedConv2d):
         self.bias = scaled_bias(self.bias, scale, shift, self.coeff)
 
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The generator's; `coeff` and `static_atoms` are the old weight, factorised."""
+        """Those of the generator; `coeff` and `static_atoms` are the factorized old weight."""
         yield from self.generator.named_parameters(prefix="generator")
 
     def macs(self, height: int, width: int) -> int:
-        """Generator, atoms from the basis, atom and coefficient convolution; folded static atoms as one plain convolution.
+        """Generator, atom synthesis, atom and coefficient convolution; folded static atoms as one plain convolution.
 
-        Folding them, once a call whatever the image size, is not counted.
+        Folding them (once per call, independent of the image size) is not counted.
         """
         g = self.geometry
         out_h, out_w = g.output_size(height, width)
@@ -299,7 +299,7 @@ class ACDAConv2d(CodedConv2d):
 
 
 def _one_element_each(atoms: int, elements: int, width: int) -> Tensor:
-    """Alpha (atoms, width) with which atom i is basis element i (mod `elements`)."""
+    """Alpha (atoms, width) that makes atom i equal to basis element i (mod `elements`)."""
     alpha = torch.zeros(atoms, width, dtype=torch.float64)
     at = torch.arange(atoms)
     alpha[at, at % elements] = 1
@@ -309,7 +309,7 @@ def _one_element_each(atoms: int, elements: int, width: int) -> Tensor:
 def _decompose(
     source: ConvSource, config: ACDAConfig, calibration: Tensor | None, exact_calibration: Tensor | None
 ) -> Decomposition:
-    """Exact, or cut to the atoms that the config allows; on the CPU."""
+    """Exact, or truncated to the number of atoms that the config allows; on the CPU."""
     exact = decompose(source.weight.cpu())
     allowed = exact.rank if config.static_atoms is None else config.atoms + config.static_atoms
     if exact.rank <= allowed:
@@ -323,7 +323,7 @@ def _decompose(
 
 
 def _take_over_flags(layer: ACDAConv2d, conv: nn.Conv2d) -> None:
-    """Training mode, and whether what was the weight and the bias is trained."""
+    """Copy the training mode and the `requires_grad` of the old weight and bias."""
     layer.train(conv.training)
     for parameter in (layer.coeff, layer.static_atoms):
         parameter.requires_grad_(conv.weight.requires_grad)

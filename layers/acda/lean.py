@@ -1,14 +1,14 @@
-"""The ACDA operator without an unfolded input: y = coeff · (atoms(alpha, psi, static) * x), see `acda_reference` for the shapes.
+"""The ACDA operator without unfolding the input: y = coeff · (atoms(alpha, psi, static) * x); shapes as in `acda_reference`.
 
-How. The input is unfolded in y only, l_h copies instead of l_h·l_w, into rows U (rows, columns, l_h, C). There the patch of an
-output pixel is one contiguous run of l_w·l_h·C numbers, so that an overlapping `as_strided` view gives all patches of a row
+The input is unfolded along y only, l_h copies instead of l_h·l_w, into rows U (rows, columns, l_h, C). There the patch of an
+output pixel is one contiguous run of l_w·l_h·C numbers, so an overlapping `as_strided` view gives all patches of a row
 to one `bmm` with the row's atoms D (pixels, M, l_w·l_h), M = m + r. Atoms, unfolded rows and filtered rows Z (pixels, M, C)
-exist for one chunk of rows at a time, in buffers that are used again; the coefficient product empties them into the output.
+exist for one chunk of rows at a time, in reused buffers; the coefficient product writes the result to the output.
 Dilation splits the columns into residue classes (`Phase`), each of which is a convolution without dilation.
 
-Backward saves only the inputs and goes through the same chunks. The gradient of D takes the unfolded rows channel by channel,
-(C, columns, l_h). The gradient of x is gathered instead of scattered: a padded column sees l_w neighboring pixels, which
-are again one contiguous run of the gradient of Z, so that it, too, is an overlapping `bmm`.
+The backward pass saves only the inputs and processes the same chunks. The gradient of D uses the unfolded rows channel by channel,
+(C, columns, l_h). The gradient of x is gathered, not scattered: a padded column is read by l_w neighboring pixels, again
+one contiguous run of the gradient of Z, so it is also an overlapping `bmm`.
 
 Half precision is computed in float32 and rounded at the end.
 """
@@ -26,9 +26,9 @@ CHUNK_BYTES_ELSEWHERE = 24 << 20
 
 @dataclass(frozen=True)
 class Phase:
-    """Output columns first, first + every, …: `count` of them, whose taps read padded columns start, start + dilation, ….
+    """`count` output columns first, first + every, …, whose taps read the padded columns start, start + dilation, ….
 
-    Among those columns the taps of neighboring pixels lie `step` apart; `width` columns are read.
+    Among those columns the taps of neighboring pixels are `step` apart; `width` columns are read.
     """
 
     first: int
@@ -58,7 +58,7 @@ class Chunk:
 
 
 class Workspace:
-    """Buffers by name, allocated once and handed out in the shapes asked for; contents are whatever was left in them."""
+    """Named buffers, allocated once and returned in the requested shapes; the contents are arbitrary."""
 
     def __init__(self, like: Tensor) -> None:
         self.dtype, self.device = torch.promote_types(like.dtype, torch.float32), like.device
@@ -72,7 +72,7 @@ class Workspace:
 
 
 class Problem:
-    """One call: sizes, operands in computing precision and layout, chunks and phases, and the steps both directions share."""
+    """One call: sizes, operands in compute precision and layout, chunks and phases, and the steps shared by both directions."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Problem:
         self.columns = (self.out_w - 1) * self.sw + (self.lw - 1) * self.dw + 1
         self.work = Workspace(x)
         dtype = self.work.dtype
-        # Taps run column by column, (l_w, l_h), as in the unfolded rows.
+        # Taps are ordered column by column, (l_w, l_h), as in the unfolded rows.
         self.psi_KT = psi.to(dtype).transpose(1, 2).reshape(self.k, self.taps)
         self.static_RT = static.to(dtype).transpose(1, 2).reshape(-1, self.taps)
         # (g, C_out/g, M·C/g), matching the order (M, C) of the filtered rows.
@@ -114,7 +114,7 @@ class Problem:
         return self.m_all * self.c_group
 
     def rows_in(self, rows: int) -> int:
-        """Padded input rows under this many output rows."""
+        """Number of padded input rows read by this many output rows."""
         return (rows - 1) * self.sh + (self.lh - 1) * self.dh + 1
 
     def phases(self) -> list[Phase]:
@@ -152,20 +152,20 @@ class Problem:
                 part.copy_(y_GOP.view(part.shape))
         return out
 
-    # --- what lies under a chunk ----------------------------------------------------------------------------------
+    # --- input of a chunk -----------------------------------------------------------------------------------------
 
     def input_rows(self, chunk: Chunk) -> tuple[int, int, int]:
-        """Rows y0:y1 of x under the chunk, and the padded row of the chunk at which they start."""
+        """Rows y0:y1 of x read by the chunk, and the chunk's padded row at which they start."""
         top = chunk.i0 * self.sh - self.ph
         y0 = min(max(top, 0), self.h)
         return y0, max(y0, min(top + self.rows_in(chunk.rows), self.h)), y0 - top
 
     def padded(self, name: str, chunk: Chunk) -> Tensor:
-        """A buffer for what lies under the chunk, padding and all, (images, C, rows, columns)."""
+        """Buffer for the padded input of the chunk, (images, C, rows, columns)."""
         return self.work.take(name, chunk.images, self.c, self.rows_in(chunk.rows), self.columns)
 
     def inside(self, padded: Tensor, chunk: Chunk, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of a padded buffer that is not padding, and the part of x (N, C, H, W) that belongs there."""
+        """The unpadded part of a padded buffer, and the matching part of x (N, C, H, W)."""
         y0, y1, at = self.input_rows(chunk)
         part = padded[:, :, at : at + y1 - y0, self.pw : self.pw + self.w]
         return part, x[chunk.n0 : chunk.n1, :, y0:y1, : part.shape[3]]
@@ -178,12 +178,12 @@ class Problem:
         return padded
 
     def channels_last(self, padded: Tensor) -> Tensor:
-        """A copy (images, rows, columns, C). Made from a chunk, not from x, whose channels may lie a power of two apart."""
+        """A copy (images, rows, columns, C), made from a chunk, not from x, whose channel stride may be a power of two."""
         n, c, rows, columns = padded.shape
         return self.work.take("channels_last", n, rows, columns, c).copy_(padded.permute(0, 2, 3, 1))
 
     def windows(self, padded: Tensor, chunk: Chunk, phase: Phase) -> Tensor:
-        """View of a padded buffer (images, rows, columns, C), unfolded in y: (images, output rows, phase columns, l_h, C)."""
+        """View of a padded buffer (images, rows, columns, C) unfolded along y: (images, output rows, phase columns, l_h, C)."""
         image, row, column, channel = padded.stride()
         return padded.as_strided(
             (chunk.images, chunk.rows, phase.width, self.lh, self.c),
@@ -192,7 +192,7 @@ class Problem:
         )
 
     def patches(self, padded: Tensor, chunk: Chunk, phase: Phase) -> Tensor:
-        """Patches (rows, pixels, l_w·l_h, C): an overlapping view of the rows unfolded in y."""
+        """Patches (rows, pixels, l_w·l_h, C): an overlapping view of the rows unfolded along y."""
         rows = chunk.images * chunk.rows
         unfolded = self.work.take("unfolded", chunk.images, chunk.rows, phase.width, self.lh, self.c)
         unfolded.copy_(self.windows(padded, chunk, phase))
@@ -202,7 +202,7 @@ class Problem:
         )
 
     def patches_by_channel(self, padded: Tensor, chunk: Chunk, phase: Phase) -> Tensor:
-        """Patches (rows, pixels, C, l_w·l_h), the taps of a channel being contiguous."""
+        """Patches (rows, pixels, C, l_w·l_h); the taps of a channel are contiguous."""
         rows = chunk.images * chunk.rows
         unfolded = self.work.take("by_channel", chunk.images, chunk.rows, self.c, phase.width, self.lh)
         unfolded.copy_(self.windows(padded, chunk, phase).permute(0, 1, 4, 2, 3))
@@ -216,7 +216,7 @@ class Problem:
         return buffer.copy_(part.transpose(0, 1)).view(self.m, self.k, -1)
 
     def atoms(self, alpha_MKP: Tensor) -> Tensor:
-        """Atoms D (pixels, M, l_w·l_h), the static ones after the dynamic ones."""
+        """Atoms D (pixels, M, l_w·l_h), dynamic ones first."""
         d_PMT = self.work.take("atoms", alpha_MKP.shape[2], self.m_all, self.taps)
         for atom in range(self.m):
             torch.mm(alpha_MKP[atom].t(), self.psi_KT, out=d_PMT[:, atom])
@@ -230,7 +230,7 @@ class Problem:
         return z_PMC
 
     def grouped(self, name: str, z_PMC: Tensor) -> Tensor:
-        """Z as (g, pixels, M·C/g); a copy where there are groups."""
+        """Z as (g, pixels, M·C/g); a copy if there are groups."""
         pixels = z_PMC.shape[0]
         if self.groups == 1:
             return z_PMC.view(1, pixels, self.features)
@@ -241,12 +241,12 @@ class Problem:
         return z_GPF
 
     def rows_of(self, out: Tensor, chunk: Chunk, phase: Phase) -> Tensor:
-        """The chunk's part of a map (N, …, H', W') of the output's size, (…, images, rows, columns)."""
+        """The chunk's part of an output-sized map (N, …, H', W'), (…, images, rows, columns)."""
         return out[chunk.n0 : chunk.n1, :, chunk.i0 : chunk.i1, phase.first :: phase.every].transpose(0, 1)
 
 
 def _bmm_rows(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a · b, with the batch of `b` split into rows (rows, pixels, …): one overlapping view is good for one row."""
+    """out = a · b, with the batch of `b` split into rows (rows, pixels, …): each overlapping view covers one row."""
     rows, pixels = b.shape[:2]
     for a_row, b_row, out_row in zip(
         a.view(rows, pixels, *a.shape[1:]).unbind(),
@@ -270,7 +270,7 @@ class Gradients:
         self.coeff_GOF = torch.zeros_like(p.coeff_GOF)
 
     def add(self, grad: Tensor, chunk: Chunk) -> None:
-        """Add what one chunk gives; `grad` is that of the whole output."""
+        """Add the contribution of one chunk; `grad` is the gradient of the whole output."""
         p = self.p
         padded = p.load(chunk)
         by_pixel = p.channels_last(padded)
@@ -309,7 +309,7 @@ class Gradients:
         return gz_PMC
 
     def _atoms(self, patches: Tensor, alpha_MKP: Tensor, gz_PMC: Tensor, chunk: Chunk, phase: Phase) -> None:
-        """Gradients of alpha, psi and the static atoms, by way of those of the atoms; patches (rows, pixels, C, l_w·l_h)."""
+        """Gradients of alpha, psi and the static atoms via the atoms' gradient; patches (rows, pixels, C, l_w·l_h)."""
         p = self.p
         gd_PMT = p.work.take("grad_atoms", gz_PMC.shape[0], p.m_all, p.taps)
         _bmm_rows(gz_PMC, patches, gd_PMT)
@@ -326,10 +326,10 @@ class Gradients:
             part.copy_(galpha_MKP.view(part.shape))
 
     def _input(self, into: Tensor, d_PMT: Tensor, gz_PMC: Tensor, phase: Phase) -> None:
-        """Add to the gradient of x, `into` (images, output rows, phase columns, l_h, C), a view as of `Problem.windows`.
+        """Add to the gradient of x, `into` (images, output rows, phase columns, l_h, C), a view like that of `Problem.windows`.
 
-        The phase's column q·step + s was read by the pixels q - t at the taps s + t·step, t = 0 … turns-1: with their atoms
-        brought into the order of these pixels, `skewed`, a column's gradient is one matrix product.
+        The phase's column q·step + s is read by the pixels q - t at the taps s + t·step, t = 0 … turns-1: with their atoms
+        in the order of these pixels, `skewed`, a column's gradient is one matrix product.
         """
         p = self.p
         rows = into.shape[0] * into.shape[1]
@@ -358,7 +358,7 @@ class Gradients:
                 into[:, :, shift :: phase.step, tap] += gu[:, :, :, tap]
 
     def results(self, psi: Tensor, static: Tensor, coeff: Tensor) -> list[Tensor]:
-        """Gradients of x, alpha, psi, static and coeff; empty where not needed."""
+        """Gradients of x, alpha, psi, static and coeff; empty if not needed."""
         p = self.p
         gcoeff = self.coeff_GOF.view(p.c_out, p.m_all, p.c_group).transpose(1, 2)
         return [

@@ -1,4 +1,4 @@
-"""The ACDA operator in C (acda.h): float32 on the CPU, forward and backward, bit-identical whatever the number of threads."""
+"""The ACDA operator in C (acda.h): float32 on the CPU, forward and backward, bit-identical for any number of threads."""
 
 import ctypes
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from torch import Tensor
 from surgeon.layers.ops.native.compiler import library
 from surgeon.layers.ops.native.support import in_parallel, pointer
 
-MOST_PARTIAL_BYTES = 32 << 20  # of partial sums of the gradients of coeff, psi and static
-MOST_COEFFICIENTS = 1 << 20  # of a group: with more, their product is bound by memory, and slower than torch's
-PARTS = 8  # into which a batch is cut for them, whatever the number of threads
+MOST_PARTIAL_BYTES = 32 << 20  # for partial sums of the gradients of coeff, psi and static
+MOST_COEFFICIENTS = 1 << 20  # per group: beyond that the product is memory-bound and slower than torch's
+PARTS = 8  # of a batch for these sums, for any number of threads
 
 _SIZES = ("h", "w", "oh", "ow", "lh", "lw", "sh", "sw", "ph", "pw", "dh", "dw")
 _COUNTS = ("n", "c", "k", "c_out", "c_group", "m", "m_all", "groups", "taps")
@@ -34,7 +34,7 @@ class _Tensors(ctypes.Structure):
 
 
 class Problem:
-    """One call: the plan, and the operands as the C functions take them."""
+    """One call: the plan, and the operands in the layout of the C functions."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Problem:
         self.library.acda_plan(ctypes.byref(self.plan))
 
     def packed(self, *, back: bool) -> tuple[Tensor, Tensor]:
-        """The basis and the coefficients, in the order in which they are multiplied."""
+        """The basis and the coefficients in the order of multiplication."""
         psi, coeff = torch.empty_like(self.psi), torch.empty_like(self.coeff)
         none = ctypes.c_void_p(None)
         own, others = (pointer(coeff), pointer(psi)), (none, none)
@@ -84,7 +84,7 @@ class Problem:
         return y
 
     def backward(self, grad: Tensor, needs: Sequence[bool]) -> list[Tensor]:
-        """Gradients of x, alpha, psi, static and coeff; empty where not needed."""
+        """Gradients of x, alpha, psi, static and coeff; empty if not needed."""
         plan, tasks = self.plan, self.plan.n * self.plan.bands
         lanes = self.library.surgeon_lanes()
         shapes = [
@@ -138,11 +138,11 @@ class Problem:
 
 
 def forward(*args: Any) -> Tensor:
-    """`Problem.forward` of the operator's arguments."""
+    """`Problem.forward` with the operator's arguments."""
     return Problem(*args).forward()
 
 
 def backward(grad: Tensor, *args: Any) -> list[Tensor]:
-    """`Problem.backward` of the operator's arguments, the last being what is needed."""
+    """`Problem.backward` with the operator's arguments; the last one is `needs`."""
     *operands, needs = args
     return Problem(*operands).backward(grad, needs)

@@ -1,4 +1,4 @@
-"""The ACDA operator: the registered version (plain torch, C, or Triton), its gradient, and the choice among backends."""
+"""The ACDA operator: registration, gradient, and backends (plain torch, C, Triton)."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -152,7 +152,7 @@ def _run_triton(*args: Any) -> Tensor:
 def _why_not_native(x: Tensor, alpha: Tensor, psi: Tensor, static: Tensor, coeff: Tensor, *geometry: Any) -> list[str]:
     groups = geometry[3]
     if coeff.numel() > groups * native.MOST_COEFFICIENTS:
-        return [f"torch multiplies more than {native.MOST_COEFFICIENTS} coefficients a group faster"]
+        return [f"torch is faster with more than {native.MOST_COEFFICIENTS} coefficients per group"]
     return native_reasons_against([x, alpha, psi, static, coeff])
 
 
@@ -183,9 +183,9 @@ def acda_conv(
     """Convolve x (N, C, H, W) with the filters coeff · [alpha·psi; static] of each pixel (ACDA Eq. 4-6).
 
     alpha (N, m·K, H', W'), psi (K, l_h, l_w), static (r, l_h, l_w) with r >= 0, coeff (C_out, C/g, m + r); stride, padding and
-    dilation are (vertical, horizontal), padding with zeros. Returns (N, C_out, H', W') in the dtype of x; the operands may be
-    of different floating dtypes, computed is in float32 or, for float64, in that. Under autocast x is cast to autocast's dtype,
-    as by a convolution. Raises `GeometryError` where shapes do not fit, `BackendError` where no backend can run it.
+    dilation are (vertical, horizontal); padding is with zeros. Returns (N, C_out, H', W') in the dtype of x. Operands may have
+    different floating dtypes; computation is in float32, or float64 for float64. Under autocast, x is cast to autocast's dtype
+    as by a convolution. Raises `GeometryError` if shapes do not fit, `BackendError` if no backend can run it.
     """
     _check_shapes(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
     device = x.device.type

@@ -1,7 +1,7 @@
-"""The ACDA operator as its paper defines it: unfold the input, make every pixel's atoms, apply them, mix (ACDA §3.2, Eq. 5-6).
+"""The ACDA operator as defined in the paper: unfold the input, build every pixel's atoms, apply them, mix (ACDA §3.2, Eq. 5-6).
 
 Shapes. x (N, C, H, W); alpha (N, m·K, H', W'), the coefficients of m dynamic atoms over the K basis elements, atom by atom;
-psi (K, l_h, l_w), the basis; static (r, l_h, l_w), atoms that are the same everywhere (r may be 0);
+psi (K, l_h, l_w), the basis; static (r, l_h, l_w), atoms shared by all pixels (r may be 0);
 coeff (C_out, C/g, m + r), dynamic atoms first; result (N, C_out, H', W'). stride, padding (zeros on both sides) and dilation
 are (vertical, horizontal).
 """
@@ -24,7 +24,7 @@ def acda_conv_reference(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """The definition. Half precision is computed in float32 and rounded once, at the end."""
+    """The definition. Half precision is computed in float32 and rounded once at the end."""
     out_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, alpha, psi, static, coeff = (t.to(dtype) for t in (x, alpha, psi, static, coeff))
     n, _, out_h, out_w = alpha.shape
@@ -44,7 +44,7 @@ def acda_conv_reference(
 def acda_macs(
     *, channels: int, out_channels: int, groups: int, atoms: int, static: int, elements: int, window: int, pixels: int
 ) -> int:
-    """Multiply-accumulates of the formula above for `pixels` output pixels: atoms from the basis, atom and coefficient convolution.
+    """Multiply-accumulates of the formula above for `pixels` output pixels: atom synthesis, atom and coefficient convolution.
 
     `window` is l_h·l_w. The last two terms are the paper's "ACDA (conv only)" (§4.4, Table 6) for r = 0 and g = 1.
     """

@@ -1,8 +1,8 @@
-"""The ACDA operator on CUDA, chunk by chunk: atoms, atom convolution, coefficients; see `acda_kernels`.
+"""The ACDA operator on CUDA, chunk by chunk: atoms, atom convolution, coefficients; see `triton_kernels`.
 
-Scratch are the atoms (m, T, q) and the filtered input (C, M, q) of a chunk's pixels q; T = l_h·l_w taps. Products with the
-coefficients are cuBLAS's. Backward saves only the inputs, makes the atoms again, and has scratch for the gradients of the filtered
-input and of the atoms. Sums are in float32; atoms, filtered input and their gradients are rounded to the dtype of x.
+Scratch memory holds the atoms (m, T, q) and the filtered input (C, M, q) of a chunk's pixels q; T = l_h·l_w taps. Products with
+the coefficients use cuBLAS. The backward pass saves only the inputs, recomputes the atoms, and has scratch for the gradients of the
+filtered input and the atoms. Sums are in float32; atoms, filtered input and their gradients are rounded to the dtype of x.
 """
 
 import math
@@ -19,7 +19,7 @@ from surgeon.layers.ops.library import memory_format_of
 from surgeon.layers.ops.triton.chunks import Chunk, are_cut, chunks
 from surgeon.layers.ops.triton.launch import Geometry, blocks, launch, power_of_two, precision
 
-MOST_ATOMS = 8  # that a program filters with at once
+MOST_ATOMS = 8  # per program at once
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,16 @@ class Problem:
         return self.coeff.to(self.x.dtype).reshape(self.groups, self.coeff.shape[0] // self.groups, -1)
 
     def chunks(self, numbers: int) -> list[Chunk]:
-        """Chunks with `numbers` of scratch a pixel."""
+        """Chunks that need `numbers` of scratch per pixel."""
         size = numbers * self.x.element_size()
         return list(chunks(self.x.shape[0], self.g.out_height, self.g.out_width, size))
 
     def count(self, chunk: Chunk) -> int:
-        """Pixels of a chunk."""
+        """Number of pixels of a chunk."""
         return (chunk.n1 - chunk.n0) * chunk.rows * self.g.out_width
 
     def where(self, chunk: Chunk) -> tuple[Geometry, int, int, int]:
-        """What every kernel is told of a chunk."""
+        """Arguments that every kernel takes for a chunk."""
         return self.g, chunk.i0, chunk.rows, self.count(chunk)
 
     def scratch(self, chunk: Chunk, *shape: int) -> Tensor:
@@ -140,7 +140,7 @@ def forward(*args: Any) -> Tensor:
 
 
 def backward(grad: Tensor, *args: Any) -> list[Tensor]:
-    """Gradients of x, alpha, psi, static and coeff, empty where `needs`, the last argument, says no."""
+    """Gradients of x, alpha, psi, static and coeff; empty if not needed (`needs`, the last argument)."""
     *given, needs = args
     return _Gradients(Problem(*given), needs).of(grad)
 
@@ -154,7 +154,7 @@ class _Gradients:
         self.needs_x, self.needs_alpha, self.needs_psi, self.needs_static, self.needs_coeff = needs
         self.needs_atoms = self.needs_alpha or self.needs_psi or self.needs_static
         self.chunks = p.chunks(p.taps * (p.dynamic + p.m_all) + p.channels * p.m_all)
-        self.adds = are_cut(self.chunks, p.g.out_height)  # then in float32
+        self.adds = are_cut(self.chunks, p.g.out_height)  # in float32 in that case
         self.x = torch.zeros_like(p.x, dtype=torch.float32 if self.adds else None) if self.needs_x else None
         self.alpha = torch.empty_like(p.alpha) if self.needs_alpha else None
         self.psi, self.static, self.coeff = (
@@ -190,7 +190,7 @@ class _Gradients:
     def _input(self, out: Tensor, atoms: Tensor, of_filtered: Tensor, chunk: Chunk) -> None:
         p = self.p
         images, top, bottom = out.shape[0], 0, p.g.height
-        if self.adds:  # only the rows under the chunk
+        if self.adds:  # only the rows that the chunk reads
             top = max(chunk.i0 * p.g.stride_h - p.g.pad_h, 0)
             last = (chunk.i1 - 1) * p.g.stride_h - p.g.pad_h + (p.psi.shape[1] - 1) * p.g.dilation_h
             bottom = max(min(last + 1, p.g.height), top)
@@ -207,7 +207,7 @@ class _Gradients:
             )
 
     def _atoms(self, of_filtered: Tensor, chunk: Chunk) -> None:
-        """Gradients of alpha, psi and the static atoms, by way of that of the atoms (M, T, q)."""
+        """Gradients of alpha, psi and the static atoms via the gradient of the atoms (M, T, q)."""
         p, count, x = self.p, self.p.count(chunk), self.p.x[chunk.images]
         of_atoms = p.scratch(chunk, p.m_all, p.taps)
         launch(

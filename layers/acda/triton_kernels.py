@@ -1,7 +1,7 @@
-"""The Triton kernels of the ACDA operator; `acda` says how they follow each other.
+"""The Triton kernels of the ACDA operator; `triton` defines their order.
 
-A chunk is some rows of some images. Its output pixels q are numbered through; scratch tensors end in q. Channels of a group are c,
-atoms a, taps t = (ty, tx), basis elements k, outputs o. No kernel adds to what another program writes.
+A chunk is a few rows of a few images. Its output pixels q are numbered consecutively; scratch tensors end in q. Channels of a
+group are c, atoms a, taps t = (ty, tx), basis elements k, outputs o. No kernel adds to what another program writes.
 """
 
 import triton
@@ -15,7 +15,7 @@ SINGLE_PROJECTIONS = [config(Q=32, warps=4), config(Q=64, warps=8)]
 
 @triton.jit
 def pixel(q, g, first_row, rows):
-    """Image (64 bits), row and column of the output pixel q of a chunk."""
+    """Image (64 bits), row and column of output pixel q of a chunk."""
     of_image = rows * g.out_width
     inner = q % of_image
     return (q // of_image).to(tl.int64), first_row + inner // g.out_width, inner % g.out_width
@@ -26,7 +26,7 @@ def filtered(
     x, atoms, static, c, a, q, inside, i, j, xs, g, count, channels, dynamic, m_all,
     KH: tl.constexpr, KW: tl.constexpr, Q: tl.constexpr, C: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
-    """The atom convolution of channels c (C) with atoms a (A) at the pixels q (Q): (Q, C, A) in float32; x points at the images."""
+    """The atom convolution of channels c (C) with atoms a (A) at pixels q (Q): (Q, C, A) in float32; x points at the images."""
     z = tl.zeros([Q, C, A], tl.float32)
     a_in = inside[:, None] & (a < m_all)[None, :]
     for ty in range(KH):
@@ -82,7 +82,7 @@ def grad_alpha_kernel(
     gradient, psi, out, outs, g, first_row, rows, count, elements,
     T: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of alpha, in its layout, from that of the atoms (M, T, q)."""
+    """The gradient of alpha, in its layout, from the gradient of the atoms (M, T, q)."""
     q_blocks = tl.cdiv(count, Q)
     q = (tl.program_id(0) % q_blocks) * Q + tl.arange(0, Q)
     rest = tl.program_id(0) // q_blocks
@@ -171,9 +171,9 @@ def grad_x_kernel(
     atoms, static, of_filtered, out, os, g, first_row, rows, top, height, count, images, channels, dynamic, m_all,
     KH: tl.constexpr, KW: tl.constexpr, ADD: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of `height` input rows from `top` on, gathered from the output pixels of the chunk that read them.
+    """The gradient of `height` input rows starting at `top`, gathered from the chunk's output pixels that read them.
 
-    With ADD it is added to what is there: other chunks read the same rows.
+    With ADD, added to the existing values: other chunks read the same rows.
     """
     places = images * height * g.width
     p_blocks = tl.cdiv(places, P)

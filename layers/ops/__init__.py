@@ -1,1 +1,1 @@
-"""The operators under the dynamic layers: a plain reference for each, fast versions beside it, and the dispatcher."""
+"""The operators of the dynamic layers: a plain reference for each, faster versions, and the dispatcher."""

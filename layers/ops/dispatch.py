@@ -1,9 +1,9 @@
-"""Which implementation of an operator runs: the first in order of preference that has no reason not to.
+"""Operator dispatch: the first backend, in order of preference, with no reason not to run.
 
-An operator has one definition (`reference`) and faster backends beside it. Each backend says by `why_not` for what reasons it
-cannot take these inputs; nothing falls through silently. While a model is exported, and inside the transforms of `torch.func`, the
-backend `portable`, which is ordinary torch operations, goes before all others; otherwise the environment variable SURGEON_BACKEND
-names the backend of every call that does not name one itself.
+An operator has one definition (`reference`) and faster backends. Each backend's `why_not` lists the reasons why it cannot take
+given inputs; nothing falls through silently. During an export, and inside the transforms of `torch.func`, the backend `portable`,
+which consists of ordinary torch operations, takes precedence over all others; otherwise the environment variable SURGEON_BACKEND
+selects the backend of every call that does not name one itself.
 """
 
 import os
@@ -26,7 +26,7 @@ PORTABLE = "portable"
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: `run` computes, `why_not` takes the same arguments and lists reasons against it."""
+    """One implementation: `run` computes, `why_not` takes the same arguments and lists the reasons against running."""
 
     name: str
     run: Callable[..., Tensor]
@@ -38,19 +38,19 @@ def _always(*args: Any, **kwargs: Any) -> list[str]:
 
 
 def exporting() -> bool:
-    """Whether `torch.export` is tracing, for itself or for ONNX: what it writes must run where surgeon is not installed."""
+    """Whether `torch.export` is tracing, also for ONNX: its result must run where surgeon is not installed."""
     return torch.compiler.is_exporting()
 
 
 def tracing() -> bool:
-    """Whether `torch.jit.trace` is at work: sizes are then what is traced, not numbers to judge."""
+    """Whether `torch.jit.trace` is active: sizes are then traced values, not numbers to check."""
     return bool(torch._C._get_tracing_state())
 
 
 def transforming() -> bool:
-    """Whether a transform of `torch.func` (vmap, grad, jvp, jacrev, …) is at work: it looks into ordinary operations only.
+    """Whether a transform of `torch.func` (vmap, grad, jvp, jacrev, …) is active: it supports ordinary operations only.
 
-    What `torch.compile` traces stays one node an operator.
+    Under `torch.compile` an operator stays one node.
     """
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -63,7 +63,7 @@ class Operator:
         self.backends: dict[str, Backend] = {}
 
     def backend(self, name: str, why_not: WhyNot = _always) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-        """Decorator: add a backend behind those there are."""
+        """Decorator: append a backend."""
 
         def add(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
             self.backends[name] = Backend(name, run, why_not)
@@ -94,7 +94,7 @@ class Operator:
         raise BackendError(f"no backend can run {self.name} on these inputs ({told})")
 
     def _from_environment(self, *args: Any) -> str | None:
-        """The backend that SURGEON_BACKEND names. Meta tensors have no numbers, and ask for none: costs are counted alike."""
+        """The backend named by SURGEON_BACKEND. Meta tensors ignore it, so that cost counts do not depend on it."""
         name = os.environ.get(ENVIRONMENT)
         if not name or any(isinstance(a, Tensor) and a.is_meta for a in args):
             return None

@@ -1,4 +1,4 @@
-"""What every operator asks of its arguments before any backend sees them: one clear error instead of a crash or nonsense."""
+"""Argument checks shared by all operators, made before a backend runs: one clear error instead of a crash or garbage."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ def check_window(
     dilation: Sequence[int],
     groups: int = 1,
 ) -> Pair:
-    """The output size (H', W') of a window that moves over x (N, C, H, W); N may be 0. Raises `GeometryError`."""
+    """The output size (H', W') of a window sliding over x (N, C, H, W); N may be 0. Raises `GeometryError`."""
     for what, pair, least in (
         ("kernel", kernel_size, 1),
         ("stride", stride, 1),
@@ -46,13 +46,13 @@ def check_window(
 
 
 def floating(*args: Any) -> list[str]:
-    """Reasons against arguments of which a tensor is not floating-point."""
+    """Reasons against arguments that contain a tensor without a floating-point dtype."""
     wrong = sorted({str(a.dtype) for a in args if isinstance(a, Tensor) and not a.is_floating_point()})
     return [f"needs a floating-point input, got {', '.join(wrong)}"] if wrong else []
 
 
 def one_dtype(*args: Any) -> list[str]:
-    """Reasons against arguments whose tensors are not of one floating dtype."""
+    """Reasons against arguments whose tensors do not share one floating dtype."""
     dtypes = sorted({str(a.dtype) for a in args if isinstance(a, Tensor)})
     mixed = [] if len(dtypes) == 1 else [f"its tensors are of different dtypes ({', '.join(dtypes)})"]
     return floating(*args) + mixed

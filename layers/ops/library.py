@@ -1,4 +1,4 @@
-"""Operators as nodes of a graph: opaque to `torch.compile` and `torch.export`, with shapes and gradients of their own."""
+"""Operators as graph nodes: opaque to `torch.compile` and `torch.export`, with their own shapes and gradients."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,9 +14,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def define(name: str, *tags: torch.Tag) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: register a function of tensors as the operator `name` ("surgeon::…") for every device; returns the operator.
 
-    As `torch.library.custom_op` does, but that one loads the whole of torch._dynamo (2 s, 150 MB) at the first eager call. The
-    schema comes from the annotations; `tags` are said of it beside `pt2_compliant_tag`. Shapes are added by `shapes_of(name)`,
-    gradients by `torch.library.register_autograd(name, …)`.
+    Like `torch.library.custom_op`, but that one loads all of torch._dynamo (2 s, 150 MB) at the first eager call. The
+    schema comes from the annotations; `tags` are added to `pt2_compliant_tag`. Add shapes with `shapes_of(name)` and
+    gradients with `torch.library.register_autograd(name, …)`.
     """
 
     def register(kernel: Callable[..., Any]) -> Any:
@@ -30,7 +30,7 @@ def define(name: str, *tags: torch.Tag) -> Callable[[Callable[..., Any]], Any]:
 
 
 def shapes_of(name: str) -> Callable[[Function], Function]:
-    """Decorator: register what makes empty results of the right shapes (`torch.library.register_fake`, with types)."""
+    """Decorator: register the function that returns empty results of the right shapes (a typed `torch.library.register_fake`)."""
 
     def register(fake: Function) -> Function:
         torch.library.register_fake(name, fake)
@@ -40,7 +40,7 @@ def shapes_of(name: str) -> Callable[[Function], Function]:
 
 
 def differentiable_once(name: str) -> None:
-    """The operator `name`, a backward formula, has no gradient itself: asking for one is a `BackendError`, not a wrong number."""
+    """Make the gradient of the operator `name`, a backward formula, a `BackendError` instead of a wrong number."""
 
     def refuse(ctx: Any, *grads: Any) -> Any:
         raise BackendError(
@@ -51,13 +51,13 @@ def differentiable_once(name: str) -> None:
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Channels last where x is nothing but that."""
+    """Channels last if x is strictly channels last."""
     plain = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
     return torch.contiguous_format if plain else torch.channels_last
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype of the autocast region we are in, or None outside of one (and on devices without autocast, as meta)."""
+    """The dtype of the active autocast region, or None outside one (and on devices without autocast, such as meta)."""
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)

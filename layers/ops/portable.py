@@ -1,10 +1,10 @@
-"""The operators in ordinary torch operations, for files that other programs read: `torch.export` and ONNX take these.
+"""The operators in ordinary torch operations, for files read by other programs: used by `torch.export` and ONNX.
 
-No registered operator, no data-dependent shape, no `unfold`; what is left is convolution, matrix product, slice, product, sum
-and selection, which every runtime has. Batch and image size may be symbols. Slower than the lean versions and stores more:
-ACDA filters with the whole basis before it mixes (K maps a channel), PAFU runs all n convolutions. Differentiable by autograd.
-Shapes are those of the references beside this file. Contiguous inputs give contiguous results: where formats meet, as in DenseNet's
-concatenations, torch.export compares strides of symbolic size, and refuses to leave the image size free.
+No registered operator, no data-dependent shape, no `unfold`: only convolutions, matrix products, slices, products, sums
+and selections, which every runtime has. Batch and image size may be symbolic. Slower and more memory than the lean versions:
+ACDA filters with the whole basis before mixing (K maps per channel), PAFU runs all n convolutions. Differentiable by autograd.
+Shapes are those of each operator's reference. Contiguous inputs give contiguous results: where formats meet, as in DenseNet's
+concatenations, torch.export compares strides of symbolic size and refuses to leave the image size dynamic.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +27,7 @@ def acda_conv_portable(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Basis maps by one depthwise convolution, mixed at every pixel by alpha; the static atoms are a plain convolution."""
+    """Basis maps from one depthwise convolution, mixed at every pixel by alpha; the static atoms are a plain convolution."""
     out_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, alpha, psi, static, coeff = (t.to(dtype) for t in (x, alpha, psi, static, coeff))
     (n, channels), (out_h, out_w), elements = x.shape[:2], alpha.shape[2:], psi.shape[0]
@@ -70,13 +70,13 @@ def dconv_layer_portable(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """The static kernels are a depthwise convolution; the generated ones are made for one tap at a time."""
+    """The static kernels are a depthwise convolution; the generated ones are computed one tap at a time."""
     channels, (outputs, _, *kernel_size) = x.shape[1], static.shape
     by_tap = weight.view(-1, kernel_size[0] * kernel_size[1], weight.shape[1], 1, 1).transpose(0, 1)
     groups = by_tap.shape[1]
     split = channel_split(channels, groups, outputs)
     taps = shifted(x, kernel_size, stride, padding, dilation, (features.shape[-2], features.shape[-1]))
-    # Split, and not unbound: in ONNX that is one operation for all taps, and not two for each.
+    # Split, not unbind: in ONNX that is one operation for all taps instead of two per tap.
     generators = by_tap.flatten(0, 1).split(groups)
     generated = _filtered(taps, (F.conv2d(features, of_tap) for of_tap in generators), split)
     y = F.conv2d(x, static, bias, tuple(stride), tuple(padding), tuple(dilation), channels)
@@ -95,16 +95,16 @@ def shifted(
     dilation: Sequence[int],
     out_size: Sequence[int],
 ) -> Iterator[Tensor]:
-    """For each tap the input that lies under it, (N, C, H', W'); without stride, views of one padded copy.
+    """The input under each tap, (N, C, H', W'); without stride, views of one padded copy.
 
-    With a stride a convolution with one 1 in its kernel picks the tap: a slice of symbolic length and step leaves the exporter
-    with sizes that it cannot simplify.
+    With a stride, a convolution with a single 1 in its kernel selects the tap: a slice of symbolic length and step leaves
+    the exporter with sizes that it cannot simplify.
     """
     kernel_h, kernel_w = kernel_size
     if tuple(stride) == (1, 1):
         padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
         for top in range(0, kernel_h * dilation[0], dilation[0]):
-            rows = padded[:, :, top : top + out_size[0]]  # sliced once for its taps: exporters pay for every operation
+            rows = padded[:, :, top : top + out_size[0]]  # once for all its taps: exports pay per operation
             for left in range(0, kernel_w * dilation[1], dilation[1]):
                 yield rows[:, :, :, left : left + out_size[1]]
         return
@@ -118,7 +118,7 @@ def shifted(
 def _filtered(taps: Iterable[Tensor], kernels: Iterable[Tensor], split: tuple[int, int, int, int]) -> Tensor:
     """Σ over taps of kernel (N, G, H', W') times input (N, C, H', W'), with C = P·Q and G = P·R: (N, P·Q·R, H', W')."""
     p, q, r, _ = split
-    shared = r > 1 or (p > 1 and q > 1)  # one kernel for all channels is broadcast as it is
+    shared = r > 1 or (p > 1 and q > 1)  # a kernel shared by all channels broadcasts as is
     total: Tensor | None = None
     for x, kernel_NGHW in zip(taps, kernels, strict=True):
         if shared:
@@ -140,10 +140,10 @@ def pafu_conv_portable(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Kernel by kernel: its convolution where it is selected, in training with the straight-through gradient of `soft`."""
+    """Kernel by kernel: its convolution where it is selected; in training, with the straight-through gradient of `soft`."""
     total: Tensor | None = None
     for i, weight in enumerate([kernel, *further.unbind()]):
-        # A clone: with one input channel a group, packed kernels count as contiguous, and yet have strides of channels last.
+        # A clone: with one input channel per group, packed kernels count as contiguous but have channels-last strides.
         weight = weight.clone(memory_format=torch.contiguous_format)
         y = F.conv2d(x, weight, None, tuple(stride), tuple(padding), tuple(dilation), groups)
         chosen = (index == i)[:, None]

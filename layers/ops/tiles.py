@@ -1,10 +1,10 @@
-"""How DConv works through an image without ever unfolding it whole: in bands of rows, and in pieces of channels.
+"""DConv's tiling: bands of rows and pieces of channels, so that no whole image is ever unfolded.
 
-An image is worked through in bands of rows. The input of a band is unfolded only along x (k_w copies, not k_h·k_w); the taps
-along y are an overlapping view of those. The band's channels are taken a piece at a time: the kernels of a piece are made by
-one matrix product, applied and overwritten; the backward pass makes them again. Nothing but the arguments is saved for it.
+An image is processed in bands of rows. The input of a band is unfolded only along x (k_w copies, not k_h·k_w); the taps
+along y are an overlapping view of those. The band's channels are processed one piece at a time: one matrix product generates
+the kernels of a piece, which are applied and overwritten; the backward pass recomputes them. It saves only the arguments.
 
-N images, C input channels, O output channels, G kernels a pixel, T = k_h·k_w taps. Channels are seen as (P, Q, R, S): input
+N images, C input channels, O output channels, G kernels per pixel, T = k_h·k_w taps. Channels are indexed (P, Q, R, S): input
 channel (P, Q), kernel (P, R), output channel (P, Q, R, S); Q or R is 1. The generated part is the same for all S. A piece
 is a slice p of P, a band has h output rows of width W'.
 """
@@ -19,14 +19,14 @@ from torch import Tensor
 PIECE_BYTES = {"cpu": 4 << 20}  # the kernels of a piece
 PIECE_BYTES_ELSEWHERE = 12 << 20
 BAND_BYTES = 3 << 20  # the x-unfolded input of a band
-LEAST_CHANNELS = 4  # below, the matrix product that makes the kernels of a piece is too thin
+LEAST_CHANNELS = 4  # with fewer, the matrix product for the kernels of a piece is too thin
 
 Band = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of one call and how it is cut into bands and pieces."""
+    """Sizes of one call and its division into bands and pieces."""
 
     split: tuple[int, int, int, int]
     kernel: Sequence[int]
@@ -74,16 +74,16 @@ class Plan:
             yield slice(start, min(start + self.piece, self.split[0]))
 
     def weight_rows(self, piece: slice) -> slice:
-        """Rows of the (G·T, Cf) weight that make the kernels of a piece."""
+        """Rows of the (G·T, Cf) weight that generate the kernels of a piece."""
         each = self.split[2] * self.kernel[0] * self.kernel[1]
         return slice(piece.start * each, piece.stop * each)
 
     def rows_in(self, band: Band) -> int:
-        """Input rows (padding included) that a band reads."""
+        """Number of input rows (including padding) that a band reads."""
         return (band[1] - band[0] - 1) * self.stride[0] + (self.kernel[0] - 1) * self.dilation[0] + 1
 
     def overlaps(self, band: Band) -> Iterator[tuple[int, tuple[slice, slice], tuple[slice, slice]]]:
-        """For each tap along x: its index, rows and columns in the band's unfolded input, and those of the image they hold."""
+        """For each tap along x: index, rows and columns in the band's unfolded input, and the matching ones in the image."""
         top = band[0] * self.stride[0] - self.padding[0]
         first, last = max(0, -top), min(self.rows_in(band), self.in_size[0] - top)
         step = self.stride[1]
@@ -97,7 +97,7 @@ class Plan:
 
 
 class Workspace:
-    """Named buffers that grow to what is asked of them and are used again for every piece."""
+    """Named buffers that grow on demand and are reused for every piece."""
 
     def __init__(self, like: Tensor) -> None:
         self.device = like.device
@@ -105,7 +105,7 @@ class Workspace:
         self._flat: dict[str, Tensor] = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """A contiguous buffer of this shape with any content."""
+        """A contiguous buffer of this shape; the contents are arbitrary."""
         size = math.prod(shape)
         if name not in self._flat or self._flat[name].numel() < size:
             self._flat[name] = torch.empty(size, dtype=self.dtype, device=self.device)
@@ -120,7 +120,7 @@ def channel_split(channels: int, groups: int, outputs: int) -> tuple[int, int, i
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums are taken in float32 for half precision, else in the dtype itself."""
+    """The dtype of sums: float32 for half precision, otherwise the dtype itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -149,7 +149,7 @@ def unfold(plan: Plan, band: Band, x_CHW: Tensor, space: Workspace) -> Tensor:
 
 
 def product_of(left: Tensor, right: Tensor, space: Workspace) -> Tensor:
-    """left · right, (p, Q, R, k_h, k_w, h, W'), in the buffer "product", which may hold a factor of that shape."""
+    """left · right, (p, Q, R, k_h, k_w, h, W'), in the buffer "product", which may contain a factor of that shape."""
     shape = [max(sizes) for sizes in zip(left.shape, right.shape, strict=True)]
     return torch.mul(left, right, out=space.take("product", *shape))
 
@@ -161,7 +161,7 @@ def filter_with(window: Tensor, kernels: Tensor, space: Workspace) -> Tensor:
 
 
 def sum_over(x: Tensor, dim: int, name: str, space: Workspace) -> Tensor:
-    """x summed over a dimension, which is kept, in the named buffer; x itself where there is nothing to sum."""
+    """x summed over a dimension, which is kept, in the named buffer; x itself if there is nothing to sum."""
     if x.shape[dim] == 1:
         return x
     shape = [1 if d == dim else size for d, size in enumerate(x.shape)]
@@ -205,7 +205,7 @@ def channels_of(plan: Plan, piece: slice) -> slice:
 
 
 class ImageGradient:
-    """Where the gradient of one image is summed: in its place, or in float32 beside it for half precision."""
+    """Accumulator for the gradient of one image: the gradient itself, or a float32 copy for half precision."""
 
     def __init__(self, grad_x: Tensor, image: int, space: Workspace) -> None:
         self.final = grad_x[image]
@@ -214,6 +214,6 @@ class ImageGradient:
             self.sums = space.take("image", *self.final.shape).copy_(self.final)
 
     def keep(self) -> None:
-        """Write the sums to their place."""
+        """Write the sums to the gradient."""
         if self.sums is not self.final:
             self.final.copy_(self.sums)

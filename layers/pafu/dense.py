@@ -1,6 +1,6 @@
-"""Kernel selection by plain convolutions, one for each kernel that is selected anywhere, masked.
+"""Kernel selection by plain convolutions: one masked convolution per kernel that is selected anywhere.
 
-The cheapest way where few kernels are selected, or where a kernel's groups are too small for products.
+Cheapest if few kernels are selected, or if a kernel's groups are too small for matrix products.
 """
 
 import torch

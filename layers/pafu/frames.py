@@ -1,6 +1,6 @@
-"""How the kernel-selection operator cuts its work into chunks, and where the input of a chunk lies.
+"""Chunks of the kernel-selection operator, and the input region of each chunk.
 
-Legend: N batch, B images of a chunk, C channels, H W input size, P Q output size, n kernels of a group, O output channels,
+Legend: N batch, B images of a chunk, C channels, H W input size, P Q output size, n kernels per group, O output channels,
 k l kernel size.
 """
 
@@ -14,11 +14,11 @@ from torch import Tensor
 from surgeon.errors import GeometryError
 from surgeon.layers.geometry import Pair
 
-CHUNK_BYTES = 8 << 20  # what a chunk may hold of input and output; measured, with all temporaries below 32 MB
+CHUNK_BYTES = 8 << 20  # input and output per chunk; measured, with all temporaries below 32 MB
 
 
 class Window(NamedTuple):
-    """How a kernel of (k, l) moves over the input."""
+    """Window of a (k, l) kernel sliding over the input."""
 
     size: Pair
     stride: Pair
@@ -47,7 +47,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of the operator: x (N, C, H, W), kernel 0 (O, C/G, k, l), further ones (n - 1, O, C/G, k, l), index (N, P, Q).
+    """The operator's arguments: x (N, C, H, W), kernel 0 (O, C/G, k, l), further kernels (n - 1, O, C/G, k, l), index (N, P, Q).
 
     `present` lists the kernels that are selected somewhere.
     """
@@ -61,7 +61,7 @@ class Problem:
 
     @classmethod
     def of(cls, x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, window: Window) -> "Problem":
-        """Raises `GeometryError` if the index names a kernel that there is not."""
+        """Raises `GeometryError` if the index contains a kernel that does not exist."""
         if index.numel() and int(index.min()) < 0:
             raise GeometryError(
                 f"pafu_conv: index {int(index.min())} is out of range, there are {1 + len(further)} kernels"
@@ -87,16 +87,16 @@ class Problem:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Half precision is emulated on CPUs; on CUDA its products accumulate in float32 and are what the hardware is for."""
+        """CPUs emulate half precision; on CUDA its products accumulate in float32 and are fast."""
         return torch.float32 if self.x.dtype.itemsize < 4 and self.x.device.type == "cpu" else self.x.dtype
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """Of accumulators: at least float32."""
+        """Dtype of accumulators: at least float32."""
         return torch.float32 if self.x.dtype.itemsize < 4 else self.x.dtype
 
     def chunks(self, bytes_per_pixel: int, most: int | None = None) -> "Iterator[Chunk]":
-        """Groups of whole images while they fit into `most` bytes (`CHUNK_BYTES`), otherwise groups of rows of one image."""
+        """Groups of whole images if they fit in `most` bytes (`CHUNK_BYTES`), otherwise groups of rows of one image."""
         most = CHUNK_BYTES if most is None else most
         images, rows, columns = self.index.shape
         row_bytes = max(columns * bytes_per_pixel, 1)
@@ -108,9 +108,9 @@ class Problem:
 
 
 class Grads(NamedTuple):
-    """Gradients to be summed up, zero at first; None where one is not asked for.
+    """Gradient accumulators, initially zero; None if not needed.
 
-    `kernels` are n of (O, k, l, C/G), channels last, `scores` (N, P, Q, n) are <g, K_i * x> at every pixel.
+    `kernels` are n of (O, k, l, C/G), channels last; `scores` (N, P, Q, n) are <g, K_i * x> at every pixel.
     """
 
     x: Tensor | None
@@ -119,10 +119,10 @@ class Grads(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Output rows `rows` of the images `images`, the part of a problem that is in work, and its frame.
+    """Output rows `rows` of the images `images`, the part of a problem being processed, and its frame.
 
-    The frame is the zero-padded input under it, (B, height, width, C): what lies inside of the input are its rows `inside` and
-    columns `across`, put at (`top`, `left`) of the frame.
+    The frame is the zero-padded input of these rows, (B, height, width, C): the part inside the input is its rows `inside` and
+    columns `across`, placed at (`top`, `left`) of the frame.
     """
 
     images: slice
@@ -149,7 +149,7 @@ class Chunk(NamedTuple):
         return cls(images, rows, height, width, slice(start, stop), slice(0, min(width - left, in_w)), top, left)
 
     def part(self, frame: Tensor) -> Tensor:
-        """The view of a frame that lies inside of the input."""
+        """View of the part of a frame that is inside the input."""
         rows, columns = self.inside.stop - self.inside.start, self.across.stop
         return frame[:, self.top : self.top + rows, self.left : self.left + columns]
 
@@ -161,7 +161,7 @@ class Chunk(NamedTuple):
         return frame
 
     def add_to(self, grad: Tensor, frame: Tensor) -> None:
-        """Inverse of `read` for gradients: add what lies inside of the input to grad (N, C, H, W)."""
+        """Inverse of `read` for gradients: add the part inside the input to grad (N, C, H, W)."""
         grad[self.images, :, self.inside, self.across].add_(self.part(frame).movedim(-1, 1))
 
     def outputs(self, y: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Kernel selection by sorting: the cost of one convolution, whatever the number of kernels.
+"""Kernel selection by sorting: the cost of one convolution, regardless of the number of kernels.
 
-The pixels of a chunk are sorted by selected kernel. In small blocks (they stay in the cache) their patches are gathered from the
-channels-last frame and multiplied with their kernel, one product for each kernel and block; the rows of the result are put back.
+The pixels of a chunk are sorted by selected kernel. In small blocks that stay in the cache, their patches are gathered from the
+channels-last frame and multiplied by their kernel, one product per kernel and block; the result rows are scattered back.
 
 Legend: B images of a chunk, R pixels of a chunk or block, C channels, G groups, O output channels, n kernels, U = k·l·C/G numbers
 of a patch (channels last).
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from surgeon.layers.pafu.frames import Chunk, Grads, Problem
 
-BLOCK_BYTES = 2 << 20  # of gathered patches; measured: they must stay in the cache until they are multiplied
+BLOCK_BYTES = 2 << 20  # gathered patches; measured: they must stay in the cache until multiplied
 
 
 class Block(NamedTuple):
-    """Sorted pixels `pixels` of a chunk, rows `at` (R·k·l) of their taps, `segments` of one kernel each within the block."""
+    """Sorted pixels `pixels` of a chunk, rows `at` (R·k·l) of their taps, and `segments`, each of one kernel, within the block."""
 
     pixels: slice
     at: Tensor
@@ -31,8 +31,8 @@ class Block(NamedTuple):
 class Sorted(NamedTuple):
     """The pixels of a chunk in the order of their selected kernels.
 
-    `order` (R) lists them, `inverse` (R) says where each went, `starts` (R) are the frame's rows of their first taps, `taps`
-    (k·l) the distances of all taps from the first, `bounds` (n + 1) where each kernel's pixels begin.
+    `order` (R) lists them, `inverse` (R) maps each to its position, `starts` (R) are the frame's rows of their first taps, `taps`
+    (k·l) the offsets of all taps from the first, `bounds` (n + 1) where each kernel's pixels start.
     """
 
     order: Tensor
@@ -57,7 +57,7 @@ class Sorted(NamedTuple):
         return cls(order, inverse, starts[order], taps, [0, *ends.tolist()])
 
     def blocks(self, patch_bytes: int) -> Iterator[Block]:
-        """Consecutive blocks of sorted pixels, cut where kernels end if possible: a cut segment costs a product more."""
+        """Consecutive blocks of sorted pixels, cut at kernel boundaries if possible: each cut segment costs an extra product."""
         size = _block_size(patch_bytes)
         first = last = 0
         segments: list[tuple[int, slice]] = []
@@ -78,19 +78,19 @@ class Sorted(NamedTuple):
 
 
 def _block_size(patch_bytes: int) -> int:
-    """Most pixels of a block."""
+    """Maximum number of pixels per block."""
     return max(BLOCK_BYTES // patch_bytes, 64)
 
 
 def _patch_buffer(problem: Problem) -> Tensor:
-    """Room for the patches of a block, (pixels·k·l, C/G): used again and again it stays in the cache and costs no page faults."""
+    """Buffer for the patches of a block, (pixels·k·l, C/G): reused, it stays in the cache and costs no page faults."""
     taps, width = math.prod(problem.window.size), problem.kernel.shape[1]
     pixels = min(_block_size(taps * width * problem.compute_dtype.itemsize), problem.index.numel())
     return problem.x.new_empty((pixels * taps, width), dtype=problem.compute_dtype)
 
 
 def _matrices(problem: Problem) -> list[Tensor]:
-    """The kernels as (O, U); no copy is made of what lies in memory with its channels last."""
+    """The kernels as (O, U), without a copy if their channels are last in memory."""
     dtype = problem.compute_dtype
     further = problem.further.movedim(2, -1).to(dtype).flatten(2)
     return [problem.kernel.movedim(1, -1).to(dtype).flatten(1), *further.unbind()]
@@ -103,7 +103,7 @@ def _group_slices(problem: Problem) -> list[tuple[slice, slice]]:
 
 
 def _pixel_bytes(problem: Problem, copies: int) -> int:
-    """Bytes that a chunk holds for each output pixel: frame, and rows of output channels."""
+    """Bytes that a chunk needs per output pixel: frame, and rows of output channels."""
     stride_h, stride_w = problem.window.stride
     channels = problem.x.shape[1] * stride_h * stride_w + copies * problem.outputs
     return channels * problem.compute_dtype.itemsize
@@ -131,7 +131,7 @@ def forward(problem: Problem, out: Tensor) -> None:
 
 
 def backward(problem: Problem, grad: Tensor, grads: Grads) -> None:
-    """Add to the wanted gradients; grad is that of the output, (N, O, P, Q)."""
+    """Add to the requested gradients; grad is the gradient of the output, (N, O, P, Q)."""
     dtype = problem.compute_dtype
     kernels, buffers = _matrices(problem), (_patch_buffer(problem), _patch_buffer(problem))
     kernel_grads = None if grads.kernels is None else [total.flatten(1) for total in grads.kernels]
@@ -163,7 +163,7 @@ def backward(problem: Problem, grad: Tensor, grads: Grads) -> None:
 
 
 class _GroupWork(NamedTuple):
-    """One chunk and one group of channels in the backward pass: kernels n × (O/G, U), gradient (R, O/G), and what is summed up."""
+    """One chunk and one group of channels in the backward pass: kernels n × (O/G, U), gradient (R, O/G), and the accumulators."""
 
     kernels: list[Tensor]
     g_RO: Tensor
@@ -173,7 +173,7 @@ class _GroupWork(NamedTuple):
     buffers: tuple[Tensor, Tensor]
 
     def add(self, rows: Tensor, block: Block) -> None:
-        """Add the share of a block, whose patches are taken from the frame's rows (B·height·width, C/G)."""
+        """Add the contribution of a block, whose patches come from the frame's rows (B·height·width, C/G)."""
         g_RO = self.g_RO[block.pixels]
         if self.rows_grad is not None:
             z = self.buffers[0][: len(block.at)]
@@ -197,7 +197,7 @@ class _GroupWork(NamedTuple):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total may be of a wider dtype."""
+    """total += a @ b, where total may have a wider dtype."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:

@@ -1,6 +1,6 @@
 """PAFU: a selector picks, at every pixel, one kernel of a learned group (Kokkinos et al., Pixel Adaptive Filtering Units).
 
-Legend: N batch, C channels, H W input size, P Q output size, n kernels of a group, O output channels, k l window, G groups.
+Legend: N batch, C channels, H W input size, P Q output size, n kernels per group, O output channels, k l window, G groups.
 """
 
 import math
@@ -30,17 +30,17 @@ class PAFUConfig(LayerConfig):
 
     group_size: n, kernels to select from, at least 2.
     hidden: channels inside the selector.
-    selector_depth: its 3×3 convolutions, at least 1; (2·depth + 1)² input pixels decide about one (stride and dilation 1).
-    temperature: of the softmax in training; the layer's attribute `temperature` starts from it and may be annealed.
-    perturbation: how far kernels 1.. start from the replaced weight, as a part of its root mean square. They must differ: identical
+    selector_depth: its 3×3 convolutions, at least 1; one selection depends on (2·depth + 1)² input pixels (stride and dilation 1).
+    temperature: of the softmax in training; initial value of the layer's attribute `temperature`, which may be annealed.
+    perturbation: how far kernels 1.. start from the replaced weight, as a fraction of its RMS. They must differ: identical
         kernels are a stationary point of the regularizer and give the selector no gradient.
-    supports: further (square, odd) kernel sizes in the group, dealt out in turn to kernels 1..; kernel 0 keeps its own. Empty: all
+    supports: additional (square, odd) kernel sizes, assigned in turn to kernels 1..; kernel 0 keeps its own. Empty: all
         kernels have the size of the replaced one.
     shared: kernels 1.. are kernel 0 plus a difference (limited to their support): kernel 0 gets the gradient of every pixel. The
-        differences start at zero and the selector at random: exact whatever is selected, in training, too. `perturbation` has
-        no use then. False is the paper's form: independent kernels.
+        differences start at zero and the selector at random: exact for any selection, in training, too. `perturbation` is then
+        unused. False is the paper's form: independent kernels.
     selection: in training. "argmax": the kernel that eval mode selects; the selector's gradient is that of the expected loss under
-        the softmax of its logits. "gumbel" is the paper's: sampled by a straight-through Gumbel-softmax.
+        the softmax of its logits. "gumbel", as in the paper: sampled by a straight-through Gumbel-softmax.
     norm: normalizes the selector's signal: "batch", or None as in the paper.
     """
 
@@ -78,20 +78,20 @@ class PAFUConfig(LayerConfig):
         check_at_most(self, "supports", max(sizes, default=1))
         if len(sizes) >= self.group_size:
             raise ConfigError(
-                f"PAFUConfig: a group of {self.group_size} kernels has no place for {len(sizes)} further supports {sizes!r}; "
+                f"PAFUConfig: a group of {self.group_size} kernels has no room for {len(sizes)} more supports {sizes!r}; "
                 f"kernel 0 keeps its own size, so there can be at most {self.group_size - 1}"
             )
 
 
 @register
 class PAFUConv2d(CodedConv2d):
-    """A convolution whose kernel is selected anew at every pixel from a group of n (PAFU, eq. 2).
+    """A convolution whose kernel is selected at every pixel from a group of n (PAFU, eq. 2).
 
-    In eval mode the selection is the argmax of the selector's logits; in training it is that too, or a straight-through
-    Gumbel-softmax (§3.4), by `selection`. Kernel 0 is the replaced weight, in a parameter of its own, `kernel` (O, C/G, k_h, k_w),
-    so that it keeps its learning rate and may stay frozen while the group is learned. Kernels 1.. are `further_kernels`
-    (n - 1, O, k·l·C/G), or kernel 0 plus these (`shared`), packed as the operator reads them, zero-padded to the largest support.
-    One bias is shared by all kernels.
+    In eval mode the selection is the argmax of the selector's logits; in training it is the same or a straight-through
+    Gumbel-softmax (§3.4), depending on `selection`. Kernel 0 is the replaced weight, a parameter of its own, `kernel`,
+    to keep its learning rate and allow freezing it while the group is trained. Kernels 1.. are `further_kernels`
+    (n - 1, O, k·l·C/G), or kernel 0 plus these (`shared`), packed in the operator's layout, zero-padded to the largest support.
+    All kernels share one bias.
     """
 
     type_name = "pafu"
@@ -116,7 +116,7 @@ class PAFUConv2d(CodedConv2d):
 
     @classmethod
     def why_not(cls, geometry: ConvGeometry, config: LayerConfig) -> list[str]:
-        """A window of the other parity than the kernel has its taps between those of a dilated kernel."""
+        """With a window of different parity, the taps would fall between those of a dilated kernel."""
         assert isinstance(config, PAFUConfig)
         return [
             f"supports {config.supports} cannot be centered on a kernel of size {k} at dilation {d}: the parity differs"
@@ -126,10 +126,10 @@ class PAFUConv2d(CodedConv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Module | ConvSource, config: LayerConfig | None = None, **context: Any) -> Self:
-        """Kernel 0 is the weight. With `shared` the others are the same, and the selector selects at random.
+        """Kernel 0 is the weight. With `shared`, the others start equal to it, and the selector selects at random.
 
-        Otherwise the others are the weight plus noise, and the selector's last bias prefers kernel 0: its logit is log n where the
-        others' are 0, so that in eval mode it is selected everywhere, in training with "gumbel" about half of the time.
+        Otherwise the others are the weight plus noise, and the selector's last bias favors kernel 0: its logit is log n, the
+        others' are 0, so it is selected everywhere in eval mode, and about half of the time in training with "gumbel".
         """
         source = conv if isinstance(conv, ConvSource) else ConvSource.read(conv)
         config = PAFUConfig() if config is None else config
@@ -162,7 +162,7 @@ class PAFUConv2d(CodedConv2d):
         return [supports[i % len(supports)] for i in range(self.config.group_size - 1)]
 
     def _support_mask(self) -> Tensor | None:
-        """1 inside of each kernel's support, 0 outside, (n - 1, k·l); None if all fill the window."""
+        """1 inside each kernel's support, 0 outside, (n - 1, k·l); None if all fill the window."""
         if all(size == self.window for size in self._sizes()):
             return None
         masks = [F.pad(torch.ones(size), _margins(size, self.window)) for size in self._sizes()]
@@ -170,8 +170,10 @@ class PAFUConv2d(CodedConv2d):
 
     @torch.no_grad()
     def _fill_further_kernels(self, weight: Tensor) -> None:
-        """In place: the kernels of a large layer are gigabytes."""
-        kernels = self.further_kernels.copy_(torch.randn(self.further_kernels.shape))  # of the CPU: as on every device
+        """In place, because the kernels of a large layer take gigabytes."""
+        kernels = self.further_kernels.copy_(
+            torch.randn(self.further_kernels.shape)
+        )  # CPU draws: equal on every device
         rms = weight.double().square().mean().sqrt().to(weight.dtype)
         centered = F.pad(weight, _margins((weight.shape[-2], weight.shape[-1]), self.window)).movedim(1, -1)
         kernels.mul_(self.config.perturbation * rms).add_(centered.flatten(1))
@@ -185,7 +187,7 @@ class PAFUConv2d(CodedConv2d):
         return F.pad(self.kernel, _margins(self.geometry.kernel_size, self.window))
 
     def _further_kernels(self) -> Tensor:
-        """Kernels 1.., zero outside of their supports, (n - 1, O, k·l·C/G)."""
+        """Kernels 1.., zero outside their supports, (n - 1, O, k·l·C/G)."""
         kernels: Tensor = self.further_kernels
         if self.support_mask is not None:
             kernels = (self._by_tap(kernels) * self.support_mask[:, None, :, None]).flatten(2)
@@ -221,13 +223,13 @@ class PAFUConv2d(CodedConv2d):
 
     @torch.no_grad()
     def selection(self, x: Tensor) -> Tensor:
-        """Which kernel each output pixel gets in eval mode, (N, P, Q) int64, for pictures."""
+        """The kernel that each output pixel selects in eval mode, (N, P, Q) int64, for pictures."""
         self.check_input(x)
         index: Tensor = self.selector(x).argmax(1)
         return index
 
     def code(self, x: Tensor) -> Tensor:
-        """The selection, one channel a kernel, 1 where it is selected and 0 elsewhere, (N, n, P, Q)."""
+        """The selection, one channel per kernel, 1 where it is selected and 0 elsewhere, (N, n, P, Q)."""
         return F.one_hot(self.selection(x), self.config.group_size).movedim(-1, 1).to(self.kernel.dtype)
 
     def signal(self, x: Tensor) -> Tensor:
@@ -235,7 +237,7 @@ class PAFUConv2d(CodedConv2d):
 
     @torch.no_grad()
     def constant_code(self) -> Tensor | None:
-        """Where all kernels are the same, or one logit is the largest whatever the hidden map, which tanh keeps within [-1, 1]."""
+        """Known if all kernels are equal, or if one logit is always the largest: tanh keeps the hidden map within [-1, 1]."""
         if self.config.shared and not self.further_kernels.any():
             return self._chosen(0)
         expand = self.selector.expand
@@ -250,7 +252,7 @@ class PAFUConv2d(CodedConv2d):
         return self._chosen(best)
 
     def nearest_constant(self, mean: Tensor) -> Tensor:
-        """The kernel that is selected most often."""
+        """The most frequently selected kernel."""
         return self._chosen(int(mean.argmax()))
 
     def code_text(self, mean: Tensor) -> str:
@@ -276,7 +278,7 @@ class PAFUConv2d(CodedConv2d):
         self.bias = scaled_bias(self.bias, scale, shift, self.kernel)
 
     def static_weight(self) -> Tensor:
-        """The kernel that the selector's last bias prefers, (O, C/G, k, l): at birth the replaced weight."""
+        """The kernel that the selector's last bias favors, (O, C/G, k, l): at initialization the replaced weight."""
         preferred = self.selector.static_output.detach().argmax()
         others = self._further_kernels().index_select(0, (preferred - 1).clamp(min=0)[None])[0]
         return torch.where(preferred == 0, self._kernel(), self._unpacked(others))
@@ -289,7 +291,7 @@ class PAFUConv2d(CodedConv2d):
         yield from self.selector.named_parameters(prefix="selector")
 
     def macs(self, height: int, width: int) -> int:
-        """Every pixel is filtered with one kernel of the window's size, whatever n; the selector comes on top."""
+        """Every pixel is filtered with one kernel of the window's size, for any n; the selector is added."""
         rows, columns = self.geometry.output_size(height, width)
         outputs, inputs, *_ = self.geometry.weight_shape
         return outputs * inputs * math.prod(self.window) * rows * columns + self.selector.macs(height, width)
@@ -299,14 +301,14 @@ class PAFUConv2d(CodedConv2d):
         return True
 
     def regularization(self) -> Tensor:
-        """‖W_f W_fᵀ − I‖²_F, the rows of W_f (n, k·l·C/G·O) being the kernels, padded to the window and normalized (eq. 3)."""
+        """‖W_f W_fᵀ − I‖²_F; the rows of W_f (n, k·l·C/G·O) are the kernels, padded to the window and normalized (eq. 3)."""
         gram = self._gram(torch.promote_types(self.kernel.dtype, torch.float32))
-        norms = gram.diagonal().clamp_min(1e-24).sqrt()  # before the root, whose slope at zero is none
+        norms = gram.diagonal().clamp_min(1e-24).sqrt()  # before the root, whose slope at zero is infinite
         eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         return (gram / (norms[:, None] * norms) - eye).square().sum()
 
     def _gram(self, dtype: torch.dtype) -> Tensor:
-        """Products of all pairs of kernels, (n, n). Normalized copies of the kernels would be kept for the backward pass."""
+        """Inner products of all pairs of kernels, (n, n). Normalized copies of the kernels would be saved for the backward pass."""
         first = self._kernel().movedim(1, -1).reshape(1, -1).to(dtype)
         others = self._further_kernels().flatten(1).to(dtype)
         with torch.autocast(first.device.type, enabled=False):
@@ -316,6 +318,6 @@ class PAFUConv2d(CodedConv2d):
 
 
 def _margins(size: Pair, window: Pair) -> tuple[int, int, int, int]:
-    """Padding (left, right, top, bottom) that centers `size` in `window` as `pad_for_window` does; negative where it is larger."""
+    """Padding (left, right, top, bottom) that centers `size` in `window` as `pad_for_window` does; negative if it is larger."""
     (down, across) = (w - s for s, w in zip(size, window, strict=True))
     return (across // 2, across - across // 2, down // 2, down - down // 2)

@@ -1,4 +1,4 @@
-"""The PAFU operator in C (pafu.h): float32 on the CPU, bit-identical whatever the number of threads."""
+"""The PAFU operator in C (pafu.h): float32 on the CPU, bit-identical for any number of threads."""
 
 import ctypes
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,12 @@ from surgeon.layers.ops.native.compiler import library
 from surgeon.layers.ops.native.support import borrowed, in_parallel, pointer
 from surgeon.layers.pafu.frames import Chunk, Grads, Problem
 
-FEWEST = 4  # channels of a group: with fewer, vectors are too empty, and torch's ways are faster
-CHUNK_BYTES = 4 << 20  # of input and output at a time: they should stay in the second-level cache
-SEGMENT = 1024  # pixels of one kernel that a task takes at most, for which it packs the kernel
-PARTS = 4  # tasks that the gradient of the input is cut into at least, where there are as many images
-SPARE = 8  # places behind the sorted pixels that are read, but of no account
-SPARE_FLOATS = 16  # behind buffers, which are read in whole vectors
+FEWEST = 4  # channels per group: with fewer, vectors are mostly empty and torch is faster
+CHUNK_BYTES = 4 << 20  # of input and output at a time, to stay in the L2 cache
+SEGMENT = 1024  # maximum pixels per task; a task packs its kernel once
+PARTS = 4  # minimum tasks for the gradient of the input, if there are as many images
+SPARE = 8  # padding after the sorted pixels, which is read but not used
+SPARE_FLOATS = 16  # padding after buffers, which are read in whole vectors
 
 _GEOMETRY = ("h", "w", "c", "outputs", "groups", "lh", "lw", "sh", "sw", "dh", "dw", "n")
 _LAST = ("last_0", "last_others")
@@ -62,7 +62,7 @@ def _dense(kernels: Tensor) -> tuple[Tensor, bool]:
 
 
 class _Work:
-    """One chunk of a call: sizes and operands as the C functions take them, and the buffers borrowed for them."""
+    """One chunk of a call: sizes and operands in the layout of the C functions, and the buffers borrowed for them."""
 
     def __init__(self, call: "_Call", chunk: Chunk, parts: int, stack: ExitStack) -> None:
         self.call, self.chunk, self.stack = call, chunk, stack
@@ -84,11 +84,11 @@ class _Work:
         return self.stack.enter_context(borrowed(floats + SPARE_FLOATS))
 
     def frame(self) -> Tensor:
-        """Room for the frame, or for its gradient."""
+        """Buffer for the frame or its gradient."""
         return self.borrow(self.plan.images * self.plan.height * self.plan.width * self.plan.c)
 
     def output(self, y: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
-        """The chunk's part of a map like the output, and where it is channels last: the same, or a buffer."""
+        """The chunk's part of an output-sized map, and its channels-last version: the same memory, or a buffer."""
         own = pointer(y[self.chunk.images, :, self.chunk.rows])
         return own, own if self.call.last else pointer(self.borrow(self.pixels * self.plan.outputs))
 
@@ -96,14 +96,14 @@ class _Work:
         return [(image,) for image in range(self.plan.images)]
 
     def segments(self, bounds: list[int]) -> Iterator[tuple[int, int, int]]:
-        """Kernel, first and end of runs of sorted pixels, each of one kernel."""
+        """Kernel, first and end of each run of sorted pixels of one kernel."""
         for key, (start, stop) in enumerate(pairwise(bounds)):
             pieces = -(-(stop - start) // SEGMENT)
             for piece in range(pieces):
                 yield key % self.plan.n, *(start + (stop - start) * p // pieces for p in (piece, piece + 1))
 
     def run(self, name: str, tasks: Sequence[tuple[int, ...]]) -> None:
-        """Call a C function for every task; they share nothing that they write."""
+        """Call a C function for every task; the tasks write to disjoint memory."""
         function, operands = getattr(self.call.library, name), (ctypes.byref(self.plan), ctypes.byref(self.tensors))
 
         def work(task: int, scratch: Tensor) -> None:
@@ -113,7 +113,7 @@ class _Work:
 
 
 class _Call:
-    """The operands of a call, laid out as the C functions read them."""
+    """The operands of a call in the layout of the C functions."""
 
     def __init__(self, problem: Problem) -> None:
         window = problem.window
@@ -131,7 +131,7 @@ class _Call:
         return t.contiguous(memory_format=torch.channels_last if self.last else torch.contiguous_format)
 
     def chunks(self, parts: int) -> Iterator[_Work]:
-        """The chunks, each with its frame and its sorted pixels; the images of a chunk in so many parts, if it has as many."""
+        """The chunks, each with its frame and sorted pixels; a chunk's images are split into `parts`, if it has as many."""
         stride_h, stride_w = self.problem.window.stride
         pixel = 4 * (self.x.shape[1] * stride_h * stride_w + self.problem.outputs)
         for chunk in self.problem.chunks(pixel, CHUNK_BYTES):
@@ -140,7 +140,7 @@ class _Call:
 
 
 def forward(problem: Problem, out: Tensor) -> None:
-    """Fill out (N, O, P, Q), which is of the memory format of x."""
+    """Fill out (N, O, P, Q), which has the memory format of x."""
     for work in _Call(problem).chunks(1):
         work.tensors.out, work.tensors.y = work.output(out)
         blocks = work.call.library.pafu_blocks(ctypes.byref(work.plan))
@@ -151,7 +151,7 @@ def forward(problem: Problem, out: Tensor) -> None:
 
 
 def backward(problem: Problem, grad: Tensor, grads: Grads) -> None:
-    """Add to the wanted gradients, of which that of x is of its memory format; grad is that of the output, (N, O, P, Q)."""
+    """Add to the requested gradients (that of x in its memory format); grad is the gradient of the output, (N, O, P, Q)."""
     kernel, further = (k.movedim(-3, -1).contiguous().movedim(-1, -3) for k in (problem.kernel, problem.further))
     call = _Call(replace(problem, kernel=kernel, further=further))
     grad = call.laid_out(grad)

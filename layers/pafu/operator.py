@@ -1,14 +1,14 @@
-"""The operator of PAFU: every pixel of the output is filtered with the kernel that was selected there.
+"""PAFU's operator: every output pixel is filtered with the kernel selected there.
 
-On the CPU in C (`native/pafu.h`) where that can be, on GPUs in Triton; in torch there are three exact ways, of which
+On the CPU it runs in C (`native/pafu.h`) if possible, on GPUs in Triton; torch has three exact methods, of which
 `choose_method` takes the cheapest:
 
-- **grouped**: pixels sorted by selected kernel, one product for each kernel; the cost does not depend on n.
-- **taps**, for depthwise convolutions: tap by tap, the weight of the selected kernel is looked up for every pixel.
-- **dense**: one plain convolution for every kernel that is selected anywhere.
+- **grouped**: pixels sorted by selected kernel, one product per kernel; the cost does not depend on n.
+- **taps**, for depthwise convolutions: tap by tap, the selected kernel's weight is looked up for every pixel.
+- **dense**: one plain convolution per kernel that is selected anywhere.
 
-Only inputs are kept for the backward pass, everything else is computed again there. Temporaries stay below 32 MB.
-Legend: N batch, C channels, H W input size, P Q output size, n kernels of a group, O output channels, k l kernel size, G groups.
+Only inputs are saved for the backward pass, which recomputes everything else. Temporaries stay below 32 MB.
+Legend: N batch, C channels, H W input size, P Q output size, n kernels per group, O output channels, k l kernel size, G groups.
 """
 
 from collections.abc import Sequence
@@ -58,12 +58,12 @@ def pafu_conv(
 ) -> Tensor:
     """Filter every pixel with its selected kernel (PAFU, eq. 2): y[p] = K_index[p] * x at p.
 
-    x (N, C, H, W); kernel 0 (O, C/G, k, l); further, kernels 1.. (n - 1, O, C/G, k, l), fastest if its channels are last in memory;
+    x (N, C, H, W); kernel 0 (O, C/G, k, l); further, kernels 1.. (n - 1, O, C/G, k, l), fastest with channels last in memory;
     index (N, P, Q) int64 in 0..n-1; soft (N, n, P, Q) or None. Returns (N, O, P, Q) in the memory format of x.
 
-    With `soft` the gradient is the exact straight-through one: d/d soft_i = <g, K_i * x> for all i, those of x and of the kernels
-    go through the selection `index`. Under autocast the products are taken in its dtype. Raises `GeometryError` for shapes that
-    do not fit, `BackendError` where the named backend ("triton", "native", "torch", "portable", "reference") cannot run.
+    With `soft`, the gradient is the exact straight-through one: d/d soft_i = <g, K_i * x> for all i; the gradients of x and of the
+    kernels go through the selection `index`. Under autocast, products are in its dtype. Raises `GeometryError` if shapes do not
+    fit, `BackendError` if the named backend ("triton", "native", "torch", "portable", "reference") cannot run.
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype != torch.float64:
@@ -97,11 +97,11 @@ def _check(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, soft: Tens
 
 
 def choose_method(problem: Problem) -> str:
-    """The cheapest way, a key of `METHODS`. The bounds were measured on one CPU core."""
+    """The cheapest method, a key of `METHODS`. The thresholds were measured on one CPU core."""
     kernels = len(problem.present)
     if problem.is_depthwise:
         return "taps" if kernels > 2 else "dense"
-    # The products of a group of few channels are too small to be fast.
+    # With few channels per group, the products are too small to be fast.
     return "dense" if kernels <= max(1, problem.window.groups // 6) else "grouped"
 
 
@@ -114,7 +114,7 @@ def _plain(problem: Problem, i: int) -> Tensor:
     return y.to(problem.x.dtype).contiguous(memory_format=memory_format)
 
 
-# --- as nodes of a graph: opaque to torch.compile, with shapes and gradients -----------------------------------------
+# --- as graph nodes: opaque to torch.compile, with shapes and gradients ----------------------------------------------
 
 
 @define("surgeon::pafu_conv", torch.Tag.cudagraph_unsafe)
@@ -144,7 +144,7 @@ def _conv(
 
 
 def _on_cuda() -> ModuleType:
-    """The Triton kernels, which sort pixels on the device: what is `present` is not asked, for that would wait for it."""
+    """The Triton kernels, which sort pixels on the device: computing `present` would synchronize."""
     from surgeon.layers.pafu import triton as pafu
 
     return pafu
@@ -174,7 +174,7 @@ def _conv_backward(
     method: str,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, kernel, further and soft; `wanted` says which of (x, kernels, soft), the others come back empty."""
+    """Gradients of x, kernel, further and soft; `wanted` covers (x, kernels, soft), and unwanted ones are returned empty."""
     window = Window.of(kernel, stride, padding, dilation, groups)
     make = Problem.of if method != "triton" else partial(Problem, present=[])
     problem = make(x, kernel, further, index, window)
@@ -217,7 +217,7 @@ def _empty_gradients(
 def _as_gradients(
     grad_x: Tensor, first: Tensor, rest: Tensor, scores: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sums in the order of dimensions and the dtype of the inputs; `further` keeps its channels last."""
+    """The sums in the dimension order and dtype of the inputs; `further` keeps its channels last."""
     return grad_x.to(dtype), first.movedim(-1, 1).to(dtype), rest.movedim(-1, 2).to(dtype), scores.movedim(-1, 1)
 
 
@@ -250,7 +250,7 @@ register_flop_formula(torch.ops.surgeon.pafu_conv_backward)(pafu_backward_flops)
 
 def _why_not_triton(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *rest: Any) -> list[str]:
     depthwise = kernel.shape[1] == 1 and rest[-1] > 1
-    reasons = ["it multiplies matrices, and the groups of a depthwise convolution are none"] if depthwise else []
+    reasons = ["it multiplies matrices, and a depthwise convolution has none"] if depthwise else []
     return reasons_against([x, kernel, further]) + one_dtype(x, kernel, further) + reasons
 
 
@@ -262,7 +262,7 @@ def _run_triton(*args: Any) -> Tensor:
 
 def _why_not_native(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *rest: Any) -> list[str]:
     if rest[-1] > 1 and kernel.shape[1] < native.FEWEST:
-        return [f"torch is faster where a group has fewer than {native.FEWEST} channels"]
+        return [f"torch is faster with fewer than {native.FEWEST} channels per group"]
     return native_reasons_against([x, kernel, further])
 
 
@@ -278,7 +278,7 @@ def _one_dtype(x: Tensor, kernel: Tensor, further: Tensor, *rest: Any) -> list[s
 
 def _why_not_lean(x: Tensor, kernel: Tensor, further: Tensor, *rest: Any) -> list[str]:
     if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
-        return ["it counts on the host which kernels were selected, and a CUDA graph cannot record that"]
+        return ["it counts the selected kernels on the host, which a CUDA graph cannot record"]
     return one_dtype(x, kernel, further)
 
 

@@ -1,6 +1,6 @@
 """The definition of the per-pixel kernel selection, in plain torch.
 
-Legend: N batch, C channels, H W input size, P Q output size, n kernels of a group, O output channels, k l kernel size.
+Legend: N batch, C channels, H W input size, P Q output size, n kernels per group, O output channels, k l kernel size.
 """
 
 import torch
@@ -21,10 +21,10 @@ def pafu_conv_reference(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    """y at a pixel is the selected kernel of the group applied there: y = sum_i z_i (K_i * x), z one-hot (PAFU, eq. 2).
+    """Apply the selected kernel of the group at each pixel: y = sum_i z_i (K_i * x), z one-hot (PAFU, eq. 2).
 
-    Kernel 0 is `kernel_OCkl`, kernels 1.. are `further_nOCkl`. With `soft_NnPQ` z is its straight-through version: the value of
-    the one-hot selection, the gradient of the soft one (§3.4), whose value is not used. Returns (N, O, P, Q).
+    Kernel 0 is `kernel_OCkl`, kernels 1.. are `further_nOCkl`. With `soft_NnPQ`, z is its straight-through version: the value of
+    the one-hot selection with the gradient of the soft one (§3.4), whose value is not used. Returns (N, O, P, Q).
     """
     kernels = torch.cat([kernel_OCkl[None], further_nOCkl])
     y_NnOPQ = torch.stack([F.conv2d(x_NCHW, k, None, stride, padding, dilation, groups) for k in kernels], dim=1)

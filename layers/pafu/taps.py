@@ -1,4 +1,4 @@
-"""Kernel selection for depthwise convolutions: tap by tap, the weight of the selected kernel is looked up for every pixel.
+"""Kernel selection for depthwise convolutions: tap by tap, the selected kernel's weight is looked up for every pixel.
 
 Legend: B images of a chunk, P Q its output rows and columns, R = B·P·Q its pixels, C input channels, O = C·M output channels,
 n kernels, k l kernel size.
@@ -14,7 +14,7 @@ from surgeon.layers.pafu.frames import Chunk, Grads, Problem
 
 
 def _views(problem: Problem, chunk: Chunk, frame: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """For each tap, its place in the kernel and the view (B, P, Q, C) of the frame that it multiplies."""
+    """For each tap, its position in the kernel and the view (B, P, Q, C) of the frame that it multiplies."""
     (s_h, s_w), (d_h, d_w) = problem.window.stride, problem.window.dilation
     rows, columns = chunk.rows.stop - chunk.rows.start, problem.index.shape[2]
     for i in range(problem.window.size[0]):

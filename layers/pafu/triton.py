@@ -1,9 +1,9 @@
-"""Kernel selection on CUDA by products with gathered patches: the cost of one convolution, whatever the number of kernels.
+"""Kernel selection on CUDA by products with gathered patches: the cost of one convolution, for any number of kernels.
 
-Output pixels r are sorted by selected kernel, on the device: nothing waits for it. A program multiplies the patches of one block of
-pixels of one kernel, read where they lie; no patch is stored. The gradient of x is added to tap by tap: no two pixels read the
-same place with the same tap. That of the kernels is taken in `splits` partial sums, added up afterwards. The scores of all kernels,
-which the soft selection needs, are convolutions whose outputs stay in registers. Kernels are packed as (n, T, C/G, O), T = k·l.
+Output pixels r are sorted by selected kernel on the device, without synchronization. A program multiplies the patches of one block
+of pixels of one kernel, reading them in place; no patch is stored. The gradient of x is accumulated tap by tap: no two pixels read
+the same element with the same tap. The kernels' gradient is taken in `splits` partial sums, added afterwards. The scores of all
+kernels, needed by the soft selection, are convolutions whose outputs stay in registers. Kernels are packed (n, T, C/G, O), T = k·l.
 """
 
 import math
@@ -18,8 +18,8 @@ from surgeon.errors import GeometryError
 from surgeon.layers.ops.triton.launch import Geometry, blocks, config, launch, precision, product, tuned
 from surgeon.layers.pafu.frames import Grads, Problem
 
-PARTIAL_BYTES = 32 << 20  # of partial sums of kernel gradients
-PROGRAMS = 256  # that keep a GPU busy
+PARTIAL_BYTES = 32 << 20  # for partial sums of kernel gradients
+PROGRAMS = 256  # enough to keep a GPU busy
 
 CONFIGS = [config(R=64, BO=64, C=32), config(R=32, BO=32, C=32), config(R=128, BO=64, C=32, warps=8)]
 SINGLE = [config(R=32, BO=32, C=32), config(R=64, BO=32, C=16), config(R=32, BO=32, C=16)]
@@ -28,7 +28,7 @@ KEY = ["c_group", "o_group", "KH", "KW"]
 
 @triton.jit
 def block_of_kernel(bounds, block, n, R: tl.constexpr):
-    """The kernel of a block of R sorted pixels, and the block's first and last pixel; none if there is no such block."""
+    """The kernel of a block of R sorted pixels, and the block's first and last pixel; empty if there is no such block."""
     kernel, first, last, before = 0, 0, 0, 0
     for e in range(n):
         start, stop = tl.load(bounds + e).to(tl.int32), tl.load(bounds + e + 1).to(tl.int32)
@@ -51,7 +51,7 @@ def place(r, g):
 
 @triton.jit
 def read_at(i, j, ty, tx, inside, g):
-    """Row and column that a tap reads, and whether they lie in the image."""
+    """Row and column that a tap reads, and whether they are inside the image."""
     row, column = i * g.stride_h + ty * g.dilation_h - g.pad_h, j * g.stride_w + tx * g.dilation_w - g.pad_w
     return row, column, inside & (row >= 0) & (row < g.height) & (column >= 0) & (column < g.width)
 
@@ -105,7 +105,7 @@ def scores_kernel(
     grad, x, weight, out, gs, xs, g, pixels, n, c_group, o_group, groups,
     KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, BO: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """out (r, n) = <gradient of the pixel, every kernel's answer there>."""
+    """out (r, n) = <gradient of the pixel, response of every kernel there>."""
     pixel_blocks = tl.cdiv(pixels, R)
     kernel = tl.program_id(0) // pixel_blocks
     r = (tl.program_id(0) % pixel_blocks) * R + tl.arange(0, R)
@@ -128,14 +128,14 @@ def scores_kernel(
     tl.store(out + r.to(tl.int64) * n + kernel, score, mask=inside)
 
 
-# Never tuned: it adds to what is there.
+# Never tuned: it adds to existing values.
 @tuned([config(R=64, BO=32, C=32)], KEY, SINGLE[:1])
 @triton.jit
 def grad_x_kernel(
     grad, weight, order, bounds, out, gs, os, g, ty, tx, pixels, n, c_group, o_group, groups,
     KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, BO: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Add to `out`, of the shape of x, what one tap (ty, tx) brings."""
+    """Add the contribution of one tap (ty, tx) to `out`, which has the shape of x."""
     pixel_blocks, c_blocks = tl.cdiv(pixels, R) + n, tl.cdiv(c_group, C)
     kernel, first, last = block_of_kernel(bounds, tl.program_id(0) % pixel_blocks, n, R)
     rest = tl.program_id(0) // pixel_blocks
@@ -168,7 +168,7 @@ def grad_kernels_kernel(
     grad, x, order, bounds, out, gs, xs, g, splits, n, c_group, o_group, groups,
     KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, BO: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """out (splits, n, T, C/G, O): what each part of a kernel's pixels brings to its gradient."""
+    """out (splits, n, T, C/G, O): contribution of each part of a kernel's pixels to its gradient."""
     o_blocks, c_blocks = tl.cdiv(o_group, BO), tl.cdiv(c_group, C)
     program = tl.program_id(0)
     o = (program % o_blocks) * BO + tl.arange(0, BO)
@@ -203,7 +203,7 @@ def grad_kernels_kernel(
 
 
 class Sorted(NamedTuple):
-    """Pixels by kernel: `order` (r) lists them, kernel e's are `bounds[e]`:`bounds[e + 1]` of it."""
+    """Pixels by kernel: `order` (r) lists them; kernel e has `bounds[e]`:`bounds[e + 1]` of it."""
 
     order: Tensor
     bounds: Tensor
@@ -216,7 +216,7 @@ class Sorted(NamedTuple):
 
 
 def _check_range(ordered: Tensor, n: int) -> None:
-    """On a GPU the check does not wait: an index out of range is a device-side assertion, as for an embedding."""
+    """On a GPU the check does not synchronize: an index out of range is a device-side assertion, as for an embedding."""
     fits = (ordered[0] >= 0) & (ordered[-1] < n)
     if fits.device.type != "cpu":
         torch._assert_async(fits, f"pafu_conv: index out of range, there are {n} kernels")
@@ -225,7 +225,7 @@ def _check_range(ordered: Tensor, n: int) -> None:
 
 
 class _Call(NamedTuple):
-    """What every launch is told."""
+    """Arguments of every launch."""
 
     problem: Problem
     g: Geometry
@@ -244,7 +244,7 @@ class _Call(NamedTuple):
 
     @property
     def channels(self) -> tuple[int, int, int]:
-        """Of a group, outputs of a group, groups."""
+        """Input channels per group, output channels per group, groups."""
         groups = self.problem.window.groups
         return self.problem.kernel.shape[1], self.problem.outputs // groups, groups
 
@@ -267,7 +267,7 @@ def forward(problem: Problem, out: Tensor) -> None:
 
 
 def backward(problem: Problem, grad: Tensor, grads: Grads) -> None:
-    """Add to the wanted gradients, which are zero and in float32; grad is that of the output, (N, O, P, Q)."""
+    """Add to the requested gradients, which are zero and in float32; grad is the gradient of the output, (N, O, P, Q)."""
     call, grad = _Call.of(problem), grad.to(problem.x.dtype)
     if grads.scores is not None:
         _scores(call, grad, grads.scores)
@@ -307,7 +307,7 @@ def _input(call: _Call, pixels: Sorted, grad: Tensor, out: Tensor) -> None:
 def _kernels(call: _Call, pixels: Sorted, grad: Tensor, out: list[Tensor]) -> None:
     x, n, (c_group, o_group, groups) = call.problem.x, call.problem.n, call.channels
     taps = math.prod(call.problem.window.size)
-    sums = n * taps * groups  # the programs of a split, in blocks of channels
+    sums = n * taps * groups  # programs per split, in blocks of channels
     programs = sums * blocks(c_group, 32) * blocks(o_group, 64)
     bytes_of_one = n * taps * c_group * o_group * groups * 4
     splits = max(1, min(blocks(PROGRAMS, programs), PARTIAL_BYTES // bytes_of_one, blocks(call.pixels, 64)))

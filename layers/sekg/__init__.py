@@ -1,4 +1,4 @@
-"""SEKG: the layer, DConv and its operator, and ADFNet"s blocks."""
+"""SEKG: the layer, DConv with its operator, and ADFNet's blocks."""
 
 from surgeon.layers.sekg.layer import SEKGConfig, SEKGConv2d
 

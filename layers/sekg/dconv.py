@@ -1,6 +1,6 @@
-"""SEKG and DConv: every pixel and channel gets its own kernel, made from its surroundings and its channel (ADFNet, Figure 3).
+"""SEKG and DConv: every pixel and channel gets its own kernel, generated from its neighborhood and channel (ADFNet, Figure 3).
 
-`SEKG` generates kernels, `DConv2d` applies them to each channel on its own.
+`SEKG` generates kernels, `DConv2d` applies them to each channel separately.
 """
 
 from typing import Self
@@ -22,9 +22,9 @@ class SEKG(nn.Module):
     """Spatially enhanced kernel generation: features of every output pixel, and the 1×1 convolution to `maps` kernel elements.
 
     The features (N, C, H', W') are a 3×3 depthwise convolution of the input (N, C, H, W), with the stride and dilation of
-    `geometry` and centered where its kernel is, plus one value a channel: the global average, convolved over the channels
-    with width 3. `weight` (maps, C) starts at zero. A bias of the second branch is redundant (`spatial` has one) and is there
-    only on request, for weights trained elsewhere. `norm` "batch" normalizes the features; None, as in the paper, leaves them.
+    `geometry` and centered on its kernel, plus one value per channel: the global average, convolved over the channels
+    with width 3. `weight` (maps, C) starts at zero. The second branch's bias is redundant (`spatial` has one) and exists
+    only on request, for weights trained elsewhere. `norm` "batch" normalizes the features; None, as in the paper, does not.
     """
 
     def __init__(
@@ -40,13 +40,13 @@ class SEKG(nn.Module):
         self.weight = nn.Parameter(torch.zeros(maps, channels))
 
     def features(self, x: Tensor) -> Tensor:
-        """What the kernels are made of, (N, C, H', W')."""
+        """The features from which the kernels are generated, (N, C, H', W')."""
         around: Tensor = self.spatial(x)
         average = x.mean(dim=(2, 3)).unsqueeze(1)
         channel: Tensor = self.channel(average)
         channel = channel.transpose(1, 2).unsqueeze(3)
-        held = self.spatial._forward_hooks or self.spatial._backward_hooks  # somebody else may hold that map
-        around = around + channel if held else around.add_(channel)  # no second map of the image's size
+        held = self.spatial._forward_hooks or self.spatial._backward_hooks  # a hook may hold that map
+        around = around + channel if held else around.add_(channel)  # in place: no second full-size map
         return around if self.norm is None else self.norm(around)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,14 +61,14 @@ class SEKG(nn.Module):
 
 
 class DConv2d(nn.Module):
-    """Dynamic convolution (ADFNet, section "DCB"): every channel is filtered with a kernel of its own at every pixel.
+    """Dynamic convolution (ADFNet, section "DCB"): every channel is filtered with its own kernel at every pixel.
 
     Maps (N, C, H, W) to (N, O, H', W') as the depthwise convolution of `geometry` would; O may be a multiple of C. The kernel
-    at a pixel is `static` (O, 1, k_h, k_w), one for each output channel, plus a generated part, which is zero at the start.
-    `kernel_groups` is the number of generated kernels at a pixel: O (the default), a divisor of C, or a multiple of C that
+    at a pixel is `static` (O, 1, k_h, k_w), one per output channel, plus a generated part, which starts at zero.
+    `kernel_groups` is the number of generated kernels per pixel: O (the default), a divisor of C, or a multiple of C that
     divides O; neighboring channels share one. `static` starts at the identity; in the paper it is the bias of the 1×1
-    convolution. Raises `GeometryError` for another geometry or number. `backend` names the operator's implementation, for
-    comparisons; None is the fastest that can run. `norm` is that of `SEKG`.
+    convolution. Raises `GeometryError` for any other geometry or number. `backend` names the operator's implementation, for
+    comparisons; None is the fastest that can run. `norm` is as in `SEKG`.
     """
 
     backend: str | None = None
@@ -85,7 +85,7 @@ class DConv2d(nn.Module):
         channels, outputs = geometry.in_channels, geometry.out_channels
         if geometry.groups != channels:
             raise GeometryError(
-                f"DConv2d filters every channel on its own: expected groups={channels}, got {geometry.groups}"
+                f"DConv2d filters every channel separately: expected groups={channels}, got {geometry.groups}"
             )
         self.kernel_groups = outputs if kernel_groups is None else kernel_groups
         if not channels_fit(channels, self.kernel_groups, outputs):
@@ -106,7 +106,7 @@ class DConv2d(nn.Module):
         channel_bias: bool = False,
         norm: str | None = None,
     ) -> Self:
-        """Of stride 1 and zero padding that keeps the size; an even kernel reaches one pixel further down-right."""
+        """A DConv of stride 1 whose zero padding keeps the size; an even kernel reaches one pixel farther down-right."""
         before = (kernel_size - 1) // 2
         after = kernel_size - 1 - before
         geometry = ConvGeometry(
@@ -128,7 +128,7 @@ class DConv2d(nn.Module):
 
     @property
     def center(self) -> Pair:
-        """The tap over the pixel itself, (row, column)."""
+        """The tap at the pixel itself, (row, column)."""
         kernel_h, kernel_w = self.geometry.kernel_size
         return (kernel_h - 1) // 2, (kernel_w - 1) // 2
 
@@ -149,13 +149,13 @@ class DConv2d(nn.Module):
         )
 
     def static_conv2d(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The same without the generated part: a depthwise convolution."""
+        """`forward` without the generated part: a depthwise convolution."""
         g = self.geometry
         x, padding = pad_for_window(x, g, g.kernel_size)
         return F.conv2d(x, self.static, bias, g.stride, padding, g.dilation, g.groups)
 
     def macs(self, height: int, width: int) -> int:
-        """Multiply-accumulates for one image of this input size; static and generated kernel are added, then applied once."""
+        """Multiply-accumulates for one image of this input size; static and generated kernels are added, then applied once."""
         out_h, out_w = self.geometry.output_size(height, width)
         return self.generator.macs(height, width) + self.static.numel() * out_h * out_w
 
@@ -168,7 +168,7 @@ class DConv2d(nn.Module):
 
 
 def misfit(channels: int, groups: int, outputs: int) -> str:
-    """That this number of kernel groups does not fit, and the nearest that do."""
+    """Message that this number of kernel groups does not fit, with the nearest ones that do."""
     fitting = [g for g in range(1, outputs + 1) if channels_fit(channels, g, outputs)]
     near = [g for g in fitting if g < groups][-1:] + [g for g in fitting if g > groups][:1]
     told = " or ".join(map(str, near))

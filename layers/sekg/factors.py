@@ -1,4 +1,4 @@
-"""Two convolutions in a row and one: a weight split into a depthwise and a pointwise part, and a product merged again."""
+"""Splitting a weight into a depthwise and a pointwise factor, and merging two consecutive convolutions into one."""
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ from surgeon.layers.geometry import ConvGeometry
 def factorise(weight: Tensor, groups: int, multiplier: int) -> tuple[Tensor, Tensor]:
     """Best depthwise (C_in·r, 1, k_h, k_w) and pointwise (C_out, r·C_in/groups, 1, 1) factors of a weight, r = `multiplier`.
 
-    For every input channel the truncated SVD of its (C_out/groups, k_h·k_w) slice, in float64, the singular values shared
-    evenly. It is taken from the eigenvectors of the smaller Gram matrix: fast for many channels, and exact at full rank, as
-    they are an orthonormal basis whatever the rounding of small eigenvalues.
+    For every input channel, the truncated SVD of its (C_out/groups, k_h·k_w) slice, in float64, with the singular values
+    split evenly. Computed from the eigenvectors of the smaller Gram matrix: fast for many channels, and exact at full rank,
+    since they are an orthonormal basis regardless of rounding in small eigenvalues.
     """
     outputs, inputs, kernel_h, kernel_w = weight.shape
     slices = weight.double().reshape(groups, outputs // groups, inputs, -1).transpose(1, 2)
@@ -56,9 +56,9 @@ def compose(kernel: Tensor, static: Tensor, geometry: ConvGeometry) -> Tensor:
 
 
 def composes(geometry: ConvGeometry) -> bool:
-    """Whether a bias-free convolution of this geometry gives zeros everywhere outside of its output.
+    """Whether a bias-free convolution of this geometry would be zero everywhere outside its output.
 
-    Then a second convolution that pads with zeros merges with it, borders included: the first one's padding must hold its
+    If so, a second, zero-padded convolution merges with it, borders included: the first one's padding must cover its
     whole kernel, as it does for every 1×1 convolution.
     """
     padding = (0, 0, 0, 0) if geometry.is_pointwise and geometry.padding == "tf_same" else geometry.padding

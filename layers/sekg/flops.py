@@ -1,4 +1,4 @@
-"""FLOPs of DConv for torch's counter (1 MAC = 2 FLOPs), which gives the shapes of tensors in their place."""
+"""FLOPs of DConv for torch's counter (1 MAC = 2 FLOPs), which passes shapes in place of tensors."""
 
 import math
 from collections.abc import Sequence
@@ -41,12 +41,12 @@ def layer_backward_flops(
     out_shape: object,
     **kwargs: object,
 ) -> int:
-    """The kernels are generated again for the gradient of x."""
+    """The kernels are recomputed for the gradient of x."""
     generate, apply = _layer_macs(features, weight, static)
     return 2 * (generate * sum(needs[:3]) + apply * (needs[0] + any(needs[1:4])))
 
 
 def _layer_macs(features: Shape, weight: Shape, static: Shape) -> tuple[int, int]:
-    """Multiply-accumulates to generate kernels and to apply them."""
+    """Multiply-accumulates of generating the kernels and of applying them."""
     pixels = features[0] * features[2] * features[3]
     return pixels * math.prod(weight), pixels * math.prod(static)

@@ -1,4 +1,4 @@
-"""A DConv in the place of a convolution, behind it, or inside of its factorisation (ADFNet, §3)."""
+"""A DConv in place of a convolution, after it, or inside its factorization (ADFNet, §3)."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,14 +23,14 @@ MODES = ("auto", "depthwise", "dense", "factorised")
 
 @dataclass(frozen=True, kw_only=True)
 class SEKGConfig(LayerConfig):
-    """`mode` says what becomes dynamic: "depthwise" the convolution itself (depthwise ones only, and their "auto"), "dense" a
-    DConv behind it ("auto" otherwise), "factorised" the depthwise stage of its factorisation.
+    """`mode` selects what becomes dynamic: "depthwise", the convolution itself (depthwise ones only, and their "auto"); "dense", a
+    DConv after it ("auto" otherwise); "factorised", the depthwise stage of its factorization.
 
-    `kernel_size` is that of the DConv behind a dense convolution. `kernel_groups` is the number of generated kernels at a
-    pixel; None takes one for each channel of the DConv, or in "factorised" mode one for each input channel, shared by the
-    channels that come from it. `multiplier` is the number of depthwise kernels an input channel in "factorised" mode; None,
-    or more than the rank of the weight can be, min(k_h·k_w, C_out / groups), is exact. `norm` normalizes the features that the
-    kernels are made of: "batch", or None as in the paper.
+    `kernel_size` is that of the DConv after a dense convolution. `kernel_groups` is the number of generated kernels per
+    pixel; None means one for each channel of the DConv, or in "factorised" mode one for each input channel, shared by the
+    channels derived from it. `multiplier` is the number of depthwise kernels per input channel in "factorised" mode; None,
+    or at least the weight's maximum rank, min(k_h·k_w, C_out / groups), is exact. `norm` normalizes the features that
+    generate the kernels: "batch", or None as in the paper.
     """
 
     paper: ClassVar[Mapping[str, Any]] = {"norm": None}
@@ -59,7 +59,7 @@ class SEKGConfig(LayerConfig):
         return self.mode == "factorised" and self.multiplier is not None and self.multiplier < taps
 
     def resolve(self, geometry: ConvGeometry) -> "SEKGConfig":
-        """This config with every open choice made for a convolution of this geometry."""
+        """This config with every open choice resolved for a convolution of this geometry."""
         mode = self.mode
         if mode == "auto":
             mode = "depthwise" if geometry.is_depthwise else "dense"
@@ -74,13 +74,13 @@ class SEKGConfig(LayerConfig):
 
 
 def full_rank(geometry: ConvGeometry) -> int:
-    """The most depthwise kernels an input channel that a factorisation of the convolution can need."""
+    """Maximum number of depthwise kernels per input channel that a factorization of the convolution can need."""
     return min(geometry.kernel_size[0] * geometry.kernel_size[1], geometry.out_channels // geometry.groups)
 
 
 @register
 class SEKGConv2d(CodedConv2d):
-    """A convolution with a DConv: in its place if it is depthwise, behind it if it is dense, or inside of its factorisation.
+    """A convolution with a DConv: in its place if it is depthwise, after it if it is dense, or inside its factorization.
 
     In "dense" mode (the order of ADFNet's DCB) the parameters are the convolution's `kernel` and a DConv at the identity; in
     "depthwise" mode the weight is the DConv's static kernel; in "factorised" mode a DConv of depth multiplier r is followed by
@@ -95,7 +95,7 @@ class SEKGConv2d(CodedConv2d):
     config: SEKGConfig
     kernel: nn.Parameter | None
     pointwise: nn.Parameter | None
-    shift: nn.Parameter | None  # added behind the DConv of "dense" mode, where a norm was folded
+    shift: nn.Parameter | None  # added after the DConv in "dense" mode if a norm was folded
 
     def __init__(self, geometry: ConvGeometry, config: LayerConfig) -> None:
         options = _options(config).resolve(geometry)
@@ -175,9 +175,9 @@ class SEKGConv2d(CodedConv2d):
     def static_weight(self) -> Tensor:
         """Weight of the plain convolution that remains.
 
-        In "dense" mode that is the convolution followed by the DConv's static kernels: where these have left the identity, a
-        larger convolution, equal away from the borders (between the two lies zero padding); see `static_is_exact`. Raises
-        `UnsupportedLayerError` where a dilated convolution and static kernels off the identity do not make a convolution.
+        In "dense" mode that is the convolution followed by the DConv's static kernels: if these have left the identity, a
+        larger convolution, equal away from the borders (zero padding lies between the two); see `static_is_exact`. Raises
+        `UnsupportedLayerError` if a dilated convolution and non-identity static kernels cannot be merged into one convolution.
         """
         g, static = self.geometry, self.dconv.static
         if self.kernel is not None:
@@ -193,7 +193,7 @@ class SEKGConv2d(CodedConv2d):
         return static
 
     def dconv_input(self, x: Tensor) -> Tensor:
-        """What the DConv gets: in "dense" mode the convolution's output, otherwise x itself."""
+        """The DConv's input: in "dense" mode the convolution's output, otherwise x itself."""
         if self.kernel is None:
             return x
         g = self.geometry
@@ -209,12 +209,12 @@ class SEKGConv2d(CodedConv2d):
         return self.dconv.generator.features(self.dconv_input(x))
 
     def constant_code(self) -> Tensor | None:
-        """Zero, where the generator's last weight is."""
+        """Zero, if the generator's last weight is zero."""
         weight = self.dconv.generator.weight.detach()
         return None if weight.any() else weight.new_zeros(len(weight))
 
     def energy_of(self, difference: Tensor) -> Tensor:
-        """Of the DConv's kernels; one that several channels share counts for each."""
+        """In terms of the DConv's kernels; a kernel shared by several channels counts once per channel."""
         return difference.square().sum(-1) * (len(self.dconv.static) // self.dconv.kernel_groups)
 
     def static_energy(self) -> Tensor:
@@ -251,7 +251,7 @@ class SEKGConv2d(CodedConv2d):
         return bias if self.shift is None else bias + self.shift
 
     def static_is_exact(self) -> bool:
-        """False only in "dense" mode, for static kernels with elements off their center that see the zero padding in between."""
+        """False only in "dense" mode, for static kernels with off-center elements that see the zero padding in between."""
         if self.kernel is None or self._static_is_centered():
             return True
         no_bias = self.bias is None or not self.bias.detach().any()
@@ -267,7 +267,7 @@ class SEKGConv2d(CodedConv2d):
                 yield name, parameter
 
     def no_weight_decay(self) -> set[str]:
-        """In "dense" mode the static kernels, which start at the identity: they are a gain, as that of a norm."""
+        """In "dense" mode the static kernels, which start at the identity: they are a gain, like a norm's."""
         return {"dconv.static"} if self.kernel is not None else set()
 
     def macs(self, height: int, width: int) -> int:

@@ -1,6 +1,6 @@
-"""DConv in plain torch without ever storing an unfolded input or a whole map of kernels: forward and backward.
+"""DConv in plain torch without storing an unfolded input or a full map of kernels: forward and backward.
 
-How an image is cut, and the names of sizes, are in `dconv_tiles`. The gradient formulas are those of `dconv_reference`.
+Tiling and the names of sizes are described in `ops.tiles`. The gradient formulas are those of `dconv_reference`.
 """
 
 import math
@@ -69,7 +69,7 @@ def apply_backward(
     needs: Sequence[bool],
     *geometry: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `dconv` for x and the kernels, empty where `needs` says no."""
+    """Gradients of `dconv` for x and the kernels; empty if not in `needs`."""
     plan, space = _apply_plan(x, kernels, kernel_size, geometry), Workspace(x)
     grad_x = x.new_zeros(x.shape) if needs[0] else None
     grad_kernels = kernels.new_empty(kernels.shape) if needs[1] else None
@@ -94,7 +94,7 @@ def apply_backward(
 
 
 def filled(like: Tensor, part: Tensor | None) -> Tensor:
-    """The part, or an empty tensor where it is None: operators return tensors only."""
+    """The part, or an empty tensor if it is None: operators return only tensors."""
     return like.new_empty(0) if part is None else part
 
 
@@ -103,7 +103,7 @@ def filled(like: Tensor, part: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What the fused layer reads; shapes as in `dconv_layer_reference`."""
+    """Inputs of the fused layer; shapes as in `dconv_layer_reference`."""
 
     x: Tensor
     features: Tensor
@@ -116,7 +116,7 @@ class LayerInputs:
 
     @property
     def one_kernel_an_output(self) -> bool:
-        """Then the static kernels are added to the generated ones; else they are a depthwise convolution of their own."""
+        """Whether the static kernels are added to the generated ones; otherwise they are a separate depthwise convolution."""
         return self.weight.shape[0] == self.static.numel()
 
     def plan(self) -> Plan:
@@ -127,7 +127,7 @@ class LayerInputs:
         return Plan.make(self.x, channels, kernel, (self.stride, self.padding, self.dilation), out_size)
 
     def static_conv2d(self) -> Tensor:
-        """What the static kernels give; uninitialized where they are added to the generated ones."""
+        """Output of the static kernels; uninitialized if they are added to the generated ones."""
         x = self.x
         if not self.one_kernel_an_output:
             return F.conv2d(x, self.static, self.bias, self.stride, self.padding, self.dilation, x.shape[1])
@@ -137,9 +137,9 @@ class LayerInputs:
     def static_gradients(
         self, grad: Tensor, needs: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What the static kernels bring to the gradients of x, of themselves and of the bias; `needs` as in `layer_backward`.
+        """The static kernels' contributions to the gradients of x, of themselves and of the bias; `needs` as in `layer_backward`.
 
-        Where they are added to the generated ones, x and they are zeros, to be filled by the pieces.
+        If they are added to the generated ones, x's and theirs are zeros, to be filled by the pieces.
         """
         if self.one_kernel_an_output:
             grad_x = torch.zeros_like(self.x) if needs[0] else None
@@ -162,7 +162,7 @@ class LayerInputs:
 
 
 class _Generator:
-    """Makes kernels from features, in the dtype of sums, and takes their gradient back."""
+    """Generates kernels from features, in the dtype of sums, and propagates their gradient back."""
 
     def __init__(self, given: LayerInputs, plan: Plan, space: Workspace) -> None:
         self.plan, self.space, self.features = plan, space, given.features
@@ -176,7 +176,7 @@ class _Generator:
     def kernels(self, piece: slice, features: Tensor) -> Tensor:
         """Kernels of a piece, (p, 1, R, k_h, k_w, h, W'), from the features of a band.
 
-        Where a kernel serves one input channel they lie in the buffer "product", and are multiplied in their place.
+        If a kernel serves one input channel, they are in the buffer "product" and are multiplied in place.
         """
         plan, rows = self.plan, self.plan.weight_rows(piece)
         weight = self.weight[rows]
@@ -212,7 +212,7 @@ def layer_forward(given: LayerInputs) -> Tensor:
 
 
 def layer_backward(grad: Tensor, given: LayerInputs, needs: Sequence[bool]) -> LayerGradients:
-    """Gradients of `dconv_layer` for x, features, weight, static and bias, empty where `needs` says no."""
+    """Gradients of `dconv_layer` for x, features, weight, static and bias; empty if not in `needs`."""
     plan, space, x = given.plan(), Workspace(given.x), given.x
     generator = _Generator(given, plan, space)
     grad_x, grad_static, grad_bias = given.static_gradients(grad, needs)

@@ -1,4 +1,4 @@
-"""DConv in C (dconv.h): float32 on the CPU, bit-identical whatever the number of threads."""
+"""DConv in C (dconv.h): float32 on the CPU, bit-identical for any number of threads."""
 
 import ctypes
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 from surgeon.layers.ops.native.compiler import library
 from surgeon.layers.ops.native.support import in_parallel, pointer
 
-PARTS = 64  # into which the units of a call are cut at most
+PARTS = 64  # maximum number of parts per call
 
 _SIZES = ("h", "w", "oh", "ow", "lh", "lw", "sh", "sw", "ph", "pw", "dh", "dw")
 _COUNTS = ("n", "units", "channels", "kernels", "band", "scratch")
@@ -78,7 +78,7 @@ def backward(
     needs: Sequence[bool],
     *geometry: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `dconv` for x and the kernels, empty where `needs` says no."""
+    """Gradients of `dconv` for x and the kernels; empty if not in `needs`."""
     grad, x, kernels = grad.contiguous(), x.contiguous(), kernels.contiguous()
     plan = _plan(x, kernels, kernel_size, geometry)
     gx = torch.zeros_like(x) if needs[0] else None
@@ -90,7 +90,7 @@ def backward(
 def layer_forward(
     x: Tensor, features: Tensor, weight: Tensor, static: Tensor, bias: Tensor | None, *geometry: Sequence[int]
 ) -> Tensor:
-    """Forward of `dconv_layer` where every output channel has a generated kernel; `geometry` is stride, padding, dilation."""
+    """Forward of `dconv_layer` if every output channel has a generated kernel; `geometry` is stride, padding, dilation."""
     x, features, static = x.contiguous(), features.contiguous(), static.contiguous()
     bias = None if bias is None else bias.contiguous()
     sizes = (*x.shape[2:], *features.shape[2:], *static.shape[2:], *(value for pair in geometry for value in pair))

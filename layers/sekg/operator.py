@@ -1,7 +1,7 @@
-"""DConv as operators: `dconv` applies given kernels, `dconv_layer` makes them from features and applies them at once.
+"""DConv as operators: `dconv` applies given kernels, `dconv_layer` generates them from features and applies them at once.
 
-Both are opaque nodes to `torch.compile` and `torch.export`, save only their arguments for the backward pass, and have first
-derivatives only. Under autocast they run in its dtype; sums are taken in at least float32.
+Both are opaque nodes to `torch.compile` and `torch.export`, save only their arguments for the backward pass, and are
+once differentiable. Under autocast they run in its dtype; sums are in at least float32.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def dconv(
     """Filter every channel with its own kernel at every pixel: y[n, o, p] = Σ_t kernels[n, group(o), t, p] · x[n, c(o), p + t].
 
     `x` (N, C, H, W); `kernels` (N, G, k_h·k_w, H', W'), where G divides C or is a multiple of it; zero padding. Returns
-    (N, max(C, G), H', W'), output channels in the order of the input channels. Raises `GeometryError` for shapes that do not
+    (N, max(C, G), H', W'), output channels in the order of the input channels. Raises `GeometryError` if shapes do not
     fit. Definition: `dconv_reference`.
     """
     if x.dim() != 4 or kernels.dim() != 5 or kernels.shape[2] != kernel_size[0] * kernel_size[1]:
@@ -69,11 +69,11 @@ def dconv_layer(
     dilation: Pair = ONE,
     backend: str | None = None,
 ) -> Tensor:
-    """`dconv` with the kernels `weight` · `features` + `static`, made, applied and discarded tile by tile.
+    """`dconv` with the kernels `weight` · `features` + `static`, generated, applied and discarded tile by tile.
 
     `x` (N, C, H, W); `features` (N, Cf, H', W'); `weight` (G·k_h·k_w, Cf), a 1×1 convolution to G kernels; `static`
-    (O, 1, k_h, k_w), one kernel an output channel, with O a multiple of C and of G; `bias` (O). Returns (N, O, H', W').
-    Raises `GeometryError` for shapes that do not fit. Definition: `dconv_layer_reference`.
+    (O, 1, k_h, k_w), one kernel per output channel, with O a multiple of C and of G; `bias` (O). Returns (N, O, H', W').
+    Raises `GeometryError` if shapes do not fit. Definition: `dconv_layer_reference`.
     """
     if x.dim() != 4 or static.dim() != 4 or static.shape[1] != 1:
         raise GeometryError(
@@ -126,7 +126,7 @@ def _check_map(name: str, given: Tensor, x: Tensor, size: Pair) -> None:
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype of an autocast region, if inside one; float64 is left alone, as autocast does."""
+    """The tensors in the dtype of the active autocast region, if any; float64 is unchanged, as under autocast."""
     dtype = autocast_dtype(tensors[0].device.type)
     if dtype is None:
         return tensors
@@ -166,13 +166,13 @@ def _why_not_native_layer(
     if weight.shape[0] != static.numel():
         reasons.append("several output channels share a generated kernel")
     if memory_format_of(x) != torch.contiguous_format:
-        reasons.append("the input is channels last, and so must be the result")
+        reasons.append("the input is channels last, so the result must be, too")
     return reasons
 
 
 @DCONV_LAYER.backend(NATIVE, why_not=_why_not_native_layer)
 def _native_layer(*args: Any) -> Tensor:
-    """Forward in C; the backward pass is torch's, which makes the kernels again as well."""
+    """Forward in C; the backward pass is torch's, which also recomputes the kernels."""
     y: Tensor = _dconv_layer(*args, NATIVE)
     return y
 

@@ -1,7 +1,7 @@
 """The definition of dynamic convolution (DConv) in plain torch: unfold, multiply, sum. ADFNet, section "DCB".
 
-Every channel is filtered on its own, by a kernel that differs from pixel to pixel; a kernel may serve several channels.
-N images, C input channels, O output channels (a multiple of C), G kernels a pixel, T = k_h·k_w taps, Cf generator features.
+Every channel is filtered separately, by a kernel that differs from pixel to pixel; a kernel may serve several channels.
+N images, C input channels, O output channels (a multiple of C), G kernels per pixel, T = k_h·k_w taps, Cf generator features.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def dconv_reference(
     """y[n, o, p] = Σ_t kernels[n, group(o), t, p] · x[n, channel(o), stride·p + dilation·t - padding].
 
     `x` is (N, C, H, W), `kernels` is (N, G, T, H', W') where G divides C or C divides G. The result is
-    (N, max(C, G), H', W'): the outputs lie in order, max(C, G) / C to an input channel and max(C, G) / G to a kernel.
+    (N, max(C, G), H', W'): consecutive outputs, max(C, G) / C per input channel and max(C, G) / G per kernel.
     """
     n, channels = x.shape[:2]
     groups, taps, height, width = kernels.shape[1:]
@@ -38,7 +38,7 @@ def dconv_layer_reference(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """`dconv_reference` with kernels made by a 1×1 convolution of features, plus a static kernel for every output channel.
+    """`dconv_reference` with kernels from a 1×1 convolution of features, plus a static kernel for every output channel.
 
     `x` is (N, C, H, W), `features` is (N, Cf, H', W'), `weight` is (G·T, Cf) with G kernels in order, `static` is
     (O, 1, k_h, k_w), `bias` is (O). The result is (N, O, H', W').

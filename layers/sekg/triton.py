@@ -1,7 +1,7 @@
 """DConv with given kernels on CUDA: one pass over the input, the kernels and the output, forward and backward.
 
-Input channels are seen as (P, Q), kernels as (P, R), outputs as (P, Q, R, S), as in `dconv_tiles`; Q or R is 1. Programs own tiles
-of channels by pixels of one image; what is contiguous in memory is found by the compiler from the strides. The gradient of x is
+Input channels are indexed (P, Q), kernels (P, R), outputs (P, Q, R, S), as in `ops.tiles`; Q or R is 1. Programs own tiles
+of channels by pixels of one image; the compiler derives contiguity from the strides. The gradient of x is
 gathered: every input pixel reads the output pixels that read it.
 """
 
@@ -29,7 +29,7 @@ CONFIGS = [
 
 @triton.jit
 def read(x, channel, row, column, inside, strides, g):
-    """x at (channel, row, column), zero outside of the image."""
+    """x at (channel, row, column), zero outside the image."""
     inside = inside & (row >= 0) & (row < g.height) & (column >= 0) & (column < g.width)
     return tl.load(x + channel * strides[1] + row * strides[2] + column * strides[3], mask=inside, other=0.0)
 
@@ -63,7 +63,7 @@ def forward_kernel(
     x, kernels, bias, y, xs, ks, ys, g, outputs, Q, R, S,
     KH: tl.constexpr, KW: tl.constexpr, LAST: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """y = bias + Σ over taps of kernels · x; with ADD it is added to what is in y."""
+    """y = bias + Σ over taps of kernels · x; with ADD, added to the values in y."""
     n, o, p = tile(outputs, g.out_height * g.out_width, C, P)
     inside = (o < outputs) & (p < g.out_height * g.out_width)
     i, j = p // g.out_width, p % g.out_width
@@ -116,7 +116,7 @@ def grad_x_kernel(
     grad, kernels, out, gs, ks, os, g, channels, Q, R, S,
     KH: tl.constexpr, KW: tl.constexpr, LAST: tl.constexpr, ADD: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x; with ADD it is added to what is in `out`."""
+    """The gradient of x; with ADD, added to the values in `out`."""
     n, c, p = tile(channels, g.height * g.width, C, P)
     inside = (c < channels) & (p < g.height * g.width)
     row, column = p // g.width, p % g.width
@@ -141,7 +141,7 @@ def grad_x_kernel(
 
 @dataclass(frozen=True)
 class Filtering:
-    """Launches of the three kernels for one geometry: x (N, C, H, W), kernels (N, G, T, H', W') and O outputs, all by strides."""
+    """Launches of the three kernels for one geometry: x (N, C, H, W), kernels (N, G, T, H', W') and O outputs, any strides."""
 
     g: Geometry
     channels: int
@@ -156,7 +156,7 @@ class Filtering:
         return q, r, s
 
     def constants(self, x: Tensor) -> dict[str, Any]:
-        """LAST, whether channels lie next to each other, is tuned for."""
+        """Compile-time constants; LAST, whether channels are adjacent in memory, is part of the tuning key."""
         return {"KH": self.window[0], "KW": self.window[1], "LAST": x.stride(1) == 1}
 
     def apply(self, x: Tensor, kernels: Tensor, y: Tensor, bias: Tensor | None = None, *, add: bool = False) -> None:
@@ -173,7 +173,7 @@ class Filtering:
         )
 
     def grad_kernels(self, grad: Tensor, x: Tensor, out: Tensor) -> None:
-        """Fill `out`, of the shape of the kernels."""
+        """Fill `out`, which has the shape of the kernels."""
         launch(
             grad_kernels_kernel,
             _programs(out.shape[0], self.groups, self.g.out_height * self.g.out_width),
@@ -183,7 +183,7 @@ class Filtering:
         )
 
     def grad_x(self, grad: Tensor, kernels: Tensor, out: Tensor, *, add: bool = False) -> None:
-        """Fill `out`, of the shape of x, or add to it."""
+        """Fill `out`, which has the shape of x, or add to it."""
         launch(
             grad_x_kernel,
             _programs(out.shape[0], self.channels, self.g.height * self.g.width),
@@ -213,7 +213,7 @@ def backward(
     needs: Sequence[bool],
     *geometry: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `dconv` for x and the kernels, empty where `needs` says no."""
+    """Gradients of `dconv` for x and the kernels; empty if not in `needs`."""
     filtering = _filtering(x, kernels, kernel_size, geometry)
     grad_x = torch.empty_like(x) if needs[0] else x.new_empty(0)
     grad_kernels = torch.empty_like(kernels) if needs[1] else kernels.new_empty(0)

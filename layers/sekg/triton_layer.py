@@ -1,8 +1,8 @@
-"""The DConv layer on CUDA: kernels of a chunk by cuBLAS, applied at once, discarded, and made again in the backward pass.
+"""The DConv layer on CUDA: kernels of a chunk by cuBLAS, applied at once, discarded, and recomputed in the backward pass.
 
-Scratch are the kernels (G·T, n, h, W') of a chunk of n images and h rows, made by one product of the weight (G·T, Cf) with the
+Scratch memory holds the kernels (G·T, n, h, W') of a chunk of n images and h rows, one product of the weight (G·T, Cf) with the
 chunk's features; backward also has their gradient, from which those of weight, features and static kernels are products and sums.
-The static kernels are added to the generated ones where every output has its own, else they are a depthwise convolution.
+The static kernels are added to the generated ones if every output has its own; otherwise they are a depthwise convolution.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from surgeon.layers.sekg.triton import Filtering
 
 
 class _Layer:
-    """One call, and what both directions share."""
+    """One call, and the steps shared by both directions."""
 
     def __init__(self, given: LayerInputs, copies: int) -> None:
         self.given, (self.kernel_h, self.kernel_w) = given, given.static.shape[2:]
@@ -71,7 +71,7 @@ def forward(given: LayerInputs) -> Tensor:
 
 
 def backward(grad: Tensor, given: LayerInputs, needs: Sequence[bool]) -> LayerGradients:
-    """Gradients of `dconv_layer` for x, features, weight, static and bias, empty where `needs` says no."""
+    """Gradients of `dconv_layer` for x, features, weight, static and bias; empty if not in `needs`."""
     layer, x = _Layer(given, copies=2), given.x
     grad_x, grad_static, grad_bias = given.static_gradients(grad, needs)
     cut, alone = are_cut(layer.chunks, layer.size[0]), given.one_kernel_an_output

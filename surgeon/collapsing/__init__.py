@@ -1,1 +1,1 @@
-"""Layers that do not vary, back to convolutions."""
+"""Fold dynamic layers that do not vary back into convolutions."""

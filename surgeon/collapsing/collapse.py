@@ -1,4 +1,4 @@
-"""Fold dynamic layers that do not vary back into plain convolutions, and check that nothing else changed."""
+"""Fold dynamic layers that do not vary back into plain convolutions, and check that nothing else changes."""
 
 import math
 import time
@@ -24,7 +24,7 @@ from surgeon.surgery.rewrite import Rewrite, drop_rules, dynamic_layers, plain_c
 from surgeon.surgery.verify import Settled, Verification, judge, measure, outputs, run
 from surgeon.util.copying import copy_model
 
-CHUNK = 8  # images a forward pass
+CHUNK = 8  # images per forward pass
 
 
 def collapse(
@@ -41,24 +41,24 @@ def collapse(
 ) -> tuple[nn.Module, CollapseReport]:
     """Fold every dynamic layer whose filter is the same at every pixel into one plain convolution.
 
-    What the parameters prove is folded without images. On `calibration` the other layers are observed, and folded where they do
-    not vary, or vary no more than `tolerance`: then at the filter of their mean code, which is not exact.
+    Layers proven constant by their parameters need no images. The others are observed on `calibration`, and folded if they do
+    not vary, or vary no more than `tolerance`; in the latter case at the filter of their mean code, which is not exact.
 
     Args:
         tolerance: largest relative variation of a layer's filter, in [0, 1): root mean square over pixels, see
             `surgeon.collapsing.evidence`.
         calibration: images, as model inputs (a tensor (N, C, H, W), or as `example_inputs`).
-        example_inputs: what both models are run on where there is no calibration; see `surgeon.convert`.
-        layers: names of dynamic layers, or of what they lie in; default all.
-        inplace: change the caller's model; otherwise a copy is changed. After an error the model is as it was.
+        example_inputs: inputs for comparing both models if there is no calibration; see `surgeon.convert`.
+        layers: names of dynamic layers, or of modules that contain them; default all.
+        inplace: change the caller's model; otherwise a copy is changed. After an error the model is unchanged.
 
     Returns:
-        The model, and a report in which every dynamic layer is. Without dynamic layers left it is the plain architecture.
+        The model, and a report that covers every dynamic layer. Without dynamic layers left it is the plain architecture.
 
     Raises:
         SelectionError: there is no dynamic layer, or none of these names.
         NothingFoldedError: every layer is kept; the message has the reasons, `report` the numbers.
-        VerificationError: an exact folding does not compute the same.
+        VerificationError: an exact folding is not equivalent.
     """
     started = time.perf_counter()
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
@@ -106,7 +106,7 @@ def _chunks(inputs: Inputs) -> list[Inputs]:
 
 @dataclass(kw_only=True)
 class _Folding:
-    """One collapse of one model: the evidence, the convolutions, and the way back."""
+    """One collapse of one model: the evidence, the convolutions, and how to undo it."""
 
     work: nn.Module
     chosen: dict[str, DynamicConv2d]
@@ -121,7 +121,7 @@ class _Folding:
     errors: dict[str, Difference] = field(default_factory=dict)
 
     def decide(self) -> None:
-        """Find the evidence, and make the convolutions where it suffices."""
+        """Gather the evidence, and build the convolutions if it suffices."""
         self.evidence = self._find(self.work, self.chosen, self.batches if self.images else [])
         for done, (name, layer) in enumerate(self.chosen.items()):
             self.tell("fold", done, len(self.chosen))
@@ -151,7 +151,7 @@ class _Folding:
 
     def _no_evidence(self, layer: DynamicConv2d) -> str:
         if not isinstance(layer, CodedConv2d):
-            return f"layers of type {layer.type_name} do not say what varies in them"
+            return f"layers of type {layer.type_name} do not expose what varies in them"
         if self.images:
             return "the forward pass does not reach it"
         return "its parameters allow it to vary, and no images were given to see whether it does"
@@ -159,7 +159,7 @@ class _Folding:
     # --- the operation ------------------------------------------------------------------------------------------------
 
     def operate(self) -> tuple[nn.Module, Verification]:
-        """Put the convolutions in, and check. After any error the model has its own modules again."""
+        """Put the convolutions in, and check. After any error the model has its original modules again."""
         expected = []
         for done, inputs in enumerate(self.batches):
             self.tell("verify", done, 2 * len(self.batches))
@@ -179,7 +179,7 @@ class _Folding:
             raise
 
     def _judge(self, output: Difference, rewrite: Rewrite) -> Verification:
-        """What is exact must be so; where something is not, the model's output error is only stated."""
+        """Exact foldings must be exact; if some are not exact, the model's output error is only reported."""
         exact = {name: conv for name, conv in self.convs.items() if self.evidence[name].variation == 0}
         errors = {name: self.errors[name] for name in exact}
         if len(exact) == len(self.convs):
@@ -193,7 +193,7 @@ class _Folding:
         return next((p.dtype for p in self.work.parameters() if p.is_floating_point()), torch.float32)
 
     def _settle(self, names: list[str], rewrite: Rewrite) -> Settled:
-        """Errors of the same folding of a float64 copy."""
+        """Errors of the same folding on a float64 copy."""
         rewrite.undo()
         try:
             double = copy_model(self.work).double()
@@ -267,11 +267,11 @@ def _conclude(report: CollapseReport, folding: _Folding, verification: Verificat
         for x in report.layers
     ]
     if any(x.evidence == "images" for x in report.folded):
-        report.notes.append("what was observed holds for these images; others may make such a layer vary")
+        report.notes.append("observations hold for these images; on others such a layer may vary")
     if not report.exact:
         inexact = [x.name for x in report.folded if x.variation]
         report.notes.append(
-            f"folded although they vary, within the tolerance: {len(inexact)}; the error is stated, not bounded"
+            f"folded within the tolerance although they vary: {len(inexact)}; error reported, not bounded"
         )
 
 
@@ -288,7 +288,7 @@ def _nothing(report: CollapseReport) -> str:
 
 
 def _flops(model: nn.Module, inputs: Inputs) -> int | None:
-    """Of one image, of the whole model; None where its input is not one batch of images, or it cannot be counted."""
+    """FLOPs of the whole model for one image; None if its input is not one batch of images, or it cannot be counted."""
     from surgeon.costs import cost
 
     only = inputs.args[0] if len(inputs.args) == 1 and not inputs.kwargs else None

@@ -1,7 +1,7 @@
-"""Does a dynamic layer vary? Proved from its parameters, or observed on images.
+"""Evidence that a dynamic layer does not vary: proven from its parameters, or observed on images.
 
-A layer's code is what fixes its filter at a pixel (`CodedConv2d.code`). Its variation is relative: the root mean square, over
-pixels, of the filter's distance from the filter to fold at, as a part of the norm of the latter. It is 0 only if the code is the
+A layer's code determines its filter at a pixel (`CodedConv2d.code`). Its variation is relative: the root mean square, over
+pixels, of the filter's distance from the filter to fold at, as a fraction of that filter's norm. It is 0 only if the code is the
 same at every pixel.
 """
 
@@ -23,7 +23,7 @@ Kind = Literal["off", "parameters", "images"]
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """That a layer can be folded at a code (V,), and how much it varies about it; `code` is None for the static filter."""
+    """Evidence that a layer can be folded at a code (V,), and its variation around it; `code` is None for the static filter."""
 
     kind: Kind
     code: Tensor | None
@@ -33,7 +33,7 @@ class Evidence:
 
 
 def prove(layer: DynamicConv2d) -> Evidence | None:
-    """Evidence that needs no images: the dynamic part is off, or its parameters let nothing vary."""
+    """Evidence without images: the dynamic part is off, or its parameters make it constant."""
     if not layer.adaptive:
         return Evidence(kind="off", code=None)
     code = layer.constant_code() if isinstance(layer, CodedConv2d) else None
@@ -62,7 +62,7 @@ class Watch:
 
     @torch.no_grad()
     def look(self, x: Tensor) -> None:
-        """Take in one call of the layer, (N, C, H, W)."""
+        """Record one call of the layer, (N, C, H, W)."""
         for image in x.split(1):
             rows = self.layer.code(image).flatten(2).squeeze(0).T.double()
             if self.first is None:
@@ -74,7 +74,7 @@ class Watch:
             self.energy += float(self.layer.energy_of(away).sum())
 
     def evidence(self) -> Evidence | None:
-        """What was seen; None where the layer was not called."""
+        """The observations; None if the layer was not called."""
         if self.first is None:
             return None
         offset = self.total / self.pixels
@@ -87,14 +87,14 @@ class Watch:
         spread = self.energy / self.pixels - float(self.layer.energy_of(offset))
         spread += float(self.layer.energy_of(self.first + offset - code))
         size = float(settled(self.layer, found).static_energy())
-        # A layer that moved at all is never called constant, whatever rounding made of the spread.
+        # A layer that varied at all never counts as constant, even if rounding makes its spread zero.
         variation = math.sqrt(max(spread, 0.0) / size) if size else math.inf
         return replace(found, variation=max(variation, sys.float_info.min))
 
 
 @contextmanager
 def watching(model: nn.Module, layers: Mapping[str, CodedConv2d]) -> Iterator[dict[str, Watch]]:
-    """Within it, every call of the named layers is watched."""
+    """Context that watches every call of the named layers."""
     watches = {name: Watch(layer) for name, layer in layers.items()}
 
     def hook(watch: Watch) -> Any:

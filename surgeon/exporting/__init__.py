@@ -1,1 +1,1 @@
-"""One checked file of a model, ONNX or torch.export."""
+"""Verified export of a model to one file, ONNX or torch.export."""

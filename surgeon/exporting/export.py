@@ -1,9 +1,9 @@
-"""A model as one file that runs where surgeon is not installed: `torch.export` (.pt2) or ONNX, checked before it gets its name.
+"""A model as one file that runs without surgeon: `torch.export` (.pt2) or ONNX, verified before it gets its name.
 
 The model is traced in eval mode; its dynamic layers become ordinary operations (`surgeon.layers.ops.portable`). Batch and
-image size stay free as far as the model and the file allow; what does not is said, with the reason. The file is written beside its
-place, read back, run at two batch sizes and two image sizes, compared with the model, and only then renamed. Where any of that
-fails, it is tried again with fewer free dimensions.
+image size stay dynamic as far as the model and the format allow; fixed ones are reported with the reason. The file is written to a
+temporary folder, read back, run at two batch sizes and two image sizes, compared with the model, and only then renamed. If any of
+that fails, it is tried again with fewer dynamic dimensions.
 """
 
 import math
@@ -32,16 +32,16 @@ Format = Literal["onnx", "torch"]
 FORMATS = ("onnx", "torch")
 FREE = ("auto", "size", "batch", "none")
 
-TOLERANCE = 1e-4  # of the relative error of the outputs
-_ROUNDING = 10.0  # times what float32 does to the model itself, that a file may differ where that is more
-_DRAWS = 5  # of images for a network whose kernels are selected
+TOLERANCE = 1e-4  # relative error of the outputs
+_ROUNDING = 10.0  # allowed multiple of the model's own float32 error, if that is more
+_DRAWS = 5  # image draws for a network that selects kernels
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One run of the file beside the model; `own` is how far float32 moves the model itself, where that was asked.
+    """One run of the file against the model; `own` is the model's own float32 error, if computed.
 
     `draws` is how many images it took: where a layer's selection is tied, rounding decides, and single pixels get another
     kernel. What is wrong beyond that shows on every image.
@@ -60,11 +60,11 @@ class Check:
 
 @dataclass(kw_only=True)
 class Exported:
-    """What was written: which dimensions are free and within what, why the others are not, and what the checks gave.
+    """An export: the dynamic dimensions and their bounds, why the others are fixed, and the results of the checks.
 
-    `operators` counts operations, `opset` is that of an ONNX file, `outputs` are the names of what it gives. `size` is in bytes,
-    `foreign` names operators beyond torch's own or standard ONNX. `data` is the second file of an ONNX model whose weights one
-    file cannot hold: it must stay beside the first under its name.
+    `operators` counts operations, `opset` is that of an ONNX file, `outputs` are the names of the outputs. `size` is in bytes,
+    `foreign` names operators beyond torch's own or standard ONNX. `data` is the second file of an ONNX model whose weights do not
+    fit in one file: it must stay next to the first under its name.
     """
 
     path: str
@@ -102,12 +102,12 @@ def export(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write the model, in eval mode, to one file (ONNX above 1.5 GiB of weights: two), and check what it computes.
+    """Write the model, in eval mode, to one file (two for ONNX with over 1.5 GiB of weights), and verify the file.
 
-    `format` is "onnx" or "torch" (a `torch.export` archive). `free` says which dimensions of the input (N, C, H, W) may change:
-    "size" batch and image size, "batch", "none", or "auto": as much of that as the model and the file allow. `input_size` and
-    `example_inputs` are as for `convert`. Raises `ExportError` where `torch.export` or the conversion to ONNX refuses the model
-    or the file computes something else (nothing is written then), `ConfigError` for a missing package or a file that exists.
+    `format` is "onnx" or "torch" (a `torch.export` archive). `free` selects the dynamic dimensions of the input (N, C, H, W):
+    "size" for batch and image size, "batch", "none", or "auto": as many as the model and the file allow. `input_size` and
+    `example_inputs` are as for `convert`. Raises `ExportError` if `torch.export` or the conversion to ONNX refuses the model,
+    or if the file computes something else (then nothing is written); `ConfigError` for a missing package or an existing file.
     """
     tell = progress or (lambda stage, done, total: None)
     path = Path(path).absolute()
@@ -118,8 +118,8 @@ def export(
     shapes = Shapes.of(model, input_size, example_inputs, free)
     output = _settled_output(model, shapes.example)
     model = prepared(model, output, format)
-    # Attention by its formula: fused kernels lay out their result so that a reshape behind them is traced as a view, which
-    # what stands for them in ONNX does not allow.
+    # Attention by its formula: fused kernels arrange their result so that a later reshape is traced as a view, which
+    # their replacement in ONNX does not allow.
     with _beside(path) as partial, sdpa_kernel(SDPBackend.MATH):
         reasons: dict[str, str] = {}
         for names in shapes.tries():
@@ -147,9 +147,9 @@ def _attempt(
     outputs: list[str] | None,
     tell: Progress,
 ) -> Exported:
-    """Trace with these dimensions free, write the file, and check what it computes.
+    """Trace with these dimensions dynamic, write the file, and verify it.
 
-    `shapes.fixed` learns what the next attempt need not try.
+    Records in `shapes.fixed` what the next attempt need not try.
     """
     tell("trace", 0, 1)
     program, bounds = traced(model, shapes, names)
@@ -182,13 +182,13 @@ def _attempt(
 
 
 def _settled_output(model: nn.Module, example: Tensor) -> Any:
-    """What the model gives. Raises `ExportError` for one that is random in eval mode: no file can be compared with it."""
+    """The model's output. Raises `ExportError` if it is random in eval mode: no file can be compared with it."""
     first, second = (run_model(model, Inputs(args=(example,)), seed) for seed in (0, 1))
     difference = compare(_leaves(first), _leaves(second))
     if not difference.max_rel <= TOLERANCE:
         raise ExportError(
             f"{type(model).__name__} is random in eval mode: two runs on the same images differ by "
-            f"{difference.max_rel:.1e}; switch off what draws (dropout by hand, noise) before it is exported"
+            f"{difference.max_rel:.1e}; disable the source of randomness (manual dropout, noise) before exporting"
         )
     return first
 
@@ -198,13 +198,13 @@ def _reason(error: ExportError) -> str:
 
 
 def check_target(path: Path, format: str, *, force: bool = False) -> None:
-    """Raise `ConfigError` before work starts: unknown format, missing package, file that exists, folder that does not."""
+    """Raise `ConfigError` before any work: unknown format, missing package, existing file, missing folder."""
     if format not in FORMATS:
         raise ConfigError(f"the format must be one of {', '.join(FORMATS)}, got {format!r}")
     missing = missing_packages(format)
     if missing:
         raise ConfigError(
-            f"export to {format} needs {', '.join(missing)}, not installed here: pip install {' '.join(missing)}, "
+            f"export to {format} needs {', '.join(missing)}, which are not installed: pip install {' '.join(missing)}, "
             f"or pip install 'surgeon[export]'"
         )
     if path.is_dir():
@@ -220,7 +220,7 @@ def check_target(path: Path, format: str, *, force: bool = False) -> None:
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A place of that name in an unfinished folder beside it."""
+    """A path of that name in a temporary folder next to it."""
     try:
         with unfinished(path) as folder:
             yield folder / path.name
@@ -229,15 +229,15 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def _put(partial: Path, path: Path, format: str) -> Path | None:
-    """Move the file to its place. Weights of their own, whose place is returned, go first: it names them."""
+    """Move the file to its path. A separate weights file, whose path is returned, goes first: the model refers to it."""
     data, place = data_of(partial), data_of(path)
     apart = data.exists()
     if apart:
-        path.unlink(missing_ok=True)  # the one that is replaced would be read with weights that are not its own
+        path.unlink(missing_ok=True)  # the old model would otherwise be read with the new weights
         data.replace(place)
     partial.replace(path)
     if format == "onnx" and not apart:
-        place.unlink(missing_ok=True)  # those of the one that was replaced
+        place.unlink(missing_ok=True)  # weights of the replaced model
     return place if apart else None
 
 
@@ -252,9 +252,9 @@ def _check(model: nn.Module, runner: Runner, shape: tuple[int, ...]) -> Check:
             return check
     allowed = f"at most {TOLERANCE:g}"
     if check.own and _ROUNDING * check.own > TOLERANCE:
-        allowed += f", or {_ROUNDING:g} times the {check.own:.1e} by which float32 moves the model itself"
+        allowed += f", or {_ROUNDING:g} times the model's own float32 error of {check.own:.1e}"
     raise ExportError(
-        f"the exported file does not compute what the model computes: relative error {check.max_rel:.1e} at "
+        f"the exported file is not equivalent to the model: relative error {check.max_rel:.1e} at "
         f"{'x'.join(map(str, shape))} ({allowed}); nothing was written"
     )
 
@@ -278,11 +278,11 @@ def _compared(model: nn.Module, runner: Runner, shape: tuple[int, ...], draw: in
 
 
 def _own_rounding(model: nn.Module, images: Tensor, expected: list[Tensor]) -> Difference:
-    """How far the model in float32 is from itself in float64."""
+    """Difference between the model in float32 and in float64."""
     try:
         double = copy_model(model).double()
         exact = _leaves(run_model(double, Inputs(args=(images.double(),))))
-    except SurgeonError:  # it does not run in float64: nothing is excused
+    except SurgeonError:  # it does not run in float64: no allowance
         return Difference()
     return compare([t.to(e.dtype) for t, e in zip(exact, expected, strict=True)], expected)
 

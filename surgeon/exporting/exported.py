@@ -1,4 +1,4 @@
-"""The two file formats: what they need, how a traced program is written, read back and run."""
+"""The two file formats: requirements, writing a traced program, reading it back, running it."""
 
 import importlib.util
 import logging
@@ -18,18 +18,18 @@ from surgeon.errors import ExportError
 Runner = Callable[[Tensor], list[Tensor]]
 
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
-LARGE = 3 * 2**29  # bytes: such weights ONNX keeps in a file of their own, because protobuf's messages end at 2 GiB
+LARGE = 3 * 2**29  # bytes; larger weights go to a separate ONNX file, because protobuf messages are limited to 2 GiB
 _TORCH_OWN = ("aten", "prims", "prim", "higher_order", "_operator", "math", "torch")
 
 
 def missing_packages(format: str) -> list[str]:
-    """Packages that the format needs and this environment does not have."""
+    """Packages that the format needs and this environment lacks."""
     return [name for name in NEEDED[format] if importlib.util.find_spec(name) is None]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what exporters print, log and warn of on their way; what matters is in the errors."""
+    """Silences exporter output; failures still raise."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -42,7 +42,7 @@ def quiet() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A file: the number of its operations, and of an ONNX file its opset and the names of its outputs."""
+    """A written file: its number of operations and, for ONNX, its opset and output names."""
 
     operators: int
     opset: int | None = None
@@ -57,9 +57,9 @@ def write(
     given: str = "images",
     outputs: list[str] | None = None,
 ) -> Written:
-    """Write the program, with these names of its input and outputs in ONNX.
+    """Write the program, using these names of its input and outputs in ONNX.
 
-    Raises `ExportError` where the format has no words for it, or the file is not of the opset that was asked for.
+    Raises `ExportError` if the format cannot express it, or if the file has another opset than requested.
     """
     if format == "torch":
         return _write_archive(program, path)
@@ -80,7 +80,7 @@ def write(
         made.save(path, external_data=_weights(program) >= LARGE)
         onnx.checker.check_model(path, full_check=True)
         model = onnx.load(path, load_external_data=False)
-    except OSError:  # a full disk says nothing of the model
+    except OSError:  # a full disk says nothing about the model
         raise
     except Exception as error:
         raise ExportError(f"the conversion to ONNX refuses the model: {_cause(error)}; nothing was written") from error
@@ -91,28 +91,28 @@ def write(
 
 
 def _write_archive(program: torch.export.ExportedProgram, path: Path) -> Written:
-    archive = BytesIO()  # written here in one piece: a full disk under torch's own writer ends the process
+    archive = BytesIO()  # written in one piece: with torch's own writer, a full disk kills the process
     try:
         torch.export.save(program, archive)
-    except Exception as error:  # it serializes what it knows, and raises anything for the rest
+    except Exception as error:  # it raises arbitrary errors for what it cannot serialize
         raise ExportError(f"torch.export cannot save the model: {_cause(error)}; nothing was written") from error
     path.write_bytes(archive.getbuffer())
     return Written(operators=sum(node.op == "call_function" for node in program.graph.nodes))
 
 
 def data_of(path: Path) -> Path:
-    """Where the weights of a large ONNX model lie: beside it, as torch.onnx names them."""
+    """Path of a large ONNX model's weights: next to it, as torch.onnx names them."""
     return path.with_name(f"{path.name}.data")
 
 
 def _weights(program: torch.export.ExportedProgram) -> int:
-    """Bytes of what the program holds."""
+    """Total bytes of the program's tensors."""
     held = [*program.state_dict.values(), *program.constants.values()]
     return sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor))
 
 
 def _attention_in_four(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """With attention as its formula where a query has other dimensions than (N, heads, L, E), as Hiera's: ONNX has no other."""
+    """The program with attention as a formula for queries other than (N, heads, L, E), as Hiera's: ONNX needs 4 dimensions."""
     attention = torch.ops.aten.scaled_dot_product_attention.default
     queries = [node.args[0].meta["val"] for node in program.graph.nodes if node.target is attention]
     if all(query.dim() == 4 for query in queries):
@@ -125,9 +125,9 @@ def _attention_in_four(program: torch.export.ExportedProgram) -> torch.export.Ex
 
 @contextmanager
 def _slices_left_alone() -> Iterator[None]:
-    """Without the one rule of onnxscript's optimizer that looks through the whole graph for every node of it.
+    """Disable the one rule of onnxscript's optimizer that scans the whole graph for every node.
 
-    It makes one Split of the two halves of a tensor. A DConv slices once for every tap of its kernel, never into halves.
+    It merges the two halves of a tensor into one Split. A DConv slices once per tap of its kernel, never into halves.
     """
     from onnxscript.rewriter.rules import common
 
@@ -143,7 +143,7 @@ def _slices_left_alone() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """The line of the innermost error: the outer ones say how to file a report."""
+    """The line of the innermost error: the outer ones only explain how to file a report."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -186,7 +186,7 @@ def read(path: Path, format: str) -> Runner:
 
 
 def foreign_operators(program: torch.export.ExportedProgram, path: Path, format: str) -> list[str]:
-    """Operators beyond torch's own or standard ONNX: whoever runs the file needs the library that they come from."""
+    """Operators beyond torch's own or standard ONNX, which need their library wherever the file runs."""
     if format == "torch":
         functions = (node.target for node in program.graph.nodes if node.op == "call_function")
         return sorted(
@@ -207,7 +207,7 @@ def foreign_operators(program: torch.export.ExportedProgram, path: Path, format:
 
 
 def _torch_name(function: Any) -> str:
-    """`namespace::name` of what a node calls."""
+    """`namespace::name` of the function called by a node."""
     if isinstance(function, torch._ops.OpOverload):
         return function._schema.name
     if isinstance(function, torch._ops.HigherOrderOperator):

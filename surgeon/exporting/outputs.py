@@ -1,4 +1,4 @@
-"""What a model gives, for the files it is exported to: names of its outputs, and what no file can hold."""
+"""Outputs of an exported model: their names, and checks for values that no file can store."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,9 +11,9 @@ from surgeon.util.files import told
 
 
 def prepared(model: nn.Module, output: Any, format: str) -> nn.Module:
-    """The model as it is exported: named tuples, whose class is not where the file is read, become dictionaries.
+    """The model in exportable form: named tuples, whose class is unknown to the file's reader, become dictionaries.
 
-    Raises `ExportError` for an output without tensors, and for values in it that the format cannot hold.
+    Raises `ExportError` for an output without tensors, and for values that the format cannot store.
     """
     leaves = tree_flatten_with_path(output)[0]
     kinds = (Tensor, type(None)) if format == "onnx" else (Tensor, int, float, type(None))
@@ -21,18 +21,18 @@ def prepared(model: nn.Module, output: Any, format: str) -> nn.Module:
         if not isinstance(leaf, kinds):
             where = f" at {_name(path)}" if path else ""
             raise ExportError(
-                f"{type(model).__name__} gives {told(leaf)} ({type(leaf).__name__}){where}: "
-                f"a file of format {format} holds only tensors{'' if format == 'onnx' else ' and numbers'}"
+                f"{type(model).__name__} returns {told(leaf)} ({type(leaf).__name__}){where}: "
+                f"a file of format {format} can store only tensors{'' if format == 'onnx' else ' and numbers'}"
             )
     if not any(isinstance(leaf, Tensor) for _, leaf in leaves):
-        raise ExportError(f"{type(model).__name__} gives no tensor, but {told(output)}: there is nothing to export")
+        raise ExportError(f"{type(model).__name__} returns no tensor but {told(output)}: there is nothing to export")
     return _AsDictionaries(model) if format == "torch" and _has_named_tuple(output) else model
 
 
 def output_names(model: nn.Module, output: Any) -> list[str] | None:
-    """Names of the tensors in order, by keys, fields and places (`aux.0`); None where no key or field names anything.
+    """Names of the tensors in order, from keys, fields and positions (`aux.0`); None if there are no keys or fields.
 
-    An underscore is added to a name that a parameter or a buffer has already.
+    An underscore is appended to a name that a parameter or a buffer already has.
     """
     paths = [path for path, leaf in tree_flatten_with_path(output)[0] if isinstance(leaf, Tensor)]
     if not any(isinstance(key, MappingKey | GetAttrKey) for path in paths for key in path):
@@ -47,7 +47,7 @@ def output_names(model: nn.Module, output: Any) -> list[str] | None:
 
 
 def input_name(model: nn.Module, outputs: Iterable[str]) -> str:
-    """ "images", or another name where a parameter, a buffer or an output has that one."""
+    """ "images", or another name if a parameter, a buffer or an output already has that one."""
     taken = _held(model) | set(outputs)
     candidates = ["images", "input", *(f"images_{number}" for number in range(len(taken) + 1))]
     return next(name for name in candidates if name not in taken)

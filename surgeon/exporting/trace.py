@@ -1,4 +1,4 @@
-"""How a model is traced for `surgeon.export`: on which images, which of their dimensions stay free, and why the others do not."""
+"""Tracing for `surgeon.export`: the example images, the dynamic dimensions, and why the others are fixed."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -18,16 +18,16 @@ from surgeon.util.copying import evaluating
 _PLACES = {"batch": 0, "height": 2, "width": 3}
 NAMES = tuple(_PLACES)
 
-# The second image size is larger by one of these in height and by twice that in width: what most networks divide by, and patches
-# of 14. Twice the size would suit more of them, but HaloNet's windows kept torch.export at free sizes for ten minutes.
+# The second image size is larger by one of these in height and by twice that in width: the usual divisors, and patches
+# of 14. Twice the size would suit more networks, but HaloNet's windows kept torch.export busy for ten minutes.
 _STEPS = (32, 28)
-_REPAIRS = 4  # how often torch.export may ask for other bounds of a dimension
-_VIOLATED = "Constraints violated"  # how it says that a dimension cannot be as free as it was asked to be
+_REPAIRS = 4  # how often torch.export may request other bounds of a dimension
+_VIOLATED = "Constraints violated"  # its message for a dimension that cannot be as dynamic as requested
 
 
 @dataclass
 class Shapes:
-    """The example, another image size that the model takes too, and why dimensions are fixed."""
+    """The example, another image size that the model accepts, and why dimensions are fixed."""
 
     example: Tensor
     other: tuple[int, int] | None
@@ -53,7 +53,7 @@ class Shapes:
         return shapes
 
     def tries(self) -> Iterator[tuple[str, ...]]:
-        """Names of the dimensions to leave free, the most first, none last; without those that are fixed by then."""
+        """Names of the dimensions to leave dynamic, most first, none last; without those fixed by then."""
         tried: set[tuple[str, ...]] = set()
         for names in (NAMES, NAMES[1:], NAMES[:1]):
             left = tuple(name for name in names if name not in self.fixed)
@@ -63,7 +63,7 @@ class Shapes:
         yield ()
 
     def to_check(self, dims: Sequence[str]) -> list[tuple[int, ...]]:
-        """Two batch sizes and two image sizes, as far as they are free."""
+        """Two batch sizes and two image sizes, as far as they are dynamic."""
         n, c, h, w = self.example.shape
         batches = [n, n + 1] if "batch" in dims else [n]
         sizes = [(h, w)]
@@ -99,7 +99,7 @@ def _example(model: nn.Module, input_size: Any, example_inputs: Any) -> Tensor:
 
 
 def _other_size(model: nn.Module, example: Tensor) -> tuple[int, int]:
-    """Another image size that the model takes. Raises `InputError` where none was found."""
+    """Another image size that the model accepts. Raises `InputError` if none was found."""
     height, width = example.shape[-2:]
     sizes = [(height + step, width + 2 * step) for step in _STEPS]
     refused: BaseException | None = None
@@ -130,7 +130,7 @@ def traced(
         dims = {_PLACES[name]: torch.export.Dim(name, min=1 if name == "batch" else least) for name in names}
         try:
             program, solved = _trace(model, shapes.example, dims, explore=least != minima[-1]), True
-        except Exception as error:  # torch.export raises whatever the model's code raises under its symbols
+        except Exception as error:  # torch.export passes on any error that the model's code raises on symbols
             if least != minima[-1] and _asks_for_more(error):
                 continue
             program, solved = _unsolved(model, shapes.example, names, least, error), False
@@ -148,7 +148,7 @@ def traced(
 
 
 def _trace(model: nn.Module, example: Tensor, dims: Any, *, explore: bool) -> torch.export.ExportedProgram:
-    """`explore`: plain convolutions first. They have the same sizes in a fraction of the operations, and rule out bounds sooner."""
+    """`explore`: plain convolutions first. They have the same sizes with far fewer operations, and rule out bounds sooner."""
     given: Any = (dims,)
     if explore and dynamic_layers(model):
         with static(model):
@@ -163,23 +163,23 @@ def _asks_for_more(error: Exception) -> bool:
 def _unsolved(
     model: nn.Module, example: Tensor, names: tuple[str, ...], least: int, why: Exception
 ) -> torch.export.ExportedProgram:
-    """Traced with sizes that torch.export need not put into bounds; some conditions it cannot (pooling with `ceil_mode`)."""
+    """Trace without deriving bounds of sizes, because torch.export cannot solve some conditions (pooling with `ceil_mode`)."""
     hint = torch.export.Dim.AUTO
     dims = {_PLACES[name]: hint if name == "batch" else hint(min=least) for name in names}
     if dims and not _asks_for_more(why):
-        with suppress(Exception):  # what it said first is what can be told
+        with suppress(Exception):  # report its first error
             return _trace(model, example, dims, explore=True)
     raise ExportError(f"torch.export refuses {type(model).__name__}: {first_line(why)}; nothing was written") from why
 
 
 def _minima(example: Tensor) -> list[int]:
-    """Least image sizes to try. Strides make one pixel of a small image, which torch.export sets apart: 33 where they are 32."""
+    """Minimum image sizes to try. Strides reduce a small image to one pixel, a special case for torch.export: 33 if they are 32."""
     shorter = min(example.shape[2:])
     return [least for least in (5, 9, 17, 33, 65, 129) if shorter / 8 <= least <= shorter]
 
 
 def _program(model: nn.Module, example: Tensor, dims: Any) -> tuple[torch.export.ExportedProgram, Any]:
-    """Traced with these free dimensions, or with what torch.export suggests in place of them (multiples of 8, a constant)."""
+    """Trace with these dynamic dimensions, or with torch.export's suggested ones instead (multiples of 8, a constant)."""
     from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
     repairs = 0
@@ -195,20 +195,20 @@ def _program(model: nn.Module, example: Tensor, dims: Any) -> tuple[torch.export
 
 
 def _bounds(size: torch.SymInt, program: torch.export.ExportedProgram, solved: bool) -> str:
-    """Which values a free dimension takes, for people. That a symbol is at least 2 is torch's habit, not a bound."""
+    """Description of a dynamic dimension's values. That a symbol is at least 2 is torch's convention, not a bound."""
     factor, symbol = size.node.expr.as_coeff_Mul()
     least = int(program.range_constraints[symbol].lower) if symbol in program.range_constraints else 1
     told = [f"multiples of {factor}"] if factor != 1 else []
     told += [f"at least {factor * least}"] if least > 2 else []
     if not solved:
-        told.append("not all for certain: torch.export could not solve its conditions")
+        told.append("not all values are certain: torch.export could not solve its conditions")
     return ", ".join(told) or "any"
 
 
 def first_line(error: BaseException | None) -> str:
-    """What an error says, in a line: those of torch.export go on for pages."""
+    """An error as one line: those of torch.export span pages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = lines[0] if lines else ""
-    if told.startswith(_VIOLATED) and len(lines) > 1:  # this says only where to look
+    if told.startswith(_VIOLATED) and len(lines) > 1:  # this line only says where to look
         told = lines[1].removeprefix("- ")
     return f"{type(error).__name__}: {told[:300]}" if told else type(error).__name__

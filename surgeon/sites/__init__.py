@@ -1,1 +1,1 @@
-"""Every convolution of a model: what it does, what it sees, and why it may not be replaced."""
+"""Every convolution of a model: its geometry, its inputs, and why it may not be replaced."""

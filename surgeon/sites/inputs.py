@@ -1,4 +1,4 @@
-"""Example inputs: what a model is run on when it is observed and verified."""
+"""Example inputs, on which a model is observed and verified."""
 
 import copy
 import math
@@ -18,16 +18,16 @@ from surgeon.util.held import walk
 from surgeon.util.machine import check_memory
 from surgeon.util.parse import parse_input_size
 
-BATCH = 2  # one image would hide what mixes images
+BATCH = 2  # one image would hide operations across images
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The arguments of one call of a model, with a word on where they came from."""
+    """The arguments of one call of a model, and where they came from."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    given: bool = True  # by the caller, not chosen here
+    given: bool = True  # given by the caller, not chosen here
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
         """The same arguments with every tensor changed."""
@@ -35,23 +35,23 @@ class Inputs:
         return Inputs(args=args, kwargs=map_tensors(self.kwargs, change), given=self.given)
 
     def fresh(self) -> "Inputs":
-        """A copy for one run: what a model changes in it stays there."""
+        """A copy for one run, so that in-place changes by the model stay there."""
         memo: dict[int, Any] = {}
         for value in walk(self.args, self.kwargs):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
         try:
             args, kwargs = copy.deepcopy((self.args, self.kwargs), memo)
-        except Exception:  # holds something that cannot be copied: the tensors at least
+        except Exception:  # something cannot be copied: copy at least the tensors
             return self.map(lambda t: t.clone())
         return Inputs(args=args, kwargs=kwargs, given=self.given)
 
     def to_dtype(self, dtype: torch.dtype) -> "Inputs":
-        """With the floating point tensors in another dtype."""
+        """The same arguments with floating-point tensors in another dtype."""
         return self.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
 
     def twice(self) -> "Inputs | None":
-        """The same images two times in one batch, all of them and then all again; None where there is no batch to double."""
+        """The batch repeated twice, one copy after the other; None if there is no batch to double."""
         if self.kwargs or not all(isinstance(arg, Tensor | list) for arg in self.args[:1]):
             return None
         args = tuple(
@@ -75,7 +75,7 @@ class Inputs:
         return 1
 
     def shapes(self) -> str:
-        """For messages: the shapes of all tensors."""
+        """The shapes of all tensors, for messages."""
         parts = [*map(_shape_of, self.args), *(f"{key}={_shape_of(value)}" for key, value in self.kwargs.items())]
         return ", ".join(parts)
 
@@ -104,7 +104,7 @@ def _shape_of(value: Any) -> str:
 
 
 def given_inputs(example_inputs: Any) -> Inputs:
-    """Inputs from what a caller passed: a tensor or list is one argument, a tuple all of them, a dict keyword arguments.
+    """Inputs from a caller's value: a tensor or list is one argument, a tuple all of them, a dict keyword arguments.
 
     Raises `InputError` for anything else, and for a batch without images.
     """
@@ -122,12 +122,12 @@ def given_inputs(example_inputs: Any) -> Inputs:
             f"got {type(example_inputs).__name__}"
         )
     if inputs.batch == 0:
-        raise InputError(f"example_inputs {inputs.shapes()} is a batch without images: nothing can be seen on it")
+        raise InputError(f"example_inputs {inputs.shapes()} is an empty batch: nothing can be observed on it")
     return inputs
 
 
 def check_input_size(input_size: Any) -> tuple[int, ...]:
-    """An input size as (C, H, W), (H, W) or one side length, made two or three numbers; raises `InputError` for anything else."""
+    """An input size given as (C, H, W), (H, W) or one side, as two or three numbers; raises `InputError` for anything else."""
     try:
         values = parse_input_size(input_size)
     except ConfigError as error:
@@ -138,7 +138,7 @@ def check_input_size(input_size: Any) -> tuple[int, ...]:
 
 
 def candidate_inputs(model: nn.Module, input_size: Sequence[int] | int | None = None) -> Iterator[Inputs]:
-    """Inputs to try, the likeliest first. Random images, the same at every call."""
+    """Inputs to try, most likely first. Random images, the same at every call."""
     wanted = None if input_size is None else check_input_size(input_size)
     traced = None if wanted is not None else _traced_inputs(model)
     if traced is not None:
@@ -163,7 +163,7 @@ def candidate_inputs(model: nn.Module, input_size: Sequence[int] | int | None = 
 
 
 def _traced_inputs(model: nn.Module) -> Inputs | None:
-    """Random inputs of the shapes that an exported graph was made with; None for other models."""
+    """Random inputs with the shapes that an exported graph was traced with; None for other models."""
     graph: Any = getattr(model, "graph", None)
     if not isinstance(graph, fx.Graph):
         return None
@@ -177,7 +177,7 @@ def _traced_inputs(model: nn.Module) -> Inputs | None:
 
 
 def exported_size(model: nn.Module | None) -> tuple[int, int, int] | None:
-    """(C, H, W) of the images that an exported graph takes, where these are fixed and its only input; None for others."""
+    """(C, H, W) of an exported graph's images if these are its only input and their size is fixed; otherwise None."""
     graph: Any = getattr(model, "graph", None)
     nodes = [node for node in graph.nodes if node.op == "placeholder"] if isinstance(graph, fx.Graph) else []
     shapes = [node.meta["val"].shape for node in nodes if isinstance(node.meta.get("val"), Tensor)]
@@ -188,7 +188,7 @@ def exported_size(model: nn.Module | None) -> tuple[int, int, int] | None:
 
 
 def _in_spec(model: Any) -> Any:
-    """How an exported graph's inputs are arranged: of `ExportedProgram.module()`, or of an unflattened one."""
+    """The input spec of an exported graph: `ExportedProgram.module()`, or an unflattened one."""
     if isinstance(model, fx.GraphModule):
         return getattr(model, "_in_spec", None)
     calls = getattr(model, "module_call_graph", None)
@@ -204,14 +204,14 @@ def _like(traced: Any, generator: torch.Generator) -> Tensor:
 
 
 def _convolutions(model: nn.Module) -> list[Any]:
-    """In the order of definition; a dynamic layer comes before the convolutions that it consists of."""
+    """Convolutions in definition order; a dynamic layer comes before the convolutions inside it."""
     return [module for module in model.modules() if isinstance(module, _ConvNd | DynamicConv2d)]
 
 
 def _known_sizes(model: nn.Module, convs: Sequence[Any]) -> list[tuple[int, ...]]:
-    """The input size in the model's own configuration (timm), first with the channels that its first convolution takes.
+    """The input size in the model's own configuration (timm), first with the input channels of its first convolution.
 
-    The configuration knows nothing of `in_chans`, and a convolution may come first that does not see the images (CSATv2).
+    The configuration ignores `in_chans`, and the first convolution may not be the one that sees the images (CSATv2).
     """
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
@@ -243,9 +243,9 @@ def _arguments(model: nn.Module, size: tuple[int, ...]) -> tuple[Any, ...]:
 
 
 def call_arguments(model: nn.Module, images: Tensor, *, train: bool) -> tuple[Any, ...]:
-    """Arguments of a call of the model on a batch (N, C, H, W): with made-up targets for a detection model in training.
+    """Arguments for calling the model on a batch (N, C, H, W); a detection model in training gets made-up targets.
 
-    Those hold one object an image, half its size: what a step costs depends on the objects only a little.
+    They have one object per image, half its size: the cost of a step hardly depends on the objects.
     """
     family = _family(model)
     if family == "optical_flow":
@@ -270,7 +270,7 @@ def call_arguments(model: nn.Module, images: Tensor, *, train: bool) -> tuple[An
 
 
 def _family(model: nn.Module) -> str | None:
-    """`detection` or `optical_flow` for torchvision's models that take other things than one batch of images."""
+    """`detection` or `optical_flow` for torchvision models whose input is not one batch of images."""
     path = type(model).__module__
     for family in ("detection", "optical_flow"):
         if path.startswith(f"torchvision.models.{family}"):

@@ -1,6 +1,6 @@
-"""One watched forward pass: shapes and calls of every convolution, and who reads its weight.
+"""One observed forward pass: shapes and calls of every convolution, and other readers of its weight.
 
-The pass runs on the meta device, on a copy. Where a model cannot run there, a copy of it runs for real, in eval mode.
+The pass runs on the meta device, on a copy. If a model cannot run there, a copy runs for real, in eval mode.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,18 +28,18 @@ class Call:
 
 @dataclass(kw_only=True)
 class Observation:
-    """What one forward pass showed, by the first name of every module."""
+    """Observations of one forward pass, by the first name of every module."""
 
     inputs: Inputs
     device: str
     calls: dict[str, list[Call]] = field(default_factory=dict)
-    started: dict[str, int] = field(default_factory=dict)  # when a convolution was first called
-    ended: dict[str, list[int]] = field(default_factory=dict)  # when the calls of any module ended
-    arguments: dict[str, list[str]] = field(default_factory=dict)  # what a convolution is given beside its input
-    readers: dict[str, list[str]] = field(default_factory=dict)  # who reads a convolution's parameters from outside
+    started: dict[str, int] = field(default_factory=dict)  # time of a convolution's first call
+    ended: dict[str, list[int]] = field(default_factory=dict)  # end times of any module's calls
+    arguments: dict[str, list[str]] = field(default_factory=dict)  # a convolution's arguments other than its input
+    readers: dict[str, list[str]] = field(default_factory=dict)  # outside readers of a convolution's parameters
     functional: dict[str, str] = field(
         default_factory=dict
-    )  # weights that `conv2d` gets outside convolutions, and in which module
+    )  # weights passed to `conv2d` outside convolutions, and in which module
 
 
 def observe(
@@ -48,9 +48,9 @@ def observe(
     example_inputs: Any = None,
     input_size: Sequence[int] | int | None = None,
 ) -> Observation:
-    """Run a copy of the model once and watch the modules named in `targets`.
+    """Run a copy of the model once and observe the modules in `targets`.
 
-    Raises `InputError` if it runs on none of the inputs, naming what was tried.
+    Raises `InputError` if it runs on none of the inputs, listing those tried.
     """
     if example_inputs is not None:
         candidates: Iterable[Inputs] = [given_inputs(example_inputs)]
@@ -105,7 +105,7 @@ def _run_watched(model: nn.Module, targets: Sequence[str], seen: Observation) ->
 
 
 def _install(twin: nn.Module, targets: set[str], stack: list[str], seen: Observation) -> None:
-    """Hooks on every module that keep the stack of running modules and note the calls of the targets."""
+    """Hooks on every module that track the stack of running modules and record the calls of the targets."""
     now = 0
 
     def tick() -> int:  # a plain int: compilers would trace an iterator without end
@@ -139,7 +139,7 @@ def _install(twin: nn.Module, targets: set[str], stack: list[str], seen: Observa
 
 
 class _WatchReads(TorchFunctionMode):
-    """Notes functions that take a convolution's parameter while that convolution is not running, and other uses of `conv2d`."""
+    """Records functions that take a convolution's parameter while it is not running, and other uses of `conv2d`."""
 
     def __init__(
         self, owners: dict[int, list[str]], weights: dict[int, str], stack: list[str], seen: Observation

@@ -1,8 +1,8 @@
-"""Which methods read a convolution's parameters themselves, also on paths that the example does not take.
+"""Methods that read a convolution's parameters directly, even on code paths that the example does not take.
 
-timm's MobileViTv2 slices the weight of a convolution only when it attends to a second image; a helper may read one only in
-training. A watched forward pass in eval mode cannot show that. So the source of the methods is searched for
-`self.<…>.weight` and `self.<…>.bias` (see `surgeon.sites.syntax`), in all but those that make or rebuild a model.
+timm's MobileViTv2 slices a convolution's weight only when it attends to a second image; a helper may read one only in
+training. An observed forward pass in eval mode cannot show that, so the source of the methods is searched for
+`self.<…>.weight` and `self.<…>.bias` (see `surgeon.sites.syntax`), except in methods that build or rebuild a model.
 """
 
 import inspect
@@ -33,10 +33,10 @@ HARMLESS = frozenset(
     }
     | {"size", "dim", "numel", "nelement", "element_size", "stride", "is_contiguous", "is_floating_point", "is_complex"}
     | {"get_device", "type", "__len__", "__hash__", "__repr__", "data_ptr", "storage_offset", "ndimension"}
-)  # what tells about a tensor without using its values
+)  # properties of a tensor that do not use its values
 
 _PARAMETERS = frozenset({"weight", "bias"})
-# Methods that make, load, fuse or print a model read weights as of right; what a forward method calls is searched all the same.
+# Methods that build, load, fuse or print a model may read weights; but those that a forward method calls are searched, too.
 _UPKEEP = re.compile(
     r"__init__|__repr__|extra_repr|init|reset|load|state_dict|fus(e|ing)|reparam|deploy|equivalent|merge|prune|freeze|decay|"
     r"parameter_groups|group_matcher|kernel_bias|remove_|export|save|^set_|resize|resample"
@@ -44,7 +44,7 @@ _UPKEEP = re.compile(
 
 
 def written_reads(model: nn.Module, targets: Collection[int]) -> dict[int, list[str]]:
-    """For modules among `targets` (by id): the methods of other modules that read their weight or bias."""
+    """For modules among `targets` (by id): methods of other modules that read their weight or bias."""
     return {
         key: list(dict.fromkeys(method for method, _ in reads))
         for key, reads in _all_reads(model, dict.fromkeys(targets, _PARAMETERS)).items()
@@ -52,7 +52,7 @@ def written_reads(model: nn.Module, targets: Collection[int]) -> dict[int, list[
 
 
 def lost_reads(model: nn.Module, targets: Collection[int]) -> dict[int, list[tuple[str, str]]]:
-    """For modules among `targets` (by id): methods of other modules that read what a dynamic layer does not have, and its name."""
+    """For modules among `targets` (by id): methods of other modules that read an attribute dynamic layers lack, and its name."""
     lost = {id(m): _lost(m) for m in model.modules() if id(m) in targets and not isinstance(m, DynamicConv2d)}
     return _all_reads(model, lost)
 
@@ -70,13 +70,13 @@ def _dynamic_names() -> frozenset[str]:
 
 
 def _lost(conv: nn.Module) -> frozenset[str]:
-    """Attributes of a convolution that do not go over to the layer in its place (those set on the instance do)."""
+    """Attributes of a convolution that its replacement does not get (those set on the instance carry over)."""
     own = frozenset(vars(conv)) - CONV_ATTRIBUTES
     return frozenset(dir(conv)) - own - _dynamic_names()
 
 
 def _all_reads(model: nn.Module, wanted: Mapping[int, Collection[str]]) -> dict[int, list[tuple[str, str]]]:
-    """(method, attribute) of every read of a wanted attribute by another module, by the id of the module that has it."""
+    """(method, attribute) of every read of a wanted attribute by another module, by the id of the module read."""
     found: dict[int, list[tuple[str, str]]] = {}
     names = frozenset().union(*wanted.values())
     for module in model.modules():
@@ -92,7 +92,7 @@ def _all_reads(model: nn.Module, wanted: Mapping[int, Collection[str]]) -> dict[
 
 
 def _owners(module: nn.Module, read: Read | Unread) -> Iterator[tuple[Any, str]]:
-    """The modules that are read, and the attribute. Without source: every child whose name the method spells."""
+    """The modules read, and the attribute. Without source: every child whose name occurs in the method."""
     if isinstance(read, Read):
         yield from ((owner, read.attribute) for owner in _resolve([module], read.path))
         return
@@ -109,7 +109,7 @@ def _resolve(owners: list[Any], path: Path) -> list[Any]:
 
 
 def _parts(owner: Any, key: str) -> list[Any]:
-    """What `owner.key`, or `owner[key]`, is; all it can be where the code picks an element while it runs."""
+    """The value of `owner.key` or `owner[key]`; all possible values if the code picks an element at run time."""
     if isinstance(owner, nn.Module):
         if key == ANY:
             return list(owner.children())
@@ -139,7 +139,7 @@ def _reads_of(cls: Any, names: frozenset[str]) -> tuple[tuple[str, Read | Unread
 
 
 def _searched(cls: Any) -> dict[str, tuple[str, Any]]:
-    """The methods of a class that may run when it computes: all but upkeep, and what these call of that."""
+    """Methods of a class that may run when it computes: all but maintenance methods, plus those of them that these call."""
     methods: dict[str, tuple[str, Any]] = {}
     for base in cls.__mro__:
         if base in (object, fx.GraphModule) or base.__module__.startswith(

@@ -1,13 +1,13 @@
-"""The selector language: which convolutions are meant.
+"""The selector language, which selects convolutions.
 
-Items are joined by commas, or given as a list. Sources are united: an exact module name or a prefix of names (`layer3`),
-a glob over names (`blocks.*.conv_dw`), `re:` and a regular expression to be found in the name, `stem`, `stageN`, `all`.
+Items are separated by commas or given as a list. Sources are united: an exact module name or a prefix of names (`layer3`),
+a glob over names (`blocks.*.conv_dw`), `re:` with a regular expression to find in the name, `stem`, `stageN`, `all`.
 Filters are intersected: `k=3`, `in>=64`, `out<=256`, `stride=1`, `groups!=1`, `dilation=1`, `depthwise`, `dense`,
 `first-of-stage`. `!` before an item excludes what it matches. Filters alone filter `all`.
 
-A name that has other characters than letters, digits, `_`, `-` and dots is written in double quotes, as JSON writes it.
+A name with characters other than letters, digits, `_`, `-` and dots is written in double quotes, as in JSON.
 
-1×1 convolutions are taken only by their full name, or when a filter on `k` is there that 1 satisfies.
+1×1 convolutions are selected only by their full name, or if there is a filter on `k` that 1 satisfies.
 """
 
 import difflib
@@ -62,9 +62,9 @@ class Item:
 
 
 def select(sites: Iterable[ConvSite], layers: Selector) -> list[ConvSite]:
-    """The convolutions that a selection means, in module order.
+    """The selected convolutions, in module order.
 
-    Raises `SelectionError` if an item cannot be read or matches nothing, or if nothing is left in the end.
+    Raises `SelectionError` if an item cannot be parsed or matches nothing, or if nothing is left in the end.
     """
     sites = list(sites)
     items = [parse_item(text, sites) for text in split_items(layers)]
@@ -99,11 +99,11 @@ def _without_pointwise(chosen: list[ConvSite], items: Sequence[Item]) -> tuple[l
     return kept, len(chosen) - len(kept)
 
 
-# --- reading ------------------------------------------------------------------------------------------------------
+# --- parsing ------------------------------------------------------------------------------------------------------
 
 
 def split_items(layers: Selector) -> list[str]:
-    """Items of a selection; commas inside brackets (of a regular expression) and quotes do not separate."""
+    """Items of a selection; commas inside a regular expression's brackets or inside quotes do not separate."""
     parts = [layers] if isinstance(layers, str) else list(layers)
     items: list[str] = []
     for part in parts:
@@ -120,16 +120,16 @@ def split_items(layers: Selector) -> list[str]:
         items.append(part[start:])
     items = [item.strip() for item in items]
     if not items or not all(items):
-        raise SelectionError(f"the selection {_text(layers)!r} has an empty item; say `all` for every convolution")
+        raise SelectionError(f"the selection {_text(layers)!r} has an empty item; use `all` for every convolution")
     return items
 
 
 def parse_item(text: str, sites: Sequence[ConvSite] = ()) -> Item:
-    """Read one item; names win over keywords where a module is called like one."""
+    """Parse one item; names take precedence over keywords if a module has the same name."""
     negated = text.startswith("!")
     body = text.removeprefix("!").strip()
     if not body:
-        raise SelectionError("`!` must be followed by what to exclude")
+        raise SelectionError("`!` must be followed by an item to exclude")
     if body.startswith('"'):
         name = unquoted(body)
         return Item(
@@ -146,7 +146,7 @@ def parse_item(text: str, sites: Sequence[ConvSite] = ()) -> Item:
 
 def _comparison(text: str, key: str, op: str, value: str) -> Predicate:
     if key not in _VALUES:
-        raise SelectionError(f"unknown filter {text!r}; values that can be compared are {', '.join(_VALUES)}")
+        raise SelectionError(f"unknown filter {text!r}; comparable values are {', '.join(_VALUES)}")
     if not value.isdecimal():
         raise SelectionError(f"the filter {text!r} must compare with a whole number, got {value!r}")
     read, compare, number = _VALUES[key], _COMPARE[op], int(value)
@@ -176,7 +176,7 @@ def _is_name(body: str, sites: Sequence[ConvSite]) -> bool:
 
 
 def is_below(name: str, prefix: str) -> bool:
-    """Whether a module name is the prefix or lies below it."""
+    """Whether a module name is the prefix or below it."""
     return name == prefix or name.startswith(prefix + ".")
 
 
@@ -200,7 +200,7 @@ def _no_match(text: str, sites: Sequence[ConvSite]) -> str:
     near = difflib.get_close_matches(text, [*words, *known], n=4, cutoff=0.6)
     if not near:
         near = [part for part in known if text.lower() in part.lower()][:4] or list(known)[:4]
-    return f"{text!r} matches no convolution; near it are {', '.join(map(repr, near))}"
+    return f"{text!r} matches no convolution; the closest names are {', '.join(map(repr, near))}"
 
 
 def _quoted(items: Sequence[Item]) -> str:

@@ -1,4 +1,4 @@
-"""Every convolution of a model, what it does there, and what forbids to replace it."""
+"""Every convolution of a model, its role, and what prevents its replacement."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,10 +25,10 @@ from surgeon.util.held import outside_references
 
 @dataclass(frozen=True, kw_only=True)
 class ConvSite:
-    """One convolution of a model. `reasons` forbid to replace it, whatever by; `notes` are worth knowing."""
+    """One convolution of a model. `reasons`: why no layer type may replace it; `notes`: anything else worth knowing."""
 
     name: str
-    aliases: tuple[str, ...] = ()  # further names of the same module
+    aliases: tuple[str, ...] = ()  # other names of the same module
     module: str  # class name
     geometry: ConvGeometry | None  # None: not a plain 2-D convolution
     in_channels: int
@@ -41,12 +41,12 @@ class ConvSite:
     stage: str | None = None
     first_of_stage: bool = False
     calls: tuple[Call, ...] = ()
-    macs: int | None = None  # for one image, over all calls; None where the forward pass does not reach it
-    order: int | None = None  # when it is first called
+    macs: int | None = None  # per image, over all calls; None if the forward pass does not reach it
+    order: int | None = None  # position of its first call
     traced: bool = False  # torch.fx sees it
     producer: str | None = None
     followers: tuple[str, ...] = ()
-    dynamic: str | None = None  # its type, where a dynamic layer is already there
+    dynamic: str | None = None  # its type, if it is a dynamic layer already
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -70,7 +70,7 @@ class ConvSite:
 
 @dataclass(frozen=True, kw_only=True)
 class Sites:
-    """All convolutions of a model in the order of its modules, and the forward pass that showed them."""
+    """All convolutions of a model in module order, and the forward pass that found them."""
 
     convs: tuple[ConvSite, ...]
     seen: Observation
@@ -82,9 +82,9 @@ def find_sites(
     input_size: Sequence[int] | int | None = None,
     origin: nn.Module | None = None,
 ) -> Sites:
-    """List every convolution. The model is not touched: copies of it are run and traced.
+    """List every convolution. The model is not modified: copies of it are run and traced.
 
-    `origin` is what the model is a copy of: closures, which no copy renews, hold the modules of that one.
+    `origin` is the model of which `model` is a copy: closures are not copied and refer to the original's modules.
 
     Raises `InputError` if the model does not run.
     """
@@ -103,7 +103,7 @@ def find_sites(
 
 
 def _functional(model: nn.Module, names: Iterable[str], seen: Observation) -> list[ConvSite]:
-    """Convolutions that a module computes by a function of a parameter; those of graphs are found there."""
+    """Convolutions that a module computes by a function of a parameter; those in graphs are found there."""
     found: list[ConvSite] = []
     taken = set(names)
     for name, reader in seen.functional.items():
@@ -138,7 +138,7 @@ def _functional(model: nn.Module, names: Iterable[str], seen: Observation) -> li
 
 
 def _conv_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """First name → further names of every convolution and dynamic layer, in module order."""
+    """First name → other names of every convolution and dynamic layer, in module order."""
     names: dict[int, list[str]] = {}
     inside: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -163,7 +163,7 @@ def _is_quantized(module: nn.Module) -> bool:
 
 
 def _add_written_reads(model: nn.Module, names: Iterable[str], seen: Observation) -> None:
-    """Add the readers that the forward pass did not come by."""
+    """Add the readers that the forward pass did not reach."""
     by_id = {id(model.get_submodule(name)): name for name in names}
     for key, methods in written_reads(model, by_id.keys()).items():
         readers = seen.readers.setdefault(by_id[key], [])
@@ -172,7 +172,7 @@ def _add_written_reads(model: nn.Module, names: Iterable[str], seen: Observation
 
 
 def _lost_attributes(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
-    """Reasons against convolutions of which other modules read what a dynamic layer does not have."""
+    """Reasons against convolutions with an attribute that other modules read and a dynamic layer lacks."""
     by_id = {id(model.get_submodule(name)): name for name in names}
     return {
         by_id[key]: [f"its {attribute} is read by {method}, and the new layer has none" for method, attribute in reads]
@@ -181,7 +181,7 @@ def _lost_attributes(model: nn.Module, names: Iterable[str]) -> dict[str, list[s
 
 
 def _trace(model: nn.Module) -> dict[str, Neighbors]:
-    """What torch.fx tells; nothing if the model has no copy on the meta device. A failure never forbids anything."""
+    """Neighbors found by torch.fx; empty if the model cannot be copied to the meta device. A failure never rules out anything."""
     try:
         twin = copy_to_meta(model)
         for module in twin.modules():
@@ -193,7 +193,7 @@ def _trace(model: nn.Module) -> dict[str, Neighbors]:
 
 
 def _shared_parameters(model: nn.Module, names: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """For every convolution, the parameters of other modules that are, or lie in the memory of, one of its own."""
+    """For every convolution, the parameters of other modules that are, or share memory with, one of its own."""
 
     users: dict[int, list[tuple[int, str, Tensor]]] = {}
     for prefix, module in model.named_modules():
@@ -220,7 +220,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the regions of one storage between the first and the last element of two tensors meet."""
+    """Whether two tensors' regions of one storage, from first to last element, overlap."""
     if a is b or is_lazy_tensor(a) or is_lazy_tensor(b):
         return True
     (first, end), (other_first, other_end) = _region(a), _region(b)
@@ -228,7 +228,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def _region(tensor: Tensor) -> tuple[int, int]:
-    """Bytes from the start of the storage, the end exclusive; nothing for a tensor without elements."""
+    """Start and end (exclusive) in bytes within the storage; empty for a tensor without elements."""
     if not tensor.numel():
         return 0, 0
     last = sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -286,7 +286,7 @@ def _site(
 
 
 def _shape_of(conv: Any, geometry: ConvGeometry | None) -> dict[str, Any]:
-    """Channels, kernel size and so on, from the geometry where there is one; the attributes may be plain numbers."""
+    """Channels, kernel size and so on, from the geometry if there is one; the attributes may be plain numbers."""
     like: Any = conv if geometry is None else geometry
     sizes = {name: getattr(like, name) for name in ("kernel_size", "stride", "dilation")}
     pairs = {name: (size,) if isinstance(size, int) else tuple(size) for name, size in sizes.items()}
@@ -303,7 +303,7 @@ def macs_of(what: ConvGeometry | DynamicConv2d | None, calls: Sequence[Call], ba
 
 
 def _read_geometry(conv: Any) -> tuple[ConvGeometry | None, list[str]]:
-    """Geometry, and the reasons against a replacement that lie in the module itself."""
+    """Geometry, and the reasons against a replacement found in the module itself."""
     if isinstance(conv, DynamicConv2d):
         return conv.geometry, [f"it is already a dynamic layer ({conv.type_name})"]
     if _is_quantized(conv):
@@ -331,7 +331,7 @@ def _read_geometry(conv: Any) -> tuple[ConvGeometry | None, list[str]]:
             return ConvSource.read(conv).geometry, reasons
     except UnsupportedLayerError as error:
         return None, [*reasons, *error.reasons]
-    except Exception as error:  # one convolution that cannot be read does not stop the others
+    except Exception as error:  # an unreadable convolution does not stop the others
         return None, [*reasons, f"it cannot be read ({type(error).__name__}: {error})"]
 
 

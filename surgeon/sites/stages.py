@@ -1,8 +1,8 @@
-"""Which stage of the network a convolution is in.
+"""The network stage of each convolution.
 
-timm models say it themselves (`feature_info`): a convolution belongs to the first feature module that ends after it. For all
-others the output stride of its unit decides: stage1 = /4, stage2 = /8, stage3 = /16, stage4 = /32, `stem` below. Networks
-that reduce by less than 8 (CIFAR ResNets, restoration) have no stem; their reductions 1, 2, 4 are stage1, stage2, stage3.
+timm models declare their stages (`feature_info`): a convolution belongs to the first feature module that ends after it. In
+other models the output stride of its unit decides: stage1 = /4, stage2 = /8, stage3 = /16, stage4 = /32, `stem` below. Networks
+that downsample by less than 8 (CIFAR ResNets, restoration) have no stem; their reductions 1, 2, 4 are stage1, stage2, stage3.
 """
 
 import math
@@ -17,16 +17,16 @@ Stages = dict[str, str | None]
 
 
 def find_stages(model: nn.Module, names: Sequence[str], seen: Observation) -> Stages:
-    """The stage of every named convolution; None where nothing tells it."""
+    """The stage of every named convolution; None if unknown."""
     stages = _by_features(model, names, seen)
     return _by_stride(names, seen) if stages is None else stages
 
 
-# --- timm's own word ----------------------------------------------------------------------------------------------
+# --- timm's declared stages ---------------------------------------------------------------------------------------
 
 
 def _features(model: nn.Module, seen: Observation) -> list[tuple[str, int]]:
-    """Feature modules that the forward pass ended, in order: (name, reduction)."""
+    """Feature modules whose calls ended in the forward pass, in order: (name, reduction)."""
     info = getattr(model, "feature_info", None)
     entries = getattr(info, "info", info)
     if not isinstance(entries, list):
@@ -69,7 +69,7 @@ def _is_below(name: str, prefix: str) -> bool:
 
 
 def _labels(reductions: Sequence[int]) -> list[str]:
-    """Stage names of features in their order. A reduction that comes again (dilated networks) is the next stage."""
+    """Stage names of features in order. A repeated reduction (dilated networks) is the next stage."""
     if max(reductions) < 8:
         return [_small_label(reduction) for reduction in reductions]
     labels, number = [], 0
@@ -112,7 +112,7 @@ def _label(stride: int) -> str:
 
 
 def _output_strides(names: Sequence[str], seen: Observation) -> dict[str, int]:
-    """Output stride of every convolution that works on maps, as a power of two, against the first one's input."""
+    """Output stride of every convolution on maps, as a power of two, relative to the first one's input."""
     first = [
         (seen.started[name], seen.calls[name][0]) for name in names if name in seen.started and seen.calls.get(name)
     ]
@@ -131,7 +131,7 @@ def _output_strides(names: Sequence[str], seen: Observation) -> dict[str, int]:
 
 
 def find_units(names: Sequence[str], strides: Mapping[str, int]) -> dict[str, str]:
-    """The unit of every convolution: a child of the first container with several children that hold convolutions.
+    """The unit of every convolution: a child of the first container with several children that contain convolutions.
 
     A child that itself spans several reductions (a whole backbone) is a container, too.
     """

@@ -1,7 +1,7 @@
-"""Which attributes of its submodules the source of a method reads. Reads code only: torch is not imported here.
+"""Submodule attributes read by the source of a method. Only parses code; does not import torch.
 
-The syntax tree says it alike on every Python. Where a function has no source at hand (made by `exec`, typed in, shipped compiled)
-the names in its code object stand in, which every Python has as well: what they could spell counts as read.
+The syntax tree is the same on every Python. If a function has no source (made by `exec`, typed in, shipped compiled),
+the names in its code object, which every Python has, are used instead: anything they could spell counts as read.
 """
 
 import ast
@@ -13,14 +13,14 @@ from functools import cache
 from types import CodeType
 from typing import Any
 
-ANY = "*"  # an element that the code picks while it runs, as `self.convs[i]`
+ANY = "*"  # an element picked at run time, as `self.convs[i]`
 
 Path = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Read:
-    """`self.<path>.<attribute>` is read; `then` is what is taken of that at once, as `shape`, or "" for the thing itself."""
+    """A read of `self.<path>.<attribute>`; `then` is the attribute taken from it, as `shape`, or "" for the value itself."""
 
     path: Path
     attribute: str
@@ -29,13 +29,13 @@ class Read:
 
 @dataclass(frozen=True)
 class Unread:
-    """A method without source: the names in its code, in no order."""
+    """A method without source: the names in its code, unordered."""
 
     names: frozenset[str]
 
 
 def reads_of(function: Callable[..., Any]) -> tuple[Read, ...] | Unread:
-    """What a method reads of the submodules of its first argument; in nested functions, too."""
+    """Reads of submodules of a method's first argument, including in nested functions."""
     tree = _tree(function)
     if tree is None:
         return Unread(frozenset(_names(inspect.unwrap(function).__code__)))
@@ -43,20 +43,20 @@ def reads_of(function: Callable[..., Any]) -> tuple[Read, ...] | Unread:
 
 
 def names_in(function: Callable[..., Any]) -> frozenset[str]:
-    """All names in the code of a function, a quick look before it is read."""
+    """All names in the code of a function: a cheap check before it is parsed."""
     return _names(inspect.unwrap(function).__code__)
 
 
 @cache
 def _names(code: CodeType) -> frozenset[str]:
-    """Names and texts in the code of a function and of those within: `getattr(conv, "weight")` has the second kind."""
+    """Names and strings in the code of a function and its nested functions: `getattr(conv, "weight")` has a string."""
     texts = [constant for constant in code.co_consts if isinstance(constant, str)]
     inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return frozenset(code.co_names).union(texts, *inner)
 
 
 def _tree(function: Callable[..., Any]) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    """The definition of a function, or None where its source is not to be had, or is another one by now."""
+    """The definition of a function, or None if its source is unavailable or has changed."""
     function = inspect.unwrap(function)
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(function))).body
@@ -69,7 +69,7 @@ def _tree(function: Callable[..., Any]) -> ast.FunctionDef | ast.AsyncFunctionDe
 
 
 class _Reader(ast.NodeVisitor):
-    """Follows the first argument, and the local names that stand for its attributes, through the statements in their order."""
+    """Follows the first argument, and local names bound to its attributes, through the statements in order."""
 
     def __init__(self, tree: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         first = [*tree.args.posonlyargs, *tree.args.args][0].arg
@@ -79,7 +79,7 @@ class _Reader(ast.NodeVisitor):
             self.visit(statement)
 
     def visit_Name(self, node: ast.Name) -> None:
-        """A name that stands for a weight is a read of it where it is used, not where it is bound."""
+        """A name bound to a weight counts as a read where it is used, not where it is bound."""
         self._add(self.known.get(node.id, ()), "")
 
     def visit_Assign(self, node: ast.Assign) -> None:
@@ -106,7 +106,7 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> None:
-        for part in (*node.generators, *ast.iter_child_nodes(node)):  # names are bound before they are used
+        for part in (*node.generators, *ast.iter_child_nodes(node)):  # bind names before use
             self.visit(part)
 
     visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_ListComp
@@ -121,7 +121,7 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
     def _note(self, node: ast.Attribute, then: str) -> None:
-        """One read for the whole chain: `self.a.weight.shape` is a look at the shape of `self.a.weight`."""
+        """One read for the whole chain: `self.a.weight.shape` reads the shape of `self.a.weight`."""
         path = self._path(node)
         if path is None:
             if isinstance(node.value, ast.Attribute):
@@ -146,7 +146,7 @@ class _Reader(ast.NodeVisitor):
             self._set(target.id, self._path(value))
 
     def _bind_each(self, target: ast.expr, value: ast.expr) -> None:
-        """The target of a loop over submodules, also by `enumerate`, `zip`, `.children()`, `.values()` and the like."""
+        """The target of a loop over submodules, also via `enumerate`, `zip`, `.children()`, `.values()` and the like."""
         for each, whole in _pairs(target, value):
             if isinstance(whole, ast.Call) and isinstance(whole.func, ast.Attribute):
                 whole = whole.func.value  # the modules of `self.convs.values()`
@@ -161,7 +161,7 @@ class _Reader(ast.NodeVisitor):
             self.known[name] = path
 
     def _path(self, node: ast.expr) -> Path | None:
-        """What an expression stands for, from the first argument on; None where it is something else."""
+        """The path of an expression from the first argument on; None if it is something else."""
         if isinstance(node, ast.Name):
             return self.known.get(node.id)
         if isinstance(node, ast.Attribute):
@@ -182,7 +182,7 @@ class _Reader(ast.NodeVisitor):
 
 
 def _pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
-    """What the names of a loop stand for elements of."""
+    """The names of a loop and the collections whose elements they take."""
     name = value.func.id if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) else ""
     if isinstance(value, ast.Call) and name in ("reversed", "list", "tuple", "iter", "sorted") and value.args:
         yield from _pairs(target, value.args[0])

@@ -1,7 +1,7 @@
-"""torch.fx over any model: what feeds every convolution and what follows it.
+"""torch.fx on any model: what feeds every convolution and what follows it.
 
-timm's own leaf modules and functions are leaves here, too. A module that cannot be traced becomes a leaf, and its children are
-traced on their own, so that one untraceable block does not hide the rest.
+timm's leaf modules and functions are leaves here, too. A module that cannot be traced becomes a leaf, and its children are
+traced separately, so one untraceable block does not hide the rest.
 """
 
 import operator
@@ -18,21 +18,21 @@ from torch.nn.modules.dropout import _DropoutNd
 from surgeon.errors import ModelError
 from surgeon.layers.base import DynamicConv2d
 
-_DEPTH = 4  # how many operations behind a convolution are told
+_DEPTH = 4  # number of operations reported after a convolution
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbors:
-    """Where a convolution stands in the graph: what feeds it, and the operations after it until they fan out."""
+    """A convolution's neighbors in the graph: what feeds it, and the operations after it until they fan out."""
 
     producer: str
     followers: tuple[str, ...]
 
 
 def trace_neighbors(model: nn.Module) -> dict[str, Neighbors]:
-    """Neighbors of every convolution and dynamic layer that torch.fx can see, by first name.
+    """Neighbors of every convolution and dynamic layer visible to torch.fx, by first name.
 
-    What cannot be traced is missing. The model may be on the meta device, and should be a copy: untraceable modules may keep
+    What cannot be traced is left out. The model may be on the meta device, and should be a copy: untraceable modules may keep
     proxies in their attributes.
     """
     found: dict[str, Neighbors] = {}
@@ -64,7 +64,7 @@ def trace_graph(model: nn.Module) -> fx.GraphModule:
     except Exception as error:
         raise ModelError(
             f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}). "
-            f"Leave as_graph out: the converted module tree does not need a trace."
+            f"Omit as_graph: the converted module tree does not need a trace."
         ) from error
     module = fx.GraphModule(tracer.root, graph, type(model).__name__)
     module.graph.lint()
@@ -72,7 +72,7 @@ def trace_graph(model: nn.Module) -> fx.GraphModule:
 
 
 class RobustTracer(fx.Tracer):
-    """Tracer that keeps convolutions, dynamic layers and timm's leaves whole, and makes leaves of what it cannot trace."""
+    """Tracer that keeps convolutions, dynamic layers and timm's leaves whole, and makes untraceable modules leaves."""
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=_timm_functions(), param_shapes_constant=True)
@@ -80,9 +80,9 @@ class RobustTracer(fx.Tracer):
         self.untraceable: list[nn.Module] = []
 
     def trace_quietly(self, root: nn.Module) -> fx.Graph:
-        """Trace without the warnings that eager code does not give either."""
+        """Trace without warnings that eager code does not emit."""
         if isinstance(root, self.leaves):
-            raise TypeError(f"{type(root).__name__} is a leaf: it is not traced by itself")
+            raise TypeError(f"{type(root).__name__} is a leaf: it cannot be traced alone")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return self.trace(root)
@@ -161,7 +161,7 @@ def _followers(node: fx.Node, root: nn.Module) -> tuple[str, ...]:
 
 
 def _is_idle(node: fx.Node, root: nn.Module) -> bool:
-    """Whether it is a module that passes its input on in eval mode."""
+    """Whether the node is a module that is the identity in eval mode."""
     return node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), nn.Identity | _DropoutNd)
 
 

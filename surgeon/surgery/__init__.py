@@ -1,1 +1,1 @@
-"""Dynamic layers put in the places of convolutions, checked, and taken out again."""
+"""Replace convolutions by dynamic layers, verify the result, and revert it."""

@@ -1,10 +1,10 @@
-"""Block patterns: what a network is built of, found in its graph by torch.fx's subgraph matching.
+"""Block patterns: building blocks of a network, found in its graph by torch.fx's subgraph matching.
 
-A residual block x + conv(act(conv(x))), with or without norms behind the convolutions and a shortcut that x goes through, becomes
-ADFNet's DCB (`surgeon.layers.sekg.blocks.DCB`): a DConv behind its first convolution, at the identity when it is made, so that the
-block computes what it computed. The layer is the "sekg" layer in "dense" mode, in the order of the paper.
+A residual block x + conv(act(conv(x))), with or without norms after the convolutions and operations on the shortcut, becomes
+ADFNet's DCB (`surgeon.layers.sekg.blocks.DCB`): a DConv after its first convolution, initialized to the identity, so that the
+block's function does not change. The layer is the "sekg" layer in "dense" mode, in the order of the paper.
 
-MDCB is no start for a block that is there: see `MDCB_REFUSED`.
+An existing block cannot become an MDCB: see `MDCB_REFUSED`.
 """
 
 import itertools
@@ -23,17 +23,17 @@ from surgeon.util.copying import copy_to_meta, seeded
 
 PATTERNS = ("dcb", "mdcb")
 MDCB_REFUSED = (
-    "a dense block cannot become an MDCB that computes the same: its convolutions read one another's outputs in turn, while those "
-    "of an MDCB stand side by side at dilations 1, 3 and 5, behind attention that starts at factors other than 1. A network with "
-    "MDCBs is trained anew (zoo/rdn_mdcb); the pattern dcb takes residual blocks"
+    "a dense block cannot become an equivalent MDCB: its convolutions read one another's outputs in turn, while those "
+    "of an MDCB run in parallel at dilations 1, 3 and 5, after attention that starts at factors other than 1. A network with "
+    "MDCBs is trained from scratch (zoo/rdn_mdcb); the pattern dcb takes residual blocks"
 )
 _ADDITIONS = frozenset({operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor})
 _ACTS = ("relu", "relu6", "leakyrelu", "prelu", "elu", "gelu", "silu", "hardswish", "mish")
 _NORMS = ("batchnorm", "instancenorm", "groupnorm", "layernorm")
-_REACH = 6  # operations of a shortcut
+_REACH = 6  # maximum operations on a shortcut
 
 
-# The words of a shadow graph, in which only that is left of a network's operations which patterns speak of.
+# Vocabulary of a shadow graph, which keeps only the operations of a network that patterns can match.
 
 
 def conv(x: Any) -> Any:
@@ -109,7 +109,7 @@ def _residual_block(
 
 
 def _is_shortcut(y: fx.Node, x: fx.Node) -> bool:
-    """Whether y is x, or x through a few operations on it alone."""
+    """Whether y is x, or x after a few operations on it alone."""
     for _ in range(_REACH):
         if y is x:
             return True
@@ -132,8 +132,8 @@ def _shadow(model: nn.Module) -> fx.Graph:
                 graph = RobustTracer().trace_quietly(twin.eval())
     except Exception as error:
         raise ConfigError(
-            f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}), so that no block is found in it: "
-            f"name its layers with layers= and type="
+            f"torch.fx cannot trace {type(model).__name__} ({type(error).__name__}: {error}), so no block can be found in it: "
+            f"select its layers with layers= and type="
         ) from error
     names = {id(module): name for name, module in twin.named_modules()}
     shadow = fx.Graph()
@@ -145,7 +145,7 @@ def _shadow(model: nn.Module) -> fx.Graph:
             shadow.output(tuple(inputs))
         elif node.op == "placeholder":
             new[node] = shadow.placeholder(node.name)
-        elif word is None and inputs:  # passes its input on
+        elif word is None and inputs:  # identity
             new[node] = inputs[0]
         else:
             taken = inputs[:1] if word in (conv, norm, act) else inputs
@@ -156,7 +156,7 @@ def _shadow(model: nn.Module) -> fx.Graph:
 
 
 def _word(node: fx.Node, root: nn.Module) -> Any:
-    """The word for a node; None for what passes its input on in eval mode."""
+    """The word for a node; None for an identity in eval mode."""
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         if isinstance(module, nn.Identity | _DropoutNd):

@@ -1,4 +1,4 @@
-"""Do the new layers of a converted model take the place of their convolutions? Calls counted, old weights watched."""
+"""Check that a converted model's new layers run instead of their convolutions: counts calls, watches old weights."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ from surgeon.surgery.verify import fails, outputs
 
 @dataclass(kw_only=True)
 class Seen:
-    """Calls by name in one run, and which old convolutions computed in it."""
+    """Calls by name in one run, and the old convolutions that ran in it."""
 
     calls: Counter[str] = field(default_factory=Counter)
     old: set[str] = field(default_factory=set)
@@ -26,7 +26,7 @@ class Seen:
 
 @contextmanager
 def counting(model: nn.Module, names: Mapping[str, nn.Module], seen: Seen) -> Iterator[None]:
-    """Count the calls of the modules with these names; those that `names` gives should not run: their weights are watched."""
+    """Count the calls of the modules with these names; the values of `names` should not run: their weights are watched."""
 
     def hook(name: str, old: nn.Module) -> Callable[..., None]:
         def look(module: nn.Module, args: Any) -> None:
@@ -81,13 +81,13 @@ def run_converted(
     ]
     if told:
         raise VerificationError(
-            f"the new layers do not take the place of their convolutions: {'; '.join(told[:3])}. Leave these out of the selection"
+            f"the new layers do not replace their convolutions: {'; '.join(told[:3])}. Leave these out of the selection"
         )
     return output
 
 
 def inside(model: nn.Module, inputs: Inputs, seed: int) -> dict[str, Leaves]:
-    """What each module gives that is no part of a dynamic layer: for models whose own output cannot be compared."""
+    """Output of each module outside dynamic layers, for models whose own output cannot be compared."""
     found: dict[str, Leaves] = {}
     modules = dict(model.named_modules())
     inner = [f"{name}." for name, module in modules.items() if isinstance(module, DynamicConv2d)]

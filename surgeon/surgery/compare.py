@@ -1,4 +1,4 @@
-"""How far two outputs of a model are apart, whatever their structure."""
+"""Difference between two outputs of a model, for any output structure."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_DEEPEST = 20  # levels of an output that are looked into
-_MOST_ITEMS = 10_000  # of one list or iterator
+_DEEPEST = 20  # levels of an output that are searched
+_MOST_ITEMS = 10_000  # per list or iterator
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Largest errors over all tensors: max |a − b|, and max |a − b| / max |a| of the worst tensor. `notes` tell oddities."""
+    """Largest errors over all tensors: max |a − b|, and max |a − b| / max |a| of the worst tensor. `notes` list anomalies."""
 
     max_abs: float = 0.0
     max_rel: float = 0.0
     where: str = ""  # the worst tensor
     notes: tuple[str, ...] = ()
-    compared: int = 0  # number of tensors; 0: nothing is known
-    eps: float = 0.0  # of the coarsest dtype among them
+    compared: int = 0  # number of tensors; 0: nothing was compared
+    eps: float = 0.0  # of their coarsest dtype
 
     def worse(self, other: "Difference") -> "Difference":
-        """The two taken together."""
+        """The two combined, keeping the larger errors."""
         first = self if not other.max_rel > self.max_rel else other
         notes = tuple(dict.fromkeys((*self.notes, *other.notes)))
         return Difference(
@@ -39,16 +39,16 @@ class Difference:
 
 
 class Leaves(dict[str, Any]):
-    """The tensors of an output by their paths, copied: what runs later cannot change them. Text and None stand for themselves."""
+    """The tensors of an output by path, copied, so later code cannot change them. Strings and None are kept as they are."""
 
 
 def leaves(tree: Any) -> Leaves:
-    """Take an output apart: containers, dataclasses, iterators, and the attributes of any other object."""
+    """Flatten an output: containers, dataclasses, iterators, and the attributes of any other object."""
     return tree if isinstance(tree, Leaves) else Leaves(_leaves(tree, "output", {}))
 
 
 def compare(expected: Any, found: Any) -> Difference:
-    """Compare nested tensors (see `leaves`). Another structure, shape or text is an infinite error."""
+    """Compare nested tensors (see `leaves`). A different structure, shape or string is an infinite error."""
     a, b = leaves(expected), leaves(found)
     odd = sorted(a.keys() ^ b.keys())
     odd += [path for path in a.keys() & b.keys() if not _alike(a[path], b[path])]
@@ -69,7 +69,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def compare_tensors(expected: Tensor, found: Tensor, where: str = "output") -> Difference:
-    """Compare two tensors. Where the first is not finite, the second must have the same infinities and NaNs."""
+    """Compare two tensors. If the first has infinities or NaN, the second must have the same ones in the same positions."""
     if expected.is_nested or found.is_nested:
         return _compare_nested(expected, found, where)
     if expected.is_quantized and found.is_quantized:
@@ -83,7 +83,7 @@ def compare_tensors(expected: Tensor, found: Tensor, where: str = "output") -> D
         note = f"{where} has the shape {tuple(found.shape)}, not {tuple(expected.shape)}"
         return Difference(max_abs=math.inf, max_rel=math.inf, where=where, notes=(note,), compared=1)
     if expected.numel() == 0:
-        return Difference(notes=("parts of the output are empty: they tell nothing",))
+        return Difference(notes=("parts of the output are empty and were not compared",))
     wide = torch.complex128 if expected.is_complex() else torch.float64
     if expected.device.type == "mps" or expected.dtype in (torch.float32, torch.float16, torch.bfloat16):
         wide = torch.float32
@@ -100,7 +100,7 @@ def compare_tensors(expected: Tensor, found: Tensor, where: str = "output") -> D
 
 
 def _compare_nested(expected: Tensor, found: Tensor, where: str) -> Difference:
-    """Tensor by tensor; another number of them, or a dense one on one side only, is an infinite error."""
+    """Tensor by tensor; a different number of them, or a dense tensor on one side only, is an infinite error."""
     lists = [t.unbind() if t.is_nested else () for t in (expected, found)]
     if len(lists[0]) != len(lists[1]):
         note = f"{where} holds {len(lists[1])} nested tensors, not {len(lists[0])}"
@@ -112,7 +112,7 @@ def _compare_nested(expected: Tensor, found: Tensor, where: str) -> Difference:
 
 
 def _relative(difference: float, scale: float, where: str, floor: float = 0.0) -> Difference:
-    """Below the floor (tiny / eps) numbers have lost digits: what differs there is measured by the floor."""
+    """Below the floor (tiny / eps) numbers lose digits: differences there are measured relative to the floor."""
     if difference == 0:
         return Difference(where=where)
     if scale == 0 and difference > floor:
@@ -126,11 +126,11 @@ def _not_finite(a: Tensor, b: Tensor, where: str) -> Difference:
     same = same and torch.equal(a[a.isinf()], b[a.isinf()])
     share = 100 * (1 - finite.double().mean().item())
     if not same:
-        note = f"{where}: infinities or NaNs ({share:.0f} % of the original's values) are not at the same places"
+        note = f"{where}: infinities or NaNs ({share:.0f} % of the original's values) are in different positions"
         return Difference(max_abs=math.inf, max_rel=math.inf, where=where, notes=(note,))
-    note = f"{where}: the original gives infinities or NaNs ({share:.0f} % of the values), at the same places"
+    note = f"{where}: the original has infinities or NaNs ({share:.0f} % of the values), in the same positions"
     if not finite.any():
-        return Difference(where=where, notes=(note + "; only the layers' own errors tell something",))
+        return Difference(where=where, notes=(note + "; only the layers' own errors are meaningful",))
     a, b = a[finite], b[finite]
     found = _relative((a - b).abs().max().item(), a.abs().max().item(), where)
     return found.worse(Difference(notes=(note,)))

@@ -1,4 +1,4 @@
-"""The main operation: give chosen convolutions of a model dynamic layers that compute the same."""
+"""The main operation: replace selected convolutions of a model by equivalent dynamic layers."""
 
 import time
 from collections.abc import Sequence
@@ -48,30 +48,30 @@ def convert(
     progress: Progress | None = None,
     **layer_options: Any,
 ) -> tuple[nn.Module, Report]:
-    """Replace convolutions by dynamic layers so that the model computes what it computed.
+    """Replace convolutions by dynamic layers without changing the model's function.
 
     Args:
         type: the layer type, "acda", "pafu" or "sekg", with `layer_options`; or a config such as `ACDAConfig(atoms=2)`.
         layers: which convolutions, in the selector language of `surgeon.sites.select`, or a recipe.
-        pattern: "dcb" instead of a type: residual blocks become ADFNet's DCBs (see `surgeon.surgery.blocks`), those whose first
-            convolution `layers` selects (default: all); `layer_options` are those of "sekg".
+        pattern: "dcb" instead of a type: residual blocks become ADFNet's DCBs (see `surgeon.surgery.blocks`) if `layers` selects
+            their first convolution (default: all); `layer_options` are those of "sekg".
         example_inputs: a tensor, a tuple of arguments, a list (one argument) or a dict of keyword arguments. Without it the
             model's own input size is used, or `input_size`: (C, H, W), (H, W) or one number.
-        inplace: change the caller's model; otherwise a copy is changed. After an error the model is as it was.
+        inplace: change the caller's model; otherwise a copy is changed. After an error the model is unchanged.
         as_graph: return a `torch.fx.GraphModule` of the converted model, traced in its current mode.
         recipe: rules that mix types and options, instead of `layers` and `type`.
-        calibration: model inputs, as `example_inputs`; layers that are compressed are fitted to what they get from it.
-        check: compare with the original, output and layers, and try that new parameters get gradients.
-        progress: called with a stage's name, what is done and how much there is.
+        calibration: model inputs, like `example_inputs`; compressed layers are fitted to the inputs they get from it.
+        check: compare outputs and layers with the original, and check that new parameters get gradients.
+        progress: called with a stage's name, the amount done and the total.
 
     Returns:
-        The converted model, and a report in which every convolution is.
+        The converted model, and a report that covers every convolution.
 
     Raises:
-        SelectionError, ConfigError: the selection matches nothing, the type or an option is wrong.
+        SelectionError, ConfigError: the selection matches nothing, or the type or an option is invalid.
         InputError: the model does not run on the inputs.
         NothingReplacedError: every selected convolution was refused; the message has the reasons.
-        VerificationError: the result does not compute the same.
+        VerificationError: the result is not equivalent.
     """
     started = time.perf_counter()
     if pattern is not None:
@@ -121,9 +121,9 @@ def convert(
 def inspect(
     model: nn.Module, example_inputs: Any = None, *, input_size: Sequence[int] | int | None = None
 ) -> list[ConvSite]:
-    """Every convolution of a model: names, geometry, stage, shapes, cost, neighbors, and what forbids to replace it.
+    """Every convolution of a model: names, geometry, stage, shapes, cost, neighbors, and what prevents its replacement.
 
-    The model is not touched. In a notebook the list shows as a table. Raises `InputError` if it does not run on the inputs.
+    The model is not modified. In a notebook the list renders as a table. Raises `InputError` if it does not run on the inputs.
     """
     functional = Raised(model)
     try:
@@ -153,7 +153,7 @@ def _silent(stage: str, done: int, total: int) -> None:
     return None
 
 
-# --- what was asked -----------------------------------------------------------------------------------------------
+# --- the order ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,19 +179,19 @@ def _read_order(
             extra = ", ".join(
                 [*(["layers"] if layers is not None else []), *(["type"] if type is not None else []), *options]
             )
-            raise ConfigError(f"a recipe says everything itself: leave out {extra}")
+            raise ConfigError(f"a recipe is complete: leave out {extra}")
         if any(rule.type == CONVOLUTION for rule in recipe.rules):
-            raise ConfigError("the recipe is that of a collapsed model: its convolutions cannot be made by converting")
+            raise ConfigError("the recipe is that of a collapsed model: conversion cannot create its convolutions")
         if not recipe.rules:
             raise ConfigError("the recipe has no rules: there is nothing to replace")
         return _Order(rules=recipe.rules, seed=seed or recipe.seed, recipe=recipe)
     if layers is None or type is None:
         missing = "layers" if layers is None else "type"
-        raise ConfigError(f"{missing} is missing: say which layers become which type, or pass a recipe")
+        raise ConfigError(f"{missing} is missing: give both layers and type, or pass a recipe")
     if isinstance(type, LayerConfig):
         if options:
             raise ConfigError(
-                f"the type is a {type.__class__.__name__} and says its options itself: leave out {', '.join(options)}"
+                f"the type is a {type.__class__.__name__}, which contains its options: leave out {', '.join(options)}"
             )
         options = type.to_dict()
         type = type_of(type)
@@ -202,9 +202,9 @@ def _read_order(
 def _of_pattern(
     pattern: str, layers: Any, type: Any, recipe: Recipe | None, options: dict[str, Any]
 ) -> tuple[Any, str, dict[str, Any]]:
-    """The selection, type and options of a pattern; raises `ConfigError` where these are said in another way, too."""
+    """The selection, type and options of a pattern; raises `ConfigError` if these are also given another way."""
     if type is not None or recipe is not None or isinstance(layers, Recipe):
-        raise ConfigError(f"the pattern {pattern} says what layers become: leave out type and recipe")
+        raise ConfigError(f"the pattern {pattern} determines the type: leave out type and recipe")
     if "mode" in options:
         raise ConfigError(f"the pattern {pattern} says the mode itself: leave it out")
     check_pattern(pattern)
@@ -213,17 +213,17 @@ def _of_pattern(
 
 
 def _in_blocks(plans: list[Planned], blocks: dict[str, str], pattern: str) -> list[Planned]:
-    """The plans for the convolutions that a pattern names."""
+    """The plans for the convolutions that belong to a pattern."""
     chosen = [plan for plan in plans if plan.site.name in blocks]
     if not chosen:
         raise SelectionError(
-            f"the selection holds no first convolution of a residual block; for {pattern} there are {', '.join(blocks)}"
+            f"the selection contains no first convolution of a residual block; for {pattern} there are {', '.join(blocks)}"
         )
     return chosen
 
 
 def _remember(result: nn.Module, order: _Order, surgery: Surgery) -> None:
-    """Record the conversion in the model: one rule a layer, after those of earlier conversions."""
+    """Record the conversion in the model: one rule per layer, after those of earlier conversions."""
     earlier = surgery.earlier
     base = order.recipe.base if order.recipe is not None else None
     rules = earlier.rules if earlier is not None else ()
@@ -244,8 +244,8 @@ def _as_graph(result: nn.Module, surgery: Surgery, check: bool) -> nn.Module:
         difference = compare(outputs(result, inputs, surgery.seed), outputs(graph, inputs, surgery.seed))
         if difference.max_rel > 1e-6:
             raise VerificationError(
-                f"the traced graph does not compute what the model computes (relative error {difference.max_rel:.1e}): "
-                f"the model's forward depends on its inputs or mode. Leave as_graph out."
+                f"the traced graph is not equivalent to the model (relative error {difference.max_rel:.1e}): "
+                f"the model's forward depends on its inputs or mode. Omit as_graph."
             )
     set_recipe(graph, get_recipe(result))
     return graph

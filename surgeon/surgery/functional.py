@@ -1,8 +1,8 @@
-"""Convolutions that a graph computes by a function: `F.conv2d`, `aten.conv2d`, `aten.convolution`, with a weight that it holds.
+"""Functional convolutions of a graph: `F.conv2d`, `aten.conv2d`, `aten.convolution`, with a weight stored in the graph.
 
-A module tree has nothing there to hold on to. Raised, such a convolution is a `nn.Conv2d` that the graph calls, at the place of
-its weight (`layer1.0.conv1` for `layer1.0.conv1.weight`) and with the very same parameters, so that all that is known of
-convolutions applies to it (`surgeon.surgery.raised`). What is not replaced in the end goes back to what it was.
+A module tree has no module to replace there. When raised, such a convolution becomes an `nn.Conv2d` called by the graph, placed at
+its weight (`layer1.0.conv1` for `layer1.0.conv1.weight`) and with the same parameter objects, so that everything that applies to
+convolutions applies to it (`surgeon.surgery.raised`). Those not replaced in the end are turned back.
 
 Graphs are those of `torch.fx.GraphModule`s anywhere in a model (from `symbolic_trace`, `create_feature_extractor`, timm's fx
 features, `ExportedProgram.module()`), and of the modules of `torch.export.unflatten`.
@@ -55,21 +55,21 @@ def _functions() -> dict[Any, tuple[str, ...]]:
 
 @dataclass(kw_only=True)
 class Functional:
-    """A functional convolution of one graph: its calls, and what it computes with; `reasons` forbid to raise it."""
+    """A functional convolution of one graph: its calls and parameters; `reasons` prevent raising it."""
 
     holder: nn.Module  # the module with the graph
-    place: str  # of the module that stands for it, from the holder; "" for the holder itself
+    place: str  # of the module that represents it, relative to the holder; "" for the holder itself
     nodes: list[fx.Node]
     weight: Tensor | None = None
     bias: Tensor | None = None
-    targets: tuple[str, ...] = ()  # the attributes that these are made of
+    targets: tuple[str, ...] = ()  # the attributes from which these are made
     settings: dict[str, Any] = field(default_factory=dict)
-    cone: set[fx.Node] = field(default_factory=set)  # what makes the weight and the bias
+    cone: set[fx.Node] = field(default_factory=set)  # nodes that compute the weight and the bias
     notes: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
     def module(self) -> nn.Conv2d:
-        """As a module, with the graph's own parameters where it computes with these."""
+        """The convolution as a module, with the graph's own parameters if it uses them directly."""
         assert self.weight is not None
         outputs, inputs, *kernel = self.weight.shape
         options = self.settings | {"bias": self.bias is not None, "device": "meta"}
@@ -86,7 +86,7 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def find_functional(holder: nn.Module, graph: fx.Graph, *, is_root: bool) -> list[Functional]:
-    """The functional convolutions of a graph in the order of their first call, each with its place and what forbids it."""
+    """The functional convolutions of a graph by first call, each with its place and the reasons against raising it."""
     groups: dict[Any, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_function" and node.target in _functions():
@@ -101,12 +101,12 @@ def find_functional(holder: nn.Module, graph: fx.Graph, *, is_root: bool) -> lis
         found.append(conv)
     for conv in found:
         makers = [other.place for other in found if not other.reasons and not other.cone.isdisjoint(conv.nodes)]
-        conv.reasons += [f"it is part of what makes the weight of {place}" for place in makers]
+        conv.reasons += [f"it helps compute the weight of {place}" for place in makers]
     return found
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a convolution's call by name, with its defaults; empty for other dimensions."""
+    """The arguments of a convolution's call by name, with defaults; empty for other dimensions."""
     names = _functions()[node.target]
     return _DEFAULTS | dict(zip(names, node.args, strict=False)) | dict(node.kwargs) if names else {}
 
@@ -152,7 +152,7 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _setting(value: Any) -> Any:
-    """A pair of numbers or a word; None for what the graph computes."""
+    """A pair of numbers or a word; None if the graph computes it."""
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not all(isinstance(v, int | str) for v in values):
         return None
@@ -165,7 +165,7 @@ def _target(node: Any) -> Any:
 
 @dataclass(kw_only=True)
 class _Held:
-    """A tensor that a graph computes with: its value, the attributes it is made of, and the nodes that make it."""
+    """A tensor used by a graph: its value, the attributes from which it is made, and the nodes that compute it."""
 
     value: Tensor | None = None
     targets: tuple[str, ...] = ()
@@ -178,17 +178,17 @@ def _held(holder: nn.Module, graph: fx.Graph, node: Any) -> _Held:
     if node is None:
         return _Held()
     if not isinstance(node, fx.Node):
-        return _Held(reasons=[f"is no tensor of the graph but {node!r}"])
+        return _Held(reasons=[f"is not a tensor of the graph but {node!r}"])
     cone = _cone(node)
     targets = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n in cone and n.op == "get_attr"))
     inputs = [n.name for n in graph.nodes if n in cone and n.op == "placeholder"]
     held = _Held(targets=targets, cone=cone, folded=node.op != "get_attr")
     if inputs:
         held.reasons.append(
-            f"is computed from the input {', '.join(inputs)}: only what the graph holds can be taken over"
+            f"is computed from the input {', '.join(inputs)}: only tensors stored in the graph can be used"
         )
     elif not targets:
-        held.reasons.append("is made of no parameter or buffer")
+        held.reasons.append("is not made from a parameter or buffer")
     elif not held.folded:
         found = attrgetter(str(node.target))(holder)
         if isinstance(found, Tensor):
@@ -201,7 +201,7 @@ def _held(holder: nn.Module, graph: fx.Graph, node: Any) -> _Held:
 
 
 def _cone(node: fx.Node) -> set[fx.Node]:
-    """A node and all that it is computed from."""
+    """A node and everything from which it is computed."""
     cone: set[fx.Node] = set()
     waiting = [node]
     while waiting:
@@ -213,7 +213,7 @@ def _cone(node: fx.Node) -> set[fx.Node]:
 
 
 def _fold(holder: nn.Module, graph: fx.Graph, node: fx.Node, held: _Held) -> None:
-    """Compute a tensor that follows from parameters and buffers alone; the graph's own are not touched."""
+    """Compute a tensor that depends only on parameters and buffers; the graph's own are not modified."""
     own = {target: attrgetter(target)(holder) for target in held.targets}
     order = [n for n in graph.nodes if n in held.cone]
     results = []
@@ -239,7 +239,7 @@ def _fold(holder: nn.Module, graph: fx.Graph, node: fx.Node, held: _Held) -> Non
 
 
 def _run(interpreter: fx.Interpreter, node: fx.Node) -> Any:
-    """The result of a node; of a copy of its module in eval mode, so that no statistics are counted."""
+    """The result of a node; modules run as copies in eval mode, so that no statistics are updated."""
     if node.op != "call_module":
         return interpreter.run_node(node)
     args, kwargs = interpreter.fetch_args_kwargs_from_env(node)
@@ -247,12 +247,12 @@ def _run(interpreter: fx.Interpreter, node: fx.Node) -> Any:
 
 
 def is_assertion(node: fx.Node) -> bool:
-    """Whether a node only states what an exported tensor is, as before every cast, and computes nothing."""
+    """Whether a node only asserts tensor metadata, as before every cast in exported graphs, and computes nothing."""
     return node.target in (torch.ops.aten._assert_tensor_metadata, torch.ops.aten._assert_tensor_metadata.default)
 
 
 def _shared(graph: fx.Graph, nodes: list[fx.Node], targets: Iterable[str], cone: set[fx.Node]) -> list[str]:
-    """The reason against a convolution whose parameters others use, too."""
+    """The reason against a convolution whose parameters are used elsewhere, too."""
     wanted = set(targets)
     others = [
         user.name
@@ -265,11 +265,11 @@ def _shared(graph: fx.Graph, nodes: list[fx.Node], targets: Iterable[str], cone:
     inputs = [(node, arguments(node)["input"]) for node in nodes]
     inner += [node.name for node, x in inputs if x in cone or (x.op == "get_attr" and x.target in wanted)]
     told = list(dict.fromkeys([*others, *inner]))
-    return [f"what its weight is made of is used by {', '.join(told[:3])}, too"] if told else []
+    return [f"the tensors behind its weight are also used by {', '.join(told[:3])}"] if told else []
 
 
 def _place(holder: nn.Module, graph: fx.Graph, nodes: list[fx.Node], weight: _Held, is_root: bool) -> str:
-    """Where a module stands for the convolution: at the owner of its weight if that holds nothing else, else beside it."""
+    """Where a module represents the convolution: at its weight's owner if that contains nothing else, otherwise next to it."""
     size = None if weight.value is None else weight.value.numel()
     own = [t for t in weight.targets if size is None or attrgetter(t)(holder).numel() == size] or list(weight.targets)
     owner, _, leaf = own[0].rpartition(".")
@@ -291,7 +291,7 @@ def _targets(cone: set[fx.Node]) -> set[str]:
 
 
 def _is_all(graph: fx.Graph, nodes: list[fx.Node], cone: set[fx.Node]) -> bool:
-    """Whether the graph is this convolution of its only input, and nothing else."""
+    """Whether the graph consists of this convolution of its only input."""
     if len(nodes) != 1:
         return False
     own = cone | set(nodes[0].all_input_nodes) | {nodes[0]}

@@ -1,4 +1,4 @@
-"""Do the new parameters of dynamic layers learn? Each must get a gradient within two steps."""
+"""Checks that the new parameters of dynamic layers can learn: each must get a gradient within two steps."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ from surgeon.util.copying import seeded
 
 
 def without_gradient(layer: DynamicConv2d, seed: int = 0) -> list[str]:
-    """New parameters that get no gradient within two training steps on random input; a copy of the layer is trained."""
+    """New parameters that get no gradient within two training steps on random input; trains a copy of the layer."""
     twin = copy.deepcopy(layer).float()
     for hooks in (twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks, twin._backward_pre_hooks):
         hooks.clear()
@@ -37,7 +37,7 @@ def without_gradient(layer: DynamicConv2d, seed: int = 0) -> list[str]:
 
 
 def _small_side(geometry: ConvGeometry) -> int:
-    """Side of the smallest square input with an output of at least 3×3: dilated kernels may reach beyond it."""
+    """Side of the smallest square input with an output of at least 3×3: dilated kernels may extend beyond it."""
     padding = (0, 0, 0, 0) if geometry.padding == "tf_same" else geometry.padding
     side = 4 if geometry.padding_mode == "zeros" else max(4, 1 + max(padding))
     while True:
@@ -50,7 +50,7 @@ def _small_side(geometry: ConvGeometry) -> int:
 
 
 def _descend(twin: DynamicConv2d, x: Tensor, new: Mapping[str, nn.Parameter]) -> None:
-    """One step down a random linear loss, of a length that changes every parameter by about a hundredth."""
+    """One step down a random linear loss, scaled to change every parameter by about one percent."""
     twin.zero_grad()
     out = twin(x)
     loss = (out * torch.randn_like(out)).mean()
@@ -60,25 +60,25 @@ def _descend(twin: DynamicConv2d, x: Tensor, new: Mapping[str, nn.Parameter]) ->
         for p in new.values():
             if p.grad is not None:
                 largest = float(torch.linalg.vector_norm(p.grad, math.inf))
-                if 0 < largest < math.inf:  # divided in float64: the reciprocal of a denormal is infinite in float32
+                if 0 < largest < math.inf:  # in float64: the reciprocal of a denormal is infinite in float32
                     p.sub_((p.grad.double() * (0.01 / largest)).to(p.dtype))
 
 
 def check_gradients(layers: Mapping[str, DynamicConv2d]) -> list[str]:
-    """Check that new parameters can learn, once for layers that differ only in their numbers of channels (on the smallest).
+    """Check that new parameters can learn; layers that differ only in channel counts are checked once, on the smallest.
 
-    Returns notes on layers that were not checked because their weight is zero or not finite. Raises `VerificationError`
-    where a new parameter gets no gradient.
+    Returns notes on layers that were not checked because their weight is zero, denormal or not finite. Raises
+    `VerificationError` if a new parameter gets no gradient.
     """
     notes = []
     smallest: dict[tuple[Any, ...], str] = {}
     for name, layer in layers.items():
         weight = layer.static_weight().detach()
         if not weight.isfinite().all() or not weight.any():
-            notes.append(f"{name}: its weight is zero or not finite, whether its new parameters learn was not checked")
+            notes.append(f"{name}: its weight is zero or not finite; gradients of its new parameters were not checked")
             continue
         if weight.abs().max() < torch.finfo(torch.float32).tiny:
-            notes.append(f"{name}: its weight is denormal, whether its new parameters learn was not checked")
+            notes.append(f"{name}: its weight is denormal; gradients of its new parameters were not checked")
             continue
         g = layer.geometry
         kind = (g.kernel_size, g.stride, g.padding, g.dilation, g.padding_mode, g.bias, g.groups == 1, g.is_depthwise)

@@ -1,4 +1,4 @@
-"""One conversion of one model: its layers are built, put in and checked, and everything can be put back."""
+"""One conversion of one model: builds layers, puts them in, checks them, and can undo everything."""
 
 import zlib
 from collections import Counter
@@ -46,7 +46,7 @@ def count_parameters(model: nn.Module) -> int:
 
 @dataclass(kw_only=True)
 class Surgery:
-    """One conversion of one model: the plan, the layers that were built, and the way back."""
+    """One conversion of one model: the plan, the layers built for it, and how to undo it."""
 
     work: nn.Module
     sites: Sites
@@ -56,11 +56,11 @@ class Surgery:
     layers: dict[str, DynamicConv2d] = field(default_factory=dict)
     refused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rewrite: Rewrite | None = None
-    expected: Leaves | None = None  # what the model gave before the surgery, where that is checked
+    expected: Leaves | None = None  # output before the surgery, if it is checked
     earlier: Recipe | None = None
 
     def build(self, calibration: Any) -> None:
-        """Make every planned layer; raises `NothingReplacedError` if none could be made."""
+        """Build every planned layer; raises `NothingReplacedError` if none could be built."""
         self.refused = {plan.site.name: plan.reasons for plan in self.plans if plan.reasons}
         wanted = [plan for plan in self.plans if not plan.reasons]
         check_layers((p.layer, p.site.geometry, p.config) for p in wanted if p.site.geometry is not None)
@@ -87,13 +87,13 @@ class Surgery:
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            self.refused[name] = (f"its layer cannot be made ({type(error).__name__}: {error})",)
+            self.refused[name] = (f"its layer cannot be built ({type(error).__name__}: {error})",)
 
     def _build_on(self, calibration: Any, wanted: list[Planned]) -> None:
-        """Build layers while the model runs on calibration data, each for the input that its convolution gets first.
+        """Build layers while the model runs on calibration data, each for the first input of its convolution.
 
-        Where the images of a batch are independent of each other, the data run through the model twice at once: as they
-        are, and through the layers built so far, so that a layer can make good what earlier ones lost.
+        If the images of a batch do not affect each other, the data run through the model twice at once: unchanged,
+        and through the layers built so far, so that a layer can compensate for errors of earlier ones.
         """
         inputs = given_inputs(calibration)
         pairs = inputs.twice()
@@ -123,16 +123,16 @@ class Surgery:
         finally:
             for handle in handles:
                 handle.remove()
-        for plan in wanted:  # built in eval mode and without gradients
+        for plan in wanted:  # built in eval mode, without gradients
             if plan.site.name in self.layers:
                 self.layers[plan.site.name].train(self.work.get_submodule(plan.site.name).training)
 
     def layer_seed(self, name: str) -> int:
-        """Every layer draws its own random numbers, whichever others are replaced."""
+        """A separate seed per layer, so that its random numbers do not depend on which others are replaced."""
         return (self.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63
 
     def operate(self, *, check: bool) -> tuple[nn.Module, Verification | None]:
-        """Put the layers in, and check. After any error the model has its own modules again."""
+        """Put the layers in, and check. After any error the model has its original modules again."""
         inputs = self.sites.seen.inputs
         calls: Counter[str] = Counter()
         if check:
@@ -159,7 +159,7 @@ class Surgery:
         return result, verification
 
     def _refuse_unfaithful(self, errors: dict[str, Difference]) -> None:
-        """Refuse convolutions that do more in the model than what was read of them: their layer cannot know of it."""
+        """Refuse convolutions whose output in the model differs from the one that was read: their layer would miss the rest."""
         wrong = [name for name, found in errors.items() if not found.max_rel <= layer_limit(found)]
         if not wrong:
             return
@@ -168,7 +168,7 @@ class Surgery:
         _, own = measure(self.work, plain, self.sites.seen.inputs, self.seed)
         for name, found in own.items():
             if not found.max_rel <= layer_limit(found):
-                told = f"what it gives in the model is not the convolution that was read (relative error {found.max_rel:.1e})"
+                told = f"its output in the model is not that of the convolution that was read (relative error {found.max_rel:.1e})"
                 self.refused[name] = (told,)
                 del self.layers[name], errors[name]
         if not self.layers:
@@ -179,7 +179,7 @@ class Surgery:
         after = inside(result, self.sites.seen.inputs, self.seed)
         before = self._as_it_was(lambda: inside(self.work, self.sites.seen.inputs, self.seed))
         found = compare(before, {name: after.get(name) for name in before})
-        note = f"no tensor of the output can be compared: {len(before)} modules inside of the model were instead"
+        note = f"no tensor of the output can be compared: compared {len(before)} modules inside the model instead"
         return replace(found, notes=(*found.notes, note))
 
     def _judge(
@@ -196,13 +196,13 @@ class Surgery:
             if own.max_rel == 0:
                 raise
             raise VerificationError(
-                f"the original model does not give the same twice on the same inputs, state and seeds (relative error "
+                f"the original model is not deterministic: two runs with the same inputs, state and seeds differ (relative error "
                 f"{own.max_rel:.1e}), so nothing can be compared with it: it may draw random numbers from a generator "
                 f"of its own. check=False converts without comparing. ({error})"
             ) from error
 
     def _as_it_was(self, look: Callable[[], Any]) -> Any:
-        """Do something with the model before the surgery."""
+        """Run something on the model as it was before the surgery."""
         assert self.rewrite is not None
         self.rewrite.undo()
         try:
@@ -239,7 +239,7 @@ class Surgery:
         return lambda conv: build_layer(conv, plan.layer, plan.config, self.layer_seed(plan.site.name))
 
     def undo(self) -> None:
-        """The model as it was, with the recipe it had."""
+        """Restore the model and its recipe."""
         if self.rewrite is not None:
             self.rewrite.undo()
         set_recipe(self.work, self.earlier)
@@ -247,7 +247,7 @@ class Surgery:
     # --- report -------------------------------------------------------------------------------------------------------
 
     def report(self, verification: Verification | None) -> Report:
-        """Every convolution: replaced, refused, or not selected."""
+        """A report of every convolution: replaced, refused, or not selected."""
         selected = {plan.site.name for plan in self.plans}
         replaced, skipped, macs_after = [], [], 0
         for site in self.sites.convs:

@@ -1,4 +1,4 @@
-"""What becomes what: every selected convolution with its layer type and options, or the reasons why it stays."""
+"""The plan of a conversion: every selected convolution with its layer type and options, or the reasons why it stays."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ class Planned:
 
 
 def make_plan(sites: Sequence[ConvSite], rules: Iterable[Rule]) -> list[Planned]:
-    """Apply the rules in order; of two that select the same convolution the later wins. In module order.
+    """Apply the rules in order; if two select the same convolution, the later one wins. In module order.
 
-    Raises `SelectionError` for a selection that matches nothing, `ConfigError` for an unknown type or a wrong option.
+    Raises `SelectionError` for a selection that matches nothing, `ConfigError` for an unknown type or an invalid option.
     """
     chosen: dict[str, Planned] = {}
     for rule in rules:
@@ -37,11 +37,11 @@ def make_plan(sites: Sequence[ConvSite], rules: Iterable[Rule]) -> list[Planned]
 
 
 def read_config(layer: type[DynamicConv2d], rule: Rule) -> LayerConfig:
-    """The config of a rule; a value of a wrong kind is a `ConfigError`, too."""
+    """The config of a rule; a value of the wrong kind raises a `ConfigError`, too."""
     try:
         return layer.Config.from_dict(rule.options)
     except TypeError as error:
-        raise ConfigError(f"{layer.Config.__name__} cannot be made of {rule.options}: {error}") from error
+        raise ConfigError(f"{layer.Config.__name__} cannot be created from {rule.options}: {error}") from error
 
 
 def why_not(site: ConvSite, layer: type[DynamicConv2d], config: LayerConfig | None = None) -> list[str]:
@@ -52,7 +52,7 @@ def why_not(site: ConvSite, layer: type[DynamicConv2d], config: LayerConfig | No
 
 
 def can_become(site: ConvSite) -> dict[str, list[str]]:
-    """For every layer type the reasons against it (with default options); an empty list means that it fits."""
+    """For every layer type, the reasons against it (with default options); an empty list means that it fits."""
     return {name: why_not(site, layer_class(name)) for name in layer_types()}
 
 

@@ -1,4 +1,4 @@
-"""Functional convolutions as modules of the model, for the time of a conversion."""
+"""Functional convolutions as modules of the model, for the duration of a conversion."""
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
@@ -15,20 +15,20 @@ from surgeon.surgery.functional import Functional, arguments, find_functional, i
 from surgeon.surgery.rewrite import Rewrite
 from surgeon.surgery.verify import outputs
 
-_ROUNDING = 1e-6  # by which the same operations may differ if their results lie elsewhere in memory
+_ROUNDING = 1e-6  # by which the same operations may differ if memory layouts differ
 
-# children or tensors of a module, a name, what was there, all names in order
+# children or tensors of a module, a name, its old value, all names in order
 Slot = tuple[dict[str, Any], str, Any, list[str]]
 
 
 class Raised:
-    """The functional convolutions of a model as modules, for the time of a conversion; `undo` puts everything back.
+    """The functional convolutions of a model as modules, for the duration of a conversion; `undo` restores everything.
 
-    `convs` are those that stand in the model as modules, by name; `refused` are those that cannot.
+    `convs` are those raised to modules in the model, by name; `refused` are those that cannot be.
     """
 
     def __init__(self, model: nn.Module, names: Collection[str] | None = None) -> None:
-        """Raise all, or those with these names. The graphs that are there are not edited: copies take their places."""
+        """Raise all, or those with these names. The existing graphs are not edited: copies replace them."""
         self.convs: dict[str, Functional] = {}
         self.refused: dict[str, Functional] = {}
         self._graphs: list[tuple[nn.Module, dict[str, fx.Graph]]] = []
@@ -71,7 +71,7 @@ class Raised:
         self.convs |= convs
 
     def _put(self, holder: nn.Module, conv: Functional, graphs: Mapping[str, fx.Graph]) -> None:
-        """A module at the place; what the graph held of it elsewhere goes, lest it count as shared."""
+        """Put a module at the place; the graph's other references to its parameters go, lest they count as shared."""
         owner, _, key = conv.place.rpartition(".")
         module = conv.module()
         self._set(holder.get_submodule(owner)._modules, key, module)
@@ -101,7 +101,7 @@ class Raised:
             there[key] = value
 
     def undo(self) -> None:
-        """Put back the graphs and modules that were there; may be done again."""
+        """Restore the original graphs and modules; may be called repeatedly."""
         if self._kept is not None:
             self._kept.undo()
         for there, key, before, order in reversed(self._slots):
@@ -113,14 +113,14 @@ class Raised:
             _set_graphs(holder, graphs)
 
     def keep(self, layers: Mapping[str, nn.Module]) -> None:
-        """Leave only the convolutions raised that these layers replace, with the layers in their places."""
+        """Keep only the raised convolutions that these layers replace, with the layers in their places."""
         self.undo()
         chosen = {name: layer for name, layer in layers.items() if name in self.convs}
         self._kept = Raised(self._model, chosen)
         Rewrite(self._model, chosen).apply()
 
     def keep_checked(self, layers: Mapping[str, nn.Module], expected: Leaves, inputs: Inputs, seed: int) -> None:
-        """As `keep`, where the raised model gave `expected`: the graph as it was, and as it is now, must give what they should.
+        """Like `keep`, given the raised model's output `expected`: checks the original graph's and the new graph's outputs.
 
         Raises `VerificationError`.
         """
@@ -128,12 +128,12 @@ class Raised:
             return
         converted = outputs(self._model, inputs, seed)
         self.undo()
-        _same(outputs(self._model, inputs, seed), expected, "with its convolutions as modules the graph")
+        _same(outputs(self._model, inputs, seed), expected, "with its convolutions as modules, the graph")
         self.keep(layers)
-        _same(converted, outputs(self._model, inputs, seed), "with the other convolutions put back the graph")
+        _same(converted, outputs(self._model, inputs, seed), "with the other convolutions put back, the graph")
 
     def described(self, sites: Sites) -> Sites:
-        """Sites that were found in the raised model, as what they are, and with those that could not be raised."""
+        """Sites found in the raised model, described as functional, plus those that could not be raised."""
         convs = [
             replace(site, module="conv2d", notes=(*site.notes, *self.convs[site.name].notes))
             if site.name in self.convs
@@ -153,20 +153,20 @@ def _same(expected: Leaves, found: Leaves, what: str) -> None:
     difference = compare(expected, found)
     if not difference.max_rel <= max(_ROUNDING, 8 * difference.eps):
         raise VerificationError(
-            f"{what} does not compute what it computed (relative error {difference.max_rel:.1e}): it draws random numbers, "
+            f"{what} computes something else (relative error {difference.max_rel:.1e}): it draws random numbers, "
             f"or depends on more than its inputs. check=False converts without comparing"
         )
 
 
 def graphs_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every module of a model that computes by a graph of torch.fx, with its name, outer ones first."""
+    """Every module of a model that runs a torch.fx graph, with its name, outer ones first."""
     for name, module in list(model.named_modules()):
         if isinstance(getattr(module, "graph", None), fx.Graph):
             yield name, module
 
 
 def _other_graphs(holder: nn.Module) -> list[str]:
-    """Where torchvision's feature extractors keep a graph for each mode; `graph` is one of them."""
+    """Attributes in which torchvision's feature extractors keep a graph per mode; `graph` is one of them."""
     return [key for key in ("train_graph", "eval_graph") if isinstance(getattr(holder, key, None), fx.Graph)]
 
 
@@ -181,7 +181,7 @@ def _set_graphs(holder: Any, graphs: Mapping[str, fx.Graph]) -> None:
 
 
 def _other_names(holder: nn.Module, conv: Functional, graphs: Mapping[str, fx.Graph]) -> list[str]:
-    """Names by which a graph module also holds the parameters of a convolution, but which none of its graphs uses."""
+    """Names of a convolution's parameters in a graph module that none of its graphs uses."""
     own = [tensor for tensor in (conv.weight, conv.bias) if tensor is not None]
     nodes = [node for graph in graphs.values() for node in graph.nodes]
     read = {str(n.target) for n in nodes if n.op == "call_module" or (n.op == "get_attr" and n.users)}
@@ -196,7 +196,7 @@ def _other_names(holder: nn.Module, conv: Functional, graphs: Mapping[str, fx.Gr
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one, or the same place in memory, as after loading a program."""
+    """Whether two tensors are the same object or the same memory, as after loading a program."""
     if a is b:
         return True
     if a.untyped_storage()._cdata != b.untyped_storage()._cdata or a.storage_offset() != b.storage_offset():
@@ -205,7 +205,7 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 
 def _call_module(graph: fx.Graph, conv: Functional) -> None:
-    """Call a module where the graph calls the function, and drop what only made its weight."""
+    """Call a module where the graph calls the function, and remove nodes that only made its weight."""
     for node in conv.nodes:
         before = [n for n in node.all_input_nodes if n is not arguments(node)["input"]]
         with graph.inserting_before(node):
@@ -228,7 +228,7 @@ def _join(prefix: str, name: str) -> str:
 
 
 def _of_several_calls(model: nn.Module) -> dict[str, Functional]:
-    """Convolutions in modules that `torch.export.unflatten` keeps a graph for every call of."""
+    """Convolutions in modules for which `torch.export.unflatten` keeps a separate graph per call."""
     if not any(type(module).__name__ == "InterpreterModuleDispatcher" for module in model.modules()):
         return {}
     from torch.export.unflatten import InterpreterModuleDispatcher  # slow to import

@@ -1,4 +1,4 @@
-"""Surgery on the module tree: put layers in the place of others at all their names, and back."""
+"""Surgery on the module tree: replace layers under all their names, and revert."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,17 +28,17 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 ORIGIN = "_surgeon_origin"  # class name of the replaced module
-_WINDOW = "_surgeon_window"  # kernel size of a folded convolution that its base model would build otherwise
+_WINDOW = "_surgeon_window"  # kernel size of a folded convolution that differs from its base model's
 _CARRIED = "_surgeon_carried"  # names of attributes that came from the replaced module
 _SURGEON = (ORIGIN, _WINDOW, _CARRIED)
-_PLAIN = ("Conv2d", "Conv2dSame")  # modules that a reverted layer equals in class and parameters
+_PLAIN = ("Conv2d", "Conv2dSame")  # modules that a reverted layer matches in class and parameters
 
 
 class Rewrite:
-    """Replacements in one model, to be applied and undone as a whole.
+    """Replacements in one model, applied and undone as a whole.
 
-    Requires modules by first name that are in the model. `apply` puts the new ones at every name of the old, with their hooks,
-    mode and memory format, and touches nothing else; `undo` restores the very modules that were there.
+    Requires modules by first name that are in the model. `apply` puts each new module at every name of the old one, with its hooks,
+    mode and memory format, and touches nothing else; `undo` restores the original module objects.
     """
 
     def __init__(self, model: nn.Module, new: Mapping[str, nn.Module]) -> None:
@@ -66,7 +66,7 @@ class Rewrite:
 
 
 def hand_over(old: nn.Module, new: nn.Module) -> None:
-    """Give the new module the old one's hooks (the same dictionaries, so that handles go on working), mode and layout."""
+    """Give the new module the old one's hooks (the same dictionaries, so that handles keep working), mode and layout."""
     for hooks in _HOOKS:
         setattr(new, hooks, getattr(old, hooks))
     new.train(old.training)
@@ -78,7 +78,7 @@ def hand_over(old: nn.Module, new: nn.Module) -> None:
 
 
 def carry_attributes(old: nn.Module, new: nn.Module) -> None:
-    """Give the new module what people set on the old one, as `conv.index = 3`: what a fresh convolution does not have."""
+    """Copy attributes that users set on the old module, as `conv.index = 3`: those that a new convolution does not have."""
     if isinstance(old, DynamicConv2d):
         given = {key: vars(old)[key] for key in getattr(old, _CARRIED, ()) if key in vars(old)}
     else:
@@ -104,7 +104,7 @@ def _is_channels_last(weight: Tensor) -> bool:
 
 
 def dynamic_layers(model: nn.Module, names: Selector | None = None) -> dict[str, DynamicConv2d]:
-    """Dynamic layers by first name: all (None or "all"), or those that are or lie below the given names.
+    """Dynamic layers by first name: all (None or "all"), or those at or below the given names.
 
     Raises `SelectionError` for a name that matches none.
     """
@@ -125,13 +125,13 @@ def dynamic_layers(model: nn.Module, names: Selector | None = None) -> dict[str,
     for item in wanted or ():
         if not any(is_below(name, item) for known in aliases.values() for name in known):
             known = ", ".join(known[0] for known in aliases.values()) or "none"
-            raise SelectionError(f"{item!r} is no dynamic layer of this model; there are: {known}")
+            raise SelectionError(f"{item!r} is not a dynamic layer of this model; there are: {known}")
     return chosen
 
 
 @contextmanager
 def static(model: nn.Module, names: Selector | None = None) -> Iterator[nn.Module]:
-    """Within it, all dynamic layers (or the named ones) compute their plain convolution. May be nested."""
+    """Context in which all dynamic layers (or the named ones) compute their plain convolution. May be nested."""
     before = [(layer, layer.adaptive) for layer in dynamic_layers(model, names).values()]
     for layer, _ in before:
         layer.adaptive = False
@@ -146,12 +146,12 @@ def static(model: nn.Module, names: Selector | None = None) -> Iterator[nn.Modul
 
 
 def revert(model: nn.Module, names: Selector | None = None) -> nn.Module:
-    """Put a plain convolution with the static weight in the place of all dynamic layers, or of the named ones.
+    """Replace all dynamic layers, or the named ones, by plain convolutions with their static weights.
 
-    Changes the model in place and returns it (another object only if the model itself is a dynamic layer). What a layer learned
-    to vary is lost; what it computes with `adaptive` off stays.
+    Changes the model in place and returns it (another object only if the model itself is a dynamic layer). The dynamic part
+    of a layer is lost; its function with `adaptive` off stays.
 
-    Raises `SelectionError` for a name that is no dynamic layer, and `UnsupportedLayerError`, with nothing changed, for a layer
+    Raises `SelectionError` for a name that is not a dynamic layer, and `UnsupportedLayerError`, with nothing changed, for a layer
     whose static part is not one convolution.
     """
     layers = dynamic_layers(model, names)
@@ -164,7 +164,7 @@ def revert(model: nn.Module, names: Selector | None = None) -> nn.Module:
 
 
 def drop_rules(model: nn.Module, recipe: Recipe | None, names: Iterable[str]) -> None:
-    """Make the model carry the recipe without the rules of these layers, which are plain convolutions now."""
+    """Attach the recipe to the model without the rules of these layers, which are plain convolutions now."""
     if recipe is not None:
         gone = set(names)
         rules = [rule for rule in recipe.rules if unquoted(rule.layers) not in gone]
@@ -173,7 +173,7 @@ def drop_rules(model: nn.Module, recipe: Recipe | None, names: Iterable[str]) ->
 
 
 def convolution_rule(name: str, window: Pair) -> Rule:
-    """What a recipe says of a folded convolution."""
+    """A recipe's rule for a folded convolution."""
     return Rule(layers=quoted(name), type=CONVOLUTION, options={"window": list(window)})
 
 
@@ -207,19 +207,19 @@ def _not_one_convolution(layer: DynamicConv2d, name: str, reason: str) -> Unsupp
 
 
 def folded_windows(model: nn.Module) -> dict[str, Pair]:
-    """Plain convolutions by first name that are not as their base model makes them, and their kernel sizes."""
+    """Plain convolutions by first name that differ from those of their base model, and their kernel sizes."""
     found = ((name, folded_window(module)) for name, module in model.named_modules())
     return {name: window for name, window in found if window is not None}
 
 
 def folded_window(module: nn.Module) -> Pair | None:
-    """Kernel size of a plain convolution that its base model would build otherwise; None for every other module."""
+    """Kernel size of a plain convolution that differs from its base model's; None for any other module."""
     window: Pair | None = getattr(module, _WINDOW, None)
     return window
 
 
 def folded_from(conv: nn.Module, window: Pair) -> nn.Conv2d:
-    """A plain convolution with the kernel of this one, zero-padded to a window, to stand in its place."""
+    """A plain convolution with this one's kernel, zero-padded to a window, as its replacement."""
     source = ConvSource.read(conv)
     extra = [w - k for w, k in zip(window, source.geometry.kernel_size, strict=True)]
     sides = (extra[1] // 2, extra[1] - extra[1] // 2, extra[0] // 2, extra[0] - extra[0] // 2)
@@ -229,7 +229,7 @@ def folded_from(conv: nn.Module, window: Pair) -> nn.Conv2d:
 
 
 def _cropped(weight: Tensor, geometry: ConvGeometry) -> Tensor:
-    """The weight of the whole window, or of the replaced kernel alone where the rest of the window is zero."""
+    """The weight of the whole window, or only the replaced kernel's if the rest of the window is zero."""
     kernel = geometry.kernel_size
     top, left = ((w - k) // 2 for w, k in zip(weight.shape[2:], kernel, strict=True))
     inner = weight[..., top : top + kernel[0], left : left + kernel[1]]
@@ -238,7 +238,7 @@ def _cropped(weight: Tensor, geometry: ConvGeometry) -> Tensor:
 
 @torch.no_grad()
 def convolution_from(geometry: ConvGeometry, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-    """The plain convolution with this weight (C_out, C_in/g, h, w), its window centered where the geometry's kernel is."""
+    """The plain convolution with this weight (C_out, C_in/g, h, w), its window centered on the geometry's kernel."""
     conv = _empty_convolution(geometry, (weight.shape[2], weight.shape[3]), weight, bias is not None)
     conv.weight.copy_(weight)
     if conv.bias is not None and bias is not None:
@@ -282,7 +282,7 @@ def _empty_convolution(geometry: ConvGeometry, window: Pair, like: Tensor, bias:
 
 
 class PaddedConv2d(nn.Conv2d):
-    """Convolution in the place of one of another geometry: padded as that one, its window centered where that kernel is."""
+    """Replacement for a convolution of another geometry: padded like it, with the window centered on its kernel."""
 
     def __init__(self, geometry: ConvGeometry, **options: Any) -> None:
         super().__init__(**options)
@@ -330,15 +330,15 @@ def sample_input(layer: nn.Module, batch: int, extra: int) -> Tensor:
 def build_layer(
     conv: nn.Module, layer: type[DynamicConv2d], config: Any, seed: int, context: Mapping[str, Any] | None = None
 ) -> DynamicConv2d:
-    """Make the dynamic layer for a convolution; what it draws at random depends on the seed alone.
+    """Build the dynamic layer for a convolution; its random numbers depend only on the seed.
 
-    Raises `UnsupportedLayerError` where the convolution, or what it is calibrated on, holds NaN or infinities.
+    Raises `UnsupportedLayerError` if the convolution or its calibration input contains NaN or infinity.
     """
     if not all(parameter.isfinite().all() for parameter in conv.parameters()):
-        reason = "its weights hold NaN or infinities"
+        reason = "its weights contain NaN or infinity"
         raise UnsupportedLayerError(f"{type(conv).__name__} cannot be replaced: {reason}", (reason,))
     if not all(data.isfinite().all() for data in (context or {}).values() if isinstance(data, Tensor)):
-        reason = "its input holds NaN or infinities on the calibration data"
+        reason = "its input contains NaN or infinity on the calibration data"
         raise UnsupportedLayerError(f"{type(conv).__name__} cannot be replaced: {reason}", (reason,))
     with seeded(seed):
         return layer.from_conv(conv, config, **(context or {}))

@@ -1,4 +1,4 @@
-"""How much memory models and layers will take, before anything of it is allocated."""
+"""Memory needed by models and layers, checked before any of it is allocated."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -21,15 +21,15 @@ from surgeon.util.machine import TooLargeError, check_memory, memory
 
 logger = logging.getLogger(__name__)
 
-_MODULES = 100_000  # of a network; the largest of timm and torchvision have some thousands
+_MODULES = 100_000  # per network; the largest of timm and torchvision have a few thousand
 _NUMBER = 2**24
 
 
 def check_layers(layers: Iterable[tuple[type[DynamicConv2d], ConvGeometry, LayerConfig]]) -> None:
-    """Raise `TooLargeError` for layers, to be built of these options, that this machine has no memory for."""
+    """Raise `TooLargeError` for layers that this machine lacks the memory to build."""
     total, largest = 0, (0, "")
     for kind, geometry, config in layers:
-        cls: Any = kind  # hashable, which mypy denies of classes whose instances are nn.Modules
+        cls: Any = kind  # hashable, though mypy disagrees for classes of nn.Modules
         size = _layer_bytes(cls, geometry, config)
         total, largest = total + size, max(largest, (size, f"{kind.type_name} layers such as {config}"))
     check_memory(total, largest[1] or "the layers")
@@ -37,7 +37,7 @@ def check_layers(layers: Iterable[tuple[type[DynamicConv2d], ConvGeometry, Layer
 
 @lru_cache(maxsize=1024)
 def _layer_bytes(kind: type[DynamicConv2d], geometry: ConvGeometry, config: LayerConfig) -> int:
-    """Bytes of a layer's tensors in float32; 0 where it cannot be said without building it."""
+    """Bytes of a layer's tensors in float32; 0 if it is unknown without building the layer."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return _bytes_of(kind(geometry, config))
@@ -53,9 +53,9 @@ def _bytes_of(module: nn.Module) -> int:
 
 @contextmanager
 def bounded(build: Callable[[], nn.Module], options: dict[str, Any], what: str) -> Iterator[None]:
-    """For building a network in it: what its options ask for is known first, by building it on the meta device.
+    """Context for building a network: its memory is checked first by building it on the meta device.
 
-    Raises `TooLargeError` where this machine has too little memory for it, or it would have no end of layers.
+    Raises `TooLargeError` if this machine has too little memory for it, or if it would have too many layers.
     """
     if _is_modest(options):
         yield
@@ -66,7 +66,7 @@ def bounded(build: Callable[[], nn.Module], options: dict[str, Any], what: str) 
                 build()
         except TooLargeError:
             raise
-        except Exception as error:  # it computes with values, or does not take these options: what follows tells
+        except Exception as error:  # it computes with values or rejects these options: the real build will report it
             logger.debug("%s cannot be built without memory: %s", what, error)
     with _counting(what):
         yield
@@ -74,7 +74,7 @@ def bounded(build: Callable[[], nn.Module], options: dict[str, Any], what: str) 
 
 @contextmanager
 def _counting(what: str) -> Iterator[None]:
-    """Raise `TooLargeError` as soon as what is built inside has too many modules, or more bytes than this machine."""
+    """Raise `TooLargeError` as soon as too many modules, or more bytes than this machine has, are built inside."""
     limit, found = memory(), {"bytes": 0, "modules": 0}
 
     def count_parameter(module: nn.Module, name: str, parameter: Any) -> None:
@@ -100,9 +100,9 @@ def _counting(what: str) -> Iterator[None]:
 
 
 def _is_modest(options: Any) -> bool:
-    """Whether a network's options cannot make it much larger than it is: most have none but these.
+    """Whether a network's options cannot make it much larger: most networks have no others.
 
-    Raises `TooLargeError` for numbers that no option of a network has.
+    Raises `TooLargeError` for numbers larger than any network option.
     """
     for value in _numbers(options):
         if abs(value) > _NUMBER:

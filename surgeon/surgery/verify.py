@@ -1,4 +1,4 @@
-"""Does the converted model compute what the original computes? Outputs, and every new layer."""
+"""Equivalence checks between converted and original model: outputs, and every new layer."""
 
 import math
 from collections import Counter
@@ -25,21 +25,21 @@ from surgeon.surgery.rewrite import (
 )
 from surgeon.util.copying import copy_model, evaluating, is_lazy, quiet_eager, seeded, strict_float32
 
-TOLERANCE = 1e-5  # of the relative error in float32
-TOLERANCE_DOUBLE = 1e-10  # of the run in float64 that settles what float32 leaves open
-_LAYER_ROUNDING = 1e-12  # up to this, a layer in float64 differs by rounding only
-_SENSITIVITY = 10.0  # times what rounding does to the original itself, that a conversion may differ in float64
-_LAYER_LIMIT = 1e-4  # beyond this a layer is wrong in float32, whatever float64 says
-_MOST_CALLS = 4  # of one convolution that are measured in a forward pass
+TOLERANCE = 1e-5  # relative error in float32
+TOLERANCE_DOUBLE = 1e-10  # relative error of the float64 run that settles what float32 leaves open
+_LAYER_ROUNDING = 1e-12  # up to this, a layer differs only by rounding in float64
+_SENSITIVITY = 10.0  # allowed difference in float64, as a multiple of the original's own rounding error
+_LAYER_LIMIT = 1e-4  # beyond this, a layer is wrong in float32 regardless of float64
+_MOST_CALLS = 4  # maximum measured calls of one convolution per forward pass
 
 Build = Callable[[nn.Module], nn.Module]
 
 
 class Settled(NamedTuple):
-    """Errors of the same conversion in float64: of the outputs, and of every layer.
+    """Errors of the same conversion in float64, of the outputs and of every layer.
 
-    `own` is how far the original's own outputs move when every replaced convolution is disturbed by as much as its layer differs.
-    `around` is the error of the outputs when the old convolutions compute in the converted model: what the surgery did elsewhere.
+    `own` is the change of the original's own outputs when every replaced convolution is perturbed by its layer's error.
+    `around` is the output error with the old convolutions running in the converted model: changes made elsewhere by the surgery.
     """
 
     output: Difference
@@ -50,7 +50,7 @@ class Settled(NamedTuple):
 
 @dataclass(kw_only=True)
 class Verification:
-    """What a check found. Output errors are of the run that `precision` names, layer errors of the model's own dtype."""
+    """Results of a check. Output errors are from the run named by `precision`, layer errors in the model's own dtype."""
 
     output: Difference
     layers: dict[str, Difference]
@@ -68,12 +68,12 @@ class Verification:
 
     @property
     def worst_layers(self) -> list[tuple[str, float]]:
-        """Layers by falling relative error."""
+        """Layers by descending relative error."""
         return sorted(((name, d.max_rel) for name, d in self.layers.items()), key=lambda pair: -pair[1])
 
 
 def run(model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
-    """Output in eval mode, without gradients; stochastic models draw from the given seed. The model stays as it was.
+    """Output in eval mode, without gradients; stochastic models draw from the given seed. The model is unchanged afterward.
 
     Raises `InputError` if the model does not run.
     """
@@ -81,7 +81,7 @@ def run(model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
 
 
 def outputs(model: nn.Module, inputs: Inputs, seed: int = 0) -> Leaves:
-    """As `run`, but the tensors of the output as they were at the end of the run: some alias the model's state."""
+    """Like `run`, but with the output tensors copied at the end of the run: some alias the model's state."""
     found: Leaves = _run(model, inputs, seed, leaves)
     return found
 
@@ -99,16 +99,16 @@ def _run(model: nn.Module, inputs: Inputs, seed: int, take: Callable[[Any], Any]
 
 
 def fails(error: InputError) -> VerificationError:
-    """What a converted model's failure on inputs on which the original ran means."""
+    """Explanation of a converted model's failure on inputs on which the original ran."""
     cause = error.__cause__ or error
     return VerificationError(
-        f"the converted model fails where the original runs: {type(cause).__name__}: {cause}. Its forward wants more of a "
+        f"the converted model fails where the original runs: {type(cause).__name__}: {cause}. Its forward needs more from a "
         f"replaced convolution than the new layer has; leave that one out with layers='...,!NAME'"
     )
 
 
 def halves_agree(model: nn.Module, names: Sequence[str], pairs: Inputs, seed: int = 0) -> bool:
-    """Whether these convolutions get the same in both halves of a batch that holds every image twice (see `Inputs.twice`)."""
+    """Whether these convolutions get the same input in both halves of a batch of repeated images (see `Inputs.twice`)."""
     agree = True
 
     def look(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -123,7 +123,7 @@ def halves_agree(model: nn.Module, names: Sequence[str], pairs: Inputs, seed: in
     handles = [model.get_submodule(name).register_forward_pre_hook(look, with_kwargs=True) for name in names]
     try:
         run(model, pairs, seed)
-    except InputError:  # takes no batch of that length
+    except InputError:  # does not take a batch of that length
         return False
     finally:
         for handle in handles:
@@ -134,9 +134,9 @@ def halves_agree(model: nn.Module, names: Sequence[str], pairs: Inputs, seed: in
 def measure(
     model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs, seed: int = 0, calls: Counter[str] | None = None
 ) -> tuple[Leaves, dict[str, Difference]]:
-    """Run a model and compare, at the replaced layers, each new layer with what the old one gives for the same input.
+    """Run a model and compare each new layer with the old one's output for the same input.
 
-    Nothing is stored but the largest errors, and in `calls` how often each old one ran. A layer that the forward pass does not
+    Stores only the largest errors, and in `calls` the number of calls of each old layer. A layer that the forward pass does not
     reach is compared on a random input.
     """
     model = copy_model(model) if is_lazy(model) else model
@@ -148,7 +148,7 @@ def measure(
             calls[name] += 1
             if calls[name] <= _MOST_CALLS:
                 x: Tensor = args[0] if args else next(iter(kwargs.values()))
-                if torch.is_autocast_enabled(x.device.type):  # it would hide what the layer itself computes
+                if torch.is_autocast_enabled(x.device.type):  # it would mask errors of the layer itself
                     with torch.autocast(x.device.type, enabled=False):
                         x = x.to(next(conv.parameters()).dtype)
                         difference = compare_tensors(conv.forward(x), layer.forward(x), name)
@@ -177,7 +177,7 @@ def measure(
     return output, found
 
 
-# --- judging ------------------------------------------------------------------------------------------------------
+# --- decision -----------------------------------------------------------------------------------------------------
 
 
 def judge(
@@ -190,15 +190,15 @@ def judge(
 ) -> Verification:
     """Decide whether a conversion is exact.
 
-    Within `TOLERANCE` it is. Beyond, `settle` must tell the errors in float64, and these must be within `TOLERANCE_DOUBLE`;
-    where the network amplifies even float64 rounding beyond that, each layer must be exact to rounding, the model around the
-    layers must be the original's, and the outputs must differ no more than rounding makes the original differ from itself.
-    Compressed conversions are not judged. Raises `VerificationError` naming the worst layers.
+    Within `TOLERANCE` it is. Beyond, `settle` must return the errors in float64, and these must be within `TOLERANCE_DOUBLE`;
+    if the network amplifies even float64 rounding beyond that, each layer must be exact to rounding, the model around the
+    layers must equal the original, and the outputs must differ no more than the original does under its own rounding.
+    Compressed conversions are not bounded. Raises `VerificationError` naming the worst layers.
     """
     name = str(dtype).removeprefix("torch.")
     if not output.compared and not (layers and all(found.compared for found in layers.values())):
         raise VerificationError(
-            "nothing could be compared: the output holds no tensor, and no replaced layer ran on these inputs. Give "
+            "nothing could be compared: the output contains no tensor, and no replaced layer ran on these inputs. Give "
             "example_inputs that reach them, or check=False to convert without comparing"
         )
     result = Verification(output=output, layers=layers, precision=name, notes=list(output.notes))
@@ -207,7 +207,7 @@ def judge(
         return result
     if compressed:
         result.exact = False
-        result.notes.append("compressed: the errors are stated, not bounded")
+        result.notes.append("compressed: the errors are reported, not bounded")
         return result
     coarsest = torch.finfo(dtype).eps
     wrong = {layer: d for layer, d in layers.items() if not d.max_rel <= layer_limit(d, coarsest)}
@@ -219,7 +219,7 @@ def judge(
 
 
 def layer_limit(found: Difference, eps: float = 0.0) -> float:
-    """How far a layer may be off for rounding: by the dtype of its own output, or the given one where it has none."""
+    """Allowed rounding error of a layer: by the dtype of its own output, or the given one if it has none."""
     return max(_LAYER_LIMIT, 8 * (found.eps or eps))
 
 
@@ -265,11 +265,11 @@ def _settle(
             f"original's convolutions by rounding alone changes its output by {settled.own:.1e}; with the old convolutions "
             f"computing in the converted model the outputs differ by {settled.around:.1e}"
         )
-    result.output = settled.output  # the errors that are stated are those of the precision that is named
+    result.output = settled.output  # report the errors of the named precision
 
 
 def _exact_by_layer(result: Verification, settled: Settled) -> bool:
-    """Where the model does not run in float64: each layer does, and with the old convolutions nothing else differs."""
+    """For a model that does not run in float64: each layer is exact there, and the model around them is unchanged."""
     worst = max((d.max_rel for d in settled.layers.values()), default=0.0)
     if worst > TOLERANCE_DOUBLE or settled.around > TOLERANCE:
         return False
@@ -307,7 +307,7 @@ def _failed(output: Difference, layers: Mapping[str, Difference], told: str) -> 
     names = ", ".join(f"{name} {d.max_rel:.1e}" for name, d in worst)
     notes = "; ".join(("", *output.notes))
     return (
-        f"the converted model does not compute what the original computes: relative error {output.max_rel:.1e} "
+        f"the converted model is not equivalent to the original: relative error {output.max_rel:.1e} "
         f"(allowed {TOLERANCE:.0e}; {told}). Worst layers: {names}{notes}"
     )
 
@@ -327,7 +327,7 @@ def settle_in_double(model: nn.Module, build: Mapping[str, Build], inputs: Input
 
 
 def _computed_by(old: Mapping[str, nn.Module], model: nn.Module, inputs: Inputs, seed: int) -> Any:
-    """Output of a model when these modules compute for those that it has under their names."""
+    """Output of the model with the given modules substituted by name."""
 
     def hook(conv: nn.Module) -> Callable[..., Any]:
         return lambda _, args, kwargs, out: conv.forward(*args, **kwargs)
@@ -344,7 +344,7 @@ def _computed_by(old: Mapping[str, nn.Module], model: nn.Module, inputs: Inputs,
 
 
 def _disturbed(model: nn.Module, errors: Mapping[str, float], inputs: Inputs, seed: int) -> Any:
-    """Output of a float64 model when what these modules give is off by so much of its maximum, with random signs."""
+    """Output of a float64 model with these modules' outputs perturbed by this fraction of their maximum, with random signs."""
     generator = torch.Generator().manual_seed(seed)
 
     def disturb(size: float) -> Callable[..., Tensor]:
@@ -373,7 +373,7 @@ def verify(
     input_size: Sequence[int] | int | None = None,
     seed: int = 0,
 ) -> Verification:
-    """Check that a converted model computes what its original computes, layer by layer.
+    """Check that a converted model is equivalent to its original, layer by layer.
 
     Both run in eval mode on the same inputs. Raises `VerificationError` if they differ, `InputError` if the inputs do not fit.
     """
@@ -413,7 +413,7 @@ def _verify(
     dtype = next((p.dtype for p in original.parameters() if p.is_floating_point()), torch.float32)
 
     def settle() -> Settled:
-        """The same conversion, and whether the given model is the original around its layers."""
+        """Redo the conversion in float64, and check the given model around its layers."""
         settled = settle_in_double(original, build, inputs, seed)
         double, wide = copy_model(original).double(), inputs.to_dtype(torch.float64)
         old = {name: double.get_submodule(name) for name in layers}

@@ -1,6 +1,6 @@
-"""Which samples a step gets, and everything random in it: functions of the seed, the step and the process alone.
+"""The samples of each step, and all randomness in it: functions of only the seed, the step and the process.
 
-So a run that was killed needs no more than the number of its next step to go on exactly as it would have.
+So a killed run needs only the number of its next step to continue exactly as it would have.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") 
 
 
 def mixed(*numbers: int | str) -> int:
-    """A number of 63 bits that depends on all of these."""
+    """A 63-bit number that depends on all arguments."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -36,9 +36,9 @@ def seed_everything(*numbers: int | str) -> None:
 
 
 class Draws(Sampler[list[int]]):
-    """Numbers of draws (see `TaskDataset`) of one process's micro-batches, from micro-step `start` on, without end.
+    """Draw numbers (see `TaskDataset`) of one process's micro-batches, starting at micro-step `start`, without end.
 
-    Every epoch is a permutation of its own. Batches run on over the border of an epoch: none is short, no sample is left out.
+    Every epoch is a new permutation. Batches continue across epoch boundaries: none is short, and no sample is left out.
     """
 
     def __init__(self, samples: int, batch: int, *, seed: int, start: int, rank: int = 0, processes: int = 1) -> None:
@@ -54,7 +54,7 @@ class Draws(Sampler[list[int]]):
             micro += 1
 
     def draw(self, position: int) -> int:
-        """The draw at a position of the endless row of samples."""
+        """The draw at a position of the endless sequence of samples."""
         epoch, place = divmod(position, self.samples)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(mixed(self.seed, "epoch", epoch))
@@ -63,14 +63,14 @@ class Draws(Sampler[list[int]]):
 
 
 def training_batches(task: Task, dataset: TaskDataset, draws: Draws, workers: int) -> Iterator[Batch]:
-    """This process's micro-batches, collated, on the CPU, from the sampler's start on."""
+    """This process's micro-batches, collated, on the CPU, starting at the sampler's start."""
     yield from loaded(_loader(dataset, task, workers, draws))
 
 
 def validation_batches(
     task: Task, dataset: TaskDataset, batch: int, workers: int, *, rank: int = 0, processes: int = 1
 ) -> Iterator[Batch]:
-    """Every sample of the set once, in order; with several processes each takes its share."""
+    """Every sample of the set once, in order; several processes share them."""
     mine = range(rank, len(dataset), processes)
     parts = [list(mine[first : first + batch]) for first in range(0, len(mine), batch)]
     yield from loaded(_loader(dataset, task, workers, parts))
@@ -83,13 +83,13 @@ def _loader(dataset: TaskDataset, task: Task, workers: int, batches: Iterable[li
         num_workers=workers,
         collate_fn=task.collate,
         worker_init_fn=_leave_signals_to_parent if workers else None,
-        generator=torch.Generator(),  # its own: a loader otherwise draws from the global one
+        generator=torch.Generator(),  # a separate one: by default a loader draws from the global one
         pin_memory=torch.cuda.is_available(),
     )
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    """What asks the whole group to stop asks the training, which still needs its data for a step; a second SIGTERM ends."""
+    """Ignore the group's first stop signal: training handles it and needs data for one more step; a second SIGTERM ends."""
 
     def once(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)

@@ -11,9 +11,9 @@ SCHEDULES = ("cosine", "poly", "step", "multistep", "tanh", "constant")
 PRECISIONS = ("no", "fp16", "bf16")
 DEVICES = "auto", "cpu", "cuda", "cuda:N"
 KEEP = ("best", "last")
-# Options that may differ when a run is taken up again: none of them changes the weights that a step leads to.
+# Options that may differ when a run is resumed: none of them changes the weights that a step leads to.
 FREE = ("max_time", "workers", "log_every")
-# These neither, but what is kept, or when the run ends: a note says so.
+# Neither do these, but they change what is kept or when the run ends: a note reports that.
 TOLD = ("eval_batch_size", "eval_every", "patience", "checkpoint_every", "max_rollbacks", "device")
 
 _SPAN = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(|ep|%)")
@@ -23,31 +23,31 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """How a network is fine-tuned. Wrong values are a `ConfigError`.
+    """Options of fine-tuning. Invalid values raise a `ConfigError`.
 
-    A *span* is a text: optimizer steps ("200"), epochs ("1.5ep"), or a part of the whole run ("5%"; of the steps planned).
+    A *span* is a string: optimizer steps ("200"), epochs ("1.5ep"), or a percentage of the run ("5%", of the planned steps).
 
-    Length: `epochs` passes over the training data (None: as many as `max_steps` take), at most `max_steps` optimizer steps (the
-    schedule is planned over the shorter of the two), at most `max_time` seconds of training over all sittings (which cuts the
-    schedule off).
-    Batches: `batch_size` samples a micro-step over all processes, `accumulate` micro-steps an optimizer step; evaluation takes
+    Length: `epochs` passes over the training data (None: as many as `max_steps` takes), at most `max_steps` optimizer steps (the
+    schedule is planned for the shorter of the two), at most `max_time` seconds of training over all sessions (which cuts the
+    schedule short).
+    Batches: `batch_size` samples per micro-step over all processes, `accumulate` micro-steps per optimizer step; evaluation uses
     `eval_batch_size` (None: the same).
-    Optimizer: names of timm; `lr` at the top of the schedule `sched`, `new_lr_scale` times that for new parameters (those that
+    Optimizer: a timm name; `lr` at the peak of the schedule `sched`, times `new_lr_scale` for new parameters (those that
     the replaced convolutions did not have); `warmup` is a span; no weight decay on norms and biases; `clip` bounds the norm
-    of the gradient (None: off). Schedules begin where the warm-up ends: "step" multiplies the rate by `decay_rate` (None: 0.1)
-    after every span `decay_every` (None: a third of what is left of the run), "multistep" at each span of `milestones`;
+    of the gradient (None: off). Schedules start where the warm-up ends: "step" multiplies the rate by `decay_rate` (None: 0.1)
+    after every span `decay_every` (None: a third of the rest of the run), "multistep" at each span of `milestones`;
     the power of "poly" is `decay_rate` (None: 1).
-    New layers: `new_first` is a span in which only new parameters are trained; `regularization` weighs the layers' own loss
-    terms; PAFU's temperature falls exponentially from each layer's own to `temperature_end` times it; `alternate` k trains in
-    turn the selectors for one step and everything else for k (PAFU, §4.1: 3).
+    New layers: `new_first` is an initial span in which only new parameters are trained; `regularization` weights the layers' own
+    loss terms; PAFU's temperature decays exponentially from each layer's own to `temperature_end` times it; `alternate` k trains,
+    in turn, the selectors for one step and everything else for k (PAFU, §4.1: 3).
     `distill`: weight of the distance to the original network's outputs.
-    `ema`: decay of an average of the weights, which then is what is evaluated and kept (None: off).
-    BatchNorm: `freeze_bn` keeps its statistics (not those inside of the generators of dynamic layers, which come with the
-    conversion); `recalibrate` is over how many training batches they are measured again at the
-    end (0: not), with every other layer in eval mode.
-    Evaluation: every span `eval_every` and at the end; `patience` evaluations without a better primary metric stop the run
-    (None: never); `keep` says whether the best or the last weights make the result.
-    Safety: `checkpoint_every` is a span; loss or gradients that are not finite set the run back to the last checkpoint, with
+    `ema`: decay of an average of the weights, which is then evaluated and kept (None: off).
+    BatchNorm: `freeze_bn` keeps its statistics (except in the generators of dynamic layers, which are new with the
+    conversion); `recalibrate` is the number of training batches over which they are recomputed at the
+    end (0: off), with every other layer in eval mode.
+    Evaluation: every span `eval_every` and at the end; the run stops after `patience` evaluations without a better primary metric
+    (None: never); `keep` selects the best or the last weights as the result.
+    Safety: `checkpoint_every` is a span; NaN or infinity in the loss or gradients rolls the run back to the last checkpoint, with
     rates times `rollback_factor`, at most `max_rollbacks` times.
     """
 
@@ -102,7 +102,7 @@ class FinetuneConfig:
         for name in ("lr", "new_lr_scale", "temperature_end"):
             self._check_number(name, above=True)
         if self.epochs is None and self.max_steps is None:
-            raise ConfigError("epochs or max_steps must say how long the run is, got neither")
+            raise ConfigError("set epochs or max_steps to define the length of the run, got neither")
         for name in ("epochs", "max_time", "clip", "decay_rate"):
             if getattr(self, name) is not None:
                 self._check_number(name, above=True)
@@ -124,20 +124,20 @@ class FinetuneConfig:
 
     @property
     def amp_dtype(self) -> str | None:
-        """The precision of `amp` as torch names its dtype; None for no."""
+        """`amp` as the name of a torch dtype; None for "no"."""
         return {"no": None, "fp16": "float16", "bf16": "bfloat16"}[self.amp]
 
     def _check_decay(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones or ()))
         if bool(self.milestones) != (self.sched == "multistep"):
             raise ConfigError(
-                f"milestones go with the schedule multistep, and it with them; got sched={self.sched!r}, "
+                f"milestones and the schedule multistep need each other, got sched={self.sched!r}, "
                 f"milestones={self.milestones!r}"
             )
         if self.decay_every is not None and self.sched != "step":
-            raise ConfigError(f"decay_every goes with the schedule step, got sched={self.sched!r}")
+            raise ConfigError(f"decay_every requires the schedule step, got sched={self.sched!r}")
         if self.decay_rate is not None and self.sched not in ("step", "multistep", "poly"):
-            raise ConfigError(f"decay_rate goes with the schedules step, multistep and poly, got sched={self.sched!r}")
+            raise ConfigError(f"decay_rate requires the schedule step, multistep or poly, got sched={self.sched!r}")
         every = () if self.decay_every is None else (self.decay_every,)
         for name, spans in (("decay_every", every), ("milestones", self.milestones)):
             if any(parse_span(span, name)[0] == 0 for span in spans):
@@ -160,7 +160,7 @@ class FinetuneConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Inverse of `to_dict`; an unknown option is a `ConfigError`."""
+        """Inverse of `to_dict`; an unknown option raises a `ConfigError`."""
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -172,12 +172,12 @@ def parse_span(text: str, what: str = "span") -> tuple[float, str]:
     """(number, unit): the unit is "" for optimizer steps, "ep" for epochs, "%" of the run. Raises `ConfigError`."""
     match = _SPAN.fullmatch(str(text).strip())
     if match is None or (not match[2] and not float(match[1]).is_integer()):
-        raise ConfigError(f"{what}: expected steps (200), epochs (1.5ep) or a part of the run (5%), got {text!r}")
+        raise ConfigError(f"{what}: expected steps (200), epochs (1.5ep) or a percentage of the run (5%), got {text!r}")
     return float(match[1]), match[2]
 
 
 def span_steps(text: str, steps_per_epoch: float, total: int, what: str = "span") -> int:
-    """A span in optimizer steps, rounded; 0 only where it says 0."""
+    """A span in optimizer steps, rounded; at least 1 unless the span is 0."""
     number, unit = parse_span(text, what)
     steps = number * {"": 1.0, "ep": steps_per_epoch, "%": total / 100}[unit]
     return max(round(steps), 1) if steps > 0 else 0

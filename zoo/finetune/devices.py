@@ -13,12 +13,12 @@ from surgeon.zoo.finetune.config import FinetuneConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# Environment variables of `accelerate launch` that bring in another way to train.
+# Environment variables of `accelerate launch` that enable another way to train.
 _BACKENDS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 
 
 def make_accelerator(config: FinetuneConfig) -> "Accelerator":
-    """Made for these options, whatever was made before in this process. Raises `ConfigError` for what the device cannot do."""
+    """A new accelerator, independent of earlier ones in this process. Raises `ConfigError` if the device lacks an option."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     from accelerate.utils import GradientAccumulationPlugin
@@ -27,25 +27,25 @@ def make_accelerator(config: FinetuneConfig) -> "Accelerator":
         if os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t"):
             raise ConfigError(f"{name} is set: surgeon trains with Accelerate's plain data parallelism; unset it")
     take_gpu(config.device)
-    # Said plainly, because Accelerate joins the processes of torchrun on a machine without a GPU only then.
+    # Set explicitly, because only then does Accelerate join torchrun's processes on a machine without a GPU.
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     known = AcceleratorState._shared_state
     if known and known.get("_mixed_precision") != config.amp:
-        AcceleratorState._reset_state()  # it remembers the precision of the first run in a process, and refuses another
+        AcceleratorState._reset_state()  # it keeps the precision of the first run in a process and refuses another
     accelerator = Accelerator(
         mixed_precision=config.amp,
         cpu=cpu,
-        # Given as a plugin, because `accelerate launch` sets an environment variable that overrides the number.
+        # Passed as a plugin, because `accelerate launch` sets an environment variable that overrides the number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.accumulate, sync_with_dataloader=False
         ),
         kwargs_handlers=[DistributedDataParallelKwargs()],
     )
     if config.amp == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigError("amp fp16 needs a GPU; on the CPU there is bf16 (--amp bf16)")
+        raise ConfigError("amp fp16 needs a GPU; on the CPU use bf16 (--amp bf16)")
     if config.batch_size % accelerator.num_processes:
         raise ConfigError(
-            f"batch_size is over all processes: {config.batch_size} samples cannot be shared by {accelerator.num_processes}"
+            f"batch_size is over all processes: {config.batch_size} samples cannot be split over {accelerator.num_processes}"
         )
     return accelerator
 
@@ -53,15 +53,15 @@ def make_accelerator(config: FinetuneConfig) -> "Accelerator":
 def prepare(
     accelerator: "Accelerator", model: nn.Module, optimizer: torch.optim.Optimizer, unused: bool
 ) -> tuple[nn.Module, Any]:
-    """The model and the optimizer as Accelerate runs them. `unused`: some parameters get no gradient in a step."""
+    """The model and the optimizer wrapped by Accelerate. `unused`: some parameters get no gradient in a step."""
     accelerator.ddp_handler.find_unused_parameters = unused
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     return wrapped, optimizer
 
 
 def release(accelerator: "Accelerator", model: nn.Module) -> None:
-    """Give the model its own `forward` back, and forget it."""
+    """Restore the model's own `forward` and release the model."""
     plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-        vars(plain).pop(name, None)  # what is left of the wrapper: the class has its own `forward`
+        vars(plain).pop(name, None)  # remains of the wrapper: the class has its own `forward`
     accelerator.free_memory()

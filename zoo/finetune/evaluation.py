@@ -1,4 +1,4 @@
-"""Metrics of a network on a task's validation samples, and what its BatchNorms measure."""
+"""Metrics of a network on a task's validation samples, and recalibration of its BatchNorms."""
 
 import itertools
 import time
@@ -27,9 +27,9 @@ BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics by name; seconds for the pass over all samples, data included.
+    """Metrics by name; seconds for the pass over all samples, including data loading.
 
-    Of the first batch, if it was asked for: a picture, and how adaptive the dynamic layers are.
+    If requested, from the first batch: a picture, and how adaptive the dynamic layers are.
     """
 
     metrics: dict[str, float]
@@ -47,14 +47,14 @@ def evaluate(
     *,
     look: bool = False,
 ) -> Evaluation:
-    """Every validation sample once, shared out over the processes, in eval mode; leaves the global random state as it was."""
+    """Evaluate every validation sample once, split over the processes, in eval mode; preserves the global random state."""
     from accelerate.utils import convert_to_fp32
 
     started = time.perf_counter()
     metrics = {name: metric.to(accelerator.device) for name, metric in task.metrics().items()}
     drawn = None
     processes, rank = accelerator.num_processes, accelerator.process_index
-    if len(dataset) < processes:  # too few to share: every process takes them all
+    if len(dataset) < processes:  # too few to split: every process takes them all
         processes, rank = 1, 0
     size = config.eval_batch_size or config.batch_size
     batches = validation_batches(task, dataset, size, config.workers, rank=rank, processes=processes)
@@ -74,23 +74,23 @@ def evaluate(
 
 
 def freeze_batch_norms(model: nn.Module) -> None:
-    """Make BatchNorms use and keep the statistics they have, until the next `train()`; those inside of generators have none yet."""
+    """Make BatchNorms use and keep their statistics until the next `train()`, except in generators, which have none yet."""
     for module in model.modules():
         if isinstance(module, BATCH_NORMS) and not isinstance(module, SignalNorm):
             module.eval()
 
 
 def measures_statistics(model: nn.Module) -> bool:
-    """Whether a BatchNorm in the model keeps statistics."""
+    """Whether a BatchNorm in the model tracks statistics."""
     return any(isinstance(module, BATCH_NORMS) and module.track_running_stats for module in model.modules())
 
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, task: Task, batches: Iterator[Batch], count: int, forward: Any) -> None:
-    """Measure the statistics of all BatchNorms anew, as plain averages over `count` batches.
+    """Recompute the statistics of all BatchNorms as plain averages over `count` batches.
 
-    Everything else is in eval mode: where layers behave otherwise in training (PAFU samples its selection), the statistics
-    gathered there are not those of the network that is used. `forward` runs the model on a batch.
+    Everything else is in eval mode: if layers behave differently in training (PAFU samples its selection), statistics
+    gathered in training mode are not those of the network in use. `forward` runs the model on a batch.
     """
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]

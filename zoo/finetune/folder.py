@@ -1,6 +1,6 @@
-"""The folder of a run: a surgeon folder when it is complete, and `training/` beside the model from the beginning.
+"""The folder of a run: `training/` from the start, and a surgeon folder once the run is complete.
 
-`training/` holds run.json (model, task, options), checkpoints/, log.jsonl, tensorboard/ and, at the end, summary.json.
+`training/` contains run.json (model, task, options), checkpoints/, log.jsonl, tensorboard/ and, at the end, summary.json.
 """
 
 import contextlib
@@ -30,19 +30,19 @@ from surgeon.zoo.tasks.data.fingerprint import changes, fingerprint
 FORMAT = "surgeon-finetune"
 VERSION = 1
 LOCK = ".lock"
-_PLACES = ("data", "train", "val")  # options that say where the data lie
+_PLACES = ("data", "train", "val")  # options that locate the data
 _FIELDS = {
     **dict.fromkeys(("model", "weights", "task"), str),
     **dict.fromkeys(("options", "config", "versions"), dict),
     "processes": int,
 }
 
-_HELD: set[int] = set()  # descriptors of the locks that this process has
+_HELD: set[int] = set()  # descriptors of the locks held by this process
 
 
 @cache
 def _free_in_children() -> None:
-    """Have processes that are forked (those that load data) close the locks: they may live a little longer than a killed run."""
+    """Make forked processes (data loaders) close the locks: they may briefly outlive a killed run."""
 
     def close() -> None:
         while _HELD:
@@ -54,10 +54,10 @@ def _free_in_children() -> None:
 
 @contextlib.contextmanager
 def held(folder: Path, what: str) -> Iterator[None]:
-    """Hold a folder, by a file in it, against other processes; raises `CheckpointError` where one has `what`."""
+    """Lock a folder with a file in it; raises `CheckpointError` if another process holds it. `what` describes the work."""
     try:
         import fcntl
-    except ImportError:  # not a POSIX system
+    except ImportError:  # not POSIX
         yield
         return
     try:
@@ -68,18 +68,18 @@ def held(folder: Path, what: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise CheckpointError(f"{what} is going on in another process") from error
+            raise CheckpointError(f"{what} is running in another process") from error
         _free_in_children()
         _HELD.add(lock.fileno())
         try:
             yield
         finally:
             _HELD.discard(lock.fileno())
-            fcntl.flock(lock, fcntl.LOCK_UN)  # for copies in children, too
+            fcntl.flock(lock, fcntl.LOCK_UN)  # also for copies in child processes
 
 
 class RunFolder:
-    """Paths of a run, and what may be done with a folder that is there already."""
+    """Paths of a run, and checks of what may be done with an existing folder."""
 
     def __init__(self, output: Path) -> None:
         self.output = output.absolute()
@@ -89,17 +89,17 @@ class RunFolder:
         self.summary = self.training / "summary.json"
 
     def check(self, *, resume: bool, force: bool) -> None:
-        """Raise unless a run may be started, or taken up again, here: before any work."""
+        """Raise unless a run may be started or resumed here; called before any work."""
         if resume and force:
-            raise ConfigError("resume goes on with a run, force replaces it: give one of them")
+            raise ConfigError("resume continues a run, force replaces it: give only one of them")
         if resume:
             if not self.record.is_file():
-                raise CheckpointError(f"there is no run to take up again in {self.output}: it has no training/run.json")
+                raise CheckpointError(f"no run to resume in {self.output}: it has no training/run.json")
             return
         if not self.output.exists() and not self.output.is_symlink():
             return
         if not force:
-            hint = "go on with it (--resume), or replace it (--force)" if self.record.is_file() else "or use --force"
+            hint = "continue it (--resume) or replace it (--force)" if self.record.is_file() else "or use --force"
             raise CheckpointError(f"the output {self.output} exists; choose another with -o, {hint}")
         if not self.output.is_dir() or self.output.is_symlink():
             raise CheckpointError(f"the output {self.output} exists and is not a folder: --force replaces only folders")
@@ -108,7 +108,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run against other processes; raises `CheckpointError` where one has it. A folder without a run is free."""
+        """Lock the run; raises `CheckpointError` if another process holds it. A folder without a run is not locked."""
         if not self.training.is_dir():
             yield
             return
@@ -116,9 +116,9 @@ class RunFolder:
             yield
 
     def create(self, record: dict[str, Any]) -> None:
-        """Start a run: write down what is run, in the place of what `check` allowed to replace.
+        """Start a run: write its record, replacing what `check` allowed.
 
-        The folder appears with its record in it, or not at all.
+        The folder appears together with its record, or not at all.
         """
         fresh, old = (self.output.with_name(f".{self.output.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
         try:
@@ -136,12 +136,10 @@ class RunFolder:
             shutil.rmtree(old, ignore_errors=True)
 
     def read_record(self) -> dict[str, Any]:
-        """What run.json says; raises `CheckpointError` for what no run of this version wrote."""
+        """The content of run.json; raises `CheckpointError` if it is not the record of a run of this version."""
         old = read_object(self.record)
         if old.get("format") != FORMAT or old.get("version") != VERSION:
-            raise CheckpointError(
-                f"{self.record} is not the record of a run that this version of surgeon can take up again"
-            )
+            raise CheckpointError(f"{self.record} is not the record of a run that this version of surgeon can resume")
         check_fields(old, _FIELDS, str(self.record))
         if "data" in old:
             check_fields(old["data"], {"train": dict, "val": dict}, f"{self.record}: data")
@@ -149,9 +147,9 @@ class RunFolder:
         return old
 
     def compare(self, record: dict[str, Any]) -> list[str]:
-        """Raise `ConfigError` naming the options that are not those of the run here; returns notes on what else changed.
+        """Raise `ConfigError` naming options that differ from those of the run here; returns notes on other changes.
 
-        What the run has left so far is looked at as well: `CheckpointError` where it cannot be used.
+        Also checks the run's files so far: `CheckpointError` if they cannot be used.
         """
         old = self.read_record()
         list(read_log(self.training / "log.jsonl"))
@@ -159,36 +157,38 @@ class RunFolder:
             f"{key} was {old[key]!r} and is {record[key]!r}" for key in ("model", "task") if old[key] != record[key]
         ]
         notes = []
-        moved = _PLACES if "data" in old else ()  # what lies there tells more than where it lies
+        moved = _PLACES if "data" in old else ()  # the data themselves say more than their path
         for part, free in (("options", moved), ("config", FREE)):
             before, now = old[part], record[part]
             for key in [key for key in {**before, **now} if key not in free and before.get(key) != now.get(key)]:
                 told = f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
                 if part == "config" and key in TOLD:
-                    notes.append(f"taken up again with another option: {told}")
+                    notes.append(f"resumed with another option: {told}")
                 else:
                     changed.append(told)
         if changed:
-            raise ConfigError(f"a run goes on with the options it began with, and {'; '.join(changed)}")
+            raise ConfigError(f"a run must be resumed with the options it started with, but {'; '.join(changed)}")
         other = changes(old["data"], record["data"]) if "data" in old else []
         if other:
-            raise DataError(f"the data are not those that the run in {self.output} began with: {'; '.join(other)}")
+            raise DataError(
+                f"the data differ from those that the run in {self.output} started with: {'; '.join(other)}"
+            )
         if old["weights"] != record["weights"]:
             raise ConfigError(
-                f"the weights of {record['model']} are not those that the run in {self.output} began with"
+                f"the weights of {record['model']} differ from those that the run in {self.output} started with"
             )
         if old["processes"] != record["processes"]:
             notes.append(
-                f"begun with {old['processes']} processes, taken up with {record['processes']}: equal up to rounding"
+                f"started with {old['processes']} processes, resumed with {record['processes']}: equal up to rounding"
             )
         if old["versions"] != record["versions"]:
-            notes.append("begun with other versions of the libraries: no longer bit for bit the same")
+            notes.append("started with other library versions: no longer bit-identical")
         return notes
 
     def finish(
         self, model: nn.Module, base: BaseModel | None, report: Report | CollapseReport | None, summary: str
     ) -> None:
-        """Make the folder a surgeon folder: the recipe comes last, and with it the folder is complete."""
+        """Make the folder a surgeon folder: the recipe is written last and completes it."""
         fresh = self.training / ".model"
         save(model, fresh, base=base, report=report, force=True)
         try:
@@ -203,7 +203,7 @@ class RunFolder:
 
 
 def record(name: str, weights: str, task: Task, config: FinetuneConfig, processes: int) -> dict[str, Any]:
-    """What run.json says."""
+    """The content of run.json."""
     options = {key: _plain(value) for key, value in dataclasses.asdict(task.config).items()}
     return {
         "format": FORMAT,
@@ -220,7 +220,7 @@ def record(name: str, weights: str, task: Task, config: FinetuneConfig, processe
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """The value after a round trip through JSON."""
     if isinstance(value, os.PathLike):
         return str(Path(value).absolute())
     return list(value) if isinstance(value, tuple) else value

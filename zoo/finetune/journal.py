@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a bar on stderr, `log.jsonl`, TensorBoard."""
+"""Output of a run in progress: a bar on stderr, `log.jsonl`, TensorBoard."""
 
 import logging
 import sys
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 def _told_elsewhere(before: Any, error: Any) -> None:
-    """TensorBoard's thread hands its error to the next write, which tells it; no traceback beside that."""
+    """Suppress a traceback: TensorBoard's thread passes its error to the next write, which reports it."""
     if not (type(error.thread).__name__ == "_AsyncWriterThread" and isinstance(error.exc_value, OSError)):
         before(error)
 
 
 class Journal:
-    """`folder` is the run's `training/`, None for a run that leaves nothing; a bar only on a terminal, else lines."""
+    """`folder` is the run's `training/`, None to write nothing; a bar only on a terminal, otherwise lines."""
 
     def __init__(self, folder: Path | None, *, quiet: bool) -> None:
         self.quiet = quiet
@@ -35,12 +35,12 @@ class Journal:
         self.folder = folder
         self.failing = False
         self.board: Any = None
-        self.hook: Any = None  # what tells errors of threads, while TensorBoard has one
+        self.hook: Any = None  # the previous hook for errors in threads, while TensorBoard runs one
         self.bar: Any = None
         self.complained: set[str] = set()
 
     def start(self, step: int, total: int) -> None:
-        """Begin, or begin again after a return to an earlier step."""
+        """Start, or restart after a rollback to an earlier step."""
         self.stop()
         if self.log is not None and self.folder is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -55,7 +55,7 @@ class Journal:
         )
 
     def stop(self) -> None:
-        """Close what is open."""
+        """Close all outputs."""
         if self.board is not None:
             with self._board_kept():
                 self.board.flush()
@@ -67,24 +67,24 @@ class Journal:
         self.board = self.bar = self.hook = None
 
     def tell(self, text: str) -> None:
-        """A line for people."""
+        """Print a line."""
         if not self.quiet:
             tqdm.write(f"surgeon: {text}", file=sys.stderr)
 
     def advance(self, loss: float) -> None:
-        """One step further."""
+        """Advance the bar by one step."""
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             self.bar.update()
 
     def step(self, row: dict[str, Any]) -> None:
-        """A row of a training step: its numbers go to TensorBoard under `train/`."""
+        """Log a training step: its numbers go to TensorBoard under `train/`."""
         self._row("train", row)
 
     def evaluation(self, row: dict[str, Any], found: "Evaluation") -> None:
-        """A row of an evaluation: its metrics go to TensorBoard under `val/`, how adaptive layers are under `adaptivity/`.
+        """Log an evaluation: metrics go to TensorBoard under `val/`, the layers' adaptivity under `adaptivity/`.
 
-        Once training has begun, a generator that is blind or saturated is named, once.
+        After training has started, warns once about a blind or saturated generator.
         """
         layers = [layer.to_dict() for layer in found.layers]
         self._row("val", row["metrics"] | {"step": row["step"]}, row | ({"layers": layers} if layers else {}))
@@ -105,11 +105,11 @@ class Journal:
                 self.board.add_image("val/samples", pixels, row["step"], dataformats="HWC")
 
     def event(self, row: dict[str, Any]) -> None:
-        """Something out of the ordinary (a return to an earlier step), in the log alone."""
+        """Log an unusual event (a rollback) in `log.jsonl` only."""
         self._add(row)
 
     def hparams(self, options: dict[str, Any], metrics: dict[str, float]) -> None:
-        """The options beside the final metrics, for TensorBoard's table of runs."""
+        """Log the options with the final metrics, for TensorBoard's table of runs."""
         if self.board is None:
             return
         from torch.utils.tensorboard.summary import hparams
@@ -129,7 +129,7 @@ class Journal:
                     if name != "step" and isinstance(value, int | float):
                         self.board.add_scalar(f"{prefix}/{name}", value, numbers["step"])
 
-    # A log that cannot be written (a full disk) ends no training: that is said once, and the run goes on without it.
+    # A log that cannot be written (a full disk) does not end training: one warning, and the run continues without it.
 
     def _add(self, row: dict[str, Any]) -> None:
         if self.log is None:

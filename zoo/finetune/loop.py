@@ -1,4 +1,4 @@
-"""Training: one optimizer step, and the run of them with evaluations, checkpoints and returns."""
+"""Training: single optimizer steps, and a run of them with evaluations, checkpoints and rollbacks."""
 
 import math
 import signal
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-Watch = Callable[[int, dict[str, float]], None]  # (step, metrics) of an evaluation; may raise, to end the run
+Watch = Callable[[int, dict[str, float]], None]  # (step, metrics) of an evaluation; may raise to end the run
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, and has left a checkpoint of the step it names."""
+    """The run was interrupted and has saved a checkpoint of the step it names."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"interrupted after step {step}")
@@ -46,14 +46,14 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class Data:
-    """The two sets of a task."""
+    """The two datasets of a task."""
 
     train: TaskDataset
     val: TaskDataset
 
 
 class Trainer:
-    """A model in training: everything that one optimizer step needs, and what a checkpoint holds of it."""
+    """A model in training: everything that an optimizer step needs, and the state saved in a checkpoint."""
 
     def __init__(
         self,
@@ -82,11 +82,11 @@ class Trainer:
 
     @property
     def result(self) -> nn.Module:
-        """The model that is evaluated and kept: the averaged one where there is one."""
+        """The model to evaluate and keep: the averaged one if there is one."""
         return self.model if self.ema is None else self.ema.module
 
     def train_mode(self) -> None:
-        """Training mode, BatchNorms frozen if asked for."""
+        """Set training mode, with BatchNorms frozen if requested."""
         self.model.train()
         if self.config.freeze_bn:
             freeze_batch_norms(self.model)
@@ -94,7 +94,7 @@ class Trainer:
     # --- a step ---------------------------------------------------------------------------------------------------
 
     def batches(self, step: int) -> Iterator[Batch]:
-        """This process's training micro-batches from a step on, augmented, on the device."""
+        """This process's training micro-batches starting at a step, augmented, on the device."""
         config, accelerator = self.config, self.accelerator
         start, rank = step * config.accumulate, accelerator.process_index
         draws = Draws(
@@ -111,7 +111,7 @@ class Trainer:
             yield self.task.augment(batch, generator)
 
     def backward(self, step: int, batches: Iterator[Batch]) -> Tensor:
-        """Gradients of a step; returns its mean (loss, the task's part of it) in this process, (2,)."""
+        """Compute a step's gradients; returns its mean (loss, the task's part of it) in this process, (2,)."""
         seed_everything(self.config.seed, "step", step, self.accelerator.process_index)
         losses = torch.zeros(2, device=self.accelerator.device)
         for _ in range(self.config.accumulate):
@@ -152,7 +152,7 @@ class Trainer:
         return moving
 
     def _has_unused_parameters(self) -> bool:
-        """Whether a trial step leaves parameters without a gradient, for which DistributedDataParallel must look."""
+        """Whether a trial step leaves parameters without a gradient, which DistributedDataParallel must then search for."""
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         seed_everything(self.config.seed, "trial")
         self._losses(self.model, next(self.batches(0)))[0].backward()
@@ -166,7 +166,7 @@ class Trainer:
     # --- state ----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the progress."""
+        """The content of a checkpoint, except for the progress."""
         scaler = self.accelerator.scaler
         return {
             "model": self.model.state_dict(),
@@ -176,11 +176,11 @@ class Trainer:
         }
 
     def check(self, state: dict[str, Any], where: str) -> None:
-        """Raise `CheckpointError`, which says where, unless `load` can take this state: before anything is changed."""
+        """Raise `CheckpointError`, with `where`, unless `load` can take this state; nothing is changed."""
         check_state(self.state(), state, where)
 
     def abandon(self) -> None:
-        """Forget a step that was begun: its gradients, and that a loss scaler has looked at them."""
+        """Discard a started step: its gradients, and the loss scaler's record of having unscaled them."""
         self.optimizer.zero_grad()
         scaler = self.accelerator.scaler
         if scaler is not None:
@@ -212,7 +212,7 @@ def _average(model: nn.Module, config: FinetuneConfig) -> Any:
 
 
 class Run:
-    """A trainer's way through its plan."""
+    """One run of a trainer through its plan."""
 
     def __init__(
         self, trainer: Trainer, store: Store, journal: Journal, progress: Progress, watch: Watch | None = None
@@ -221,10 +221,10 @@ class Run:
         self.trainer, self.store, self.journal, self.progress = trainer, store, journal, progress
         self.config, self.plan, self.accelerator = trainer.config, trainer.plan, trainer.accelerator
         self.guard = Guard(most=self.config.max_rollbacks, factor=self.config.rollback_factor)
-        self.newest: tuple[int, Evaluation] | None = None  # step and evaluation, of this sitting
+        self.newest: tuple[int, Evaluation] | None = None  # step and evaluation, in this session
 
     def train(self) -> None:
-        """Up to the end. Raises `Interrupted` after a first SIGINT, SIGTERM or SIGHUP, `TrainingError` where it cannot go on."""
+        """Train to the end. Raises `Interrupted` after a first SIGINT, SIGTERM or SIGHUP, `TrainingError` if it cannot continue."""
         batches = self.trainer.batches(self.progress.step)
         with _listening() as asked:
             while self.progress.stopped is None:
@@ -238,15 +238,15 @@ class Run:
                 if stop == "signal":
                     raise Interrupted(self.progress.step)
             late = self.accelerator.reduce(torch.tensor(float(asked.is_set()), device=self.accelerator.device))
-            if late:  # in the last evaluation: whoever trains several networks must hear of it, too
+            if late:  # during the last evaluation: callers that train several networks must know
                 raise Interrupted(self.progress.step)
 
     def once(self) -> float:
-        """One step alone, to see whether it can be done; returns its loss."""
+        """Run a single step to check that it works; returns its loss."""
         return self._step(self.trainer.batches(0), threading.Event())[0]
 
     def _step(self, batches: Iterator[Batch], asked: threading.Event) -> tuple[float, str | None]:
-        """One optimizer step; returns its loss and why the run should stop after it, the same in every process."""
+        """One optimizer step; returns its loss and the reason to stop after it, if any, the same in every process."""
         trainer, progress, accelerator = self.trainer, self.progress, self.accelerator
         started, step = time.perf_counter(), progress.step
         rates = trainer.rates.set(step, progress.lr_factor)
@@ -302,7 +302,7 @@ class Run:
             self.save()
 
     def evaluate(self) -> Evaluation:
-        """The kept model on the validation samples."""
+        """Evaluate the kept model on the validation samples."""
         trainer = self.trainer
         found = evaluate(
             trainer.result,
@@ -316,7 +316,7 @@ class Run:
         return found
 
     def note(self, found: Evaluation) -> None:
-        """Enter an evaluation: is it the best?"""
+        """Record an evaluation and check whether it is the best."""
         progress, task = self.progress, self.trainer.task
         value = found.metrics[task.primary]
         first = progress.best is None and math.isfinite(value)
@@ -330,24 +330,24 @@ class Run:
         row = {"step": progress.step, "epoch": round(self.plan.epoch(progress.step), 4), "metrics": found.metrics}
         self.journal.evaluation(row | {"best": progress.best_step == progress.step}, found)
         told = ", ".join(f"{name} {number:.4g}" for name, number in found.metrics.items())
-        if any(map(math.isfinite, found.metrics.values())):  # else what was not measured, or was told as an error
+        if any(map(math.isfinite, found.metrics.values())):  # otherwise not measured, or reported as an error
             self.journal.tell(f"step {progress.step}/{self.plan.total}: {told}")
         if self.watch is not None and progress.step:
             self.watch(progress.step, found.metrics)
 
     def save(self) -> None:
-        """A checkpoint of now."""
+        """Save a checkpoint of the current state."""
         if self.accelerator.is_main_process:
             self.store.save(self.trainer.state(), self.progress)
         self.accelerator.wait_for_everyone()
 
     def _return_from(self, error: NotFiniteError) -> None:
-        """Go back to the last regular checkpoint, with lower rates."""
+        """Roll back to the last regular checkpoint, with lower rates."""
         failed = self.progress.step + 1
         self.trainer.abandon()
         found = self.store.newest(regular=True)
         if found is None:
-            raise TrainingError(f"step {failed}: {error}, and there is no checkpoint to go back to")
+            raise TrainingError(f"step {failed}: {error}, and there is no checkpoint to roll back to")
         state, progress = found
         self.progress = self.guard.rolled_back(error, failed, self.progress, progress)
         self.trainer.load(state)
@@ -360,13 +360,13 @@ class Run:
             {"step": self.progress.step, "failed": failed, "reason": str(error), "lr_factor": self.progress.lr_factor}
         )
         self.journal.tell(
-            f"step {failed}: {error}; back to step {self.progress.step} with rates times {self.progress.lr_factor:g}"
+            f"step {failed}: {error}; rolled back to step {self.progress.step} with rates times {self.progress.lr_factor:g}"
         )
 
 
 @contextmanager
 def _listening() -> Iterator[threading.Event]:
-    """An event that the first SIGINT, SIGTERM or SIGHUP sets; a second one does what it always does."""
+    """An event set by the first SIGINT, SIGTERM or SIGHUP; a second one has its usual effect."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked

@@ -1,4 +1,4 @@
-"""Optimizers by timm's names, tried before a run begins; and whether the state in a checkpoint is that of a run."""
+"""Optimizers by timm's names, tested before a run starts; and checks that a checkpoint's state fits a run."""
 
 import difflib
 from typing import Any
@@ -17,11 +17,11 @@ _STATE: dict[str, Any] = {
     "optimizer": {"state": dict, "param_groups": [dict]},
     "scaler": (dict, type(None)),
 }
-_SHAPES = ((4, 4, 3, 3), (4, 4), (4,))  # of the parameters with which an optimizer is tried
+_SHAPES = ((4, 4, 3, 3), (4, 4), (4,))  # of the parameters with which an optimizer is tested
 
 
 def make_optimizer(groups: Any, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """By timm's name. Raises `ConfigError` for an unknown one, and for one that cannot be had here."""
+    """An optimizer by timm's name. Raises `ConfigError` for an unknown one, and for one that is unavailable here."""
     from timm.optim import create_optimizer_v2, list_optimizers
 
     known = [str(name) for name in list_optimizers(with_description=False)]
@@ -34,12 +34,12 @@ def make_optimizer(groups: Any, config: FinetuneConfig) -> torch.optim.Optimizer
             groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
         )
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"opt {config.opt} cannot be made here: {_line(error)}") from error
+        raise ConfigError(f"opt {config.opt} cannot be created here: {_line(error)}") from error
     return optimizer
 
 
 def try_optimizer(config: FinetuneConfig, device: torch.device) -> None:
-    """Raise `ConfigError` unless the optimizer makes steps and its state can be kept: before the run, not in it."""
+    """Raise `ConfigError` unless the optimizer can step and its state can be saved; called before the run."""
     parameters = [nn.Parameter(torch.ones(shape, device=device)) for shape in _SHAPES]
     optimizer = make_optimizer([{"params": parameters}], config)
     try:
@@ -50,7 +50,7 @@ def try_optimizer(config: FinetuneConfig, device: torch.device) -> None:
         state = storable(optimizer.state_dict())
         optimizer.load_state_dict(state)
         optimizer.step()
-    except Exception as error:  # optimizers of others raise whatever comes up
+    except Exception as error:  # third-party optimizers raise arbitrary errors
         raise ConfigError(f"opt {config.opt} cannot be used here: {_line(error)}") from error
 
 
@@ -59,7 +59,7 @@ def _line(error: Exception) -> str:
 
 
 def check_state(own: dict[str, Any], state: dict[str, Any], where: str) -> None:
-    """Raise `CheckpointError`, which says where, unless a state has what a run's `own` has: before anything is changed."""
+    """Raise `CheckpointError`, with `where`, unless a state fits the run's `own`; nothing is changed."""
     check_fields(state, _STATE, where)
     for key in ("model", "ema"):
         _check_tensors(own[key], state[key], f"{where}: {key}")
@@ -68,11 +68,11 @@ def check_state(own: dict[str, Any], state: dict[str, Any], where: str) -> None:
         raise CheckpointError(f"{where}: optimizer has {len(found)} groups of parameters, expected {len(groups)}")
     for number, (group, other) in enumerate(zip(groups, found, strict=True)):
         if set(group) - set(other) or group["params"] != other.get("params"):
-            raise CheckpointError(f"{where}: optimizer: group {number} is not that of this run")
+            raise CheckpointError(f"{where}: optimizer: group {number} differs from this run's")
     known = {number for group in groups for number in group["params"]}
     for key, values in state["optimizer"]["state"].items():
         if key not in known or not isinstance(values, dict):
-            raise CheckpointError(f"{where}: optimizer: state has {told(key)}, which is no parameter of this run")
+            raise CheckpointError(f"{where}: optimizer: state has {told(key)}, which is not a parameter of this run")
     if own["scaler"] and state["scaler"]:
         check_fields(state["scaler"], {"scale": float, "_growth_tracker": int}, f"{where}: scaler")
 

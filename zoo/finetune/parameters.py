@@ -1,4 +1,4 @@
-"""Which parameters are trained how: new ones, selectors, the others; with and without weight decay."""
+"""Parameter groups: new parameters, selectors, and the rest; with and without weight decay."""
 
 import fnmatch
 from collections.abc import Collection, Iterator
@@ -32,10 +32,10 @@ class Group:
 
 
 def group_parameters(model: nn.Module) -> list[Group]:
-    """Every parameter that requires a gradient, in exactly one group; empty groups are left out.
+    """Every parameter that requires a gradient, in exactly one group; empty groups are omitted.
 
-    No decay on biases and other vectors, on norms, and on what a module's `no_weight_decay()` names (timm's convention).
-    Raises `ConfigError` where nothing is to be trained.
+    No decay for biases and other vectors, norms, and names in a module's `no_weight_decay()` (timm's convention).
+    Raises `ConfigError` if there is nothing to train.
     """
     roles = _roles(model)
     spared = _spared(model)
@@ -57,7 +57,7 @@ def group_parameters(model: nn.Module) -> list[Group]:
 
 
 def optimizer_groups(groups: list[Group], config: FinetuneConfig) -> list[dict[str, Any]]:
-    """The groups as an optimizer takes them; timm's schedules multiply the rate of a group by its `lr_scale`."""
+    """The groups in an optimizer's format; timm's schedules multiply a group's rate by its `lr_scale`."""
     return [
         {
             "params": list(group.parameters.values()),
@@ -70,7 +70,7 @@ def optimizer_groups(groups: list[Group], config: FinetuneConfig) -> list[dict[s
 
 
 def dynamic_modules(model: nn.Module) -> Iterator[tuple[str, DynamicConv2d]]:
-    """The dynamic layers with their names, each once."""
+    """The dynamic layers with their names, each layer once."""
     for name, module in model.named_modules():
         if isinstance(module, DynamicConv2d):
             yield name, module
@@ -85,7 +85,7 @@ def _roles(model: nn.Module) -> dict[int, Role]:
 
 
 def _spared(model: nn.Module) -> set[int]:
-    """Parameters of norms, and those that modules ask to spare from weight decay, by id."""
+    """Parameters of norms, and those that modules exclude from weight decay, by id."""
     spared: set[int] = set()
     for module in model.modules():
         if isinstance(module, NORMS):

@@ -1,4 +1,4 @@
-"""A fine-tuning run from beginning to end: check the data, measure, train, measure again, write."""
+"""A fine-tuning run from start to finish: check the data, evaluate, train, evaluate again, write."""
 
 import contextlib
 import logging
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the model comes from: its name for the record, how to build it, the report of its conversion."""
+    """Origin of the model: its name for the record, how to build it, the report of its conversion."""
 
     name: str = "model"
     base: BaseModel | None = None
@@ -53,7 +53,7 @@ class Source:
 
 @dataclass(kw_only=True)
 class FinetuneResult:
-    """The fine-tuned model, in eval mode on the device it was trained on, and what is to be said about it."""
+    """The fine-tuned model, in eval mode on the device it was trained on, and the summary of the run."""
 
     model: nn.Module
     summary: Summary
@@ -62,7 +62,7 @@ class FinetuneResult:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Of the fine-tuned model."""
+        """Metrics of the fine-tuned model."""
         return self.summary.result.metrics
 
 
@@ -80,13 +80,13 @@ def finetune(
     watch: Watch | None = None,
     known_start: Mapping[str, float] | None = None,
 ) -> FinetuneResult:
-    """Train a model on a task; the caller's model stays as it is.
+    """Train a copy of a model on a task; the caller's model does not change.
 
-    `output` becomes a surgeon folder with `training/` in it; None keeps nothing on disk. `original` is the network before its
-    conversion, for the comparison and for distillation; by default it is rebuilt from the model's recipe where that can be done.
-    `resume` goes on with the run in `output`, which must have been started with the same model, task and options. Random state
-    and the result do not depend on what was drawn before. `watch` gets (step, metrics) of every evaluation in training; what it
-    raises ends the run. `known_start`: the model's metrics before training, where they need not be measured. Raises `DataError`,
+    `output` becomes a surgeon folder with `training/` in it; None writes nothing to disk. `original` is the network before its
+    conversion, for the comparison and for distillation; by default it is rebuilt from the model's recipe if possible.
+    `resume` continues the run in `output`, which must have been started with the same model, task and options. Neither the random
+    state nor the result depends on earlier draws. `watch` gets (step, metrics) of each evaluation in training; an exception from it
+    ends the run. `known_start`: the model's metrics before training, if they need not be measured. Raises `DataError`,
     `ConfigError`, `TrainingError`, and `Interrupted` (a `KeyboardInterrupt`) when asked to stop.
     """
     config, source = config or FinetuneConfig(), source or Source()
@@ -112,7 +112,7 @@ def finetune(
 
 
 class _Session:
-    """One sitting of a run."""
+    """One session of a run."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class _Session:
         self.data = Data(task.dataset("train"), task.dataset("val"))
 
     def open(self, values: dict[str, Any], stack: contextlib.ExitStack, *, resume: bool) -> None:
-        """Write the record of a new run, or compare it with that of the run that goes on; hold the folder until the end."""
+        """Write the record of a new run, or check it against that of the resumed run; hold the folder's lock until the end."""
         assert self.folder is not None
         main = self.accelerator.is_main_process
         if resume:
@@ -140,7 +140,7 @@ class _Session:
                 stack.enter_context(self.folder.locked())
             self.notes += self.folder.compare(values)
         elif main:
-            with self.folder.locked():  # what is replaced
+            with self.folder.locked():  # the run to be replaced
                 self.folder.create(values)
             stack.enter_context(self.folder.locked())
         self.accelerator.wait_for_everyone()
@@ -175,7 +175,7 @@ class _Session:
     # --- before and after -----------------------------------------------------------------------------------------
 
     def _begin(self, run: Run, original: nn.Module | None, known: Mapping[str, float] | None) -> None:
-        """Load the newest checkpoint, or measure the start and write the first one."""
+        """Load the newest checkpoint, or evaluate the start and write the first one."""
         checkpoint = run.store.newest()
         if checkpoint is not None:
             state, run.progress = checkpoint
@@ -193,7 +193,7 @@ class _Session:
             if run.progress.stopped == "patience" and (patience is None or run.progress.stale < patience):
                 run.progress.stopped = None
             self.journal.start(run.progress.step, run.plan.total)
-            self.journal.tell(f"going on after step {run.progress.step}/{run.plan.total}")
+            self.journal.tell(f"resuming after step {run.progress.step}/{run.plan.total}")
             return
         self.journal.start(0, run.plan.total)
         size = self._input_size()
@@ -207,7 +207,7 @@ class _Session:
         run.save()
 
     def _end(self, run: Run) -> Summary:
-        """Take the weights to keep, measure BatchNorm statistics and metrics, and sum up."""
+        """Load the weights to keep, compute BatchNorm statistics and metrics, and summarize."""
         trainer, progress = run.trainer, run.progress
         best = progress.best_step if self.config.keep == "best" else None
         if best is not None:
@@ -240,7 +240,7 @@ class _Session:
         return summary
 
     def _recalibrated(self, trainer: Trainer, before: Evaluation) -> tuple[Evaluation, bool]:
-        """BatchNorm statistics measured anew, unless the network is worse for it."""
+        """Recalibrated BatchNorm statistics, unless the network is worse with them."""
         config, model = self.config, trainer.result
         if not config.recalibrate or config.freeze_bn or not measures_statistics(model):
             return before, False
@@ -261,7 +261,7 @@ class _Session:
         return tuple(self.data.train[0]["input"].shape)
 
 
-# --- the parts ----------------------------------------------------------------------------------------------------
+# --- helpers ------------------------------------------------------------------------------------------------------
 
 
 def _bound(model: nn.Module, task: Task) -> tuple[nn.Module, str]:
@@ -273,14 +273,14 @@ def _bound(model: nn.Module, task: Task) -> tuple[nn.Module, str]:
 
 
 def _shared_place(stack: contextlib.ExitStack) -> Path:
-    """A folder for the checkpoints of a run that leaves nothing: that of the first process, for all on the machine."""
+    """A folder for the checkpoints of a run without an output: the first process's, shared by all on the machine."""
     from accelerate.utils import broadcast_object_list
 
     return Path(broadcast_object_list([stack.enter_context(tempfile.TemporaryDirectory())])[0])
 
 
 def _with_recipe(model: nn.Module, carrier: nn.Module) -> nn.Module:
-    """The model with the recipe that another carries."""
+    """The model with the recipe of another one."""
     recipe = get_recipe(carrier)
     if recipe is not None:
         set_recipe(model, recipe)
@@ -288,7 +288,7 @@ def _with_recipe(model: nn.Module, carrier: nn.Module) -> nn.Module:
 
 
 def _with_classes(model: nn.Module, task: Task) -> nn.Module:
-    """The model, whose recipe says what its outputs stand for."""
+    """The model with the names of its outputs in its recipe."""
     names = task.outputs()
     if names is not None:
         set_recipe(model, replace(get_recipe(model) or Recipe(rules=()), classes=names))
@@ -298,9 +298,9 @@ def _with_classes(model: nn.Module, task: Task) -> nn.Module:
 def _original(
     work: nn.Module, task: Task, given: nn.Module | None, config: FinetuneConfig
 ) -> tuple[nn.Module | None, list[str]]:
-    """The network before its conversion, bound to the task, and a note where it cannot be had.
+    """The network before its conversion, bound to the task, and a note if it is unavailable.
 
-    Raises `ConfigError` where it is to teach and cannot be had.
+    Raises `ConfigError` if it is needed as a teacher but unavailable.
     """
     note = None
     original: nn.Module | None = None
@@ -319,7 +319,7 @@ def _original(
             try:
                 original = restore(recipe.base)
             except ModelError as error:
-                note = f"the original network cannot be had: {error}"
+                note = f"the original network is unavailable: {error}"
     if original is None:
         if config.distill:
             raise ConfigError(f"distill needs the original network. {note}")
@@ -330,7 +330,7 @@ def _original(
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Afterwards the global generators of Python, numpy and torch are as before."""
+    """Context that restores the global generators of Python, numpy and torch."""
     python, legacy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:
@@ -346,7 +346,7 @@ def _random_state_kept() -> Iterator[None]:
 
 @dataclass(kw_only=True)
 class DryRun:
-    """What a run would be: its length, its groups of parameters, one step tried on a copy, the cost of a step."""
+    """Preview of a run: its length, its parameter groups, one step tried on a copy, the cost of a step."""
 
     steps: int
     epochs: float
@@ -367,7 +367,7 @@ class DryRun:
 def dry_run(
     model: nn.Module, task: Task, config: FinetuneConfig | None = None, *, original: nn.Module | None = None
 ) -> DryRun:
-    """Check the data, try one step in a copy, and predict what a step costs on a GPU; nothing is written."""
+    """Check the data, try one step on a copy, and predict the cost of a step on a GPU; nothing is written."""
     config = config or FinetuneConfig()
     task.check()
     accelerator = make_accelerator(config)
@@ -397,7 +397,7 @@ def dry_run(
 
 
 def _predicted(model: nn.Module, size: tuple[int, ...], config: FinetuneConfig) -> "tuple[Cost | None, list[str]]":
-    """The cost of a training step for one process, or a note why it cannot be told."""
+    """The cost of a training step for one process, or a note explaining why it is unknown."""
     from surgeon.costs import cost
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -418,5 +418,5 @@ def _predicted(model: nn.Module, size: tuple[int, ...], config: FinetuneConfig) 
         )
     except SurgeonError as error:
         return None, [f"the cost of a step cannot be predicted: {error}"]
-    notes = ["the predicted memory is that of the model and the optimizer; averages (ema) and a teacher come on top"]
+    notes = ["the predicted memory covers the model and the optimizer; averages (ema) and a teacher are extra"]
     return found, notes if config.ema or config.distill else []

@@ -1,4 +1,4 @@
-"""What happens at which step: rates, phases, temperature. All of it follows from the number of the step alone."""
+"""Rates, phases and temperature at each step. All of it follows from the number of the step alone."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,22 +13,22 @@ from surgeon.zoo.finetune.parameters import ROLES, Group, Role, dynamic_modules
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Length and cadence of a run, in optimizer steps; step numbers count from 0 before, from 1 after the step."""
+    """Length and cadence of a run, in optimizer steps; counts start at 0 before the first step."""
 
     samples: int  # in an epoch
-    per_step: int  # samples an optimizer step
+    per_step: int  # samples per optimizer step
     total: int
     warmup: int
     new_first: int
     eval_every: int
     checkpoint_every: int
     alternate: int | None
-    decay_every: int = 1  # of the schedule "step"
-    milestones: tuple[int, ...] = ()  # of "multistep"
+    decay_every: int = 1  # for the schedule "step"
+    milestones: tuple[int, ...] = ()  # for "multistep"
 
     @classmethod
     def make(cls, config: FinetuneConfig, samples: int, groups: list[Group]) -> "Plan":
-        """Raises `ConfigError` for phases that the model's parameters cannot fill, or that leave nothing of the run."""
+        """Raises `ConfigError` for phases that need parameters the model lacks, or that leave nothing of the run."""
         per_step = config.batch_size * config.accumulate
         steps_per_epoch = samples / per_step
         lengths = [] if config.max_steps is None else [config.max_steps]
@@ -59,16 +59,16 @@ class Plan:
         if self.new_first and not roles & {"new", "selector"}:
             raise ConfigError("new_first trains new parameters first, and the model has none that require a gradient")
         if self.new_first >= self.total and "other" in roles and self.new_first:
-            raise ConfigError(f"new_first ({self.new_first} steps) leaves nothing of the run ({self.total} steps)")
+            raise ConfigError(f"new_first ({self.new_first} steps) takes up the whole run ({self.total} steps)")
         if self.alternate is not None and not ("selector" in roles and roles - {"selector"}):
-            raise ConfigError("alternate training takes turns with selectors, and the model has none (they are PAFU's)")
+            raise ConfigError("alternate trains selectors in turn, and the model has none (only PAFU has them)")
 
     def epoch(self, step: int) -> float:
-        """Passes over the training data after so many steps."""
+        """Passes over the training data after this many steps."""
         return step * self.per_step / self.samples
 
     def active(self, step: int) -> frozenset[Role]:
-        """The roles whose parameters move in the step with this number, counted from 0."""
+        """The roles whose parameters are updated in the step with this number, counted from 0."""
         roles: set[Role] = set(ROLES)
         if step < self.new_first:
             roles.discard("other")
@@ -78,35 +78,33 @@ class Plan:
         return frozenset(roles)
 
     def warm(self, step: int) -> float:
-        """Factor on the rate of the other parameters: their own linear warm-up after a first phase without them."""
+        """Rate factor of the other parameters: their own linear warm-up after a first phase without them."""
         if not self.new_first or step < self.new_first:
             return 1.0
         return min((step - self.new_first + 1) / (self.warmup + 1), 1.0)
 
 
 class Rates:
-    """The learning rates of an optimizer's groups at every step, by timm's schedules."""
+    """The learning rates of an optimizer's groups at every step, following timm's schedules."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: FinetuneConfig, plan: Plan) -> None:
         from timm.scheduler import create_scheduler_v2
 
         self.optimizer, self.plan = optimizer, plan
-        default = {"poly": 1.0, "constant": 1.0}.get(config.sched, 0.1)  # of "poly" it is the power
+        default = {"poly": 1.0, "constant": 1.0}.get(config.sched, 0.1)  # for "poly" it is the power
         decay = default if config.decay_rate is None else config.decay_rate
         self.schedule, _ = create_scheduler_v2(
             optimizer,
-            "step"
-            if config.sched == "constant"
-            else config.sched,  # a decay by 1: as constant, in every version of timm
+            "step" if config.sched == "constant" else config.sched,  # a decay by 1: constant in every version of timm
             num_epochs=plan.total - plan.warmup,
             decay_epochs=plan.decay_every,
-            # timm's multistep decays a step before its milestone
+            # timm's multistep decays one step before its milestone
             decay_milestones=[milestone + 1 for milestone in plan.milestones],
             decay_rate=decay,
             min_lr=config.min_lr,
             warmup_lr=config.lr / (plan.warmup + 1),
             warmup_epochs=plan.warmup,
-            warmup_prefix=True,  # the schedule begins at its top, where the warm-up ends
+            warmup_prefix=True,  # the schedule starts at its peak, where the warm-up ends
             step_on_epochs=False,
             updates_per_epoch=1,
         )
@@ -136,7 +134,7 @@ class Temperature:
 
 
 def describe(optimizer: torch.optim.Optimizer, groups: list[Group]) -> list[dict[str, Any]]:
-    """The optimizer's groups for people: role, whether they decay, tensors, parameters, scale of the rate."""
+    """Description of the optimizer's groups: role, decay, number of tensors and parameters, rate scale."""
     return [
         {
             "role": group.role,

@@ -1,7 +1,7 @@
-"""Checkpoints of a training run: one safetensors file each, checked by a digest, written atomically. No pickles.
+"""Checkpoints of a training run: one safetensors file each, verified by a digest, written atomically. No pickles.
 
-A checkpoint is a tree of dictionaries, lists, numbers, texts and tensors. Random numbers, the order of the samples, rates and
-temperatures are not in it: they follow from the seed and the step (`batches.py`, `schedule.py`).
+A checkpoint is a tree of dictionaries, lists, numbers, strings and tensors. It does not contain random numbers, sample order,
+rates or temperatures: they follow from the seed and the step (`batches.py`, `schedule.py`).
 """
 
 import contextlib
@@ -27,26 +27,26 @@ from surgeon.util.files import check_fields, parse_json, read_text, sync, told
 logger = logging.getLogger(__name__)
 
 _STEP = re.compile(r"(step|best)-([0-9]{9})\.safetensors")
-_KEPT = 2  # newest checkpoints, and as many of the regular ones
+_KEPT = 2  # newest checkpoints, and as many regular ones
 
 
 @dataclass
 class Progress:
-    """How far a run is; with the tensors it is what a checkpoint holds."""
+    """Progress of a run; together with the tensors it makes up a checkpoint."""
 
     step: int = 0
-    seconds: float = 0.0  # of training, over all sittings
+    seconds: float = 0.0  # of training, over all sessions
     best: float | None = None
     best_step: int | None = None
     stale: int = 0  # evaluations since the best
     rollbacks: int = 0
     lr_factor: float = 1.0
-    stopped: str | None = None  # why the run is at its end: "steps", "time", "patience"
+    stopped: str | None = None  # why the run has ended: "steps", "time", "patience"
     start: dict[str, Any] = field(default_factory=dict)  # what was measured before training
     last: dict[str, float] = field(default_factory=dict)  # metrics of the newest evaluation
 
 
-# What a checkpoint says of the progress, for `check_fields`.
+# Schema of the progress in a checkpoint, for `check_fields`.
 _NUMBER, _NONE = (int, float), type(None)
 _PROGRESS: dict[str, Any] = {
     **dict.fromkeys(("step", "stale", "rollbacks"), int),
@@ -86,7 +86,7 @@ def write_tree(file: Path, tree: Any) -> None:
 
 
 def read_tree(file: Path) -> Any:
-    """Read what `write_tree` wrote; raises `CheckpointError` for anything else, also for a single changed bit."""
+    """Read a file written by `write_tree`; raises `CheckpointError` for anything else, even a single changed bit."""
     try:
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
@@ -94,12 +94,12 @@ def read_tree(file: Path) -> Any:
             tensors = {name: content.get_tensor(name) for name in names}
         text = metadata["tree"]
         if _digest(text, tensors) != metadata["sha256"]:
-            raise CheckpointError(f"{file} is damaged: its SHA-256 is not that of its content")
+            raise CheckpointError(f"{file} is damaged: its SHA-256 does not match its content")
         return _unpack(parse_json(text, str(file)), tensors)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{file} is damaged or no checkpoint ({type(error).__name__}: {error})") from error
+        raise CheckpointError(f"{file} is damaged or not a checkpoint ({type(error).__name__}: {error})") from error
 
 
 def write_text(file: Path, text: str) -> None:
@@ -117,7 +117,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON values in which tensors and what JSON lacks (tuples, keys that are no texts) stand as one-key dictionaries."""
+    """JSON values; tensors and types that JSON lacks (tuples, non-string keys) become one-key dictionaries."""
     if isinstance(value, Tensor):
         tensors[path] = value.detach()
         return {"tensor": path}
@@ -128,12 +128,14 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         inner = [_pack(part, f"{path}/{i}", tensors) for i, part in enumerate(value)]
         return {"tuple": inner} if isinstance(value, tuple) else inner
     if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}  # JSON has none
+        return {"float": str(value)}  # not in JSON
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
-    raise CheckpointError(f"{path} in the state of the run is a {type(value).__name__}, which a checkpoint cannot hold")
+    raise CheckpointError(
+        f"{path} in the state of the run is a {type(value).__name__}, which a checkpoint cannot store"
+    )
 
 
 def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -151,18 +153,18 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "tuple":
         return tuple(_unpack(part, tensors) for part in inner)
     if kind != "dict":
-        raise ValueError(f"it holds a {told(kind)}")
+        raise ValueError(f"it contains a {told(kind)}")
     return {key: _unpack(part, tensors) for key, part in inner}
 
 
 def storable(value: Any) -> Any:
-    """A value as a checkpoint gives it back; raises `CheckpointError` where it cannot hold it."""
+    """A value after a round trip through a checkpoint; raises `CheckpointError` if it cannot be stored."""
     tensors: dict[str, Tensor] = {}
     return _unpack(json.loads(json.dumps(_pack(value, "", tensors))), tensors)
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, none sharing memory with another: as safetensors wants them."""
+    """On the CPU, contiguous, sharing no memory: as required by safetensors."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -188,22 +190,22 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 
 
 class Store:
-    """The checkpoints in a folder: `step-….safetensors` with everything, `best-….safetensors` with the weights to keep.
+    """The checkpoints in a folder: full ones in `step-….safetensors`, the weights to keep in `best-….safetensors`.
 
-    Kept are the newest two, the newest two of the regular cadence (to which a run is set back), and the best weights they name.
+    Keeps the newest two, the newest two of the regular cadence (rollback targets), and the best weights they refer to.
     """
 
     def __init__(self, folder: Path, every: int, *, keeps_best: bool = True) -> None:
         self.folder, self.every, self.keeps_best = folder, every, keeps_best
 
     def create(self) -> None:
-        """Make the folder, and remove what a killed process was writing."""
+        """Create the folder, and remove partial files of a killed process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".*.partial-*"):
             left.unlink(missing_ok=True)
 
     def save(self, tree: dict[str, Any], progress: Progress) -> None:
-        """Write the checkpoint of a step, and remove those that are not needed any more."""
+        """Write the checkpoint of a step, and remove those no longer needed."""
         write_tree(self.path("step", progress.step), tree | {"progress": vars(progress)})
         steps = self.steps()
         keep = {*steps[-_KEPT:], *[step for step in steps if step % self.every == 0][-_KEPT:]}
@@ -216,7 +218,7 @@ class Store:
                 self.path("best", step).unlink(missing_ok=True)
 
     def save_best(self, weights: dict[str, Tensor], step: int) -> None:
-        """Keep weights that are better than all before."""
+        """Save weights that are better than all before."""
         write_tree(self.path("best", step), {"weights": weights})
 
     def best(self, step: int) -> dict[str, Tensor]:
@@ -227,12 +229,12 @@ class Store:
         return weights
 
     def newest(self, regular: bool = False) -> tuple[dict[str, Any], Progress] | None:
-        """The newest checkpoint that can be read; damaged ones are logged and passed over. None where there is none.
+        """The newest readable checkpoint; damaged ones are logged and skipped. None if there is none.
 
-        Raises `CheckpointError` where there are checkpoints and all are damaged.
+        Raises `CheckpointError` if there are checkpoints and all are damaged.
         """
         steps = self.steps()
-        if regular:  # where the cadence was changed there may be none
+        if regular:  # there may be none after a change of the cadence
             steps = [step for step in steps if step % self.every == 0] or steps
         first: CheckpointError | None = None
         for step in reversed(steps):
@@ -241,16 +243,16 @@ class Store:
                 if self.keeps_best and progress.best_step is not None:
                     self.best(progress.best_step)
             except CheckpointError as error:
-                logger.warning("%s: going back to the checkpoint before it", error)
+                logger.warning("%s: using the previous checkpoint", error)
                 first = first or error
                 continue
             return tree, progress
         if steps:
-            raise CheckpointError(f"every checkpoint in {self.folder} is damaged; start anew with --force. {first}")
+            raise CheckpointError(f"every checkpoint in {self.folder} is damaged; start over with --force. {first}")
         return None
 
     def _read(self, step: int) -> tuple[dict[str, Any], Progress]:
-        """The checkpoint of a step; raises `CheckpointError`, which names the field, for one that no run wrote."""
+        """The checkpoint of a step; raises `CheckpointError` that names the field if no run can have written it."""
         file = self.path("step", step)
         tree = read_tree(file)
         check_fields(tree, {"progress": dict}, str(file))
@@ -258,7 +260,7 @@ class Store:
         where = f"{file}: progress"
         unknown = sorted(str(key) for key in set(values) ^ set(vars(Progress())))
         if unknown:
-            raise CheckpointError(f"{where} lacks, or should not have, {', '.join(unknown)}")
+            raise CheckpointError(f"{where} is missing, or should not have, {', '.join(unknown)}")
         check_fields(values, _PROGRESS, where)
         for key in ("step", "best_step", "stale", "rollbacks", "seconds"):
             if values[key] is not None and not values[key] >= 0:
@@ -276,23 +278,23 @@ class Store:
         return tree, Progress(**values)
 
     def drop_after(self, step: int) -> None:
-        """Forget what a run that was set back to `step` will do again."""
+        """Remove what a run that was rolled back to `step` will redo."""
         for kind in ("step", "best"):
             for later in self.steps(kind):
                 if later > step:
                     self.path(kind, later).unlink(missing_ok=True)
 
     def steps(self, kind: str = "step") -> list[int]:
-        """Steps of which there is a file, ascending."""
+        """Steps that have a file, ascending."""
         found = (_STEP.fullmatch(file.name) for file in self.folder.iterdir())
         return sorted(int(match[2]) for match in found if match is not None and match[1] == kind)
 
     def path(self, kind: str, step: int) -> Path:
-        """Where a checkpoint lies."""
+        """Path of a checkpoint."""
         return self.folder / f"{kind}-{step:09d}.safetensors"
 
     def _best_of(self, step: int) -> int | None:
-        """Which best weights the checkpoint of a step names; None where it names none or cannot be read."""
+        """The step of the best weights that a step's checkpoint refers to; None if there is none or it cannot be read."""
         with contextlib.suppress(CheckpointError, OSError, SafetensorError, KeyError, ValueError):
             with safe_open(self.path("step", step), framework="pt") as content:
                 tree = _unpack(json.loads(content.metadata()["tree"]), _Nothing())
@@ -302,7 +304,7 @@ class Store:
 
 
 class _Nothing(dict[str, Tensor]):
-    """Stands for the tensors where only the rest of a tree is wanted."""
+    """Replaces the tensors when only the rest of a tree is needed."""
 
     def __missing__(self, name: str) -> Tensor:
         return torch.empty(0)
@@ -312,7 +314,7 @@ class _Nothing(dict[str, Tensor]):
 
 
 class Log:
-    """`log.jsonl`: one row a line. Rows after the step at which a run is taken up again are dropped: they come once more."""
+    """`log.jsonl`: one row per line. Resuming drops rows after the resumed step: they will be written again."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -333,7 +335,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """JSON values whose numbers that are not finite have become null."""
+    """JSON values with NaN and infinity replaced by null."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -342,7 +344,7 @@ def finite(value: Any) -> Any:
 
 
 def read_log(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows; a line that a kill cut short is passed over. Raises `CheckpointError` for what is no row otherwise."""
+    """The rows; a line truncated by a kill is skipped. Raises `CheckpointError` for any other malformed row."""
     if not file.is_file():
         return
     for number, line in enumerate(read_text(file).splitlines(), start=1):

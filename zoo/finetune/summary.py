@@ -1,4 +1,4 @@
-"""What a run came to: the original, the network it started from, and what it became, side by side."""
+"""Summary of a run: the original, the starting network, and the fine-tuned one, side by side."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -12,7 +12,7 @@ from surgeon.zoo.finetune.state import finite
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One network on the task. FLOPs are for one input of the training size (1 MAC = 2 FLOPs), seconds for one evaluation."""
+    """One network on the task. FLOPs per input of the training size (1 MAC = 2 FLOPs), seconds for one evaluation."""
 
     metrics: dict[str, float]
     parameters: int
@@ -22,7 +22,7 @@ class Measured:
 
 @dataclass(kw_only=True)
 class Summary:
-    """Everything that is said at the end of a run."""
+    """Text and JSON summary of a run."""
 
     task: str
     primary: str
@@ -33,7 +33,7 @@ class Summary:
     steps: int
     epochs: float
     stopped: str  # "steps", "time" or "patience"
-    kept_step: int  # of which the weights are
+    kept_step: int  # of the kept weights
     recalibrated: bool  # whether the BatchNorm statistics measured at the end are the ones kept
     rollbacks: int
     seconds: float  # of training
@@ -41,16 +41,16 @@ class Summary:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; numbers that are not finite become null."""
+        """As plain JSON values; NaN and infinity become null."""
         values: dict[str, Any] = finite(asdict(self))
         return values
 
     def to_json(self) -> str:
-        """As the text of summary.json."""
+        """The text of summary.json."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     def to_text(self, width: int = 80) -> str:
-        """As a table and a few lines for people."""
+        """A table and a few lines."""
         rows = []
         names = [self.primary, *(name for name in self.start.metrics if name != self.primary)]
         for label, found in (("original", self.original), ("at the start", self.start), ("fine-tuned", self.result)):
@@ -66,16 +66,16 @@ class Summary:
             f"kept: the weights of step {self.kept_step} ({self.primary}: {arrow} is better)",
         ]
         if self.recalibrated:
-            lines.append("BatchNorm statistics were measured anew at the end")
+            lines.append("BatchNorm statistics were recalibrated at the end")
         if self.rollbacks:
-            lines.append(f"set back {self.rollbacks} times after numbers that were not finite; see training/log.jsonl")
+            lines.append(f"rolled back {self.rollbacks} times after NaN or infinity; see training/log.jsonl")
         lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in self.notes]
         header = ("", *names, "params", "FLOPs", "eval s")
         return "\n".join([table(header, rows, width=width), "", *lines]) + "\n"
 
 
 def measured(model: nn.Module, metrics: dict[str, float], seconds: float, input_size: tuple[int, ...]) -> Measured:
-    """Metrics with what the network costs."""
+    """Metrics, and the network's cost."""
     return Measured(
         metrics=metrics,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -85,7 +85,7 @@ def measured(model: nn.Module, metrics: dict[str, float], seconds: float, input_
 
 
 def _flops(model: nn.Module, input_size: tuple[int, ...]) -> float | None:
-    """FLOPs of one input, None where the model cannot be traced with one image tensor."""
+    """FLOPs of one input, None if the model cannot be traced with one image tensor."""
     from surgeon.costs import cost
     from surgeon.errors import SurgeonError
 

@@ -1,4 +1,4 @@
-"""One file a network; importing them registers their names."""
+"""One file per network; importing them registers their names."""
 
 from surgeon.zoo.networks import (
     ad_resnet,

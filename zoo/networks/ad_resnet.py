@@ -1,8 +1,8 @@
 """Ad-ResNets: Wang et al., "Adaptive Convolutions with Per-pixel Dynamic Filter Atom" (ICCV 2021), appendix A.4 and Table A.
 
-ResNets whose last two stages have dynamic bottleneck blocks: 1×1 convolution, ACDA of kernel size 7 (stage 3) or 5 (stage 4),
-1×1 convolution that doubles the channels. They are made by surgery from their convolutional twins (`…_conv`), whose blocks
-have 7×7 and 5×5 convolutions. m = 6 atoms over m' = 6 elements at each of S = 3 scales, so that the largest window is 7×7 in
+ResNets whose last two stages have dynamic bottleneck blocks: 1×1 convolution, ACDA with kernel size 7 (stage 3) or 5 (stage 4),
+1×1 convolution that doubles the channels. Surgery makes them from their convolutional counterparts (`…_conv`), whose blocks
+have 7×7 and 5×5 convolutions. m = 6 atoms over m' = 6 elements at each of S = 3 scales, so the largest window is 7×7 in
 both stages: appendix A.4 says that every generator has 6·18 outputs.
 """
 
@@ -20,7 +20,7 @@ RULES = (Rule(layers="re:layer[34]\\..*conv2$", type="acda", options=ACDA),)
 
 
 class WideBottleneck(nn.Module):
-    """1×1, k×k, 1×1 to twice the width, each with batch norm, plus the shortcut, ReLU. Takes what timm's ResNet gives."""
+    """1×1, k×k, 1×1 to twice the width, each with batch norm, plus the shortcut, ReLU. Interface of a timm ResNet block."""
 
     expansion = 2
     kernel_size = 7
@@ -101,7 +101,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
 
 
 def trunk(size: str, wide: type[nn.Module] | None = None, **options: Any) -> ResNet:
-    """The convolutional twin of Ad-ResNet-s, -m or -l; `wide` is the block of its last two stages in place of 7×7 and 5×5."""
+    """The convolutional counterpart of Ad-ResNet-s, -m or -l; `wide` replaces the 7×7 and 5×5 blocks of the last two stages."""
     shape = _SHAPES[size]
     block = shape["block"] if wide is None else (*shape["block"][:2], wide, wide)
     return ResNet(**(shape | {"block": block} | options))
@@ -110,12 +110,12 @@ def trunk(size: str, wide: type[nn.Module] | None = None, **options: Any) -> Res
 _DIFFERENCE = {
     "s": "the published number is 0.63 M higher, 157 k for each of the 4 ACDA layers, see ad_resnet_l",
     "m": "the published number is 0.55 M higher, 137 k for each of the 4 ACDA layers, see ad_resnet_l",
-    "l": "the published numbers of -m and -l differ by 8.36 M; without the static layers of these blocks 197 k remain for what a "
+    "l": "the published numbers of -m and -l differ by 8.36 M; without the static layers of these blocks, 197 k remain for what a "
     "generator has beside its 1×1 convolution, that is a 3×3 convolution from 64 to 342 channels, where A.4 says 6·18 = 108. "
-    "Tried, and none fits all three: other numbers of atoms (3-12), of outputs (6-700), hidden widths (32-256), up to three "
-    "further 64-channel layers, shortcuts with and without projection. A 3×3, a 5×5 and a 7×7 head of 36 outputs in each "
+    "None of these fits all three: other numbers of atoms (3-12), of outputs (6-700), hidden widths (32-256), up to three "
+    "additional 64-channel layers, shortcuts with and without projection. A 3×3, a 5×5 and a 7×7 head of 36 outputs in each "
     "generator, which A.3 does not have, would give 3.74, 9.80 and 18.12 M; a 3×3 first convolution in the generator, as a public "
-    "reimplementation has, -7.1, +2.0 and +1.6 % in place of -16.3, -5.6 and -8.2 %: ours stays with the letter of A.3",
+    "reimplementation has, -7.1, +2.0 and +1.6 % instead of -16.3, -5.6 and -8.2 %: ours follows A.3 literally",
 }
 _PARAMS = {"s": 3.85e6, "m": 9.83e6, "l": 18.19e6}
 _LAYERS = {"s": 4, "m": 4, "l": 11}
@@ -128,7 +128,7 @@ for _size in _SHAPES:
     classifier(
         f"ad_resnet_{_size}_conv",
         _build,
-        f"The twin of Ad-ResNet-{_size} with 7×7 and 5×5 convolutions where that has ACDA.",
+        f"Ad-ResNet-{_size} with 7×7 and 5×5 convolutions in place of ACDA.",
         source=__doc__,
     )
     classifier(

@@ -1,8 +1,8 @@
 """ADFNet: Shen et al., "Adaptive Dynamic Filtering Network for Image Denoising" (AAAI 2023), Figure 2.
 
 An encoder and a decoder at four scales. The encoder has a CB and an MCB at each scale, the decoder a DCB and an MDCB at all but
-the coarsest; 3×3 convolutions of stride 2 with an activation lead down, 6×6 transposed convolutions up, where the encoder's
-features of that scale are added. The last convolution gives the correction that is added to the image.
+the coarsest; 3×3 convolutions of stride 2 with an activation downsample, 6×6 transposed convolutions upsample, where the encoder's
+features of that scale are added. The last convolution outputs the correction that is added to the image.
 """
 
 from itertools import pairwise
@@ -23,8 +23,8 @@ class ADFNet(nn.Module):
     """Noisy image (N, C, H, W) in [0, 1] -> denoised image of the same shape, not clipped.
 
     The sides may have any length of at least 8: the image is reflected at its border to a multiple of 8. `single` and `multi`
-    say where the blocks are dynamic, DCB in place of CB and MDCB in place of MCB: "none", "encoder", "decoder" or "all" (of
-    Table 4; the coarsest scale, between the two sides, is dynamic in "all" only). `attention` off leaves MFI out everywhere.
+    select where the blocks are dynamic, DCB instead of CB and MDCB instead of MCB: "none", "encoder", "decoder" or "all" (of
+    Table 4; the coarsest scale, between the two sides, is dynamic in "all" only). `attention=False` omits MFI everywhere.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ADFNet(nn.Module):
         start_at_zero(self.tail)
 
     def correction(self, x: Tensor) -> Tensor:
-        """What is added to x, whose sides are multiples of 8."""
+        """The residual added to x, whose sides are multiples of 8."""
         x = self.head(x)
         kept = []
         for encode, down in zip(list(self.encode)[:-1], self.down, strict=True):
@@ -113,14 +113,14 @@ _LAYOUT = (
 _RESHAPED = r"\.generator\.weight$|\.static$"
 _DEFORM = r"\.deform\.(weight|bias)$"
 _LEFT_OUT = (
-    "the published numbers are those of a counter of modules: it leaves out the weights of the seven deformable convolutions "
-    "({deform} parameters, which are no module's, {deform_macs} G of the multiply-accumulates) and counts the transposed "
+    "the published numbers come from a module counter: it omits the weights of the seven deformable convolutions "
+    "({deform} parameters, which belong to no module, {deform_macs} G of the multiply-accumulates) and counts the transposed "
     "convolutions at their output size, 4 times too much (+{up_macs} G): {sum}"
 )
 _BY_HAND: dict[str, Any] = {
     "plain": "adfnet_wo_dcb_mdcb",
-    "by_hand": "a DCB has other convolutions than a CB, and an MDCB other ones than an MCB: none is the other with a layer "
-    "replaced, so that surgery on the static network gives another one",
+    "by_hand": "a DCB has other convolutions than a CB, and an MDCB than an MCB: neither is the other with a layer "
+    "replaced, so surgery on the static network yields a different one",
 }
 _PAPER: dict[str, Any] = {"layout": _LAYOUT, "reshaped": _RESHAPED, "uncounted": _DEFORM}
 _COLOUR = _LEFT_OUT.format(deform="977,600", deform_macs="1.06", up_macs="2.72", sum="12.29 - 1.06 + 2.72 = 13.95 G")

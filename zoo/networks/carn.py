@@ -42,7 +42,7 @@ class Fuse(nn.Module):
 
 
 def cascade(x: Tensor, blocks: Iterable[nn.Module], fuses: Iterable[nn.Module]) -> Tensor:
-    """Figure 2: each block works on what was fused last; its result is fused with x and all earlier results."""
+    """Figure 2: each block processes the last fused map; its result is fused with x and all earlier results."""
     maps = [x]
     for block, fuse in zip(blocks, fuses, strict=True):
         maps.append(block(x))
@@ -80,7 +80,7 @@ class Upsample(nn.Module):
 class CARNM(nn.Module):
     """RGB image (N, 3, H, W) in [0, 1] -> (N, 3, scale*H, scale*W), not clipped.
 
-    `scale` is the factor used where `forward` is given none.
+    `scale` is the default factor of `forward`.
     """
 
     mean: Tensor
@@ -108,7 +108,7 @@ class CARNM(nn.Module):
         return image
 
 
-# In circulation: the mean of DIV2K as frozen 1x1 convolutions (dropped, it is a constant here), blocks b1..b3, fusions c1..c3.
+# Public weights: the mean of DIV2K as frozen 1x1 convolutions (dropped, it is a constant here), blocks b1..b3, fusions c1..c3.
 _LAYOUT = (
     (r"^(sub|add)_mean\..*", ""),
     (r"^b(\d)\.b1\.body\.0\.", zero_based("blocks.{}.block.conv1.")),

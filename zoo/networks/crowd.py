@@ -39,9 +39,9 @@ class CrowdNet(nn.Module):
 
 
 _DECODER = (
-    "the trunk differs as in Table 2 (see ad_resnet_l), by 0.63 M (s) and 0.55 M (m). Without classifier the published trunks "
-    "leave 1.53 M (s) and 3.07 M (m) for the decoder: only a layer whose width does not depend on the input's doubles so, and "
-    "no whole number of channels fits (2994 weights an input channel); ours, {ours}"
+    "the trunk differs as in Table 2 (see ad_resnet_l), by 0.63 M (s) and 0.55 M (m). Without a classifier the published trunks "
+    "leave 1.53 M (s) and 3.07 M (m) for the decoder: only a layer whose width is independent of the input's would double, and "
+    "no whole number of channels fits (2994 weights per input channel); ours, {ours}"
 )
 
 
@@ -58,7 +58,11 @@ def _entry(name: str, doc: str, size: str, **about: Any) -> None:
 
 
 for _size, _params, _ours in (("s", 4.87e6, "1.57 M"), ("m", 11.87e6, "2.75 M")):
-    _entry(f"ad_resnet_crowd_{_size}_conv", f"The convolutional twin of ad_resnet_crowd_{_size} (7×7 and 5×5).", _size)
+    _entry(
+        f"ad_resnet_crowd_{_size}_conv",
+        f"The convolutional counterpart of ad_resnet_crowd_{_size} (7×7 and 5×5).",
+        _size,
+    )
     _entry(
         f"ad_resnet_crowd_{_size}",
         f"Crowd counting with Ad-ResNet-{_size} as feature extractor, density map at full size.",
@@ -70,10 +74,10 @@ for _size, _params, _ours in (("s", 4.87e6, "1.57 M"), ("m", 11.87e6, "2.75 M"))
     )
 _entry(
     "ad_resnet_crowd_baseline",
-    "The baseline of crowd counting: Ad-ResNet-s with 3×3 convolutions in place of ACDA.",
+    "The baseline of crowd counting: Ad-ResNet-s with 3×3 convolutions instead of ACDA.",
     "s",
     baseline=True,
     published=Published(where="ACDA Table 3", params=4.78e6),
-    difference="with 3×3 convolutions, the nearest: with 7×7 and 5×5 it would be 7.88 M. The published baseline has 0.09 M "
-    "fewer than Ad-ResNet-s, ours 0.19 M more, as ours lacks 0.63 M in the generators and the decoder is not known",
+    difference="3×3 convolutions come closest: with 7×7 and 5×5 it would be 7.88 M. The published baseline has 0.09 M "
+    "fewer than Ad-ResNet-s, ours 0.19 M more, because ours lacks 0.63 M in the generators and the decoder is unknown",
 )

@@ -1,8 +1,8 @@
 """Demosaicking network: Gharbi et al., "Deep Joint Demosaicking and Denoising" (2016), figure 2, without the noise channel.
 
-The mosaic's 2x2 cells become pixels with four channels; a chain of convolutions works at that half size; its last layer gives
-features and masks that multiply them; 12 maps made of the product are moved back to full size, joined by the mosaic, and two
-more convolutions give the image. No convolution pads, so the image is smaller than the mosaic by `border` on each side.
+The mosaic's 2x2 cells become pixels with four channels; a chain of convolutions runs at that half size; its last layer outputs
+features and masks that multiply them; 12 maps of the product are rearranged to full size, concatenated with the mosaic, and two
+more convolutions produce the image. No convolution pads, so the image is smaller than the mosaic by `border` on each side.
 """
 
 from itertools import pairwise
@@ -48,7 +48,7 @@ class BayerDemosaic(nn.Module):
 
 
 def grbg_mosaic(image: Tensor) -> Tensor:
-    """What a GRBG sensor sees of an RGB image (N, 3, H, W): the same shape, zero where a color was not measured."""
+    """The GRBG mosaic of an RGB image (N, 3, H, W): the same shape, zero where a color was not measured."""
     return image * bayer_mask("GRBG", *image.shape[2:]).to(image)
 
 

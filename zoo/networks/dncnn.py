@@ -1,10 +1,10 @@
 """DnCNN: Zhang et al., "Beyond a Gaussian Denoiser: Residual Learning of Deep CNN for Image Denoising" (2017), section III.
 
 A chain of 3x3 convolutions with ReLU between them, batch norm after all but the first and the last. The chain estimates the
-noise; the network returns the image without it. Its noise level is whatever it was trained on.
+noise; the network subtracts it from the image. The noise level is the one it was trained on.
 
 The variant of Shen et al., "Adaptive Dynamic Filtering Network for Image Denoising" (Figure 7), has one DConv in place of the
-convolution in the middle; there `depth` is 5, 10 or 15 and `width` 32 or 64.
+middle convolution; there `depth` is 5, 10 or 15 and `width` 32 or 64.
 """
 
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from surgeon.zoo.registry import register
 class DnCNN(nn.Module):
     """Noisy image (N, C, H, W) in [0, 1] -> denoised image of the same shape, not clipped. Starts at the identity.
 
-    Without `batch_norm` the convolutions have biases: the form into which batch norm is folded after training. With `dconv`
-    the convolution in the middle is dynamic, and `norm` normalizes what its kernels are made of ("batch"; None as in the paper).
+    Without `batch_norm` the convolutions have biases: the form with batch norm folded in after training. With `dconv`
+    the middle convolution is dynamic, and `norm` normalizes the features of its kernels ("batch"; None as in the paper).
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class DnCNN(nn.Module):
         self.body = nn.Sequential(*body)
 
     def noise(self, x: Tensor) -> Tensor:
-        """The noise that the network sees in x."""
+        """The noise that the network estimates in x."""
         noise: Tensor = self.body(x)
         return noise
 
@@ -56,7 +56,7 @@ class DnCNN(nn.Module):
         return x - self.noise(x)
 
 
-# In circulation: the bare chain, its position as the key ("0.weight"), or the chain in an attribute "dncnn" or "model" (KAIR).
+# Public weights: the bare chain with its position as the key ("0.weight"), or the chain in an attribute "dncnn" or "model" (KAIR).
 _LAYOUT = ((r"^(\d+)\.", r"body.\1."), (r"^(dncnn|model)\.", "body."))
 
 
@@ -76,11 +76,11 @@ def dncnn_color(channels: int = 3, depth: int = 20, width: int = 64, batch_norm:
     "dncnn_dconv",
     input_size=(3, 64, 64),
     plain="dncnn",
-    by_hand="the DConv takes the place of a convolution, which surgery cannot do without losing what that computes: its sekg "
-    "layer keeps the convolution and puts the DConv behind it",
+    by_hand="the DConv replaces a convolution, which surgery cannot do without losing its function: its sekg "
+    "layer keeps the convolution and adds the DConv after it",
 )
 def dncnn_dconv(
     channels: int = 3, depth: int = 15, width: int = 64, batch_norm: bool = True, norm: str | None = None
 ) -> nn.Module:
-    """DnCNN for color images with one DConv in the middle (ADFNet Figure 7: depth=5, 10, 15 and width=32, 64)."""
+    """DnCNN for color images with a DConv in the middle (ADFNet Figure 7: depth=5, 10, 15 and width=32, 64)."""
     return DnCNN(channels, depth, width, batch_norm, dconv=True, norm=norm)

@@ -1,4 +1,4 @@
-"""LeNet for CIFAR images, and with ACDA: Wang et al., "Adaptive Convolutions with Per-pixel Dynamic Filter Atom", Table 1.
+"""LeNet for CIFAR images, plain and with ACDA: Wang et al., "Adaptive Convolutions with Per-pixel Dynamic Filter Atom", Table 1.
 
 Two 5×5 convolutions with 6 and 16 channels without padding, each with ReLU and 2×2 max pooling, then linear layers of 120 and
 84 units (LeCun et al. 1998). "Only replacing the two convolutional layers", ACDA has m = 6 atoms over two scales, 3×3 and 5×5:
@@ -43,12 +43,12 @@ class LeNet(SmallClassifier):
         self.set_head(84, num_classes)
 
     def set_head(self, features: int, num_classes: int) -> None:
-        """The last linear layer has 84 inputs, whatever the maps have."""
+        """The last linear layer has 84 inputs for any number of feature channels."""
         super().set_head(84, num_classes)
         self.num_features = 16
 
     def pool(self, x: Tensor) -> Tensor:
-        """Flattened, and through the two hidden linear layers: (N, 84)."""
+        """Flatten, then the two hidden linear layers: (N, 84)."""
         torch._assert(x[0, 0].numel() == 25, "LeNet takes images of 32×32 pixels")
         return F.relu(self.fc2(F.relu(self.fc1(x.flatten(1)))))
 

@@ -1,7 +1,7 @@
 """MCNN: Zhang et al., "Single-Image Crowd Counting via Multi-Column Convolutional Neural Network" (2016), figure 3.
 
-Three columns with large, medium and small kernels see the same gray image, are concatenated, and a 1x1 convolution makes the
-density map of them, at a quarter of the size. Its sum is the number of people.
+Three columns with large, medium and small kernels see the same gray image and are concatenated; a 1x1 convolution turns them
+into the density map at a quarter of the size. Its sum is the number of people.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """PSPNet with a PAFU pyramid module: Kokkinos et al., "Pixel Adaptive Filtering Units", §5.4 and Table 6.
 
 PSPNet (Zhao et al. 2017): a ResNet-50 whose last two stages are dilated (output stride 8), its map pooled to 1, 2, 3 and 6
-cells, each reduced to a quarter of the channels by a 1×1 convolution, enlarged and concatenated with the map; a 3×3 convolution
-fuses them and a 1×1 convolution gives the classes. PAFU replaces the 3×3 convolution, with 8 kernels.
+cells, each reduced to a quarter of the channels by a 1×1 convolution, upsampled and concatenated with the map; a 3×3 convolution
+fuses them and a 1×1 convolution outputs the classes. PAFU replaces the 3×3 convolution, with 8 kernels.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ RULES = (Rule(layers="fuse.0", type="pafu", options={"group_size": 8}),)
 class PSPNet(nn.Module):
     """Image (N, 3, H, W), normalized as for ImageNet -> logits (N, classes, H, W).
 
-    In training with `auxiliary` the result is a pair, with the logits of a small head on the third stage behind the others.
+    In training with `auxiliary` the result is a pair: the logits, and those of a small head on the third stage.
     `width` is that of the fusing convolution and `backbone` any timm network that takes `features_only` and `output_stride`.
     """
 
@@ -92,6 +92,6 @@ def pafu_pspnet(
     in_chans: int = 3,
     layer_options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """PSPNet with a PAFU of 8 kernels behind the pyramid (PAFU Table 6)."""
+    """PSPNet with a PAFU of 8 kernels after the pyramid (PAFU Table 6)."""
     model = PSPNet(num_classes, backbone, width, auxiliary=auxiliary, in_chans=in_chans)
     return operate(model, RULES, (in_chans, *_SIZE[1:]), layer_options)

@@ -2,8 +2,8 @@
 Shen et al., "Adaptive Dynamic Filtering Network for Image Denoising", Figure 7.
 
 Two convolutions, `blocks` residual dense blocks, their outputs fused, a residual to the first convolution's output, and a last
-convolution to the correction of the image. In Figure 7 `blocks` is 3, 6 or 9 and `width` 16 or 32. The variant replaces the
-block in the middle by three MDCBs. How many layers a dense block has Figure 7 does not say: 8, and they grow by the width.
+convolution that outputs the correction of the image. In Figure 7 `blocks` is 3, 6 or 9 and `width` 16 or 32. The variant replaces
+the middle block by three MDCBs. Figure 7 does not give the layers of a dense block: 8 here, with a growth equal to the width.
 """
 
 import torch
@@ -18,7 +18,7 @@ _SIZE = (3, 64, 64)
 
 
 class ResidualDenseBlock(nn.Module):
-    """x + 1×1 convolution of x and of `layers` 3×3 convolutions, each of which sees all before it."""
+    """x + 1×1 convolution of x and of `layers` 3×3 convolutions, each of which sees all previous maps."""
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
@@ -81,10 +81,10 @@ def rdn(channels: int = 3, blocks: int = 9, width: int = 32, layers: int = 8) ->
     "rdn_mdcb",
     input_size=_SIZE,
     plain="rdn",
-    by_hand="three MDCBs take the place of a dense block, which they cannot be made of without losing what it computes",
+    by_hand="three MDCBs replace a dense block, which surgery cannot do without losing its function",
 )
 def rdn_mdcb(
     channels: int = 3, blocks: int = 9, width: int = 32, layers: int = 8, norm: str | None = None
 ) -> nn.Module:
-    """RDN with three MDCBs in place of the dense block in the middle (ADFNet Figure 7)."""
+    """RDN with three MDCBs in place of the middle dense block (ADFNet Figure 7)."""
     return RDN(channels, blocks, width, layers, mdcb=True, norm=norm)

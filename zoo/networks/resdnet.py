@@ -1,12 +1,12 @@
 """Iterative residual demosaicking: Kokkinos & Lefkimmatis, "Iterative Joint Image Demosaicking and Denoising Using a Residual
-Denoising Network" (2019), as PAFU's Table 3 uses it.
+Denoising Network" (2019), as used in PAFU's Table 3.
 
-A majorisation-minimization scheme of K steps. Each extrapolates from the last two images, puts the measured values back, and
-lets one residual denoiser (the same in all steps) say what to subtract, a residual whose norm is bounded by what noise of
-that level can have. Differences from the authors' network: no weight normalization and no subtraction of the filters' mean,
-which are ways to train it and leave the class of functions as it is; the noise level is given (`noise`, 1/255 without it),
-where theirs is estimated from each mosaic (median of the finest wavelet coefficients, WMAD); the bilinear start reflects at
-the border, where theirs pads with zeros. PAFU replaces the denoiser's input convolution, with 16 kernels.
+A majorization-minimization scheme of K steps. Each extrapolates from the last two images, restores the measured values, and
+has one residual denoiser (shared by all steps) predict what to subtract, a residual whose norm is bounded by that of noise
+at this level. Differences from the authors' network: no weight normalization and no subtraction of the filters' mean,
+which affect training but not the class of functions; the noise level is given (`noise`, 1/255 by default),
+while theirs is estimated from each mosaic (median of the finest wavelet coefficients, WMAD); the bilinear start reflects at
+the border, while theirs pads with zeros. PAFU replaces the denoiser's input convolution, with 16 kernels.
 """
 
 import math
@@ -54,7 +54,7 @@ class ResDNet(nn.Module):
 
     def forward(self, x: Tensor, bound: Tensor) -> Tensor:
         residual = self.exit(self.blocks(self.entry(x)))
-        # of a tensor: exporters make a constant of the square root of a symbolic size
+        # Of a tensor: exporters turn the square root of a symbolic size into a constant.
         root = torch.scalar_tensor(x[0].numel() - 1, dtype=torch.float64, device=bound.device).sqrt()
         most = bound.view(-1, 1, 1, 1) * root.to(bound.dtype)
         norm = residual.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
@@ -65,9 +65,9 @@ class ResDNet(nn.Module):
 class IterativeDemosaic(nn.Module):
     """Mosaic (N, 3, H, W) in [0, 1], zero where a color was not measured -> image (N, 3, H, W) in [0, 1].
 
-    The measured values are put back where the sensor has them: `pattern` is its 2x2 cell, row by row. Without one the task's
-    is taken when they are bound (`use_pattern`), RGGB until then. It is kept with the weights.
-    `noise` is the standard deviation of the mosaic's noise, a number or one for each image; without it 1/255.
+    The measured values are restored where the sensor has them: `pattern` is its 2x2 cell, row by row. By default it is the
+    task's once the two are bound (`use_pattern`), and RGGB until then. It is saved with the weights.
+    `noise` is the standard deviation of the mosaic's noise, a number or one per image; the default is 1/255.
     """
 
     cell: Tensor
@@ -84,10 +84,10 @@ class IterativeDemosaic(nn.Module):
         self.extrapolation = nn.Parameter(torch.tensor(start).log())
 
     def use_pattern(self, pattern: str) -> None:
-        """Work on mosaics of this sensor. Raises `InputError` where the network was made for another."""
+        """Work on mosaics of this sensor. Raises `InputError` if the network was built for another."""
         if self.pattern not in (None, pattern):
             raise InputError(
-                f"the network puts back the values of a {self.pattern} sensor, the mosaics are {pattern}; make the network "
+                f"the network restores the values of a {self.pattern} sensor, but the mosaics are {pattern}; build the network "
                 f"with pattern={pattern}, or without a pattern, or give the task pattern={self.pattern}"
             )
         self.cell.copy_(bayer_cell(pattern))

@@ -2,7 +2,7 @@
 
 A 3x3 convolution, then three stages of n blocks with 16, 32 and 64 channels at 32, 16 and 8 pixels, global average pooling
 and one linear layer: 6n + 2 layers. Shortcuts have no parameters (option A): where the size halves, every other pixel is
-taken and the new channels are zero.
+sampled and the new channels are zero.
 """
 
 from functools import partial
@@ -38,7 +38,7 @@ class BasicBlock(nn.Module):
         return F.relu(out + self.shortcut(x))
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """Option A: every `stride`-th pixel, the new channels zero, half of them on either side of the old ones."""
+        """Option A: every `stride`-th pixel; the new channels are zero, half of them on either side of the old ones."""
         if self.grown == 0 and self.stride == 1:
             return x
         before = self.grown // 2

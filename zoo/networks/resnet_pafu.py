@@ -1,8 +1,8 @@
 """ResNets for ImageNet with PAFU: Kokkinos et al., "Pixel Adaptive Filtering Units", §5.3 and Table 5.
 
-timm's ResNet-50 and -101 with a unit of 16 kernels in each stage. The paper puts it into "the first convolutional unit in each
-of the three residual stacks" of CIFAR networks; here it is the first 3×3 convolution of each of the four stages: the first
-convolution of a bottleneck is 1×1.
+timm's ResNet-50 and -101 with a PAFU of 16 kernels in each stage. The paper puts it into "the first convolutional unit in each
+of the three residual stacks" of CIFAR networks; here that is the first 3×3 convolution of each of the four stages, because the
+first convolution of a bottleneck is 1×1.
 """
 
 from functools import partial

@@ -1,10 +1,10 @@
 """Real-world super-resolution and denoising: Wang et al., "Adaptive Convolutions with Per-pixel Dynamic Filter Atom", §4.3.
 
 "Two convolution layers and pixel shuffle downsampling layers", eight (dynamic) bottleneck blocks, two convolutions with pixel
-shuffle upsampling. The paper gives no widths. Ours: convolutions 3 → 16 and 64 → 64, each followed by a move of 2×2 pixels to
-channels, so that the blocks run on 256 channels at a quarter of the size, with a bottleneck of 128; the way back mirrors it.
-The network gives a correction of its input, which for super-resolution is already enlarged (as RealSR's is). ACDA takes the
-place of the blocks' 3×3 convolutions; m = 6, S = 3, m' = 6.
+shuffle upsampling. The paper gives no widths. Ours: convolutions 3 → 16 and 64 → 64, each followed by a 2×2 space-to-depth
+step, so the blocks run on 256 channels at a quarter of the size, with a bottleneck of 128; the way back mirrors it.
+The network predicts a correction of its input, which is already upscaled for super-resolution (as RealSR's is). ACDA
+replaces the blocks' 3×3 convolutions; m = 6, S = 3, m' = 6.
 
 The comparators of Tables 3, 4 and 7 are the same network with their layer in that place, or
 predict a filter for every pixel of the image instead of a correction (`kpn`).
@@ -128,8 +128,8 @@ class KPN(nn.Module):
 _BASELINE = Published(where="ACDA Table 5", params=2.28e6)
 _PLAIN: dict[str, Any] = {
     "published": _BASELINE,
-    "difference": "the paper gives no widths: ours are those that make the ACDA network 1.95 M. Eight blocks of 256-128-256 with "
-    "3×3 convolutions have 1.78 M; 2.28 M would take 12.8 weights for each pair of channels, between 3×3 and 5×5",
+    "difference": "the paper gives no widths: ours give the ACDA network 1.95 M. Eight blocks of 256-128-256 with "
+    "3×3 convolutions have 1.78 M; 2.28 M would take 12.8 weights per pair of channels, between 3×3 and 5×5",
 }
 _ACDA: dict[str, Any] = {
     "rules": RULES,
@@ -161,7 +161,7 @@ def acda_sidd(
 
 @register("realsr_conv", input_size=_SIZE)
 def realsr_conv(channels: int = 3, width: int = WIDTH, inner: int = INNER, blocks: int = BLOCKS) -> nn.Module:
-    """The convolutional twin of real super-resolution, works on the enlarged image."""
+    """The convolutional counterpart of acda_realsr; works on the upscaled image."""
     return Restorer(channels, width=width, inner=inner, blocks=blocks)
 
 
@@ -173,7 +173,7 @@ def acda_realsr(
     blocks: int = BLOCKS,
     layer_options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Real super-resolution with ACDA in eight bottleneck blocks (ACDA Table 4), works on the enlarged image."""
+    """Real super-resolution with ACDA in eight bottleneck blocks (ACDA Table 4); works on the upscaled image."""
     return _operated(Restorer(channels, width=width, inner=inner, blocks=blocks), channels, layer_options)
 
 
@@ -185,7 +185,9 @@ def _comparator(name: str, middle: str, doc: str) -> None:
     register(name, input_size=_SIZE)(build)
 
 
-_comparator("dfn_realsr", "dfn", "Comparator: the restoration network with one 7×7 filter a pixel (DFN) in its blocks.")
+_comparator(
+    "dfn_realsr", "dfn", "Comparator: the restoration network with one 7×7 filter per pixel (DFN) in its blocks."
+)
 _comparator(
     "condconv_realsr", "condconv", "Comparator: the restoration network with CondConv of 8 experts in its blocks."
 )

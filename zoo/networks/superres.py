@@ -1,9 +1,9 @@
 """Small super-resolution networks and their PAFU variants: Kokkinos et al., "Pixel Adaptive Filtering Units", §4.2, §5.2.
 
-SRCNN (Dong et al. 2014, the 9-5-5 network) sharpens an image that was enlarged before; ESPCN (Shi et al. 2016) works at the
-small size and moves its channels to pixels in the end. Both for RGB, as the paper changes them. PAFU takes the place of the
-last convolution, with 16 kernels. The linear networks are nothing but one such layer; `support` 7 adds 7×7 kernels to the
-5×5 ones. How many kernels the linear ones have the paper leaves to its supplement: 16, as everywhere else in it.
+SRCNN (Dong et al. 2014, the 9-5-5 network) sharpens an image that is already upscaled; ESPCN (Shi et al. 2016) works at the
+small size and ends with a pixel shuffle. Both are for RGB, as in the paper. PAFU replaces the
+last convolution, with 16 kernels. The linear networks consist of one such layer; `support` 7 adds 7×7 kernels to the
+5×5 ones. The paper leaves their number of kernels to its supplement: 16 here, as everywhere else in it.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ BOTH = {"group_size": 16, "supports": [7, 5]}
 
 
 class SRCNN(nn.Module):
-    """Enlarged image (N, C, H, W) in [0, 1] -> sharper image of the same shape, not clipped."""
+    """Upscaled image (N, C, H, W) in [0, 1] -> sharper image of the same shape, not clipped."""
 
     def __init__(self, channels: int = 3) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class LinearDemosaic(nn.Module):
 
 
 class SelfEnsemble(nn.Module):
-    """The mean of what a network makes of the eight flips and rotations of an image, turned back (the "+" of Table 2).
+    """The mean of a network's outputs for the eight flips and rotations of an image, turned back (the "+" of Table 2).
 
     The network maps images to images whose sides are a fixed multiple of the input's.
     """
@@ -111,7 +111,7 @@ def _rule(options: dict[str, Any]) -> tuple[Rule, ...]:
 
 @register("srcnn", input_size=_SIZE)
 def srcnn(channels: int = 3) -> nn.Module:
-    """SRCNN 9-5-5 for RGB, works on the enlarged image, 69 k parameters."""
+    """SRCNN 9-5-5 for RGB; works on the upscaled image, 69 k parameters."""
     return SRCNN(channels)
 
 

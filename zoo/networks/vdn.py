@@ -1,8 +1,8 @@
-"""Variational denoising: Yue et al., "Variational Denoising Network" (2019), as ACDA's Table 5 uses it ("ACDA + VDNet").
+"""Variational denoising: Yue et al., "Variational Denoising Network" (2019), as used in ACDA's Table 5 ("ACDA + VDNet").
 
-One network gives for every value of the clean image a Gaussian (mean, variance), another for every value of the noise variance an
-inverse Gamma distribution (alpha, beta). The loss is the negative lower bound of the likelihood. Only the first network is
-needed to denoise. It is the restoration network of `restorer`; the other is a chain of five 3×3 convolutions.
+One network predicts a Gaussian (mean, variance) for every value of the clean image, another an inverse Gamma distribution
+(alpha, beta) for every value of the noise variance. The loss is the negative lower bound of the likelihood. Only the first network
+is needed to denoise. It is the restoration network of `restorer`; the other is a chain of five 3×3 convolutions.
 """
 
 import math
@@ -27,7 +27,7 @@ RULES = (Rule(layers="re:denoiser\\.blocks\\..*\\.conv2$", type="acda", options=
 
 
 class Posterior(NamedTuple):
-    """Of the clean image: `mean`, `variance`; of the noise variance: `alpha`, `beta`. All (N, C, H, W)."""
+    """Parameters of the clean image: `mean`, `variance`; of the noise variance: `alpha`, `beta`. All (N, C, H, W)."""
 
     mean: Tensor
     variance: Tensor
@@ -38,7 +38,7 @@ class Posterior(NamedTuple):
 class VDN(nn.Module):
     """Noisy image (N, C, H, W) in [0, 1] -> the mean of the clean image, same shape, not clipped. Starts at the identity.
 
-    With `posterior` it is everything that the loss needs: a `Posterior`, see the method of that name.
+    With `posterior` it returns the loss's inputs, a `Posterior`; see the method of that name.
     """
 
     def __init__(self, channels: int = 3, width: int = WIDTH, inner: int = INNER, blocks: int = BLOCKS) -> None:
@@ -57,7 +57,7 @@ class VDN(nn.Module):
         return x + correction
 
     def posterior(self, x: Tensor) -> Posterior:
-        """Everything that the loss needs."""
+        """Inputs of the loss."""
         correction, log_variance = self.denoiser(x).chunk(2, dim=1)
         log_alpha, log_beta = self.noise(x).clamp(*_LOG_RANGE).chunk(2, dim=1)
         variance = log_variance.clamp(*_LOG_RANGE).exp()
@@ -67,10 +67,10 @@ class VDN(nn.Module):
 def variational_loss(
     found: Posterior, noisy: Tensor, clean: Tensor, *, window: int = 7, prior_variance: float = 1e-6
 ) -> Tensor:
-    """The negative evidence lower bound an element (Yue et al., Eq. 12-15), a scalar.
+    """The negative evidence lower bound per element (Yue et al., Eq. 12-15), a scalar.
 
-    `window` p is the side of the Gaussian window in which the true noise variance is estimated; `prior_variance` is that of the
-    clean image around its true value.
+    `window` p is the side of the Gaussian window in which the true noise variance is estimated; `prior_variance` is the variance
+    of the clean image around its true value.
     """
     mean, variance, alpha, beta = found
     half_window = window * window / 2
@@ -104,7 +104,7 @@ def _blurred(x: Tensor, window: int) -> Tensor:
 
 @register("vdn_conv", input_size=_SIZE)
 def vdn_conv(channels: int = 3, width: int = WIDTH, inner: int = INNER, blocks: int = BLOCKS) -> nn.Module:
-    """The convolutional twin of acda_vdn."""
+    """The convolutional counterpart of acda_vdn."""
     return VDN(channels, width, inner, blocks)
 
 
@@ -115,8 +115,8 @@ def vdn_conv(channels: int = 3, width: int = WIDTH, inner: int = INNER, blocks: 
     rules=RULES,
     uncounted=r"^noise\.",
     published=Published(where="ACDA Table 5", params=1.97e6),
-    difference="the published number is that of the denoising network alone; the network for the noise, 116,038 parameters, is "
-    "needed to train only",
+    difference="the published number is for the denoising network alone; the network for the noise, 116,038 parameters, is "
+    "needed only for training",
 )
 def acda_vdn(
     channels: int = 3,

@@ -1,8 +1,8 @@
-"""How the papers train their networks, as files: `training_recipe("adfnet").config()` and `surgeon finetune --recipe adfnet`.
+"""The papers' training setups, as files: `training_recipe("adfnet").config()` and `surgeon finetune --recipe adfnet`.
 
-A recipe is a JSON file of this folder (or of anybody): the networks it is for, the task with its options, and the options of the
-run, at the scale of the paper. Its presets change some of that; several can be put on top of each other, in the order given.
-`small` is in every recipe: a smaller network on fewer samples, minutes on a CPU.
+A recipe is a JSON file in this folder (or anywhere): the networks it is for, the task with its options, and the options of the
+run, at the scale of the paper. Presets change some of them; several presets can be combined and apply in the given order.
+Every recipe has the preset `small`: a smaller network on fewer samples, minutes on a CPU.
 """
 
 import difflib
@@ -31,7 +31,7 @@ FOLDER = Path(__file__).resolve().parent
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What a preset changes: `networks` takes the place of the recipe's, options are laid over its options."""
+    """The changes of a preset: `networks` replaces the recipe's, options override its options."""
 
     summary: str = ""
     networks: tuple[str, ...] = ()
@@ -43,12 +43,12 @@ class Preset:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecipe:
-    """One way to train.
+    """One training setup.
 
-    `networks` are names of the zoo, the first of them the one that is meant where none is named; `model` are options of their
-    factories, `layer_options` those of the dynamic layers in its networks made by surgery. `train` are fields of
-    `FinetuneConfig`. `source` is where the paper says so, `assumed` what it leaves open and is chosen here, `data` what belongs
-    into the folder.
+    `networks` are names of the zoo; the first is the default. `model` holds options of their factories, `layer_options`
+    those of the dynamic layers in networks made by surgery. `train` holds fields of `FinetuneConfig`. `source` is
+    the place in the paper, `assumed` lists what the paper leaves open and is chosen here, `data` describes
+    the expected folder.
     """
 
     name: str
@@ -65,7 +65,7 @@ class TrainingRecipe:
     presets: dict[str, Preset] = field(default_factory=dict)
 
     def with_presets(self, *names: str) -> "TrainingRecipe":
-        """The recipe as these presets change it, the later over the earlier. Raises `ConfigError` for an unknown one."""
+        """The recipe with these presets applied, later ones over earlier ones. Raises `ConfigError` for an unknown one."""
         made = self
         for name in names:
             if name not in self.presets:
@@ -86,8 +86,8 @@ class TrainingRecipe:
     def config(self, model: "nn.Module | None" = None, **given: Any) -> "FinetuneConfig":
         """The options of a run, `given` over the recipe's. Raises `ConfigError`.
 
-        Given one of `epochs` and `max_steps`, that alone is the length; given another schedule, the recipe's decay falls away.
-        For a `model` without PAFU, as plain twins are, the alternation with selectors falls away unless it was given.
+        Giving `epochs` or `max_steps` replaces both; giving another schedule drops the recipe's decay.
+        For a `model` without PAFU, such as a plain counterpart, the alternation with selectors is dropped unless it was given.
         """
         from surgeon.zoo.finetune import FinetuneConfig
 
@@ -119,9 +119,9 @@ class TrainingRecipe:
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
     ) -> "tuple[nn.Module, BaseModel | None]":
-        """A network and how it was built, as `surgeon.models.names.build_model`; by default the recipe's first.
+        """A network and its base model, as from `surgeon.models.names.build_model`; by default the recipe's first.
 
-        The recipe's options of the factory hold for its own networks, and these begin with random weights (from `seed`),
+        The recipe's factory options apply to its own networks, which start with random weights (from `seed`)
         unless `weights` says otherwise. Raises `ModelError`.
         """
         from surgeon.models.names import build_model
@@ -141,17 +141,17 @@ class TrainingRecipe:
 
     @property
     def command(self) -> str:
-        """The command that runs it."""
+        """The command that runs the recipe."""
         return f"surgeon finetune --recipe {self.name} --data DIR"
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with surgeon, sorted."""
+    """Names of the recipes that ship with surgeon, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def training_recipe(name: str | Path) -> TrainingRecipe:
-    """A recipe by its name, or of a file. Raises `RecipeError`."""
+    """A recipe by its name or file. Raises `RecipeError`."""
     path = Path(name)
     if path.suffix == ".json":
         return _read(path)
@@ -170,7 +170,7 @@ def _shipped(name: str) -> TrainingRecipe:
 
 
 def recipes_for(network: str) -> list[tuple[TrainingRecipe, str | None]]:
-    """The recipes that train a network of the zoo, each with the preset that takes it there (None: as it is)."""
+    """The recipes that train a network of the zoo, each with the preset that selects it (None: no preset)."""
     found: list[tuple[TrainingRecipe, str | None]] = []
     for recipe in map(training_recipe, recipe_names()):
         if network in recipe.networks:
@@ -219,7 +219,7 @@ def _read(path: Path) -> TrainingRecipe:
 
 
 def _parts(values: Any, where: str, texts: tuple[str, ...]) -> dict[str, Any]:
-    """The fields of a recipe or a preset, each of its type."""
+    """The fields of a recipe or a preset, type-checked."""
     if not isinstance(values, dict):
         raise RecipeError(f"{where} must be a JSON object, got {values!r}")
     _check_keys(values, {*texts, *_MAPPINGS, "networks"}, where)
@@ -236,7 +236,7 @@ def _parts(values: Any, where: str, texts: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _check_options(recipe: TrainingRecipe, where: str) -> None:
-    """Raise `RecipeError` for options that neither the run nor the task has, with and without each preset."""
+    """Raise `RecipeError` for options unknown to both the run and the task, with and without each preset."""
     for preset in (None, *recipe.presets):
         changed = recipe if preset is None else recipe.with_presets(preset)
         try:

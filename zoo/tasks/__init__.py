@@ -1,4 +1,4 @@
-"""Tasks: what a network is trained and judged on. `create_task("denoising", data=folder, sigma=25)`."""
+"""Tasks: the data and metrics that networks are trained and evaluated with. `create_task("denoising", data=folder, sigma=25)`."""
 
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset, better
 from surgeon.zoo.tasks.registry import create_task, register, task_class, task_names

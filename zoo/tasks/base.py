@@ -1,7 +1,7 @@
-"""What a task is: its data, loss, metrics and pictures. A trainer knows tasks only by this.
+"""Interface of a task: its data, loss, metrics and pictures. Trainers use tasks only through this.
 
-Samples are dictionaries of tensors without a batch dimension, batches the same with one. `"input"` is what the model gets,
-`"target"` what the loss wants; a task may add further keys, which its own methods read.
+Samples are dictionaries of tensors without a batch dimension, batches the same with one. `"input"` is the model's input,
+`"target"` the loss's target; a task may add keys, which its own methods read.
 """
 
 from abc import ABC, abstractmethod
@@ -28,17 +28,17 @@ Split = Literal["train", "val"]
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """Options that every task has; a task's own config adds its own. Wrong values are a `ConfigError`.
+    """Options that every task has; a task's config adds its own. Invalid values raise a `ConfigError`.
 
-    `data` is a folder whose layout the task's docstring describes (None only for tasks that generate theirs).
-    `input_size`, `mean` and `std` are the model's where it has its own and nothing is given here.
+    `data` is a folder whose layout the task's docstring describes (None only for tasks that generate their data).
+    `input_size`, `mean` and `std` default to the model's, if it has its own.
     """
 
     data: Path | None = None
     input_size: tuple[int, int, int] | None = None  # (C, H, W) of a training sample
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    train_limit: int | None = None  # use only the first so many samples, spread evenly over the set
+    train_limit: int | None = None  # use only this many samples, spread evenly over the set
     val_limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -49,11 +49,11 @@ class TaskConfig:
 
 
 class TaskDataset(Dataset[Sample]):
-    """Samples by the number of a draw.
+    """Samples, indexed by draw.
 
-    Draw d is sample d % len(self); draws of the same sample differ in augmentation and noise. A draw depends on nothing but
-    its number and the task's seed (no global random state, no worker, no order), so that an interrupted run can go on exactly.
-    Implementations get that by drawing everything from `generator_for`.
+    Draw d is sample d % len(self); draws of the same sample differ in augmentation and noise. A draw depends only on
+    its number and the task's seed (no global random state, worker or order), so that an interrupted run can resume exactly.
+    Implementations ensure this by drawing everything from `generator_for`.
     """
 
     seed: int
@@ -65,14 +65,14 @@ class TaskDataset(Dataset[Sample]):
     def __getitem__(self, draw: int) -> Sample: ...
 
     def generator_for(self, draw: int) -> torch.Generator:
-        """Random numbers of one draw."""
+        """Random generator of one draw."""
         return torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + draw * 0xBF58476D1CE4E5B9 + 1) % 2**63)
 
 
 class Task(ABC):
-    """One task with its options. Made by `surgeon.zoo.tasks.create_task`; nothing is read before `check`.
+    """One task with its options. Created by `surgeon.zoo.tasks.create_task`; nothing is read before `check`.
 
-    `primary` names the metric that decides (of `metrics`), `higher_is_better` which way.
+    `primary` names the deciding metric (one of `metrics`), `higher_is_better` its direction.
     """
 
     name: ClassVar[str]
@@ -85,30 +85,30 @@ class Task(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Look through the data of both splits: all files there, readable, in pairs. Raises `DataError` naming what is wrong."""
+        """Check the data of both splits: files exist, are readable, and pair up. Raises `DataError` that names the problems."""
 
     @abstractmethod
     def dataset(self, split: Split) -> TaskDataset:
-        """The samples of a split; "val" ones are the same at every draw."""
+        """The samples of a split; "val" samples are the same at every draw."""
 
     def bind(self, model: nn.Module) -> nn.Module:
-        """Make task and model fit each other: take the model's normalization, give the model the head that the data need.
+        """Fit task and model to each other: take the model's normalization, give the model the head that the data need.
 
-        Returns the model, the same object where that is possible. Raises `InputError` where they cannot fit.
+        Returns the model, the same object if possible. Raises `InputError` if they cannot fit.
         """
         return model
 
     def outputs(self) -> tuple[str, ...] | None:
-        """Names of what a bound model's outputs stand for, in their order, for its recipe; None where they have none."""
+        """Names of a bound model's outputs, in order, for its recipe; None if they have no names."""
         return None
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """A batch of samples; tasks whose samples differ in size pad or stack by themselves."""
+        """A batch of samples; tasks whose samples differ in size override this to pad or stack them."""
         batch: Batch = default_collate(list(samples))
         return batch
 
     def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """What is random over a whole training batch (mixup, cutmix); drawn from `generator` (on the CPU) alone."""
+        """Augmentation across a training batch (mixup, cutmix); drawn only from `generator` (on the CPU)."""
         return batch
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
@@ -117,10 +117,10 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, output: Any, batch: Batch) -> Tensor:
-        """Mean loss of a batch, a scalar: equal parts of a batch have losses that average to it."""
+        """Mean loss of a batch, a scalar: the losses of equal parts of a batch average to it."""
 
     def distillation_loss(self, output: Any, teacher: Any) -> Tensor:
-        """How far the output is from that of the original network."""
+        """Distance between the output and that of the original network."""
         return F.mse_loss(output, teacher)
 
     def predict(self, model: nn.Module, batch: Batch) -> Any:
@@ -129,17 +129,17 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self) -> "dict[str, Metric]":
-        """Fresh metrics by name, among them `primary`."""
+        """New metrics by name, including `primary`."""
 
     @abstractmethod
     def update(self, metrics: "Mapping[str, Metric]", output: Any, batch: Batch) -> None:
-        """Count a batch's predictions."""
+        """Add a batch's predictions to the metrics."""
 
     @abstractmethod
     def picture(self, batch: Batch, output: Any) -> "Image":
-        """A few samples of a batch beside their predictions, for people."""
+        """A few samples of a batch next to their predictions."""
 
 
 def better(task: type[Task] | Task, a: float, b: float) -> bool:
-    """Whether value a of the primary metric is better than b; nan is never better."""
+    """Whether value a of the primary metric is better than b; NaN is never better."""
     return a > b if task.higher_is_better else a < b

@@ -1,4 +1,4 @@
-"""Image classification on CIFAR-10, CIFAR-100 or folders of images, one folder a class."""
+"""Image classification on CIFAR-10, CIFAR-100 or folders of images, one folder per class."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,14 +36,14 @@ _TEMPERATURE = 4.0  # of distillation
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationConfig(FolderConfig):
-    """`dataset`: cifar10, cifar100 or folder; auto finds out. `download` lets torchvision fetch CIFAR into `data`.
+    """`dataset`: cifar10, cifar100 or folder; auto detects it. `download` lets torchvision download CIFAR into `data`.
 
-    `crop_scale`, `color_jitter`, `auto_augment`, `erase`, `interpolation` and `crop_pct` go to timm's transforms; pictures of at
-    most 64 pixels are padded by an eighth, cropped and mirrored in place of random resizing. `mixup` and `cutmix` are their
-    alphas (0: off), `mix_probability` is the share of batches that are mixed. `label_smoothing` holds for training.
+    `crop_scale`, `color_jitter`, `auto_augment`, `erase`, `interpolation` and `crop_pct` go to timm's transforms; images of at
+    most 64 pixels are padded by an eighth, cropped and mirrored instead of randomly resized. `mixup` and `cutmix` are their
+    alphas (0: off), `mix_probability` is the share of batches that are mixed. `label_smoothing` applies in training.
 
-    A model that was fine-tuned knows the names of its classes: the data's are put in that order, and some of them may be
-    absent. Data with other classes need `new_head`, which begins with an untrained classifier. `class_weights` weigh the loss of
+    A fine-tuned model knows the names of its classes: the data's classes are put in that order, and some of them may be
+    absent. Data with other classes need `new_head`, an untrained classifier. `class_weights` weight the loss of
     the samples of each class.
     """
 
@@ -74,7 +74,7 @@ class ClassificationConfig(FolderConfig):
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)!r}")
         for name in ("mix_probability", "erase", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie between 0 and 1, got {getattr(self, name)!r}")
+                raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)!r}")
 
 
 @register
@@ -82,9 +82,9 @@ class Classification(Task):
     """Single-label classification.
 
     Data: the folder that torchvision downloads CIFAR into (`cifar-10-batches-py/`, `cifar-100-python/`), or `train/` and `val/`
-    with one folder a class, or such folders without a split, of which a stratified `val_fraction` is for validation. Image size,
+    with one folder per class, or such folders without a split, with a stratified `val_fraction` for validation. Image size,
     normalization, interpolation and crop are those of a timm model; other models get ImageNet's normalization and the size of
-    the pictures (CIFAR) or 224. Metrics: top1, top5 (shares of 1), loss (cross-entropy).
+    the images (CIFAR) or 224. Metrics: top1, top5 (fractions), loss (cross-entropy).
     """
 
     name: ClassVar[str] = "classification"
@@ -102,19 +102,19 @@ class Classification(Task):
     # --- data -----------------------------------------------------------------------------------------------------
 
     def labeled(self, split: Split) -> Labeled:
-        """All pictures and classes that a split is taken from."""
+        """All images and classes from which a split is taken."""
         if split not in self._read:
             self._read[split] = read_split(self.name, self.config, split, self.config.dataset, self.config.download)
         return self._read[split]
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, in the order of their numbers: that of the bound model, else that of the data."""
+        """Names of the classes, ordered by class number: the bound model's, otherwise the data's."""
         return self._names or self.data_classes
 
     @property
     def data_classes(self) -> list[str]:
-        """Names of the classes that the data have."""
+        """Names of the classes in the data."""
         return self.labeled("val").classes
 
     def outputs(self) -> tuple[str, ...] | None:
@@ -152,7 +152,7 @@ class Classification(Task):
         return ItemDataset(samples, make, seed=self.config.val_stream, fixed=True)
 
     def format(self) -> ImageFormat:
-        """Size and normalization of the pictures: the options', else the bound model's, else that of the data."""
+        """Size and normalization of the images: from the options, the bound model, or the data, in this order."""
         if self._format is None:
             self._format = self._format_for(None)
         return self._format
@@ -181,15 +181,15 @@ class Classification(Task):
         self._format = self._format_for(model)
         if len(self.data_classes) < 2:
             raise DataError(
-                f"task {self.name}: the data have one class only ({self.data_classes[0]}), and telling classes apart takes two or "
-                "more: one folder a class"
+                f"task {self.name}: the data have only one class ({self.data_classes[0]}), and classification needs two or "
+                "more: one folder per class"
             )
         fitting = self._fitted(model, self._format)
         checked_weights(self.name, self.config.class_weights, len(self.classes))
         return fitting
 
     def _fitted(self, model: nn.Module, form: ImageFormat) -> nn.Module:
-        """The model with the classes of the data, in the order that it knows."""
+        """The model with the data's classes, in the order that the model knows."""
         recipe = get_recipe(model)
         known = recipe.classes if recipe is not None else None
         if known is None:
@@ -202,7 +202,7 @@ class Classification(Task):
         if unknown:
             raise InputError(
                 f"task {self.name}: the model was trained on the classes {_some(list(known))}, and the data have others: "
-                f"{_some(unknown)}; new_head=true begins with an untrained classifier for them"
+                f"{_some(unknown)}; new_head=true starts with an untrained classifier for them"
             )
         self._names = list(known)
         return fit_classifier(self.name, model, len(known), form.size, self.seed)
@@ -220,7 +220,7 @@ class Classification(Task):
             num_classes=len(self.classes),
         )
         x, y = batch["input"], batch["target"]
-        even = len(y) // 2 * 2  # a last sample without a partner is its own
+        even = len(y) // 2 * 2  # an odd last sample is its own partner
         with global_seed(generator):
             mixed = [mix(x[:even].clone(), y[:even])] if even else []
             mix.mixup_enabled = False
@@ -237,14 +237,14 @@ class Classification(Task):
         target = batch["target"]
         smoothing = (
             0.0 if target.is_floating_point() else self.config.label_smoothing
-        )  # mixed ones are smoothed already
+        )  # mixed labels are already smoothed
         weight = checked_weights(self.name, self.config.class_weights, len(self.classes), logits.device)
         if weight is not None:  # a plain mean of weighted values: equal parts of a batch average to it
             return F.cross_entropy(logits.float(), target, weight, reduction="none", label_smoothing=smoothing).mean()
         return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
 
     def distillation_loss(self, output: Any, teacher: Any) -> Tensor:
-        """Hinton et al. (2015): divergence of the softened classes, times the squared temperature."""
+        """Hinton et al. (2015): divergence between the softened classes, times the squared temperature."""
         student, teacher = (_all_logits(x)[0].float() / _TEMPERATURE for x in (output, teacher))
         divergence = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean")
         return divergence * _TEMPERATURE**2
@@ -283,7 +283,7 @@ class Classification(Task):
 
 
 class SampleMaker:
-    """(picture, class) -> sample."""
+    """(image, class) -> sample."""
 
     def __init__(self, image_format: ImageFormat, config: ClassificationConfig, train: bool) -> None:
         self.mode = "L" if image_format.size[0] == 1 else "RGB"
@@ -305,11 +305,13 @@ class SampleMaker:
 
 
 def _all_logits(output: Any) -> list[Tensor]:
-    """Logits, and after them those of auxiliary classifiers (torchvision's GoogLeNet and Inception in training)."""
+    """Logits, followed by those of auxiliary classifiers (torchvision's GoogLeNet and Inception in training)."""
     parts = [output] if isinstance(output, Tensor) else list(output) if isinstance(output, Sequence) else []
     found = [part for part in parts if isinstance(part, Tensor)]
     if not found or found[0].dim() != 2:
-        raise InputError(f"task classification: the model must give logits (N, classes), got a {type(output).__name__}")
+        raise InputError(
+            f"task classification: the model must return logits (N, classes), got a {type(output).__name__}"
+        )
     return found
 
 

@@ -39,17 +39,17 @@ if TYPE_CHECKING:
 
 Pair = tuple[Path, Path]
 PICTURES = 3
-_TOLERANCE = 2.0  # pixels by which a point may lie outside (annotations that count from 1 and round up)
+_TOLERANCE = 2.0  # pixels by which a point may be outside (annotations that count from 1 and round up)
 _GREY: tuple[tuple[float, ...], ...] = (127.5 / 255,), (128 / 255,)  # mean and deviation of the zoo's MCNN
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrowdConfig(FolderConfig):
-    """`sigma`: spread of a head in pixels of the picture, or "adaptive", 0.3 of the mean distance of its 3 nearest neighbors.
+    """`sigma`: spread of a head in pixels of the image, or "adaptive", 0.3 of the mean distance to its 3 nearest neighbors.
 
-    `stride`: pixels of the picture a cell of the density map, in each direction; None: what the model gives. `patch`: side of
-    training pieces. `outside`: what to do with points outside of the picture: error, clip (to the border) or drop.
-    `density_scale`: the model gives the density times this number.
+    `stride`: pixels of the image per cell of the density map, in each direction; None: the model's. `patch`: side of
+    training crops. `outside`: how to treat points outside the image: error, clip (to the border) or drop.
+    `density_scale`: the model outputs the density times this number.
     """
 
     sigma: float | str = 4.0
@@ -84,10 +84,10 @@ class CrowdConfig(FolderConfig):
 class CrowdCounting(Task):
     """Heads marked by points.
 
-    Data: pictures, and for each a file of points (x, y) of the same name (.npy, .json or .mat; `GT_NAME` and `NAME_ann` too),
-    beside it or in a folder `ground_truth/` next to it. Trains on pieces, counts whole pictures. The loss is the squared error
-    summed over the density map, mean over pictures (Zhang et al. 2016, equation 2, without its half). `mae` is the mean
-    absolute error of the count; `mse` is what the crowd papers call so: the ROOT of the mean squared error.
+    Data: images, and for each one a file of points (x, y) of the same name (.npy, .json or .mat; also `GT_NAME` and `NAME_ann`),
+    next to it or in a sibling folder `ground_truth/`. Trains on crops, counts whole images. The loss is the squared error
+    summed over the density map, averaged over images (Zhang et al. 2016, equation 2, without its factor 1/2). `mae` is the mean
+    absolute error of the count; `mse` is what crowd papers call by that name: the ROOT of the mean squared error.
     """
 
     name: ClassVar[str] = "crowd-counting"
@@ -99,7 +99,7 @@ class CrowdCounting(Task):
     def __init__(self, config: CrowdConfig, *, seed: int = 0) -> None:
         super().__init__(config, seed=seed)
         self.stride = config.stride or 4
-        self._multiple = 1  # of pixels to which whole pictures are continued
+        self._multiple = 1  # whole images are padded to a multiple of this many pixels
         channels = config.input_size[0] if config.input_size else 3
         self._set_format(None, channels if config.color is None else 3 if config.color else 1)
 
@@ -115,7 +115,7 @@ class CrowdCounting(Task):
 
     @property
     def patch(self) -> int:
-        """Side of a training piece, pixels, a multiple of the stride."""
+        """Side of a training crop in pixels, a multiple of the stride."""
         side = self.config.patch or (self.config.input_size[1] if self.config.input_size else 256)
         return max(side // self.stride, 1) * self.stride
 
@@ -144,7 +144,7 @@ class CrowdCounting(Task):
         return None
 
     def _points(self, pair: Pair, height: int, width: int) -> np.ndarray:
-        """Points inside the picture."""
+        """Points inside the image."""
         points = read_points(pair[1], (height, width))
         low, high = np.zeros(2), np.array([width - 1, height - 1])
         outside = ((points < low - _TOLERANCE) | (points > high + _TOLERANCE)).any(1)
@@ -152,8 +152,8 @@ class CrowdCounting(Task):
             if self.config.outside == "error":
                 x, y = points[outside][0]
                 raise DataError(
-                    f"{pair[1]}: {int(outside.sum())} of {len(points)} points lie outside of {pair[0].name} ({width}x{height}), "
-                    f"the first at ({x:g}, {y:g}); outside=clip or outside=drop would go on"
+                    f"{pair[1]}: {int(outside.sum())} of {len(points)} points are outside {pair[0].name} ({width}x{height}), "
+                    f"the first at ({x:g}, {y:g}); use outside=clip or outside=drop to continue"
                 )
             if self.config.outside == "drop":
                 points = points[~outside]
@@ -166,7 +166,7 @@ class CrowdCounting(Task):
         return np.full(len(points), float(self.config.sigma))
 
     def sample(self, pair: Pair, place: Callable[[int, int], Box]) -> Sample:
-        """The part of a picture that `place(height, width)` names: input, density (target) and its number of people (count)."""
+        """The box `place(height, width)` of an image: input, density (target) and its number of people (count)."""
         image = self.read_image(pair[0])
         height, width = image.height, image.width
         box = place(height, width)
@@ -202,7 +202,7 @@ class CrowdCounting(Task):
         side = max(self.patch, 64) // 64 * 64
         output = trial(self.name, model, model, channels, side, side)
         if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[1] != 1:
-            raise InputError(f"task {self.name}: the model gives {describe(output)}, not a density map (N, 1, H, W)")
+            raise InputError(f"task {self.name}: the model returns {describe(output)}, not a density map (N, 1, H, W)")
         found = round(side / output.shape[-1])
         if -(-side // found) != output.shape[-1] or output.shape[-1] != output.shape[-2]:
             raise InputError(f"task {self.name}: a map of {describe(output)} for {side} pixels has no whole stride")
@@ -232,7 +232,7 @@ class CrowdCounting(Task):
         return difference.square().sum((1, 2, 3)).mean()
 
     def distillation_loss(self, output: Any, teacher: Any) -> Tensor:
-        """Summed over the map, as the loss is."""
+        """Summed over the map, like the loss."""
         difference: Tensor = output.float() - teacher.float()
         return difference.square().sum((1, 2, 3)).mean()
 
@@ -242,7 +242,7 @@ class CrowdCounting(Task):
         return {"mae": MeanAbsoluteError(), "mse": MeanSquaredError(squared=False)}
 
     def counts(self, output: Tensor) -> Tensor:
-        """People in every picture (N)."""
+        """Number of people per image (N)."""
         people: Tensor = output.float().sum((1, 2, 3)) / self.config.density_scale
         return people
 

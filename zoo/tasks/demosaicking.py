@@ -1,4 +1,4 @@
-"""Demosaicking: a color image out of the one color that a Bayer sensor measures at each pixel, with or without its noise."""
+"""Demosaicking: a full-color image from the one color that a Bayer sensor measures per pixel, with or without sensor noise."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,9 @@ _CHANNELS = {"mosaic3": 3, "packed4": 4, "mosaic1": 1}
 
 
 def arranged(mosaic: Tensor, layout: str) -> Tensor:
-    """A mosaic (3, H, W), zero where nothing is measured, as a network takes it.
+    """A mosaic (3, H, W), zero where nothing is measured, in a network's input layout.
 
-    mosaic3: as it is. mosaic1: (1, H, W), what each pixel measures. packed4: (4, H/2, W/2), the pixels of the 2x2 cells row by row.
+    mosaic3: unchanged. mosaic1: (1, H, W), the measured value of each pixel. packed4: (4, H/2, W/2), the 2x2 cells row by row.
     """
     if layout == "mosaic3":
         return mosaic
@@ -36,9 +36,9 @@ def arranged(mosaic: Tensor, layout: str) -> Tensor:
 class DemosaickingConfig(RestorationConfig):
     """`pattern`: the sensor's 2x2 cell. `input`: mosaic3, packed4 or mosaic1 (see `arranged`).
 
-    `shot` and `read` give noise of variance shot * x + read² for values x in [0, 1]; each a number, or a range as
-    "1e-4-1e-2" of which every training patch draws its own (uniform in the logarithm) and validation takes the geometric mean.
-    `border`: pixels on each side that the metrics leave out.
+    `shot` and `read` add noise of variance shot * x + read² for values x in [0, 1]; each is a number, or a range such as
+    "1e-4-1e-2", from which every training patch draws its own value (log-uniform); validation uses the geometric mean.
+    `border`: pixels on each side that the metrics ignore.
     """
 
     pattern: str = "RGGB"
@@ -57,7 +57,7 @@ class DemosaickingConfig(RestorationConfig):
         number_range("shot", self.shot)
         number_range("read", self.read)
         if self.color is False:
-            raise ConfigError("demosaicking gives color images; color=false has no meaning here")
+            raise ConfigError("demosaicking produces color images; color=false does not apply")
         if self.border < 0:
             raise ConfigError(f"border must not be negative, got {self.border!r}")
         if self.patch is not None and self.patch % 2:
@@ -68,8 +68,8 @@ class DemosaickingConfig(RestorationConfig):
 class Demosaicking(RestorationTask):
     """Color images sampled by a Bayer pattern, noise-free or with heteroskedastic noise (shot and read).
 
-    Images are cut to even sizes and patches start at even pixels. Networks that do not pad may give back a frame less on all
-    sides: the target is cut to the middle. PSNR is that over all pixels and channels of an image (CPSNR), mean over images.
+    Images are cropped to even sizes and patches start at even pixels. Networks without padding may return a frame less on all
+    sides: the target is center-cropped. PSNR is over all pixels and channels of an image (CPSNR), averaged over images.
     """
 
     name: ClassVar[str] = "demosaicking"

@@ -18,10 +18,10 @@ from surgeon.zoo.tasks.support.restoration import RestorationConfig, Restoration
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingConfig(RestorationConfig):
-    """`sigma` in gray levels of 255: a number, or a range as "0-55" of which every training patch draws its own (blind).
+    """`sigma` in gray levels of 255: a number, or a range such as "0-55", from which every training patch draws its own (blind).
 
-    `val_sigma` is that of validation; by default `sigma`, for a range 25 where it holds 25, else its middle.
-    `predicts`: whether the model gives the image or the noise.
+    `val_sigma` is the level for validation; by default `sigma`, or for a range 25 if it contains 25, otherwise its middle.
+    `predicts`: whether the model outputs the image or the noise.
     """
 
     sigma: float | str = 25.0
@@ -41,7 +41,7 @@ class DenoisingConfig(RestorationConfig):
 class Denoising(RestorationTask):
     """White Gaussian noise on clean images, not clipped (Zhang et al. 2017, DnCNN).
 
-    Data: folders of images. Trains on patches with fresh noise; judges whole images, each with its own noise, which is the same
+    Data: folders of images. Trains on patches with fresh noise; evaluates whole images, each with its own noise, the same
     in every run. PSNR and SSIM are means over images.
     """
 

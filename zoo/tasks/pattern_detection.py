@@ -26,7 +26,7 @@ SIDE, PATTERNS, SCALES = 100, 25, (3, 5, 7)
 
 @dataclass(frozen=True, kw_only=True)
 class PatternConfig(TaskConfig):
-    """`images`: different training images (the paper has one). `repeats`: how often a pass over the set takes each.
+    """`images`: distinct training images (the paper has one). `repeats`: how often a pass over the set uses each.
 
     `noise`: standard deviation of the background. `shift`: pixels by which validation images are moved down and right.
     """
@@ -42,15 +42,15 @@ class PatternConfig(TaskConfig):
         if min(self.images, self.repeats) < 1:
             raise ConfigError(f"images={self.images!r} and repeats={self.repeats!r} must be positive")
         if not 0 <= self.shift <= 40:
-            raise ConfigError(f"shift must lie between 0 and 40, or the patterns have no room, got {self.shift!r}")
+            raise ConfigError(f"shift must be between 0 and 40 to leave room for the patterns, got {self.shift!r}")
         if self.noise < 0:
             raise ConfigError(f"noise must not be negative, got {self.noise!r}")
         if self.data is not None:
-            raise ConfigError(f"task pattern-detection makes its own images; data={self.data} has no use")
+            raise ConfigError(f"task pattern-detection generates its images; remove data={self.data}")
 
 
 def pattern(side: int) -> Tensor:
-    """(side, side): a frame of ones around zeros, with a one in its middle."""
+    """(side, side): a frame of ones around zeros, with a one in the middle."""
     p = torch.zeros(side, side)
     p[[0, -1], :] = 1
     p[:, [0, -1]] = 1
@@ -61,15 +61,15 @@ def pattern(side: int) -> Tensor:
 def pattern_image(noise: float, shift: int, moved: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(input, target), (1, 100, 100) each: 25 patterns of 3x3, 5x5 and 7x7 on noise, and ones at their middles.
 
-    The paper shows the patterns only in a figure. Chosen here: each is the frame of `pattern`, a pixel stands free around it,
-    scales take turns (9, 8 and 8 of them), all lie in the upper left part that stays inside the image when it is moved by
-    `shift`, and the background is Gaussian noise, added to the patterns too. Moving an image moves its background with it; what
-    comes in from above and left is new noise.
+    The paper shows the patterns only in a figure. Chosen here: each is the frame of `pattern`, with one free pixel around it;
+    the scales alternate (9, 8 and 8 of them); all are in the upper left part that stays inside the image when it is moved by
+    `shift`; and the background is Gaussian noise, also added to the patterns. Moving an image moves its background with it; what
+    enters from above and left is new noise.
     """
     inside = SIDE - shift
     taken = torch.zeros(inside, inside, dtype=torch.bool)
     clean, target = torch.zeros(1, SIDE, SIDE), torch.zeros(1, SIDE, SIDE)
-    for number in sorted(range(PATTERNS), key=lambda n: -SCALES[n % 3]):  # large ones while there is room
+    for number in sorted(range(PATTERNS), key=lambda n: -SCALES[n % 3]):  # large ones first, while there is room
         side = SCALES[number % 3]
         while True:
             top, left = (integer(0, inside - side, generator) for _ in range(2))
@@ -89,9 +89,9 @@ def pattern_image(noise: float, shift: int, moved: bool, generator: torch.Genera
 
 @register
 class PatternDetection(Task):
-    """Made images, no data. Training images follow from the seed; validation images are the same ones, moved by `shift`.
+    """Generated images, no data. Training images follow from the seed; validation images are the same ones, moved by `shift`.
 
-    The loss is the mean squared error, as in the paper. Metrics: `mse`, and `f1` of the middles that are found with a
+    The loss is the mean squared error, as in the paper. Metrics: `mse`, and `f1` of the centers found with a
     threshold of one half.
     """
 

@@ -1,4 +1,4 @@
-"""Real denoising: photographs with the camera's own noise beside clean ones of the same scene."""
+"""Real denoising: photographs with the camera's own noise, paired with clean ones of the same scene."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ Pair = tuple[Path, Path]  # noisy, clean
 
 @dataclass(frozen=True, kw_only=True)
 class RealDenoisingConfig(RestorationConfig):
-    """`noisy` and `clean` say what belongs together: the names of two folders (noisy/a.png, clean/a.png), or, where a pattern
-    holds a `*`, the ends of the names of files in one folder: noisy="*_real" clean="*_mean" for a_real.JPG and a_mean.JPG.
+    """`noisy` and `clean` define the pairs: the names of two folders (noisy/a.png, clean/a.png), or, if a pattern
+    contains a `*`, the name endings of files in one folder: noisy="*_real" clean="*_mean" for a_real.JPG and a_mean.JPG.
 
     `loss` may also be "variational", that of Yue et al. (2019), for networks whose forward gives a `Posterior` when called
-    with `posterior=True`. `luma`: PSNR and SSIM are those of Y (BT.601) of 8-bit images.
+    with `posterior=True`. `luma`: compute PSNR and SSIM on Y (BT.601) of 8-bit images.
     """
 
     losses: ClassVar[tuple[str, ...]] = (*PIXEL_LOSSES, "variational")
@@ -48,7 +48,7 @@ class RealDenoisingConfig(RestorationConfig):
 
 @register
 class RealDenoising(RestorationTask):
-    """Pairs of a noisy and a clean image (PolyU, SIDD, RENOIR), patches to train on, whole images to judge by PSNR and SSIM."""
+    """Pairs of a noisy and a clean image (PolyU, SIDD, RENOIR): trained on patches, evaluated on whole images by PSNR and SSIM."""
 
     name: ClassVar[str] = "real-denoising"
     config_class: ClassVar[type[TaskConfig]] = RealDenoisingConfig
@@ -63,11 +63,11 @@ class RealDenoising(RestorationTask):
         return [(noisy[key], clean[key]) for key in sorted(noisy)]
 
     def _keyed(self, folder: Path, pattern: str) -> dict[str, Path]:
-        """Files of one kind by what they share with their partner."""
+        """Files of one kind, keyed by what they share with their partner."""
         if "*" not in pattern:
             if not (folder / pattern).is_dir():
                 raise DataError(
-                    f"task {self.name}: {folder} has no folder {pattern}/; other layouts are named with noisy= and clean="
+                    f"task {self.name}: {folder} has no folder {pattern}/; describe other layouts with noisy= and clean="
                 )
             inside = list_images(folder / pattern)
             found = [(str(path.relative_to(folder / pattern).with_suffix("")), path) for path in inside]
@@ -109,7 +109,7 @@ class RealDenoising(RestorationTask):
     def bind(self, model: nn.Module) -> nn.Module:
         if self.config.loss == "variational" and not takes(model, "posterior"):
             raise InputError(
-                f"task {self.name}: loss=variational is for networks that give a posterior (zoo/acda_vdn, zoo/vdn_conv), and "
+                f"task {self.name}: loss=variational is for networks that return a posterior (zoo/acda_vdn, zoo/vdn_conv), and "
                 f"the forward of {type(model).__name__} has no argument posterior"
             )
         return super().bind(model)
@@ -125,7 +125,7 @@ class RealDenoising(RestorationTask):
         return super().loss(output, batch)
 
     def distillation_loss(self, output: Any, teacher: Any) -> Tensor:
-        """Between the means, where there is a posterior."""
+        """Between the means, if there is a posterior."""
         parts = [part.mean if isinstance(part, Posterior) else part for part in (output, teacher)]
         return super().distillation_loss(*parts)
 

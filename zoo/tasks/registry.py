@@ -1,4 +1,4 @@
-"""The tasks by name. A task is one file in this folder and one `@register` line in it."""
+"""Registry of the tasks. A task is one file in this folder with one `@register` line."""
 
 import dataclasses
 import difflib
@@ -14,7 +14,7 @@ _TASKS: dict[str, type[Task]] = {}
 
 
 def register(cls: type[Task]) -> type[Task]:
-    """Class decorator: make a task known under its `name`."""
+    """Class decorator: register a task under its `name`."""
     if cls.name in _TASKS:
         raise ValueError(f"task {cls.name!r} is registered twice, by {_TASKS[cls.name].__name__} and {cls.__name__}")
     _TASKS[cls.name] = cls
@@ -23,7 +23,7 @@ def register(cls: type[Task]) -> type[Task]:
 
 @cache
 def _load() -> None:
-    """Import every file of this folder, so that the tasks in it register themselves."""
+    """Import every file of this folder so that its tasks register themselves."""
     import surgeon.zoo.tasks
 
     for module in pkgutil.iter_modules(surgeon.zoo.tasks.__path__, "surgeon.zoo.tasks."):
@@ -37,7 +37,7 @@ def task_names() -> list[str]:
 
 
 def task_class(name: str) -> type[Task]:
-    """The class of a task; an unknown name is a `ConfigError` that lists the known ones."""
+    """The class of a task; an unknown name raises a `ConfigError` that lists the known ones."""
     _load()
     if name not in _TASKS:
         near = difflib.get_close_matches(name, _TASKS, n=1)
@@ -47,7 +47,7 @@ def task_class(name: str) -> type[Task]:
 
 
 def create_task(name: str, *, seed: int = 0, **options: Any) -> Task:
-    """A task with its options; unknown options are a `ConfigError` that lists the task's own."""
+    """A task with its options; unknown options raise a `ConfigError` that lists the task's own."""
     cls = task_class(name)
     known = [field.name for field in dataclasses.fields(cls.config_class)]
     for option in options:

@@ -26,10 +26,10 @@ SIDE, WINDOW, SQUARE = 89, 87, 5  # pixels: image, region of the grid, side of a
 
 @dataclass(frozen=True, kw_only=True)
 class SadConfig(TaskConfig):
-    """`images`, `val_images`: how many there are. `share`: that of the places of the grid that are black.
+    """`images`, `val_images`: their number. `share`: fraction of the grid positions that are black.
 
-    `beta`: errors below it count by their square (smooth L1); 0 is the paper's loss. With that, a kernel that is nearly right pulls
-    as hard as one that is wrong, and selection does not settle (docs/gains.md).
+    `beta`: errors below it are squared (smooth L1); 0 is the paper's loss. With 0, a kernel that is nearly right gets a gradient
+    as large as one that is wrong, and the selection does not settle (docs/gains.md).
     """
 
     images: int = 1000
@@ -43,20 +43,20 @@ class SadConfig(TaskConfig):
         if min(self.images, self.val_images) < 1:
             raise ConfigError(f"images={self.images!r} and val_images={self.val_images!r} must be positive")
         if not 0 <= self.share <= 1:
-            raise ConfigError(f"share must lie between 0 and 1, got {self.share!r}")
+            raise ConfigError(f"share must be between 0 and 1, got {self.share!r}")
         if not (math.isfinite(self.beta) and self.beta >= 0):
             raise ConfigError(f"beta must be a finite number >= 0, got {self.beta!r}")
         if self.data is not None:
-            raise ConfigError(f"task sad makes its own images; data={self.data} has no use")
+            raise ConfigError(f"task sad generates its images; remove data={self.data}")
 
 
 def sad_image(share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(input, target), (3, 89, 89) each.
 
-    Every value is uniform in (0, 1]; some places of a grid are black in the input, and black squares of 5x5 around them in the
-    target. The grid: 17 x 17 places, 5 pixels apart, the middles of the 5x5 cells that fill the 87x87 window from its corner
-    (1, 1) on; so no squares overlap and none is cut. The paper gives the window and that squares do not overlap; that places
-    are 5 apart and each is black with probability `share` is chosen here.
+    Every value is uniform in (0, 1]; some grid positions are black in the input, with black 5x5 squares around them in the
+    target. The grid has 17 x 17 positions, 5 pixels apart, the centers of the 5x5 cells that fill the 87x87 window from its corner
+    (1, 1); so no squares overlap and none is cut off. The paper gives the window and that squares do not overlap; the spacing
+    of 5 and the probability `share` of a black position are chosen here.
     """
     image = 1 - torch.rand((3, SIDE, SIDE), generator=generator)  # rand is in [0, 1)
     count = WINDOW // SQUARE
@@ -70,9 +70,9 @@ def sad_image(share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]
 
 @register
 class Sad(Task):
-    """Made images, no data: those of training follow from the seed, those of validation are always the same.
+    """Generated images, no data: training images follow from the seed, validation images are always the same.
 
-    The loss is the mean absolute error, as in the paper, or with `beta` smooth L1. Metrics: `l1`, `mse`. A Dirac and a zero filter
+    The loss is the mean absolute error, as in the paper, or smooth L1 with `beta`. Metrics: `l1`, `mse`. A Dirac and a zero filter
     solve it exactly.
     """
 

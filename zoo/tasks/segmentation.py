@@ -1,4 +1,4 @@
-"""Semantic segmentation: a class for every pixel."""
+"""Semantic segmentation: a class per pixel."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,12 +33,12 @@ _AUXILIARY = 0.4  # weight of the loss of an auxiliary classifier (Zhao et al. 2
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationConfig(FolderConfig):
-    """`classes`: their number; by default one more than the largest label of the masks. `ignore_index`: label without a class.
+    """`classes`: their number; by default one more than the largest label of the masks. `ignore_index`: label that is not a class.
 
-    Training pieces have the size of `input_size`, by default 256x256: pictures are scaled by a factor between `scale_min` and
-    `scale_max`, cut, and mirrored. Whole pictures are continued to a `multiple` of so many pixels. `class_weights`
-    weigh the loss of the pixels of each class. In evaluation the shares that a model gives the classes are averaged over the
-    picture at each of `test_scales` (multi-scale testing).
+    Training crops have the size `input_size`, by default 256x256: images are scaled by a factor between `scale_min` and
+    `scale_max`, cropped and mirrored. Whole images are padded to a multiple of `multiple` pixels. `class_weights`
+    weight the loss of the pixels of each class. In evaluation, the class probabilities are averaged over the
+    image at each of `test_scales` (multi-scale testing).
     """
 
     classes: int | None = None
@@ -68,12 +68,12 @@ class SegmentationConfig(FolderConfig):
 
 @register
 class Segmentation(Task):
-    """Pictures in `images/`, masks in `masks/` (or `labels/`, `annotations/`) with the same names.
+    """Images in `images/`, masks in `masks/` (or `labels/`, `annotations/`) with the same names.
 
-    A mask is an image of one channel whose values are classes. Models give logits (N, classes, h, w), or torchvision's
-    dictionary of them; they are enlarged to the picture's size. The loss is the mean over pictures of the mean cross-entropy
-    over the pixels of a picture that have a class. Metrics over all pixels of the set: `miou` (classes that occur neither in
-    the masks nor in the predictions are left out) and `pixel_accuracy`, shares of 1.
+    A mask is a single-channel image whose values are classes. Models return logits (N, classes, h, w), or torchvision's
+    dictionary of them, which are resized to the image's size. The loss is the mean over images of the mean cross-entropy
+    over the labeled pixels of an image. Metrics over all pixels of the set: `miou` (excluding classes that occur neither in
+    the masks nor in the predictions) and `pixel_accuracy`, both fractions.
     """
 
     name: ClassVar[str] = "segmentation"
@@ -101,7 +101,7 @@ class Segmentation(Task):
 
     @property
     def classes(self) -> int:
-        """Number of classes; read from the masks where the options do not say it. Raises `DataError`."""
+        """Number of classes; read from the masks unless the options set it. Raises `DataError`."""
         if self._classes is None:
             self._classes = self._look_at_masks()
         return self._classes
@@ -109,7 +109,7 @@ class Segmentation(Task):
     # --- data -----------------------------------------------------------------------------------------------------
 
     def items(self, split: Split) -> list[tuple[int, Pair]]:
-        """(number, (picture, mask)) of a split."""
+        """(number, (image, mask)) of a split."""
         roots = find_roots(self.name, self.config)
         folder = roots.of(split)
         if folder is None:
@@ -125,7 +125,7 @@ class Segmentation(Task):
         return ("val",) if find_roots(self.name, self.config).train is None else ("train", "val")
 
     def _look_at_masks(self) -> int:
-        """The number of classes; raises `DataError` for masks that cannot be used."""
+        """The number of classes; raises `DataError` for unusable masks."""
         config = self.config
         labels: dict[str, set[int]] = {split: set() for split in self._splits()}
         for split in self._splits():
@@ -183,17 +183,17 @@ class Segmentation(Task):
                 replace_module(model, name, with_outputs(model.get_submodule(name), self.classes, self.seed))
             logits = self._logits(trial(self.name, model, model, *size))
         if logits.shape[1] != self.classes:
-            raise InputError(f"task {self.name}: the model gives {describe(logits)}, not {self.classes} classes")
+            raise InputError(f"task {self.name}: the model returns {describe(logits)}, not {self.classes} classes")
         return model
 
     def _logits(self, output: Any) -> Tensor:
         logits = _all_logits(output).get("out")
         if logits is None or logits.dim() != 4:
-            raise InputError(f"task {self.name}: the model gives {describe(output)}, not logits (N, classes, H, W)")
+            raise InputError(f"task {self.name}: the model returns {describe(output)}, not logits (N, classes, H, W)")
         return logits
 
     def predict(self, model: nn.Module, batch: Batch) -> Any:
-        """Logits (N, classes, H, W) in the size of the pictures; with several `test_scales` logarithms of the mean shares."""
+        """Logits (N, classes, H, W) at the image's size; with several `test_scales`, the logarithms of the mean probabilities."""
 
         def run(x: Tensor) -> Tensor:
             return _enlarged(self._logits(model(x)), x.shape[-2:])
@@ -227,7 +227,7 @@ class Segmentation(Task):
         return (values.sum((1, 2)) / counted).mean()
 
     def distillation_loss(self, output: Any, teacher: Any) -> Tensor:
-        """Divergence of the classes of each pixel from the teacher's, mean over pixels and pictures."""
+        """Divergence of each pixel's classes from the teacher's, averaged over pixels and images."""
         student, teacher = self._logits(output).float(), self._logits(teacher).float()
         divergence = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="none")
         return divergence.sum(1).mean()
@@ -263,7 +263,7 @@ class Segmentation(Task):
 
 
 def _all_logits(output: Any) -> dict[str, Tensor]:
-    """Logits by name; those that count are "out". Of a tuple the first counts."""
+    """Logits by name; the main ones are "out". In a tuple, the first are the main ones."""
     if isinstance(output, Tensor):
         return {"out": output}
     if isinstance(output, Mapping):
@@ -280,7 +280,7 @@ def _enlarged(logits: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _heads(task: str, model: nn.Module, old: int, classes: int) -> list[str]:
-    """Names of the convolutions that make the logits: in torchvision's classifiers, else the last one."""
+    """Names of the convolutions that output the logits: in torchvision's classifiers, otherwise the last one."""
     convs = [name for name, module in model.named_modules() if type(module) is nn.Conv2d and outputs_of(module) == old]
     main = [name for name in convs if name.split(".")[0] == "classifier"]
     auxiliary = [name for name in convs if "aux" in name.split(".")[0]]

@@ -1,4 +1,4 @@
-"""Single-image super-resolution x2, x3, x4 from a bicubic reduction."""
+"""Single-image super-resolution x2, x3, x4 from bicubic downsampling."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,15 @@ from surgeon.zoo.tasks.support.metrics import eight_bit
 from surgeon.zoo.tasks.support.probe import takes
 from surgeon.zoo.tasks.support.restoration import RestorationConfig, RestorationTask
 
-_MARGIN = 8  # small pixels around a patch that reducing and enlarging it by bicubic filters (reach 2 each) can see
+_MARGIN = 8  # low-resolution pixels around a patch within reach of bicubic down- and upsampling (2 each)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuperResolutionConfig(RestorationConfig):
-    """`patch` counts pixels of the large image and is a multiple of `scale`.
+    """`patch` is in pixels of the large image and is a multiple of `scale`.
 
-    `input`: "lr", the small image, or "bicubic", enlarged to the target's size before the network sees it (SRCNN).
-    `color=false` works on the luma Y alone. `self_ensemble`: predictions are means over the 8 symmetries of the square.
+    `input`: "lr", the small image, or "bicubic", upsampled to the target's size before the network sees it (SRCNN).
+    `color=false` uses only the luma Y. `self_ensemble`: predictions are means over the 8 symmetries of the square.
     """
 
     scale: int = 2
@@ -44,11 +44,11 @@ class SuperResolutionConfig(RestorationConfig):
 
 @register
 class SuperResolution(RestorationTask):
-    """Enlarge what a bicubic filter reduced.
+    """Upscale what a bicubic filter has downsampled.
 
-    Images are cut to a multiple of `scale`, and reduced by PIL's bicubic filter: the kernel of MATLAB's imresize (a = -0.5,
-    widened against aliasing), which differs from it in that results of the horizontal pass are rounded to 8 bits and that
-    the filter is cut off, not mirrored, at the borders. PSNR and SSIM are those of the luma Y of BT.601 of 8-bit images,
+    Images are cropped to a multiple of `scale` and downsampled by PIL's bicubic filter: the kernel of MATLAB's imresize (a = -0.5,
+    widened against aliasing), except that results of the horizontal pass are rounded to 8 bits and that
+    the filter is truncated, not mirrored, at the borders. PSNR and SSIM are computed on the luma Y of BT.601 of 8-bit images,
     without a border of `scale` pixels, means over images.
     """
 
@@ -70,7 +70,7 @@ class SuperResolution(RestorationTask):
         return self.patch_side() // (self.config.scale if self.config.input == "lr" else 1)
 
     def read(self, path: Path) -> Image.Image:
-        """RGB also for luma: the reduction is that of the color image."""
+        """RGB even for luma: the downsampling is done on the color image."""
         color, self.color = self.color, True
         try:
             return super().read(path)
@@ -82,7 +82,7 @@ class SuperResolution(RestorationTask):
         return super().bind(model)
 
     def hint(self) -> str:
-        text = "; input=bicubic is for networks that do not enlarge, color=false for those that take luma"
+        text = "; input=bicubic is for networks that do not upscale, color=false for those that take luma"
         return f"{text}; this task has scale={self.config.scale}"
 
     # --- samples --------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ class SuperResolution(RestorationTask):
         return {"input": x, "target": y}
 
     def _degraded(self, image: Image.Image, box: Box) -> tuple[Tensor, Tensor]:
-        """(input, target) in a box, as cut from the degraded whole image."""
+        """(input, target) in a box, cropped from the degraded whole image."""
         top, left, height, width = box
         scale, margin = self.config.scale, _MARGIN * self.config.scale
         y0, x0 = max(top - margin, 0), max(left - margin, 0)

@@ -1,4 +1,4 @@
-"""Does a conversion pay? Original and converted are trained equally and judged by paired seeds: `try_conversion`."""
+"""Does a conversion pay off? Trains original and converted alike and compares them by paired seeds: `try_conversion`."""
 
 from surgeon.zoo.trial.answer import Answer, standard_error, verdict
 from surgeon.zoo.trial.run import try_conversion

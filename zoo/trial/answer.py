@@ -1,4 +1,4 @@
-"""What a trial found: paired differences over seeds, what the conversion costs, and both in a sentence."""
+"""Result of a trial: paired differences over seeds, the cost of the conversion, and a one-sentence summary."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ UNITS = {"top1": ("points of top-1", 100.0), "miou": ("points of mIoU", 100.0), 
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None with fewer than two values."""
+    """Standard error of the mean; None for fewer than two values."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
@@ -29,7 +29,7 @@ def verdict(gains: Sequence[float]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one arm. FLOPs of an image (1 MAC = 2 FLOPs; None: not countable), parameters, seconds of a training step."""
+    """Cost of one arm. FLOPs per image (1 MAC = 2 FLOPs; None: not countable), parameters, seconds per training step."""
 
     flops: int | None
     params: int
@@ -38,7 +38,7 @@ class Cost:
 
 @dataclass(kw_only=True)
 class Answer:
-    """What `surgeon try` found. Scores are those of the judging images, in the metric's own unit, by arm, one a seed of `seeds`."""
+    """Result of `surgeon try`. Scores are on the judging images, in the metric's own unit, by arm, one per seed of `seeds`."""
 
     model: str
     task: str
@@ -62,12 +62,12 @@ class Answer:
 
     @property
     def unit(self) -> str:
-        """Of gains, in words."""
+        """Unit of gains, in words."""
         return UNITS.get(self.primary, (self.primary, 1.0))[0]
 
     @property
     def scale(self) -> float:
-        """From the metric to the unit of gains."""
+        """Factor from the metric to the unit of gains."""
         return UNITS.get(self.primary, (self.primary, 1.0))[1]
 
     @property
@@ -93,12 +93,12 @@ class Answer:
         return verdict(self.gains)
 
     def factor(self, what: str) -> float | None:
-        """How many times a cost the conversion takes."""
+        """Ratio of a cost, converted to original."""
         before, after = (getattr(self.costs[arm], what) for arm in ARMS)
         return after / before if before and after is not None else None
 
     def sentence(self) -> str:
-        """The answer."""
+        """The answer in one sentence."""
         flops, time = self.factor("flops"), self.factor("step_seconds")
         costs = [] if flops is None else [f"x{flops:.2f} FLOPs"]
         costs += [] if time is None else [f"x{time:.2g} time a step"]
@@ -119,7 +119,7 @@ class Answer:
         return f"no gain seen beyond ± {2 * error:.2g} {self.unit} ({found}, {seeds})"
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; numbers that are not finite become null."""
+        """As plain JSON values; NaN and infinity become null."""
         found = {"gain": self.gain, "standard_error": self.error, "unit": self.unit, "verdict": self.verdict}
         factors = {what: self.factor(what) for what in ("flops", "params", "step_seconds")}
         values: dict[str, Any] = finite(
@@ -128,7 +128,7 @@ class Answer:
         return values
 
     def to_text(self, width: int = 80) -> str:
-        """The sentence, a table, and how it was compared."""
+        """The sentence, a table, and the method of comparison."""
         rows = []
         for arm in ARMS:
             scores, cost = self.scores[arm], self.costs[arm]
@@ -142,7 +142,7 @@ class Answer:
 
 
 def how(answer: Answer) -> list[str]:
-    """How it was compared, in sentences."""
+    """The method of comparison, in sentences."""
     samples, arrow = answer.samples, "higher" if answer.higher_is_better else "lower"
     return [
         f"converted: {answer.becomes}, {answer.replaced} layers",

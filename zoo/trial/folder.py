@@ -1,4 +1,4 @@
-"""The folder of a trial: `try.json` (what is tried), `scores/` (one file a run), `model/` (the best conversion), `report/`."""
+"""The folder of a trial: `try.json` (its settings), `scores/` (one file per run), `model/` (best conversion), `report/`."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ _SCORE = {"arm": str, "rate": _NUMBER, "seed": int, "seconds": _NUMBER, "step_se
 
 
 class TryFolder:
-    """Paths of a trial, and what is read from and written to them."""
+    """Paths of a trial; reads and writes its files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
@@ -33,7 +33,7 @@ class TryFolder:
         self.answer = self.path / "answer.json"
 
     def check(self, *, resume: bool, force: bool) -> None:
-        """Raise unless a trial may begin, or go on, here: before any work."""
+        """Raise unless a trial may start or resume here; called before any work."""
         if resume and force:
             raise ConfigError("--resume goes on with a trial, --force replaces it: give one of them")
         if resume:
@@ -49,9 +49,9 @@ class TryFolder:
                 raise CheckpointError(f"the output {self.path} was not written by surgeon try: --force leaves it alone")
 
     def hold(self, *, begin: bool) -> AbstractContextManager[None]:
-        """Keep other processes out of the trial that is here, or of an empty folder that is made here to begin one.
+        """Lock the trial in this folder against other processes, or an empty folder created to start one.
 
-        Raises `CheckpointError` where another process has it.
+        Raises `CheckpointError` if another process holds it.
         """
         try:
             if begin:
@@ -63,7 +63,7 @@ class TryFolder:
         return held(self.path, f"the trial in {self.path}")
 
     def create(self, values: dict[str, Any], *, new: bool) -> None:
-        """Begin in a folder that is held: what was here goes, and the record is written; a new folder goes where it cannot be."""
+        """Start in a locked folder: replace its content and write the record; a new folder is removed if that fails."""
         for old in (self.clock, self.answer):
             old.unlink(missing_ok=True)
         for folder in (self.scores, self.runs, self.model, self.report):
@@ -76,7 +76,7 @@ class TryFolder:
             raise
 
     def read(self) -> dict[str, Any]:
-        """The record. Raises `CheckpointError` where it is none of this version."""
+        """The record. Raises `CheckpointError` if it is not one of this version."""
         values = read_object(self.record)
         if values.get("format") != FORMAT or values.get("version") != VERSION:
             raise CheckpointError(
@@ -87,7 +87,7 @@ class TryFolder:
         return values
 
     def compare(self, old: dict[str, Any], identity: dict[str, Any], data: dict[str, Any]) -> None:
-        """Raise `ConfigError` or `DataError` where the trial here is another one, naming what differs."""
+        """Raise `ConfigError` or `DataError`, naming the differences, if the trial here is another one."""
         before = old["identity"]
         changed = [
             f"{key} was {before.get(key)!r} and is {identity.get(key)!r}"
@@ -101,7 +101,7 @@ class TryFolder:
             raise DataError(f"the data are not those that the trial in {self.path} began with: {'; '.join(other)}")
 
     def read_scores(self) -> dict[str, dict[str, Any]]:
-        """What was judged, by the name of the run."""
+        """Judged scores, by the name of the run."""
         found = {}
         for file in sorted(self.scores.glob("*.json")) if self.scores.is_dir() else ():
             values = read_object(file)
@@ -110,7 +110,7 @@ class TryFolder:
         return found
 
     def spent(self) -> tuple[float, float]:
-        """Seconds that former sittings took, and of these those of the run that is not done yet."""
+        """Seconds that earlier sessions took, and the part of them spent on the unfinished run."""
         if not self.clock.is_file():
             return 0.0, 0.0
         values = read_object(self.clock)
@@ -118,11 +118,11 @@ class TryFolder:
         return float(values["seconds"]), float(values["run"])
 
     def keep(self, run: Path) -> None:
-        """A run's network becomes that of `model/`."""
+        """Make a run's network that of `model/`."""
         with fresh_folder(self.model, force=self.model.exists()) as fresh:
             shutil.copytree(run, fresh, dirs_exist_ok=True, ignore=shutil.ignore_patterns("training"))
 
     def write(self, path: Path, values: dict[str, Any]) -> None:
-        """A file of JSON that appears whole or not at all. Raises `CheckpointError`."""
+        """Write a JSON file atomically. Raises `CheckpointError`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")

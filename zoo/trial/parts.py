@@ -1,10 +1,10 @@
-"""A task on a part of its validation samples: one part chooses settings, the other one judges."""
+"""A task restricted to part of its validation samples: one part selects settings, the other one judges."""
 
 from surgeon.zoo.tasks import Sample, Split, Task, TaskDataset
 
 
 class _Part(Task):
-    """Mixed into the class of a task by `part_of`. Every `stride`-th validation sample from `first` on, at most `count`."""
+    """Mixed into a task's class by `part_of`. Every `stride`-th validation sample starting at `first`, at most `count`."""
 
     kind: type[Task]  # the task's own class
     first: int
@@ -18,11 +18,11 @@ class _Part(Task):
         return Chosen(whole, spread(range(self.first, len(whole), self.stride), self.count))
 
     def check(self) -> None:
-        """The whole task was looked through before its parts are made."""
+        """The whole task was checked before its parts are made."""
 
 
 class Chosen(TaskDataset):
-    """Some samples of a data set whose samples are the same at every draw."""
+    """Selected samples of a data set whose samples are the same at every draw."""
 
     def __init__(self, whole: TaskDataset, numbers: list[int]) -> None:
         self.whole, self.numbers, self.seed = whole, numbers, whole.seed
@@ -35,7 +35,7 @@ class Chosen(TaskDataset):
 
 
 def part_of(task: Task, first: int, stride: int, count: int | None = None) -> Task:
-    """A task of the same options whose validation samples are `first`, `first + stride`, ..., at most `count`, spread evenly."""
+    """A task with the same options and the validation samples `first`, `first + stride`, ..., at most `count`, evenly spread."""
     kind = type(task)
     values = {"kind": kind, "first": first, "stride": stride, "count": count}
     part: Task = type(f"Part{kind.__name__}", (_Part, kind), values)(task.config, seed=task.seed)
@@ -43,7 +43,7 @@ def part_of(task: Task, first: int, stride: int, count: int | None = None) -> Ta
 
 
 def spread(numbers: range, count: int | None) -> list[int]:
-    """At most `count` of the numbers, evenly over them."""
+    """At most `count` of the numbers, evenly spread."""
     if count is None or count >= len(numbers):
         return list(numbers)
     return [numbers[index * len(numbers) // count] for index in range(count)]

@@ -1,4 +1,4 @@
-"""What is tried for how long: the default conversion of a task, and the steps, rates and seeds that a time allows."""
+"""Default conversion of a task, and the steps, rates and seeds that fit into a time."""
 
 import math
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from surgeon.layers.registry import layer_class, layer_types
 from surgeon.zoo.trial.answer import LEAST_SEEDS
 
 RATES = (1e-4, 3e-4, 1e-3)  # a third and three times the default of fine-tuning
-LEAST_STEPS = 20  # fewer tell nothing
+LEAST_STEPS = 20  # fewer say nothing
 MOST_EPOCHS = 10.0
-_SPARE = 0.9  # part of the time that is planned; steps are not all equally fast
-_EVALUATION = 0.2  # largest part of the time that evaluations get
+_SPARE = 0.9  # share of the time that is planned; step times vary
+_EVALUATION = 0.2  # largest share of the time for evaluations
 
 # Selections in the order in which they are tried, by task; late stages cost least.
 _DEEP = ("stage3,stage4", "stage2", "stage1", "all")
@@ -28,7 +28,7 @@ def default_conversion(task: str) -> tuple[str, tuple[str, ...]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Seconds, of both arms together: of a training step, of one sample in evaluation, of what a run takes beside these."""
+    """Seconds, for both arms together: per training step, per evaluated sample, and the overhead of a run."""
 
     step: float
     sample: float
@@ -37,7 +37,7 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """`rates` are tried with seed 0; `choose` and `judge` validation samples are used (`choose` 0: the judging ones choose)."""
+    """`rates` are tried with seed 0; `choose` and `judge` count validation samples (`choose` 0: the judging ones choose)."""
 
     steps: int
     rates: tuple[float, ...]
@@ -48,9 +48,9 @@ class Plan:
 def make_plan(
     seconds: float, speed: Speed, *, train: int, val: int, batch: int, rates: Sequence[float], steps: int | None = None
 ) -> Plan:
-    """What `seconds` allow for three seeds. Raises `ConfigError` where that is too little for any comparison.
+    """The plan for `seconds` and three seeds. Raises `ConfigError` if that is too little for any comparison.
 
-    `train` and `val` count the samples of the splits, `batch` is samples a step, `steps` are given steps.
+    `train` and `val` are the sizes of the splits, `batch` is samples per step, `steps` fixes the number of steps.
     """
     halves = (val // 2, val - val // 2) if val > 1 and len(rates) > 1 else (0, val)
     most = max(math.ceil(MOST_EPOCHS * train / batch), LEAST_STEPS)

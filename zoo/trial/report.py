@@ -1,4 +1,4 @@
-"""The page of a trial: the answer first, then what it rests on."""
+"""The report page of a trial: the answer first, then the evidence."""
 
 import statistics
 from html import escape
@@ -18,7 +18,7 @@ _MEANS = {
 
 
 def write_report(answer: Answer, folder: Path, go_on: str) -> Path:
-    """Write `report.html` into the folder; returns the page. `go_on` is the command that follows. Raises `CheckpointError`."""
+    """Write `report.html` into the folder; returns its path. `go_on` is the command to run next. Raises `CheckpointError`."""
     title = f"{answer.model} on {answer.task}: does the conversion pay?"
     body = [
         f"<h1>{escape(title)}</h1>",

@@ -1,4 +1,4 @@
-"""A trial from beginning to end: convert, measure how fast both are, plan, train pairs of runs, judge, sum up."""
+"""A trial from start to finish: convert, time both networks, plan, train pairs of runs, judge, summarize."""
 
 import dataclasses
 import math
@@ -33,8 +33,8 @@ from surgeon.zoo.trial.twins import TryConfig, Twins
 Tell = Callable[[str], None]
 MakeTask = Callable[[int], Task]  # by seed
 
-_PROBE = 5.0  # seconds of training steps that tell how fast a network is
-_EPOCHS = 1e9  # the number of steps alone decides about the length
+_PROBE = 5.0  # seconds of training steps for timing a network
+_EPOCHS = 1e9  # only the number of steps limits the length
 
 
 def try_conversion(
@@ -50,10 +50,10 @@ def try_conversion(
     quiet: bool = True,
     tell: Tell | None = None,
 ) -> Answer:
-    """Train a model and its conversion equally, and say what the conversion gains and costs.
+    """Train a model and its conversion alike, and report what the conversion gains and costs.
 
-    `make_task` gives the task with the random numbers of a seed. `output` becomes a folder with the answer, a report page and
-    the best converted network; with `resume` the trial there goes on, and a longer `max_time` or more `seeds` are allowed.
+    `make_task` returns the task with a seed's random numbers. `output` becomes a folder with the answer, a report page and
+    the best converted network; `resume` continues the trial there, with a longer `max_time` or more `seeds` if given.
     Raises `ConfigError`, `DataError`, `CheckpointError`, and `Interrupted` (a `KeyboardInterrupt`) when asked to stop.
     """
     config, tell = config or TryConfig(), tell or (lambda text: None)
@@ -75,7 +75,7 @@ def try_conversion(
 
 
 class _Trial:
-    """One sitting."""
+    """One session of a trial."""
 
     def __init__(
         self,
@@ -90,9 +90,9 @@ class _Trial:
     ) -> None:
         self.model, self.make_task, self.folder, self.config = model, make_task, folder, config
         self.name, self.base, self.quiet, self.tell = name, base, quiet, tell
-        self.started, self.before = time.monotonic(), 0.0  # of this sitting; seconds of those before
+        self.started, self.before = time.monotonic(), 0.0  # of this session; seconds of earlier ones
         self.run_started: float | None = None
-        self.run_before = 0.0  # seconds that former sittings gave to the run that is not done yet
+        self.run_before = 0.0  # seconds that earlier sessions spent on the unfinished run
         self.device = make_accelerator(config.base).device
         self.task = make_task(0)
         self.ready = False
@@ -100,16 +100,16 @@ class _Trial:
 
     @property
     def spent(self) -> float:
-        """Seconds, over all sittings."""
+        """Seconds spent over all sessions."""
         return self.before + time.monotonic() - self.started
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds left."""
         return self.config.max_time - self.spent
 
     def note_time(self) -> None:
-        """For the next sitting: seconds in all, and those of the run that is not done yet."""
+        """Save for the next session: total seconds, and those of the unfinished run."""
         running = 0.0 if self.run_started is None else time.monotonic() - self.run_started
         if self.ready:
             self.folder.write(self.folder.clock, {"seconds": self.spent, "run": self.run_before + running})
@@ -117,9 +117,9 @@ class _Trial:
     # --- before ---------------------------------------------------------------------------------------------------
 
     def prepare(self, stack: ExitStack, *, resume: bool) -> None:
-        """Look through the data, convert, and plan; or read the plan of the trial that goes on.
+        """Check the data, convert, and plan; or read the plan of the trial to resume.
 
-        A new folder is made only then, and held on the stack.
+        A new folder is created only then, and locked on the stack.
         """
         new = not self.folder.path.exists()
         self.tell("looking through the data")
@@ -154,7 +154,7 @@ class _Trial:
         self.tell(f"plan: {self.plan.steps} steps a run, rates {', '.join(f'{rate:g}' for rate in self.plan.rates)}")
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same when the trial goes on."""
+        """Settings that must be the same on resume."""
         config, free = self.config, ("workers", "log_every", "max_time", "device")
         options = {key: _plain(value) for key, value in dataclasses.asdict(self.task.config).items()}
         return {
@@ -170,7 +170,7 @@ class _Trial:
         }
 
     def _measure(self) -> Speed:
-        """Seconds of steps, evaluations and of what a run takes beside them, on this machine."""
+        """Seconds per step and evaluation, and the overhead of a run, on this machine."""
         step = sample = run = 0.0
         batch = min(self.config.base.batch_size, max(len(self.task.dataset("val")), 1))
         probe = part_of(self.task, 0, 1, batch)
@@ -193,7 +193,7 @@ class _Trial:
         return finetune(network, task, config, known_start=known).summary.seconds
 
     def training(self, *, rate: float, seed: int, steps: int, limit: float | None) -> FinetuneConfig:
-        """The same for both networks."""
+        """Options of a run, the same for both networks."""
         changes: dict[str, Any] = {"lr": rate, "seed": seed, "max_steps": steps, "max_time": limit}
         changes |= {"epochs": _EPOCHS, "keep": "last", "eval_every": "100%"}  # its last weights are judged
         return replace(self.config.base, **changes)
@@ -215,7 +215,7 @@ class _Trial:
     # --- pairs of runs --------------------------------------------------------------------------------------------
 
     def run(self) -> Answer:
-        """Train what the time allows, and sum up."""
+        """Train what the time allows, and summarize."""
         stopped = "seeds"
         for number, pair in enumerate(self._pairs()):
             lacking = [one for one in pair if _key(*one) not in self.scores]
@@ -231,7 +231,7 @@ class _Trial:
         return self._sum_up(stopped)
 
     def _pairs(self) -> Iterator[list[tuple[str, float, int]]]:
-        """(arm, rate, seed) of the runs of each pair: first the sweep with seed 0, then further seeds at the best rates."""
+        """(arm, rate, seed) of each pair's runs: first the sweep with seed 0, then more seeds at the best rates."""
         for rate in self.plan.rates:
             yield [(arm, rate, 0) for arm in ARMS]
         for seed in range(1, self.config.seeds):
@@ -241,13 +241,13 @@ class _Trial:
             yield [(arm, rate, seed) for arm, rate in best.items() if rate is not None]
 
     def _expected(self, runs: list[tuple[str, float, int]]) -> float:
-        """Seconds, from the runs that are done."""
+        """Expected seconds, from the completed runs."""
         by_arm = {arm: [row["seconds"] for row in self.scores.values() if row["arm"] == arm] for arm in ARMS}
         guess = (self.speed.step * self.plan.steps + self.speed.run) / 2
         return sum(statistics.fmean(by_arm[arm]) if by_arm[arm] else guess for arm, _, _ in runs)
 
     def _one(self, arm: str, rate: float, seed: int) -> bool:
-        """Train and judge one network; False where the time ended before it did."""
+        """Train and judge one network; False if the time ran out first."""
         key, began = _key(arm, rate, seed), time.monotonic()
         self.run_started = began
         place = self.folder.runs / key
@@ -294,7 +294,7 @@ class _Trial:
         return True
 
     def _parts(self, task: Task) -> tuple[Task, Task]:
-        """What chooses, and what judges: every second validation sample each, or all of them both."""
+        """The selecting and the judging task: every second validation sample each, or both all of them."""
         plan, parts = self.plan, []
         for first, stride, count in ((0, 2, plan.choose), (1, 2, plan.judge)) if plan.choose else ((0, 1, plan.judge),):
             part = part_of(task, first, stride, count)
@@ -311,12 +311,12 @@ class _Trial:
         return {row["rate"]: row["chooses"] for row in sorted(rows, key=lambda row: row["rate"])}
 
     def _best_rate(self, arm: str) -> float | None:
-        """The rate that the choosing samples prefer, of seed 0."""
+        """The rate preferred by the selecting samples, at seed 0."""
         known = {rate: value for rate, value in self._swept(arm).items() if value is not None}
         sign = 1.0 if self.task.higher_is_better else -1.0
         return max(known, key=lambda rate: sign * known[rate], default=None)
 
-    # --- what came out --------------------------------------------------------------------------------------------
+    # --- results --------------------------------------------------------------------------------------------------
 
     def _sum_up(self, stopped: str) -> Answer:
         rates = {arm: rate for arm in ARMS if (rate := self._best_rate(arm)) is not None}

@@ -1,4 +1,4 @@
-"""The two networks that are compared, and what the conversion is."""
+"""The two networks under comparison, and the conversion between them."""
 
 import math
 from dataclasses import dataclass, field
@@ -19,11 +19,11 @@ from surgeon.zoo.trial.plan import RATES, default_conversion
 
 @dataclass(frozen=True, kw_only=True)
 class TryConfig:
-    """What is compared, and for how long. Wrong values are a `ConfigError`.
+    """What is compared, and for how long. Invalid values raise a `ConfigError`.
 
-    `type`, `layers`, `options` or `recipe` say what the network becomes (None: the task's default). `max_time` seconds are for
-    everything, over all sittings; `seeds` are trained at most. `rates` are swept alike for both networks; one rate is for both.
-    `base` are the options of fine-tuning that both have.
+    `type`, `layers`, `options` or `recipe` define the conversion (None: the task's default). `max_time` is in seconds for
+    everything, over all sessions; at most `seeds` seeds are trained. `rates` are swept for both; one is used for both.
+    `base` holds the fine-tuning options of both.
     """
 
     type: str | None = None
@@ -51,9 +51,9 @@ class TryConfig:
 
 
 class Twins:
-    """A plain model and its conversion, bound to a task; converted, and verified, when made.
+    """A plain model and its conversion, bound to a task; converted and verified on construction.
 
-    Raises what `surgeon.convert` raises, where the task's first selection matches nothing for the last one tried.
+    Raises the errors of `surgeon.convert` if none of the task's selections matches anything.
     """
 
     def __init__(self, model: nn.Module, task: Task, config: TryConfig) -> None:
@@ -83,12 +83,12 @@ class Twins:
         return f"{layers} to {self.order['type']}{chosen}", report
 
     def bound(self, seed: int) -> nn.Module:
-        """A copy of the model that fits the task; a new head is that of the seed."""
+        """A copy of the model that fits the task; a new head depends on the seed."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return self.task.bind(copy_model(self.model)).eval()
 
     def network(self, arm: str, seed: int) -> nn.Module:
-        """One of the two networks as it begins with a seed: both compute the same."""
+        """One of the two networks as initialized with a seed: both compute the same function."""
         plain = self.bound(seed)
         return plain if arm == "original" else convert(plain, seed=seed, check=False, **self.order)[0]

@@ -1,1 +1,1 @@
-"""Operators in C for the CPU, compiled by the system's compiler at first use."""
+"""CPU operators in C, compiled by the system's compiler on first use."""

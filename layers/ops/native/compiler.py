@@ -1,7 +1,7 @@
-"""From C sources to a loaded library: compiled once a machine by the system's compiler, kept in a folder of the user's own.
+"""From C sources to a loaded library: compiled once per machine by the system's compiler, cached in a folder owned by the user.
 
-A library is named by what it was made of (sources, flags, CPU, compiler) and by its own SHA-256, so that one rename makes it
-appear whole, processes that compile at the same time do each other no harm, and a damaged file is noticed before it is loaded.
+A library is named after its inputs (sources, flags, CPU, compiler) and its own SHA-256, so that one rename publishes it
+atomically, processes that compile at the same time do not interfere, and a damaged file is detected before it is loaded.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ from surgeon.util.files import cache_folder, write_bytes
 SOURCES = ("lanes.h", "gemm.h", "window.h", "acda.h", "dconv.h", "pafu.h", "pafu_back.h", "native.c")
 MAIN = "native.c"
 ABI = 1  # what `surgeon_abi` of native.c returns
-TIME_LIMIT = 120.0  # seconds, of one run of the compiler
+TIME_LIMIT = 120.0  # seconds per compiler run
 COMPILERS = ("cc", "gcc", "clang")
 INSTALL = "install gcc or clang (Debian and Ubuntu: apt install gcc; macOS: xcode-select --install), or name one in CC"
 
@@ -39,24 +39,24 @@ def compiler() -> list[str]:
     given = shlex.split(os.environ.get("CC", ""))
     if given:
         if shutil.which(given[0]) is None:
-            raise BackendError(f"the C compiler that CC names, {given[0]}, is not there: {INSTALL}")
+            raise BackendError(f"C compiler {given[0]} (from CC) not found: {INSTALL}")
         return given
     found = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     if found is None:
-        raise BackendError(f"there is no C compiler ({', '.join(COMPILERS)}): {INSTALL}")
+        raise BackendError(f"no C compiler found ({', '.join(COMPILERS)}): {INSTALL}")
     return [found]
 
 
 def flags() -> list[str]:
-    """For this machine's own CPU; GCC and Clang know "native" on ARM as a CPU."""
+    """Flags for this machine's CPU; on ARM, GCC and Clang take "native" as a CPU."""
     own = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     return ["-std=gnu11", "-O3", own, "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 
 
 def _run(command: Sequence[str]) -> str:
-    """What a command prints. Raises `BackendError` where it fails, or takes longer than `TIME_LIMIT`.
+    """Output of a command. Raises `BackendError` if it fails or takes longer than `TIME_LIMIT`.
 
-    It is then ended, with what it started.
+    On a timeout, the command and its child processes are killed.
     """
     name = Path(command[0]).name
     try:
@@ -64,17 +64,17 @@ def _run(command: Sequence[str]) -> str:
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
     except OSError as problem:
-        raise BackendError(f"the C compiler {name} does not start: {problem.strerror or problem}") from problem
+        raise BackendError(f"C compiler {name} did not start: {problem.strerror or problem}") from problem
     try:
         told, _ = process.communicate(timeout=TIME_LIMIT)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        raise BackendError(f"the C compiler {name} was not done within {TIME_LIMIT:g} s") from None
+        raise BackendError(f"C compiler {name} timed out after {TIME_LIMIT:g} s") from None
     text = told.decode("utf-8", "replace")
     if process.returncode:
-        lines = [line for line in text.splitlines() if "error" in line] or text.splitlines() or ["it says nothing"]
-        raise BackendError(f"the C compiler {name} fails (exit code {process.returncode}): {lines[0].strip()[:200]}")
+        lines = [line for line in text.splitlines() if "error" in line] or text.splitlines() or ["no output"]
+        raise BackendError(f"C compiler {name} failed (exit code {process.returncode}): {lines[0].strip()[:200]}")
     return text
 
 
@@ -105,12 +105,12 @@ def _digest(*parts: bytes) -> str:
 
 
 def machine_key() -> str:
-    """Names sources, flags and CPU."""
+    """Key of the sources, flags and CPU."""
     return _digest(*sources().values(), " ".join(flags()).encode(), _cpu().encode())[:20]
 
 
 def compiler_key(command: Sequence[str]) -> str:
-    """Names a compiler and its version."""
+    """Key of a compiler and its version."""
     return _digest(" ".join(command).encode(), _run([*command, "--version"]).encode())[:12]
 
 
@@ -118,23 +118,23 @@ def compiler_key(command: Sequence[str]) -> str:
 
 
 def library_folder() -> Path:
-    """Where compiled libraries are kept: `native` in the cache folder."""
+    """Folder of the compiled libraries: `native` in the cache folder."""
     return cache_folder() / "native"
 
 
 def check_own(path: Path) -> None:
-    """Raise `BackendError` unless the file or folder is the user's own and nobody else may write to it: it holds code."""
+    """Raise `BackendError` unless only the user can write to the file or folder: it contains code."""
     found = path.stat()
     if found.st_uid != os.geteuid():
         raise BackendError(
-            f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}: nothing is loaded from there"
+            f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}; refusing to load code from it"
         )
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise BackendError(f"others may write to {path}: nothing is loaded from there (chmod go-w makes it your own)")
+        raise BackendError(f"{path} is writable by others; refusing to load code from it (fix: chmod go-w)")
 
 
 def _cached(pattern: str) -> Path | None:
-    """A library of that name, checked. Raises `BackendError` where it is not what its name says."""
+    """A cached library of that name, verified. Raises `BackendError` if its content does not match its name."""
     folder = library_folder()
     if not folder.is_dir():
         return None
@@ -145,7 +145,7 @@ def _cached(pattern: str) -> Path | None:
     path = found[0]
     check_own(path)
     if path.stem.rpartition("-")[2] != _digest(path.read_bytes())[:20]:
-        raise BackendError(f"the compiled library {path} is damaged: delete it, and it is compiled again")
+        raise BackendError(f"compiled library {path} is damaged; delete it to have it recompiled")
     return path
 
 
@@ -163,9 +163,9 @@ def _compile(command: list[str], key: str) -> Path:
         made = Path(work) / "native.so"
         _run([*command, *flags(), "-o", str(made), str(Path(work) / MAIN)])
         if not made.is_file():
-            raise BackendError(f"the C compiler {command[0]} says that it has succeeded, but wrote nothing")
+            raise BackendError(f"C compiler {command[0]} reported success but wrote nothing")
         content = made.read_bytes()
-        _open(made)  # what cannot be loaded is not kept
+        _open(made)  # do not keep a library that cannot be loaded
     path = folder / f"{key}-{_digest(content)[:20]}.so"
     write_bytes(path, content, BackendError)
     path.chmod(0o700)
@@ -177,16 +177,16 @@ def _open(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
         version = int(library.surgeon_abi())
     except (OSError, AttributeError) as problem:
-        raise BackendError(f"the compiled library does not load: {str(problem)[:200]}") from problem
+        raise BackendError(f"cannot load the compiled library: {str(problem)[:200]}") from problem
     if version != ABI:
-        raise BackendError(f"the compiled library {path} is of version {version}, expected {ABI}")
+        raise BackendError(f"compiled library {path} has ABI version {version}, expected {ABI}")
     return library
 
 
 def find_or_compile() -> ctypes.CDLL:
-    """The library: of the cache, or compiled now. Raises `BackendError` with the reason why there is none."""
+    """The library, from the cache or compiled now. Raises `BackendError` with the reason if there is none."""
     if os.name != "posix":
-        raise BackendError("it is compiled on Linux and macOS only")
+        raise BackendError("compiled operators need Linux or macOS")
     try:
         machine = machine_key()
         try:
@@ -201,11 +201,11 @@ def find_or_compile() -> ctypes.CDLL:
     except OSError as problem:
         if isinstance(problem, BackendError):
             raise
-        raise BackendError(f"the folder of compiled libraries, {library_folder()}: {problem}") from problem
+        raise BackendError(f"cannot use the library folder {library_folder()}: {problem}") from problem
 
 
 class _State:
-    """One try a process: the library, or the reason why there is none."""
+    """Result of one attempt per process: the library, or the reason why there is none."""
 
     def __init__(self) -> None:
         self.lock = Lock()
@@ -220,19 +220,19 @@ class _State:
                 self.library = find_or_compile()
             except BackendError as problem:
                 self.reason = " ".join(str(problem).split())
-                print(f"surgeon: torch's operators run on the CPU, not the compiled: {self.reason}", file=sys.stderr)
+                print(f"surgeon: falling back to torch's operators on the CPU: {self.reason}", file=sys.stderr)
 
 
 _state = _State()
 
 
 def forget_lock() -> None:
-    """After a fork: whoever held the lock is not in the child."""
+    """After a fork, the lock's holder does not exist in the child."""
     _state.lock = Lock()
 
 
 def library() -> ctypes.CDLL:
-    """The loaded library. Raises `BackendError` where there is none."""
+    """The loaded library. Raises `BackendError` if there is none."""
     _state.settle()
     if _state.library is None:
         raise BackendError(f"no compiled operators: {_state.reason}")
@@ -240,18 +240,18 @@ def library() -> ctypes.CDLL:
 
 
 def why_no_library() -> tuple[str, ...]:
-    """The reason why there is no library; empty where there is one. Compiles it where that has not been tried yet."""
+    """The reason why there is no library; empty if there is one. Tries to compile it on the first call."""
     _state.settle()
     return () if _state.library is not None else (_state.reason,)
 
 
 def told_library() -> str:
-    """For `surgeon doctor`: which library there is, or why there is none and what one would bring."""
+    """Status line for `surgeon doctor`: the library in use, or why there is none and what one would gain."""
     reasons = why_no_library()
     if not reasons:
         return str(library()._name)
-    return f"none, because {reasons[0]}. With one, ACDA, PAFU and DConv are about 1.2 to 4 times as fast on the CPU"
+    return f"none: {reasons[0]}. With it, ACDA, PAFU and DConv run about 1.2 to 4 times as fast on the CPU"
 
 
-# What torch.compiler.assume_constant_result does; calling that would load all of torch._dynamo (2 s) for every import of surgeon.
+# Equivalent to torch.compiler.assume_constant_result, which would load all of torch._dynamo (2 s) on every import of surgeon.
 vars(why_no_library)["_dynamo_marked_constant"] = True

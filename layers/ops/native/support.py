@@ -1,4 +1,4 @@
-"""When the compiled operators can run, as a list of reasons why not; and how their work is shared among threads."""
+"""Reasons why the compiled operators cannot run, and the distribution of their work over threads."""
 
 import ctypes
 import os
@@ -16,11 +16,11 @@ Work = Callable[[int, Tensor], None]
 
 
 def reasons_against(tensors: Sequence[Tensor | None]) -> list[str]:
-    """Why no compiled operator can take these tensors, whatever the operator; asks for the library last, which may compile it."""
+    """Reasons why no compiled operator can take these tensors; asks for the library last, because that may compile it."""
     given = [t for t in tensors if t is not None]
     kinds = sorted({t.device.type for t in given})
     if kinds != ["cpu"]:
-        return [f"it runs on the CPU, the tensors are on {' and '.join(kinds)}"]
+        return [f"it runs on the CPU; the tensors are on {' and '.join(kinds)}"]
     if integers := floating(*given):
         return integers
     dtypes = sorted({str(t.dtype) for t in given if t.dtype != torch.float32})
@@ -30,7 +30,7 @@ def reasons_against(tensors: Sequence[Tensor | None]) -> list[str]:
 
 
 class _Scratch:
-    """Buffers that are used again, so that their pages are there: handed out to one user at a time."""
+    """Reused buffers, whose memory pages are already mapped; each goes to one user at a time."""
 
     KEPT = 8
 
@@ -39,13 +39,13 @@ class _Scratch:
         self.free: list[Tensor] = []
 
     def take(self, floats: int) -> Tensor:
-        """At least that many floats, contents arbitrary."""
+        """At least this many floats, contents arbitrary."""
         with self.lock:
             fit = [i for i, t in enumerate(self.free) if t.numel() >= floats]
             if fit:
                 return self.free.pop(min(fit, key=lambda i: self.free[i].numel()))
             if self.free:
-                self.free.pop()  # too small: its place is taken by the larger one
+                self.free.pop()  # too small: a larger one replaces it
         return torch.empty(floats, dtype=torch.float32)
 
     def give(self, buffer: Tensor) -> None:
@@ -58,7 +58,7 @@ _scratch = _Scratch()
 
 
 def _after_fork() -> None:
-    """Of the threads that may have held the locks, none is in the child."""
+    """The threads that may hold the locks do not exist in the child."""
     _scratch.lock = threading.Lock()
     forget_lock()
 
@@ -67,10 +67,10 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def in_parallel(work: Work, parts: int, floats: int) -> None:
-    """Call `work(part, scratch)` for every part, on as many threads as torch uses; scratch has `floats` floats.
+    """Call `work(part, scratch)` for every part on as many threads as torch uses; scratch has `floats` floats.
 
-    Parts must not write to the same places. Threads are started for the call and end with it, so that there is nothing that a
-    fork could lose. The calls release the GIL (ctypes).
+    Parts must not write to the same memory. Threads start and end with the call, so a fork cannot lose any.
+    The calls release the GIL (ctypes).
     """
     threads = min(torch.get_num_threads(), parts)
     left = iter(range(parts))
@@ -102,13 +102,13 @@ def in_parallel(work: Work, parts: int, floats: int) -> None:
 
 
 def pointer(t: Tensor | None) -> ctypes.c_void_p:
-    """Where a tensor's numbers start; null for None."""
+    """Address of a tensor's data; null for None."""
     return ctypes.c_void_p(None if t is None else t.data_ptr())
 
 
 @contextmanager
 def borrowed(floats: int) -> Iterator[Tensor]:
-    """A buffer of at least that many floats, contents arbitrary, that is used again."""
+    """A reused buffer of at least this many floats, contents arbitrary."""
     buffer = _scratch.take(floats)
     try:
         yield buffer

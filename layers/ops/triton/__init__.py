@@ -1,1 +1,1 @@
-"""Triton kernels for CUDA: nothing here is imported before a call is to run on them; `support` says when one can."""
+"""Triton kernels for CUDA, imported only when a call is about to run on them; `support` checks whether one can."""

@@ -1,11 +1,11 @@
-"""A map cut into chunks whose scratch tensors stay small: some images, or some rows of one image, at a time."""
+"""A map divided into chunks with small scratch tensors: a few images, or a few rows of one image, at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-SCRATCH_BYTES = 32 << 20  # it stays in the L2 cache of the GPUs the kernels are for, and is little whatever the image
+SCRATCH_BYTES = 32 << 20  # fits the L2 cache of the target GPUs, and is small for any image size
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Chunk:
 
 
 def chunks(images: int, height: int, width: int, bytes_per_pixel: int) -> Iterator[Chunk]:
-    """Chunks of a map of height x width pixels with so many bytes of scratch each."""
+    """Chunks of a map of height x width pixels, with `bytes_per_pixel` of scratch per pixel."""
     rows = max(1, SCRATCH_BYTES // max(bytes_per_pixel * width, 1))
     many = max(1, rows // max(height, 1))
     rows = min(rows, height)
@@ -41,5 +41,5 @@ def chunks(images: int, height: int, width: int, bytes_per_pixel: int) -> Iterat
 
 
 def are_cut(cut: list[Chunk], height: int) -> bool:
-    """Whether the images themselves are cut, so that chunks share rows of the input."""
+    """Whether single images are cut, so that chunks share rows of the input."""
     return any(chunk.rows < height for chunk in cut)

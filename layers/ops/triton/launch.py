@@ -1,7 +1,7 @@
-"""What all Triton kernels share: how they are tuned and launched, the precision of their products, and geometry in them.
+"""Shared code of all Triton kernels: tuning, launching, precision of products, and geometry.
 
-Every kernel runs on one axis of programs. None uses atomics: what many programs add to goes through partial sums, so that results
-do not depend on the order of execution. What may differ between runs is the block size that tuning picks, and with it the order of
+Every kernel runs on one axis of programs. None uses atomics: shared sums go through partial sums, so results do not
+depend on the order of execution. Only the block size picked by tuning may differ between runs, and with it the order of
 a sum; under `torch.use_deterministic_algorithms` the first configuration runs, and nothing is tuned.
 """
 
@@ -18,7 +18,7 @@ from surgeon.layers.ops.triton.support import interpreting
 
 
 class Geometry(NamedTuple):
-    """How a window moves over an image: its tap t reads, along either axis, at pixel·stride + t·dilation - pad."""
+    """Window of a convolution: along either axis, tap t reads at pixel·stride + t·dilation - pad."""
 
     height: int
     width: int
@@ -51,7 +51,7 @@ def config(warps: int = 4, stages: int = 2, **blocks: int) -> Any:
 
 
 class Tuned(NamedTuple):
-    """A kernel with its few configurations, tuned once for every value of the arguments in a key."""
+    """A kernel with its few configurations, tuned once for every combination of the key arguments."""
 
     half: Any
     single: Any
@@ -76,9 +76,9 @@ def tuned(configs: list[Any], key: Sequence[str], single: list[Any] | None = Non
 def launch(
     kernel: Tuned, programs: Callable[[Mapping[str, int]], int], *args: Any, tune: bool = True, **constants: Any
 ) -> None:
-    """Run a tuned kernel in as many programs as `programs` says, which is given the block sizes.
+    """Run a tuned kernel; `programs` maps the block sizes to the number of programs.
 
-    Tuning runs a kernel many times: `tune` must be False where it adds to what is there.
+    Tuning runs a kernel many times: `tune` must be False if the kernel adds to existing values.
     """
     where = next(a for a in args if isinstance(a, Tensor))
     tuner = kernel.of(where.dtype)
@@ -95,7 +95,7 @@ def launch(
 
 
 def _is_fixed(where: Tensor) -> bool:
-    """Whether no tuning is allowed: results must not depend on it, or nothing can be timed."""
+    """Whether tuning is off: results must not depend on it, or nothing can be timed."""
     return (
         interpreting()
         or torch.are_deterministic_algorithms_enabled()
@@ -104,7 +104,7 @@ def _is_fixed(where: Tensor) -> bool:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How `product` multiplies: TF32 for float32 only where torch allows it for matrix products."""
+    """Precision of `product`: TF32 for float32 only if torch allows it for matrix products."""
     if dtype == torch.bfloat16 and interpreting():
         return "widened"
     if dtype != torch.float32:
@@ -114,7 +114,7 @@ def precision(dtype: torch.dtype) -> str:
 
 @triton.jit
 def product(a, b, total, PRECISION: tl.constexpr):
-    """total + a · b, summed in float32. The interpreter takes bfloat16 for integers here, and is given float32 instead."""
+    """total + a · b, summed in float32. The interpreter treats bfloat16 as integers here, so it gets float32 instead."""
     if PRECISION == "widened":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     else:
@@ -122,10 +122,10 @@ def product(a, b, total, PRECISION: tl.constexpr):
 
 
 def blocks(total: int, size: int) -> int:
-    """How many blocks of this size cover the total."""
+    """Number of blocks of this size that cover the total."""
     return -(-total // size)
 
 
 def power_of_two(size: int, *, least: int = 1, most: int = 1 << 30) -> int:
-    """The smallest power of two that is not below `size`, between `least` and `most`."""
+    """The smallest power of two not below `size`, between `least` and `most`."""
     return min(max(1 << max(size - 1, 0).bit_length(), least), most)

@@ -1,4 +1,4 @@
-"""When the Triton kernels can run, as a list of reasons why not. Imports neither Triton nor a kernel."""
+"""Reasons why the Triton kernels cannot run. Imports neither Triton nor a kernel."""
 
 import os
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LEAST_CAPABILITY = (8, 0)  # bfloat16 products; the kernels are compiled ahead for 8.0 and 9.0 in the tests
-MOST_ELEMENTS = 2**31 - 1  # of one image: places inside it are 32-bit numbers
+LEAST_CAPABILITY = (8, 0)  # for bfloat16 products; the tests compile the kernels ahead of time for 8.0 and 9.0
+MOST_ELEMENTS = 2**31 - 1  # per image: offsets inside it are 32-bit
 
 
 def reasons_against(tensors: Sequence[Tensor | None]) -> list[str]:
-    """Why no Triton kernel can take these floating-point tensors, whatever the operator; empty if one can."""
+    """Reasons why no Triton kernel can take these floating-point tensors; empty if one can."""
     given = [t for t in tensors if t is not None]
     reasons = [] if HAS_TRITON else ["the package triton is not installed"]
     dtypes = sorted({str(t.dtype) for t in given if t.dtype not in DTYPES})
@@ -23,7 +23,7 @@ def reasons_against(tensors: Sequence[Tensor | None]) -> list[str]:
     reasons += _device_reasons(sorted({t.device.type for t in given}), given[0].device)
     large = [t for t in given if t.dim() > 1 and _reach(t) > MOST_ELEMENTS]
     if large:
-        reasons.append(f"one image of {tuple(large[0].shape)} reaches over more than 2^31 elements")
+        reasons.append(f"one image of {tuple(large[0].shape)} spans more than 2^31 elements")
     return reasons
 
 
@@ -31,11 +31,11 @@ def _device_reasons(kinds: list[str], device: torch.device) -> list[str]:
     if kinds == ["cpu"] and interpreting():
         return []
     if kinds != ["cuda"]:
-        return [f"it runs on CUDA, the tensors are on {' and '.join(kinds)}"]
+        return [f"it runs on CUDA; the tensors are on {' and '.join(kinds)}"]
     if not torch.cuda.is_available():
-        return ["there is no CUDA here"]
+        return ["CUDA is not available"]
     if torch.version.hip is not None:
-        return ["it is written for NVIDIA's GPUs, this is ROCm"]
+        return ["it supports NVIDIA GPUs only; this is ROCm"]
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) < LEAST_CAPABILITY:
         return [f"it needs compute capability 8.0, {properties.name} has {properties.major}.{properties.minor}"]
@@ -43,10 +43,10 @@ def _device_reasons(kinds: list[str], device: torch.device) -> list[str]:
 
 
 def _reach(t: Tensor) -> int:
-    """How far apart in memory two elements of one image are at most."""
+    """Largest distance in memory between two elements of one image."""
     return sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
 
 
 def interpreting() -> bool:
-    """Whether Triton interprets its kernels, on tensors of the CPU: the environment variable TRITON_INTERPRET, set at the start."""
+    """Whether Triton interprets its kernels on CPU tensors: the environment variable TRITON_INTERPRET, read at startup."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")

@@ -1,1 +1,1 @@
-"""Data of the tasks: read, checked, drawn, transformed, fingerprinted."""
+"""Data of the tasks: reading, checks, random draws, transforms, fingerprints."""

@@ -1,4 +1,4 @@
-"""The data set of tasks that make each sample from one item of a list."""
+"""Data set for tasks that make each sample from one item of a list."""
 
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class ItemDataset(TaskDataset, Generic[T]):
-    """`make(item, generator)` of every item, `repeats` times.
+    """`make(item, generator)` for every item, `repeats` times.
 
-    Items come with their number in the whole set. Draws of a fixed set take their random numbers from that number, so that
-    they are the same at every draw and with every limit; draws of others take them from the number of the draw.
+    Items come with their number in the whole set. Draws from a fixed set take their random numbers from that number, so
+    they are the same at every draw and with every limit; other draws take them from the number of the draw.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Random draws that depend on nothing but their generator."""
+"""Random draws that depend only on their generator."""
 
 import random
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def integer(low: int, high: int, generator: torch.Generator) -> int:
 
 @contextmanager
 def global_seed(generator: torch.Generator) -> Iterator[None]:
-    """For code that draws from the global state of `random`, numpy and torch (CPU): seeded from `generator`, then put back."""
+    """Seed the global state of `random`, numpy and torch (CPU) from `generator`; it is restored afterward."""
     seed = int(torch.randint(0, 2**31, (), generator=generator))
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
@@ -36,7 +36,7 @@ def global_seed(generator: torch.Generator) -> Iterator[None]:
 
 
 def turned(x: Tensor, turn: int) -> Tensor:
-    """One of the 8 symmetries of the square, of the last two dimensions: `turn` quarter turns; from 4 on mirrored before."""
+    """One of the 8 symmetries of the square, on the last two dimensions: `turn` quarter turns; mirrored first from 4 on."""
     if turn >= 4:
         x = x.flip(-1)
     return x.rot90(turn % 4, (-2, -1))

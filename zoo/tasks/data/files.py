@@ -1,4 +1,4 @@
-"""Folders of images: found, split into train and val, and looked through before anything is trained."""
+"""Folders of images: found, split into train and val, and checked before any training."""
 
 import math
 import re
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"})  # 8 bits a channel or less
-DECODED = 20_000  # files that a check decodes; of a larger set it decodes so many and opens the others
+DECODED = 20_000  # files that a check decodes; in a larger set it only opens the rest
 VAL_STREAM = 0x5EED
 _DIV2K = {"train": "DIV2K_train_HR", "val": "DIV2K_valid_HR"}
 _REDUCED = re.compile(r"(^|_)LR(_|$)")
-NAMED = 5  # files that a message names
+NAMED = 5  # maximum number of files named in a message
 
 T = TypeVar("T")
 
@@ -32,9 +32,9 @@ T = TypeVar("T")
 class FolderConfig(TaskConfig):
     """Options of tasks that read folders.
 
-    `data` holds `train/` and `val/`, or is one folder of which `val_fraction` becomes the validation set. `train` and `val`
-    name other folders for a split; `val` alone is enough to evaluate. `val_seed` draws that fraction and the noise of
-    validation images: it is not the seed of a run, so that runs with different seeds are judged on the same samples.
+    `data` contains `train/` and `val/`, or is one folder of which `val_fraction` becomes the validation set. `train` and `val`
+    name other folders for a split; `val` alone is enough to evaluate. `val_seed` determines that fraction and the noise of
+    validation images: it is not the seed of a run, so runs with different seeds are evaluated on the same samples.
     """
 
     train: Path | None = None
@@ -50,22 +50,22 @@ class FolderConfig(TaskConfig):
             if value is not None:
                 object.__setattr__(self, name, Path(value))
         if not 0 < self.val_fraction < 1:
-            raise ConfigError(f"val_fraction must lie between 0 and 1, got {self.val_fraction!r}")
+            raise ConfigError(f"val_fraction must be between 0 and 1, got {self.val_fraction!r}")
 
     def check_square(self) -> None:
-        """Raise `ConfigError` unless training samples are square; for tasks that turn them or cut them so."""
+        """Raise `ConfigError` unless training samples are square; for tasks that rotate them or crop them to squares."""
         if self.input_size is not None and self.input_size[1] != self.input_size[2]:
             raise ConfigError(f"input_size must be square (C, N, N) for this task, got {self.input_size!r}")
 
     @property
     def val_stream(self) -> int:
-        """Seed of the noise of validation images; away from the small numbers that people give to runs."""
+        """Seed of the noise of validation images; far from the small numbers that people use for runs."""
         return self.val_seed + VAL_STREAM
 
 
 @dataclass(frozen=True)
 class Roots:
-    """Where the splits lie. The same folder for both means that it is divided by `val_fraction`; None: not given."""
+    """Folders of the splits. The same folder for both means that it is divided by `val_fraction`; None: not given."""
 
     train: Path | None
     val: Path | None
@@ -79,7 +79,7 @@ class Roots:
 
 
 def find_roots(task: str, config: FolderConfig) -> Roots:
-    """The folders of both splits; raises `DataError` where there are none."""
+    """The folders of both splits; raises `DataError` if there are none."""
     for option in ("data", "train", "val"):
         folder = getattr(config, option)
         if folder is not None and not folder.is_dir():
@@ -97,7 +97,7 @@ def find_roots(task: str, config: FolderConfig) -> Roots:
         if val is None and train == inside.get("train"):
             raise DataError(
                 f"task {task}: {config.data} has train/ but no val/; name one with val=FOLDER, or divide the training set "
-                f"with train={train} in place of data"
+                f"with train={train} instead of data"
             )
     if train is None and val is None:
         raise DataError(f"task {task} needs a folder: data=FOLDER with train/ and val/, or train=FOLDER and val=FOLDER")
@@ -105,7 +105,7 @@ def find_roots(task: str, config: FolderConfig) -> Roots:
 
 
 def _splits_of(data: Path) -> dict[str, Path]:
-    """The folders of splits in a set, by split: `train` and `val`, or DIV2K's."""
+    """The folders of the splits in a set, by split: `train` and `val`, or DIV2K's."""
     inside = {name: data / name for name in ("train", "val") if (data / name).is_dir()}
     if inside:
         return inside
@@ -113,17 +113,17 @@ def _splits_of(data: Path) -> dict[str, Path]:
 
 
 def refuse_reduced(task: str, folder: Path) -> None:
-    """Raise `DataError` where images lie beside reduced copies of them, as super-resolution's sets have them."""
+    """Raise `DataError` if images are stored next to reduced copies of them, as in super-resolution's sets."""
     reduced = [child.name for child in sorted(folder.iterdir()) if child.is_dir() and _REDUCED.search(child.name)]
     if reduced:
         raise DataError(
-            f"task {task}: {folder} holds reduced images, too ({', '.join(reduced[:NAMED])}), which must not be trained on: name "
-            "the folders of the large ones with train= and val="
+            f"task {task}: {folder} also contains reduced images ({', '.join(reduced[:NAMED])}), not to be trained on: "
+            "name the folders of the large ones with train= and val="
         )
 
 
 def divide(count: int, split: Split, fraction: float, seed: int, groups: Sequence[int] | None = None) -> list[int]:
-    """Indices of one part of a set; `fraction` of it, at least one, is "val". Every group keeps its share (stratified)."""
+    """Indices of one part of a set; "val" gets `fraction` of it, at least one. Every group keeps its share (stratified)."""
     if count < 2:
         raise DataError(
             f"a set of {count} cannot be divided into train and val; name a folder for each with train= and val="
@@ -137,12 +137,12 @@ def divide(count: int, split: Split, fraction: float, seed: int, groups: Sequenc
 
 
 def _steps(position: int, wanted: int, count: int) -> bool:
-    """Whether this position is one of `wanted` that lie evenly among `count`."""
+    """Whether this position is one of `wanted` positions spread evenly over `count`."""
     return (position + 1) * wanted // count != position * wanted // count
 
 
 def limited(indices: Sequence[int], limit: int | None) -> list[int]:
-    """At most `limit` of them, spread evenly."""
+    """At most `limit` of them, evenly spread."""
     if limit is None or limit >= len(indices):
         return list(indices)
     return [value for position, value in enumerate(indices) if _steps(position, limit, len(indices))]
@@ -151,7 +151,7 @@ def limited(indices: Sequence[int], limit: int | None) -> list[int]:
 def chosen(
     samples: Sequence[T], split: Split, config: FolderConfig, divided: bool, groups: Sequence[int] | None = None
 ) -> list[tuple[int, T]]:
-    """(index, sample) of those that a split uses: its part of a divided set (see `divide`), thinned to the limit."""
+    """(index, sample) of those that a split uses: its part of a divided set (see `divide`), reduced to the limit."""
     indices: Sequence[int] = range(len(samples))
     if divided:
         indices = divide(len(samples), split, config.val_fraction, config.val_seed, groups)
@@ -160,19 +160,19 @@ def chosen(
 
 
 def list_images(folder: Path) -> list[Path]:
-    """All image files below a folder, by name (see `files_below`). Raises `DataError` where there is none."""
+    """All image files below a folder, by name (see `files_below`). Raises `DataError` if there is none."""
     found = files_below(folder)
     if not found:
-        raise DataError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
+        raise DataError(f"{folder} contains no images ({', '.join(sorted(SUFFIXES))})")
     return found
 
 
 def open_image(path: Path) -> "Image.Image":
-    """A decoded image as it is stored. Raises `DataError` for what is no image, is truncated, or has more than 8 bits."""
+    """A decoded image in its stored mode. Raises `DataError` if it is not an image, is truncated, or has more than 8 bits."""
     with opened(path) as image:
         try:
             image.load()
-        except Exception as error:  # on broken files PIL's decoders raise whatever comes up
+        except Exception as error:  # PIL's decoders raise arbitrary errors on broken files
             raise DataError(f"cannot read the image {path}: {error}") from error
         if image.mode not in MODES:
             raise DataError(f"{path} has mode {image.mode!r}; images must have 8 bits a channel")
@@ -180,20 +180,20 @@ def open_image(path: Path) -> "Image.Image":
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) from the header alone."""
+    """(height, width) from the header only."""
     with opened(path) as image:
         return image.height, image.width
 
 
 def named(what: str, problems: Sequence[str]) -> str:
-    """One message for many problems: how many, and the first of them."""
+    """One message for many problems: their number, and the first of them."""
     rest = len(problems) - NAMED
     lines = [*problems[:NAMED], *([f"and {rest} more"] if rest > 0 else [])]
     return f"{what} ({len(problems)}):\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def look_through(what: str, items: Iterable[T], problem: Callable[[T], str | None]) -> None:
-    """Call `problem` for every item and raise one `DataError` for all that it finds; progress is shown after two seconds."""
+    """Call `problem` for every item and raise one `DataError` for all problems found; shows progress after two seconds."""
     from tqdm import tqdm
 
     found = []
@@ -205,11 +205,11 @@ def look_through(what: str, items: Iterable[T], problem: Callable[[T], str | Non
         raise DataError(named(what, found))
 
 
-_DECODED: set[tuple[Path, int, int]] = set()  # files found sound in this process, by time and size
+_DECODED: set[tuple[Path, int, int]] = set()  # files verified in this process, by time and size
 
 
 def unreadable(path: Path, decode: bool = True) -> str | None:
-    """What is wrong with an image file, or None. Without `decode` only its header is read."""
+    """The problem with an image file, or None. Without `decode`, only its header is read."""
     try:
         stat = path.stat()
         key = (path, stat.st_mtime_ns, stat.st_size)
@@ -226,9 +226,9 @@ def unreadable(path: Path, decode: bool = True) -> str | None:
 
 
 def check_images(task: str, paths: Sequence[Path], also: Callable[[Path], str | None] = lambda path: None) -> None:
-    """Raise a `DataError` that names the images which cannot be read, or of which `also` says what is wrong.
+    """Raise a `DataError` that names the images which cannot be read or in which `also` finds a problem.
 
-    All are decoded up to `DECODED` files; of more, so many are decoded and of the others the headers are read.
+    Up to `DECODED` files are decoded; for the rest of a larger set, only the headers are read.
     """
     decoded = set(limited(range(len(paths)), DECODED))
 

@@ -1,4 +1,4 @@
-"""What data are, in a few values: a run or a search that goes on can tell whether they are still those it began with."""
+"""Compact fingerprints of data, so that a resumed run or search can tell whether its data have changed."""
 
 import hashlib
 import os
@@ -13,16 +13,16 @@ from surgeon.errors import DataError
 from surgeon.zoo.tasks.base import Split, Task
 from surgeon.zoo.tasks.data.datasets import ItemDataset
 
-_WHOLE = 64 << 20  # bytes of files that are read in full
-_SAMPLES = 64  # files of a larger set that are read, at most so much of each:
+_WHOLE = 64 << 20  # total bytes up to which all files are read in full
+_SAMPLES = 64  # number of files read in a larger set, at most this much of each:
 _PART = 1 << 20
 
 
 def fingerprint(task: Task) -> dict[str, Any]:
-    """JSON values about the samples of both splits: their number, names, sizes and classes, and contents as far as read.
+    """JSON values describing the samples of both splits: number, names, sizes, classes, and contents as far as they are read.
 
-    Names count from the folder that holds all files of a split, so that data may move. All files are read where they come to no
-    more than 64 MiB, else 64 of them. Raises `DataError`.
+    Names are relative to the folder that contains all files of a split, so the data may be moved. All files are read if their total
+    is at most 64 MiB, otherwise 64 of them. Raises `DataError`.
     """
     found: dict[str, Any] = {split: _split(task, split) for split in ("train", "val")}
     classes = getattr(task, "data_classes", None)
@@ -30,7 +30,7 @@ def fingerprint(task: Task) -> dict[str, Any]:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Where two fingerprints differ, in words; nothing where the data are the same."""
+    """The differences between two fingerprints, in words; empty if the data are the same."""
     lines = []
     before, now = old.get("classes") or [], new.get("classes") or []
     for told, names in (("gone", set(before) - set(now)), ("new", set(now) - set(before))):
@@ -38,7 +38,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             shown = sorted(map(str, names))
             lines.append(f"classes {told}: {', '.join(shown[:5])}{', ...' if len(shown) > 5 else ''}")
     if before != now and not lines:
-        lines.append("the classes have another order")
+        lines.append("the order of the classes changed")
     counts = {"samples": "samples", "files": "files", "bytes": "bytes of files"}
     hashes = {"names": "names or order of the files", "sizes": "sizes of files", "contents": "contents of files"}
     for split in ("train", "val"):
@@ -84,7 +84,7 @@ def _parts(item: Any) -> Sequence[Any]:
 
 
 def _sampled(files: Sequence[Path], total: int) -> Iterator[tuple[Path, int]]:
-    """Files with how much of them is read, spread evenly."""
+    """Evenly spread files, each with the number of bytes to read."""
     if total <= _WHOLE:
         yield from ((path, _WHOLE) for path in files)
         return

@@ -18,14 +18,14 @@ from surgeon.zoo.tasks.base import Batch, Sample
 from surgeon.zoo.tasks.data.draws import integer
 from surgeon.zoo.tasks.data.files import open_image
 
-CACHE_BYTES = 256 * 2**20  # decoded images that one reader (one process) keeps
+CACHE_BYTES = 256 * 2**20  # decoded images kept by one reader (one process)
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 _STUDIO = (65.481 / 255, 128.553 / 255, 24.966 / 255)  # BT.601, as MATLAB's rgb2ycbcr
 
 
 class Reader:
-    """Decoded images by path, in one mode ("L" or "RGB"); keeps the first `CACHE_BYTES` of them, which fits random access."""
+    """Decoded images by path, in one mode ("L" or "RGB"); keeps the first `CACHE_BYTES` of them, which suits random access."""
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
@@ -50,7 +50,7 @@ class Reader:
 def as_mode(image: Image.Image, mode: str) -> Image.Image:
     """An image in a mode ("L" or "RGB")."""
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # PIL warns where that step is left out
+        image = image.convert("RGBA")  # PIL warns without this step
     return image.convert(mode)
 
 
@@ -61,7 +61,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def random_box(height: int, width: int, size: int, generator: torch.Generator, step: int = 1) -> Box:
-    """A square of `size` somewhere in an image; its corner is a multiple of `step`."""
+    """A square of side `size` at a random position in an image; its corner is a multiple of `step`."""
     top = step * integer(0, (height - size) // step, generator)
     left = step * integer(0, (width - size) // step, generator)
     return top, left, size, size
@@ -80,7 +80,7 @@ def luma(x: Tensor) -> Tensor:
 
 
 def center(x: Tensor, height: int, width: int) -> Tensor:
-    """The middle of the last two dimensions: what a network without padding can give."""
+    """Center crop of the last two dimensions: the region that a network without padding can output."""
     top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
     return x[..., top : top + height, left : left + width]
 
@@ -89,9 +89,9 @@ def center(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def collate_padded(samples: Sequence[Sample], fill: dict[str, float] | None = None) -> Batch:
-    """Stack samples; images of different sizes are filled up right and below.
+    """Stack samples; images of different sizes are padded on the right and bottom.
 
-    Then `key + "_size"` (N, 2) holds their sizes, for every key with images. `fill` gives values other than 0.
+    In that case `key + "_size"` (N, 2) holds their sizes, for every key with images. `fill` sets padding values other than 0.
     """
     batch: Batch = {}
     for key in samples[0]:
@@ -110,16 +110,16 @@ def collate_padded(samples: Sequence[Sample], fill: dict[str, float] | None = No
 
 
 def unpadded(x: Tensor, sizes: Tensor | None) -> list[Tensor]:
-    """The images of a batch, each (1, C, H, W), or (1, H, W) of labels, without what `collate_padded` added."""
+    """The images of a batch, each (1, C, H, W), or (1, H, W) for labels, without the padding of `collate_padded`."""
     if sizes is None:
         return list(x.split(1))
     return [one[..., :h, :w] for one, (h, w) in zip(x.split(1), sizes.tolist(), strict=True)]
 
 
 def by_size(run: Callable[[Tensor], Tensor], x: Tensor, sizes: Tensor | None) -> Tensor:
-    """`run` on images of different sizes as if each were alone: those of one size together, without what was filled up.
+    """`run` on images of different sizes as if each were alone: images of one size together, without their padding.
 
-    The outputs are filled up with zeros to the largest.
+    The outputs are padded with zeros to the largest.
     """
     if sizes is None:
         return run(x)
@@ -136,15 +136,15 @@ def by_size(run: Callable[[Tensor], Tensor], x: Tensor, sizes: Tensor | None) ->
 
 
 def continued(run: Callable[[Tensor], Tensor], x: Tensor, multiple: int) -> Tensor:
-    """`run` on x with its right and bottom edge continued to a multiple of `multiple`."""
+    """`run` on x with its right and bottom edges replicated to a multiple of `multiple`."""
     bottom, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
     return run(F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x)
 
 
 def in_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, scale: int) -> Tensor:
-    """`run` on tiles of x, of which `overlap` pixels at inner edges are seen but not kept; the output is `scale` times as large.
+    """`run` on tiles of x, of which `overlap` pixels at inner edges are seen but discarded; the output is `scale` times as large.
 
-    Every tile begins at a multiple of tile - 2 * overlap. Raises `InputError` where an output is not `scale` times its input.
+    Every tile starts at a multiple of tile - 2 * overlap. Raises `InputError` if an output is not `scale` times its input.
     """
     height, width = x.shape[-2:]
     if max(height, width) <= tile:
@@ -156,7 +156,7 @@ def in_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int
             out = run(piece)
             if out.shape[-2] != piece.shape[-2] * scale or out.shape[-1] != piece.shape[-1] * scale:
                 raise InputError(
-                    f"tile is for networks whose output is {scale} times as large as their input; this one gives "
+                    f"tile is for networks whose output is {scale} times as large as their input; this one returns "
                     f"{tuple(out.shape)} for {tuple(piece.shape)}"
                 )
             if whole is None:
@@ -171,7 +171,7 @@ def in_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int
 
 
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int]]:
-    """(begin of a tile, first pixel that is kept of it, first that is not) along one direction."""
+    """(start of a tile, first pixel to keep, first pixel to drop) along one direction."""
     starts = [0]
     while starts[-1] + tile < length:
         starts.append(starts[-1] + tile - 2 * overlap)
@@ -182,5 +182,5 @@ def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int]]:
 
 
 def on_multiple(run: Callable[[Tensor], Tensor], x: Tensor, multiple: int, scale: int = 1) -> Tensor:
-    """As `continued`; of the output, which is `scale` times as large, the part that was added is cut off."""
+    """Like `continued`, and crops the padded part from the output, which is `scale` times as large."""
     return continued(run, x, multiple)[..., : x.shape[-2] * scale, : x.shape[-1] * scale]

@@ -1,4 +1,4 @@
-"""Pictures with a class: CIFAR as torchvision keeps it, and folders with one folder a class."""
+"""Images with a class: CIFAR in torchvision's layout, and folders with one subfolder per class."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ DATASETS = (*_CIFAR, "folder")
 
 @dataclass(frozen=True)
 class Labeled:
-    """Pictures (paths, or arrays (H, W, 3) of uint8), their classes, and the classes' names.
+    """Images (paths, or arrays (H, W, 3) of uint8), their classes, and the class names.
 
     `divided`: both splits are parts of this one set.
     """
@@ -28,7 +28,7 @@ class Labeled:
 
 
 def find_dataset(task: str, config: FolderConfig, wanted: str) -> str:
-    """Which of `DATASETS` the data are."""
+    """The kind of the data, one of `DATASETS`."""
     if wanted != "auto":
         return wanted
     if config.data is not None:
@@ -39,7 +39,7 @@ def find_dataset(task: str, config: FolderConfig, wanted: str) -> str:
 
 
 def read_split(task: str, config: FolderConfig, split: Split, wanted: str, download: bool) -> Labeled:
-    """The set that a split is taken from; raises `DataError`."""
+    """The set from which a split is taken; raises `DataError`."""
     kind = find_dataset(task, config, wanted)
     if kind in _CIFAR:
         return _cifar(task, config, kind, split, download)
@@ -54,15 +54,15 @@ def _cifar(task: str, config: FolderConfig, kind: str, split: Split, download: b
     from torchvision import datasets
 
     if config.data is None:
-        raise DataError(f"task {task} needs data=FOLDER, the one that holds {_CIFAR[kind]}/")
+        raise DataError(f"task {task} needs data=FOLDER, the folder that contains {_CIFAR[kind]}/")
     root = config.data.parent if config.data.name == _CIFAR[kind] else config.data
     cls = datasets.CIFAR10 if kind == "cifar10" else datasets.CIFAR100
     try:
         read = cls(root, train=split == "train", download=download)
     except (OSError, RuntimeError) as error:
-        hint = "" if download else " Or let it be fetched: download=true."
+        hint = "" if download else " Or download it with download=true."
         raise DataError(
-            f"task {task}: {root / _CIFAR[kind]} is not there, or not as torchvision downloads it: {error}.{hint}"
+            f"task {task}: {root / _CIFAR[kind]} is missing or differs from torchvision's download: {error}.{hint}"
         ) from error
     return Labeled(read.data, [int(label) for label in read.targets], list(read.classes))
 
@@ -70,7 +70,7 @@ def _cifar(task: str, config: FolderConfig, kind: str, split: Split, download: b
 def _folder(task: str, root: Path, divided: bool) -> Labeled:
     classes = sorted(child.name for child in root.iterdir() if child.is_dir() and not is_left_out(child.name))
     if not classes:
-        raise DataError(f"task {task}: {root} has no folders; there must be one a class, with its images")
+        raise DataError(f"task {task}: {root} has no folders; expected one per class, with its images")
     items: list[Path] = []
     labels: list[int] = []
     empty = []

@@ -1,4 +1,4 @@
-"""Batches out of a loader with processes of its own: what goes wrong in one of them is said in one line."""
+"""Batches from a multi-process loader, with failures of a process reported in one line."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def loaded(loader: Iterable[T]) -> Iterator[T]:
-    """The batches. Raises `DataError` for a file that cannot be used, `TrainingError` for a process that was killed."""
+    """The batches. Raises `DataError` for an unusable file, `TrainingError` for a process that was killed."""
     try:
         yield from loader
     except SurgeonError as error:
@@ -22,6 +22,5 @@ def loaded(loader: Iterable[T]) -> Iterator[T]:
         if not re.match(r"DataLoader worker \(pid", str(error)):
             raise
         raise TrainingError(
-            f"a process that loads data is gone, killed perhaps for want of memory ({str(error).splitlines()[0]}); give fewer "
-            "--workers"
+            f"a data-loading process died, possibly out of memory ({str(error).splitlines()[0]}); give fewer --workers"
         ) from error

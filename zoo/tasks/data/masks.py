@@ -1,4 +1,4 @@
-"""Pictures with a mask of classes: found in pairs, read, looked through."""
+"""Images with class masks: paired, read, checked."""
 
 import logging
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 def mask_pairs(task: str, folder: Path) -> list[Pair]:
-    """(picture, mask) of `images/` and `masks/` (or `labels/`, `annotations/`); raises `DataError` for those without a partner."""
+    """(image, mask) from `images/` and `masks/` (or `labels/`, `annotations/`); raises `DataError` for unpaired ones."""
     images = folder / "images"
     masks = next((folder / name for name in MASKS if (folder / name).is_dir()), None)
     if not images.is_dir() or masks is None:
-        raise DataError(f"task {task}: {folder} must hold images/ and {' or '.join(f'{name}/' for name in MASKS)}")
+        raise DataError(f"task {task}: {folder} must contain images/ and {' or '.join(f'{name}/' for name in MASKS)}")
     pictures, found = _keyed(task, images), _keyed(task, masks)
     alone = [f"{pictures[key]} has no mask" for key in sorted(pictures.keys() - found.keys())]
     alone += [f"{found[key]} has no image" for key in sorted(found.keys() - pictures.keys())]
@@ -34,7 +34,7 @@ def mask_pairs(task: str, folder: Path) -> list[Pair]:
 
 
 def _keyed(task: str, folder: Path) -> dict[str, Path]:
-    """The images of a folder by what they share with their partner."""
+    """The images of a folder, keyed by what they share with their partner."""
     keyed: dict[str, Path] = {}
     for path in list_images(folder):
         key = str(path.relative_to(folder).with_suffix(""))
@@ -45,22 +45,22 @@ def _keyed(task: str, folder: Path) -> dict[str, Path]:
 
 
 def read_mask(path: Path) -> Tensor:
-    """(H, W) of int64, the values as they are stored (palette images: their indices)."""
+    """(H, W) of int64, the stored values (for palette images, their indices)."""
     with opened(path) as header:
         if header.format in _LOSSY:
             raise DataError(
-                f"{path} is a {header.format}: it changes labels at their borders; masks must be lossless (PNG)"
+                f"{path} is a {header.format}: it alters labels at their borders; masks must be lossless (PNG)"
             )
     image = open_image(path)
     if image.mode not in ("L", "P", "1"):
-        raise DataError(f"{path} has mode {image.mode}; a mask has one channel, the number of the class of each pixel")
+        raise DataError(f"{path} has mode {image.mode}; a mask has one channel, the class number of each pixel")
     return torch.from_numpy(np.asarray(image).astype(np.int64))
 
 
 def bad_pair(pair: Pair, classes: int | None, ignore: int, labels: set[int]) -> str | None:
-    """What is wrong with a mask: unreadable, of another size than its picture, or with labels of no class.
+    """The problem with a mask: unreadable, a different size than its image, or labels that are not classes.
 
-    The labels of a good one are added to `labels`.
+    The labels of a valid mask are added to `labels`.
     """
     try:
         size, mask = image_size(pair[0]), read_mask(pair[1])
@@ -73,26 +73,26 @@ def bad_pair(pair: Pair, classes: int | None, ignore: int, labels: set[int]) -> 
     wrong = sorted(value for value in held if classes is not None and value >= classes)
     if wrong:
         shown = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
-        return f"{pair[1]} has label {shown}, out of 0 to {classes - 1 if classes else 0} (ignore_index={ignore})"
+        return f"{pair[1]} has label {shown}, outside 0 to {classes - 1 if classes else 0} (ignore_index={ignore})"
     labels |= held
     return None
 
 
 def check_labels(task: str, labels: Mapping[str, set[int]], classes: int | None, ignore: int) -> int:
-    """The number of classes, from the labels of every split and what the options say.
+    """The number of classes, from the labels of every split and the options.
 
-    Raises `DataError` where the masks cannot teach or judge anything; warns of labels that do not occur.
+    Raises `DataError` if the masks cannot be used for training or evaluation; warns about labels that do not occur.
     """
     void = [split for split, held in labels.items() if not held]
     if void:
         raise DataError(
-            f"task {task}: the masks of {' and '.join(void)} hold only ignore_index={ignore}; there must be two classes"
+            f"task {task}: the masks of {' and '.join(void)} contain only ignore_index={ignore}; at least two classes are needed"
         )
     held = set().union(*labels.values())
     if len(held) < 2:
         raise DataError(
-            f"task {task}: the masks hold only {sorted(held)} beside ignore_index={ignore}; there must be two classes. Where "
-            f"{ignore} is a class, give another ignore_index, and masks with the numbers 0, 1, ..."
+            f"task {task}: the masks contain only {sorted(held)} besides ignore_index={ignore}; at least two classes are needed. "
+            f"If {ignore} is a class, give another ignore_index, and masks with the numbers 0, 1, ..."
         )
     count = classes or max(held) + 1
     lacking = count - len(held)

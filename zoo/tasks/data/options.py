@@ -1,4 +1,4 @@
-"""Options as they come from a command line: wrong types are named before they do harm."""
+"""Type checks of options that come from a command line, before they do harm."""
 
 import dataclasses
 import types
@@ -11,9 +11,9 @@ from surgeon.zoo.tasks.base import TaskConfig
 
 
 def check_types(config: TaskConfig) -> None:
-    """Raise `ConfigError` for the first option whose value is not of its annotated type.
+    """Raise `ConfigError` for the first option whose value does not have its annotated type.
 
-    An integer is good for a float, a text for a path, a list for a tuple.
+    An integer is accepted for a float, a string for a path, a list for a tuple.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -53,7 +53,7 @@ def _readable(hint: Any) -> str:
 
 
 def _readable_list(hint: Any) -> str:
-    """A tuple in the words of a command line: a list, with an example."""
+    """A tuple as users write it on a command line: a list, with an example."""
     if typing.get_origin(hint) is not tuple:
         return str(hint).replace("typing.", "")
     parts = typing.get_args(hint)

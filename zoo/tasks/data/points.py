@@ -1,4 +1,4 @@
-"""Annotations of heads: points (x, y) from .npy, .json and .mat files, found beside the pictures or in a folder of their own."""
+"""Head annotations: points (x, y) from .npy, .json and .mat files, next to the images or in a separate folder."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +14,13 @@ from surgeon.zoo.tasks.data.files import list_images, named
 SUFFIXES = (".npy", ".json", ".mat")
 FOLDERS = ("ground_truth", "ground-truth", "annotations", "points", "labels")
 _KEYS = ("annPoints", "location", "points", "loc", "image_info")  # UCF, ShanghaiTech, NWPU
-_HDF5 = 2  # the major version that scipy gives to MATLAB 7.3's files
+_HDF5 = 2  # the major version that scipy reports for MATLAB 7.3 files
 
 
 def point_files(folder: Path) -> list[tuple[Path, Path]]:
-    """(picture, file of its points) of a folder; raises `DataError` for pictures without points and the reverse.
+    """(image, file of its points) for a folder; raises `DataError` for images without points and vice versa.
 
-    The name of a file of points is the picture's, with `GT_` before it or `_ann` after it allowed.
+    The points file is named after the image, optionally with `GT_` before or `_ann` after the name.
     """
     pictures = list_images(folder)
     inside = files_below(folder, SUFFIXES)
@@ -34,7 +34,7 @@ def point_files(folder: Path) -> list[tuple[Path, Path]]:
         if len(found) > 1:
             raise DataError(f"{picture} has {len(found)} files of points: {', '.join(str(p) for p in found)}")
         if found and found[0] not in left:
-            raise DataError(f"{found[0]} has two pictures, one of them {picture}: what it marks cannot be told")
+            raise DataError(f"{found[0]} has two pictures, one of them {picture}: cannot tell which one it annotates")
         if found:
             pairs.append((picture, found[0]))
             del left[found[0]]
@@ -51,16 +51,16 @@ def _plain(path: Path) -> str:
 
 
 def _belongs(picture: Path, points: Path) -> bool:
-    """Whether they lie together, or in two folders side by side."""
+    """Whether they are in the same folder or in sibling folders."""
     return points.parent == picture.parent or (
         points.parent.parent in (picture.parent, picture.parent.parent) and points.parent.name in FOLDERS
     )
 
 
 def read_points(path: Path, picture: tuple[int, int] | None = None) -> np.ndarray:
-    """(n, 2) of float64; a third column is left out. Raises `DataError` for what cannot be understood.
+    """(n, 2) of float64; a third column is dropped. Raises `DataError` for anything else.
 
-    That is also a map of the `picture`, which is (height, width): it holds a number, or a yes or no, for every pixel.
+    That includes a map of the `picture`, which is (height, width): it has a number or a boolean for every pixel.
     """
     try:
         if path.suffix.lower() == ".npy":
@@ -71,16 +71,16 @@ def read_points(path: Path, picture: tuple[int, int] | None = None) -> np.ndarra
             found = _from_mat(path)
         found = np.asarray(found)
         if found.dtype == bool or (found.ndim == 2 and found.size and found.shape == picture):
-            raise ValueError(f"it holds a map {found.shape} of {found.dtype}, not points (n, 2)")
+            raise ValueError(f"it contains a map {found.shape} of {found.dtype}, not points (n, 2)")
         points: np.ndarray = found.astype(np.float64)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"cannot read points from {path}: {error}") from error
     if points.size == 0:
         return np.zeros((0, 2))
     if points.ndim != 2 or points.shape[1] not in ((2, 3) if path.suffix.lower() == ".npy" else (2,)):
-        raise DataError(f"{path} holds an array of shape {points.shape}, not points (n, 2)")
+        raise DataError(f"{path} contains an array of shape {points.shape}, not points (n, 2)")
     if not np.isfinite(points).all():
-        raise DataError(f"{path} holds points that are not finite")
+        raise DataError(f"{path} contains points that are not finite")
     return points[:, :2]
 
 
@@ -97,13 +97,13 @@ def _from_json(value: Any) -> Any:
 
 
 def _from_mat(path: Path) -> Any:
-    """The array under a known key, however deep MATLAB's structs wrap it; else the only (n, 2) array of the file."""
+    """The array under a known key, at any depth of MATLAB's structs; otherwise the only (n, 2) array of the file."""
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError, matfile_version
 
     try:
         if matfile_version(path)[0] == _HDF5:
-            raise ValueError("it is of MATLAB 7.3 (HDF5), which scipy does not read; save it with -v7")
+            raise ValueError("it is a MATLAB 7.3 (HDF5) file, which scipy cannot read; save it with -v7")
         content = {key: value for key, value in loadmat(path).items() if not key.startswith("__")}
     except MatReadError as error:
         raise ValueError(error) from error
@@ -114,12 +114,12 @@ def _from_mat(path: Path) -> Any:
     arrays = [array for value in content.values() for array in _numeric(value)]
     of_points = [array for array in arrays if array.ndim == 2 and (array.shape[1] == 2 or array.size == 0)]
     if len(of_points) != 1:
-        raise ValueError(f"it holds {len(of_points)} arrays of points (n, 2), expected one")
+        raise ValueError(f"it contains {len(of_points)} arrays of points (n, 2), expected one")
     return of_points[0]
 
 
 def _numeric(value: Any) -> Iterator[np.ndarray]:
-    """All numeric arrays inside nested object and struct arrays; fields that are known not to be points are left out."""
+    """All numeric arrays inside nested object and struct arrays; fields known not to be points are skipped."""
     if not isinstance(value, np.ndarray | np.void):
         return
     if value.dtype.names:

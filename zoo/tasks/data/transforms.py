@@ -1,4 +1,4 @@
-"""Pictures of any size as the tensors that a classifier takes: timm's transforms, and a small one for pictures as CIFAR's."""
+"""Images of any size as classifier inputs: timm's transforms, and a simpler one for small images such as CIFAR's."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from surgeon.errors import ConfigError
 from surgeon.sites.inputs import exported_size
 
-SMALL = 64  # pixels up to which pictures are padded and cropped, not resized at random
+SMALL = 64  # pixels up to which images are padded and cropped instead of randomly resized
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFormat:
-    """What a classifier takes: size (C, H, W), normalization, and how pictures are brought to that size."""
+    """A classifier's input format: size (C, H, W), normalization, and how images are resized to it."""
 
     size: tuple[int, int, int]
     mean: tuple[float, ...] = MEAN
@@ -28,7 +28,7 @@ class ImageFormat:
 
     @classmethod
     def of(cls, model: nn.Module | None, side: int) -> Self:
-        """That of a timm model; for others ImageNet's normalization, and the size of an exported program or `side` pixels."""
+        """The format of a timm model; otherwise ImageNet's normalization and the size of an exported program or `side` pixels."""
         if not isinstance(getattr(model, "pretrained_cfg", None), dict):
             return cls(size=exported_size(model) or (3, side, side))
         from timm.data import resolve_model_data_config
@@ -44,7 +44,7 @@ class ImageFormat:
         )
 
     def with_channels(self, channels: int) -> Self:
-        """For another number of channels; gray pictures take the means over the colors."""
+        """The format for another number of channels; gray images use the means over the colors."""
         if channels == self.size[0]:
             return self
 
@@ -54,7 +54,7 @@ class ImageFormat:
         return replace(self, size=(channels, *self.size[1:]), mean=fitted(self.mean), std=fitted(self.std))
 
     def checked(self, task: str) -> Self:
-        """Itself; raises `ConfigError` where it makes no sense."""
+        """Itself; raises `ConfigError` if it is invalid."""
         channels = self.size[0]
         if channels not in (1, 3):
             raise ConfigError(f"task {task}: pictures have 1 or 3 channels, not {channels} (input_size={self.size})")
@@ -65,7 +65,7 @@ class ImageFormat:
         return self
 
     def shown(self, x: Tensor) -> Tensor:
-        """A normalized picture (C, H, W) as values in [0, 1]."""
+        """A normalized image (C, H, W) as values in [0, 1]."""
         mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return x.detach().float() * std + mean
 
@@ -79,7 +79,7 @@ def make_transform(
     auto_augment: str | None,
     erase: float,
 ) -> Callable[[Image.Image], Tensor]:
-    """Picture -> normalized tensor. Random ones draw from the global state of `random`, numpy and torch."""
+    """Image -> normalized tensor. Random transforms draw from the global state of `random`, numpy and torch."""
     if max(form.size[1:]) <= SMALL:
         return _small(form, train, color_jitter, auto_augment, erase)
     from timm.data import create_transform
@@ -103,7 +103,7 @@ def make_transform(
 def _small(
     form: ImageFormat, train: bool, color_jitter: float, auto_augment: str | None, erase: float
 ) -> Callable[[Image.Image], Tensor]:
-    """Pad by an eighth, crop, mirror (He et al. 2016, section 4.2), then timm's further augmentation where asked for."""
+    """Pad by an eighth, crop, mirror (He et al. 2016, section 4.2), then timm's additional augmentation if requested."""
     from timm.data import transforms_factory
     from torchvision import transforms
 
@@ -129,7 +129,7 @@ def _small(
 
 
 class _Resize:
-    """To the size, by a bicubic filter, where a picture does not have it."""
+    """Resize to the size with a bicubic filter, unless an image already has it."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size

@@ -1,1 +1,1 @@
-"""What several tasks share: finding and reading files, random draws, degradations, metrics, pictures."""
+"""Code shared by several tasks: degradations, metrics, model checks, pictures."""

@@ -1,4 +1,4 @@
-"""Give a model the classes of the data: a new last layer where their number differs."""
+"""Fit a model to the data's classes: a new last layer if their number differs."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from surgeon.zoo.tasks.support.probe import describe, outputs_of, replace_module
 def fit_classifier(
     task: str, model: nn.Module, classes: int, size: tuple[int, int, int], seed: int, *, fresh: bool = False
 ) -> nn.Module:
-    """The same model, giving logits (N, classes) for inputs of this size.
+    """The same model, returning logits (N, classes) for inputs of this size.
 
-    timm's models reset their classifier; of others the last linear layer or convolution with the old number of outputs is
-    replaced, auxiliary classifiers as well; with `fresh` also where the number is right. New layers are initialized from the
-    seed. Raises `InputError` where that fails.
+    timm's models reset their classifier; in others, the last linear layer or convolution with the old number of outputs is
+    replaced, and auxiliary classifiers, too; with `fresh` even if the number is right. New layers are initialized from the
+    seed. Raises `InputError` if that fails.
     """
     logits = _logits(task, trial(task, model, lambda x: model(x), *size), size)
     if logits.shape[1] == classes and not fresh:
@@ -30,13 +30,13 @@ def fit_classifier(
     after = _logits(task, trial(task, model, lambda x: model(x), *size), size)
     if after.shape[1] != classes:
         raise InputError(
-            f"task {task}: the model gives {describe(after)} after its head was replaced, not {classes} classes"
+            f"task {task}: the model returns {describe(after)} after its head was replaced, not {classes} classes"
         )
     return model
 
 
 def _reset(model: Any, classes: int, seed: int) -> None:
-    """timm's own way to a new head; what is new takes over device, dtype and mode."""
+    """timm's own way to a new head; new parameters take over device, dtype and mode."""
     known = {id(part) for part in (*model.modules(), *model.parameters())}
     like = next(p for p in model.parameters() if p.is_floating_point())
     with torch.random.fork_rng(devices=[]):
@@ -54,14 +54,14 @@ def _logits(task: str, output: Any, size: tuple[int, int, int]) -> Tensor:
     first = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(first, Tensor) or first.dim() != 2:
         raise InputError(
-            f"task {task}: the model gives {describe(first)} for pictures of {size}, not logits (N, classes); "
+            f"task {task}: the model returns {describe(first)} for images of {size}, not logits (N, classes); "
             "is it a classifier?"
         )
     return first
 
 
 def _heads(task: str, model: nn.Module, old: int, classes: int) -> list[str]:
-    """Names of the last layer, and of those of auxiliary classifiers."""
+    """Names of the last layer and of those of auxiliary classifiers."""
     named = [(name, module) for name, module in model.named_modules() if name]
     last = ""
     auxiliary: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""Density maps: every point is a Gaussian whose sum over the picture is 1, also at borders.
+"""Density maps: every point is a Gaussian whose sum over the image is 1, even at borders.
 
-Points are (x, y); (0, 0) is the middle of the first pixel.
+Points are (x, y); (0, 0) is the center of the first pixel.
 """
 
 import numpy as np
@@ -13,9 +13,9 @@ NEIGHBOURS, BETA = 3, 0.3  # Zhang et al. (2016), section 2.2
 
 
 def adaptive_sigmas(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Spread of every point, pixels: 0.3 times the mean distance of its 3 nearest neighbors (Zhang et al. 2016, MCNN).
+    """Spread of every point in pixels: 0.3 times the mean distance to its 3 nearest neighbors (Zhang et al. 2016, MCNN).
 
-    Points with fewer neighbors take those there are; a single one counts a quarter of the picture's mean side as its distance,
+    Points with fewer neighbors use those that exist; a single point uses a quarter of the image's mean side as its distance,
     and a spread is at least one pixel.
     """
     from scipy.spatial import cKDTree
@@ -30,9 +30,9 @@ def adaptive_sigmas(points: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def density_map(points: np.ndarray, sigmas: np.ndarray, height: int, width: int, stride: int, box: Box) -> Tensor:
-    """(1, h/stride, w/stride) of a box of a picture, rounded up; the sums over cells of the map of the whole picture.
+    """(1, h/stride, w/stride) of a box of an image, rounded up; the cell sums of the whole image's map.
 
-    The box starts at a multiple of `stride`. Over the whole picture the sum is the number of points.
+    The box starts at a multiple of `stride`. Over the whole image, the sum is the number of points.
     """
     top, left, box_height, box_width = box
     rows = _spread(points[:, 1], sigmas, height, top, box_height, stride)
@@ -41,7 +41,7 @@ def density_map(points: np.ndarray, sigmas: np.ndarray, height: int, width: int,
 
 
 def _spread(at: np.ndarray, sigmas: np.ndarray, length: int, start: int, count: int, stride: int) -> np.ndarray:
-    """(points, cells): the share of each point's one-dimensional Gaussian in cells of `stride` pixels; all cells hold 1."""
+    """(points, cells): the share of each point's one-dimensional Gaussian in cells of `stride` pixels; all cells sum to 1."""
     cells = -(-count // stride)
     if not len(at):
         return np.zeros((0, cells))

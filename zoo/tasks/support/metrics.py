@@ -1,6 +1,6 @@
-"""Metrics by torchmetrics, per image where papers average over images. Values come as float32 tensors in [0, 1].
+"""Metrics from torchmetrics, per image where papers average over images. Values are float32 tensors in [0, 1].
 
-torchmetrics takes seconds to import, so it is imported where it is used.
+torchmetrics takes seconds to import, so it is imported on use.
 """
 
 from typing import TYPE_CHECKING
@@ -11,12 +11,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-BEST_PSNR = 100.0  # dB: of a perfect image, too, so that means stay numbers
-_WINDOW = 5  # pixels that the 11x11 Gaussian window of SSIM reaches over an edge
+BEST_PSNR = 100.0  # dB, also for a perfect image, so that means stay finite
+_WINDOW = 5  # pixels by which SSIM's 11x11 Gaussian window extends over an edge
 
 
 def image_mean() -> "Metric":
-    """Mean of one value an image. A nan stays a nan: it must not vanish from the mean."""
+    """Mean of one value per image. NaN stays NaN: it must not vanish from the mean."""
     from torchmetrics import MeanMetric
 
     metric: Metric = MeanMetric(nan_strategy="disable")
@@ -24,7 +24,7 @@ def image_mean() -> "Metric":
 
 
 def psnr(output: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of every image (N), dB, at most 100, over all its pixels; the output is clipped to [0, 1]."""
+    """Peak signal-to-noise ratio of every image (N) over all its pixels, dB, at most 100; the output is clipped to [0, 1]."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     values: Tensor = peak_signal_noise_ratio(
@@ -36,8 +36,8 @@ def psnr(output: Tensor, target: Tensor) -> Tensor:
 def ssim(output: Tensor, target: Tensor) -> Tensor:
     """Structural similarity of every image (N), mean over channels; the output is clipped to [0, 1].
 
-    Wang et al. (2004), window 11x11 with sigma 1.5, where it lies inside the image (as their program does it, and papers report;
-    torchmetrics by itself also averages over the mirrored border). Images of less than 11 pixels are taken whole.
+    Wang et al. (2004), window 11x11 with sigma 1.5, only where it is inside the image (as in their program and the papers;
+    torchmetrics by default also averages over the mirrored border). Images of less than 11 pixels are used whole.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -51,7 +51,7 @@ def ssim(output: Tensor, target: Tensor) -> Tensor:
 
 
 def eight_bit(x: Tensor) -> Tensor:
-    """Rounded to what an 8-bit file can hold."""
+    """Rounded to values that an 8-bit file can store."""
     return (x.float().clamp(0, 1) * 255).round() / 255
 
 

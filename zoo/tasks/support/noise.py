@@ -1,4 +1,4 @@
-"""Noise of cameras: Gaussian, and signal-dependent."""
+"""Camera noise: Gaussian and signal-dependent."""
 
 import math
 import re
@@ -13,17 +13,17 @@ _NUMBER = r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)"
 
 
 def number_range(name: str, value: float | str) -> tuple[float, float]:
-    """(low, high) of a number or of a text as "0-55"; raises `ConfigError`."""
+    """(low, high) of a number or of a string such as "0-55"; raises `ConfigError`."""
     text = str(value).strip()
     match = re.fullmatch(rf"{_NUMBER}(?:\s*-\s*{_NUMBER})?", text)
     low, high = (float(match[1]), float(match[2] or match[1])) if match else (1.0, 0.0)
     if low > high:
-        raise ConfigError(f"{name} must be a number of at least 0, or a range as 0-55, got {value!r}")
+        raise ConfigError(f"{name} must be a number of at least 0, or a range such as 0-55, got {value!r}")
     return low, high
 
 
 def gaussian(x: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
-    """x with white Gaussian noise of standard deviation `sigma` (of values in [0, 1]); not clipped."""
+    """x with white Gaussian noise of standard deviation `sigma` (in the units of [0, 1]); not clipped."""
     return x + sigma * torch.randn(x.shape, generator=generator)
 
 
@@ -33,7 +33,7 @@ def heteroskedastic(x: Tensor, shot: float, read: float, generator: torch.Genera
 
 
 def log_uniform(bounds: tuple[float, float], generator: torch.Generator) -> float:
-    """A number of a range, uniform in its logarithm; ranges that reach 0 are drawn uniformly."""
+    """A log-uniform number from a range; uniform if the range starts at 0."""
     low, high = bounds
     if low == high:
         return low

@@ -1,4 +1,4 @@
-"""Contact sheets: rows of small pictures with a caption over each column or below each picture."""
+"""Contact sheets: rows of small images with a caption above each column or below each image."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ _INK, _PAPER = (32, 32, 32), (255, 255, 255)
 
 
 def to_image(x: Tensor) -> Image.Image:
-    """RGB picture of (C, H, W) with values in [0, 1]; other channel counts than 1 and 3 show the mean over the channels."""
+    """RGB image of (C, H, W) with values in [0, 1]; channel counts other than 1 and 3 show the mean over the channels."""
     x = x.detach().float().cpu().nan_to_num(0).clamp(0, 1)
     if x.shape[0] not in (1, 3):
         x = x.mean(0, keepdim=True)
@@ -22,14 +22,14 @@ def to_image(x: Tensor) -> Image.Image:
 
 
 def heat(x: Tensor, top: float | None = None) -> Image.Image:
-    """A map (H, W) from 0 (black) over red and yellow to `top` (white), by default its own largest value."""
+    """A map (H, W) from 0 (black) through red and yellow to `top` (white), by default its own maximum."""
     x = x.detach().float().cpu().nan_to_num(0)
     x = (x / max(top if top is not None else float(x.max()), 1e-12)).clamp(0, 1) * 3
     return to_image(torch.stack([x, x - 1, x - 2]))
 
 
 def labels_image(labels: Tensor, ignore: int | None = None) -> Image.Image:
-    """Classes (H, W) in colors that differ between neighboring numbers; the ignored one is white."""
+    """Classes (H, W) in colors that differ between consecutive numbers; the ignored one is white."""
     table = np.array([_color(index) for index in range(256)], dtype=np.uint8)
     array = labels.detach().cpu().clamp(0, 255).numpy().astype(np.uint8)
     colors = table[array]
@@ -39,7 +39,7 @@ def labels_image(labels: Tensor, ignore: int | None = None) -> Image.Image:
 
 
 def _color(index: int) -> tuple[int, int, int]:
-    """Bits of the number dealt to the three colors, high bits first, as in the PASCAL VOC palette."""
+    """Bits of the number distributed over the three colors, high bits first, as in the PASCAL VOC palette."""
     rgb = [0, 0, 0]
     for bit in range(8):
         for channel in range(3):
@@ -54,7 +54,7 @@ def sheet(
     captions: Sequence[Sequence[str]] = (),
     side: int = SIDE,
 ) -> Image.Image:
-    """One picture out of rows of pictures, each brought to `side`; `header` over columns, `captions` below cells."""
+    """One image from rows of images, each resized to `side`; `header` above columns, `captions` below cells."""
     cells = [[_fitted(image, side) for image in row] for row in rows]
     columns = max(len(row) for row in cells)
     head = _LINE if header else 0

@@ -1,4 +1,4 @@
-"""What the tasks that give back an image have in common: patches to train on, whole images to judge by PSNR and SSIM."""
+"""Base of the tasks that output an image: trained on patches, evaluated on whole images by PSNR and SSIM."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -31,19 +31,19 @@ from surgeon.zoo.tasks.support.probe import describe, first_channels, trial
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-PICTURES = 4  # samples that `picture` shows
-SMALLEST = 16  # pixels of a side of an image of which SSIM can be taken
+PICTURES = 4  # samples shown by `picture`
+SMALLEST = 16  # smallest side in pixels for SSIM
 
 
 @dataclass(frozen=True, kw_only=True)
 class RestorationConfig(FolderConfig):
-    """Options of restoration tasks, beside those of folders.
+    """Options of restoration tasks, in addition to those of folders.
 
-    `patch` is the side of a training sample in pixels of the target; by default it follows from `input_size`, else it is the
-    task's own. `patches_per_image` lets the set count every image so often. `augment` draws one of the 8 symmetries of the
-    square. `color`: RGB or gray; by default what the model's first convolution takes. `multiple`: whole images are continued
-    to a multiple of so many pixels and the result is cut, for networks that halve several times. `tile`: whole images are run
-    in tiles of so many pixels of the input, which see `tile_overlap` pixels of their neighbors; multiples of 8.
+    `patch` is the side of a training sample in pixels of the target; it defaults to `input_size`, if given, otherwise to the
+    task's own. `patches_per_image` is how often a pass over the set uses each image. `augment` draws one of the 8 symmetries of the
+    square. `color`: RGB or gray; by default as the model's first convolution. `multiple`: whole images are padded
+    to a multiple of this many pixels and the result cropped, for networks that downsample several times. `tile`: whole images run
+    in tiles of this many input pixels, which see `tile_overlap` pixels of their neighbors; multiples of 8.
     """
 
     losses: ClassVar[tuple[str, ...]] = PIXEL_LOSSES
@@ -75,7 +75,7 @@ class RestorationConfig(FolderConfig):
 
 
 class RestorationTask(Task):
-    """A task whose target is an image. Children say what is read and how an input is made of it."""
+    """A task whose target is an image. Subclasses define what is read and how an input is made from it."""
 
     config: RestorationConfig
     primary: ClassVar[str] = "psnr"
@@ -88,7 +88,7 @@ class RestorationTask(Task):
         self.color = given if config.color is None else config.color
         self._readers: dict[str, Reader] = {}
 
-    # --- what a child provides ------------------------------------------------------------------------------------
+    # --- defined by subclasses ------------------------------------------------------------------------------------
 
     @abstractmethod
     def train_sample(self, item: Any, generator: torch.Generator) -> Sample:
@@ -99,34 +99,34 @@ class RestorationTask(Task):
         """A whole image."""
 
     def restored(self, output: Any, batch: Batch) -> Tensor:
-        """The image that a model's output means."""
+        """The image represented by a model's output."""
         image: Tensor = output
         return image
 
     def measured(self, image: Tensor) -> Tensor:
-        """The part of an image that counts, as it counts."""
+        """The part of an image that the metrics use, in their color space."""
         return image
 
     def input_channels(self) -> int:
         return self.target_channels()
 
     def input_side(self) -> int:
-        """Pixels of a training input's side."""
+        """Side of a training input in pixels."""
         return self.patch_side()
 
-    # --- what they share ------------------------------------------------------------------------------------------
+    # --- shared by all --------------------------------------------------------------------------------------------
 
     def target_channels(self) -> int:
         return 3 if self.color else 1
 
     def patch_side(self) -> int:
-        """Pixels of a training target's side."""
+        """Side of a training target in pixels."""
         if self.config.patch is not None:
             return self.config.patch
         return self.config.input_size[1] if self.config.input_size else self.patch
 
     def read(self, path: Path) -> Image.Image:
-        """An image in the task's mode, out of memory where it was read before."""
+        """An image in the task's mode, from memory if it was read before."""
         mode = "RGB" if self.color else "L"
         return self._readers.setdefault(mode, Reader(mode))(path)
 
@@ -135,7 +135,7 @@ class RestorationTask(Task):
         return integer(0, 7, generator) if self.config.augment else 0
 
     def items(self, split: Split) -> Sequence[tuple[int, Any]]:
-        """(number, what a sample is made of) of a split."""
+        """(number, source of a sample) of a split."""
         roots = find_roots(self.name, self.config)
         folder = roots.of(split)
         if folder is None:
@@ -163,12 +163,12 @@ class RestorationTask(Task):
         frame = self._frame(model, 1)
         if frame and self._frame(model, 2) != frame:
             raise InputError(
-                f"task {self.name}: the model's output does not grow with its input as it should{self.hint()}"
+                f"task {self.name}: the model's output does not grow with its input as expected{self.hint()}"
             )
         return model
 
     def _frame(self, model: nn.Module, times: int) -> int:
-        """Pixels that the output lacks in each direction, for an input `times` as large as in training; always even."""
+        """Pixels missing from the output in each direction, for an input `times` as large as in training; always even."""
         side, out = times * self.input_side(), times * self.patch_side()
         size = (self.input_channels(), side, side)
         output = trial(self.name, model, lambda x: self.forward(model, {"input": x}), *size, hint=self.hint())
@@ -176,13 +176,13 @@ class RestorationTask(Task):
         fits = isinstance(output, Tensor) and output.dim() == 4 and output.shape[:2] == wanted[:2]
         if not fits or output.shape[2] != output.shape[3] or output.shape[2] > out or (out - output.shape[2]) % 2:
             raise InputError(
-                f"task {self.name}: the model gives {describe(output)} for an input of {(2, *size)}, "
+                f"task {self.name}: the model returns {describe(output)} for an input of {(2, *size)}, "
                 f"but the task needs {wanted} (or a frame less on all four sides){self.hint()}"
             )
         return out - int(output.shape[2])
 
     def hint(self) -> str:
-        """What to try where the model does not fit."""
+        """Suggestion for a model that does not fit."""
         return ""
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
@@ -206,7 +206,7 @@ class RestorationTask(Task):
         return by_size(lambda x: self.run_whole(model, x), batch["input"], batch.get("input_size"))
 
     def pairs(self, output: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """(image, target) of every sample, (1, C, H, W), in the same size."""
+        """(image, target) of every sample, (1, C, H, W), of the same size."""
         images, targets = self.restored(output, batch), batch["target"]
         frame = [targets.shape[dim] - images.shape[dim] for dim in (2, 3)]
         sizes = batch.get("target_size")
@@ -215,7 +215,7 @@ class RestorationTask(Task):
         return [(a, center(b, *a.shape[-2:])) for a, b in zip(cut, unpadded(targets, sizes), strict=True)]
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
-        if "target_size" in batch:  # every image counts the same, whatever its size
+        if "target_size" in batch:  # every image counts the same regardless of its size
             return torch.stack([pixel_loss(self.config.loss, *pair) for pair in self.pairs(output, batch)]).mean()
         image = self.restored(output, batch)
         return pixel_loss(self.config.loss, image, center(batch["target"], *image.shape[-2:]))
@@ -243,7 +243,7 @@ class RestorationTask(Task):
 
 
 def size_check(least: int) -> Callable[[Path], str | None]:
-    """For `check_images`: what is wrong with an image of less than `least` pixels in one direction."""
+    """Check for `check_images`: the problem with an image smaller than `least` pixels in one direction."""
 
     def also(path: Path) -> str | None:
         height, width = image_size(path)
@@ -256,7 +256,7 @@ def size_check(least: int) -> Callable[[Path], str | None]:
 
 
 def check_splits(task: RestorationTask, check: Callable[[Sequence[Any], int], None], patch: int) -> None:
-    """`check(items, smallest side)` for both splits, or for "val" where there is no other."""
+    """`check(items, smallest side)` for both splits, or only for "val" if there is no other."""
     roots = find_roots(task.name, task.config)
     if roots.train is not None:
         check([item for _, item in task.items("train")], patch)

@@ -1,4 +1,4 @@
-"""What the tasks without data have in common: made images, and pictures of them."""
+"""Code shared by tasks with generated data: model checks, metric updates, pictures."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,16 @@ PICTURES = 3
 
 
 def fit_same_size(task: Task, model: nn.Module, channels: int, side: int) -> nn.Module:
-    """The model, if it gives an output of its input's shape (channels, side, side); else an `InputError`."""
+    """The model, if its output has its input's shape (channels, side, side); otherwise an `InputError`."""
     output = trial(task.name, model, model, channels, side, side)
     if not isinstance(output, Tensor) or output.shape != (2, channels, side, side):
         wanted = (2, channels, side, side)
-        raise InputError(f"task {task.name}: the model gives {describe(output)} for {wanted}, it must keep the shape")
+        raise InputError(f"task {task.name}: the model returns {describe(output)} for {wanted}; it must keep the shape")
     return model
 
 
 def update_all(metrics: "Mapping[str, Metric]", output: Any, batch: Batch) -> None:
-    """Count output against target in every metric."""
+    """Update every metric with output and target."""
     for metric in metrics.values():
         metric.update(output.float().contiguous(), batch["target"])
 

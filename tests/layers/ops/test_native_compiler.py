@@ -1,0 +1,253 @@
+"""Compiling the CPU operators: the cache, whom it trusts, and what is said when there is no library."""
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from surgeon.errors import BackendError
+from surgeon.layers.acda.operator import ACDA_CONV
+from surgeon.layers.examples import example
+from surgeon.layers.ops.native import compiler
+from tests.support.places import ROOT
+
+Fresh = Callable[[], None]
+
+
+def _has_compiler() -> bool:
+    try:
+        return bool(compiler.compiler())
+    except BackendError:
+        return False
+
+
+needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="needs a C compiler")
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fresh:
+    """A cache of its own, and a process that has not tried yet; call it to forget the try again."""
+    monkeypatch.setenv("SURGEON_CACHE", str(tmp_path / "cache"))
+
+    def forget() -> None:
+        monkeypatch.setattr(compiler, "_state", compiler._State())
+
+    forget()
+    return forget
+
+
+def script(path: Path, text: str) -> str:
+    """A compiler that knows its version and otherwise does this."""
+    path.write_text(f'#!/bin/sh\nif [ "$#" = 1 ]; then echo "a compiler, version 1"; exit 0; fi\n{text}\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def out_of(command: str) -> str:
+    """Shell that finds the file after -o and runs `command` on it as $out."""
+    return f'while [ "$1" != -o ]; do shift; done; out="$2"; {command}'
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compiled library."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SURGEON_CACHE", str(tmp_path_factory.mktemp("built")))
+        compiler.find_or_compile()
+        (library,) = compiler.library_folder().iterdir()
+    return library
+
+
+@pytest.fixture
+def at_once(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that has the library ready."""
+    monkeypatch.setenv("CC", script(tmp_path / "quick-cc", out_of(f'sleep 0.2; cp {built} "$out"')))
+
+
+def check_torch_runs_because(said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = example(ACDA_CONV, "cpu", torch.float32)
+    assert ACDA_CONV.choose(*arguments).name == "torch"
+    ACDA_CONV(*arguments)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "compiling" not in line]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("surgeon: falling back to torch's operators on the CPU: ")
+    assert said in lines[0]
+    (reason,) = ACDA_CONV.why_not("native", *arguments)
+    assert said in reason
+    with pytest.raises(BackendError, match="no backend can run acda_conv"):
+        ACDA_CONV(*arguments, backend="native")
+
+
+@needs_compiler
+def test_it_is_compiled_once_with_one_line(fresh: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = example(ACDA_CONV, "cpu", torch.float32)
+    assert ACDA_CONV.choose(*arguments).name == "native"
+    told = capsys.readouterr().err
+    assert told.startswith("surgeon: compiling the CPU operators with ")
+    assert told.count("\n") == 1
+    (library,) = (tmp_path / "cache" / "native").iterdir()
+    assert stat.S_IMODE(library.stat().st_mode) & 0o022 == 0
+    fresh()
+    assert ACDA_CONV.choose(*arguments).name == "native"
+    assert capsys.readouterr().err == ""
+
+
+@needs_compiler
+@pytest.mark.usefixtures("at_once")
+def test_without_a_compiler_the_cached_library_serves(fresh: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiler.why_no_library() == ()
+    fresh()
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    assert compiler.why_no_library() == ()
+
+
+@needs_compiler
+@pytest.mark.usefixtures("at_once")
+def test_other_sources_are_another_library(
+    fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compiler.why_no_library() == ()
+    fresh()
+    changed = compiler.sources() | {"native.c": compiler.sources()["native.c"] + b"\n"}
+    monkeypatch.setattr(compiler, "sources", lambda: changed)
+    assert compiler.why_no_library() == ()
+    assert len(list((tmp_path / "cache" / "native").iterdir())) == 2
+    assert capsys.readouterr().err.count("compiling") == 2
+
+
+def test_no_compiler(
+    fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check_torch_runs_because("no C compiler found (cc, gcc, clang): install gcc or clang", capsys)
+
+
+def test_a_compiler_that_is_not_there(
+    fresh: Fresh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    check_torch_runs_because("C compiler /nowhere/cc (from CC) not found", capsys)
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("echo 'native.c:3: error: no such thing'; exit 4", "failed (exit code 4): native.c:3: error: no such thing"),
+        ("exit 1", "failed (exit code 1): no output"),
+        ("exit 0", "reported success but wrote nothing"),
+        (out_of('echo rubbish > "$out"'), "cannot load the compiled library"),
+        (out_of(': > "$out"'), "cannot load the compiled library"),
+    ],
+)
+def test_a_compiler_that_fails(
+    does: str,
+    said: str,
+    fresh: Fresh,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CC", script(tmp_path / "cc", does))
+    check_torch_runs_because(said, capsys)
+    assert not list((tmp_path / "cache" / "native").iterdir()), "what cannot be loaded is not kept"
+
+
+def test_a_compiler_that_hangs_is_ended_with_what_it_started(
+    fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child = tmp_path / "child"
+    monkeypatch.setenv("CC", script(tmp_path / "cc", f"sleep 600 & echo $! > {child}; wait"))
+    monkeypatch.setattr(compiler, "TIME_LIMIT", 1.0)
+    check_torch_runs_because("timed out after 1 s", capsys)
+    state = Path(f"/proc/{child.read_text().strip()}/stat")
+    if state.parent.parent.is_dir():
+        deadline = time.monotonic() + 10
+        while state.exists() and state.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+@needs_compiler
+@pytest.mark.usefixtures("at_once")
+def test_a_truncated_library(fresh: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compiler.why_no_library() == ()
+    (library,) = (tmp_path / "cache" / "native").iterdir()
+    content = library.read_bytes()
+    library.unlink()  # this process has it mapped
+    library.write_bytes(content[:5000])
+    fresh()
+    capsys.readouterr()
+    check_torch_runs_because("is damaged; delete it to have it recompiled", capsys)
+    library.unlink()
+    fresh()
+    assert compiler.why_no_library() == ()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_folder_that_others_may_write_to(
+    mode: int, fresh: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache" / "native"
+    folder.mkdir(parents=True)
+    folder.chmod(mode)
+    check_torch_runs_because(f"{folder} is writable by others; refusing to load code from it", capsys)
+
+
+def test_a_folder_of_somebody_else(
+    fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache" / "native"
+    folder.mkdir(parents=True)
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    check_torch_runs_because(f"{folder} belongs to user {user}, not to {user + 1}", capsys)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("at_once")
+def test_a_library_that_others_may_write_to(fresh: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compiler.why_no_library() == ()
+    (library,) = (tmp_path / "cache" / "native").iterdir()
+    library.chmod(0o766)
+    fresh()
+    capsys.readouterr()
+    check_torch_runs_because("is writable by others", capsys)
+
+
+def test_a_folder_that_cannot_be_made(fresh: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cache").write_text("a file")
+    check_torch_runs_because("cannot use the library folder", capsys)
+
+
+def test_naming_torch_compiles_nothing(fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SURGEON_BACKEND", "torch")
+    ACDA_CONV(*example(ACDA_CONV, "cpu", torch.float32))
+    assert not (tmp_path / "cache").exists()
+
+
+@needs_compiler
+@pytest.mark.usefixtures("at_once")
+def test_processes_that_compile_at_the_same_time(tmp_path: Path) -> None:
+    code = (
+        "import torch\nfrom surgeon.layers.acda.operator import ACDA_CONV\n"
+        "from surgeon.layers.examples import example\n"
+        "arguments = example(ACDA_CONV, 'cpu', torch.float32)\n"
+        "print(ACDA_CONV.choose(*arguments).name, ACDA_CONV(*arguments).sum().item())"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SURGEON_CACHE": str(tmp_path / "cache")}
+    running = [
+        subprocess.Popen([sys.executable, "-P", "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    told = {process.communicate(timeout=300)[0] for process in running}
+    assert all(process.returncode == 0 for process in running)
+    assert len(told) == 1
+    assert told.pop().startswith("native ")
+    assert not [path for path in (tmp_path / "cache" / "native").iterdir() if path.suffix != ".so"]

@@ -1,0 +1,421 @@
+"""`surgeon search`, `surgeon study` and `surgeon gains` as people call them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+import surgeon
+from surgeon.cli import main
+from surgeon.search.gains.gain import GainTable
+from surgeon.search.study.database import StudyDatabase
+from surgeon.search.study.folder import read_search
+from surgeon.search.study.journal import Journal
+from surgeon.surgery.rewrite import dynamic_layers
+from surgeon.zoo.finetune.loop import Interrupted, Run
+from tests.support.browser import chromium, installed
+from tests.support.page_looks import check
+from tests.support.places import ROOT
+from tests.support.search.servers import free_port
+from tests.support.search.tasks import FACTORY, SHORT, SPACE, search_arguments
+from tests.support.training.runs import failing
+
+pytestmark = pytest.mark.usefixtures("tiny_tasks")
+
+Capture = pytest.CaptureFixture[str]
+
+
+def document(capsys: Capture) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_search_from_beginning_to_end(capsys: Capture) -> None:
+    assert main(search_arguments("s", "--trials", "5", "--max-flops", "+300%", "--finals", "1", "--seeds", "2")) == 0
+    out, error = capsys.readouterr()
+    assert "trial 0: original (original), mse 0." in error
+    assert re.search(r"best 0\.\d+ \(trial \d\); of the budgets flops \d+%", error)
+    assert re.search("finals 1/[23]: original", error)
+    assert "written to  s" in out
+    found = read_search("s")
+    assert len({one.hash for one in found.records if one.counts}) == 5
+    for one in found.records:
+        if one.counts:
+            assert one.attributes["traced"]["flops"] <= 4 * found.about["original"]["flops"]
+    study = optuna.load_study(study_name="search", storage=JournalStorage(Journal(found.folder.study)))
+    assert len(study.trials) == len(found.records)
+    assert study.direction == optuna.study.StudyDirection.MINIMIZE
+    assert found.finals is not None
+    roles = [arm["role"] for arm in found.finals["arms"]]
+    assert roles[:2] == ["original", "found"]
+    assert all(len(arm["values"]) == 2 for arm in found.finals["arms"])
+    for arm in found.finals["arms"]:
+        assert arm["values"][0] != arm["values"][1]  # seeds differ
+
+    assert main(["study", "status", "s", "--json"]) == 0
+    status = document(capsys)
+    assert status["trials"]["complete"] + status["trials"].get("pruned", 0) >= 5
+    assert status["original"]["placement"] == {}
+    assert status["workers"] == 0
+
+    assert main(["study", "best", "s", "--count", "2", "--json"]) == 0
+    best = document(capsys)
+    assert best[0]["value"] <= best[1]["value"]  # an error: less is better
+
+    _check_report(capsys)
+    _check_export(found.finals, capsys)
+
+
+def _check_report(capsys: Capture) -> None:
+    assert main(["study", "report", "s", "--json"]) == 0
+    page = Path(document(capsys)["report"])
+    text = page.read_text()
+    names = {"pareto", "placements", "expected", "budgets", "convergence", "finals", "gains"}
+    assert {path.stem for path in page.parent.glob("*.png")} == names
+    assert text.count("<figure") == len(names)
+    assert not re.search(r'(src|href)="|https?:', text)  # nothing beside it is needed
+    assert "than the unmodified model trained equally: gain " in text
+    assert "not settled to be better or worse" in text  # two seeds settle nothing
+    found = read_search("s")
+    for one in found.ranked():
+        assert f'data-tip="trial {one.number} (' in text, "every trial can be pointed at"
+    assert text.count("<h2>") == len(names) + 3
+    assert 'name="viewport"' in text
+    assert "prefers-color-scheme:dark" in text
+    if installed() is not None:  # tests/surgeon/util/test_browser.py says so where there is none
+        with chromium() as browser:
+            check(browser, page)
+
+
+def _check_export(finals: Any, capsys: Capture) -> None:
+    assert main(["study", "export", "s", "--best", "-o", "out", "--json"]) == 0
+    told = document(capsys)
+    assert told["stage"] == "finals"
+    arm = next(arm for arm in finals["arms"] if arm["hash"] == told["hash"])
+    model = surgeon.load("out", trust_factory=True)
+    assert list(dynamic_layers(model)) == list(arm["placement"])
+    again = ["evaluate", "out", "--task", "tiny-regression", "--trust-factory", "--json"]
+    assert main(again) == 0
+    assert document(capsys)["metrics"]["mse"] == pytest.approx(arm["values"][0], rel=1e-4)
+    assert main(["convert", FACTORY, "--recipe", "out/recipe.json", "--input-size", "8", "-o", "again", "--quiet"]) == 0
+    fresh = surgeon.load("again", trust_factory=True)
+    assert fresh.state_dict().keys() == model.state_dict().keys()
+    assert main(["study", "export", "s", "-o", "out"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main(["study", "export", "s", "-o", "out", "--force", "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(
+    "budgets",
+    [
+        ["--max-params=10"],
+        ["--max-flops=-20%", "--max-params=-20%"],
+        ["--max-flops=+300%", "--max-memory=1MiB"],  # where the one leaves room, the other leaves none
+    ],
+)
+def test_budgets_that_nothing_meets_end_at_once_with_the_nearest(
+    budgets: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "train", lambda self: pytest.fail("something was trained"))
+    assert main(search_arguments("s", *budgets)) == 1
+    error = capsys.readouterr().err
+    nearest = re.search(
+        r"the nearest budgets that one placement meets are .*" + budgets[-1].split("=")[0] + r" (\S+)", error
+    )
+    assert nearest is not None, error
+    assert error.count("\n") == 1
+    assert not Path("s").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [([], "needs a folder"), (["--data", "nowhere"], "there is no folder nowhere"), (["--data", "."], "no folders")],
+)
+def test_a_task_without_data_is_one_error(data: list[str], said: str, capsys: Capture) -> None:
+    arguments = ["search", "zoo/resnet20_cifar", "--task", "classification", "--weights", "random", *data]
+    assert main([*arguments, "-o", "s"]) == 2
+    out, error = capsys.readouterr()
+    assert said in error
+    assert error.count("\n") == 1
+    assert out == ""
+    assert not Path("s").exists()
+
+
+def test_another_model_space_or_budget_is_refused_with_the_difference(capsys: Capture) -> None:
+    assert main(search_arguments("s", "--trials", "1", "--quiet")) == 0
+    assert main(search_arguments("s", "--trials", "1")) == 2
+    assert "there is a search in s already" in capsys.readouterr().err
+    assert main(search_arguments("s", "--trials", "1", "--max-flops", "+300%", "--resume")) == 2
+    assert "budgets.flops" in capsys.readouterr().err
+    other = search_arguments("s", "--trials", "1", "--resume")
+    other[1] = "tests.support.training.tasks:Restorer"
+    assert main(other) == 2
+    assert re.search(r"is a study of something else: model.*; name is .*make_plain.*Restorer", capsys.readouterr().err)
+    assert main(search_arguments("s", "--trials", "2", "--resume", "--quiet")) == 0  # more trials are no difference
+    assert main(search_arguments("nowhere", "--resume")) == 2
+    assert "leave out --resume" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train", failing(Interrupted(2), 1))
+        assert main(search_arguments("s", "--trials", "3", "--no-pruning")) == 130
+    out, error = capsys.readouterr()
+    assert "go on with the same command and --resume" in error
+    assert out == ""
+    assert main(search_arguments("s", "--trials", "3", "--no-pruning", "--resume", "--json")) == 0
+    assert document(capsys)["trials"]["complete"] == 3
+
+
+def test_interrupted_finals_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(search_arguments("s", "--trials", "2", "--no-pruning", "--quiet")) == 0
+    finals = ["--trials", "2", "--no-pruning", "--finals", "1", "--seeds", "1", "--final-rung", "0", "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train", failing(Interrupted(2), 1))
+        assert main(search_arguments("s", *finals)) == 130
+    calls: list[int] = []
+    train = Run.train
+    monkeypatch.setattr(Run, "train", lambda self: (calls.append(1), train(self))[1])
+    assert main(search_arguments("s", *finals, "--quiet")) == 0
+    assert len(calls) == 1  # the first was done
+    found = read_search("s")
+    assert found.finals is not None
+    # the same steps and seed as a trial: the same values
+    values = {one.hash: found.value(one) for one in found.ranked()}
+    for arm in found.finals["arms"]:
+        assert arm["values"] == [pytest.approx(values[arm["hash"]])]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--storage", "nonsense"], "expected a URL such as postgresql://"),
+        (["--storage", "sqlite://"], "in memory is lost"),
+        (["--join", "study"], "--join needs --storage"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--jobs", "2", "--device", "cuda:1"], "--device cuda:1 names one GPU, and --jobs 2 workers share all"),
+        (["--layers", "k<=1"], "the selection 'k<=1' matches nothing"),
+        (["--layers", "nowhere"], "nowhere"),
+        (["--max-flops", "10%"], "has a sign"),
+        (["--sampler", "guess"], "expected posterior, decoder, tpe, nsga2, random or module:Class, got 'guess'"),
+        (["--sampler", "no.such.module:X"], "cannot import 'no.such.module': ModuleNotFoundError"),
+        (["--sampler", "optuna.samplers:NoSampler"], "optuna.samplers has no 'NoSampler'"),
+        (["--sampler", "collections:Counter"], "the class Counter of collections is no Optuna sampler"),
+        (["--sampler", "tests.support.search.tasks:make_plain"], "is no Optuna sampler: it makes a"),
+        (
+            ["--sampler", "tests.support.search.tasks:Forgetful"],
+            "the sampler tests.support.search.tasks:Forgetful leaves first out: got None",
+        ),
+        (["--sampler", "optuna.samplers:GridSampler"], "cannot be made: TypeError"),
+        (["--objective", "flops"], "expected metric, alone or with some of flops, params, memory after it"),
+        (["--objective", "metric,speed"], "expected metric, alone or with"),
+        (["--trials", "0"], "--trials must be at least 1"),
+        (["--gains", "guess"], "neither a file nor one of"),
+        (["--types", "pafu", "--atoms", "2"], "option of none of the types"),
+        (["--max-time", "soon"], "expected a time"),
+        (["--task-option", "broken=true"], "image 3 of the training set cannot be read"),
+    ],
+)
+def test_wrong_usage_is_one_clear_message(more: list[str], said: str, capsys: Capture) -> None:
+    assert main(search_arguments("s", *more)) == 2
+    out, error = capsys.readouterr()
+    assert said in error
+    assert error.count("\n") == 1
+    assert out == ""
+    assert not Path("s").exists()
+
+
+def test_what_is_no_search(capsys: Capture) -> None:
+    Path("empty").mkdir()
+    for action in ("status", "best", "report", "export"):
+        assert main(["study", action, "empty"]) == 2
+        assert "there is no search in empty" in capsys.readouterr().err
+
+
+def test_gains_round_trip(capsys: Capture) -> None:
+    arguments = [FACTORY, "--task", "tiny-regression", *SPACE, "--batch-size", "4", "--device", "cpu"]
+    assert main(["gains", *arguments, "--method", "probe", "--steps", "2", "-o", "g.json"]) == 0
+    out = capsys.readouterr().out
+    assert "first" in out
+    assert " ± " in out
+    assert "written to  g.png" in out
+    assert Path("g.png").read_bytes().startswith(b"\x89PNG")
+    table = GainTable.read("g.json")
+    assert main(["gains", *arguments, "--method", "probe", "--steps", "2", "--json"]) == 0
+    assert document(capsys)["gains"] == table.to_dict()["gains"]
+    short = ["--steps", "2", "--batch-size", "4", "--device", "cpu", "--gains", "g.json", "--trials", "1", "--quiet"]
+    assert main(["search", FACTORY, "--task", "tiny-regression", *SPACE, *short, "-o", "s"]) == 0
+    assert read_search("s").about["gains"] == "g.json"
+    assert (
+        main(["place", FACTORY, "--input-size", "8", *SPACE, "--gains", "g.json", "--max-layers", "1", "--json"]) == 0
+    )
+    assert main(["gains", *arguments, "--method", "guess"]) == 2
+
+
+# --- databases, jobs, TensorBoard ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+def test_a_search_in_a_database_is_begun_joined_and_read(database: str, capsys: Capture, tmp_path: Path) -> None:
+    shared = ["--storage", database, "--no-pruning", "--sampler", "random"]
+    assert main(search_arguments("r50", "--trials", "2", *shared)) == 0
+    assert "other machines join with --join r50" in capsys.readouterr().err
+    assert not Path("r50/study.jsonl").exists()
+    assert main(search_arguments("r50", "--trials", "3", *shared)) == 2  # it exists
+    assert "go on with it (--join r50)" in capsys.readouterr().err
+    join = ["search", FACTORY, "--task", "tiny-regression", *SPACE, *SHORT, "--trials", "4", *shared]
+    (tmp_path / "elsewhere").mkdir()
+    os.chdir(tmp_path / "elsewhere")  # as if on another machine
+    assert main([*join, "--join", "nobody"]) == 2
+    assert "Studies there: r50" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    assert main([*join, "--join", "r50", "--max-flops", "+300%"]) == 2
+    assert "budgets.flops" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    assert main([*join, "--join", "r50", "--quiet"]) == 0
+    capsys.readouterr()
+    found = read_search("runs/r50")
+    assert sum(one.counts for one in found.records) == 4
+    assert len({one.worker for one in found.records if one.counts}) == 2
+    assert main(["study", "status", "runs/r50", "--json"]) == 0
+    assert document(capsys)["trials"]["complete"] == 4
+    os.chdir(tmp_path)
+    assert main(["study", "best", "r50", "--json"]) == 0  # the first machine sees all trials
+    assert document(capsys)[0]["value"] == min(found.value(one) or 1e9 for one in found.ranked())
+    assert main(search_arguments("r50", "--trials", "4", "--resume")) == 2
+    assert "give its --storage" in capsys.readouterr().err
+    assert main(search_arguments("r50", "--trials", "5", *shared, "--resume", "--quiet")) == 0
+    assert "tester" not in Path("r50/search.json").read_text()
+
+
+def test_passwords_are_not_written_down(tmp_path: Path) -> None:
+    pytest.importorskip("psycopg")
+    study = StudyDatabase("postgresql://me:secret@127.0.0.1:1/x", "s")
+    assert study.address == {"url": "postgresql+psycopg://me@127.0.0.1:1/x", "name": "s"}
+    assert "secret" not in str(study)
+
+
+def test_a_database_that_cannot_be_reached_is_one_error(capsys: Capture) -> None:
+    pytest.importorskip("psycopg")
+    url = f"postgresql://me:secret@127.0.0.1:{free_port()}/x"
+    for more in ([], ["--join", "x"]):
+        assert main(search_arguments("s", "--storage", url, *more)) == 2
+        out, error = capsys.readouterr()
+        assert "cannot reach the database postgresql+psycopg://me:***@127.0.0.1" in error
+        assert error.count("\n") == 1
+        assert out == ""
+        assert not Path("s").exists()
+
+
+@pytest.mark.parametrize(
+    ("trials", "steps", "workers"),
+    [(4, "4", 1), pytest.param(26, "60", 2, marks=pytest.mark.slow)],  # the second takes seconds to start
+)
+def test_jobs_are_workers_of_one_search(trials: int, steps: str, workers: int, tmp_path: Path) -> None:
+    worker = start(tmp_path / "s", "--jobs", "2", "--json", "--steps", steps, trials=trials)
+    out, error = worker.communicate(timeout=900)
+    assert worker.returncode == 0, error
+    found = read_search(tmp_path / "s")
+    assert sum(one.counts for one in found.records) == trials
+    assert len({one.hash for one in found.records if one.counts}) == trials
+    assert json.loads(out)["workers"] == 0
+    names = {one.worker for one in found.records if one.worker is not None}
+    assert len(names) >= workers, error
+    boards = {path.name for path in (tmp_path / "s" / "tensorboard").iterdir()}
+    assert boards == {name.rsplit("-", 1)[0] for name in names}  # host and process
+
+
+def test_tensorboard_has_curves_and_hparams(capsys: Capture) -> None:
+    assert main(search_arguments("s", "--trials", "3", "--no-pruning", "--max-flops", "+300%", "--quiet")) == 0
+    found = read_search("s")
+    done = [one for one in found.records if one.counts]
+    assert len(done) == 3
+    (folder,) = Path("s/tensorboard").iterdir()
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    best = [event.value for event in board.Scalars("search/best_mse")]
+    values = {event.step: event.value for event in board.Scalars("search/mse")}
+    assert values == {one.number: pytest.approx(found.value(one)) for one in done}
+    assert best == sorted(best, reverse=True)
+    use = [event.value for event in board.Scalars("budget/flops")]
+    assert all(0 < share <= 1 for share in use)
+    trials = sorted(path for path in folder.iterdir() if path.is_dir())
+    assert [path.name for path in trials] == [f"trial-{one.number:04}" for one in done]
+    summary = EventAccumulator(str(trials[1]))
+    summary.Reload()
+    session = HParamsPluginData.FromString(
+        summary.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    ).session_start_info
+    assert session.hparams["replaced"].number_value == len(found.records[1].placement)
+    assert {layer: session.hparams[layer].string_value for layer in found.records[1].placement} == dict(
+        found.records[1].placement
+    )
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_optunas_own_plots_read_the_study(capsys: Capture) -> None:
+    from optuna.visualization import matplotlib as plots
+
+    assert main(search_arguments("s", "--trials", "6", "--sampler", "tpe", "--no-pruning", "--quiet")) == 0
+    # as a user would do it: with Optuna alone
+    storage = JournalStorage(optuna.storages.journal.JournalFileBackend("s/study.jsonl"))
+    study = optuna.load_study(study_name="search", storage=storage)
+    history = plots.plot_optimization_history(study)
+    assert len(history.collections[0].get_offsets()) == 6
+    for plot in (plots.plot_timeline, plots.plot_intermediate_values, plots.plot_edf, plots.plot_parallel_coordinate):
+        assert plot(study) is not None
+    import matplotlib.pyplot
+
+    matplotlib.pyplot.close("all")
+
+
+# --- killed -------------------------------------------------------------------------------------------------------
+
+
+def start(folder: Path, *more: str, trials: int = 4) -> "subprocess.Popen[str]":
+    arguments = search_arguments(folder, "--trials", str(trials), "--sampler", "random", "--no-pruning", *more)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "tests.support.search.tasks", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_killed_search_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    worker = start(broken)
+    assert worker.stderr is not None
+    for line in worker.stderr:
+        if "trial 1:" in line:
+            break
+    time.sleep(0.1)  # into the next training
+    worker.send_signal(signal.SIGKILL)
+    worker.communicate()
+    before = read_search(broken)
+    done = [one for one in before.records if one.state == "complete"]
+    assert len(done) >= 2
+    assert [one.state for one in before.records].count("running") <= 1
+    again = start(broken, "--resume")
+    _, error = again.communicate()
+    assert again.returncode == 0, error
+    assert main(search_arguments(whole, "--trials", "4", "--sampler", "random", "--no-pruning", "--quiet")) == 0
+    expected = [(one.number, one.hash, one.values) for one in read_search(whole).records]
+    assert [(one.number, one.hash, one.values) for one in read_search(broken).records] == expected
+    assert sum(one.attempts - 1 for one in read_search(broken).records if one.attempts) <= 1

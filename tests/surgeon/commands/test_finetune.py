@@ -1,0 +1,149 @@
+"""`surgeon finetune` as people call it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import surgeon
+from surgeon.cli import main
+from surgeon.zoo.finetune.loop import Trainer
+from surgeon.zoo.tasks import registry
+from tests.support.training.runs import interrupt_at
+from tests.support.training.tasks import TinyClassification, TinyRegression
+
+FACTORY = "tests.support.training.tasks:make_restorer"
+SHORT = ["--epochs", "2", "--batch-size", "4", "--eval-every", "3", "--checkpoint-every", "2", "--lr", "0.01"]
+
+Finetune = Callable[..., int]
+
+
+@pytest.fixture(autouse=True)
+def _tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    registry.task_names()  # the real ones first
+    tasks = {cls.name: cls for cls in (TinyRegression, TinyClassification)}
+    monkeypatch.setattr(registry, "_TASKS", registry._TASKS | tasks)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def finetune(tmp_path: Path) -> Finetune:
+    """Fine-tunes a converted run; further arguments follow."""
+    arguments = ["convert", FACTORY, "--layers", "middle", "--type", "pafu", "-n", "2", "--input-size", "8"]
+    assert main([*arguments, "-o", "start", "--quiet"]) == 0
+
+    def call(*more: str) -> int:
+        return main(["finetune", "start", "--task", "tiny-regression", "--trust-factory", *SHORT, *more])
+
+    return call
+
+
+def test_a_run_from_the_command_line(finetune: Finetune, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert finetune("-o", "tuned", "--json", "--task-option", "samples=9", "noise=0.05", "--ema", "0.9") == 0
+    out, error = capsys.readouterr()
+    document = json.loads(out)
+    assert document["output"] == "tuned"
+    assert document["original"]["metrics"]["mse"] == pytest.approx(document["start"]["metrics"]["mse"], rel=1e-4)
+    assert document["result"]["metrics"]["mse"] < document["start"]["metrics"]["mse"]
+    assert document["steps"] == 4
+    assert "step 3/4: mse" in error
+    assert Path("tuned/report.json").is_file()
+    model = surgeon.load("tuned", trust_factory=True)
+    assert main(["finetune", "tuned", "--task", "tiny-regression", "--trust-factory", *SHORT, "--quiet"]) == 0
+    out, error = capsys.readouterr()
+    assert "written to  runs/tuned-tiny-regression" in out
+    assert error == ""
+    assert not model.training
+
+
+def test_a_plain_model_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", FACTORY, "--task", "tiny-regression", *SHORT, "-o", "plain"]) == 0
+    assert "original" not in capsys.readouterr().out
+
+
+def test_dry_run_writes_nothing(finetune: Finetune, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(Path().rglob("*"))
+    assert finetune("--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "12 training and 5 validation samples" in out
+    assert "needed in total" in out
+    assert "dry run: nothing was written" in out
+    assert finetune("--dry-run", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {group["role"] for group in document["groups"]} == {"selector", "new", "other"}
+    assert document["cost"]["params"] > 0
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_interrupt_then_resume(
+    finetune: Finetune, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backward = Trainer.backward
+    interrupt_at(monkeypatch, 2)
+    assert finetune("-o", "tuned", "--quiet") == 130
+    assert "interrupted after step 3; go on with the same command and --resume" in capsys.readouterr().err
+    monkeypatch.setattr(Trainer, "backward", backward)
+    assert finetune("-o", "tuned") == 2
+    assert "go on with it (--resume), or replace it (--force)" in capsys.readouterr().err
+    assert finetune("-o", "tuned", "--resume", "--batch-size", "2") == 2
+    assert "batch_size was 4 and is 2" in capsys.readouterr().err
+    assert finetune("-o", "tuned", "--resume", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--task", "tiny-regresion"], "unknown task 'tiny-regresion'; .* Did you mean 'tiny-regression'"),
+        (["--task-option", "sample=3"], "has no option 'sample'.* Did you mean 'samples'"),
+        (["--task-option", "samples=0"], "samples must be >= 1, got 0"),
+        (["--task-option", "broken=true"], "image 3 of the training set cannot be read"),
+        (["--task-option", "data=/tmp"], "given with --data"),
+        (["--task-option", "samples"], "expected KEY=VALUE, got 'samples'"),
+        (["--lr", "0"], "lr must be a number > 0, got 0.0"),
+        (["--opt", "adamv"], "timm has no optimizer 'adamv'"),
+        (["--warmup", "soon"], r"warmup: expected steps \(200\)"),
+        (["--max-time", "soon"], "--max-time: expected a time"),
+        (["--sched", "plateau"], "invalid choice: 'plateau'"),
+        (["--amp", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
+        (["--checkpointing"], "has no set_grad_checkpointing"),
+        (["--weights", "random"], "has its own weights"),
+        (["--resume"], "no run to take up again"),
+        (["--alternate", "0"], "alternate must be an integer >= 1"),
+    ],
+)
+def test_bad_input(finetune: Finetune, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import re
+
+    capsys.readouterr()
+    assert finetune(*arguments, "-o", "tuned") == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert re.search(told, error), error
+    assert "Traceback" not in error
+    assert not Path("tuned/recipe.json").exists()
+
+
+def test_nan_to_the_end_is_exit_code_1(finetune: Finetune, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune("-o", "tuned", "--lr", "1e30", "--clip", "0", "--opt", "sgd", "--max-rollbacks", "1") == 1
+    assert "after 1 returns to earlier checkpoints" in capsys.readouterr().err
+
+
+def test_defaults_are_left_to_the_config() -> None:
+    import argparse
+
+    from surgeon.commands import finetune as finetune_command
+    from surgeon.zoo.finetune import FinetuneConfig
+
+    parser = argparse.ArgumentParser()
+    finetune_command.add_arguments(parser)
+    args = parser.parse_args(["run", "--task", "t"])
+    assert finetune_command.read_config(args) == FinetuneConfig()
+    given: dict[str, Any] = vars(
+        parser.parse_args(["run", "--task", "t", "--clip", "0", "--alternate", "--max-time", "2m"])
+    )
+    config = finetune_command.read_config(argparse.Namespace(**given))
+    assert (config.clip, config.alternate, config.max_time) == (None, 3, 120)

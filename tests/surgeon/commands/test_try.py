@@ -1,0 +1,234 @@
+"""`surgeon try`: equal training of original and converted, paired statistics, budgets of time, going on, and its page."""
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import surgeon
+from surgeon.cli import main
+from surgeon.errors import ConfigError
+from surgeon.zoo.finetune.loop import Trainer
+from surgeon.zoo.trial import standard_error, verdict
+from surgeon.zoo.trial.parts import part_of, spread
+from surgeon.zoo.trial.plan import Speed, make_plan
+from surgeon.zoo.trial.report import write_report
+from tests.support.answers import make_answer
+from tests.support.search.tasks import FACTORY
+from tests.support.training.runs import interrupt_at
+from tests.support.training.tasks import TinyConfig, TinyRegression
+
+SHORT = ["--task", "tiny-regression", "--type", "pafu", "--layers", "all", "--option", "group_size=2"]
+QUICK = [*SHORT, "--steps", "4", "--batch-size", "4", "--device", "cpu", "--quiet"]
+
+Try = Callable[..., int]
+
+
+@pytest.fixture
+def attempt(tiny_tasks: None) -> Try:
+    return lambda *more: main(["try", FACTORY, *QUICK, "-o", "out", *more])
+
+
+def answered(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return document
+
+
+# --- what came out ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ([0.4, 0.5, 0.45], "won"),
+        ([-0.4, -0.5, -0.45], "lost"),
+        ([0.4, 0.5], "undecided"),
+        ([0.4, -0.5, 0.3], "undecided"),
+        ([0.0, 0.0, 0.0], "undecided"),
+        ([], "undecided"),
+    ],
+)
+def test_a_verdict_takes_three_seeds_and_two_standard_errors(gains: list[float], expected: str) -> None:
+    assert verdict(gains) == expected
+
+
+def test_the_standard_error_is_that_of_the_mean() -> None:
+    assert standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / 3**0.5)
+    assert standard_error([1.0]) is None
+
+
+def test_the_answer_in_a_sentence() -> None:
+    won = make_answer([0.5, 0.51, 0.52], [0.504, 0.5145, 0.525])
+    assert won.sentence() == "gain +0.45 ± 0.029 points of top-1 (3 seeds), costs x1.08 FLOPs, x1.4 time a step"
+    assert (
+        make_answer([0.5] * 3, [0.49, 0.491, 0.492])
+        .sentence()
+        .startswith("loss -0.9 ± 0.058 points of top-1 (3 seeds)")
+    )
+    none = make_answer([0.5] * 3, [0.501, 0.499, 0.5])
+    assert none.sentence().startswith("no gain seen beyond ± 0.12 points of top-1 (+0")
+    assert (
+        "undecided: +1 ± 0 points of top-1 with 2 seeds, an answer takes 3"
+        in make_answer([0.5] * 2, [0.51] * 2).sentence()
+    )
+    assert make_answer([], []).sentence().startswith("no answer: not one pair")
+
+
+def test_a_gain_is_positive_where_lower_is_better() -> None:
+    answer = make_answer([3.0, 3.1, 3.2], [2.0, 2.2, 2.1], primary="mae", higher_is_better=False)
+    assert answer.gains == pytest.approx([1.0, 0.9, 1.1])
+    assert (answer.verdict, answer.unit) == ("won", "mae")
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+LENGTHS = {"train": 10000, "val": 100, "batch": 10}
+
+
+def test_a_plan_fills_the_time_with_three_seeds() -> None:
+    speed = Speed(step=0.1, sample=0.001, run=1.0)
+    plan = make_plan(600, speed, **LENGTHS, rates=(1e-4, 3e-4, 1e-3))
+    assert (len(plan.rates), plan.choose, plan.judge) == (3, 50, 50)
+    taken = 5 * (plan.steps * 0.1 + 1.0 + 100 * 0.001)
+    assert 0.85 * 600 < taken <= 0.9 * 600
+
+
+def test_a_plan_is_no_longer_than_ten_epochs() -> None:
+    assert make_plan(1e6, Speed(step=0.1, sample=0.001, run=1.0), **LENGTHS, rates=(1e-3,)).steps == 10000
+
+
+def test_a_short_time_takes_the_sweep_first_and_then_the_answer() -> None:
+    plan = make_plan(100, Speed(step=1.0, sample=0.0, run=1.0), **LENGTHS, rates=(1e-4, 3e-4, 1e-3))
+    assert (plan.rates, plan.choose, plan.judge) == ((3e-4,), 0, 100)
+    with pytest.raises(ConfigError, match=r"leaves 20 s for training, and 3 seeds of 20 steps .* take about 88 s"):
+        make_plan(20, Speed(step=1.0, sample=0.0, run=1.0), **LENGTHS, rates=(1e-3,))
+
+
+def test_slow_evaluations_are_of_fewer_samples() -> None:
+    plan = make_plan(600, Speed(step=0.1, sample=1.0, run=0.0), **LENGTHS, rates=(1e-4, 3e-4, 1e-3))
+    assert plan.choose == plan.judge == 10
+
+
+def test_the_samples_that_choose_do_not_judge() -> None:
+    task = TinyRegression(TinyConfig(), seed=0)
+    whole, chooser, judge = task.dataset("val"), *(part_of(task, first, 2).dataset("val") for first in (0, 1))
+    assert len(chooser) + len(judge) == len(whole)
+    for index in range(len(chooser)):
+        assert chooser[index]["input"].equal(whole[2 * index]["input"])
+    for index in range(len(judge)):
+        assert judge[index]["input"].equal(whole[2 * index + 1]["input"])
+    assert len(part_of(task, 0, 2).dataset("train")) == len(task.dataset("train"))
+    assert spread(range(1, 100, 2), 5) == [1, 21, 41, 61, 81]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_from_the_command_line(attempt: Try, capsys: pytest.CaptureFixture[str]) -> None:
+    assert attempt("--seeds", "3", "--lr", "0.001", "0.01", "--json") == 0
+    found = answered(capsys)
+    assert found["seeds"] == [0, 1, 2]
+    pairs = zip(found["scores"]["original"], found["scores"]["converted"], strict=True)
+    assert found["gains"] == pytest.approx([a - b for a, b in pairs])  # mse: lower is better
+    assert found["gain"] == pytest.approx(statistics.fmean(found["gains"]))
+    assert set(found["swept"]["original"]) == set(found["swept"]["converted"]) == {"0.001", "0.01"}
+    for arm, rate in found["rates"].items():
+        assert found["swept"][arm][f"{rate:g}"] == min(found["swept"][arm].values())
+    assert found["factors"]["flops"] > 1 < found["factors"]["params"]
+    assert found["answer"] in json.loads(Path("out/answer.json").read_text())["answer"]
+    model = surgeon.load("out/model", trust_factory=True)
+    assert any(type(module).__name__ == "PAFUConv2d" for module in model.modules())
+    assert not Path("out/runs").exists() or not any(Path("out/runs").iterdir())
+    assert main(["try", FACTORY, *QUICK, "-o", "out"]) == 2
+    assert "go on with it (--resume), or replace it (--force)" in capsys.readouterr().err
+
+
+def test_equal_seeds_give_equal_answers_and_more_seeds_are_added(
+    attempt: Try, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--lr", "0.01", "--json"]
+    assert attempt("--seeds", "1", *more) == 0
+    first = answered(capsys)
+    assert "an answer takes 3" in first["answer"]
+    assert attempt("--seeds", "3", "--resume", *more) == 0
+    second = answered(capsys)
+    assert second["scores"]["converted"][:1] == first["scores"]["converted"]
+    assert len(second["seeds"]) == 3
+    assert attempt("--seeds", "3", "--force", *more) == 0
+    again = answered(capsys)
+    assert again["scores"] == second["scores"]
+
+
+def test_an_interrupted_trial_goes_on_to_the_same_answer(
+    attempt: Try, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--seeds", "2", "--lr", "0.01", "--json"]
+    assert attempt(*more) == 0
+    straight = answered(capsys)
+    backward = Trainer.backward
+    interrupt_at(monkeypatch, 2)
+    monkeypatch.setattr("surgeon.zoo.trial.run._Trial._measure", lambda trial: Speed(step=0.01, sample=0.001, run=0.1))
+    assert attempt("--force", *more) == 130
+    assert "go on with the same command and --resume" in capsys.readouterr().err
+    monkeypatch.setattr(Trainer, "backward", backward)
+    assert attempt("--resume", "--batch-size", "2", *more) == 2
+    assert "a trial goes on with the options it began with" in capsys.readouterr().err
+    assert attempt("--resume", *more) == 0
+    assert answered(capsys)["scores"] == straight["scores"]
+
+
+def test_the_time_is_honored(attempt: Try, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """No pair is begun that would end too late, and what is there is answered."""
+    monkeypatch.setattr("surgeon.zoo.trial.run._Trial._expected", lambda trial, runs: 1e6)
+    assert attempt("--seeds", "3", "--lr", "0.01", "--json") == 0
+    found = answered(capsys)
+    assert (found["stopped"], found["seeds"]) == ("time", [0])
+    assert any("--resume with a longer --max-time" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--max-time", "soon"], "--max-time: expected a time such as 90s, 30m or 1.5h, got 'soon'"),
+        (["--lr", "0"], "a learning rate must be a number > 0, got 0.0"),
+        (["--lr", "0.1", "0.1"], "learning rates must be given, each once"),
+        (["--seeds", "0"], "--seeds: expected a positive integer, got '0'"),
+        (["--device", "gpu"], "--device: expected auto, cpu, cuda, cuda:N or mps, got 'gpu'"),
+        (["--amp", "int8"], "--amp: expected no, fp16 (float16) or bf16 (bfloat16), got 'int8'"),
+        (["--recipe", "r.json"], "--recipe says layers, types and options itself"),
+        (["--resume"], "there is no trial to go on with"),
+        (["--resume", "--force"], "give one of them"),
+        (["--task-option", "sample=3"], "has no option 'sample'"),
+        (["--layers", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_error(attempt: Try, more: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert attempt(*more) == 2
+    out, error = capsys.readouterr()
+    lines = [line for line in error.splitlines() if "error: " in line]
+    assert len(lines) == 1
+    assert told in lines[0]
+    assert out == ""
+    assert not Path("out").exists()
+
+
+def test_a_folder_of_others_is_left_alone(attempt: Try, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    Path("out/mine.txt").write_text("mine")
+    assert attempt("--force") == 2
+    assert "was not written by surgeon try" in capsys.readouterr().err
+    assert Path("out/mine.txt").read_text() == "mine"
+
+
+def test_the_page_says_the_answer_and_is_whole(tmp_path: Path) -> None:
+    answer = make_answer([0.5, 0.51, 0.52], [0.504, 0.5145, 0.525], notes=["a <note>"])
+    text = write_report(answer, tmp_path, "surgeon finetune out/model").read_text()
+    assert "Gain +0.45 ± 0.029 points of top-1 (3 seeds)" in text
+    assert "a &lt;note&gt;" in text
+    assert text.count('data-tip="seed ') == 3
+    assert "prefers-color-scheme:dark" in text
+    assert 'name="viewport"' in text
+    assert "http" not in text, "the page needs nothing beside it"

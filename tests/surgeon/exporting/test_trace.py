@@ -1,0 +1,159 @@
+"""What surgeon.export leaves free: batch and image size, their bounds, and the reasons why not."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import surgeon
+from surgeon.errors import ExportError
+from tests.support.export_models import Attention, Dense, Eights, Fixed, Patches, PerImage, Windows, onnx_run
+from tests.support.layers.contract import awaken, relative_error
+
+export_module = importlib.import_module("surgeon.exporting.export")  # `surgeon.export` is the function
+
+pytestmark = pytest.mark.usefixtures("nothing_half_written")
+
+
+def test_what_the_model_does_not_allow_is_fixed_and_said(tmp_path: Path) -> None:
+    found = surgeon.export(Fixed(), tmp_path / "m.onnx", input_size=(3, 8, 8))
+    assert set(found.free) == {"batch"}
+    assert set(found.fixed) == {"height", "width"}
+    assert "takes no other size" in found.fixed["height"]
+    assert {c.shape for c in found.checks} == {(2, 3, 8, 8), (3, 3, 8, 8)}
+    with pytest.raises(ExportError, match="does not run at 40x72 or 36x64, only at 8x8"):
+        surgeon.export(Fixed(), tmp_path / "n.onnx", input_size=(3, 8, 8), free="size")
+    assert not (tmp_path / "n.onnx").exists()
+
+
+def test_bounds_that_the_code_sets_are_kept_and_told(tmp_path: Path) -> None:
+    found = surgeon.export(Eights(), tmp_path / "m.onnx", input_size=(3, 16, 16))
+    assert found.free["height"].startswith("multiples of 8")
+    x = torch.randn(1, 3, 24, 40)
+    half, mean = onnx_run(tmp_path / "m.onnx", x)
+    assert torch.equal(half, x[:, :, ::2, ::2])
+    assert relative_error(mean, x.mean((2, 3))) <= 1e-5
+
+
+def test_sizes_of_other_patches_than_32_are_free(tmp_path: Path) -> None:
+    found = surgeon.export(model := Patches(), tmp_path / "m.onnx", input_size=(3, 28, 42))
+    assert {found.free["height"], found.free["width"]} == {"multiples of 14"}
+    assert (3, 3, 56, 98) in {check.shape for check in found.checks}
+    x = torch.randn(1, 3, 42, 70)
+    assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
+
+
+def test_sizes_that_strides_reduce_to_a_pixel_stay_free_from_a_bound_on(tmp_path: Path) -> None:
+    """torch.export refuses sizes whose map may be one pixel, and suggests nothing (torchvision's ResNets)."""
+    strided = [nn.Conv2d(3 if i == 0 else 4, 4, 3, stride=2, padding=1) for i in range(4)]
+    model = nn.Sequential(*strided, nn.AdaptiveAvgPool2d(1))
+    found = surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 64, 48))
+    assert found.free == {"batch": "any", "height": "at least 17", "width": "at least 17"}
+    for shape in ((1, 3, 17, 40), (2, 3, 100, 33)):
+        x = torch.randn(shape)
+        assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-4
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("acda", 1), ("pafu", 1), ("pafu", 8), ("sekg", 1)])
+def test_layers_keep_the_memory_format_of_what_they_are_concatenated_with(
+    kind: str, groups: int, tmp_path: Path
+) -> None:
+    """Where formats meet, torch.export compares strides of symbolic size, and refuses to leave the image size free."""
+    found = surgeon.export(Dense(kind, groups).eval(), tmp_path / "m.pt2", format="torch", input_size=(3, 64, 64))
+    assert set(found.free) == {"batch", "height", "width"}
+
+
+def test_onnxscripts_search_for_pairs_of_slices_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time grows with the square of the operations. The rule is as it was afterwards, also after a failure."""
+    from onnxscript.rewriter.rules.common import slice_split_rule
+
+    asked: list[Any] = []
+    monkeypatch.setattr(type(slice_split_rule), "try_rewrite", lambda self, *rest, **options: asked.append(self))
+    model, _ = surgeon.convert(nn.Conv2d(3, 4, 3, padding=1), layers="all", type="sekg", input_size=(3, 16, 16))
+    surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 16, 16))
+    assert asked
+    assert slice_split_rule not in asked
+    with pytest.raises(ExportError, match="the conversion to ONNX refuses"):
+        surgeon.export(PerImage().eval(), tmp_path / "n.onnx", input_size=(3, 16, 16), free="size")
+    assert "try_rewrite" not in vars(slice_split_rule)
+
+
+@pytest.mark.parametrize(("attention", "free"), [(Attention, {"batch"}), (Windows, {"batch", "height", "width"})])
+def test_attention_as_onnx_does_not_have_it(attention: type[nn.Module], free: set[str], tmp_path: Path) -> None:
+    model = attention().eval()
+    found = surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 16, 16))
+    assert set(found.free) == free
+    x = torch.randn(5, 3, 16, 16)
+    assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["sekg", None])
+def test_conditions_that_torch_export_cannot_solve_leave_sizes_free(kind: str | None, tmp_path: Path) -> None:
+    """Pooling with `ceil_mode`, as in GoogLeNet and SENet: named dimensions fail there with an error of torch.export's own."""
+    model: nn.Module = nn.Sequential(
+        nn.Conv2d(3, 8, 7, 2, 3),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.MaxPool2d(2, 2, ceil_mode=True),
+        nn.AdaptiveAvgPool2d(1),
+    ).eval()
+    if kind is not None:
+        model, _ = surgeon.convert(model, layers="2", type=kind, input_size=(3, 64, 64))
+        awaken(model[2], 0.1)
+    found = surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 64, 64))
+    assert found.free["batch"] == "any"
+    assert set(found.free) == {"batch", "height", "width"}
+    assert "could not solve" in found.free["height"]
+    x = torch.randn(1, 3, 101, 77)
+    assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
+
+
+def test_the_channels_of_a_converted_first_layer_are_known(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(5, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    converted, _ = surgeon.convert(model, layers="0", type="sekg", input_size=(5, 16, 16))
+    found = surgeon.export(converted, tmp_path / "m.pt2", format="torch")
+    assert found.input_shape[1] == 5
+
+
+def test_sizes_at_which_the_file_does_not_run_are_fixed_and_said(tmp_path: Path) -> None:
+    """ONNX has no adaptive pooling; what stands for it reaches over the edge of some maps (PSPNet's pyramid)."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(6))
+    stages: list[str] = []
+    found = surgeon.export(
+        model, tmp_path / "m.onnx", input_size=(3, 20, 20), progress=lambda stage, done, total: stages.append(stage)
+    )
+    assert set(found.free) == {"batch"}
+    assert found.fixed.keys() == {"height", "width"}
+    assert "does not run at 2x3x52x84" in found.fixed["height"]
+    assert stages.count("convert") == 2, "what is known to fail is not tried again"
+    assert {c.shape for c in found.checks} == {(2, 3, 20, 20), (3, 3, 20, 20)}
+    x = torch.randn(4, 3, 20, 20)
+    assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
+    with pytest.raises(ExportError, match="does not run at 2x3x52x84"):
+        surgeon.export(model, tmp_path / "n.onnx", input_size=(3, 20, 20), free="size")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_what_only_the_format_does_not_allow_is_fixed_and_said(tmp_path: Path) -> None:
+    found = surgeon.export(PerImage(), tmp_path / "m.onnx", input_size=(3, 16, 16))
+    assert set(found.free) == {"height", "width"}
+    assert found.fixed.keys() == {"batch"}
+    assert "the conversion to ONNX refuses the model" in found.fixed["batch"]
+    x = torch.randn(2, 3, 9, 14)
+    assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], PerImage()(x)) <= 1e-5
+    found = surgeon.export(PerImage(), tmp_path / "m.pt2", format="torch", input_size=(3, 16, 16))
+    assert set(found.free) == {"batch", "height", "width"}
+    with pytest.raises(ExportError, match="the conversion to ONNX refuses the model"):
+        surgeon.export(PerImage(), tmp_path / "n.onnx", input_size=(3, 16, 16), free="size")
+
+
+def test_less_may_be_asked_for(tmp_path: Path) -> None:
+    found = surgeon.export(nn.Conv2d(3, 4, 3), tmp_path / "a.pt2", format="torch", input_size=(3, 9, 9), free="batch")
+    assert set(found.free) == {"batch"}
+    found = surgeon.export(nn.Conv2d(3, 4, 3), tmp_path / "b.pt2", format="torch", input_size=(3, 9, 9), free="none")
+    assert found.free == {}
+    assert found.fixed == dict.fromkeys(("batch", "height", "width"), "asked for")
+    assert len(found.checks) == 1

@@ -1,0 +1,262 @@
+"""Folders of converted models: they come back whole, and nothing half-written or foreign ever counts as one."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from surgeon.errors import CheckpointError, ModelError, RecipeError, SurgeonError
+from surgeon.layers.base import DynamicConv2d
+from surgeon.models.checkpoint import load, read_report, save
+from surgeon.models.names import build_model
+from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
+from surgeon.records.report import Report
+from tests.support.tiny_runs import X, contents, run_python, tiny, with_dynamic
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save(tiny(), tmp_path / "run")
+    return tmp_path / "run"
+
+
+# --- there and back -----------------------------------------------------------------------------------------------
+
+
+def test_a_saved_model_comes_back(tmp_path: Path) -> None:
+    model = tiny()
+    save(model, tmp_path / "deep" / "run", report=Report(replaced=[], skipped=[], model="test_resnet"))
+    assert sorted(contents(tmp_path / "deep" / "run")) == [
+        "README.md",
+        "model.safetensors",
+        "recipe.json",
+        "report.json",
+        "report.txt",
+    ]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["run"]
+    back = load(tmp_path / "deep" / "run")
+    assert type(back) is type(model)
+    assert not back.training
+    assert torch.equal(back(X), model(X))
+    assert list(back.state_dict()) == list(model.state_dict())
+    report = read_report(tmp_path / "deep" / "run")
+    assert report is not None
+    assert report.model == "test_resnet"
+    recipe = get_recipe(back)
+    assert recipe is not None
+    assert recipe == Recipe.read(tmp_path / "deep" / "run")
+    assert [(rule.layers, rule.type, rule.options["group_size"]) for rule in recipe.rules] == [
+        ("layer3.0.conv2", "pafu", 3),
+        ("layer4.0.conv1", "pafu", 3),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["acda", "pafu", "sekg"])
+def test_every_layer_type_comes_back(tmp_path: Path, kind: str) -> None:
+    model = with_dynamic(timm.create_model("test_efficientnet").eval(), "conv_stem", "blocks.1.0.conv_exp", kind=kind)
+    for parameter in model.parameters():  # trained, so that no initial value can hide a lost tensor
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    save(model, tmp_path / "run")
+    assert torch.equal(load(tmp_path / "run")(X), model(X))
+
+
+def test_it_comes_back_in_a_fresh_process(saved: Path) -> None:
+    code = (
+        "import sys, surgeon, torch; sys.modules['socket'].socket = None\n"
+        f"m = surgeon.load({str(saved)!r}); x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))\n"
+        "print(repr(m(x).double().sum().item()))"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == load(saved)(X).double().sum().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes_are_kept(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = tiny().to(dtype)
+    save(model, tmp_path / "run")
+    back = load(tmp_path / "run")
+    assert {name: value.dtype for name, value in back.state_dict().items()} == {
+        name: value.dtype for name, value in model.state_dict().items()
+    }
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), model.parameters(), strict=True))
+
+
+def test_mixed_dtypes_are_kept(tmp_path: Path) -> None:
+    model: Any = tiny()
+    model.fc.to(torch.bfloat16)
+    save(model, tmp_path / "run")
+    back: Any = load(tmp_path / "run")
+    assert back.fc.weight.dtype == torch.bfloat16
+    assert back.conv1[0].weight.dtype == torch.float32
+
+
+def test_layouts_and_views_are_saved_by_value(tmp_path: Path) -> None:
+    model: Any = tiny().to(memory_format=torch.channels_last)
+    wide = torch.randn(1000, 2 * 96)
+    model.fc.weight.data = wide[:, ::2]
+    save(model, tmp_path / "run")
+    assert (tmp_path / "run" / "model.safetensors").stat().st_size < 12e6
+    assert all(torch.equal(a, b) for a, b in zip(load(tmp_path / "run").parameters(), model.parameters(), strict=True))
+
+
+class Tied(nn.Module):
+    """One convolution under two names, and a tied parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 3, padding=1)
+        self.again = self.first
+        self.second = nn.Conv2d(3, 3, 3, padding=1)
+        self.third = nn.Conv2d(3, 3, 3, padding=1)
+        self.third.weight = self.second.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.again(self.first(x))))
+
+
+def test_shared_modules_and_tied_parameters_are_saved_once_and_stay_shared(tmp_path: Path) -> None:
+    model = with_dynamic(Tied().eval(), "first")
+    save(model, tmp_path / "run")
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "run" / "model.safetensors", framework="pt") as file:
+        names = list(file.keys())
+    assert "third.weight" not in names
+    assert not any(name.startswith("again.") for name in names)
+    back: Any = load(tmp_path / "run", base=Tied())
+    assert back.first is back.again
+    assert isinstance(back.first, DynamicConv2d)
+    assert back.third.weight is back.second.weight
+    assert torch.equal(back(X), model(X))
+
+
+def test_a_layer_that_is_switched_off_stays_off(tmp_path: Path) -> None:
+    model: Any = tiny()
+    model.layer4[0].conv1.adaptive = False
+    save(model, tmp_path / "run")
+    back: Any = load(tmp_path / "run")
+    assert not back.layer4[0].conv1.adaptive
+    assert back.layer3[0].conv2.adaptive
+
+
+def test_a_head_that_was_changed_after_the_conversion_is_noticed(tmp_path: Path) -> None:
+    model: Any = tiny()
+    _, base = build_model("test_resnet", weights="random")
+    assert base is not None
+    set_recipe(model, Recipe(rules=(), base=base))
+    model.reset_classifier(7)
+    save(model, tmp_path / "run")
+    back: Any = load(tmp_path / "run")
+    assert back.fc.out_features == 7
+    assert torch.equal(back(X), model(X))
+    recipe = get_recipe(back)
+    assert recipe is not None
+    assert recipe.base is not None
+    assert recipe.base.weights == base.weights, "where the weights came from is still known"
+
+
+def test_a_model_of_ones_own_needs_its_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = with_dynamic(Tied().eval(), "second")
+    save(model, tmp_path / "run")
+    assert "base=MODEL" in caplog.text
+    with pytest.raises(CheckpointError, match="base=MODEL"):
+        load(tmp_path / "run")
+    base = Tied()
+    before = copy.deepcopy(base.state_dict())
+    assert torch.equal(load(tmp_path / "run", base=base)(X), model(X))
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items()), "base is not touched"
+    with pytest.raises(RecipeError, match="no layer 'second'"):
+        load(tmp_path / "run", base=nn.Sequential())
+
+
+def test_factories_run_only_when_trusted(tmp_path: Path) -> None:
+    base = BaseModel(source="factory", name="torchvision.models:squeezenet1_1", weights=Weights(kind="given"))
+    import torchvision
+
+    model = with_dynamic(torchvision.models.squeezenet1_1().eval(), "features.0")
+    save(model, tmp_path / "run", base=base)
+    with pytest.raises(ModelError, match="trust_factory"):
+        load(tmp_path / "run")
+    assert torch.equal(load(tmp_path / "run", trust_factory=True)(X), model(X))
+
+
+# --- what is not a sound folder -----------------------------------------------------------------------------------
+
+
+def test_what_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no surgeon folder"):
+        load(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"no recipe\.json"):
+        load(tmp_path)
+    (tmp_path / "recipe.json").write_text(Recipe(rules=()).to_json())
+    with pytest.raises(CheckpointError, match="no artefact section"):
+        load(tmp_path)
+
+
+def damage(folder: Path, how: str) -> None:
+    file = folder / "model.safetensors"
+    whole = bytearray(file.read_bytes())
+    if how == "missing":
+        file.unlink()
+    elif how == "truncated":
+        file.write_bytes(whole[: len(whole) // 2])
+    else:
+        whole[-5] ^= 1
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("missing", ["model.safetensors is missing"]),
+        ("truncated", ["model.safetensors is damaged", "bytes, expected"]),
+        ("one bit", ["model.safetensors", "SHA-256", "expected"]),
+    ],
+)
+def test_damaged_weights_are_never_loaded(saved: Path, how: str, words: list[str]) -> None:
+    damage(saved, how)
+    with pytest.raises(CheckpointError) as caught:
+        load(saved)
+    assert all(word in str(caught.value) for word in [str(saved), *words]), str(caught.value)
+
+
+def rewrite_recipe(folder: Path, change: Any) -> None:
+    values = json.loads((folder / "recipe.json").read_text())
+    change(values)
+    (folder / "recipe.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda v: v.update(version=3), ["version 3, newer than version 2"]),
+        (lambda v: v["rules"][0].update(layers="layer9"), ["no layer 'layer9'"]),
+        (lambda v: v["rules"][0].update(layers="fc"), ["fc cannot become pafu", "Linear"]),
+        (lambda v: v["rules"].pop(), ["does not fit", "unexpected layer4.0.conv1"]),
+        (lambda v: v["base"].update(name="test_efficientnet"), ["no layer 'layer3.0.conv2'"]),
+        (lambda v: v["base"].update(name="resnet5O"), ["resnet5O"]),
+        (lambda v: v["artefact"].pop("files"), ["does not describe model.safetensors"]),
+        (
+            lambda v: v["artefact"].update(files={"model.safetensors": {"bytes": "x", "sha256": 1}}),
+            ["does not describe"],
+        ),
+        (lambda v: v["artefact"].update(static=["nothing"]), ["no layer 'nothing'"]),
+    ],
+)
+def test_a_changed_recipe_is_one_clear_error(saved: Path, change: Any, words: list[str]) -> None:
+    rewrite_recipe(saved, change)
+    with pytest.raises(SurgeonError) as caught:
+        load(saved)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_options_that_do_not_fit_the_weights(saved: Path) -> None:
+    rewrite_recipe(saved, lambda v: v["rules"][0]["options"].update(group_size=4))
+    with pytest.raises(CheckpointError, match=r"layer3\.0\.conv2.* has shape .*, expected"):
+        load(saved)

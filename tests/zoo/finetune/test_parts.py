@@ -1,0 +1,427 @@
+"""The parts of fine-tuning: options, groups of parameters, schedule, draws, checkpoints."""
+
+import json
+import logging
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+import surgeon
+from surgeon.errors import CheckpointError, ConfigError, TrainingError
+from surgeon.layers import layer_types
+from surgeon.layers.base import DynamicConv2d
+from surgeon.zoo.finetune import FinetuneConfig
+from surgeon.zoo.finetune.batches import Draws, seed_everything
+from surgeon.zoo.finetune.config import parse_span, parse_time, span_steps
+from surgeon.zoo.finetune.guard import Guard, NotFiniteError
+from surgeon.zoo.finetune.optimizer import make_optimizer
+from surgeon.zoo.finetune.parameters import ROLES, group_parameters, optimizer_groups
+from surgeon.zoo.finetune.schedule import Plan, Rates, Temperature
+from surgeon.zoo.finetune.state import Log, Progress, Store, read_log, read_tree, write_tree
+from tests.support.training.tasks import SIZE, converted, make_restorer
+
+# --- options ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"epochs": 0}, "epochs must be a number > 0, got 0"),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
+        ({"batch_size": True}, "batch_size must be an integer >= 1, got True"),
+        ({"lr": math.nan}, "lr must be a number > 0, got nan"),
+        ({"lr": -1.0}, "lr must be a number > 0, got -1.0"),
+        ({"sched": "plateau"}, "sched must be one of cosine, .*, got 'plateau'"),
+        ({"amp": "fp8"}, "amp must be one of no, fp16, bf16, got 'fp8'"),
+        ({"ema": 1.0}, "ema, the decay of the average, must be between 0 and 1, got 1.0"),
+        ({"warmup": "5 minutes"}, r"warmup: expected steps \(200\), epochs .* got '5 minutes'"),
+        ({"warmup": "2.5"}, "warmup: expected steps"),
+        ({"eval_every": "0"}, "eval_every must be more than 0"),
+        ({"alternate": 0}, "alternate must be an integer >= 1, got 0"),
+        ({"epochs": None}, "epochs or max_steps must say how long the run is"),
+        ({"sched": "multistep"}, "milestones go with the schedule multistep.* sched='multistep', milestones=\\(\\)"),
+        ({"milestones": ["50%"]}, "milestones go with the schedule multistep, and it with them; got sched='cosine'"),
+        ({"sched": "multistep", "milestones": ["0"]}, "milestones must be more than 0"),
+        ({"sched": "step", "decay_every": "often"}, "decay_every: expected steps"),
+        ({"decay_every": "10"}, "decay_every goes with the schedule step, got sched='cosine'"),
+        ({"decay_rate": 0.5}, "decay_rate goes with the schedules step, multistep and poly, got sched='cosine'"),
+        ({"sched": "step", "decay_rate": 0}, "decay_rate must be a number > 0, got 0"),
+        ({"rollback_factor": 1.0}, "rollback_factor must be between 0 and 1, got 1.0"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        FinetuneConfig(**options)
+
+
+def test_config_round_trip() -> None:
+    config = FinetuneConfig(epochs=3, ema=0.9, alternate=3, warmup="1ep", sched="multistep", milestones=("10", "50%"))
+    assert FinetuneConfig.from_dict(FinetuneConfig().to_dict()) == FinetuneConfig()
+    assert FinetuneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ConfigError, match="no option learning_rate; it has epochs"):
+        FinetuneConfig.from_dict({"learning_rate": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("0", 0), ("7", 7), ("2ep", 25), ("0.01ep", 1), ("10%", 20), ("0%", 0), ("0.1%", 1)]
+)
+def test_spans(text: str, steps: int) -> None:
+    assert span_steps(text, steps_per_epoch=12.5, total=200) == steps
+
+
+def test_times() -> None:
+    assert [parse_time(text) for text in ("90", "45s", "30m", "1.5h", "2d")] == [90, 45, 1800, 5400, 172800]
+    for wrong in ("", "0", "-3m", "3 weeks"):
+        with pytest.raises(ConfigError, match="expected a time"):
+            parse_time(wrong)
+    assert parse_span("1.5ep") == (1.5, "ep")
+
+
+# --- groups -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", layer_types())
+def test_groups_cover_every_parameter_once(kind: str) -> None:
+    model, _ = surgeon.convert(timm.create_model("resnet18"), layers="stage1", type=kind, input_size=64)
+    groups = group_parameters(model)
+    named = dict(model.named_parameters())
+    members = [name for group in groups for name in group.parameters]
+    assert sorted(members) == sorted(named)
+    assert all(group.parameters[name] is named[name] for group in groups for name in group.parameters)
+    new = {
+        f"{name}.{local}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, DynamicConv2d)
+        for local, _ in layer.new_parameters()
+    }
+    assert new == {name for group in groups if group.role != "other" for name in group.parameters}
+    assert {group.role for group in groups} == ({"selector", "new", "other"} if kind == "pafu" else {"new", "other"})
+    selecting = {name for group in groups if group.role == "selector" for name in group.parameters}
+    assert all(".selector." in name for name in selecting)
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.GroupNorm(2, 4),
+        nn.LayerNorm([4, 2, 2]),
+        nn.Flatten(),
+        nn.Linear(16, 2),
+    )
+    decaying = {name for group in group_parameters(model) if group.decays for name in group.parameters}
+    assert decaying == {"0.weight", "5.weight"}  # LayerNorm's weight has three dimensions
+
+
+def test_identity_kernels_do_not_decay() -> None:
+    dense = group_parameters(converted("sekg"))
+    spared = {name for group in dense if not group.decays for name in group.parameters}
+    assert "middle.dconv.static" in spared
+    decaying = {name for group in dense if group.decays for name in group.parameters}
+    assert "middle.kernel" in decaying
+
+
+def test_a_models_own_exceptions_are_kept() -> None:
+    model = timm.create_model("convnextv2_atto")
+    model.no_weight_decay = lambda: {"stem.0.weight"}
+    spared = {name for group in group_parameters(model) if not group.decays for name in group.parameters}
+    assert "stem.0.weight" in spared
+
+
+def test_frozen_parameters_stay_out_and_nothing_is_an_error() -> None:
+    model = make_restorer()
+    model.get_submodule("first").requires_grad_(False)
+    assert not any(name.startswith("first") for group in group_parameters(model) for name in group.parameters)
+    with pytest.raises(ConfigError, match="nothing to train"):
+        group_parameters(make_restorer().requires_grad_(False))
+
+
+def test_groups_tell_the_optimizer() -> None:
+    groups = group_parameters(converted("pafu"))
+    config = FinetuneConfig(new_lr_scale=0.2, weight_decay=0.3, opt="sgd")
+    optimizer = make_optimizer(optimizer_groups(groups, config), config)
+    for group, setting in zip(groups, optimizer.param_groups, strict=True):
+        assert setting["lr_scale"] == (1.0 if group.role == "other" else 0.2)
+        assert setting["weight_decay"] == (0.3 if group.decays else 0.0)
+    with pytest.raises(ConfigError, match=r"no optimizer 'adamv'\. Did you mean"):
+        make_optimizer(optimizer_groups(groups, config), FinetuneConfig(opt="adamv"))
+
+
+# --- schedule -----------------------------------------------------------------------------------------------------
+
+
+def _rates(config: FinetuneConfig, samples: int = 100) -> tuple[Plan, list[dict[str, float]]]:
+    groups = group_parameters(converted("pafu"))
+    plan = Plan.make(config, samples, groups)
+    rates = Rates(make_optimizer(optimizer_groups(groups, config), config), config, plan)
+    return plan, [rates.set(step) for step in range(plan.total)]
+
+
+@pytest.mark.parametrize("sched", ["cosine", "poly", "step", "tanh", "constant"])
+def test_rates_warm_up_and_new_ones_are_scaled(sched: str) -> None:
+    config = FinetuneConfig(epochs=10, batch_size=10, lr=0.5, new_lr_scale=0.1, warmup="20", sched=sched)
+    plan, rates = _rates(config)
+    assert plan.total == 100
+    other = [rate["other"] for rate in rates]
+    assert other[0] < other[10] < other[19] <= 0.5
+    assert other[20] == pytest.approx(0.5, rel=0.02)
+    assert sched == "constant" or other[-1] < 0.1
+    assert sched != "constant" or set(other[20:]) == {0.5}
+    for rate in rates:
+        assert rate["new"] == pytest.approx(0.1 * rate["other"])
+        assert rate["selector"] == rate["new"]
+
+
+def test_rates_fall_step_by_step() -> None:
+    """ADFNet halves every 200,000 steps, CIFAR ResNets divide by 10 at two of them: here scaled down."""
+    config = FinetuneConfig(
+        epochs=None,
+        max_steps=40,
+        batch_size=10,
+        lr=0.8,
+        new_lr_scale=0.5,
+        warmup="0",
+        sched="step",
+        decay_rate=0.5,
+        decay_every="10",
+    )
+    _, rates = _rates(config)
+    assert [rate["other"] for rate in rates] == pytest.approx([0.8] * 10 + [0.4] * 10 + [0.2] * 10 + [0.1] * 10)
+    assert rates[35]["new"] == pytest.approx(0.05)
+    by_epochs = FinetuneConfig(epochs=6, batch_size=10, lr=1.0, warmup="0", sched="step", decay_every="2ep")
+    _, rates = _rates(by_epochs)
+    assert [rate["other"] for rate in rates] == pytest.approx([1.0] * 20 + [0.1] * 20 + [0.01] * 20)
+
+
+def test_rates_fall_at_milestones() -> None:
+    """Spans from the end of the warm-up, in whatever order they are given."""
+    config = FinetuneConfig(
+        epochs=10, batch_size=10, lr=1.0, warmup="10", sched="multistep", milestones=("60%", "20"), decay_rate=0.1
+    )
+    plan, rates = _rates(config)
+    assert plan.milestones == (20, 60)
+    assert [rate["other"] for rate in rates[10:]] == pytest.approx([1.0] * 20 + [0.1] * 40 + [0.01] * 30)
+
+
+def test_the_power_of_poly() -> None:
+    """PSPNet: (1 - step / steps) to the power of 0.9."""
+    config = FinetuneConfig(epochs=10, batch_size=10, lr=1.0, warmup="0", sched="poly", decay_rate=0.9)
+    _, rates = _rates(config)
+    assert [rate["other"] for rate in rates] == pytest.approx([(1 - step / 100) ** 0.9 for step in range(100)])
+
+
+def test_others_warm_up_after_a_first_phase() -> None:
+    config = FinetuneConfig(epochs=10, batch_size=10, lr=0.5, new_first="30", warmup="10", sched="constant")
+    plan, rates = _rates(config)
+    assert [plan.active(step) for step in (0, 29)] == [{"selector", "new"}] * 2
+    assert plan.active(30) == set(ROLES)
+    assert rates[30]["other"] == pytest.approx(0.5 / 11)
+    assert rates[40]["other"] == rates[60]["other"] == 0.5
+    assert rates[30]["new"] == pytest.approx(0.1 * 0.5)
+
+
+def test_alternate_one_to_three() -> None:
+    plan = Plan.make(FinetuneConfig(alternate=3), 100, group_parameters(converted("pafu")))
+    assert [plan.active(step) == {"selector"} for step in range(8)] == [True, False, False, False] * 2
+    assert plan.active(1) == {"new", "other"}
+
+
+def test_phases_that_cannot_be() -> None:
+    plain, acda = group_parameters(make_restorer()), group_parameters(converted("acda"))
+    with pytest.raises(ConfigError, match="new_first trains new parameters first, and the model has none"):
+        Plan.make(FinetuneConfig(new_first="5"), 100, plain)
+    with pytest.raises(ConfigError, match=r"new_first \(64 steps\) leaves nothing of the run \(31 steps\)"):
+        Plan.make(FinetuneConfig(new_first="64"), 100, acda)
+    with pytest.raises(ConfigError, match="takes turns with selectors"):
+        Plan.make(FinetuneConfig(alternate=3), 100, acda)
+
+
+def test_the_shorter_of_two_lengths() -> None:
+    groups = group_parameters(make_restorer())
+    assert Plan.make(FinetuneConfig(epochs=3, batch_size=10, accumulate=2), 100, groups).total == 15
+    assert Plan.make(FinetuneConfig(epochs=3, batch_size=10, max_steps=4), 100, groups).total == 4
+    assert Plan.make(FinetuneConfig(epochs=0.001), 100, groups).total == 1
+
+
+def test_temperature_falls_to_its_end() -> None:
+    model = converted("pafu", temperature=2.0)
+    layer: Any = model.get_submodule("middle")
+    temperature = Temperature(model, 0.25, 11)
+    seen = []
+    for step in range(11):
+        temperature.set(step)
+        seen.append(layer.temperature)
+    assert seen[0] == 2.0
+    assert seen[5] == pytest.approx(1.0)
+    assert seen[-1] == pytest.approx(0.5)
+    assert Temperature(converted("acda"), 0.25, 11).set(3) is None
+
+
+# --- draws --------------------------------------------------------------------------------------------------------
+
+
+def test_draws_are_permutations_and_start_anywhere() -> None:
+    rows = iter(Draws(10, 4, seed=3, start=0))
+    flat = [draw for _ in range(5) for draw in next(rows)]
+    assert sorted(flat[:10]) == list(range(10))
+    assert sorted(flat[10:]) == list(range(10, 20))
+    assert [draw % 10 for draw in flat[:10]] != [draw % 10 for draw in flat[10:]]
+    later = iter(Draws(10, 4, seed=3, start=3))
+    assert next(later) + next(later) == flat[12:20]
+    other = iter(Draws(10, 4, seed=4, start=0))
+    assert next(other) + next(other) != flat[:8]
+
+
+def test_processes_share_the_batch() -> None:
+    whole = iter(Draws(10, 4, seed=3, start=2))
+    parts = [iter(Draws(10, 4, seed=3, start=2, rank=rank, processes=2)) for rank in range(2)]
+    for _ in range(4):
+        assert next(whole) == next(parts[0]) + next(parts[1])
+
+
+def test_all_generators_are_seeded() -> None:
+    seed_everything(1, "step", 5)
+    first = (random.random(), float(np.random.rand()), float(torch.rand(())))
+    seed_everything(1, "step", 6)
+    second = (random.random(), float(np.random.rand()), float(torch.rand(())))
+    seed_everything(1, "step", 5)
+    assert (random.random(), float(np.random.rand()), float(torch.rand(()))) == first
+    assert all(a != b for a, b in zip(first, second, strict=True))
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def test_trees_come_back(tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    tree = {
+        "state": {0: {"step": torch.tensor(3.0), "momentum": shared[::2]}, 1: {"empty": torch.empty(0, 2)}},
+        "groups": [{"betas": (0.9, 0.999), "foreach": None, "nested": [1, "a", True], "lr": 0.1}],
+        "half": torch.ones(2, 3, dtype=torch.bfloat16).t(),
+        "alias": shared,
+        "again": shared,
+    }
+    write_tree(tmp_path / "a.safetensors", tree)
+    back = read_tree(tmp_path / "a.safetensors")
+    assert list(back["state"]) == [0, 1]
+    assert back["groups"] == tree["groups"]
+    torch.testing.assert_close(back["state"][0], tree["state"][0], rtol=0, atol=0)
+    for name in ("half", "alias", "again"):
+        torch.testing.assert_close(back[name], tree[name], rtol=0, atol=0)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_tree_of_foreign_things_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="/optimizer/hook in the state of the run is a function"):
+        write_tree(tmp_path / "a.safetensors", {"optimizer": {"hook": parse_span}})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "text", "empty"])
+def test_damage_is_seen(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "a.safetensors"
+    write_tree(file, {"weights": torch.arange(100.0)})
+    content = bytearray(file.read_bytes())
+    if damage == "bit":
+        content[-7] ^= 1
+    elif damage == "cut":
+        del content[-50:]
+    elif damage == "text":
+        content[:] = content.replace(b"weights", b"wEights")
+    else:
+        content.clear()
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_tree(file)
+
+
+def test_the_store_keeps_what_is_needed(tmp_path: Path) -> None:
+    store = Store(tmp_path, every=10)
+    store.create()
+    for step, best in ((0, 0), (10, 0), (20, 15), (23, 15), (27, 25)):
+        if best not in store.steps("best"):
+            store.save_best({"w": torch.tensor(float(best))}, best)
+        store.save({"model": {}}, Progress(step=step, best=1.0, best_step=best))
+    assert store.steps() == [10, 20, 23, 27]  # the newest two, and the newest two to which a run is set back
+    assert store.steps("best") == [0, 15, 25]  # those that they name
+    newest = store.newest()
+    regular = store.newest(regular=True)
+    assert newest is not None
+    assert regular is not None
+    assert (newest[1].step, regular[1].step) == (27, 20)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(tmp_path, every=10)
+    store.create()
+    store.save_best({"w": torch.zeros(1)}, 0)
+    for step in (10, 20):
+        store.save({"model": {"w": torch.ones(50)}}, Progress(step=step, best=1.0, best_step=0))
+    file = store.path("step", 20)
+    file.write_bytes(file.read_bytes()[:-20])
+    with caplog.at_level(logging.WARNING, "surgeon"):
+        found = store.newest()
+    assert found is not None
+    assert found[1].step == 10
+    assert "step-000000020.safetensors is damaged" in caplog.text
+    store.path("step", 10).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* is damaged"):
+        store.newest()
+    assert Store(tmp_path / "none", every=10).folder.exists() is False
+
+
+def test_the_log_is_cut_where_a_run_goes_on(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log.jsonl")
+    for step in range(1, 5):
+        log.add({"step": step})
+    with log.file.open("a") as stream:
+        stream.write('{"step": 5, "lo')  # killed while it was written
+    log.cut(2)
+    assert [row["step"] for row in read_log(log.file)] == [1, 2]
+
+
+# --- the guard ----------------------------------------------------------------------------------------------------
+
+
+def test_the_guard_sees_what_is_not_finite() -> None:
+    guard = Guard(most=2, factor=0.5)
+    guard.check(1.0, 2.0, scaled=False)
+    with pytest.raises(NotFiniteError, match="the loss is nan"):
+        guard.check(math.nan, 2.0, scaled=False)
+    with pytest.raises(NotFiniteError, match="the norm of the gradient is inf"):
+        guard.check(1.0, math.inf, scaled=False)
+    model = make_restorer()
+    guard.check_weights(model)
+    with torch.no_grad():
+        model.get_parameter("last.bias")[1] = math.inf
+    with pytest.raises(NotFiniteError, match=r"the weights of last\.bias are not finite"):
+        guard.check_weights(model)
+
+
+def test_a_loss_scaler_may_search_for_its_scale() -> None:
+    guard = Guard(most=2, factor=0.5)
+    for _ in range(20):
+        guard.check(1.0, math.inf, scaled=True)
+    with pytest.raises(NotFiniteError):
+        guard.check(1.0, math.inf, scaled=True)
+
+
+def test_returns_are_counted() -> None:
+    guard = Guard(most=2, factor=0.5)
+    progress = Progress(step=7)
+    for count in (1, 2):
+        progress = guard.rolled_back(NotFiniteError("bad"), 8, progress, Progress(step=5))
+        assert (progress.step, progress.rollbacks, progress.lr_factor) == (5, count, 0.5**count)
+    with pytest.raises(TrainingError, match=r"step 8: bad, after 2 returns .* times 0.25"):
+        guard.rolled_back(NotFiniteError("bad"), 8, progress, Progress(step=5))
+
+
+def test_the_tiny_images_fit() -> None:
+    assert make_restorer()(torch.rand(1, 3, SIZE, SIZE)).shape == (1, 3, SIZE, SIZE)
