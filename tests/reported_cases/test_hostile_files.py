@@ -138,7 +138,7 @@ def test_the_name_of_a_worker_is_no_path(worker: str, folder: Path) -> None:
         ("mysql+pymysql://host/db?local_infile=1", "give it with --storage if you trust it"),
         ("sqlite:///secret/id_rsa", "file is not a database"),
         ("sqlite:///absent.db", "unable to open"),
-        ("sqlite:///empty.db", "holds no studies"),
+        ("sqlite:///empty.db", "contains no studies"),
         ("nonsense", "no URL"),
     ],
 )

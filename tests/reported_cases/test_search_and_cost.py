@@ -376,7 +376,7 @@ def test_a_second_interruption_of_a_search(capsys: Capture, monkeypatch: pytest.
     monkeypatch.setattr(search_command, "_begin", lambda *rest: None)
     folder, file = search_command.__dict__["Path"]("s"), Namespace(name=None, shared=False)
     assert names["_search"](Namespace(quiet=True), Namespace(path=folder), file) == 130
-    assert "go on with the same command and --resume" in capsys.readouterr().err
+    assert "resume with the same command and --resume" in capsys.readouterr().err
 
 
 def test_curves_that_cannot_be_written_do_not_end_a_search(

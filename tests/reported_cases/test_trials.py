@@ -34,7 +34,7 @@ def test_an_interrupt_between_two_runs_says_how_to_go_on(monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(_Trial, "judge", interrupted)
         assert main([*QUICK, "-o", "out"]) == 130
-    assert "go on with the same command and --resume" in capsys.readouterr().err
+    assert "resume with the same command and --resume" in capsys.readouterr().err
     assert main([*QUICK, "-o", "out", "--resume"]) in (0, 1)
 
 

@@ -103,7 +103,7 @@ def test_what_cannot_be_evaluated_is_one_clear_error() -> None:
         evaluate(model, task, batch_size=0)
     with pytest.raises(ConfigError, match="no device 'gpu'"):
         evaluate(model, task, device="gpu")
-    with pytest.raises(ConfigError, match="cuda:99 is not there"):
+    with pytest.raises(ConfigError, match="cuda:99 not found"):
         evaluate(model, task, device="cuda:99")
     with pytest.raises(InputError, match=r"Linear does not run on a batch \(20, 3, 64, 64\) of task brightness"):
         evaluate(nn.Linear(7, 5), task)

@@ -136,7 +136,7 @@ def test_a_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run"], "say where the result goes"),
+        (["run"], "give an output folder"),
         (["nowhere", "-o", "out"], "there is no surgeon folder nowhere"),
         (["run", "-o", "run"], "the output run exists"),
         (["run", "-o", "out", "--tolerance", "2"], "from 0 to less than 1, got 2"),

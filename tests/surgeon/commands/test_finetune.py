@@ -84,7 +84,7 @@ def test_interrupt_then_resume(
     backward = Trainer.backward
     interrupt_at(monkeypatch, 2)
     assert finetune("-o", "tuned", "--quiet") == 130
-    assert "interrupted after step 3; go on with the same command and --resume" in capsys.readouterr().err
+    assert "interrupted after step 3; resume with the same command and --resume" in capsys.readouterr().err
     monkeypatch.setattr(Trainer, "backward", backward)
     assert finetune("-o", "tuned") == 2
     assert "continue it (--resume) or replace it (--force)" in capsys.readouterr().err
@@ -101,7 +101,7 @@ def test_interrupt_then_resume(
         (["--task-option", "sample=3"], "has no option 'sample'.* Did you mean 'samples'"),
         (["--task-option", "samples=0"], "samples must be >= 1, got 0"),
         (["--task-option", "broken=true"], "image 3 of the training set cannot be read"),
-        (["--task-option", "data=/tmp"], "given with --data"),
+        (["--task-option", "data=/tmp"], "with --data, not as"),
         (["--task-option", "samples"], "expected KEY=VALUE, got 'samples'"),
         (["--lr", "0"], "--lr: expected a number above 0, such as 3e-4, got .0"),
         (["--opt", "adamv"], "timm has no optimizer 'adamv'"),

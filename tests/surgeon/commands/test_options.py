@@ -90,9 +90,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_help_of_convert_is_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    places = [
-        lines.index(f"{head}:") for head in ("model", "what becomes what", "layer options (any other by --option)")
-    ]
+    places = [lines.index(f"{head}:") for head in ("model", "what to convert", "layer options (others with --option)")]
     assert places == sorted(places)
     assert lines.index("output:") > places[-1]
 

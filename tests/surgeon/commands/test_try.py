@@ -172,7 +172,7 @@ def test_an_interrupted_trial_goes_on_to_the_same_answer(
     interrupt_at(monkeypatch, 2)
     monkeypatch.setattr("surgeon.zoo.trial.run._Trial._measure", lambda trial: Speed(step=0.01, sample=0.001, run=0.1))
     assert attempt("--force", *more) == 130
-    assert "go on with the same command and --resume" in capsys.readouterr().err
+    assert "resume with the same command and --resume" in capsys.readouterr().err
     monkeypatch.setattr(Trainer, "backward", backward)
     assert attempt("--resume", "--batch-size", "2", *more) == 2
     assert "a trial must be resumed with the options it started with" in capsys.readouterr().err
@@ -198,7 +198,7 @@ def test_the_time_is_honored(attempt: Try, monkeypatch: pytest.MonkeyPatch, caps
         (["--seeds", "0"], "--seeds: expected a positive integer, got '0'"),
         (["--device", "gpu"], "--device: expected auto, cpu, cuda, cuda:N or mps, got 'gpu'"),
         (["--amp", "int8"], "--amp: expected no, fp16 (float16) or bf16 (bfloat16), got 'int8'"),
-        (["--recipe", "r.json"], "--recipe says layers, types and options itself"),
+        (["--recipe", "r.json"], "--recipe defines layers, types and options"),
         (["--resume"], "no trial to resume"),
         (["--resume", "--force"], "give only one of them"),
         (["--task-option", "sample=3"], "has no option 'sample'"),
