@@ -1,13 +1,25 @@
 """surgeon gives trained vision networks content-adaptive convolutions without changing their function."""
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# In a checkout, `layers`, `search`, `zoo` and `cli.py` are next to this folder; in the wheel they are inside it.
 _ROOT = Path(__file__).resolve().parent.parent
-if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "layers").is_dir():
-    __path__.append(str(_ROOT))
+_BESIDE = frozenset({"surgeon.layers", "surgeon.search", "surgeon.zoo", "surgeon.cli"})
+
+
+class _Checkout:
+    """Finds the parts of the package that a checkout keeps next to this folder, and nothing else there."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, [str(_ROOT)]) if name in _BESIDE else None
+
+
+if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "layers").is_dir():  # a wheel has them in this folder
+    sys.meta_path.append(_Checkout)
 
 __version__ = "0.1.0"
 

@@ -9,6 +9,7 @@ from surgeon.errors import ModelError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.models.names import build_shapes
 from surgeon.models.weights import state_sha256
+from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Weights
 from surgeon.surgery.rewrite import folded_window
 
@@ -36,8 +37,6 @@ def identify(model: nn.Module) -> BaseModel | None:
 
 
 def _candidates(model: nn.Module) -> Iterator[BaseModel]:
-    from surgeon import zoo
-
     unset = Weights(kind="given")
     cfg = getattr(model, "pretrained_cfg", None)
     if isinstance(cfg, dict) and cfg.get("architecture"):
@@ -48,18 +47,17 @@ def _candidates(model: nn.Module) -> Iterator[BaseModel]:
         chosen = {"in_chans": channels} if channels not in (None, size[0]) else {}
         shape = (channels or size[0], *size[1:])
         features = _features_only(model)
-        source = "zoo" if cfg["architecture"] in zoo.names() else "timm"
+        known = (prefix for prefix, provider in providers().items() if cfg["architecture"] in provider.names())
+        source = next(known, "timm")
         for full in dict.fromkeys((name, str(cfg["architecture"]))):
             for kwargs in (classes | chosen, chosen, features | chosen):
                 yield BaseModel(source=source, name=full, kwargs=kwargs, input_size=shape, weights=unset)
     home = type(model).__module__
     if home.startswith("torchvision.models"):
         yield from _torchvision_candidates(model, home, unset)
-    if home.startswith("surgeon.zoo"):
-        for name in zoo.names():
-            if zoo.entry(name).factory.__module__ == home:
-                size = tuple(zoo.entry(name).input_size)
-                yield BaseModel(source="zoo", name=name, input_size=size, weights=unset)
+    for prefix, provider in providers().items():
+        for name in provider.made_in(home):
+            yield BaseModel(source=prefix, name=name, input_size=provider.input_size(name), weights=unset)
 
 
 def _features_only(model: nn.Module) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from surgeon.models.places import HUB, LIBRARIES, no_folder
 from surgeon.models.programs import SUFFIX, is_program
 from surgeon.models.sources import construct, pretrained, resolve_hub
 from surgeon.models.weights import load_weights, read_weights, state_sha256
+from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
 
 logger = logging.getLogger(__name__)
@@ -178,11 +179,11 @@ def model_names(pattern: str = "*") -> list[str]:
 
     import timm
 
-    from surgeon import zoo
-
-    own = set(zoo.names())  # the zoo's classifiers are also registered with timm
-    listed = [name for name in timm.list_models() if name not in own]
-    names = listed + [f"torchvision/{n}" for n in _torchvision_names()] + [f"zoo/{n}" for n in zoo.names()]
+    provided = {prefix: provider.names() for prefix, provider in providers().items()}
+    own = {name for names in provided.values() for name in names}  # timm may know them as well
+    names = [name for name in timm.list_models() if name not in own]
+    names += [f"torchvision/{name}" for name in _torchvision_names()]
+    names += [f"{prefix}/{name}" for prefix, listed in provided.items() for name in listed]
     if not any(c in pattern for c in "*?["):
         pattern = f"*{pattern}*"
     return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
@@ -209,16 +210,15 @@ def _parse(spec: str) -> BaseModel:
     """The model named by a spec, with the options and input size determined by the name alone."""
     import timm
 
-    from surgeon import zoo
-
     unset = Weights(kind="random")
     if HUB.fullmatch(spec):
         return BaseModel(source="timm", name=spec, input_size=(), weights=unset)
     if _FACTORY.fullmatch(spec):
         return BaseModel(source="factory", name=spec, input_size=(), weights=unset)
     prefix, _, name = spec.rpartition("/")
-    if prefix in ("", "zoo") and name in zoo.names():
-        return BaseModel(source="zoo", name=name, input_size=tuple(zoo.entry(name).input_size), weights=unset)
+    for source, provider in providers().items():
+        if prefix in ("", source) and name in provider.names():
+            return BaseModel(source=source, name=name, input_size=provider.input_size(name), weights=unset)
     if prefix in ("", "timm") and timm.is_model(name.split(".")[0]):
         _check_tag(name)
         cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
@@ -314,13 +314,9 @@ def _recorded(base: BaseModel, model: nn.Module, weights: Weights) -> BaseModel:
 
 
 def _named_for(base: BaseModel, model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Public weights for a zoo network, under that network's names."""
-    if base.source != "zoo":
-        return state
-    from surgeon.zoo import entry
-    from surgeon.zoo.foreign import adapt
-
-    return adapt(state, entry(base.name), model)
+    """Public weights for a provider's network, under that network's names."""
+    provider = providers().get(base.source)
+    return state if provider is None else provider.adapt(state, base.name, model)
 
 
 @contextlib.contextmanager
@@ -344,7 +340,7 @@ def _from_folder(path: str, weights: str, spec: str) -> tuple[nn.Module, BaseMod
         raise ModelError(f"{spec} is a surgeon folder and has its own weights; --weights {weights} cannot apply")
     model, recipe = load(path), Recipe.read(path)
     base = recipe.base
-    if base is None or recipe.rules or base.source not in ("timm", "torchvision", "zoo"):
+    if base is None or recipe.rules or base.source in ("factory", "program"):
         return model, base
     file = Path(path, "model.safetensors").resolve()  # a trained plain network: the weights are the folder's
     return model, _recorded(base, model, Weights(kind="file", path=str(file)))

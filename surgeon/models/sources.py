@@ -15,6 +15,7 @@ from torch import nn
 from surgeon.errors import ModelError
 from surgeon.models.places import HUB
 from surgeon.models.weights import bounded_network
+from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Weights
 from surgeon.surgery.sizes import bounded
 from surgeon.util.files import told
@@ -38,11 +39,12 @@ def _bare(base: BaseModel) -> nn.Module:
     builders: dict[str, Callable[[BaseModel], nn.Module]] = {
         "timm": _timm_model,
         "torchvision": _torchvision_model,
-        "zoo": _zoo_model,
         "factory": _factory_model,
         "program": _program,
     }
-    return builders[base.source](base)
+    if base.source in builders:
+        return builders[base.source](base)
+    return providers()[base.source].create(base.name, **base.kwargs)
 
 
 def _bounded(base: BaseModel) -> contextlib.AbstractContextManager[None]:
@@ -69,16 +71,8 @@ def _telling(what: str) -> Iterator[None]:
 def _timm_model(base: BaseModel) -> nn.Module:
     import timm
 
-    from surgeon import zoo as zoo  # registers its classifiers with timm
-
+    providers()  # register their classifiers with timm
     model: nn.Module = timm.create_model(base.name, pretrained=False, **base.kwargs)
-    return model
-
-
-def _zoo_model(base: BaseModel) -> nn.Module:
-    from surgeon import zoo
-
-    model: nn.Module = zoo.create(base.name, **base.kwargs)
     return model
 
 
@@ -140,8 +134,8 @@ def _plain(base: BaseModel) -> dict[str, Any]:
 def pretrained(base: BaseModel) -> tuple[nn.Module, BaseModel]:
     """The model with its published weights; raises `ModelError` if they are unavailable."""
     failed = f"pretrained weights of {base.name} are unavailable"
-    if base.source == "zoo":
-        raise ModelError(f"{failed}: the zoo publishes none")
+    if base.source in providers():
+        raise ModelError(f"{failed}: the {base.source} publishes none")
     if base.source == "factory":
         raise ModelError(f"{failed}: a factory brings its own weights (--weights auto)")
     with _bounded(base), bounded_network(), _telling(failed), warnings.catch_warnings():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from surgeon.errors import ConfigError, RecipeError, SelectionError
+from surgeon.records.providers import providers
 from surgeon.util import files
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ FILE = "recipe.json"
 
 CONVOLUTION = "conv"  # rule type for a plain convolution with another window, left by `revert` or `collapse`
 
-_SOURCES = ("timm", "torchvision", "zoo", "factory", "program")
+_SOURCES = ("timm", "torchvision", "factory", "program")  # besides the providers
 _RULES = 10_000  # per recipe; more than the layers of any network
 _KINDS = ("pretrained", "random", "file", "given")
 _ATTRIBUTE = "_surgeon_recipe"
@@ -175,8 +176,10 @@ class Recipe:
 
         Raises `RecipeError`.
         """
-        if str(path).startswith("zoo/") and not Path(path).exists():
-            return _of_zoo(str(path).removeprefix("zoo/"))
+        prefix, _, name = str(path).partition("/")
+        if name and not Path(path).exists() and prefix in providers():
+            rules = providers()[prefix].rules(name)
+            return cls(rules=tuple(as_published(rule) for rule in rules))
         path = Path(path)
         if path.is_dir():
             return cls.from_json(read_text(path / FILE), str(path / FILE)).located(path)
@@ -187,16 +190,6 @@ class Recipe:
         if self.base is None or self.base.source != "program":
             return self
         return replace(self, base=replace(self.base, name=str(files.inside(folder, self.base.name, RecipeError))))
-
-
-def _of_zoo(name: str) -> Recipe:
-    from surgeon.zoo import entry
-
-    found = entry(name)
-    if not found.rules:
-        why = f": {found.by_hand}" if found.by_hand else ""
-        raise RecipeError(f"no recipe makes zoo/{name} from another network{why}")
-    return Recipe(rules=tuple(as_published(rule) for rule in found.rules))
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -296,8 +289,9 @@ def _base(values: Any, where: str) -> BaseModel:
     size = values.get("input_size", [3, 224, 224])
     if not isinstance(size, list) or not all(type(n) is int and n > 0 for n in size):
         raise RecipeError(f"{where}: input_size must be a list of positive integers, got {files.told(size)}")
+    known = _SOURCES if values.get("source") in _SOURCES else (*_SOURCES, *providers())  # which import much
     return BaseModel(
-        source=_one_of(values, "source", _SOURCES, where),
+        source=_one_of(values, "source", known, where),
         name=_typed(values, "name", str, where),
         kwargs=_mapping(values.get("kwargs", {}), f"{where}: kwargs"),
         input_size=tuple(size),
