@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        if argv is None:  # a further one would be a traceback of the interpreter's end
+        if argv is None:  # another one would cause a traceback at interpreter exit
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("surgeon: interrupted, nothing was written", file=sys.stderr)
         return 130

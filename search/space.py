@@ -269,7 +269,7 @@ class Space:
             fitting = [j for j, option in enumerate(self.options, start=1) if _agrees(option, rule)]
             if not fitting:
                 raise RecipeError(
-                    f"{rule.layers} becomes {Option(rule.type, rule.options).label} in the recipe, which is none of the "
+                    f"{rule.layers} becomes {Option(rule.type, rule.options).label} in the recipe, which is not one of the "
                     f"search space's options {', '.join(self.labels[1:])}"
                 )
             result[self.layers.index(name)] = max(fitting, key=lambda j: len(self.options[j - 1].options))

@@ -59,9 +59,9 @@ def _page(found: Finished, gains: GainTable | None, other: Other) -> str:
     ]
     body += [pages.grid(drawn), report_figures.placements(found)]
     if found.finals is not None:
-        how = "The best of the search in full, with several seeds, beside the unmodified model and a random placement."
+        how = "The best of the search in full, with several seeds, against the unmodified model and a random placement."
         body.append(pages.section("Finals", how, _finals(found)))
-    body.append(pages.section("Best trials", "Costs are beside the unmodified model's.", _best(found)))
+    body.append(pages.section("Best trials", "Costs are relative to the unmodified model's.", _best(found)))
     body.append(pages.section("What was asked", "", pages.rows([], _facts(found, values))))
     return pages.page(title, body)
 
@@ -72,7 +72,7 @@ def _facts(found: Finished, values: Mapping[str, Any]) -> list[list[str]]:
     return [
         ["budgets", str(values["budgets"])],
         ["trials", ", ".join(f"{count} {state}" for state, count in values["trials"].items())],
-        ["steps a trial", str(found.about["steps"])],
+        ["steps per trial", str(found.about["steps"])],
         ["sampler, seed", f"{found.about['sampler']}, {found.about['seed']}"],
         ["gains", str(found.about["gains"])],
         ["rank correlation of the gains with the values", "-" if rank is None else f"{rank:.2f}"],

@@ -49,7 +49,12 @@ def front(found: Finished) -> str:
     ]
     best = figures.front([(mark.x, mark.y) for mark in marks], higher=found.higher_is_better)
     drawn = pages.chart(
-        marks, across="FLOPs beside the original", up=_primary(found), groups=sources, lines=[(best, 7)], percent=True
+        marks,
+        across="FLOPs relative to the original",
+        up=_primary(found),
+        groups=sources,
+        lines=[(best, 7)],
+        percent=True,
     )
     way = "higher" if found.higher_is_better else "lower"
     sentence = f"A point is a trial, {way} is better; the line joins those that none beats at their cost. Click one to keep it."

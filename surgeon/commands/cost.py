@@ -238,7 +238,7 @@ def cost_lines(name: str, found: "Cost", other: "Cost | None" = None, other_name
         parts = [mebibytes(value) for value in c.breakdown.values()]
         return [*values, *parts, mebibytes(c.total_bytes)]
 
-    names = ["FLOPs an image, forward", "MACs an image, forward", "FLOPs an image, backward", "parameters"]
+    names = ["FLOPs per image, forward", "MACs per image, forward", "FLOPs per image, backward", "parameters"]
     names += ["peak of tensors", *(f"  {kind}" for kind in found.breakdown), "needed in total"]
     names[names.index("  reserve")] = "reserve"
     columns = [column(found)] + ([column(other)] if other is not None else [])

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="weights of a MODEL")
     group.add_argument("--num-classes", type=positive, metavar="N", help="classes of a MODEL's head")
     add_seed(group, "for the task and random weights")
-    add_batch_size(group, "samples a batch (default: 32)", 32)
+    add_batch_size(group, "samples per batch (default: 32)", 32)
     add_amp(group)
     add_device(group)
     add_workers(group)

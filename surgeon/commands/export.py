@@ -143,5 +143,5 @@ def _text(run: str, result: "Exported") -> str:
         lines.append(line("check", f"{'x'.join(map(str, check.shape))}: {error(check.max_rel)} relative{excuse}"))
     if result.foreign:
         lines.append(line("needs", f"operators that are not standard: {', '.join(result.foreign)}"))
-    beside = "" if result.data is None else f", its weights beside it in {Path(result.data).name}"
+    beside = "" if result.data is None else f", its weights next to it in {Path(result.data).name}"
     return "\n".join([*lines, f"written to  {result.path}{beside}"])

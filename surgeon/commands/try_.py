@@ -157,6 +157,4 @@ def _print(args: argparse.Namespace, answer: "Answer", output: Path) -> None:
         print_json(values)
     else:
         print(answer.to_text(width()), end="")
-        print(
-            "".join(f"{told:<11} {path}\n" for told, path in (("report", page), ("go on with", model)) if path), end=""
-        )
+        print("".join(f"{told:<11} {path}\n" for told, path in (("report", page), ("model", model)) if path), end="")

@@ -45,7 +45,7 @@ class Op:
 
 @dataclass
 class Trace:
-    """The record of a tracker. `events` has storage indices, +i + 1 at birth and -i - 1 at death; `marks` events by name."""
+    """The record of a tracker. `events` has storage indices, +i + 1 at allocation and -i - 1 at release; `marks` events by name."""
 
     layers: list[str]  # names; index 0 is the model itself
     storages: list[Storage] = field(default_factory=list)

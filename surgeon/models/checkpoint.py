@@ -1,6 +1,6 @@
 """Converted models on disk: a folder with recipe.json, model.safetensors, README.md, report.json and report.txt.
 
-If the base model is an exported program, its file is stored there, too. README.md is for people and the Hub: it is never read
+If the base model is an exported program, its file is stored there, too. README.md is for readers and the Hub: it is never read
 back and may be edited.
 
 No pickles, and no code from the folder runs on loading. A folder appears under its name only once it is complete.

@@ -131,7 +131,7 @@ def folder_if_any(name: str) -> str:
 
 
 class _NoFolderError(CheckpointError):
-    """There is no surgeon recipe at this name."""
+    """No surgeon recipe was found under this name."""
 
 
 def _push(

@@ -73,7 +73,7 @@ def near_folders(path: Path) -> str:
 
 
 def _instead(path: Path) -> str:
-    """What kind of surgeon folder it is instead, if any."""
+    """The kind of surgeon folder that it is instead, if any."""
     if (path / "model" / RECIPE).is_file():
         return f"; its model is in {path / 'model'}"
     if (path / RUN).is_file():

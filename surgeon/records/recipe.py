@@ -320,7 +320,7 @@ def _classes(values: Any, where: str) -> tuple[str, ...] | None:
 
 
 def trained(values: Any, where: str) -> Trained | None:
-    """What a recipe says of the task, None where it says nothing. Raises `RecipeError`."""
+    """The task in a recipe, None if there is none. Raises `RecipeError`."""
     if values is None:
         return None
     values = _mapping(values, where)

@@ -137,7 +137,7 @@ OPTIMIZER_NOTE = "an optimizer made before this conversion does not know"  # so 
 
 def _optimizer_note(surgery: Surgery) -> str:
     count = sum(len(list(layer.parameters())) for layer in surgery.layers.values())
-    return f"{OPTIMIZER_NOTE} {count} parameters of the new layers: make it anew"
+    return f"{OPTIMIZER_NOTE} {count} parameters of the new layers: recreate it"
 
 
 def _has_data(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ _LEFT = frozenset({"__MACOSX", "@eaDir"})  # created by macOS and Synology
 PIXELS = "SURGEON_MAX_PIXELS"
 _MOST = 178_956_970  # pixels: Pillow's own limit against decompression bombs
 _NAMED = 5
-_DEEP = re.compile(r";(12|16|32)[BLNS]")  # Pillow's names of raw formats with more than 8 bits a channel
+_DEEP = re.compile(r";(12|16|32)[BLNS]")  # Pillow's names of raw formats with more than 8 bits per channel
 
 
 def files_below(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[Path]:

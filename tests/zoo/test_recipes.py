@@ -325,7 +325,7 @@ def test_converting_by_the_name_of_a_zoo_network(tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     assert main(["convert", "zoo/dncnn", "--recipe", "zoo/dncnn_dconv", "--dry-run"]) == 2
     assert (
-        "no recipe makes zoo/dncnn_dconv of another network: the DConv replaces a convolution"
+        "no recipe makes zoo/dncnn_dconv from another network: the DConv replaces a convolution"
         in capsys.readouterr().err
     )
     assert main(["convert", "zoo/dncnn", "--recipe", "zoo/dncn", "--dry-run"]) == 2

@@ -151,7 +151,7 @@ class _Trial:
             record = {"identity": identity, "data": data, "plan": plan, "speed": asdict(self.speed)}
             self.folder.create(record, new=new)
         self.ready = True
-        self.tell(f"plan: {self.plan.steps} steps a run, rates {', '.join(f'{rate:g}' for rate in self.plan.rates)}")
+        self.tell(f"plan: {self.plan.steps} steps per run, rates {', '.join(f'{rate:g}' for rate in self.plan.rates)}")
 
     def _identity(self) -> dict[str, Any]:
         """Settings that must be the same on resume."""
@@ -380,7 +380,7 @@ class _Trial:
         failed = [row for row in self.scores.values() if "failed" in row]
         notes += [f"{row['arm']} at rate {row['rate']:g}, seed {row['seed']}: {row['failed']}" for row in failed]
         if answer.verdict == "undecided" and answer.stopped == "time":
-            notes.append("the time is up: --resume with a longer --max-time trains further seeds")
+            notes.append("the time is up: --resume with a longer --max-time trains more seeds")
         if answer.epochs < 1:
             notes.append(f"{answer.epochs:.2g} epochs are a short training: what is seen so early need not hold later")
         return notes

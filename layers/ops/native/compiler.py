@@ -89,7 +89,7 @@ def sources() -> dict[str, bytes]:
 
 @cache
 def _cpu() -> str:
-    """What "native" depends on: the CPU's name and instruction sets."""
+    """Inputs of "native": the CPU's name and instruction sets."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.exists() else []
     wanted = ("model name", "flags", "Features", "CPU part")
