@@ -172,7 +172,6 @@ def _why_not_native_layer(
 
 @DCONV_LAYER.backend(NATIVE, why_not=_why_not_native_layer)
 def _native_layer(*args: Any) -> Tensor:
-    """Forward in C; the backward pass is torch's, which also recomputes the kernels."""
     y: Tensor = _dconv_layer(*args, NATIVE)
     return y
 
@@ -316,7 +315,7 @@ def _dconv_layer(
 
         return on_cuda.forward(given)
     if backend == NATIVE:
-        return native.layer_forward(x, features, weight, static, bias, stride, padding, dilation)
+        return native.Layer(x, features, weight, static, bias, stride, padding, dilation).forward()
     return lean.layer_forward(given)
 
 
@@ -354,6 +353,8 @@ def _dconv_layer_backward(
         from surgeon.layers.sekg import triton_layer as on_cuda
 
         return on_cuda.backward(grad, given, needs)
+    if backend == NATIVE:
+        return native.Layer(x, features, weight, static, bias, stride, padding, dilation).backward(grad, needs)
     return lean.layer_backward(grad, given, needs)
 
 
