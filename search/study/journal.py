@@ -108,7 +108,7 @@ def is_alive(folder: Path, worker: str) -> bool:
         os.close(descriptor)
 
 
-class Journal(JournalFileBackend):
+class StudyJournal(JournalFileBackend):
     """Optuna's journal file, with `exclusive`: nobody else writes meanwhile, and what is written appears as one piece.
 
     That holds after an error, too: what Optuna was told is in its memory already, and the file must not say less.

@@ -14,7 +14,7 @@ from surgeon.costs.trace import Trace, Tracker
 
 
 @dataclass(frozen=True)
-class Call:
+class OperatorCall:
     """How a layer is called: its input's shape, dtype, layout, and whether a gradient flows back through it."""
 
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Profile:
     optimizer_peak: int  # temporaries of the optimizer's step for its parameters
 
 
-def profile(layer: nn.Module, call: Call, settings: Settings) -> Profile:
+def profile(layer: nn.Module, call: OperatorCall, settings: Settings) -> Profile:
     """Trace one layer on the meta device, where it must lie; it is used up."""
     train = settings.mode == "train"
     layer.train(train)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgeon.layers import ACDAConv2d, DynamicConv2d, PAFUConv2d, SEKGConv2d
 from surgeon.layers.acda.bases import basis_elements, centered, fourier_bessel, scale_boxes
-from surgeon.visualize.capture import Seen, channel_rms
+from surgeon.visualize.capture import Captured, channel_rms
 from surgeon.visualize.measures import FROM_WEIGHTS, alpha_by_scale, kernel_energy, numbers
 from surgeon.visualize.sheet import SIDE, SIGNED, Panel, draw, figure_of, sheet, side_of
 
@@ -23,7 +23,7 @@ PALETTE = (
 POINTS = (3, 4)  # rows and columns of places whose atoms are shown
 
 
-def pictures(seen: Seen, photo: NDArray[Any], bayer: str | None = None) -> dict[str, Figure]:
+def pictures(seen: Captured, photo: NDArray[Any], bayer: str | None = None) -> dict[str, Figure]:
     """Every picture of one layer for one photo (H, W, 3) in [0, 1], by what it shows.
 
     `bayer` is the pattern of the sensor, read row by row, where the photo is shown to the model as a mosaic.
@@ -45,7 +45,7 @@ def pictures(seen: Seen, photo: NDArray[Any], bayer: str | None = None) -> dict[
 # --- PAFU ---------------------------------------------------------------------------------------------------------
 
 
-def selection(seen: Seen, photo: NDArray[Any]) -> Figure:
+def selection(seen: Captured, photo: NDArray[Any]) -> Figure:
     """Photo, selection mask (PAFU, Figures 2-5) and the share of each kernel."""
     assert seen.code is not None
     n = len(seen.code)
@@ -77,7 +77,7 @@ def selection(seen: Seen, photo: NDArray[Any]) -> Figure:
     return figure
 
 
-def selection_by_color(seen: Seen, photo: NDArray[Any], bayer: str) -> Figure:
+def selection_by_color(seen: Captured, photo: NDArray[Any], bayer: str) -> Figure:
     """Selection masks of the pixels that measure each color of the Bayer cell, one below the other (PAFU, Figure 3)."""
     assert seen.code is not None
     n = len(seen.code)
@@ -100,7 +100,7 @@ def selection_by_color(seen: Seen, photo: NDArray[Any], bayer: str) -> Figure:
 # --- ACDA ---------------------------------------------------------------------------------------------------------
 
 
-def coefficient_maps(seen: Seen, photo: NDArray[Any]) -> Figure:
+def coefficient_maps(seen: Captured, photo: NDArray[Any]) -> Figure:
     """Size of the basis coefficients at each scale (ACDA, Figures 7 and D), and how far they are from their mean."""
     assert seen.code is not None
     assert isinstance(seen.layer, ACDAConv2d)
@@ -119,7 +119,7 @@ def coefficient_maps(seen: Seen, photo: NDArray[Any]) -> Figure:
     return sheet(f"{seen.name}: basis coefficients by scale", [upper, lower] if varies else [upper], note=note)
 
 
-def atoms(seen: Seen, photo: NDArray[Any]) -> Figure:
+def atoms(seen: Captured, photo: NDArray[Any]) -> Figure:
     """The first dynamic atom at several places of the picture (ACDA, Figure C)."""
     assert seen.code is not None
     layer = seen.layer
@@ -189,7 +189,7 @@ def bases(layer: DynamicConv2d) -> Figure:
 # --- SEKG ---------------------------------------------------------------------------------------------------------
 
 
-def kernel_maps(seen: Seen, photo: NDArray[Any]) -> Figure:
+def kernel_maps(seen: Captured, photo: NDArray[Any]) -> Figure:
     """How much energy the generated part adds to the DConv's kernels at each pixel."""
     assert seen.code is not None
     assert isinstance(seen.layer, SEKGConv2d)
@@ -206,7 +206,7 @@ def kernel_maps(seen: Seen, photo: NDArray[Any]) -> Figure:
 # --- every type ---------------------------------------------------------------------------------------------------
 
 
-def feature_maps(seen: Seen, photo: NDArray[Any]) -> Figure:
+def feature_maps(seen: Captured, photo: NDArray[Any]) -> Figure:
     """What goes in and comes out; beside it what would come out of the static part, and of the original."""
     output = _array(channel_rms(seen.output))
     static = _array(channel_rms(seen.static))

@@ -22,11 +22,11 @@ from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.devices import prepare
 from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, freeze_batch_norms
 from surgeon.zoo.finetune.guard import Guard, NotFiniteError, one_value_told
-from surgeon.zoo.finetune.journal import Journal
+from surgeon.zoo.finetune.journal import TrainingJournal
 from surgeon.zoo.finetune.optimizer import check_state, make_optimizer, try_optimizer
 from surgeon.zoo.finetune.parameters import group_parameters, optimizer_groups
-from surgeon.zoo.finetune.schedule import Plan, Rates, Temperature
-from surgeon.zoo.finetune.state import Progress, Store
+from surgeon.zoo.finetune.schedule import Rates, RunPlan, Temperature
+from surgeon.zoo.finetune.state import Store, TrainingProgress
 from surgeon.zoo.tasks import Batch, Task, TaskDataset, better
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Trainer:
         if config.checkpointing:
             checkpoint_gradients(self.model)
         self.groups = group_parameters(self.model)
-        self.plan = Plan.make(config, len(data.train), self.groups)
+        self.plan = RunPlan.make(config, len(data.train), self.groups)
         self.ema = _average(self.model, config)
         self.train_mode()
         unused = accelerator.num_processes > 1 and self._has_unused_parameters()
@@ -215,7 +215,12 @@ class Run:
     """One run of a trainer through its plan."""
 
     def __init__(
-        self, trainer: Trainer, store: Store, journal: Journal, progress: Progress, watch: Watch | None = None
+        self,
+        trainer: Trainer,
+        store: Store,
+        journal: TrainingJournal,
+        progress: TrainingProgress,
+        watch: Watch | None = None,
     ) -> None:
         self.watch = watch
         self.trainer, self.store, self.journal, self.progress = trainer, store, journal, progress
