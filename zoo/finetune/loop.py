@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from surgeon.errors import TrainingError
 from surgeon.layers.regularizer import regularization
 from surgeon.util.copying import checkpoint_gradients
+from surgeon.util.interrupt import caught
 from surgeon.zoo.evaluate import running
 from surgeon.zoo.finetune.batches import STOPS, Draws, mixed, seed_everything, to_device, training_batches
 from surgeon.zoo.finetune.config import FinetuneConfig
@@ -373,20 +373,10 @@ class Run:
 def _listening() -> Iterator[threading.Event]:
     """An event set by the first SIGINT, SIGTERM or SIGHUP; a second one has its usual effect."""
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in STOPS}
-    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}  # under nohup
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def ask(number: int, before: Any) -> None:
         asked.set()
-        signal.signal(number, before[number])
+        signal.signal(number, before)
 
-    for number in before:
-        signal.signal(number, ask)
-    try:
+    with caught([number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN], ask):  # under nohup
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
