@@ -31,7 +31,7 @@ class _Tensors(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in (*_TENSORS, *_GRADIENTS)]
 
 
-class Problem:
+class NativeProblem:
     """One call: the plan, and the operands in the layout of the C functions."""
 
     def __init__(
@@ -136,11 +136,11 @@ class Problem:
 
 
 def forward(*args: Any) -> Tensor:
-    """`Problem.forward` with the operator's arguments."""
-    return Problem(*args).forward()
+    """`NativeProblem.forward` with the operator's arguments."""
+    return NativeProblem(*args).forward()
 
 
 def backward(grad: Tensor, *args: Any) -> list[Tensor]:
-    """`Problem.backward` with the operator's arguments; the last one is `needs`."""
+    """`NativeProblem.backward` with the operator's arguments; the last one is `needs`."""
     *operands, needs = args
-    return Problem(*operands).backward(grad, needs)
+    return NativeProblem(*operands).backward(grad, needs)

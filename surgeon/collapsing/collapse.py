@@ -19,10 +19,11 @@ from surgeon.sites.observe import Call, observe
 from surgeon.sites.select import Selector
 from surgeon.sites.sites import macs_of
 from surgeon.surgery.compare import Difference, compare
-from surgeon.surgery.operation import Progress, count_parameters
+from surgeon.surgery.operation import count_parameters
 from surgeon.surgery.rewrite import Rewrite, drop_rules, dynamic_layers, plain_convolution
 from surgeon.surgery.verify import Settled, Verification, judge, measure, outputs, run
 from surgeon.util.copying import copy_model
+from surgeon.util.progress import OnProgress, silent
 
 CHUNK = 8  # images per forward pass
 
@@ -37,7 +38,7 @@ def collapse(
     layers: Selector | None = None,
     inplace: bool = False,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> tuple[nn.Module, CollapseReport]:
     """Fold every dynamic layer whose filter is the same at every pixel into one plain convolution.
 
@@ -70,7 +71,7 @@ def collapse(
     chosen = dynamic_layers(work, layers)
     if inplace and "" in chosen:
         raise ConfigError("the model itself is the dynamic layer: it cannot be collapsed in place")
-    tell = progress or _silent
+    tell = progress or silent
     seen = observe(work, list(every), calibration if calibration is not None else example_inputs, input_size)
     batches = _chunks(seen.inputs)
     folding = _Folding(
@@ -92,10 +93,6 @@ def collapse(
     return result, report
 
 
-def _silent(stage: str, done: int, total: int) -> None:
-    return None
-
-
 def _chunks(inputs: Inputs) -> list[Inputs]:
     """One batch of images as several small ones; other inputs stay whole."""
     only = inputs.args[0] if len(inputs.args) == 1 and not inputs.kwargs else None
@@ -114,7 +111,7 @@ class _Folding:
     images: int
     tolerance: float = 0.0
     seed: int = 0
-    tell: Progress = _silent
+    tell: OnProgress = silent
     evidence: dict[str, Evidence] = field(default_factory=dict)
     convs: dict[str, nn.Conv2d] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)

@@ -1,6 +1,5 @@
 """Output of the commands: progress on stderr, and plain text on stdout."""
 
-import math
 import os
 import shutil
 import sys
@@ -8,9 +7,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from surgeon.records.report import flops, geometry_text, name_list
-from surgeon.util import pages
-from surgeon.util.tables import count, error, paragraph, table
+from surgeon.util.tables import error, paragraph, table
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -68,7 +65,8 @@ class Progress:
 
 
 def inspection_values(sites: "list[ConvSite]") -> list[dict[str, Any]]:
-    """Every convolution as JSON values, with its possible types: for each type the reasons against it."""
+    """Every convolution as JSON values, with what it can become: for each type the reasons against it."""
+    from surgeon.surgery.inspection import activation_bytes
     from surgeon.surgery.plan import can_become
 
     return [
@@ -76,76 +74,17 @@ def inspection_values(sites: "list[ConvSite]") -> list[dict[str, Any]]:
     ]
 
 
-def activation_bytes(site: "ConvSite") -> int | None:
-    """Memory of the outputs for one image in float32, over all calls; None if the forward pass does not reach it."""
-    if not site.calls:
-        return None
-    return sum(4 * math.prod(call.output[-3:]) for call in site.calls)
-
-
-INSPECTED = ("layer", "stage", "geometry", "output", "FLOPs", "params", "memory", "can become")
-
-
-class Inspection(list["ConvSite"]):
-    """The result of `surgeon.inspect`: a list that notebooks show as a table."""
-
-    def _repr_html_(self) -> str:
-        rows, against = _inspected(self)
-        table_ = pages.rows(INSPECTED, rows) if rows else ""
-        more = [("why not", _why_not(against, 100))] if against else []
-        return pages.snippet(_summary(self), table_, _UNITS, more)
-
-
-_UNITS = "FLOPs (1 MAC = 2 FLOPs) and memory (of the output, float32) are for one image."
-
-
 def inspection_text(sites: "list[ConvSite]", model: str, width: int) -> str:
     """The table of `surgeon inspect`, followed by the reasons against replacements."""
     from surgeon.layers.registry import layer_types
+    from surgeon.surgery.inspection import INSPECTED, UNITS, inspected, summary, why_not_text
 
-    rows, against = _inspected(sites)
-    parts = [f"{model}: {_summary(sites)}", table(INSPECTED, rows, width=width, left=3)]
+    rows, against = inspected(sites)
+    parts = [f"{model}: {summary(sites)}", table(INSPECTED, rows, width=width, left=3)]
     if against:
-        parts.append(f"why not:\n{_why_not(against, width)}")
-    parts.append(paragraph(f"{_UNITS} Types: {', '.join(layer_types())}.", width=width))
+        parts.append(f"why not:\n{why_not_text(against, width)}")
+    parts.append(paragraph(f"{UNITS} Types: {', '.join(layer_types())}.", width=width))
     return "\n\n".join(parts) + "\n"
-
-
-def _inspected(sites: "list[ConvSite]") -> tuple[list[tuple[str, ...]], dict[str, list[str]]]:
-    """A row for each convolution, and the names for each reason against a replacement."""
-    from surgeon.surgery.plan import can_become
-
-    rows: list[tuple[str, ...]] = []
-    against: dict[str, list[str]] = {}
-    for site in sites:
-        possible = can_become(site)
-        fits = [kind for kind, reasons in possible.items() if not reasons]
-        for kind, reasons in possible.items():
-            for reason in reasons:
-                told = reason if not fits else f"not {kind}: {reason}"
-                names = against.setdefault(told, [])
-                if site.name not in names:
-                    names.append(site.name)
-        out = "x".join(map(str, site.calls[0].output[-2:])) if site.calls else "-"
-        geometry = geometry_text(None if site.geometry is None else site.geometry.to_dict())
-        memory = count(activation_bytes(site), "B")
-        cells = (site.name, site.stage or "-", geometry, out, flops(site.macs), count(site.params), memory)
-        fitting = "any type" if len(fits) == len(possible) else " ".join(fits)
-        rows.append((*cells, site.dynamic or fitting or "nothing"))
-    return rows, against
-
-
-def _summary(sites: "list[ConvSite]") -> str:
-    total = [flops(sum(site.macs or 0 for site in sites)), count(sum(site.params for site in sites))]
-    return f"{len(sites)} convolutions, {total[0]} FLOPs, {total[1]} parameters in them"
-
-
-def _why_not(against: dict[str, list[str]], width: int) -> str:
-    lines = []
-    for reason, names in against.items():
-        lines.append(paragraph(f"{reason} ({len(names)}):", width=width, indent="  ", hang="    "))
-        lines.append(paragraph(name_list(names), width=width, indent="    "))
-    return "\n".join(lines)
 
 
 # --- verify -------------------------------------------------------------------------------------------------------

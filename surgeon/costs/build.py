@@ -13,9 +13,9 @@ from surgeon.costs.emulate import meta_copy
 from surgeon.costs.estimate import cannot_run, run_step
 from surgeon.costs.flops import FlopCounter
 from surgeon.costs.memory import timeline
-from surgeon.costs.profile import Call, Profile, profile
+from surgeon.costs.profile import OperatorCall, Profile, profile
 from surgeon.costs.settings import Settings
-from surgeon.costs.table import KEEP, CostTable, Option, Row
+from surgeon.costs.table import KEEP, CostRow, CostTable, Option
 from surgeon.costs.trace import Trace
 from surgeon.errors import SurgeonError
 from surgeon.layers.base import DynamicConv2d, LayerConfig
@@ -44,7 +44,7 @@ class _Base:
     backward_flops: float
     params: int
     windows: list[_Window]
-    calls: list[Call] = field(default_factory=list)  # first call of every site
+    calls: list[OperatorCall] = field(default_factory=list)  # of every site, its first
 
 
 def build(model: nn.Module, options: Sequence[Option], layers: Any, settings: Settings) -> CostTable:
@@ -70,13 +70,13 @@ def _reasons(site: ConvSite, option: Option) -> tuple[str, ...]:
 
 
 def _trace_base(model: nn.Module, sites: Sequence[ConvSite], settings: Settings) -> _Base:
-    calls: dict[str, Call] = {}
+    calls: dict[str, OperatorCall] = {}
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-            calls.setdefault(name, Call(tuple(x.shape), x.dtype, last, x.requires_grad))
+            calls.setdefault(name, OperatorCall(tuple(x.shape), x.dtype, last, x.requires_grad))
 
         return hook
 
@@ -223,14 +223,14 @@ def _assemble(
     labels = (KEEP, *(option.label for option in options))
     allowed = np.ones((len(sites), len(labels)), dtype=np.bool_)
     memory = np.zeros((len(sites), len(labels), len(base.windows)), dtype=np.int64)
-    rows: list[Row] = []
+    rows: list[CostRow] = []
     for i, site in enumerate(sites):
         own = profiles[i][0]
         assert own is not None
         for j, found in enumerate(profiles[i]):
             if found is None:
                 allowed[i, j] = False
-                rows.append(Row(site.name, labels[j], 0, 0, 0, 0, 0, 0, reasons[i][j - 1]))
+                rows.append(CostRow(site.name, labels[j], 0, 0, 0, 0, 0, 0, reasons[i][j - 1]))
                 continue
             memory[i, j] = _differences(base.windows, i, own, found)
             rows.append(_row(site, labels[j], own, found, settings.batch_size))
@@ -245,9 +245,9 @@ def _assemble(
     )
 
 
-def _row(site: ConvSite, label: str, own: Profile, new: Profile, batch: int) -> Row:
+def _row(site: ConvSite, label: str, own: Profile, new: Profile, batch: int) -> CostRow:
     calls = len(site.calls)
-    return Row(
+    return CostRow(
         layer=site.name,
         option=label,
         flops=(new.flops - own.flops) * calls / batch,

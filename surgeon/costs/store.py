@@ -16,7 +16,7 @@ from torch import nn
 
 import surgeon
 from surgeon.costs.settings import Settings
-from surgeon.costs.table import CostTable, Option, Row
+from surgeon.costs.table import CostRow, CostTable, Option
 from surgeon.errors import CheckpointError
 from surgeon.util.files import cache_folder, writing
 
@@ -77,7 +77,7 @@ def load(key: str) -> CostTable | None:
             return CostTable(
                 layers=tuple(text["layers"]),
                 options=tuple(text["options"]),
-                rows=tuple(Row(**{**row, "reasons": tuple(row["reasons"])}) for row in text["rows"]),
+                rows=tuple(CostRow(**{**row, "reasons": tuple(row["reasons"])}) for row in text["rows"]),
                 base=text["base"],
                 allowed=file["allowed"],
                 windows=file["windows"],

@@ -36,7 +36,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Row:
+class CostRow:
     """Differences from the original layer. FLOPs per image; bytes for the batch; `reasons` rule out the option."""
 
     layer: str
@@ -70,7 +70,7 @@ class CostTable:
 
     layers: tuple[str, ...]
     options: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[CostRow, ...]
     base: Mapping[str, float]  # flops, backward_flops, params of the unmodified model
     allowed: NDArray[np.bool_]
     windows: Ints

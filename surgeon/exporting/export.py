@@ -7,7 +7,7 @@ that fails, it is tried again with fewer dynamic dimensions.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from surgeon.surgery.compare import Difference, compare
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.surgery.verify import run as run_model
 from surgeon.util.copying import copy_model, strict_float32
-from surgeon.util.outputs import check_file_output
+from surgeon.util.progress import OnProgress, silent
 from surgeon.util.unfinished import unfinished
 
 Format = Literal["onnx", "torch"]
@@ -36,8 +36,6 @@ FREE = ("auto", "size", "batch", "none")
 TOLERANCE = 1e-4  # relative error of the outputs
 _ROUNDING = 10.0  # allowed multiple of the model's own float32 error, if that is more
 _DRAWS = 5  # image draws for a network that selects kernels
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +99,7 @@ def export(
     free: str = "auto",
     opset: int | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Exported:
     """Write the model, in eval mode, to one file (two for ONNX with over 1.5 GiB of weights), and verify the file.
 
@@ -110,7 +108,7 @@ def export(
     `example_inputs` are as for `convert`. Raises `ExportError` if `torch.export` or the conversion to ONNX refuses the model,
     or if the file computes something else (then nothing is written); `ConfigError` for a missing package or an existing file.
     """
-    tell = progress or (lambda stage, done, total: None)
+    tell = progress or silent
     path = Path(path).absolute()
     if free not in FREE:
         raise ConfigError(f"free must be one of {', '.join(FREE)}, got {free!r}")
@@ -146,7 +144,7 @@ def _attempt(
     shapes: Shapes,
     names: tuple[str, ...],
     outputs: list[str] | None,
-    tell: Progress,
+    tell: OnProgress,
 ) -> Exported:
     """Trace with these dimensions dynamic, write the file, and verify it.
 

@@ -35,8 +35,7 @@ from surgeon.surgery.verify import (
     settle_by_layer,
     settle_in_double,
 )
-
-Progress = Callable[[str, int, int], None]
+from surgeon.util.progress import OnProgress
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -52,7 +51,7 @@ class Surgery:
     sites: Sites
     plans: list[Planned]
     seed: int
-    tell: Progress
+    tell: OnProgress
     layers: dict[str, DynamicConv2d] = field(default_factory=dict)
     refused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rewrite: Rewrite | None = None

@@ -66,11 +66,6 @@ class Verification:
     def max_rel_error(self) -> float:
         return self.output.max_rel
 
-    @property
-    def worst_layers(self) -> list[tuple[str, float]]:
-        """Layers by descending relative error."""
-        return sorted(((name, d.max_rel) for name, d in self.layers.items()), key=lambda pair: -pair[1])
-
 
 def run(model: nn.Module, inputs: Inputs, seed: int = 0) -> Any:
     """Output in eval mode, without gradients; stochastic models draw from the given seed. The model is unchanged afterward.

@@ -78,28 +78,6 @@ BACK = {
     ("surgeon.commands.search.jobs", "surgeon.commands.search.search"): "a worker runs the command that started it",
 }
 
-ABOVE: dict[tuple[str, str], str] = {
-    # Imports against the table, each with its reason.
-    ("surgeon.surgery.convert", "surgeon.commands.console"): "`inspect` returns a list that prints itself",
-}
-
-SAME_NAME = {
-    # Public classes of one name: each has its meaning in its own room.
-    "Call": "an operator's call in a profile, and a module's",
-    "Chunk": "rows that are computed at once, as each operator cuts them",
-    "Cost": "of a model, and of one arm of a trial",
-    "Journal": "of a training, and of a study",
-    "Measured": "CUDA's bytes of a step, and a network on a task",
-    "Plan": "of DConv's bands and pieces, of a schedule, and of a trial",
-    "Posterior": "of gains, and of the variational network",
-    "Problem": "an operator's call with its sizes, and a placement under budgets",
-    "Progress": "a bar, and where a training stands",
-    "Row": "of the cost table, and of the zoo's table",
-    "Seen": "calls of new layers, and a layer's first call for a picture",
-    "Sorted": "PAFU's pixels by selection, in torch and in Triton",
-    "Workspace": "of ACDA's and of DConv's operator",
-}
-
 
 def name_of(file: Path) -> str:
     parts = list(file.relative_to(ROOT).with_suffix("").parts)
@@ -159,7 +137,7 @@ def test_a_room_uses_only_what_the_table_allows(room: str) -> None:
         for module in files()
         if room_of(module) == room and ARROWS[room] != "*"
         for target in imports(module)
-        if room_of(target) not in allowed and (module, target) not in ABOVE
+        if room_of(target) not in allowed
     }
     assert used == set()
 
@@ -168,7 +146,7 @@ def test_nothing_uses_the_commands() -> None:
     """Commands are the top floor: only the command line, and other commands, import them."""
     above = {"surgeon.cli", "surgeon.commands", "surgeon.commands.search"}
     floor = above - {"surgeon.cli"}
-    users = {m for m in files() for target in imports(m) if room_of(target) in floor and (m, target) not in ABOVE}
+    users = {m for m in files() for target in imports(m) if room_of(target) in floor}
     assert {m for m in users if room_of(m) not in above} == set()
 
 
@@ -212,7 +190,7 @@ def test_no_loop_of_files() -> None:
 
 
 def test_the_exceptions_are_needed() -> None:
-    assert {pair for pair in BACK | ABOVE if pair[1] not in imports(pair[0])} == set()
+    assert {pair for pair in BACK if pair[1] not in imports(pair[0])} == set()
 
 
 @pytest.mark.parametrize("folder", [*FOLDERS, "tests"])
@@ -252,5 +230,4 @@ def test_public_classes_have_names_of_their_own() -> None:
         for node in tree(module).body
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     ]
-    twice = {name for name, count in Counter(classes).items() if count > 1}
-    assert twice == set(SAME_NAME)
+    assert {name for name, count in Counter(classes).items() if count > 1} == set()

@@ -26,7 +26,7 @@ def _told_elsewhere(before: Any, error: Any) -> None:
         before(error)
 
 
-class Journal:
+class TrainingJournal:
     """`folder` is the run's `training/`, None to write nothing; a bar only on a terminal, otherwise lines."""
 
     def __init__(self, folder: Path | None, *, quiet: bool) -> None:

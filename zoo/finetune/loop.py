@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,17 +15,18 @@ from torch import Tensor, nn
 from surgeon.errors import TrainingError
 from surgeon.layers.regularizer import regularization
 from surgeon.util.copying import checkpoint_gradients
+from surgeon.util.interrupt import caught
 from surgeon.zoo.evaluate import running
 from surgeon.zoo.finetune.batches import STOPS, Draws, mixed, seed_everything, to_device, training_batches
 from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.devices import prepare
 from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, freeze_batch_norms
 from surgeon.zoo.finetune.guard import Guard, NotFiniteError, one_value_told
-from surgeon.zoo.finetune.journal import Journal
+from surgeon.zoo.finetune.journal import TrainingJournal
 from surgeon.zoo.finetune.optimizer import check_state, make_optimizer, try_optimizer
 from surgeon.zoo.finetune.parameters import group_parameters, optimizer_groups
-from surgeon.zoo.finetune.schedule import Plan, Rates, Temperature
-from surgeon.zoo.finetune.state import Progress, Store
+from surgeon.zoo.finetune.schedule import Rates, RunPlan, Temperature
+from surgeon.zoo.finetune.state import Store, TrainingProgress
 from surgeon.zoo.tasks import Batch, Task, TaskDataset, better
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Trainer:
         if config.checkpointing:
             checkpoint_gradients(self.model)
         self.groups = group_parameters(self.model)
-        self.plan = Plan.make(config, len(data.train), self.groups)
+        self.plan = RunPlan.make(config, len(data.train), self.groups)
         self.ema = _average(self.model, config)
         self.train_mode()
         unused = accelerator.num_processes > 1 and self._has_unused_parameters()
@@ -215,7 +215,12 @@ class Run:
     """One run of a trainer through its plan."""
 
     def __init__(
-        self, trainer: Trainer, store: Store, journal: Journal, progress: Progress, watch: Watch | None = None
+        self,
+        trainer: Trainer,
+        store: Store,
+        journal: TrainingJournal,
+        progress: TrainingProgress,
+        watch: Watch | None = None,
     ) -> None:
         self.watch = watch
         self.trainer, self.store, self.journal, self.progress = trainer, store, journal, progress
@@ -368,20 +373,10 @@ class Run:
 def _listening() -> Iterator[threading.Event]:
     """An event set by the first SIGINT, SIGTERM or SIGHUP; a second one has its usual effect."""
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in STOPS}
-    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}  # under nohup
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def ask(number: int, before: Any) -> None:
         asked.set()
-        signal.signal(number, before[number])
+        signal.signal(number, before)
 
-    for number in before:
-        signal.signal(number, ask)
-    try:
+    with caught([number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN], ask):  # under nohup
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -26,12 +26,12 @@ from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.devices import make_accelerator, release
 from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, measures_statistics, recalibrate
 from surgeon.zoo.finetune.folder import RunFolder, record
-from surgeon.zoo.finetune.journal import Journal
+from surgeon.zoo.finetune.journal import TrainingJournal
 from surgeon.zoo.finetune.loop import Data, Run, Trainer, Watch
 from surgeon.zoo.finetune.optimizer import make_optimizer
 from surgeon.zoo.finetune.schedule import describe
-from surgeon.zoo.finetune.state import Progress, Store
-from surgeon.zoo.finetune.summary import Measured, Summary, measured
+from surgeon.zoo.finetune.state import Store, TrainingProgress
+from surgeon.zoo.finetune.summary import MeasuredNetwork, Summary, measured
 from surgeon.zoo.tasks import Task, better
 
 if TYPE_CHECKING:
@@ -128,7 +128,9 @@ class _Session:
         self.task, self.config, self.source, self.folder = task, config, source, folder
         self.accelerator, self.notes = accelerator, notes
         main = accelerator.is_main_process
-        self.journal = Journal(folder.training if folder is not None and main else None, quiet=quiet or not main)
+        self.journal = TrainingJournal(
+            folder.training if folder is not None and main else None, quiet=quiet or not main
+        )
         self.data = Data(task.dataset("train"), task.dataset("val"))
 
     def open(self, values: dict[str, Any], stack: contextlib.ExitStack, *, resume: bool) -> None:
@@ -159,7 +161,7 @@ class _Session:
         if self.accelerator.is_main_process:
             store.create()
         self.accelerator.wait_for_everyone()
-        run = Run(trainer, store, self.journal, Progress(), watch)
+        run = Run(trainer, store, self.journal, TrainingProgress(), watch)
         self._begin(run, original, known)
         if run.progress.stopped is None:
             run.train()
@@ -224,8 +226,8 @@ class _Session:
             task=self.task.name,
             primary=self.task.primary,
             higher_is_better=self.task.higher_is_better,
-            original=Measured(**start["original"]) if "original" in start else None,
-            start=Measured(**start["start"]),
+            original=MeasuredNetwork(**start["original"]) if "original" in start else None,
+            start=MeasuredNetwork(**start["start"]),
             result=measured(trainer.result, final.metrics, final.seconds, self._input_size()),
             steps=progress.step,
             epochs=run.plan.epoch(progress.step),
@@ -386,7 +388,7 @@ def dry_run(
         teacher = original if config.distill else None
         trainer = Trainer(work, task, data, config, accelerator, teacher)
         store = Store(Path(place), trainer.plan.checkpoint_every)
-        run = Run(trainer, store, Journal(None, quiet=True), Progress())
+        run = Run(trainer, store, TrainingJournal(None, quiet=True), TrainingProgress())
         loss = run.once()
         groups = describe(trainer.optimizer, trainer.groups)
         release(accelerator, trainer.wrapped)

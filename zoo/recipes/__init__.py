@@ -5,7 +5,6 @@ run, at the scale of the paper. Presets change some of them; several presets can
 Every recipe has the preset `small`: a smaller network on fewer samples, minutes on a CPU.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.errors import ConfigError, RecipeError
 from surgeon.records.recipe import parse_json, read_text
+from surgeon.util.near import did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,7 +70,8 @@ class TrainingRecipe:
         for name in names:
             if name not in self.presets:
                 raise ConfigError(
-                    f"recipe {self.name} has no preset {name!r}; it has {', '.join(self.presets)}{_near(name, self.presets)}"
+                    f"recipe {self.name} has no preset {name!r}; it has {', '.join(self.presets)}."
+                    f"{did_you_mean(name, self.presets)}"
                 )
             preset = self.presets[name]
             made = replace(
@@ -159,7 +160,7 @@ def training_recipe(name: str | Path) -> TrainingRecipe:
     if str(name) not in known:
         raise RecipeError(
             f"there is no training recipe {str(name)!r}; there are {', '.join(known)}, and files by a name that ends in "
-            f".json{_near(str(name), known)}"
+            f".json.{did_you_mean(str(name), known)}"
         )
     return _shipped(str(name))
 
@@ -250,8 +251,3 @@ def _check_keys(values: Iterable[str], known: Iterable[str], where: str) -> None
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise RecipeError(f"{where} has no key {', '.join(map(repr, unknown))}; it may have {', '.join(sorted(known))}")
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f". Did you mean {near[0]!r}?" if near else ""

@@ -24,10 +24,10 @@ from surgeon.zoo.finetune import FinetuneConfig, Source, finetune
 from surgeon.zoo.finetune.devices import make_accelerator
 from surgeon.zoo.tasks import Task, better
 from surgeon.zoo.tasks.data.fingerprint import fingerprint
-from surgeon.zoo.trial.answer import ARMS, Answer, Cost
+from surgeon.zoo.trial.answer import ARMS, Answer, ArmCost
 from surgeon.zoo.trial.folder import TryFolder
 from surgeon.zoo.trial.parts import part_of
-from surgeon.zoo.trial.plan import Plan, Speed, make_plan
+from surgeon.zoo.trial.plan import Speed, TrialPlan, make_plan
 from surgeon.zoo.trial.twins import TryConfig, Twins
 
 Tell = Callable[[str], None]
@@ -131,7 +131,7 @@ class _Trial:
             old = self.folder.read()
             self.folder.compare(old, identity, data)
             (self.before, self.run_before), self.scores = self.folder.spent(), self.folder.read_scores()
-            self.plan = Plan(**{**old["plan"], "rates": tuple(map(float, old["plan"]["rates"]))})
+            self.plan = TrialPlan(**{**old["plan"], "rates": tuple(map(float, old["plan"]["rates"]))})
             self.speed = Speed(**old["speed"])
         else:
             self.tell("measuring a training step of both")
@@ -354,7 +354,7 @@ class _Trial:
         answer.notes = self._notes(answer)
         return answer
 
-    def _cost(self, arm: str, rows: dict[int, dict[str, Any]]) -> Cost:
+    def _cost(self, arm: str, rows: dict[int, dict[str, Any]]) -> ArmCost:
         from surgeon.costs import cost
 
         network = self.twins.network(arm, 0)
@@ -364,7 +364,7 @@ class _Trial:
             flops = None
         params = sum(parameter.numel() for parameter in network.parameters())
         times = [row["step_seconds"] for row in rows.values()]
-        return Cost(flops=flops, params=params, step_seconds=statistics.median(times) if times else math.nan)
+        return ArmCost(flops=flops, params=params, step_seconds=statistics.median(times) if times else math.nan)
 
     def _notes(self, answer: Answer) -> list[str]:
         notes = []

@@ -21,7 +21,7 @@ from surgeon.cli import main
 from surgeon.search.gains.gain import GainTable
 from surgeon.search.study.database import StudyDatabase
 from surgeon.search.study.folder import read_search
-from surgeon.search.study.journal import Journal
+from surgeon.search.study.journal import StudyJournal
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.finetune.loop import Interrupted, Run
 from tests.support.browser import chromium, installed
@@ -52,7 +52,7 @@ def test_a_search_from_beginning_to_end(capsys: Capture) -> None:
     for one in found.records:
         if one.counts:
             assert one.attributes["traced"]["flops"] <= 4 * found.about["original"]["flops"]
-    study = optuna.load_study(study_name="search", storage=JournalStorage(Journal(found.folder.study)))
+    study = optuna.load_study(study_name="search", storage=JournalStorage(StudyJournal(found.folder.study)))
     assert len(study.trials) == len(found.records)
     assert study.direction == optuna.study.StudyDirection.MINIMIZE
     assert found.finals is not None

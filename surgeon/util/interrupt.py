@@ -1,0 +1,26 @@
+"""Signals caught for a while."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def caught(numbers: Iterable[int], handle: Callable[[int, Any], None]) -> Iterator[None]:
+    """Call `handle(number, before)` for each of these signals, `before` being its earlier handler, which returns at the end.
+
+    Only the main thread can catch signals; in another one nothing is caught.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        signal.signal(number, lambda caught, frame, handler=handler: handle(caught, handler))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
