@@ -215,6 +215,7 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             force=args.force,
             quiet=args.quiet,
+            began=args.began,
         )
     except Interrupted as stop:
         print(f"surgeon: {stop}; go on with the same command and --resume", file=sys.stderr)
