@@ -1,4 +1,4 @@
-"""The `surgeon` command: its subcommands, each in a file of its own, and what becomes of their errors.
+"""The `surgeon` command: its subcommands, each in its own file, and the handling of their errors.
 
 The result goes to stdout (`--json`: one document), everything else to stderr. Exit codes: 0 done, 1 a check failed or nothing
 could be replaced, 2 wrong usage or input, 130 interrupted. Nothing here imports torch before a command runs.
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     try:
         args = _parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has said why
+    except SystemExit as stop:  # argparse has printed why
         return stop.code if isinstance(stop.code, int) else 2
     handler: Callable[[argparse.Namespace], int] = args.handler
     args.began = began
@@ -102,14 +102,14 @@ def _load(args: argparse.Namespace) -> None:
 
 
 def _told(error: BaseException) -> str:
-    """What the system says (a full disk, no permission, no memory) in one line, as what surgeon says itself."""
+    """An operating-system error (full disk, no permission, no memory) in one line, worded like surgeon's own."""
     if isinstance(error, SurgeonError):
         return str(error)
     if isinstance(error, OSError):
         from surgeon.util.files import shortened
 
         return f"{shortened(error.filename)}: {error.strerror}" if error.filename else error.strerror or str(error)
-    return "this machine has not enough memory"
+    return "this machine does not have enough memory"
 
 
 def _start_logging(args: argparse.Namespace) -> None:
@@ -131,7 +131,7 @@ def _start_logging(args: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="surgeon",
-        description="Give trained vision networks content-adaptive convolutions without changing what they compute.",
+        description="Give trained vision networks content-adaptive convolutions without changing their function.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser.add_argument("--version", action="version", version=f"surgeon {__version__}")
     shells = ("bash", "zsh", "tcsh")
-    completion = 'print what makes the shell complete commands and options: eval "$(surgeon --print-completion bash)"'
+    completion = 'print the shell completion script for commands and options: eval "$(surgeon --print-completion bash)"'
     parser.add_argument("--print-completion", action=_Completion, choices=shells, metavar="bash|zsh", help=completion)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     modules = {
@@ -195,7 +195,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Completion(argparse.Action):
-    """Prints the script that makes a shell complete `surgeon`, by shtab, and ends."""
+    """Prints a shell completion script for `surgeon`, made by shtab, and exits."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         try:
@@ -207,7 +207,7 @@ class _Completion(argparse.Action):
 
 
 class _Store(argparse._StoreAction):
-    """As argparse's own, but `-o=--` is an option without its value, and not an empty list."""
+    """Like argparse's own, but `-o=--` is an option without its value, not an empty list."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if values == [] and self.nargs is None:

@@ -1,4 +1,4 @@
-"""A search as one HTML page that needs nothing beside it, and its pictures as PNGs, for papers."""
+"""A search as one self-contained HTML page, and its plots as PNG files for papers."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ Other = Finished | None
 
 
 def write_report(found: Finished, folder: Path, other: Other = None) -> Path:
-    """Write `report.html` and the PNGs; returns the page. Raises `ConfigError` where nothing was evaluated yet."""
+    """Write `report.html` and the PNGs; returns the page. Raises `ConfigError` if nothing was evaluated yet."""
     if not found.ranked():
         raise ConfigError(f"no trial of {found.folder.path} is complete yet: there is nothing to report")
     pictures = {
@@ -84,7 +84,7 @@ def _facts(found: Finished, values: Mapping[str, Any]) -> list[list[str]]:
 
 
 def sentences(found: Finished) -> list[str]:
-    """What was found, whether it is better than doing nothing and by how much beside its error, and what it costs."""
+    """The findings: whether it is better than no conversion, by how much with which error, and what it costs."""
     told = _of_finals(found) or _of_trials(found)
     values = [value for one in found.ranked() if (value := found.value(one)) is not None]
     if len(values) > 1 and max(values) == min(values):

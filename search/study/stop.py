@@ -1,4 +1,4 @@
-"""When a worker stops: Ctrl-C or SIGTERM, or the end of its time."""
+"""Stop conditions of a worker: Ctrl-C or SIGTERM, or the end of its time."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass
 class Stop:
-    """When to stop: Ctrl-C or SIGTERM, or the end of the time."""
+    """Stop conditions: Ctrl-C or SIGTERM, or the end of the time."""
 
     deadline: float | None
     interrupted: bool = False
@@ -25,7 +25,7 @@ class Stop:
 
 @contextmanager
 def on_interrupt(stop: Stop) -> Iterator[None]:
-    """The first Ctrl-C, or SIGTERM, asks the search to stop, the second stops it at once. Only the main thread can catch it."""
+    """The first Ctrl-C or SIGTERM asks the search to stop, the second stops it at once. Only the main thread can catch it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -15,8 +15,8 @@ EXAMPLES = """  surgeon bench runs/resnet50-acda --batch-size 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon bench`, beside --json, --quiet and --debug."""
-    parser.add_argument("run", metavar="RUN", help="a folder that surgeon wrote")
+    """Add the arguments of `surgeon bench`; --json, --quiet and --debug are common to all commands."""
+    parser.add_argument("run", metavar="RUN", help="a folder written by surgeon")
     add_step_arguments(parser)
     parser.add_argument(
         "--compare", metavar="ORIGINAL", help="the model to compare with (default: the run's base model)"
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be refused at once."""
+    """Refuse invalid arguments before torch is loaded."""
     checks.positives(args, ("rounds",))
     if args.device == "mps":
         raise ConfigError("--device must be cpu, cuda or cuda:N here, got 'mps'")

@@ -1,6 +1,6 @@
-"""What can be refused before the heavy libraries are loaded, which takes seconds: names, paths, options against one another.
+"""Checks made before heavy libraries are loaded, which takes seconds: names, paths, conflicting options.
 
-Every command module may have a `check(args)`, which `main` calls first; it is made of these.
+Every command module may have a `check(args)`, which `main` calls first and which uses these.
 """
 
 import argparse
@@ -19,36 +19,36 @@ from surgeon.util.parse import parse_input_size
 
 
 def model(name: str, weights: str | None = None) -> None:
-    """A model by its name, with `--weights` that go with it."""
+    """Check a model's name and its `--weights`."""
     check_model_name(name)
     check_weights(weights)
 
 
 def run_folder(name: str) -> None:
-    """A folder that surgeon wrote, or one on the Hub."""
+    """Check a folder written by surgeon, or a name on the Hub."""
     if HUB.fullmatch(name) is None:
         check_folder(name)
 
 
 def search(path: str | Path) -> None:
-    """The folder of a search."""
+    """Check the folder of a search."""
     check_search(path)
 
 
 def folder(path: str | Path | None, option: str, error: type[DataError] | type[InputError] = DataError) -> None:
-    """A folder with data or pictures, where one is named."""
+    """Check that a folder of data or images exists, if given."""
     if path is not None and not Path(path).is_dir():
         raise error(f"{option}: there is no folder {path}")
 
 
 def file(path: str | Path | None, option: str) -> None:
-    """A file that is to be read, where one is named."""
+    """Check that an input file exists, if given."""
     if path is not None and not Path(path).is_file():
         raise ConfigError(f"{option}: there is no file {path}")
 
 
 def recipe(path: str | None) -> None:
-    """A recipe of a conversion: a file that is one, a folder, or zoo/NAME."""
+    """Check a conversion recipe: a recipe file, a folder, or zoo/NAME."""
     if path is None or (path.startswith("zoo/") and not Path(path).exists()):
         return
     place = Path(path, RECIPE) if Path(path).is_dir() else Path(path)
@@ -56,45 +56,45 @@ def recipe(path: str | None) -> None:
 
 
 def layer_type(kind: str | None, options: dict[str, Any] | None = None) -> None:
-    """The type of a dynamic layer, and its options. What a process has registered beside our own is known only to it."""
+    """Check a layer type and its options, unless torch is loaded: then the registries themselves will."""
     if kind is not None and not _loaded():
         declared.check_layer_options(kind, options or {})
 
 
 def compression(kind: str | None) -> None:
-    """A layer type that `--compress` can make smaller."""
+    """Check that `--compress` supports a layer type."""
     if not _loaded() and (kind is None or not declared.layer_types()[kind].compressed):
         raise no_compression(kind)
 
 
 def no_compression(kind: str | None) -> ConfigError:
-    """The error for `--compress` with another type, or none."""
-    return ConfigError(f"--compress drops the static atoms of acda layers; it has no meaning for {kind}")
+    """The error for `--compress` with an unsupported type, or none."""
+    return ConfigError(f"--compress drops the static atoms of acda layers and does not apply to {kind}")
 
 
 def task(name: str | None, options: dict[str, Any], data: str | Path | None = None) -> None:
-    """A task, its options, and the folder of its data."""
+    """Check a task, its options, and the folder of its data."""
     if "data" in options:
-        raise ConfigError("the task's data are given with --data, not as a --task-option")
+        raise ConfigError("give the task's data with --data, not as a --task-option")
     folder(data, "--data")
     if name is not None and not _loaded():
         declared.check_task_options(name, options)
 
 
 def positives(args: argparse.Namespace, names: Iterable[str], least: int = 1) -> None:
-    """Counts that must be at least so many."""
+    """Check that these counts are at least `least`."""
     for name in names:
         if getattr(args, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
 
 
 def layer_options(kind: str | None, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """The --option pairs, as the layer type takes them: lists also as a,b,c."""
+    """The --option pairs with values of the layer type's option types; lists may be written a,b,c."""
     return typed(declared.layer_types().get(kind or ""), pairs)
 
 
 def typed(known: declared.Declared | None, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """KEY=VALUE pairs as those options take them: lists also as a,b,c, sizes as --input-size has them."""
+    """KEY=VALUE pairs with values of the options' types; lists may be written a,b,c, sizes as for --input-size."""
     return {key: _as(value, known.options.get(key) if known else None, key) for key, value in pairs}
 
 
@@ -119,5 +119,5 @@ def _number(text: str) -> Any:
 
 
 def _loaded() -> bool:
-    """Whether torch is there already, so that the registries themselves answer as fast."""
+    """Whether torch is already loaded, so that the registries themselves answer as fast."""
     return "torch" in sys.modules

@@ -1,4 +1,4 @@
-"""What the commands print: progress on stderr, and plain text for people on stdout."""
+"""Output of the commands: progress on stderr, and plain text on stdout."""
 
 import math
 import os
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from surgeon.sites.sites import ConvSite
     from surgeon.surgery.verify import Verification
 
-_EVERY = 2.0  # seconds between two lines where stderr is no terminal
+_EVERY = 2.0  # seconds between lines if stderr is not a terminal
 
 
 def width() -> int:
-    """Columns for a table: those of the terminal, 80 in a pipe; `COLUMNS` overrides."""
+    """Columns for a table: the terminal's, or 80 in a pipe; `COLUMNS` overrides."""
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
         return max(shutil.get_terminal_size((80, 24)).columns, 60)
     return 80
 
 
 class Progress:
-    """A callable `(stage, done, total)` that shows on stderr how far the work is: bars on a terminal, else a line now and then."""
+    """A callable `(stage, done, total)` that shows progress on stderr: bars on a terminal, otherwise an occasional line."""
 
     def __init__(self, *, enabled: bool = True) -> None:
         self.enabled = enabled
@@ -94,7 +94,7 @@ class Progress:
 
 
 def inspection_values(sites: "list[ConvSite]") -> list[dict[str, Any]]:
-    """Every convolution as JSON values, with what it can become: for each type the reasons against it."""
+    """Every convolution as JSON values, with its possible types: for each type the reasons against it."""
     from surgeon.surgery.plan import can_become
 
     return [
@@ -103,7 +103,7 @@ def inspection_values(sites: "list[ConvSite]") -> list[dict[str, Any]]:
 
 
 def activation_bytes(site: "ConvSite") -> int | None:
-    """Memory of the outputs for one image in float32, over all calls; None where the forward pass does not reach it."""
+    """Memory of the outputs for one image in float32, over all calls; None if the forward pass does not reach it."""
     if not site.calls:
         return None
     return sum(4 * math.prod(call.output[-3:]) for call in site.calls)
@@ -113,7 +113,7 @@ INSPECTED = ("layer", "stage", "geometry", "output", "FLOPs", "params", "memory"
 
 
 class Inspection(list["ConvSite"]):
-    """What `surgeon.inspect` found: a list, which notebooks show as a table."""
+    """The result of `surgeon.inspect`: a list that notebooks show as a table."""
 
     def _repr_html_(self) -> str:
         rows, against = _inspected(self)
@@ -126,7 +126,7 @@ _UNITS = "FLOPs (1 MAC = 2 FLOPs) and memory (of the output, float32) are for on
 
 
 def inspection_text(sites: "list[ConvSite]", model: str, width: int) -> str:
-    """The table of `surgeon inspect`, and below it why something cannot become something."""
+    """The table of `surgeon inspect`, followed by the reasons against replacements."""
     from surgeon.layers.registry import layer_types
 
     rows, against = _inspected(sites)
@@ -138,7 +138,7 @@ def inspection_text(sites: "list[ConvSite]", model: str, width: int) -> str:
 
 
 def _inspected(sites: "list[ConvSite]") -> tuple[list[tuple[str, ...]], dict[str, list[str]]]:
-    """A row for each convolution, and the names behind each reason why something cannot become something."""
+    """A row for each convolution, and the names for each reason against a replacement."""
     from surgeon.surgery.plan import can_become
 
     rows: list[tuple[str, ...]] = []
@@ -193,7 +193,7 @@ def verification_values(result: "Verification") -> dict[str, Any]:
 
 
 def verification_text(result: "Verification", run: str, width: int) -> str:
-    """What `surgeon verify` prints."""
+    """The output of `surgeon verify`."""
     verdict = "computes what the original computes" if result.exact else "is NOT equal to the original (compressed)"
     rows = [(name, error(found.max_rel), error(found.max_abs)) for name, found in result.layers.items()]
     lines = [

@@ -1,4 +1,4 @@
-"""`surgeon convert`: chosen convolutions become content-adaptive."""
+"""`surgeon convert`: make selected convolutions content-adaptive."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -26,10 +26,10 @@ LAYERS_HELP = """selections (--layers), joined by commas:
   names and prefixes   layer3, layer4.0.conv2      globs, regexes   'blocks.*.conv_dw', 're:conv[23]$'
   stages               stem, stage1 ... , all      predicates       k>=3, k=1, in>=64, stride=1, groups=1
   kinds                depthwise, dense, first-of-stage             exclusion        '!layer4.2'
-  Names and stages add up, predicates narrow down. 1x1 convolutions are taken only by full name or with k=1.
+  Names and stages add, predicates filter. 1x1 convolutions are selected only by full name or with k=1.
 """
 
-DESCRIPTION = "make chosen convolutions content-adaptive"
+DESCRIPTION = "make selected convolutions content-adaptive"
 EXAMPLES = (
     "  surgeon convert resnet50 --layers stage3,stage4 --type acda\n"
     "  surgeon convert mobilenetv2_100 --layers depthwise --type sekg -o runs/mobile\n"
@@ -43,29 +43,29 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon convert`, beside --json, --quiet and --debug."""
+    """Add the arguments of `surgeon convert`; --json, --quiet and --debug are common to all commands."""
     add_model(parser)
-    group = parser.add_argument_group("what becomes what")
+    group = parser.add_argument_group("what to convert")
     group.add_argument("--layers", metavar="SELECTION", help="which convolutions (default: all with k >= 2)")
     group.add_argument("--type", metavar="TYPE", help="acda, pafu or sekg")
     group.add_argument(
         "--pattern",
         metavar="dcb|mdcb",
-        help="residual blocks become ADFNet's DCBs, instead of --type (mdcb: says why not)",
+        help="convert residual blocks to ADFNet's DCBs, instead of --type (mdcb: explains why not)",
     )
     group.add_argument(
         "--recipe",
         metavar="FILE|zoo/NAME",
-        help="rules from a recipe, or those of a zoo network, instead of --layers and --type",
+        help="rules from a recipe or a zoo network, instead of --layers and --type",
     )
-    group = parser.add_argument_group("layer options (any other by --option)")
+    group = parser.add_argument_group("layer options (others with --option)")
     group.add_argument("--atoms", "-m", type=whole, metavar="M", help="acda: dynamic atoms")
     group.add_argument("--scales", "-S", type=whole, metavar="S", help="acda: scales of the basis, 3x3, 5x5, ...")
-    group.add_argument("--basis-size", type=whole, metavar="M'", help="acda: basis elements a scale")
+    group.add_argument("--basis-size", type=whole, metavar="M'", help="acda: basis elements per scale")
     group.add_argument("--group-size", "-n", type=whole, metavar="N", help="pafu: kernels in a group")
-    group.add_argument("--kernel-groups", type=whole, metavar="G", help="sekg: channels that share a kernel, as groups")
+    group.add_argument("--kernel-groups", type=whole, metavar="G", help="sekg: groups of channels that share a kernel")
     group.add_argument("--compress", action="store_true", help="acda: drop the static atoms; smaller, not exact")
-    group.add_argument("--calibrate", metavar="DIR", help="pictures for an activation-aware --compress")
+    group.add_argument("--calibrate", metavar="DIR", help="images for an activation-aware --compress")
     add_pairs(group, "--option", "any layer option", dest="options")
     group = parser.add_argument_group("output")
     add_output(group, required=False, help_="folder to write (default: runs/NAME-TYPE, with --recipe runs/NAME-recipe)")
@@ -73,16 +73,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be refused at once: options against one another, names, paths, what is in the way of the output."""
+    """Refuse conflicting options, unknown names, missing paths and an occupied output before torch is loaded."""
     options = _layer_options(args)
     if args.recipe and (args.layers or args.type or args.pattern or options):
         raise ConfigError(
-            "--recipe says layers, types and options itself: leave out --layers, --type, --pattern and layer options"
+            "--recipe defines layers, types and options: leave out --layers, --type, --pattern and layer options"
         )
     if args.pattern and args.type:
-        raise ConfigError("--pattern says what the layers become: leave out --type")
+        raise ConfigError("--pattern determines the type: leave out --type")
     if not args.recipe and not args.type and not args.pattern:
-        raise ConfigError("say what the layers become: --type acda, pafu or sekg (or --recipe FILE)")
+        raise ConfigError("choose a layer type: --type acda, pafu or sekg (or --recipe FILE)")
     checks.layer_type(args.type, options)
     if args.compress:
         checks.compression(args.type)
@@ -146,12 +146,12 @@ def _layer_options(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for key, value in checks.layer_options(args.type, args.options).items():
         if options.setdefault(key, value) != value:
-            raise ConfigError(f"{key} is given twice: {options[key]!r}, and {value!r} by --option; give it once")
+            raise ConfigError(f"{key} is given twice: {options[key]!r}, and {value!r} with --option; give it once")
     return options
 
 
 def _compressed(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
-    """The layer options, with those of `--compress`."""
+    """The layer options, including those of `--compress`."""
     if not args.compress:
         return options
     from surgeon.layers.registry import layer_class
@@ -161,12 +161,12 @@ def _compressed(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, 
         raise checks.no_compression(args.type)
     given = [key for key, value in compressed.items() if options.get(key, value) != value]
     if given:
-        raise ConfigError(f"--compress says {given[0]} itself: leave it out of --option")
+        raise ConfigError(f"--compress sets {given[0]}: leave it out of --option")
     return {**options, **compressed}
 
 
 def _check_options(kind: str | None, options: dict[str, Any]) -> None:
-    """Refuse wrong types and options before a model is built."""
+    """Refuse unknown types and invalid options before a model is built."""
     if kind is not None:
         from surgeon.layers.registry import layer_class
         from surgeon.records.recipe import Rule
@@ -181,12 +181,12 @@ def _calibration(args: argparse.Namespace, model: "nn.Module", base: "BaseModel 
     from surgeon.models.images import read_images
 
     if base is None:
-        raise ConfigError("--calibrate needs to know the base model, for its transform; this folder does not name it")
+        raise ConfigError("--calibrate needs the base model's transform, and this folder does not name its base model")
     return read_images(args.calibrate, model, base)
 
 
 def _output(args: argparse.Namespace) -> str:
-    """As given, or `runs/NAME-TYPE`, the name being the last part of how the model was named; `recipe` in place of a type."""
+    """As given, or `runs/NAME-TYPE`, where NAME is the last part of the model's name and TYPE is `recipe` for a recipe."""
     if args.output:
         return str(args.output)
     name = model_name(args.model.removesuffix(".pt2"))

@@ -42,24 +42,24 @@ EXAMPLES = """  surgeon finetune runs/resnet50-acda --task classification --data
   surgeon finetune zoo/adfnet_wo_dcb_mdcb --recipe adfnet --preset small --data photos/ --task-option sigma=30
   torchrun --nproc-per-node 4 -m surgeon finetune runs/resnet50-acda --task classification --data imagenet/
 
-spans (--warmup, --new-first, ...) are optimizer steps (200), epochs (1.5ep) or a part of the run (5%)
-recipes are files with a network, a task and options as a paper has them (surgeon zoo NAME names those of a network); every other
-option given here is laid over the recipe's
+spans (--warmup, --new-first, ...) are optimizer steps (200), epochs (1.5ep) or a percentage of the run (5%)
+recipes are files with a paper's network, task and options (surgeon zoo NAME lists those of a network); every other
+option given here overrides the recipe's
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon finetune`, beside --json, --quiet and --debug.
+    """Add the arguments of `surgeon finetune`; --json, --quiet and --debug are common to all commands.
 
-    Those of the run's config have no default here: what is not given is left to `FinetuneConfig`.
+    Options of the run's config have no default here: those not given are left to `FinetuneConfig`.
     """
     parser.add_argument(
         "model",
         nargs="?",
         metavar="RUN|MODEL",
-        help="a folder that surgeon wrote, or a model's name (default: the recipe's network)",
+        help="a folder written by surgeon, or a model's name (default: the recipe's network)",
     )
-    group = parser.add_argument_group("what is trained on what")
+    group = parser.add_argument_group("model, task and output")
     add_task(group, "the recipe's, or the one that a fine-tuned folder was trained on")
     group.add_argument("--recipe", metavar="NAME|FILE", help="a training recipe: surgeon's by name, or a .json file")
     group.add_argument(
@@ -69,20 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="NAME",
-        help="of the recipe, the later over the earlier; small: minutes on a CPU",
+        help="presets of the recipe, later ones override; small: minutes on a CPU",
     )
     group.add_argument(
-        "--weights", default="auto", metavar="auto|pretrained|random|FILE", help="of MODEL (default: auto)"
+        "--weights", default="auto", metavar="auto|pretrained|random|FILE", help="weights of MODEL (default: auto)"
     )
-    add_pairs(group, "--model-args", "further options of MODEL")
+    add_pairs(group, "--model-args", "additional options of MODEL")
     group.add_argument(
-        "--trust-factory", action="store_true", help="run the package.module:factory that RUN's recipe names"
+        "--trust-factory", action="store_true", help="run the package.module:factory named by RUN's recipe"
     )
     group.add_argument("-o", "--output", type=Path, metavar="OUT", help="folder to write (default: runs/NAME-TASK)")
     group.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")
-    group.add_argument(
-        "--resume", action="store_true", help="go on with the run in OUT, with the same options and data"
-    )
+    group.add_argument("--resume", action="store_true", help="resume the run in OUT, with the same options and data")
     group.add_argument(
         "--dry-run", action="store_true", help="check the data, try one step, predict its cost; write nothing"
     )
@@ -95,48 +93,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_length(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("length and batches")
     _option(group, "--epochs", float, "N", "passes over the training data")
-    _option(group, "--max-steps", int, "N", "at most so many optimizer steps")
-    _option(group, "--max-time", str, "TIME", "at most so long, evaluations and loading included: 90s, 30m, 1.5h")
-    _option(group, "--batch-size", positive, "N", "samples a micro-step, over all processes")
-    _option(group, "--accumulate", int, "N", "micro-steps an optimizer step")
-    _option(group, "--eval-batch-size", int, "N", "samples a batch in evaluation")
-    _option(group, "--workers", natural, "N", "processes that load data; 0 loads in the training process")
+    _option(group, "--max-steps", int, "N", "maximum number of optimizer steps")
+    _option(group, "--max-time", str, "TIME", "maximum time, including evaluations and data loading: 90s, 30m, 1.5h")
+    _option(group, "--batch-size", positive, "N", "samples per micro-step, over all processes")
+    _option(group, "--accumulate", int, "N", "micro-steps per optimizer step")
+    _option(group, "--eval-batch-size", int, "N", "samples per batch in evaluation")
+    _option(group, "--workers", natural, "N", "data-loading processes; 0 loads in the training process")
     _option(group, "--eval-every", str, "SPAN", "between evaluations")
-    _option(group, "--patience", int, "N", "stop after so many evaluations without a better one")
-    group.add_argument("--keep", choices=("best", "last"), help="which weights make the result")
+    _option(group, "--patience", int, "N", "stop after N evaluations without a better one")
+    group.add_argument("--keep", choices=("best", "last"), help="which weights to keep as the result")
 
 
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer")
     _option(group, "--opt", str, "NAME", "any of timm's optimizers")
     add_lr(group)
-    _option(group, "--weight-decay", float, "X", "not on norms and biases")
-    _option(group, "--momentum", float, "X", "of optimizers that have one")
+    _option(group, "--weight-decay", float, "X", "weight decay, except on norms and biases")
+    _option(group, "--momentum", float, "X", "momentum, for optimizers that have one")
     schedules = ("cosine", "poly", "step", "multistep", "tanh", "constant")
-    group.add_argument("--sched", choices=schedules, help="of timm's schedules")
+    group.add_argument("--sched", choices=schedules, help="one of timm's schedules")
     _option(group, "--decay-rate", float, "X", "step, multistep: factor on the rate; poly: the power")
-    _option(group, "--decay-every", str, "SPAN", "step: between decays")
+    _option(group, "--decay-every", str, "SPAN", "step: span between decays")
     group.add_argument(
         "--milestones", nargs="+", action="extend", metavar="SPAN", help="multistep: when the rate decays"
     )
     _option(group, "--warmup", str, "SPAN", "linear warm-up")
-    _option(group, "--min-lr", float, "X", "where the schedule ends")
-    _option(group, "--clip", float, "X", "largest norm of the gradient; 0: no limit")
+    _option(group, "--min-lr", float, "X", "final learning rate of the schedule")
+    _option(group, "--clip", float, "X", "maximum gradient norm; 0: no limit")
     _option(group, "--ema", float, "DECAY", "keep an average of the weights")
 
 
 def _add_layers(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("dynamic layers")
-    _option(group, "--new-lr-scale", float, "X", "rate of new parameters, as a part of --lr")
-    _option(group, "--new-first", str, "SPAN", "train only new parameters so long")
+    _option(group, "--new-lr-scale", float, "X", "rate of new parameters, as a multiple of --lr")
+    _option(group, "--new-first", str, "SPAN", "train only new parameters for SPAN first")
     _option(group, "--regularization", float, "X", "weight of the layers' own loss (PAFU: decorrelation)")
-    _option(group, "--temperature-end", float, "X", "PAFU: temperature at the end, as a part of the first")
+    _option(group, "--temperature-end", float, "X", "PAFU: final temperature, as a fraction of the initial one")
     group.add_argument(
-        "--alternate", type=whole, nargs="?", const=3, metavar="K", help="PAFU: a selector step, then K others (3)"
+        "--alternate",
+        type=whole,
+        nargs="?",
+        const=3,
+        metavar="K",
+        help="PAFU: alternate one selector step with K others (3)",
     )
     _option(group, "--distill", float, "X", "weight of the distance to the original network's outputs")
     group.add_argument("--freeze-bn", action="store_true", default=None, help="keep the BatchNorm statistics")
-    _option(group, "--recalibrate", int, "N", "training batches that measure BatchNorm statistics at the end")
+    _option(group, "--recalibrate", int, "N", "training batches for recalibrating BatchNorm at the end")
 
 
 def _add_operation(parser: argparse.ArgumentParser) -> None:
@@ -148,9 +151,9 @@ def _add_operation(parser: argparse.ArgumentParser) -> None:
         "--checkpointing", action="store_true", default=None, help="gradient checkpointing (timm models)"
     )
     _option(group, "--checkpoint-every", str, "SPAN", "between checkpoints")
-    _option(group, "--max-rollbacks", int, "N", "returns after numbers that are not finite")
+    _option(group, "--max-rollbacks", int, "N", "maximum rollbacks after NaN or infinity")
     _option(group, "--log-every", int, "N", "steps between rows of the log")
-    _option(group, "--seed", int, "N", "of the order, the augmentation and the layers' noise")
+    _option(group, "--seed", int, "N", "seed for order, augmentation and the layers' noise")
 
 
 def _option(group: Any, flag: str, kind: Any, metavar: str, told: str) -> None:
@@ -158,7 +161,7 @@ def _option(group: Any, flag: str, kind: Any, metavar: str, told: str) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be refused at once; settles the task where no recipe says it."""
+    """Refuse invalid arguments before torch is loaded; settles the task unless a recipe does."""
     if args.max_time is not None:
         parse_time(args.max_time, "--max-time")
     for name in ("eval_every", "decay_every", "warmup", "new_first", "checkpoint_every"):
@@ -171,7 +174,7 @@ def check(args: argparse.Namespace) -> None:
                 "recipes of a network)"
             )
         if args.presets:
-            raise ConfigError(f"--preset {args.presets[0]} is a preset of a recipe, and there is no --recipe")
+            raise ConfigError(f"--preset {args.presets[0]} is a preset of a recipe, and --recipe is missing")
         settle(args)
         if not args.dry_run:
             check_run_output(_output(args, args.task), resume=args.resume, force=args.force)
@@ -187,7 +190,7 @@ def _output(args: argparse.Namespace, what: str) -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns the exit code; 130 when interrupted, with how to go on."""
+    """Returns the exit code; 130 when interrupted, with a hint on how to resume."""
     from surgeon.zoo.finetune import finetune
     from surgeon.zoo.finetune.folder import RunFolder
     from surgeon.zoo.finetune.loop import Interrupted
@@ -218,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
             began=args.began,
         )
     except Interrupted as stop:
-        print(f"surgeon: {stop}; go on with the same command and --resume", file=sys.stderr)
+        print(f"surgeon: {stop}; resume with the same command and --resume", file=sys.stderr)
         return 130
     finally:
         _leave_group()
@@ -233,7 +236,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_recipe(args: argparse.Namespace) -> "TrainingRecipe | None":
-    """The training recipe with its presets, None where there is none. Raises `ConfigError`."""
+    """The training recipe with its presets, None if there is none. Raises `ConfigError`."""
     if args.recipe is None:
         return None
     from surgeon.zoo.recipes import training_recipe
@@ -247,7 +250,7 @@ def read_recipe(args: argparse.Namespace) -> "TrainingRecipe | None":
 def read_config(
     args: argparse.Namespace, recipe: "TrainingRecipe | None" = None, model: "nn.Module | None" = None
 ) -> "FinetuneConfig":
-    """The options that were given, over the recipe's, as far as they are for this model, over the defaults.
+    """The options given, over the recipe's as far as they apply to this model, over the defaults.
 
     Raises `ConfigError`.
     """
@@ -264,7 +267,7 @@ def read_config(
 
 
 def _source(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None") -> tuple[Any, Any, Any]:
-    """The model, its original where that takes trust, and where the model comes from."""
+    """The model, its original if that requires trust, and the model's origin."""
     from surgeon.models.hub import folder_if_any
     from surgeon.models.names import build_model, restore
     from surgeon.records.recipe import get_recipe

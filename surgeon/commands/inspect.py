@@ -5,17 +5,17 @@ import argparse
 from surgeon.commands import checks
 from surgeon.commands.arguments import add_model, build, input_size, print_json
 
-DESCRIPTION = "list every convolution: stage, shapes, FLOPs, memory, what it can become and why not"
+DESCRIPTION = "list every convolution: stage, shapes, FLOPs, memory, possible layer types and reasons against others"
 EXAMPLES = "  surgeon inspect resnet50\n  surgeon inspect torchvision/densenet121 --json\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon inspect`, beside --json, --quiet and --debug."""
+    """Add the arguments of `surgeon inspect`; --json, --quiet and --debug are common to all commands."""
     add_model(parser)
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be refused at once."""
+    """Refuse invalid arguments before torch is loaded."""
     checks.model(args.model, args.weights)
 
 

@@ -1,4 +1,4 @@
-"""`surgeon revert`: dynamic layers become plain convolutions."""
+"""`surgeon revert`: turn dynamic layers into plain convolutions."""
 
 import argparse
 
@@ -14,14 +14,14 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon revert`, beside --json, --quiet and --debug."""
+    """Add the arguments of `surgeon revert`; --json, --quiet and --debug are common to all commands."""
     add_run(parser)
     parser.add_argument("--layers", metavar="SELECTION", help="which dynamic layers (default: all)")
     add_output(parser, required=True, help_="folder to write")
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be refused at once."""
+    """Refuse invalid arguments before torch is loaded."""
     check_output(args.output, force=args.force)
     checks.run_folder(args.run)
 

@@ -1,4 +1,4 @@
-"""The task of a command: its arguments, and what a fine-tuned folder says of the task that it was trained on."""
+"""The task of a command: its arguments, and the task recorded in a fine-tuned folder."""
 
 import argparse
 from pathlib import Path
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 DATA_PAGE = "docs/tasks.md"  # where the folders are described
 
 
-def add_task(group: Any, default: str = "the one that a fine-tuned folder was trained on") -> None:
+def add_task(group: Any, default: str = "the one a fine-tuned folder was trained on") -> None:
     """`--task`, `--data` and `--task-option`."""
     group.add_argument("--task", metavar="TASK", help=f"classification, denoising, ... (default: {default})")
-    group.add_argument("--data", type=Path, metavar="DIR", help=f"the task's data, laid out as {DATA_PAGE} says")
+    group.add_argument("--data", type=Path, metavar="DIR", help=f"the task's data, laid out as in {DATA_PAGE}")
     told = "any option of the task; a fine-tuned folder's own are the default"
     add_pairs(group, "--task-option", told, dest="task_options")
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Make `args.task` and `args.task_options` what was given, over what the model's folder was trained with.
+    """Set `args.task` and `args.task_options` to the given values, defaulting to those the model's folder was trained with.
 
     Raises `ConfigError` without a task, and for options that are not the task's. Nothing heavy is loaded.
     """
@@ -36,15 +36,15 @@ def settle(args: argparse.Namespace) -> None:
         args.task = kept.name
     if args.task is None:
         names = ", ".join(sorted(declared.tasks()))
-        raise ConfigError(f"--task must be given: {args.model} does not say what it was trained on; tasks are {names}")
-    known = declared.tasks().get(args.task)  # of a task that somebody registered nothing is known here
+        raise ConfigError(f"--task must be given: {args.model} does not record a task; tasks are {names}")
+    known = declared.tasks().get(args.task)  # nothing is known here about a third-party task
     given = checks.typed(known, args.task_options)
     same = kept is not None and kept.name == args.task
     options = kept.options if kept is not None and same else {}
     checks.task(args.task, given, args.data)
     if args.data is None and known is not None and "train" in known.options and not {"train", "val"} & set(given):
         raise DataError(
-            f"task {args.task} needs data: --data DIR, laid out as {DATA_PAGE} says (in most cases train/ and val/ in it), or "
+            f"task {args.task} needs data: --data DIR, laid out as in {DATA_PAGE} (in most cases train/ and val/ in it), or "
             "--task-option train=DIR val=DIR"
         )
     args.task_options = list((options | given).items())
@@ -54,7 +54,7 @@ def settle(args: argparse.Namespace) -> None:
 
 
 def recorded(model: str | None) -> Trained | None:
-    """What a fine-tuned folder on this machine says of its task."""
+    """The task recorded in a fine-tuned folder on this machine."""
     file = Path(model or "", FILE)
     if model is None or not file.is_file():
         return None
@@ -62,7 +62,7 @@ def recorded(model: str | None) -> Trained | None:
 
 
 def make_task(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None" = None, **more: Any) -> "Task":
-    """The task with its options, and `more` of them. Raises `ConfigError`, which says how the data are given where they lack."""
+    """The task with its options, and `more` of them. Raises `ConfigError`, with a hint on `--data` if data are missing."""
     from surgeon.zoo.tasks import create_task
 
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in args.task_options} | more

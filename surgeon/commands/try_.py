@@ -1,4 +1,4 @@
-"""`surgeon try`: does a conversion pay on these data? Imports torch when it runs."""
+"""`surgeon try`: does a conversion pay off on these data? Imports torch when it runs."""
 
 import argparse
 import sys
@@ -41,14 +41,14 @@ data, steps and seeds, and the same learning rates to choose from, with seed 0 o
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon try`, beside --json, --quiet and --debug."""
-    parser.add_argument("model", metavar="MODEL", help="a model's name, or a folder that surgeon wrote; not converted")
-    group = parser.add_argument_group("what is trained on what")
+    """Add the arguments of `surgeon try`; --json, --quiet and --debug are common to all commands."""
+    parser.add_argument("model", metavar="MODEL", help="a model's name, or a folder written by surgeon; not converted")
+    group = parser.add_argument_group("model and task")
     add_task(group)
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
     add_pairs(group, "--model-args", "any option of the model")
-    group = parser.add_argument_group("what becomes what (default: that of the task)")
-    group.add_argument("--layers", metavar="SELECTION", help="which convolutions, as surgeon convert takes them")
+    group = parser.add_argument_group("conversion (default: that of the task)")
+    group.add_argument("--layers", metavar="SELECTION", help="which convolutions, as for surgeon convert")
     group.add_argument("--type", metavar="TYPE", help="acda, pafu or sekg")
     group.add_argument("--recipe", metavar="FILE|zoo/NAME", help="rules from a recipe")
     add_pairs(group, "--option", "any layer option", dest="options")
@@ -56,13 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-time", default="30m", metavar="TIME", help="for everything: 90s, 30m, 1.5h (default: 30m)"
     )
-    group.add_argument("--seeds", type=positive, default=5, metavar="N", help="at most so many pairs (default: 5)")
+    group.add_argument("--seeds", type=positive, default=5, metavar="N", help="maximum number of pairs (default: 5)")
     group.add_argument(
-        "--steps", type=positive, metavar="N", help="optimizer steps a run (default: what the time allows)"
+        "--steps", type=positive, metavar="N", help="optimizer steps per run (default: what the time allows)"
     )
     group = parser.add_argument_group("training")
-    add_batch_size(group, "samples a step (default: 32)", 32)
-    add_lr(group, "one for both, or those to try (default: 1e-4 3e-4 1e-3)", nargs="+")
+    add_batch_size(group, "samples per step (default: 32)", 32)
+    add_lr(group, "one for both, or several to try (default: 1e-4 3e-4 1e-3)", nargs="+")
     add_amp(group, amp)
     add_device(group)
     add_workers(group)
@@ -70,14 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-o", "--output", type=Path, metavar="OUT", help="folder to write (default: runs/MODEL-TASK-try)"
     )
-    group.add_argument("--resume", action="store_true", help="go on with the trial in OUT; --max-time may be longer")
+    group.add_argument("--resume", action="store_true", help="resume the trial in OUT; --max-time may be longer")
     group.add_argument("--force", action="store_true", help="replace OUT if surgeon try wrote it")
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be refused at once; settles the task."""
+    """Refuse invalid arguments before torch is loaded; settles the task."""
     if args.recipe and (args.layers or args.type or args.options):
-        raise ConfigError("--recipe says layers, types and options itself: leave out --layers, --type and --option")
+        raise ConfigError("--recipe defines layers, types and options: leave out --layers, --type and --option")
     parse_time(args.max_time, "--max-time")
     checks.recipe(args.recipe)
     checks.layer_type(args.type, checks.layer_options(args.type, args.options))
@@ -91,14 +91,14 @@ def _output(args: argparse.Namespace) -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns the exit code: 1 where not one pair could be compared, 130 when interrupted, with how to go on."""
+    """Returns the exit code: 1 if not one pair could be compared, 130 when interrupted, with a hint on how to resume."""
     from surgeon.models.names import build_model
     from surgeon.zoo.trial import try_conversion
     from surgeon.zoo.trial.folder import TryFolder
 
     output = _output(args)
     config = _config(args)
-    make_task(args, 0)  # what is wrong with its options is said before a model is built
+    make_task(args, 0)  # report invalid options before a model is built
     model, base = build_model(args.model, weights=args.weights, options=dict(args.model_args))
     try:
         answer = try_conversion(
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if not TryFolder(output).record.is_file():
             raise
-        print("surgeon: interrupted; go on with the same command and --resume", file=sys.stderr)
+        print("surgeon: interrupted; resume with the same command and --resume", file=sys.stderr)
         return 130
     _print(args, answer, output)
     return 0 if answer.gains else 1

@@ -1,4 +1,4 @@
-"""Making a cost table: one trace of the model, and one of every distinct (layer, shape, option)."""
+"""Building a cost table: one trace of the model, and one of every distinct (layer, shape, option)."""
 
 import warnings
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from surgeon.surgery.plan import read_config, why_not
 
 @dataclass
 class _Window:
-    """A part of the step, in time: inside one call of a layer (index into the sites; -1: none), and the base's peak there."""
+    """A time window of the step: inside one call of a layer (index into the sites; -1: none), and the base's peak in it."""
 
     site: int
     phase: str
@@ -38,13 +38,13 @@ class _Window:
 
 @dataclass
 class _Base:
-    """The unmodified model's trace, as far as a table needs it."""
+    """The parts of the unmodified model's trace that a table needs."""
 
     flops: float
     backward_flops: float
     params: int
     windows: list[_Window]
-    calls: list[Call] = field(default_factory=list)  # of every site, its first
+    calls: list[Call] = field(default_factory=list)  # first call of every site
 
 
 def build(model: nn.Module, options: Sequence[Option], layers: Any, settings: Settings) -> CostTable:
@@ -106,7 +106,7 @@ def _trace_base(model: nn.Module, sites: Sequence[ConvSite], settings: Settings)
 
 
 def _windows(trace: Trace, names: Sequence[str]) -> list[_Window]:
-    """Cut the steady step into windows at the calls of the named layers."""
+    """Divide the steady step into windows at the calls of the named layers."""
     times = timeline(trace)
     index = {trace.layers.index(name): i for i, name in enumerate(names)}
     owner = np.full(len(times.levels), -1)
@@ -141,7 +141,7 @@ def _profiles(
     reasons: Sequence[Sequence[tuple[str, ...]]],
     settings: Settings,
 ) -> list[list[Profile | None]]:
-    """Of every site: the layer as it is, then each option (None where it is refused). Equal ones are traced once."""
+    """For every site: the original layer, then each option (None if it is refused). Equal ones are traced once."""
     done: dict[Any, Profile] = {}
     configs: dict[Any, LayerConfig] = {}
     result: list[list[Profile | None]] = []
@@ -171,7 +171,7 @@ def _profiles(
 
 
 def option_layer(geometry: ConvGeometry, option: Option, configs: dict[Any, LayerConfig]) -> DynamicConv2d:
-    """The layer on the meta device; `configs` keeps what was resolved."""
+    """The layer on the meta device; `configs` caches resolved configs."""
     key = (option.label, geometry)
     if key not in configs:
         configs[key] = resolved_config(geometry, option)
@@ -200,7 +200,7 @@ def _random_conv(geometry: ConvGeometry) -> Any:
 
 
 def freeze_like(layer: DynamicConv2d, module: nn.Module) -> None:
-    """What the convolution's weight and bias became is frozen if they are."""
+    """Freeze the parameters that replace the convolution's weight and bias if those are frozen."""
     if all(p.requires_grad for p in module.parameters()):
         return
     new = {name for name, _ in layer.new_parameters()}
@@ -209,7 +209,7 @@ def freeze_like(layer: DynamicConv2d, module: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-# --- putting together ---------------------------------------------------------------------------------------------
+# --- assembly -----------------------------------------------------------------------------------------------------
 
 
 def _assemble(
@@ -260,12 +260,12 @@ def _row(site: ConvSite, label: str, own: Profile, new: Profile, batch: int) -> 
 
 
 def _transient(layer: Profile) -> int:
-    """The most that is alive while it runs, beside what it saves and its gradients."""
+    """Peak bytes while it runs, not counting what it saves and its gradients."""
     return max(layer.forward_peak, layer.backward_peak - layer.saved - layer.gradients)
 
 
 def _differences(windows: Sequence[_Window], site: int, own: Profile, new: Profile) -> list[int]:
-    """By how much the memory of every window changes when this layer becomes `new`."""
+    """Change in the memory of every window if this layer becomes `new`."""
     saved, gradients = new.saved - own.saved, new.gradients - own.gradients
     forward = new.forward_peak - own.forward_peak
     backward = new.backward_peak - new.saved - own.backward_peak + own.saved

@@ -52,14 +52,14 @@ def check_run_output(output: Path, *, resume: bool, force: bool) -> None:
 def check_trial_output(output: Path, *, resume: bool, force: bool) -> None:
     """Raise as `check_run_output` does, for `surgeon try`."""
     if resume and force:
-        raise ConfigError("--resume goes on with a trial, --force replaces it: give one of them")
+        raise ConfigError("--resume continues a trial, --force replaces it: give only one of them")
     there = (output / TRIAL).is_file()
     if resume:
         if not there:
-            raise CheckpointError(f"there is no trial to go on with in {output}: it has no {TRIAL}")
+            raise CheckpointError(f"no trial to resume in {output}: it has no {TRIAL}")
     elif output.exists() or output.is_symlink():
         if not force:
-            hint = "go on with it (--resume), or replace it (--force)" if there else "choose another"
+            hint = "continue it (--resume) or replace it (--force)" if there else "choose another"
             raise CheckpointError(f"the output {output} exists; {hint}")
         if output.is_symlink() or not there:
             raise CheckpointError(f"the output {output} was not written by surgeon try: --force leaves it alone")

@@ -1,4 +1,4 @@
-"""Reading and writing quantities as people write them: `4.5G`, `8GiB`, `224x320`, `1.5h`, `5%`."""
+"""Parsing and formatting human-readable quantities: `4.5G`, `8GiB`, `224x320`, `1.5h`, `5%`."""
 
 import re
 from typing import Any
@@ -17,7 +17,7 @@ _QUANTITY = re.compile(
 
 
 def parse_quantity(value: str | int | float, what: str = "quantity") -> int:
-    """A count or a number of bytes: `4.5G` is 4.5e9, `8GiB` 8·2³⁰, `512MB` 512e6, plain numbers as they are.
+    """A count or a number of bytes: `4.5G` is 4.5e9, `8GiB` 8·2³⁰, `512MB` 512e6; plain numbers are unchanged.
 
     A letter alone and `…B` count in powers of ten, `…i` and `…iB` in powers of two. Raises `ConfigError` for anything else,
     for negative numbers and for zero.

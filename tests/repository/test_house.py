@@ -22,7 +22,7 @@ ARROWS = {
     "surgeon.__main__": "cli",
     "surgeon.errors": "",
     "surgeon.util": "errors",
-    "surgeon.records": f"{CORE} layers surgeon zoo",  # zoo: `zoo/NAME` is a recipe's name
+    "surgeon.records": f"{CORE} layers surgeon",
     "surgeon.sites": f"{CORE} layers records",
     "surgeon.surgery": f"{CORE} layers records sites",
     "surgeon.passes": f"{CORE} layers records surgery",
@@ -30,7 +30,7 @@ ARROWS = {
     "surgeon.collapsing": f"{CORE} layers records sites surgery costs",
     "surgeon.exporting": f"{CORE} layers sites surgery",
     "surgeon.visualize": f"{CORE} layers layers.acda sites surgery collapsing",
-    "surgeon.models": f"{CORE} layers records sites surgery zoo surgeon",  # zoo: the networks are a source of models
+    "surgeon.models": f"{CORE} layers records sites surgery surgeon",
     "surgeon.doctor": f"{CORE} layers layers.ops layers.ops.native surgery surgeon",
     "surgeon.commands": "*",
     "surgeon.commands.search": "*",
@@ -68,7 +68,6 @@ ARROWS = {
 
 BACK = {
     # Imports within functions that close a loop of files, each with its reason. Without them there is no loop.
-    ("surgeon.records.recipe", "surgeon.zoo"): "`zoo/NAME` names the recipe that makes a network of the zoo",
     ("surgeon.layers.registry", "surgeon.layers"): "at the first question it imports the whole folder",
     ("surgeon.zoo.tasks.registry", "surgeon.zoo.tasks"): "at the first question it imports the whole folder",
     ("surgeon.costs.table", "surgeon.costs.build"): "`cost_table()` is offered where its result is defined",

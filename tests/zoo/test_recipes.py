@@ -287,7 +287,7 @@ def test_further_options_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--recipe", "lenet", "--task-option", "sigma=3"], "has no option 'sigma'"),
         (
             ["--recipe", "lenet", "--sched", "cosine", "--milestones", "50%"],
-            "milestones go with the schedule multistep",
+            "milestones and the schedule multistep need each other",
         ),
         (["--recipe", "lenet", "--model-args", "width=3", "--data", "."], "width=3"),
     ],

@@ -46,7 +46,7 @@ class TryFolder:
             if begin:
                 self.path.mkdir(parents=True)
         except FileExistsError as error:
-            raise CheckpointError(f"another trial has begun in {self.path} meanwhile") from error
+            raise CheckpointError(f"another trial has started in {self.path} meanwhile") from error
         except OSError as error:
             raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}") from error
         return held(self.path, f"the trial in {self.path}")
@@ -68,9 +68,7 @@ class TryFolder:
         """The record. Raises `CheckpointError` if it is not one of this version."""
         values = read_object(self.record)
         if values.get("format") != FORMAT or values.get("version") != VERSION:
-            raise CheckpointError(
-                f"{self.record} is not the record of a trial that this version of surgeon can go on with"
-            )
+            raise CheckpointError(f"{self.record} is not the record of a trial that this version of surgeon can resume")
         check_fields(values, _FIELDS, str(self.record))
         check_fields(values["plan"], _PLAN, f"{self.record}: plan")
         return values
@@ -84,10 +82,12 @@ class TryFolder:
             if before.get(key) != identity.get(key)
         ]
         if changed:
-            raise ConfigError(f"a trial goes on with the options it began with, and {'; '.join(changed)}")
+            raise ConfigError(f"a trial must be resumed with the options it started with, but {'; '.join(changed)}")
         other = changes(old["data"], data)
         if other:
-            raise DataError(f"the data are not those that the trial in {self.path} began with: {'; '.join(other)}")
+            raise DataError(
+                f"the data differ from those that the trial in {self.path} started with: {'; '.join(other)}"
+            )
 
     def read_scores(self) -> dict[str, dict[str, Any]]:
         """Judged scores, by the name of the run."""

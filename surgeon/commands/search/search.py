@@ -38,29 +38,33 @@ EXAMPLES = """  surgeon search zoo/resnet20_cifar --task classification --data c
   surgeon study report runs/resnet50-classification-search
   surgeon study export runs/resnet50-classification-search -o runs/resnet50-found
 
-The same command with --resume goes on with a search; in a second terminal it is a second worker of the same search.
-With --storage the study is in a database, under the name of the folder; --join NAME is a worker on another machine.
+The same command with --resume continues a search; in a second terminal it adds a worker to the same search.
+With --storage the study is in a database, under the name of the folder; --join NAME adds a worker on another machine.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon search`, beside --json, --quiet and --debug."""
+    """Add the arguments of `surgeon search`; --json, --quiet and --debug are common to all commands."""
     add_task_arguments(parser)
     add_budget_arguments(parser)
     add_space_arguments(parser)
     add_training_arguments(parser)
     group = parser.add_argument_group("search")
-    group.add_argument("--trials", type=whole, default=30, metavar="N", help="placements to train (default: 30)")
-    group.add_argument("--steps", type=whole, default=200, metavar="N", help="optimizer steps a trial (default: 200)")
-    group.add_argument("--rung", type=whole, default=0, metavar="R", help="trials of steps x 2^R (default: 0)")
-    group.add_argument("--evaluations", type=whole, default=4, metavar="N", help="values a trial reports (default: 4)")
+    group.add_argument(
+        "--trials", type=whole, default=30, metavar="N", help="number of placements to train (default: 30)"
+    )
+    group.add_argument("--steps", type=whole, default=200, metavar="N", help="optimizer steps per trial (default: 200)")
+    group.add_argument("--rung", type=whole, default=0, metavar="R", help="train trials for steps x 2^R (default: 0)")
+    group.add_argument(
+        "--evaluations", type=whole, default=4, metavar="N", help="values reported per trial (default: 4)"
+    )
     group.add_argument("--no-pruning", action="store_true", help="train every trial to its end")
     group.add_argument("--gains", default=GAINS, metavar="FILE|METHOD", help=f"see surgeon gains (default: {GAINS})")
     group.add_argument(
         "--sampler",
         default="posterior",
         metavar="NAME",
-        help="posterior (the default), decoder, tpe, nsga2, random, or any of Optuna's kind by module:Class",
+        help="posterior (the default), decoder, tpe, nsga2, random, or any Optuna sampler as module:Class",
     )
     group.add_argument(
         "--objective",
@@ -68,23 +72,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="metric (the default), or a Pareto front: metric,flops; also params, memory",
     )
-    group.add_argument("--max-time", metavar="TIME", help="of the trials: 90s, 30m, 1.5h")
+    group.add_argument("--max-time", metavar="TIME", help="time for the trials: 90s, 30m, 1.5h")
+    group.add_argument("--finals", type=whole, default=0, metavar="K", help="retrain the best K in full (default: 0)")
+    group.add_argument("--seeds", type=whole, default=3, metavar="S", help="seeds of the finals (default: 3)")
     group.add_argument(
-        "--finals", type=whole, default=0, metavar="K", help="train the best K again, in full (default: 0)"
+        "--final-rung", type=whole, default=2, metavar="R", help="train finals for steps x 2^R (default: 2)"
     )
-    group.add_argument("--seeds", type=whole, default=3, metavar="S", help="of the finals (default: 3)")
-    group.add_argument("--final-rung", type=whole, default=2, metavar="R", help="finals of steps x 2^R (default: 2)")
     group.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: runs/MODEL-TASK-search")
-    group.add_argument("--resume", action="store_true", help="go on with the search in FOLDER")
+    group.add_argument("--resume", action="store_true", help="resume the search in FOLDER")
     group.add_argument("--jobs", type=whole, default=1, metavar="N", help="workers on this machine (default: 1)")
-    group.add_argument("--storage", metavar="URL", help="keep the trials in a database: postgresql://me@host/db")
-    group.add_argument("--join", metavar="NAME", help="be one more worker of the study NAME in --storage")
+    group.add_argument("--storage", metavar="URL", help="store the trials in a database: postgresql://me@host/db")
+    group.add_argument("--join", metavar="NAME", help="add a worker to the study NAME in --storage")
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be refused at once; settles the task."""
+    """Refuse invalid arguments before torch is loaded; settles the task."""
     if args.join and not args.storage:
-        raise ConfigError("--join needs --storage, the database of the study; in a folder, --resume is one more worker")
+        raise ConfigError("--join needs --storage, the database of the study; in a folder, --resume adds a worker")
     _resources(args)
     checks.positives(args, ("trials", "steps", "evaluations", "seeds", "jobs"))
     checks.positives(args, ("rung", "finals", "final_rung"), least=0)
@@ -93,7 +97,7 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must be at most {most}, got {getattr(args, name)}")
     if args.jobs > 1 and ":" in (args.device or ""):
         raise ConfigError(
-            f"--device {args.device} names one GPU, and --jobs {args.jobs} workers share all: leave it at cuda"
+            f"--device {args.device} names one GPU, but --jobs {args.jobs} workers share all of them: use cuda"
         )
     if args.max_time is not None:
         parse_time(args.max_time, "--max-time")
@@ -101,7 +105,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns the exit code: 1 for budgets that nothing meets, 130 when interrupted, with how to go on."""
+    """Returns the exit code: 1 for budgets that nothing meets, 130 when interrupted, with a hint on how to resume."""
     from surgeon.search.sampling.tuners import check_name
     from surgeon.search.study.folder import SearchFolder
 
@@ -130,7 +134,7 @@ def _search(args: argparse.Namespace, folder: "SearchFolder", file: "Study") -> 
             outcome = search.run()
             if outcome.stopped == "interrupted":
                 interrupt(processes)
-    except KeyboardInterrupt:  # the second one
+    except KeyboardInterrupt:  # the second Ctrl-C
         return _interrupted()
     tell(args, f"stopped ({outcome.stopped}) after {outcome.evaluated} evaluations here")
     if outcome.stopped == "interrupted":
@@ -158,7 +162,7 @@ def _resources(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def work(args: argparse.Namespace) -> int:
-    """Be one more worker of a search that was begun: trials, and nothing else. Returns the exit code."""
+    """Run one more worker of an existing search, for trials only. Returns the exit code."""
     from surgeon.commands.search.setup import make_setup
     from surgeon.search.study.folder import SearchFolder
 
@@ -174,7 +178,7 @@ def work(args: argparse.Namespace) -> int:
 
 
 def _study(args: argparse.Namespace, folder: "SearchFolder") -> "Study":
-    """The study that is begun, or gone on with. What speaks against it is said before anything is built."""
+    """The study to start or resume. Conflicts are reported before anything is built."""
     from surgeon.search.study.journal import StudyError
     from surgeon.search.study.study_file import StudyFile
 
@@ -192,7 +196,7 @@ def _study(args: argparse.Namespace, folder: "SearchFolder") -> "Study":
         if going_on:
             file.read_notes()
         elif file.exists():
-            raise StudyError(f"the study {file} exists already; go on with it (--join {file.name}), or give another -o")
+            raise StudyError(f"the study {file} already exists; continue it (--join {file.name}) or choose another -o")
     except StudyError:
         file.close()
         raise
@@ -232,7 +236,7 @@ def _make(
     if not args.no_pruning:
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=short.interval(args.rung), reduction_factor=2)
     identity: dict[str, Any] = {"name": args.model, "rung": args.rung, "pruning": not args.no_pruning}
-    if file.shared:  # other machines have their data elsewhere: the numbers of samples must agree
+    if file.shared:  # data paths differ between machines: the numbers of samples must agree
         identity["samples"] = {"train": len(setup.task.dataset("train")), "val": len(setup.task.dataset("val"))}
     search = Search(
         file,
@@ -251,7 +255,7 @@ def _make(
 def _gains(
     args: argparse.Namespace, folder: "SearchFolder", file: "Study", gate: "Gate", evaluator: "TrainingEvaluator"
 ) -> "GainTable":
-    """The table that the search goes by; a resumed search, or one that is joined, keeps the one it began with."""
+    """The gain table of the search; a resumed or joined search keeps its original one."""
     from surgeon.commands.console import Progress
     from surgeon.search.gains.gain import GainTable
     from surgeon.search.gains.method import METHODS, gains_of
@@ -270,9 +274,9 @@ def _gains(
 
 
 def _begin(args: argparse.Namespace, folder: "SearchFolder", search: "Search", setup: "Setup") -> None:
-    """Write what is searched, then the study: a study without its record could not be read.
+    """Write the search's record, then the study: a study without its record could not be read.
 
-    Those who join a database's study copy the record from there, once it has let them in.
+    Workers that join a database's study copy the record from there once they are admitted.
     """
     from surgeon.search.study.database import StudyDatabase
     from surgeon.search.study.folder import FORMAT, VERSION, space_values, write_json
@@ -328,11 +332,11 @@ def _finals(args: argparse.Namespace, folder: "SearchFolder", search: "Search", 
     )
 
 
-# --- what is said -------------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------------
 
 
 class _Progress:
-    """For every trial a line on stderr (its value, the best so far, what of the budgets it uses), and the same for TensorBoard."""
+    """Prints a line per trial on stderr (its value, the best so far, the budgets used), and logs the same to TensorBoard."""
 
     def __init__(self, args: argparse.Namespace, gate: "Gate", task: "Task", board: "Board") -> None:
         self.args, self.gate, self.primary, self.board = args, gate, task.primary, board
@@ -351,7 +355,7 @@ class _Progress:
 
 
 def _interrupted() -> int:
-    print("surgeon: interrupted; go on with the same command and --resume", file=sys.stderr)
+    print("surgeon: interrupted; resume with the same command and --resume", file=sys.stderr)
     return 130
 
 

@@ -148,7 +148,7 @@ def test_layers_can_be_chosen_and_the_others_are_reported() -> None:
     assert [layer.name for layer in report.layers] == names
     assert {layer.reason for layer in report.kept} == {"not selected"}
     assert list(dynamic_layers(folded)) == [name for name in names if not name.startswith("layer4")]
-    with pytest.raises(SelectionError, match="'layer9' is no dynamic layer"):
+    with pytest.raises(SelectionError, match="'layer9' is not a dynamic layer"):
         surgeon.collapse(model, layers="layer9", example_inputs=images())
 
 

@@ -95,10 +95,10 @@ def test_interrupt_then_resume(
     backward = Trainer.backward
     interrupt_at(monkeypatch, 2)
     assert finetune("-o", "tuned", "--quiet") == 130
-    assert "interrupted after step 3; go on with the same command and --resume" in capsys.readouterr().err
+    assert "interrupted after step 3; resume with the same command and --resume" in capsys.readouterr().err
     monkeypatch.setattr(Trainer, "backward", backward)
     assert finetune("-o", "tuned") == 2
-    assert "go on with it (--resume), or replace it (--force)" in capsys.readouterr().err
+    assert "continue it (--resume) or replace it (--force)" in capsys.readouterr().err
     assert finetune("-o", "tuned", "--resume", "--batch-size", "2") == 2
     assert "batch_size was 4 and is 2" in capsys.readouterr().err
     assert finetune("-o", "tuned", "--resume", "--json") == 0
@@ -112,7 +112,7 @@ def test_interrupt_then_resume(
         (["--task-option", "sample=3"], "has no option 'sample'.* Did you mean 'samples'"),
         (["--task-option", "samples=0"], "samples must be >= 1, got 0"),
         (["--task-option", "broken=true"], "image 3 of the training set cannot be read"),
-        (["--task-option", "data=/tmp"], "given with --data"),
+        (["--task-option", "data=/tmp"], "with --data, not as"),
         (["--task-option", "samples"], "expected KEY=VALUE, got 'samples'"),
         (["--lr", "0"], "--lr: expected a number above 0, such as 3e-4, got .0"),
         (["--opt", "adamv"], "timm has no optimizer 'adamv'"),
@@ -122,7 +122,7 @@ def test_interrupt_then_resume(
         (["--amp", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
         (["--checkpointing"], "has no set_grad_checkpointing"),
         (["--weights", "random"], "has its own weights"),
-        (["--resume"], "no run to take up again"),
+        (["--resume"], "no run to resume"),
         (["--alternate", "0"], "alternate must be an integer >= 1"),
     ],
 )
@@ -140,7 +140,7 @@ def test_bad_input(finetune: Finetune, arguments: list[str], told: str, capsys: 
 
 def test_nan_to_the_end_is_exit_code_1(finetune: Finetune, capsys: pytest.CaptureFixture[str]) -> None:
     assert finetune("-o", "tuned", "--lr", "1e30", "--clip", "0", "--opt", "sgd", "--max-rollbacks", "1") == 1
-    assert "after 1 returns to earlier checkpoints" in capsys.readouterr().err
+    assert "after 1 rollbacks to earlier checkpoints" in capsys.readouterr().err
 
 
 def test_defaults_are_left_to_the_config() -> None:

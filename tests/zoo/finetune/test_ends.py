@@ -206,14 +206,14 @@ def test_changed_options_are_named(tmp_path: Path) -> None:
     other = converted("pafu")
     with torch.no_grad():
         other.get_parameter("first.bias").add_(1)
-    with pytest.raises(ConfigError, match=r"the weights of model are not those that the run in .* began with"):
+    with pytest.raises(ConfigError, match=r"the weights of model differ from those that the run in .* started with"):
         finetune(other, regression(), QUICK, tmp_path / "run", resume=True)
     finetune(converted("pafu"), regression(), with_(log_every=7, workers=1), tmp_path / "run", resume=True)
 
 
 def test_outputs_that_may_not_be_touched(tmp_path: Path) -> None:
     model, task = converted("pafu"), regression()
-    with pytest.raises(CheckpointError, match="no run to take up again in"):
+    with pytest.raises(CheckpointError, match="no run to resume in"):
         finetune(model, task, QUICK, tmp_path / "none", resume=True)
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -223,7 +223,7 @@ def test_outputs_that_may_not_be_touched(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not written by surgeon: --force leaves it alone"):
         finetune(model, task, QUICK, mine, force=True)
     assert [file.name for file in mine.iterdir()] == ["thesis.tex"]
-    with pytest.raises(ConfigError, match="give one of them"):
+    with pytest.raises(ConfigError, match="give only one of them"):
         finetune(model, task, QUICK, mine, force=True, resume=True)
     with pytest.raises(ConfigError, match="without an output"):
         finetune(model, task, QUICK, force=True)

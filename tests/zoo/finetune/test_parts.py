@@ -46,13 +46,16 @@ from tests.support.training.tasks import SIZE, converted, make_restorer
         ({"warmup": "2.5"}, "warmup: expected steps"),
         ({"eval_every": "0"}, "eval_every must be more than 0"),
         ({"alternate": 0}, "alternate must be an integer >= 1, got 0"),
-        ({"epochs": None}, "epochs or max_steps must say how long the run is"),
-        ({"sched": "multistep"}, "milestones go with the schedule multistep.* sched='multistep', milestones=\\(\\)"),
-        ({"milestones": ["50%"]}, "milestones go with the schedule multistep, and it with them; got sched='cosine'"),
+        ({"epochs": None}, "set epochs or max_steps to define the length of the run"),
+        (
+            {"sched": "multistep"},
+            "milestones and the schedule multistep need each other.* sched='multistep', milestones=\\(\\)",
+        ),
+        ({"milestones": ["50%"]}, "milestones and the schedule multistep need each other, got sched='cosine'"),
         ({"sched": "multistep", "milestones": ["0"]}, "milestones must be more than 0"),
         ({"sched": "step", "decay_every": "often"}, "decay_every: expected steps"),
-        ({"decay_every": "10"}, "decay_every goes with the schedule step, got sched='cosine'"),
-        ({"decay_rate": 0.5}, "decay_rate goes with the schedules step, multistep and poly, got sched='cosine'"),
+        ({"decay_every": "10"}, "decay_every requires the schedule step, got sched='cosine'"),
+        ({"decay_rate": 0.5}, "decay_rate requires the schedule step, multistep or poly, got sched='cosine'"),
         ({"sched": "step", "decay_rate": 0}, "decay_rate must be a number > 0, got 0"),
         ({"rollback_factor": 1.0}, "rollback_factor must be between 0 and 1, got 1.0"),
     ],
@@ -238,9 +241,9 @@ def test_phases_that_cannot_be() -> None:
     plain, acda = group_parameters(make_restorer()), group_parameters(converted("acda"))
     with pytest.raises(ConfigError, match="new_first trains new parameters first, and the model has none"):
         Plan.make(FinetuneConfig(new_first="5"), 100, plain)
-    with pytest.raises(ConfigError, match=r"new_first \(64 steps\) leaves nothing of the run \(31 steps\)"):
+    with pytest.raises(ConfigError, match=r"new_first \(64 steps\) takes up the whole run \(31 steps\)"):
         Plan.make(FinetuneConfig(new_first="64"), 100, acda)
-    with pytest.raises(ConfigError, match="takes turns with selectors"):
+    with pytest.raises(ConfigError, match="alternate trains selectors in turn"):
         Plan.make(FinetuneConfig(alternate=3), 100, acda)
 
 
@@ -420,7 +423,7 @@ def test_returns_are_counted() -> None:
     for count in (1, 2):
         progress = guard.rolled_back(NotFiniteError("bad"), 8, progress, Progress(step=5))
         assert (progress.step, progress.rollbacks, progress.lr_factor) == (5, count, 0.5**count)
-    with pytest.raises(TrainingError, match=r"step 8: bad, after 2 returns .* times 0.25"):
+    with pytest.raises(TrainingError, match=r"step 8: bad, after 2 rollbacks .* times 0.25"):
         guard.rolled_back(NotFiniteError("bad"), 8, progress, Progress(step=5))
 
 
