@@ -15,7 +15,8 @@ import numpy as np
 
 from surgeon.errors import ConfigError
 from surgeon.search.placement.problem import InfeasibleError, Problem
-from surgeon.util.parse import giga, mebibytes, parse_quantity
+from surgeon.util.parse import mebibytes, parse_quantity
+from surgeon.util.tables import count
 
 if TYPE_CHECKING:
     from surgeon.costs import Cost
@@ -194,7 +195,7 @@ def told(resource: str, value: float) -> str:
         return mebibytes(value)
     if resource == "latency":
         return f"{value * 1e3:,.2f} ms"
-    return giga(value).replace(" ", "")
+    return count(round(value))
 
 
 def as_budget(resource: str, value: float) -> str:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -33,6 +34,9 @@ class Progress:
         self._bar: RichProgress | None = None
         self._tasks: dict[str, Any] = {}
         self._last = time.monotonic()
+        self._stage = ""  # as it was last reported, where stderr is no terminal
+        self._ended = threading.Event()
+        self._beat: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         if self.enabled and sys.stderr.isatty():
@@ -43,6 +47,10 @@ class Progress:
             columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
+        elif self.enabled:
+            self._last = time.monotonic()
+            self._beat = threading.Thread(target=self._tell_of_waits, daemon=True)
+            self._beat.start()
         return self
 
     def __exit__(
@@ -50,15 +58,33 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        if self._beat is not None:
+            self._ended.set()
+            self._beat.join()
+
+    def _tell_of_waits(self) -> None:
+        """A line for a stage that takes long: after two seconds, then after ten, and twice as late each time, up to a minute."""
+        stage, began, pause = "", time.monotonic(), _EVERY
+        while not self._ended.wait(0.25):
+            now = time.monotonic()
+            if self._stage != stage:
+                stage, began, pause = self._stage, now, _EVERY
+            elif stage and now - max(self._last, began) >= pause:
+                self._last, pause = now, min(max(2 * pause, 10.0), 60.0)
+                print(f"surgeon: {stage}, {now - began:.0f} s", file=sys.stderr, flush=True)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self._bar is not None:
             if stage not in self._tasks:
+                for earlier in self._tasks.values():  # each stage begins when the one before has ended
+                    self._bar.stop_task(earlier)
                 self._tasks[stage] = self._bar.add_task(stage, total=total)
             self._bar.update(self._tasks[stage], completed=done, total=total)
-        elif self.enabled and time.monotonic() - self._last >= _EVERY:
+            return
+        self._stage = f"{stage} {done}/{total}" if total > 1 else stage
+        if self.enabled and time.monotonic() - self._last >= _EVERY:
             self._last = time.monotonic()
-            print(f"surgeon: {stage} {done}/{total}", file=sys.stderr, flush=True)
+            print(f"surgeon: {self._stage}", file=sys.stderr, flush=True)
 
 
 # --- inspect ------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from surgeon.surgery.compare import Difference, compare
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.surgery.verify import run as run_model
 from surgeon.util.copying import copy_model, strict_float32
+from surgeon.util.outputs import check_file_output
 from surgeon.util.progress import OnProgress, silent
 from surgeon.util.unfinished import unfinished
 
@@ -113,7 +114,7 @@ def export(
     if free not in FREE:
         raise ConfigError(f"free must be one of {', '.join(FREE)}, got {free!r}")
     check_target(path, format, force=force)
-    tell("trace", 0, 1)
+    tell("run the model at two sizes", 0, 1)
     shapes = Shapes.of(model, input_size, example_inputs, free)
     output = _settled_output(model, shapes.example)
     model = prepared(model, output, format)
@@ -150,9 +151,9 @@ def _attempt(
 
     Records in `shapes.fixed` what the next attempt need not try.
     """
-    tell("trace", 0, 1)
+    tell(f"trace with free {', '.join(names)}" if names else "trace at one size", 0, 1)
     program, bounds = traced(model, shapes, names)
-    tell("convert", 0, 1)
+    tell(f"write {format}", 0, 1)
     given = input_name(model, outputs or ())
     with quiet():
         written = write(program, partial, format, opset, given, outputs)
@@ -167,10 +168,11 @@ def _attempt(
         outputs=written.outputs if format == "onnx" else outputs or [],
         foreign=foreign_operators(program, partial, format),
     )
+    tell("read back", 0, 1)
     runner = read(partial, format)
     wanted = shapes.to_check(tuple(bounds))
     for done, shape in enumerate(wanted):
-        tell("check", done, len(wanted))
+        tell("check against the model", done, len(wanted))
         try:
             result.checks.append(_check(model, runner, shape))
         except ExportError as error:
