@@ -22,10 +22,11 @@ from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.devices import prepare
 from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, freeze_batch_norms, measures_statistics
 from surgeon.zoo.finetune.guard import Guard, NotFiniteError, one_value_told
+from surgeon.zoo.finetune.journal import TrainingJournal
 from surgeon.zoo.finetune.optimizer import check_state, make_optimizer, try_optimizer
 from surgeon.zoo.finetune.parameters import group_parameters, optimizer_groups
 from surgeon.zoo.finetune.schedule import Rates, RunPlan, Temperature
-from surgeon.zoo.finetune.state import Store
+from surgeon.zoo.finetune.state import Store, TrainingProgress
 from surgeon.zoo.tasks import Batch, Task, TaskDataset, better
 
 if TYPE_CHECKING:
