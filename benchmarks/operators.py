@@ -187,7 +187,12 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=sorted(OPERATORS), help="only this operator")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE.json",
+        help="write the ratios to FILE.json, and what was timed to FILE.raw.json",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--runs", type=int, default=1, help="how often everything is measured (default 1)")
     parser.add_argument("--quick", action="store_true", help="few repeats, no memory measurement")
@@ -228,11 +233,11 @@ def main(argv: list[str] | None = None) -> int:
                 "threads": args.threads,
                 "runs": args.runs,
                 "shapes": SHAPES,
-                "results": results,
                 "targets": rows,
                 "shares": of_rate,
             },
         )
+        write_json(args.json.with_suffix(".raw.json"), {"results": results})
     return 0
 
 
