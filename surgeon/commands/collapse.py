@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code; raises `NothingFoldedError` after the report was printed."""
     import surgeon
     from surgeon.commands.console import Progress
-    from surgeon.models.checkpoint import check_output, load, save
+    from surgeon.models.checkpoint import load, save
+    from surgeon.models.folder import check_output
     from surgeon.models.hub import folder
     from surgeon.records.recipe import get_recipe
 

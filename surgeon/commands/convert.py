@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
     import surgeon
     from surgeon.commands.console import Progress, width
-    from surgeon.models.checkpoint import check_output, save
+    from surgeon.models.checkpoint import save
+    from surgeon.models.folder import check_output
     from surgeon.models.programs import described
     from surgeon.records.recipe import Recipe
     from surgeon.surgery.convert import OPTIMIZER_NOTE

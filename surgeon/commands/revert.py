@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     import surgeon
-    from surgeon.models.checkpoint import check_output, load, save
+    from surgeon.models.checkpoint import load, save
+    from surgeon.models.folder import check_output
     from surgeon.models.hub import folder
     from surgeon.surgery.rewrite import dynamic_layers
 

@@ -6,6 +6,7 @@ makes the bare architecture again (no downloads, no foreign code) and `restore` 
 
 import contextlib
 import difflib
+import fnmatch
 import logging
 import re
 from collections.abc import Iterator
@@ -174,8 +175,6 @@ def _differs_in_head(base: BaseModel, kind: str) -> bool:
 
 def model_names(pattern: str = "*") -> list[str]:
     """Every name that `build_model` knows and the glob matches: timm's plain, the others as torchvision/... and zoo/..."""
-    import fnmatch
-
     import timm
 
     provided = {prefix: provider.names() for prefix, provider in providers().items()}

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from surgeon.errors import ModelError
+from surgeon.models.programs import read_program
 from surgeon.models.weights import bounded_network
 from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Weights
@@ -117,8 +118,6 @@ def _factory_model(base: BaseModel) -> nn.Module:
 
 
 def _program(base: BaseModel) -> nn.Module:
-    from surgeon.models.programs import read_program
-
     return read_program(base.name)
 
 

@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 
@@ -18,9 +19,13 @@ def caught(numbers: Iterable[int], handle: Callable[[int, Any], None]) -> Iterat
         return
     before = {number: signal.getsignal(number) for number in numbers}
     for number, handler in before.items():
-        signal.signal(number, lambda caught, frame, handler=handler: handle(caught, handler))
+        signal.signal(number, partial(_call, handle, handler))
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _call(handle: Callable[[int, Any], None], before: Any, number: int, frame: Any) -> None:
+    handle(number, before)

@@ -86,7 +86,7 @@ def _export(args: argparse.Namespace, found: "Finished") -> int:
     """The surgeon folder of the best: of the finals where there are any, else of the trials."""
     import shutil
 
-    from surgeon.models.checkpoint import check_output, fresh_folder
+    from surgeon.models.folder import check_output, fresh_folder
     from surgeon.util.files import check_plain
 
     source, about = _source(found)
