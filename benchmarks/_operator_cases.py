@@ -1,7 +1,7 @@
-"""What the operator benchmark compares: every operator on the shapes of a ResNet, the published way, and plain convolutions.
+"""Cases of the operator benchmark: every operator on the shapes of a ResNet, the published implementation, and plain convolutions.
 
 A case is one operator on one shape: "ours" first, then named baselines, each a `Step` (what to run, and the tensors to
-differentiate by). A new operator is one function that yields its cases, and a line in OPERATORS; what it is held to are lines
+differentiate by). A new operator is one function that yields its cases, and a line in OPERATORS; its targets are lines
 in TARGETS.
 """
 

@@ -1,11 +1,11 @@
-"""Our operators against the published way (unfold) and against plain convolutions, with the targets beside the ratios.
+"""Our operators against the published implementation (unfold) and plain convolutions, with targets and ratios.
 
     python -m benchmarks.operators                      # every case, about 15 minutes on one core
-    python -m benchmarks.operators --runs 3             # three times over: medians, and how far the machine makes them scatter
+    python -m benchmarks.operators --runs 3             # three times over: medians, and their scatter on this machine
     python -m benchmarks.operators --threads 2          # on several cores, compared by wall time
     python -m benchmarks.operators --op acda --quick    # fewer repeats, in one process, no memory measurement
 
-What is compared, and what it is held to, stands in `_operator_cases.py`.
+The cases and targets are in `_operator_cases.py`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""surgeon gives trained vision networks content-adaptive convolutions without changing what they compute."""
+"""surgeon gives trained vision networks content-adaptive convolutions without changing their function."""
 
 import sys
 from importlib import import_module
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from surgeon.zoo.finetune import finetune as finetune
     from surgeon.zoo.tasks import create_task as create_task
 
-# Public name -> module that defines it. Nothing is imported before it is used: `surgeon --help` must not load torch.
+# Public name -> module that defines it. Nothing is imported before use: `surgeon --help` must not load torch.
 _EXPORTS = {
     "CollapseReport": "surgeon.records.collapse_report",
     "ConvSite": "surgeon.sites.sites",

@@ -1,4 +1,4 @@
-"""The zoo as a provider of models: what the core asks it."""
+"""The zoo as a provider of models for the core."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from surgeon.zoo.registry import create, entry, names
 
 
 class ZooProvider(Provider):
-    """The networks of the registry; those of `zoo.networks` are in it once `surgeon.zoo` is imported."""
+    """The registered networks; importing `surgeon.zoo` registers those of `zoo.networks`."""
 
     def names(self) -> list[str]:
         return names()
@@ -27,7 +27,7 @@ class ZooProvider(Provider):
         found = entry(name)
         if not found.rules:
             why = f": {found.by_hand}" if found.by_hand else ""
-            raise RecipeError(f"no recipe makes zoo/{name} of another network{why}")
+            raise RecipeError(f"no recipe makes zoo/{name} from another network{why}")
         return found.rules
 
     def adapt(self, state: dict[str, Tensor], name: str, model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Gain tables by the name of what makes them, kept on disk by the hash of everything they follow from."""
+"""Gain tables by method name, cached on disk by the hash of all their inputs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ def make_gains(
 ) -> GainTable:
     """The gain table of a method for the evaluator's model, task and space.
 
-    `config` is for the methods that train, `batches` for those from gradients. What was made before is taken from the cache
+    `config` is for the methods that train, `batches` for those that use gradients. An existing table is taken from the cache
     unless `fresh`.
     """
     if method not in METHODS:

@@ -1,4 +1,4 @@
-"""When a worker stops: Ctrl-C or SIGTERM, or the end of its time."""
+"""Stop conditions of a worker: Ctrl-C or SIGTERM, or the end of its time."""
 
 import signal
 import time
@@ -12,7 +12,7 @@ from surgeon.util.interrupt import caught
 
 @dataclass
 class Stop:
-    """When to stop: Ctrl-C or SIGTERM, or the end of the time."""
+    """Stop conditions: Ctrl-C or SIGTERM, or the end of the time."""
 
     deadline: float | None
     interrupted: bool = False

@@ -13,7 +13,7 @@ from surgeon.collapsing.evidence import Evidence, prove, settled, watching
 from surgeon.costs import cost
 from surgeon.errors import ConfigError, NothingFoldedError, SelectionError, SurgeonError, UnsupportedLayerError
 from surgeon.layers.base import CodedConv2d, DynamicConv2d
-from surgeon.records.collapse_report import Collapsed, CollapseReport
+from surgeon.records.collapse_report import Collapsed, CollapseReport, growth_notes
 from surgeon.records.recipe import get_recipe
 from surgeon.sites.inputs import Inputs
 from surgeon.sites.observe import Call, observe
@@ -90,6 +90,7 @@ def collapse(
     result, verification = folding.operate()
     _conclude(report, folding, verification)
     report.params_after, report.flops_after = count_parameters(result), _flops(result, seen.inputs)
+    report.notes += growth_notes(report)
     drop_rules(result, get_recipe(model), folding.convs)
     report.seconds = time.perf_counter() - started
     return result, report

@@ -1,4 +1,4 @@
-"""What a model costs: FLOPs, parameters and GPU memory, before anything is run.
+"""FLOPs, parameters and GPU memory of a model, computed without running it.
 
 The package is called `costs` because `surgeon.cost` is the function.
 """

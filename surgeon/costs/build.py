@@ -1,4 +1,4 @@
-"""Making a cost table: one trace of the model, and one of every distinct (layer, shape, option)."""
+"""Building a cost table: one trace of the model, and one of every distinct (layer, shape, option)."""
 
 import warnings
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from surgeon.surgery.plan import read_config, why_not
 
 @dataclass
 class _Window:
-    """A part of the step, in time: inside one call of a layer (index into the sites; -1: none), and the base's peak there."""
+    """A time window of the step: inside one call of a layer (index into the sites; -1: none), and the base's peak in it."""
 
     site: int
     phase: str
@@ -40,7 +40,7 @@ class _Window:
 
 @dataclass
 class _Base:
-    """The unmodified model's trace, as far as a table needs it."""
+    """The parts of the unmodified model's trace that a table needs."""
 
     flops: float
     backward_flops: float
@@ -50,7 +50,7 @@ class _Base:
 
 
 def default_options() -> list[Option]:
-    """One option for every layer type there is, with its default values."""
+    """One option per layer type, with its default values."""
     return [Option(name, {}) for name in layer_types()]
 
 
@@ -65,10 +65,10 @@ def cost_table(
     cache: bool = True,
     **settings: Any,
 ) -> CostTable:
-    """The cost table of a model; arguments as those of `surgeon.cost`.
+    """The cost table of a model; arguments as for `surgeon.cost`.
 
-    `options` are what a layer may become (default: every type), `layers` a selection (default: all that may become something).
-    With `cache` the table is kept on disk (`SURGEON_CACHE`, else ~/.cache/surgeon), by the hash of all that it depends on.
+    `options` are the possible replacements (default: every type), `layers` a selection (default: all replaceable ones).
+    With `cache` the table is stored on disk (`SURGEON_CACHE`, else ~/.cache/surgeon), keyed by the hash of all its inputs.
     """
     checked = make_settings(model, input_size=input_size, batch_size=batch_size, amp=amp, **settings)
     wanted = default_options() if options is None else list(options)
@@ -141,7 +141,7 @@ def _trace_base(model: nn.Module, sites: Sequence[ConvSite], settings: Settings)
 
 
 def _windows(trace: Trace, names: Sequence[str]) -> list[_Window]:
-    """Cut the steady step into windows at the calls of the named layers."""
+    """Divide the steady step into windows at the calls of the named layers."""
     times = timeline(trace)
     index = {trace.layers.index(name): i for i, name in enumerate(names)}
     owner = np.full(len(times.levels), -1)
@@ -176,7 +176,7 @@ def _profiles(
     reasons: Sequence[Sequence[tuple[str, ...]]],
     settings: Settings,
 ) -> list[list[Profile | None]]:
-    """Of every site: the layer as it is, then each option (None where it is refused). Equal ones are traced once."""
+    """For every site: the original layer, then each option (None if it is refused). Equal ones are traced once."""
     done: dict[Any, Profile] = {}
     configs: dict[Any, LayerConfig] = {}
     result: list[list[Profile | None]] = []
@@ -206,7 +206,7 @@ def _profiles(
 
 
 def option_layer(geometry: ConvGeometry, option: Option, configs: dict[Any, LayerConfig]) -> DynamicConv2d:
-    """The layer on the meta device; `configs` keeps what was resolved."""
+    """The layer on the meta device; `configs` caches resolved configs."""
     key = (option.label, geometry)
     if key not in configs:
         configs[key] = resolved_config(geometry, option)
@@ -233,7 +233,7 @@ def _random_conv(geometry: ConvGeometry) -> Any:
 
 
 def freeze_like(layer: DynamicConv2d, module: nn.Module) -> None:
-    """What the convolution's weight and bias became is frozen if they are."""
+    """Freeze the parameters that replace the convolution's weight and bias if those are frozen."""
     if all(p.requires_grad for p in module.parameters()):
         return
     new = {name for name, _ in layer.new_parameters()}
@@ -242,7 +242,7 @@ def freeze_like(layer: DynamicConv2d, module: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-# --- putting together ---------------------------------------------------------------------------------------------
+# --- assembly -----------------------------------------------------------------------------------------------------
 
 
 def _assemble(
@@ -293,12 +293,12 @@ def _row(site: ConvSite, label: str, own: Profile, new: Profile, batch: int) -> 
 
 
 def _transient(layer: Profile) -> int:
-    """The most that is alive while it runs, beside what it saves and its gradients."""
+    """Peak bytes while it runs, not counting what it saves and its gradients."""
     return max(layer.forward_peak, layer.backward_peak - layer.saved - layer.gradients)
 
 
 def _differences(windows: Sequence[_Window], site: int, own: Profile, new: Profile) -> list[int]:
-    """By how much the memory of every window changes when this layer becomes `new`."""
+    """Change in the memory of every window if this layer becomes `new`."""
     saved, gradients = new.saved - own.saved, new.gradients - own.gradients
     forward = new.forward_peak - own.forward_peak
     backward = new.backward_peak - new.saved - own.backward_peak + own.saved

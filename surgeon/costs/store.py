@@ -1,4 +1,4 @@
-"""Cost tables on disk, by the hash of everything that they depend on."""
+"""Cost tables on disk, keyed by the hash of everything they depend on."""
 
 import hashlib
 import json
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def folder() -> Path:
-    """Where tables are kept."""
+    """Folder of the tables."""
     return cache_folder() / "cost"
 
 
 def key(model: nn.Module, options: Sequence[Option], layers: Any, settings: Settings) -> str | None:
-    """Content hash of the question; None where it depends on a function (an own loss or optimizer)."""
+    """Content hash of the request; None if it depends on a function (a custom loss or optimizer)."""
     if settings.loss is not None or not isinstance(settings.optimizer, str):
         return None
     text = json.dumps(
@@ -60,7 +60,7 @@ def _structure(model: nn.Module) -> list[str]:
 
 @cache
 def _sources() -> str:
-    """Hash of the source of this package and of the layers: a changed formula is a changed table."""
+    """Hash of the source of this package and of the layers: a changed formula invalidates tables."""
     digest = hashlib.sha256()
     for root in (Path(__file__).parent, *map(Path, surgeon.layers.__path__)):
         for file in sorted(root.rglob("*.py")):
@@ -87,7 +87,7 @@ def load(key: str) -> CostTable | None:
 
 
 def save(key: str, table: CostTable) -> None:
-    """Keep a table; without a writable cache folder it is not kept."""
+    """Store a table; without a writable cache folder it is not stored."""
     text = json.dumps(
         {
             "layers": table.layers,

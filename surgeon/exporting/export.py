@@ -27,6 +27,7 @@ from surgeon.surgery.compare import Difference, compare
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.surgery.running import run as run_model
 from surgeon.util.copying import copy_model, strict_float32
+from surgeon.util.outputs import check_file_output
 from surgeon.util.progress import OnProgress, silent
 from surgeon.util.unfinished import unfinished
 
@@ -114,7 +115,7 @@ def export(
     if free not in FREE:
         raise ConfigError(f"free must be one of {', '.join(FREE)}, got {free!r}")
     check_target(path, format, force=force)
-    tell("trace", 0, 1)
+    tell("run the model at two sizes", 0, 1)
     shapes = Shapes.of(model, input_size, example_inputs, free)
     output = _settled_output(model, shapes.example)
     model = prepared(model, output, format)
@@ -151,9 +152,9 @@ def _attempt(
 
     Records in `shapes.fixed` what the next attempt need not try.
     """
-    tell("trace", 0, 1)
+    tell(f"trace with free {', '.join(names)}" if names else "trace at one size", 0, 1)
     program, bounds = traced(model, shapes, names)
-    tell("convert", 0, 1)
+    tell(f"write {format}", 0, 1)
     given = input_name(model, outputs or ())
     with quiet():
         written = write(program, partial, format, opset, given, outputs)
@@ -168,10 +169,11 @@ def _attempt(
         outputs=written.outputs if format == "onnx" else outputs or [],
         foreign=foreign_operators(program, partial, format),
     )
+    tell("read back", 0, 1)
     runner = read(partial, format)
     wanted = shapes.to_check(tuple(bounds))
     for done, shape in enumerate(wanted):
-        tell("check", done, len(wanted))
+        tell("check against the model", done, len(wanted))
         try:
             result.checks.append(_check(model, runner, shape))
         except ExportError as error:
@@ -207,15 +209,8 @@ def check_target(path: Path, format: str, *, force: bool = False) -> None:
             f"export to {format} needs {', '.join(missing)}, which are not installed: pip install {' '.join(missing)}, "
             f"or pip install 'surgeon[export]'"
         )
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name a file")
     for there in [path, data_of(path)] if format == "onnx" else [path]:
-        if there.exists() and not force:
-            raise ConfigError(
-                f"{there} exists; choose another with -o, or replace it with --force (in Python force=True)"
-            )
-    if not path.parent.is_dir():
-        raise ConfigError(f"there is no folder {path.parent} to write {path.name} to")
+        check_file_output(there, force=force)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Converted models on disk: a folder with recipe.json, model.safetensors, README.md, report.json and report.txt.
 
-Where the base model is an exported program, its file lies there, too. README.md is for people and the Hub: nothing reads it
-back, and it may be edited.
+If the base model is an exported program, its file is stored there, too. README.md is for readers and the Hub: it is never read
+back and may be edited.
 
-No pickles, and no code from the folder runs when it is read. A folder appears under its name only when it is complete.
+No pickles, and no code from the folder runs on loading. A folder appears under its name only once it is complete.
 """
 
 import contextlib
@@ -26,9 +26,10 @@ from surgeon.layers.base import DynamicConv2d, LayerConfig
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.registry import layer_class
 from surgeon.layers.source import ConvSource
-from surgeon.models.folder import check_file, check_output, file_sha256, fresh_folder, write
+from surgeon.models.folder import check_file, file_sha256, fresh_folder, write
 from surgeon.models.identify import identify
 from surgeon.models.names import build_structure
+from surgeon.models.places import check_folder
 from surgeon.models.programs import FILE as PROGRAM
 from surgeon.models.weights import mismatches, told_mismatches
 from surgeon.records.card import FILE as CARD
@@ -52,6 +53,7 @@ from surgeon.surgery.rewrite import Rewrite, convolution_rule, dynamic_layers, f
 from surgeon.surgery.sizes import check_layers
 from surgeon.util.copying import copy_model
 from surgeon.util.files import check_fields, parse_json, read_json, read_object, told
+from surgeon.util.outputs import check_output
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +72,8 @@ def save(
 ) -> None:
     """Write a model, converted or not, to the folder `path`.
 
-    `base` says how to build the base model; without it the model's recipe is asked, then the model itself. Where nobody knows
-    (a class of the caller's own) that is logged, and `load` will need `base=`. An existing folder is an error unless `force`,
+    `base` describes how to build the base model; by default the model's recipe or else the model itself knows. If it is
+    unknown (a custom class), a warning is logged, and `load` will need `base=`. An existing folder is an error unless `force`,
     which replaces it only if surgeon wrote it, and only once the new one is complete. Raises `CheckpointError`.
     """
     path = Path(path).absolute()
@@ -103,11 +105,11 @@ def load(
     device: str | torch.device = "cpu",
     trust_factory: bool = False,
 ) -> nn.Module:
-    """Read a folder that `save` wrote; the model is in eval mode, on `device`.
+    """Load a folder written by `save`; the model is in eval mode, on `device`.
 
-    Needs no network. `base` is a model of the original architecture (its weights do not matter, it is not changed) for
-    folders whose recipe does not know how to build it. Raises `CheckpointError` for damaged files, `RecipeError` for a recipe
-    that cannot be read, `ModelError` for a base model that cannot be built.
+    Needs no network. `base` is a model of the original architecture (its weights do not matter; it is not modified) for
+    folders whose recipe cannot build it. Raises `CheckpointError` for damaged files, `RecipeError` for an invalid
+    recipe, `ModelError` for a base model that cannot be built.
     """
     path = Path(path)
     recipe, artefact = read_folder(path)
@@ -119,18 +121,15 @@ def load(
     for name in static:
         layer = _submodule(model, name, str(path))
         if not isinstance(layer, DynamicConv2d):
-            raise CheckpointError(f"{path / RECIPE}: artefact: static: {name} is no dynamic layer")
+            raise CheckpointError(f"{path / RECIPE}: artefact: static: {name} is not a dynamic layer")
         layer.adaptive = False
     set_recipe(model, recipe)
     return model.eval().to(device)
 
 
 def read_folder(path: Path) -> tuple[Recipe, dict[str, Any]]:
-    """Recipe of a surgeon folder and what it says of its files, which are whole. Raises `CheckpointError`, `RecipeError`."""
-    if not path.is_dir():
-        raise CheckpointError(f"there is no surgeon folder {path}")
-    if not (path / RECIPE).is_file():
-        raise CheckpointError(f"{path} is not a surgeon folder: it has no {RECIPE}")
+    """Recipe of a surgeon folder and its record of the files, which are verified. Raises `CheckpointError`, `RecipeError`."""
+    check_folder(path)
     values = read_json(path / RECIPE, RecipeError, "the recipe")
     recipe = Recipe.from_dict(values, str(path / RECIPE)).located(path)
     artefact = values.get("artefact")
@@ -151,7 +150,7 @@ def read_report(path: str | Path) -> Report | CollapseReport | None:
 
 
 def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
-    """The recipe of a model as it is now: a rule for each dynamic layer, and each convolution folded to another window."""
+    """The current recipe of a model: a rule for each dynamic layer, and for each convolution folded to another window."""
     carried = get_recipe(model)
     rules = tuple(
         Rule(layers=quoted(name), type=layer.type_name, options=layer.config.to_dict())
@@ -164,17 +163,19 @@ def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
         found = replace(found, weights=known.weights, input_size=known.input_size)
     if found is None or not _fits(model, found, rules):
         logger.warning(
-            "it is not known how to build this %s again: the folder will load only with base=MODEL, a model of the "
+            "no way to rebuild this %s is known: the folder will load only with base=MODEL, a model of the "
             "original architecture",
             type(model).__name__,
         )
         found = None
-    seed, classes = (carried.seed, carried.classes) if carried is not None else (0, None)
-    return Recipe(rules=rules, base=found, seed=seed, versions=versions(), classes=classes)
+    made = Recipe(rules=rules, base=found, versions=versions())
+    if carried is None:
+        return made
+    return replace(made, seed=carried.seed, classes=carried.classes, task=carried.task)
 
 
 def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Module:
-    """Put empty dynamic layers, shaped by the rules' options, in the places that the rules name.
+    """Put uninitialized dynamic layers, shaped by the rules' options, in the places named by the rules.
 
     Returns the model, another object only if the model itself is replaced. Raises `RecipeError`.
     """
@@ -206,7 +207,7 @@ def _wanted(
     model: nn.Module, rules: tuple[Rule, ...]
 ) -> Iterator[tuple[type[DynamicConv2d], ConvGeometry, LayerConfig]]:
     for rule in rules:
-        with contextlib.suppress(AttributeError, SurgeonError):  # said when it is built
+        with contextlib.suppress(AttributeError, SurgeonError):  # reported when it is built
             cls = layer_class(rule.type)
             yield cls, ConvSource.read(model.get_submodule(rule.layers)).geometry, cls.Config.from_dict(rule.options)
 
@@ -230,7 +231,7 @@ def _submodule(model: nn.Module, name: str, where: str) -> nn.Module:
 
 
 def _fits(model: nn.Module, base: BaseModel, rules: tuple[Rule, ...]) -> bool:
-    """Whether base and rules rebuild a model that takes this one's state dict. Factories are believed: they are code."""
+    """Whether base and rules rebuild a model that can load this one's state dict. Factories are trusted: they are code."""
     if base.source == "factory":
         return True
     try:
@@ -242,7 +243,7 @@ def _fits(model: nn.Module, base: BaseModel, rules: tuple[Rule, ...]) -> bool:
 
 
 def _kinds(model: nn.Module) -> dict[str, tuple[type[nn.Module], str]]:
-    """Class of every module, and the settings of convolutions, which shapes do not tell."""
+    """Class of every module, and the settings of convolutions, which shapes do not determine."""
     return {
         name: (
             fx.GraphModule if isinstance(module, fx.GraphModule) else type(module),
@@ -253,7 +254,7 @@ def _kinds(model: nn.Module) -> dict[str, tuple[type[nn.Module], str]]:
 
 
 def _with_program(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe for a folder; the program that the base model is, which nothing could build again, comes into it."""
+    """The recipe for a folder; a base model that is a program is copied into the folder, since nothing can rebuild it."""
     if recipe.base is None or recipe.base.source != "program":
         return recipe
     try:
@@ -269,12 +270,12 @@ def _structure(recipe: Recipe, base: nn.Module | None, path: Path, trust_factory
     if base is not None:
         return copy_model(base)
     if recipe.base is None:
-        raise CheckpointError(f"{path} does not know how to build its base model: load it with base=MODEL")
+        raise CheckpointError(f"{path} does not record how to build its base model: load it with base=MODEL")
     return build_structure(recipe.base, trust_factory=trust_factory)
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors as safetensors takes them (contiguous, none sharing memory), and which names share one tensor."""
+    """Tensors in the form required by safetensors (contiguous, no shared memory), and the names that share a tensor."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -284,7 +285,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         kind = _unsavable(value)
         if kind:
             raise CheckpointError(
-                f"{name} in the state dict is {kind}; a surgeon folder holds ordinary, dense tensors with data"
+                f"{name} in the state dict is {kind}; a surgeon folder can store only ordinary, dense tensors with data"
             )
         key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
         if value.numel() and key in first:
@@ -298,10 +299,10 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _unsavable(value: Tensor) -> str:
-    """What makes a tensor one that safetensors cannot hold; empty if it can."""
+    """The reason why safetensors cannot store a tensor; empty if it can."""
     made: Any = value
     if is_traceable_wrapper_subclass(made):
-        return f"a {type(made).__name__}, a tensor made of others (quantized or distributed)"
+        return f"a {type(made).__name__}, a tensor composed of others (quantized or distributed)"
     if value.is_quantized or value.is_nested or value.layout != torch.strided:
         return f"quantized, nested or sparse ({value.layout}, {value.dtype})"
     return "on the meta device" if value.is_meta else ""
@@ -326,7 +327,7 @@ def _fill(model: nn.Module, file: Path) -> None:
         raise CheckpointError(f"{file} does not fit the model of its recipe: {told_mismatches(problems)}")
     floats = {value.dtype for value in state.values() if value.is_floating_point()}
     if len(floats) == 1:
-        model.to(floats.pop())  # with it go the buffers that no state dict holds
+        model.to(floats.pop())  # also converts buffers that are not in the state dict
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     for name, value in state.items():
         if own[name].dtype != value.dtype:

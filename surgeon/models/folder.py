@@ -13,29 +13,13 @@ from safetensors import SafetensorError
 from surgeon.errors import CheckpointError, RecipeError, SurgeonError
 from surgeon.records.recipe import FILE as RECIPE
 from surgeon.util.files import check_fields, sync
+from surgeon.util.outputs import check_output
 from surgeon.util.unfinished import unfinished
-
-
-def check_output(path: str | Path, *, force: bool = False) -> None:
-    """Raise `CheckpointError` unless a folder may be written at `path`: before work starts, not after it."""
-    path = Path(path)
-    if not path.exists() and not path.is_symlink():
-        return
-    if not force:
-        raise CheckpointError(
-            f"the output {path} exists; choose another with -o, or replace it with --force (in Python force=True)"
-        )
-    if not path.is_dir() or path.is_symlink():
-        raise CheckpointError(f"the output {path} exists and is not a folder: --force replaces only folders")
-    if any(path.iterdir()) and not (path / RECIPE).is_file():
-        raise CheckpointError(
-            f"the output {path} was not written by surgeon (it has no {RECIPE}): --force leaves it alone"
-        )
 
 
 @contextlib.contextmanager
 def fresh_folder(path: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, and goes when it does not."""
+    """A temporary folder next to `path` that replaces it if the block succeeds and is removed otherwise."""
     try:
         with unfinished(path) as folder:
             yield folder

@@ -1,4 +1,4 @@
-"""Find out how to build a model that was given as an object."""
+"""Identify how to build a model given as an object."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,10 +17,10 @@ _IGNORED = {"training", "pretrained_cfg", "default_cfg", "feature_info", "grad_c
 
 
 def identify(model: nn.Module) -> BaseModel | None:
-    """How to build the architecture of a timm, torchvision or zoo model; None where that is not known for sure.
+    """How to build the architecture of a timm, torchvision or zoo model; None unless it is certain.
 
-    Every candidate is built and compared: names, shapes, module classes and all plain attributes must agree. Layers that were
-    already replaced are not compared. The weights are recorded as given, with their SHA-256.
+    Every candidate is built and compared: names, shapes, module classes and all plain attributes must agree. Layers already
+    replaced are not compared. The weights are recorded as given, with their SHA-256.
     """
     for base in _candidates(model):
         try:
@@ -61,7 +61,7 @@ def _candidates(model: nn.Module) -> Iterator[BaseModel]:
 
 
 def _features_only(model: nn.Module) -> dict[str, Any]:
-    """timm's options of a model that gives feature maps instead of classes."""
+    """timm's options of a model that returns feature maps instead of classes."""
     info: Any = getattr(model, "feature_info", None)
     if not type(model).__name__.startswith("Feature") or not hasattr(info, "out_indices"):
         return {}
@@ -88,7 +88,7 @@ def _first_channels(model: nn.Module) -> int | None:
 
 
 def _agree(model: nn.Module, twin: nn.Module) -> bool:
-    """Whether both have the same tree: classes, plain attributes, and shapes of parameters and buffers."""
+    """Whether both have the same module tree: classes, plain attributes, and shapes of parameters and buffers."""
     if _is_replaced(model):
         return True
     if type(model) is not type(twin):

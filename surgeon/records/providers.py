@@ -1,6 +1,6 @@
-"""Providers: who builds networks that no library has, by names with their prefix (`zoo/resnet20_cifar`).
+"""Providers of networks that no library has, under names with their prefix (`zoo/resnet20_cifar`).
 
-A provider registers itself when its module is imported. The core knows a provider only by the name of that module, and imports it
+A provider registers itself when its module is imported. The core knows only the name of that module, and imports it
 when a name is first looked up.
 """
 
@@ -20,7 +20,7 @@ _PROVIDERS: dict[str, "Provider"] = {}
 
 
 class Provider(ABC):
-    """Networks by name. Unknown names are `ModelError`s with the nearest ones."""
+    """Networks by name. Unknown names raise a `ModelError` with the closest ones."""
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -36,11 +36,11 @@ class Provider(ABC):
 
     @abstractmethod
     def rules(self, name: str) -> tuple["Rule", ...]:
-        """The rules that make this network of its plain one; raises `RecipeError` if no rules do."""
+        """The rules that turn its plain counterpart into this network; raises `RecipeError` if there are none."""
 
     @abstractmethod
     def adapt(self, state: "dict[str, Tensor]", name: str, model: "nn.Module") -> "dict[str, Tensor]":
-        """Weights in circulation for the network under the names of `model`, which is one."""
+        """Public weights for the network under the names of `model`, an instance of it."""
 
     @abstractmethod
     def made_in(self, module: str) -> list[str]:
@@ -48,7 +48,7 @@ class Provider(ABC):
 
 
 def register(prefix: str, provider: Provider) -> None:
-    """Make a provider known under the prefix of its names."""
+    """Register a provider under the prefix of its names."""
     if prefix in _PROVIDERS:
         raise ValueError(f"the provider {prefix!r} is registered twice")
     _PROVIDERS[prefix] = provider

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -138,7 +138,7 @@ OPTIMIZER_NOTE = "an optimizer made before this conversion does not know"  # so 
 
 def _optimizer_note(surgery: Surgery) -> str:
     count = sum(len(list(layer.parameters())) for layer in surgery.layers.values())
-    return f"{OPTIMIZER_NOTE} {count} parameters of the new layers: make it anew"
+    return f"{OPTIMIZER_NOTE} {count} parameters of the new layers: recreate it"
 
 
 def _has_data(model: nn.Module) -> None:
@@ -230,8 +230,10 @@ def _remember(result: nn.Module, order: _Order, surgery: Surgery) -> None:
         Rule(layers=quoted(name), type=layer.type_name, options=layer.config.to_dict())
         for name, layer in surgery.layers.items()
     )
-    classes = earlier.classes if earlier is not None else None
-    set_recipe(result, Recipe(rules=rules + new, base=base, seed=order.seed, versions=versions(), classes=classes))
+    made = Recipe(rules=rules + new, base=base, seed=order.seed, versions=versions())
+    if earlier is not None:
+        made = replace(made, classes=earlier.classes, task=earlier.task)
+    set_recipe(result, made)
 
 
 def _as_graph(result: nn.Module, surgery: Surgery, check: bool) -> nn.Module:

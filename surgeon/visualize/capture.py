@@ -1,4 +1,4 @@
-"""What every dynamic layer gets, says and gives for one picture, taken with hooks."""
+"""Inputs, codes and outputs of every dynamic layer for one image, captured with hooks."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,10 +18,10 @@ from surgeon.util.copying import evaluating
 
 @dataclass(frozen=True, kw_only=True)
 class Captured:
-    """The first call of one layer for one picture: input (C, H, W), outputs (C_out, H', W'), code (V, H', W').
+    """The first call of one layer for one image: input (C, H, W), outputs (C_out, H', W'), code (V, H', W').
 
-    `static` is the output with the dynamic part off, `original` that of the same layer of the original model on its own way
-    through the picture. `variation` is that of `surgeon.collapsing.evidence`, on this picture alone.
+    `static` is the output with the dynamic part off, `original` that of the same layer in the original model, run on the
+    same image. `variation` is as in `surgeon.collapsing.evidence`, for this image alone.
     """
 
     name: str
@@ -37,9 +37,9 @@ class Captured:
 def capture(
     model: nn.Module, layers: Mapping[str, DynamicConv2d], picture: Tensor, original: nn.Module | None = None
 ) -> dict[str, Captured]:
-    """Run a model on one picture (C, H, W) and see its dynamic layers, those that the forward pass reaches.
+    """Run a model on one image (C, H, W) and capture the dynamic layers that the forward pass reaches.
 
-    Raises `InputError` where a model does not run on it, or the original has no layer of a name.
+    Raises `InputError` if a model does not run on it, or if the original has no layer of a name.
     """
     beside = {} if original is None else _outputs(original, list(layers), picture)
     found: dict[str, Captured] = {}

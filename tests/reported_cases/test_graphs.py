@@ -144,7 +144,7 @@ def test_a_convolution_by_two_names_is_replaced_in_a_program_and_its_file(aliase
 
 def test_all_is_all_dynamic_layers() -> None:
     model, _ = surgeon.convert(nn.Sequential(nn.Conv2d(3, 3, 3)), layers="all", type="pafu", example_inputs=X)
-    with pytest.raises(SelectionError, match="'any' is no dynamic layer"):
+    with pytest.raises(SelectionError, match="'any' is not a dynamic layer"):
         surgeon.revert(model, "any")
     assert type(surgeon.revert(model, "all")[0]) is nn.Conv2d
 

@@ -33,7 +33,7 @@ def test_a_run_that_is_alive_is_locked(tmp_path: Path, monkeypatch: pytest.Monke
     before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
     with RunFolder(tmp_path / "run").locked():
         for how in ({"resume": True}, {"force": True}):
-            with pytest.raises(CheckpointError, match="is going on in another process"):
+            with pytest.raises(CheckpointError, match="is running in another process"):
                 finetune(model, regression(), SHORT, tmp_path / "run", **how)
     assert (
         before[1:]
@@ -202,7 +202,7 @@ class Norm(nn.Module):
 def test_a_batch_norm_of_one_value_is_told_with_what_helps() -> None:
     """T16: DeepLab at batch size 1; also in `--dry-run`."""
     for run in (finetune, dry_run):
-        with pytest.raises(ConfigError, match=r"single value a channel from a batch \(1, 3, 8, 8\).*--freeze-bn"):
+        with pytest.raises(ConfigError, match=r"single value per channel from a batch \(1, 3, 8, 8\).*--freeze-bn"):
             run(Norm(), regression(), with_(batch_size=1, max_steps=1))
     assert finetune(Norm(), regression(), with_(batch_size=1, max_steps=1, freeze_bn=True)).summary.steps == 1
 
@@ -305,7 +305,7 @@ TAMPERED = {
     "unknown measures": (_set("progress", "start", "start", value={"x": 1}), "start: start: metrics must be"),
     "further measures": (lambda tree: _further(tree), "start: start must have metrics"),
     "rollbacks": (_set("progress", "rollbacks", value="many"), "rollbacks must be of type int"),
-    "unknown progress": (_set("progress", "more", value=1), "lacks, or should not have, more"),
+    "unknown progress": (_set("progress", "more", value=1), "is missing, or should not have, more"),
     "other groups": (_set("optimizer", "param_groups", value=[]), "optimizer has 0 groups"),
     "optimizer's state": (_set("optimizer", "state", value={"x": {}}), "state has 'x'"),
     "weights": (_set("model", "first.bias", value=torch.zeros(3)), "model: first.bias is not a tensor"),

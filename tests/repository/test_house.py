@@ -35,7 +35,7 @@ ARROWS = {
     "surgeon.commands": "*",
     "surgeon.commands.search": "*",
     "surgeon.cli": "*",
-    "surgeon.layers": "errors layers.acda layers.ops layers.pafu layers.sekg",
+    "surgeon.layers": f"{CORE} layers.acda layers.ops layers.pafu layers.sekg",
     "surgeon.layers.acda": f"{CORE} layers layers.ops layers.ops.native layers.ops.triton",
     "surgeon.layers.pafu": f"{CORE} layers layers.ops layers.ops.native layers.ops.triton",
     "surgeon.layers.sekg": f"{CORE} layers layers.ops layers.ops.native layers.ops.triton",

@@ -341,7 +341,7 @@ def test_leases_end_with_their_process(tmp_path: Path) -> None:
     assert child.stdout is not None
     assert child.stdout.readline() == b"held\n"
     assert is_alive(tmp_path, "other")
-    with pytest.raises(StudyError, match="running already"):
+    with pytest.raises(StudyError, match="already running"):
         Lease(tmp_path, "other")
     child.kill()
     child.wait()

@@ -278,8 +278,8 @@ def test_further_options_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "RUN|MODEL and --task must be given, or --recipe NAME"),
-        (["zoo/lenet"], "--task must be given, or --recipe"),
+        ([], "RUN|MODEL must be given, and --task; or --recipe NAME"),
+        (["zoo/lenet"], "--task must be given: zoo/lenet does not say"),
         (["zoo/lenet", "--task", "classification", "--preset", "small"], "--preset small is a preset of a recipe"),
         (["--recipe", "lenet", "--task", "denoising"], "is for the task classification, got --task denoising"),
         (["--recipe", "lenet", "--preset", "tiny"], "has no preset 'tiny'"),
@@ -287,7 +287,7 @@ def test_further_options_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--recipe", "lenet", "--task-option", "sigma=3"], "has no option 'sigma'"),
         (
             ["--recipe", "lenet", "--sched", "cosine", "--milestones", "50%"],
-            "milestones go with the schedule multistep",
+            "milestones and the schedule multistep need each other",
         ),
         (["--recipe", "lenet", "--model-args", "width=3", "--data", "."], "width=3"),
     ],
@@ -325,7 +325,7 @@ def test_converting_by_the_name_of_a_zoo_network(tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     assert main(["convert", "zoo/dncnn", "--recipe", "zoo/dncnn_dconv", "--dry-run"]) == 2
     assert (
-        "no recipe makes zoo/dncnn_dconv of another network: the DConv replaces a convolution"
+        "no recipe makes zoo/dncnn_dconv from another network: the DConv replaces a convolution"
         in capsys.readouterr().err
     )
     assert main(["convert", "zoo/dncnn", "--recipe", "zoo/dncn", "--dry-run"]) == 2

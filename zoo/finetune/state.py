@@ -36,6 +36,7 @@ class TrainingProgress:
 
     step: int = 0
     seconds: float = 0.0  # of training, over all sessions
+    elapsed: float = 0.0  # seconds of everything, evaluations included, over all sessions
     best: float | None = None
     best_step: int | None = None
     stale: int = 0  # evaluations since the best
@@ -50,7 +51,7 @@ class TrainingProgress:
 _NUMBER, _NONE = (int, float), type(None)
 _PROGRESS: dict[str, Any] = {
     **dict.fromkeys(("step", "stale", "rollbacks"), int),
-    **dict.fromkeys(("seconds", "lr_factor"), _NUMBER),
+    **dict.fromkeys(("seconds", "elapsed", "lr_factor"), _NUMBER),
     "best": (*_NUMBER, _NONE),
     "best_step": (int, _NONE),
     "stopped": (str, _NONE),
@@ -258,11 +259,12 @@ class Store:
         check_fields(tree, {"progress": dict}, str(file))
         values = tree.pop("progress")
         where = f"{file}: progress"
+        values.setdefault("elapsed", values.get("seconds"))  # of runs that did not count evaluations
         unknown = sorted(str(key) for key in set(values) ^ set(vars(TrainingProgress())))
         if unknown:
             raise CheckpointError(f"{where} is missing, or should not have, {', '.join(unknown)}")
         check_fields(values, _PROGRESS, where)
-        for key in ("step", "best_step", "stale", "rollbacks", "seconds"):
+        for key in ("step", "best_step", "stale", "rollbacks", "seconds", "elapsed"):
             if values[key] is not None and not values[key] >= 0:
                 raise CheckpointError(f"{where}: {key} must not be negative, got {told(values[key])}")
         if values["step"] != step or (values["best_step"] or 0) > step:

@@ -374,7 +374,7 @@ def test_file_names_are_safe() -> None:
         (["nowhere", "a.png", "-o", "out"], "there is no surgeon folder nowhere"),
         (["run", "a.png", "-o", "a.png"], "a.png exists and is not a folder"),
         (["run", "a.png", "-o", "run"], "the output run is not empty"),
-        (["run", "a.png", "-o", "out", "--layers", "layer9"], "'layer9' is no dynamic layer"),
+        (["run", "a.png", "-o", "out", "--layers", "layer9"], "'layer9' is not a dynamic layer"),
         (["run", "a.png", "-o", "out", "--input-size", "big"], "expected SIZE, HxW or CxHxW"),
         (["run", "a.png", "-o", "out", "--against", "test_vit"], "it is not the original of this model"),
         (["plain", "a.png", "-o", "out"], "plain has no dynamic layer"),

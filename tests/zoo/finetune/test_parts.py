@@ -17,9 +17,10 @@ import surgeon
 from surgeon.errors import CheckpointError, ConfigError, TrainingError
 from surgeon.layers import layer_types
 from surgeon.layers.base import DynamicConv2d
+from surgeon.util.parse import parse_span, parse_time
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.finetune.batches import Draws, seed_everything
-from surgeon.zoo.finetune.config import parse_span, parse_time, span_steps
+from surgeon.zoo.finetune.config import span_steps
 from surgeon.zoo.finetune.guard import Guard, NotFiniteError
 from surgeon.zoo.finetune.optimizer import make_optimizer
 from surgeon.zoo.finetune.parameters import ROLES, group_parameters, optimizer_groups
@@ -45,13 +46,16 @@ from tests.support.training.tasks import SIZE, converted, make_restorer
         ({"warmup": "2.5"}, "warmup: expected steps"),
         ({"eval_every": "0"}, "eval_every must be more than 0"),
         ({"alternate": 0}, "alternate must be an integer >= 1, got 0"),
-        ({"epochs": None}, "epochs or max_steps must say how long the run is"),
-        ({"sched": "multistep"}, "milestones go with the schedule multistep.* sched='multistep', milestones=\\(\\)"),
-        ({"milestones": ["50%"]}, "milestones go with the schedule multistep, and it with them; got sched='cosine'"),
+        ({"epochs": None}, "set epochs or max_steps to define the length of the run"),
+        (
+            {"sched": "multistep"},
+            "milestones and the schedule multistep need each other.* sched='multistep', milestones=\\(\\)",
+        ),
+        ({"milestones": ["50%"]}, "milestones and the schedule multistep need each other, got sched='cosine'"),
         ({"sched": "multistep", "milestones": ["0"]}, "milestones must be more than 0"),
         ({"sched": "step", "decay_every": "often"}, "decay_every: expected steps"),
-        ({"decay_every": "10"}, "decay_every goes with the schedule step, got sched='cosine'"),
-        ({"decay_rate": 0.5}, "decay_rate goes with the schedules step, multistep and poly, got sched='cosine'"),
+        ({"decay_every": "10"}, "decay_every requires the schedule step, got sched='cosine'"),
+        ({"decay_rate": 0.5}, "decay_rate requires the schedule step, multistep or poly, got sched='cosine'"),
         ({"sched": "step", "decay_rate": 0}, "decay_rate must be a number > 0, got 0"),
         ({"rollback_factor": 1.0}, "rollback_factor must be between 0 and 1, got 1.0"),
     ],

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -18,13 +19,16 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import surgeon
 from surgeon.cli import main
+from surgeon.commands.search import jobs
 from surgeon.search.gains.gain import GainTable
 from surgeon.search.study.database import StudyDatabase
 from surgeon.search.study.folder import read_search
 from surgeon.search.study.journal import StudyJournal
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.finetune.loop import Interrupted, Run
+from tests.support import forks
 from tests.support.browser import chromium, installed
+from tests.support.forks import Fork
 from tests.support.page_looks import check
 from tests.support.places import ROOT
 from tests.support.search.servers import free_port
@@ -34,6 +38,8 @@ from tests.support.training.runs import failing
 pytestmark = pytest.mark.usefixtures("tiny_tasks")
 
 Capture = pytest.CaptureFixture[str]
+RANDOM = ("--sampler", "random", "--no-pruning")
+FOUR = (*RANDOM, "--trials", "4")
 
 
 def document(capsys: Capture) -> Any:
@@ -154,7 +160,7 @@ def test_a_task_without_data_is_one_error(data: list[str], said: str, capsys: Ca
 def test_another_model_space_or_budget_is_refused_with_the_difference(capsys: Capture) -> None:
     assert main(search_arguments("s", "--trials", "1", "--quiet")) == 0
     assert main(search_arguments("s", "--trials", "1")) == 2
-    assert "there is a search in s already" in capsys.readouterr().err
+    assert "there is already a search in s" in capsys.readouterr().err
     assert main(search_arguments("s", "--trials", "1", "--max-flops", "+300%", "--resume")) == 2
     assert "budgets.flops" in capsys.readouterr().err
     other = search_arguments("s", "--trials", "1", "--resume")
@@ -163,7 +169,7 @@ def test_another_model_space_or_budget_is_refused_with_the_difference(capsys: Ca
     assert re.search(r"is a study of something else: model.*; name is .*make_plain.*Restorer", capsys.readouterr().err)
     assert main(search_arguments("s", "--trials", "2", "--resume", "--quiet")) == 0  # more trials are no difference
     assert main(search_arguments("nowhere", "--resume")) == 2
-    assert "leave out --resume" in capsys.readouterr().err
+    assert "omit --resume" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_how_to_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +177,7 @@ def test_ctrl_c_says_how_to_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPat
         patch.setattr(Run, "train", failing(Interrupted(2), 1))
         assert main(search_arguments("s", "--trials", "3", "--no-pruning")) == 130
     out, error = capsys.readouterr()
-    assert "go on with the same command and --resume" in error
+    assert "resume with the same command and --resume" in error
     assert out == ""
     assert main(search_arguments("s", "--trials", "3", "--no-pruning", "--resume", "--json")) == 0
     assert document(capsys)["trials"]["complete"] == 3
@@ -203,20 +209,23 @@ def test_interrupted_finals_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPat
         (["--storage", "sqlite://"], "in memory is lost"),
         (["--join", "study"], "--join needs --storage"),
         (["--jobs", "0"], "--jobs must be at least 1"),
-        (["--jobs", "2", "--device", "cuda:1"], "--device cuda:1 names one GPU, and --jobs 2 workers share all"),
+        (
+            ["--jobs", "2", "--device", "cuda:1"],
+            "--device cuda:1 names one GPU, but --jobs 2 workers share all of them",
+        ),
         (["--layers", "k<=1"], "the selection 'k<=1' matches nothing"),
         (["--layers", "nowhere"], "nowhere"),
         (["--max-flops", "10%"], "has a sign"),
         (["--sampler", "guess"], "expected posterior, decoder, tpe, nsga2, random or module:Class, got 'guess'"),
         (["--sampler", "no.such.module:X"], "cannot import 'no.such.module': ModuleNotFoundError"),
         (["--sampler", "optuna.samplers:NoSampler"], "optuna.samplers has no 'NoSampler'"),
-        (["--sampler", "collections:Counter"], "the class Counter of collections is no Optuna sampler"),
-        (["--sampler", "tests.support.search.tasks:make_plain"], "is no Optuna sampler: it makes a"),
+        (["--sampler", "collections:Counter"], "the class Counter of collections is not an Optuna sampler"),
+        (["--sampler", "tests.support.search.tasks:make_plain"], "is not an Optuna sampler: it creates a"),
         (
             ["--sampler", "tests.support.search.tasks:Forgetful"],
             "the sampler tests.support.search.tasks:Forgetful leaves first out: got None",
         ),
-        (["--sampler", "optuna.samplers:GridSampler"], "cannot be made: TypeError"),
+        (["--sampler", "optuna.samplers:GridSampler"], "cannot be created: TypeError"),
         (["--objective", "flops"], "expected metric, alone or with some of flops, params, memory after it"),
         (["--objective", "metric,speed"], "expected metric, alone or with"),
         (["--trials", "0"], "--trials must be at least 1"),
@@ -276,7 +285,7 @@ def test_a_search_in_a_database_is_begun_joined_and_read(database: str, capsys: 
     assert "other machines join with --join r50" in capsys.readouterr().err
     assert not Path("r50/study.jsonl").exists()
     assert main(search_arguments("r50", "--trials", "3", *shared)) == 2  # it exists
-    assert "go on with it (--join r50)" in capsys.readouterr().err
+    assert "continue it (--join r50)" in capsys.readouterr().err
     join = ["search", FACTORY, "--task", "tiny-regression", *SPACE, *SHORT, "--trials", "4", *shared]
     (tmp_path / "elsewhere").mkdir()
     os.chdir(tmp_path / "elsewhere")  # as if on another machine
@@ -297,7 +306,7 @@ def test_a_search_in_a_database_is_begun_joined_and_read(database: str, capsys: 
     assert main(["study", "best", "r50", "--json"]) == 0  # the first machine sees all trials
     assert document(capsys)[0]["value"] == min(found.value(one) or 1e9 for one in found.ranked())
     assert main(search_arguments("r50", "--trials", "4", "--resume")) == 2
-    assert "give its --storage" in capsys.readouterr().err
+    assert "pass its --storage" in capsys.readouterr().err
     assert main(search_arguments("r50", "--trials", "5", *shared, "--resume", "--quiet")) == 0
     assert "tester" not in Path("r50/search.json").read_text()
 
@@ -321,21 +330,43 @@ def test_a_database_that_cannot_be_reached_is_one_error(capsys: Capture) -> None
         assert not Path("s").exists()
 
 
-@pytest.mark.parametrize(
-    ("trials", "steps", "workers"),
-    [(4, "4", 1), pytest.param(26, "60", 2, marks=pytest.mark.slow)],  # the second takes seconds to start
-)
-def test_jobs_are_workers_of_one_search(trials: int, steps: str, workers: int, tmp_path: Path) -> None:
-    worker = start(tmp_path / "s", "--jobs", "2", "--json", "--steps", steps, trials=trials)
-    out, error = worker.communicate(timeout=900)
-    assert worker.returncode == 0, error
-    found = read_search(tmp_path / "s")
+def test_jobs_are_workers_of_one_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(jobs, "multiprocessing", SimpleNamespace(get_context=lambda method: forks.context()))
+    train, boards, deadline = Run.train, tmp_path / "s" / "tensorboard", time.monotonic() + 60
+
+    def both(run: Run) -> None:  # after a trial of its own, this one waits for one of the other
+        while boards.is_dir() and len(list(boards.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        train(run)
+
+    monkeypatch.setattr(Run, "train", both)
+    assert main(search_arguments(tmp_path / "s", *RANDOM, "--trials", "5", "--jobs", "2", "--json")) == 0
+    _check_jobs(tmp_path / "s", 5, document(capsys))
+
+
+@pytest.mark.slow  # an interpreter of its own for each worker: the second takes seconds to start
+def test_jobs_are_interpreters(tmp_path: Path) -> None:
+    more = [*RANDOM, "--trials", "26", "--jobs", "2", "--json", "--steps", "60"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "tests.support.search.tasks", *search_arguments(tmp_path / "s", *more)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    _check_jobs(tmp_path / "s", 26, json.loads(done.stdout))
+
+
+def _check_jobs(folder: Path, trials: int, told: Any) -> None:
+    found = read_search(folder)
     assert sum(one.counts for one in found.records) == trials
     assert len({one.hash for one in found.records if one.counts}) == trials
-    assert json.loads(out)["workers"] == 0
+    assert told["workers"] == 0
     names = {one.worker for one in found.records if one.worker is not None}
-    assert len(names) >= workers, error
-    boards = {path.name for path in (tmp_path / "s" / "tensorboard").iterdir()}
+    assert len(names) == 2
+    boards = {path.name for path in (folder / "tensorboard").iterdir()}
     assert boards == {name.rsplit("-", 1)[0] for name in names}  # host and process
 
 
@@ -386,22 +417,9 @@ def test_optunas_own_plots_read_the_study(capsys: Capture) -> None:
 # --- killed -------------------------------------------------------------------------------------------------------
 
 
-def start(folder: Path, *more: str, trials: int = 4) -> "subprocess.Popen[str]":
-    arguments = search_arguments(folder, "--trials", str(trials), "--sampler", "random", "--no-pruning", *more)
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "tests.support.search.tasks", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_a_killed_search_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    worker = start(broken)
-    assert worker.stderr is not None
+    worker = Fork(main, search_arguments(broken, *FOUR))
     for line in worker.stderr:
         if "trial 1:" in line:
             break
@@ -412,10 +430,10 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> N
     done = [one for one in before.records if one.state == "complete"]
     assert len(done) >= 2
     assert [one.state for one in before.records].count("running") <= 1
-    again = start(broken, "--resume")
+    again = Fork(main, search_arguments(broken, *FOUR, "--resume"))
     _, error = again.communicate()
     assert again.returncode == 0, error
-    assert main(search_arguments(whole, "--trials", "4", "--sampler", "random", "--no-pruning", "--quiet")) == 0
+    assert main(search_arguments(whole, *FOUR, "--quiet")) == 0
     expected = [(one.number, one.hash, one.values) for one in read_search(whole).records]
     assert [(one.number, one.hash, one.values) for one in read_search(broken).records] == expected
     assert sum(one.attempts - 1 for one in read_search(broken).records if one.attempts) <= 1
