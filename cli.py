@@ -33,7 +33,7 @@ from surgeon.commands import (
     visualize,
     zoo,
 )
-from surgeon.commands.arguments import one_document
+from surgeon.commands.common.arguments import one_document
 from surgeon.commands.search import (
     gains,
     place,

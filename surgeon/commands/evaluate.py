@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import (
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import (
     add_amp,
     add_batch_size,
     add_device,
@@ -14,7 +14,7 @@ from surgeon.commands.arguments import (
     positive,
     print_json,
 )
-from surgeon.commands.tasks import add_task, make_task, settle
+from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError, ModelError, SurgeonError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from surgeon.commands.console import Progress, width
+    from surgeon.commands.common.console import Progress, width
     from surgeon.records.report import jsonable
 
     task = _task(args)

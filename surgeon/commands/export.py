@@ -5,15 +5,15 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import add_seed, print_json, size, tell, whole
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import add_seed, print_json, size, tell, whole
 from surgeon.errors import ConfigError
 from surgeon.util.outputs import check_file_output
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from surgeon.commands.console import Progress
+    from surgeon.commands.common.console import Progress
     from surgeon.exporting.export import Exported
 
 DESCRIPTION = "write a model to one ONNX or torch.export file, verified against the model"
@@ -66,7 +66,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from surgeon.commands.console import Progress
+    from surgeon.commands.common.console import Progress
     from surgeon.exporting.export import check_target, export
 
     path = Path(args.output)
@@ -146,7 +146,7 @@ def _model(args: argparse.Namespace) -> "tuple[nn.Module, tuple[int, ...] | None
 
 
 def _text(run: str, result: "Exported") -> str:
-    from surgeon.commands.console import width
+    from surgeon.commands.common.console import width
     from surgeon.util.tables import count, error, paragraph
 
     def line(name: str, text: str) -> str:

@@ -12,7 +12,7 @@ INSPECTED = ("layer", "stage", "geometry", "output", "FLOPs", "params", "memory"
 
 
 class Inspection(list[ConvSite]):
-    """What `surgeon.inspect` found: a list, which notebooks show as a table."""
+    """The result of `surgeon.inspect`: a list that notebooks show as a table."""
 
     def _repr_html_(self) -> str:
         rows, against = inspected(self)
@@ -25,7 +25,7 @@ UNITS = "FLOPs (1 MAC = 2 FLOPs) and memory (of the output, float32) are for one
 
 
 def activation_bytes(site: ConvSite) -> int | None:
-    """Memory of the outputs for one image in float32, over all calls; None where the forward pass does not reach it."""
+    """Memory of the outputs for one image in float32, over all calls; None if the forward pass does not reach it."""
     if not site.calls:
         return None
     return sum(4 * math.prod(call.output[-3:]) for call in site.calls)

@@ -4,9 +4,9 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import add_amp, add_batch_size, add_device, add_lr, add_seed, add_workers, amp
-from surgeon.commands.tasks import add_task, make_task, settle
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import add_amp, add_batch_size, add_device, add_lr, add_seed, add_workers, amp
+from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from surgeon.commands import console
+from surgeon.commands.common import console
 from surgeon.util.waiting import waiting
 
 
