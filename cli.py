@@ -8,6 +8,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -60,11 +61,13 @@ exit codes: 0 done; 1 a check failed, or nothing could be replaced; 2 wrong usag
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    began = time.monotonic()
     try:
         args = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed why
         return stop.code if isinstance(stop.code, int) else 2
     handler: Callable[[argparse.Namespace], int] = args.handler
+    args.began = began
     try:
         _start_logging(args)
         if args.check is not None:

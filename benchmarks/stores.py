@@ -33,7 +33,7 @@ from surgeon.search.run import Search, SearchConfig
 from surgeon.search.sampling.tuners import RandomPlacements
 from surgeon.search.space import Space
 from surgeon.search.study.database import StudyDatabase
-from surgeon.search.study.journal import Journal
+from surgeon.search.study.journal import StudyJournal
 from surgeon.search.study.study import Study
 from surgeon.search.study.study_file import StudyFile
 
@@ -157,7 +157,7 @@ def _on_a_server(layers: int, trials: int) -> list[float]:
 
 _TORN: dict[str, Callable[[Path], Any]] = {
     "optuna journal": lambda path: JournalFileBackend(str(path)),
-    "journal": Journal,
+    "journal": StudyJournal,
 }
 _RUNS: dict[str, Callable[[Path, int, int], float]] = {
     "optuna journal": lambda folder, *rest: optimized(JournalStorage(JournalFileBackend(str(folder / "s"))), *rest),

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgeon.errors import ConfigError
+from surgeon.search.placement.place import nearest, optimum, smallest
 from surgeon.search.placement.problem import InfeasibleError, Problem
-from surgeon.util.parse import giga, mebibytes, parse_quantity
+from surgeon.util.parse import mebibytes, parse_quantity
+from surgeon.util.tables import count
 
 if TYPE_CHECKING:
     from surgeon.costs import Cost
@@ -194,7 +196,7 @@ def told(resource: str, value: float) -> str:
         return mebibytes(value)
     if resource == "latency":
         return f"{value * 1e3:,.2f} ms"
-    return giga(value).replace(" ", "")
+    return count(round(value))
 
 
 def as_budget(resource: str, value: float) -> str:
@@ -213,7 +215,6 @@ def check_feasible(problem: Problem, original: Mapping[str, int], *, translate: 
     `original` are the unmodified model's costs. `translate(resource, value)` converts a row's value to the unit of the user's
     budget (memory: with margin and reserve).
     """
-    from surgeon.search.placement.place import nearest, optimum, smallest
 
     def say(resource: str, value: float) -> float:
         return value if translate is None else translate(resource, value)

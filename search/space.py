@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgeon.costs.table import KEEP, Option
-from surgeon.errors import ConfigError, RecipeError
+from surgeon.errors import ConfigError
 from surgeon.layers.registry import layer_class, layer_types
-from surgeon.records.recipe import Recipe, Rule, quoted, unquoted, versions
+from surgeon.records.recipe import Recipe, Rule, quoted, versions
 from surgeon.search.placement.problem import Bools, Ints
+from surgeon.sites.select import select
+from surgeon.sites.sites import find_sites
+from surgeon.surgery.plan import nothing_replaced, read_config, why_not
 from surgeon.util.files import read_text, told
 
 if TYPE_CHECKING:
@@ -50,8 +53,6 @@ class SpaceConfig:
 
     def make_options(self) -> tuple[Option, ...]:
         """The options, deduplicated, each validated by its layer type. Raises `ConfigError`."""
-        from surgeon.surgery.plan import read_config
-
         found = [*self._combined(), *self.options]
         if not found:
             raise ConfigError("the search space has no option: set --types, or omit it for the defaults")
@@ -256,36 +257,6 @@ class Space:
         )
         return Recipe(rules=rules, base=base, seed=seed, versions=versions())
 
-    def from_recipe(self, recipe: Recipe) -> Ints:
-        """The placement of a recipe that names single layers, with options as written or as a conversion resolved them.
-
-        Raises `RecipeError` for a layer that is not in the space or an option that none of the space's agrees with.
-        """
-        result = np.zeros(len(self.layers), dtype=np.int64)
-        for rule in recipe.rules:
-            name = unquoted(rule.layers)
-            if name not in self.layers:
-                raise RecipeError(f"the recipe's layer {name!r} is not in the search space")
-            fitting = [j for j, option in enumerate(self.options, start=1) if _agrees(option, rule)]
-            if not fitting:
-                raise RecipeError(
-                    f"{rule.layers} becomes {Option(rule.type, rule.options).label} in the recipe, which is not one of the "
-                    f"search space's options {', '.join(self.labels[1:])}"
-                )
-            result[self.layers.index(name)] = max(fitting, key=lambda j: len(self.options[j - 1].options))
-        self.check(result)
-        return result
-
-
-def _agrees(option: Option, rule: Rule) -> bool:
-    """Whether a rule says what an option says, or what a conversion made of it: open choices (None, "auto") may be resolved."""
-
-    if option.type != rule.type:
-        return False
-    config = layer_class(option.type).Config
-    wanted, said = config.from_dict(dict(option.options)).to_dict(), config.from_dict(dict(rule.options)).to_dict()
-    return all(said[name] == value or value in (None, "auto") for name, value in wanted.items())
-
 
 def make_space(
     model: "nn.Module", config: SpaceConfig | None = None, *, sites: "Iterable[ConvSite] | None" = None
@@ -294,10 +265,6 @@ def make_space(
 
     Raises `SelectionError` for a selection that matches nothing, `NothingReplacedError` if no layer can be replaced.
     """
-    from surgeon.sites.select import select
-    from surgeon.sites.sites import find_sites
-    from surgeon.surgery.plan import nothing_replaced, read_config, why_not
-
     config = config or SpaceConfig()
     options = config.make_options()
     convs = list(find_sites(model).convs) if sites is None else list(sites)

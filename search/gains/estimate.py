@@ -28,6 +28,7 @@ from surgeon.search.gains.quadratic import Walk, decrease, scaled
 from surgeon.search.placement.problem import Floats, Ints
 from surgeon.search.space import Space
 from surgeon.surgery.convert import convert
+from surgeon.util.progress import OnProgress
 
 LossCallback = Callable[[nn.Module, Any], Tensor]  # loss(model, batch) -> mean loss of the batch, a scalar
 ESTIMATORS = ("gradient", "fisher", "snr", "nqm")
@@ -46,7 +47,7 @@ def gradient_gains(
     walk: Walk | None = None,
     seed: int = 0,
     input_size: Any = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[str, GainTable]:
     """Gain tables by estimator, all from the same passes: one backward pass per (option, batch).
 
@@ -109,7 +110,7 @@ def _gradients(
     batches: Sequence[Any],
     seed: int,
     input_size: Any,
-    progress: Callable[[str, int, int], None] | None,
+    progress: OnProgress | None,
 ) -> dict[str, Tensor]:
     """For every layer that may have this option, the gradients of its new parameters, (B, P), float32 on the CPU."""
     placement = np.where(space.allowed[:, option], option, 0)

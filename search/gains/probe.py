@@ -12,7 +12,7 @@ The standard error is that of the mean over seeds. Higher is better for any metr
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +27,12 @@ from surgeon.search.gains.gain import GainTable
 from surgeon.search.placement.problem import Floats, Ints
 from surgeon.search.space import Space
 from surgeon.surgery.rewrite import static
+from surgeon.util.progress import OnProgress
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune.batches import Draws, mixed, to_device
 from surgeon.zoo.finetune.optimizer import make_optimizer
 from surgeon.zoo.finetune.parameters import group_parameters, optimizer_groups
 from surgeon.zoo.tasks import Batch, Task
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +103,7 @@ def single(space: Space, layer: int, option: int) -> Ints:
 # --- few-step probes ----------------------------------------------------------------------------------------------
 
 
-def probe_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: Progress | None = None) -> GainTable:
+def probe_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: OnProgress | None = None) -> GainTable:
     """Train one layer for a few steps, with each option and as a convolution; normalization uses its running statistics."""
     space, values = evaluator.space, _Values(evaluator.space, "probe", config)
     batches = [_Batches(evaluator, config, seed) for seed in _seeds(evaluator, config)]
@@ -183,7 +182,7 @@ def _loss(model: nn.Module, task: Task, batches: Sequence[Batch], device: torch.
 # --- one-layer fine-tuning under successive halving ---------------------------------------------------------------
 
 
-def halving_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: Progress | None = None) -> GainTable:
+def halving_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: OnProgress | None = None) -> GainTable:
     """Fine-tune the whole network with one layer replaced; an entry's gain is that of its last round."""
     values = _Values(evaluator.space, "halving", config)
     short = _with_steps(evaluator, config.steps)
@@ -219,7 +218,7 @@ def _value(evaluator: TrainingEvaluator, placement: Ints, rung: int, seed: int) 
 # --- grow all, then ablate ----------------------------------------------------------------------------------------
 
 
-def ablation_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: Progress | None = None) -> GainTable:
+def ablation_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: OnProgress | None = None) -> GainTable:
     """One fine-tuning run per option and seed, with the option in all allowed layers; then with one layer at a time without it."""
     space, task = evaluator.space, evaluator.task
     values = _Values(space, "ablation", config)

@@ -17,7 +17,7 @@ import torch
 from surgeon.search.placement.problem import Floats
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.finetune.parameters import ROLES, Group
-from surgeon.zoo.finetune.schedule import Plan, Rates
+from surgeon.zoo.finetune.schedule import Rates, RunPlan
 
 _LINEAR = ("sgd", "momentum", "nesterov")  # timm optimizers whose steps are sums of gradients
 _DIVERGED = 1e9  # displacement per unit of gradient from which no training recovers
@@ -39,7 +39,7 @@ class Walk:
 def walk_of(config: FinetuneConfig, samples: int) -> Walk:
     """The steps of a training on this many samples. Clipping, weight decay and Nesterov's correction are ignored."""
     # no parameters: only the plan's lengths are needed
-    plan = Plan.make(config, samples, [Group(role, True, {}) for role in ROLES])
+    plan = RunPlan.make(config, samples, [Group(role, True, {}) for role in ROLES])
     group = {"params": [torch.zeros(1)], "lr_scale": config.new_lr_scale, "role": "new"}
     rates = Rates(torch.optim.SGD([group], lr=config.lr), config, plan)
     moves = [rates.set(step)["new"] if "new" in plan.active(step) else 0.0 for step in range(plan.total)]

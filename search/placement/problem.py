@@ -4,7 +4,7 @@ L layers, O options (0 is "keep"), K rows. A row is a resource that adds up: FLO
 a training step. Memory is a maximum of sums (`surgeon.costs.table`), so its limit applies to each of its rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -183,8 +183,3 @@ def of_table(table: Any, limits: Mapping[str, int | None], max_layers: int | Non
         memory=table.memory,
         max_layers=max_layers,
     )
-
-
-def as_placement(values: Sequence[int] | Ints) -> Ints:
-    """A placement (L,) from any sequence of option numbers."""
-    return np.asarray(values, dtype=np.int64)

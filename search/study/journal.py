@@ -108,7 +108,7 @@ def is_alive(folder: Path, worker: str) -> bool:
         os.close(descriptor)
 
 
-class Journal(JournalFileBackend):
+class StudyJournal(JournalFileBackend):
     """Optuna's journal file, with `exclusive`: nobody else writes meanwhile, and all writes in it appear at once.
 
     That holds after an error, too: Optuna already has the records in memory, so the file must contain them.

@@ -8,7 +8,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.trial import FrozenTrial
 
 from surgeon.errors import SurgeonError
-from surgeon.search.study.journal import Journal, Lease, StudyError, file_lock, forget_dead, is_alive
+from surgeon.search.study.journal import Lease, StudyError, StudyJournal, file_lock, forget_dead, is_alive
 from surgeon.search.study.study import Study
 
 
@@ -43,7 +43,7 @@ class StudyFile(Study):
         if self._storage is None:
             with self.errors():
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._journal = Journal(self.path)
+                self._journal = StudyJournal(self.path)
                 self._storage = JournalStorage(self._journal)
         return self._storage
 

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from surgeon.costs.measure import NoDeviceError, has_device, interleaved
     from surgeon.costs.settings import make_settings
+    from surgeon.models.names import size_of
     from surgeon.util.machine import take_gpu
 
     device = ("cuda" if has_device() else "cpu") if args.device in (None, "auto") else args.device
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     converted = build(args.run, trust_factory=args.trust_factory)
     original = build(args.compare) if args.compare else original_of(args)
     step = {
-        "input_size": args.input_size,
+        "input_size": args.input_size or size_of(args.run),
         "batch_size": args.batch_size,
         "mode": "train" if args.train else "infer",
         "optimizer": args.optimizer,

@@ -162,7 +162,7 @@ def _compressed(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, 
     given = [key for key, value in compressed.items() if options.get(key, value) != value]
     if given:
         raise ConfigError(f"--compress sets {given[0]}: leave it out of --option")
-    return options | compressed
+    return {**options, **compressed}
 
 
 def _check_options(kind: str | None, options: dict[str, Any]) -> None:

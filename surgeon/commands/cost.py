@@ -73,12 +73,13 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 over budget, or --measure without CUDA."""
     from surgeon.costs import cost
+    from surgeon.models.names import size_of
 
     budgets = {
         "flops": parse_quantity(args.max_flops, "--max-flops") if args.max_flops else None,
         "total_bytes": parse_quantity(args.max_memory, "--max-memory") if args.max_memory else None,
     }
-    settings = _settings(args)
+    settings = _settings(args, args.input_size or size_of(args.model))
     _check_device(args)
     model, found = _cost_of(args.model, args, strict=args.strict, **settings)
     other = None
@@ -153,9 +154,9 @@ def original_of(args: argparse.Namespace) -> "nn.Module":
     return build_structure(base, trust_factory=args.trust_factory)
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, size: tuple[int, ...] | None) -> dict[str, Any]:
     return {
-        "input_size": args.input_size,
+        "input_size": size,
         "batch_size": args.batch_size,
         "mode": "infer" if args.infer else "train",
         "optimizer": args.optimizer,
@@ -181,7 +182,8 @@ def _check_device(args: argparse.Namespace) -> None:
 def _table(model: "nn.Module", args: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
-    from surgeon.costs.table import KEEP, cost_table
+    from surgeon.costs.build import cost_table
+    from surgeon.costs.table import KEEP
 
     table = cost_table(model, layers=args.layers, **settings)
     return [asdict(row) for row in table.rows if row.option != KEEP]
@@ -225,8 +227,8 @@ def _print(document: dict[str, Any], found: "Cost", other: "Cost | None", args: 
 
 def cost_lines(name: str, found: "Cost", other: "Cost | None" = None, other_name: str | None = None) -> list[str]:
     """The cost as text, in one or two columns."""
-    from surgeon.util.parse import giga, mebibytes
-    from surgeon.util.tables import table
+    from surgeon.util.parse import mebibytes
+    from surgeon.util.tables import count, table
 
     step = "inference" if found.mode == "infer" else f"training step, {found.optimizer}"
     precision = found.amp or "float32"
@@ -234,7 +236,7 @@ def cost_lines(name: str, found: "Cost", other: "Cost | None" = None, other_name
     head = f"{name}: {step}, {precision}, batch {found.batch_size} of {size}"
 
     def column(c: "Cost") -> list[str]:
-        values = [giga(c.flops), giga(c.macs), giga(c.backward_flops), giga(c.params), mebibytes(c.peak_bytes)]
+        values = [*map(count, (c.flops, c.macs, c.backward_flops, c.params)), mebibytes(c.peak_bytes)]
         parts = [mebibytes(value) for value in c.breakdown.values()]
         return [*values, *parts, mebibytes(c.total_bytes)]
 

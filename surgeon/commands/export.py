@@ -1,17 +1,19 @@
 """`surgeon export`: one file that runs without surgeon. Imports torch when it runs."""
 
 import argparse
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from surgeon.commands import checks
-from surgeon.commands.arguments import add_seed, print_json, size, whole
+from surgeon.commands.arguments import add_seed, print_json, size, tell, whole
 from surgeon.errors import ConfigError
 from surgeon.util.outputs import check_file_output
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from surgeon.commands.console import Progress
     from surgeon.exporting.export import Exported
 
 DESCRIPTION = "write a model to one ONNX or torch.export file, verified against the model"
@@ -25,6 +27,7 @@ second file, FILE.data, which must stay next to it. Exit code 1: torch.export or
 model, or the file is not equivalent; then nothing is written.
 """
 
+_SLOW = 20.0  # seconds of tracing and writing after which what is faster is named
 SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
 
 
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.output)
     form = _format(args.format, path)
     check_target(path.absolute(), form, force=args.force)
-    with Progress(enabled=not args.quiet) as progress:
+    with Progress(enabled=not args.quiet) as bars, _Patience(args, bars) as progress:
         progress("load", 0, 1)
         model, own = _model(args)
         result = export(
@@ -87,6 +90,30 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(_text(args.run, result))
     return 0
+
+
+class _Patience:
+    """Passes progress on, and says once what is faster where free sizes make an export slow."""
+
+    def __init__(self, args: argparse.Namespace, progress: "Progress") -> None:
+        hint = "free sizes are traced with symbols, which is slow here: --free none exports one size much faster"
+        self.progress, self.asked = progress, args.free != "none"
+        self.timer = threading.Timer(_SLOW, tell, (args, hint))
+        self.timer.daemon = True
+
+    def __enter__(self) -> "_Patience":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.timer.cancel()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage.startswith("trace") and self.asked:
+            self.asked = False
+            self.timer.start()
+        elif not stage.startswith(("trace", "write")):
+            self.timer.cancel()
+        self.progress(stage, done, total)
 
 
 def _format(given: str | None, path: Path) -> Literal["onnx", "torch"]:

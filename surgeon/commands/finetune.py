@@ -218,6 +218,7 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             force=args.force,
             quiet=args.quiet,
+            began=args.began,
         )
     except Interrupted as stop:
         print(f"surgeon: {stop}; resume with the same command and --resume", file=sys.stderr)

@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             force=args.force,
             quiet=args.quiet,
+            began=args.began,
             tell=lambda text: tell(args, text),
         )
     except KeyboardInterrupt:

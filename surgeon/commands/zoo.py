@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from surgeon.commands.arguments import print_json
 
 if TYPE_CHECKING:
-    from surgeon.zoo.table import Row
+    from surgeon.zoo.table import ZooRow
 
 DESCRIPTION = "list the papers' networks; published numbers against ours"
 EXAMPLES = """  surgeon zoo
@@ -97,7 +97,7 @@ def _one(args: argparse.Namespace, name: str) -> int:
     return 0
 
 
-def _published(row: "Row") -> str:
+def _published(row: "ZooRow") -> str:
     parts = []
     if row.published_params is not None and row.params_off is not None:
         parts.append(f"{row.published_params / 1e6:.2f} M parameters ({row.params_off:+.1%})")
@@ -129,7 +129,7 @@ def _table(args: argparse.Namespace, names: list[str]) -> int:
     return 1 if unexplained else 0
 
 
-def _line(row: "Row", percent: Any) -> list[str]:
+def _line(row: "ZooRow", percent: Any) -> list[str]:
     return [
         row.name,
         f"{row.params / 1e6:.3f}M",

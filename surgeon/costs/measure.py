@@ -22,7 +22,7 @@ class NoDeviceError(BackendError):
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredStep:
     """CUDA's memory statistics for a steady step, bytes."""
 
     peak_bytes: int
@@ -71,7 +71,7 @@ def has_device() -> bool:
     return torch.cuda.is_available()
 
 
-def measure(model: nn.Module, settings: Settings, *, warmup: int = 2) -> Measured:
+def measure(model: nn.Module, settings: Settings, *, warmup: int = 2) -> MeasuredStep:
     """Peak memory of a steady step on the CUDA device; raises `NoDeviceError` if there is none."""
     if not has_device():
         raise NoDeviceError("measuring memory needs a CUDA device, and this machine has none")
@@ -83,7 +83,7 @@ def measure(model: nn.Module, settings: Settings, *, warmup: int = 2) -> Measure
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    result = Measured(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+    result = MeasuredStep(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
     del step
     torch.cuda.empty_cache()
     return result

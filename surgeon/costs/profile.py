@@ -14,7 +14,7 @@ from surgeon.costs.trace import Trace, Tracker
 
 
 @dataclass(frozen=True)
-class Call:
+class OperatorCall:
     """A call of a layer: its input's shape, dtype, layout, and whether a gradient flows back through it."""
 
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Profile:
     optimizer_peak: int  # temporaries of the optimizer's step for its parameters
 
 
-def profile(layer: nn.Module, call: Call, settings: Settings) -> Profile:
+def profile(layer: nn.Module, call: OperatorCall, settings: Settings) -> Profile:
     """Trace one layer, which must be on the meta device and is modified."""
     train = settings.mode == "train"
     layer.train(train)

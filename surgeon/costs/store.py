@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 import surgeon
+import surgeon.layers
 from surgeon.costs.settings import Settings
-from surgeon.costs.table import CostTable, Option, Row
+from surgeon.costs.table import CostRow, CostTable, Option
 from surgeon.errors import CheckpointError
 from surgeon.util.files import cache_folder, writing
 
@@ -60,8 +61,6 @@ def _structure(model: nn.Module) -> list[str]:
 @cache
 def _sources() -> str:
     """Hash of the source of this package and of the layers: a changed formula invalidates tables."""
-    import surgeon.layers
-
     digest = hashlib.sha256()
     for root in (Path(__file__).parent, *map(Path, surgeon.layers.__path__)):
         for file in sorted(root.rglob("*.py")):
@@ -77,7 +76,7 @@ def load(key: str) -> CostTable | None:
             return CostTable(
                 layers=tuple(text["layers"]),
                 options=tuple(text["options"]),
-                rows=tuple(Row(**{**row, "reasons": tuple(row["reasons"])}) for row in text["rows"]),
+                rows=tuple(CostRow(**{**row, "reasons": tuple(row["reasons"])}) for row in text["rows"]),
                 base=text["base"],
                 allowed=file["allowed"],
                 windows=file["windows"],

@@ -6,6 +6,7 @@ rebuilds the bare architecture (no downloads, no third-party code) and `restore`
 
 import contextlib
 import difflib
+import fnmatch
 import logging
 import re
 from collections.abc import Iterator
@@ -125,6 +126,17 @@ def shapes_of(spec: str) -> nn.Module:
     return build_shapes(base).eval()
 
 
+def size_of(spec: str) -> tuple[int, ...] | None:
+    """(C, H, W) at which a model is run by its folder or its library, None if neither says. Raises `ModelError`."""
+    from surgeon.models.hub import folder_if_any
+
+    folder = folder_if_any(spec)
+    if (Path(folder) / "recipe.json").is_file():
+        base = Recipe.read(folder).base
+        return (base.input_size or None) if base is not None else None
+    return None if is_program(spec) else _parse(spec).input_size or None
+
+
 def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool = False) -> nn.Module:
     """The base model with its weights at conversion, in eval mode; their SHA-256 is verified.
 
@@ -175,8 +187,6 @@ def _differs_in_head(base: BaseModel, kind: str) -> bool:
 
 def model_names(pattern: str = "*") -> list[str]:
     """Every name known to `build_model` that matches the glob: timm's as is, the others as torchvision/... and zoo/..."""
-    import fnmatch
-
     import timm
 
     provided = {prefix: provider.names() for prefix, provider in providers().items()}

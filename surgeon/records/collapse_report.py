@@ -110,6 +110,29 @@ class CollapseReport:
         return f"{title}{len(self.folded)} of {len(self.layers)} dynamic layers folded into convolutions"
 
 
+def growth_notes(report: CollapseReport) -> list[str]:
+    """A note if the folded model has more parameters or FLOPs than before: which layers grow, and what to do about it."""
+    more = []
+    for what, before, after in (
+        ("parameters", report.params_before, report.params_after),
+        ("FLOPs", report.flops_before, report.flops_after),
+    ):
+        if before and after and after > before:
+            more.append(f"x{after / before:.2f} {what}")
+    grown = [x for x in report.folded if x.params_after > x.params_before or (x.macs_after or 0) > (x.macs_before or 0)]
+    if not more or not grown:
+        return []
+    windows = sorted({"x".join(map(str, x.kernel_size)) for x in grown if x.kernel_size is not None})
+    rest = [x.name for x in report.layers if x not in grown]
+    keep = f"--layers {','.join(rest)}" if rest and len(rest) <= 4 else "--layers with the names of the others"
+    return [
+        f"LARGER than before, {' and '.join(more)}: {', '.join(windows)} convolutions hold the whole window of "
+        f"{name_list([x.name for x in grown], 6)}. {keep} leaves these dynamic"
+        + ("; " if rest else ", or no collapse at all; ")
+        + "a conversion with a smaller window (acda: --scales 1) folds into a small kernel"
+    ]
+
+
 def read(values: dict[str, Any]) -> "Report | CollapseReport":
     """The report in a report.json; raises `CheckpointError`."""
     return CollapseReport.from_dict(values) if values.get("kind") == KIND else Report.from_dict(values)

@@ -85,8 +85,3 @@ def parse_time(text: str | float, what: str = "time") -> float:
 def mebibytes(count: float) -> str:
     """Bytes in MiB with one decimal."""
     return f"{count / 2**20:,.1f} MiB"
-
-
-def giga(count: float) -> str:
-    """A count in 10⁹ with three decimals and its letter, or in 10⁶ if it is smaller."""
-    return f"{count / 1e9:.3f} G" if abs(count) >= 1e8 else f"{count / 1e6:.3f} M"

@@ -8,12 +8,12 @@ from torch import Tensor
 from surgeon.layers import ACDAConv2d, PAFUConv2d, SEKGConv2d
 from surgeon.layers.acda.bases import fourier_bessel, scale_boxes
 from surgeon.layers.base import CodedConv2d
-from surgeon.visualize.capture import Seen
+from surgeon.visualize.capture import Captured
 
 FROM_WEIGHTS = "weights"
 
 
-def numbers(seen: Seen) -> dict[str, Any]:
+def numbers(seen: Captured) -> dict[str, Any]:
     """Measurements of a layer as JSON values; they depend on its type."""
     found: dict[str, Any] = {"name": seen.name, "type": seen.layer.type_name, "variation": seen.variation}
     if seen.code is None or not isinstance(seen.layer, CodedConv2d):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgeon.layers import ACDAConv2d, DynamicConv2d, PAFUConv2d, SEKGConv2d
 from surgeon.layers.acda.bases import basis_elements, centered, fourier_bessel, scale_boxes
-from surgeon.visualize.capture import Seen, channel_rms
+from surgeon.visualize.capture import Captured, channel_rms
 from surgeon.visualize.measures import FROM_WEIGHTS, alpha_by_scale, kernel_energy, numbers
 from surgeon.visualize.sheet import SIDE, SIGNED, Panel, draw, figure_of, sheet, side_of
 
@@ -23,7 +23,7 @@ PALETTE = (
 POINTS = (3, 4)  # rows and columns of positions whose atoms are shown
 
 
-def pictures(seen: Seen, photo: NDArray[Any], bayer: str | None = None) -> dict[str, Figure]:
+def pictures(seen: Captured, photo: NDArray[Any], bayer: str | None = None) -> dict[str, Figure]:
     """Every picture of one layer for one photo (H, W, 3) in [0, 1], by name.
 
     `bayer` is the sensor's pattern, read row by row, if the model's input is a mosaic of the photo.
@@ -45,7 +45,7 @@ def pictures(seen: Seen, photo: NDArray[Any], bayer: str | None = None) -> dict[
 # --- PAFU ---------------------------------------------------------------------------------------------------------
 
 
-def selection(seen: Seen, photo: NDArray[Any]) -> Figure:
+def selection(seen: Captured, photo: NDArray[Any]) -> Figure:
     """Photo, selection mask (PAFU, Figures 2-5) and the share of each kernel."""
     assert seen.code is not None
     n = len(seen.code)
@@ -77,7 +77,7 @@ def selection(seen: Seen, photo: NDArray[Any]) -> Figure:
     return figure
 
 
-def selection_by_color(seen: Seen, photo: NDArray[Any], bayer: str) -> Figure:
+def selection_by_color(seen: Captured, photo: NDArray[Any], bayer: str) -> Figure:
     """Selection masks of the pixels that measure each color of the Bayer cell, stacked (PAFU, Figure 3)."""
     assert seen.code is not None
     n = len(seen.code)
@@ -100,7 +100,7 @@ def selection_by_color(seen: Seen, photo: NDArray[Any], bayer: str) -> Figure:
 # --- ACDA ---------------------------------------------------------------------------------------------------------
 
 
-def coefficient_maps(seen: Seen, photo: NDArray[Any]) -> Figure:
+def coefficient_maps(seen: Captured, photo: NDArray[Any]) -> Figure:
     """Magnitude of the basis coefficients at each scale (ACDA, Figures 7 and D), and their distance from the mean."""
     assert seen.code is not None
     assert isinstance(seen.layer, ACDAConv2d)
@@ -119,7 +119,7 @@ def coefficient_maps(seen: Seen, photo: NDArray[Any]) -> Figure:
     return sheet(f"{seen.name}: basis coefficients by scale", [upper, lower] if varies else [upper], note=note)
 
 
-def atoms(seen: Seen, photo: NDArray[Any]) -> Figure:
+def atoms(seen: Captured, photo: NDArray[Any]) -> Figure:
     """The first dynamic atom at several positions of the image (ACDA, Figure C)."""
     assert seen.code is not None
     layer = seen.layer
@@ -189,7 +189,7 @@ def bases(layer: DynamicConv2d) -> Figure:
 # --- SEKG ---------------------------------------------------------------------------------------------------------
 
 
-def kernel_maps(seen: Seen, photo: NDArray[Any]) -> Figure:
+def kernel_maps(seen: Captured, photo: NDArray[Any]) -> Figure:
     """Energy that the generated part adds to the DConv's kernels at each pixel."""
     assert seen.code is not None
     assert isinstance(seen.layer, SEKGConv2d)
@@ -206,7 +206,7 @@ def kernel_maps(seen: Seen, photo: NDArray[Any]) -> Figure:
 # --- every type ---------------------------------------------------------------------------------------------------
 
 
-def feature_maps(seen: Seen, photo: NDArray[Any]) -> Figure:
+def feature_maps(seen: Captured, photo: NDArray[Any]) -> Figure:
     """Input and output, next to the output of the static part and of the original layer."""
     output = _array(channel_rms(seen.output))
     static = _array(channel_rms(seen.static))

@@ -16,7 +16,7 @@ from surgeon.zoo.finetune import FinetuneConfig, dry_run, finetune
 from surgeon.zoo.finetune.batches import STOPS, _leave_signals_to_parent, training_batches
 from surgeon.zoo.finetune.evaluation import Evaluation
 from surgeon.zoo.finetune.folder import RunFolder
-from surgeon.zoo.finetune.journal import Journal
+from surgeon.zoo.finetune.journal import TrainingJournal
 from surgeon.zoo.finetune.loop import Interrupted, Trainer
 from surgeon.zoo.finetune.optimizer import try_optimizer
 from surgeon.zoo.finetune.state import finite, read_log, read_tree, write_tree
@@ -348,7 +348,7 @@ def test_numbers_that_are_none_stay_what_they_are_and_the_log_stays_json(tmp_pat
     """T22: `Infinity` in JSON lines."""
     write_tree(tmp_path / "a.safetensors", {"best": float("inf"), "last": {"x": float("-inf")}})
     assert read_tree(tmp_path / "a.safetensors") == {"best": float("inf"), "last": {"x": float("-inf")}}
-    journal = Journal(tmp_path, quiet=True)
+    journal = TrainingJournal(tmp_path, quiet=True)
     journal.evaluation({"step": 1, "metrics": {"psnr": float("inf")}}, Evaluation({}, 0.0))
     assert "Infinity" not in (tmp_path / "log.jsonl").read_text()
     assert list(read_log(tmp_path / "log.jsonl")) == [{"step": 1, "metrics": {"psnr": None}}]

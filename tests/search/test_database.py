@@ -106,7 +106,7 @@ def test_what_is_refused(storage: str, tmp_path: Path) -> None:
         run(tight, resume=True)
     other = toy_search(tmp_path / "s", storage=storage)
     other.file.name = "nobody's"
-    with pytest.raises(StudyError, match=r"no study .*nobody's.*Studies there: toy"):
+    with pytest.raises(StudyError, match=r"no study .*nobody's.*Existing studies: toy"):
         run(other, resume=True)
     assert proposals(read(storage)) == before
 
@@ -199,8 +199,7 @@ def test_three_workers_share_a_study_and_one_dies(storage: str, tmp_path: Path) 
     search.file.close()
     children = [worker(path, "decoder", trials, 0.2, "wait", storage=storage) for _ in range(3)]
     for child in children:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"open\n"
+        assert child.stdout.readline() == "open\n"
     (tmp_path / "go").touch()  # all at once, however long they took to start
     time.sleep(0.5)
     children[2].send_signal(signal.SIGKILL)

@@ -60,8 +60,7 @@ def test_two_workers_share_a_study_and_one_may_die(tmp_path: Path) -> None:
     toy_search(path, sampler="decoder", trials=18, seed=3).open()
     first, second = children = [worker(path, "decoder", 18, 0.15, "wait") for _ in range(2)]
     for child in children:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"open\n"
+        assert child.stdout.readline() == "open\n"
     (tmp_path / "go").touch()  # both at once, however long they took to start
     time.sleep(0.6)
     second.send_signal(signal.SIGKILL)

@@ -15,7 +15,7 @@ from surgeon.layers.pafu import PAFUConv2d
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.finetune import FinetuneConfig, dry_run
 from surgeon.zoo.finetune.parameters import group_parameters
-from surgeon.zoo.finetune.schedule import Plan
+from surgeon.zoo.finetune.schedule import RunPlan
 from surgeon.zoo.recipes import FOLDER, recipe_names, recipes_for, training_recipe
 from tests.support.training import task_data
 
@@ -115,7 +115,7 @@ def test_patches_and_losses_of_the_papers() -> None:
 def test_cifar_rates_fall_where_the_paper_says() -> None:
     """Divided by 10 after 32,000 and 48,000 steps, the warm-up of 400 among them."""
     recipe = training_recipe("pafu_resnet_cifar")
-    plan = Plan.make(recipe.config(), 50_000, group_parameters(zoo.create("resnet20_cifar")))
+    plan = RunPlan.make(recipe.config(), 50_000, group_parameters(zoo.create("resnet20_cifar")))
     assert plan.total == 64_000
     assert [plan.warmup + milestone for milestone in plan.milestones] == [32_000, 48_000]
 
@@ -144,7 +144,7 @@ def test_paper_scale_is_planned(name: str) -> None:
     recipe = training_recipe(name)
     model, _ = recipe.with_presets("small").make_model()
     config = recipe.config(model)
-    plan = Plan.make(config, 50_000, group_parameters(model))
+    plan = RunPlan.make(config, 50_000, group_parameters(model))
     assert plan.total > 5_000
     assert plan.per_step == config.batch_size
 

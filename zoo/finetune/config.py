@@ -25,8 +25,8 @@ class FinetuneConfig:
     A *span* is a string: optimizer steps ("200"), epochs ("1.5ep"), or a percentage of the run ("5%", of the planned steps).
 
     Length: `epochs` passes over the training data (None: as many as `max_steps` takes), at most `max_steps` optimizer steps (the
-    schedule is planned for the shorter of the two), at most `max_time` seconds of training over all sessions (which cuts the
-    schedule short).
+    schedule is planned for the shorter of the two), at most `max_time` seconds over all sessions, evaluations
+    included (which cuts the schedule short).
     Batches: `batch_size` samples per micro-step over all processes, `accumulate` micro-steps per optimizer step; evaluation uses
     `eval_batch_size` (None: the same).
     Optimizer: a timm name; `lr` at the peak of the schedule `sched`, times `new_lr_scale` for new parameters (those that

@@ -6,7 +6,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from surgeon.declared import unknown_option, unknown_task
+from surgeon.errors import ConfigError
+from surgeon.util.near import did_you_mean
 from surgeon.zoo.tasks.base import Task
 
 _TASKS: dict[str, type[Task]] = {}
@@ -39,7 +40,7 @@ def task_class(name: str) -> type[Task]:
     """The class of a task; an unknown name raises a `ConfigError` that lists the known ones."""
     _load()
     if name not in _TASKS:
-        raise unknown_task(name, task_names())
+        raise ConfigError(f"unknown task {name!r}; there are {', '.join(task_names())}.{did_you_mean(name, _TASKS)}")
     return _TASKS[name]
 
 
@@ -49,5 +50,6 @@ def create_task(name: str, *, seed: int = 0, **options: Any) -> Task:
     known = [field.name for field in dataclasses.fields(cls.config_class)]
     for option in options:
         if option not in known:
-            raise unknown_option(name, option, known)
+            hint = did_you_mean(option, known)
+            raise ConfigError(f"task {name} has no option {option!r}; it has {', '.join(known)}.{hint}")
     return cls(cls.config_class(**options), seed=seed)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.commands import checks
-from surgeon.commands.arguments import add_seed, positive, print_json, whole
+from surgeon.commands.arguments import add_seed, input_size, positive, print_json, whole
 from surgeon.commands.cost import add_step_arguments
 from surgeon.errors import ConfigError
 from surgeon.util.files import told, write_text
@@ -143,12 +143,12 @@ def run(args: argparse.Namespace) -> int:
     budgets = read_budgets(args)
     config = space_config(args)
     weights = args.weights or ("auto" if Path(args.model, "recipe.json").is_file() else "random")
-    model, _ = build_model(args.model, weights=weights, seed=args.seed, input_size=args.input_size)
+    model, base = build_model(args.model, weights=weights, seed=args.seed, input_size=args.input_size)
     gate = Gate(
         model,
         config,
         budgets,
-        input_size=args.input_size,
+        input_size=input_size(args, base),
         batch_size=args.batch_size,
         optimizer=args.optimizer,
         amp=args.amp,
@@ -225,6 +225,7 @@ def _document(
         "budgets": gate.budgets.text,
         "estimator": gains.estimator,
         "space": {"hash": gate.space.hash, "layers": len(gate.space.layers), "options": list(gate.space.labels)},
+        "input_size": list(original.input_size),
         "original": {
             "flops": original.flops,
             "params": original.params,
@@ -271,5 +272,6 @@ def _lines(document: dict[str, Any]) -> list[str]:
     lines += ["", table(["layer", "becomes"], [[layer, label] for layer, label in best.items()], left=2)]
     if document["output"]:
         lines += ["", f"written to  {document['output']}"]
-    lines += ["", "FLOPs of one image (1 MAC = 2 FLOPs), memory of a step with margin and reserve"]
+    size = "x".join(map(str, document["input_size"]))
+    lines += ["", f"FLOPs (1 MAC = 2 FLOPs) at {size}; memory of a step with margin and reserve"]
     return lines

@@ -1,7 +1,7 @@
 """Small search spaces with known answers, and a worker process that can be killed."""
 
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,12 @@ def toy_search(path: Path, *, pause: float = 0.0, storage: str | None = None, **
     )
 
 
-def main() -> int:
-    """`python search_toys.py PATH MODE TRIALS PAUSE RESUME SHARE [STORAGE]`: one worker.
+def main(arguments: Sequence[str]) -> None:
+    """PATH MODE TRIALS PAUSE RESUME SHARE [STORAGE]: one worker.
 
     "wait" resumes once the file `go` is there; SHARE is that of `toy_problem`.
     """
-    path, mode, trials, pause, resume, share, *storage = sys.argv[1:]
+    path, mode, trials, pause, resume, share, *storage = arguments
     chosen = storage[0] if storage else None
     problem = toy_problem(toy_space(), share=float(share))
     options: dict[str, Any] = {"sampler": mode, "trials": int(trials), "seed": 3, "problem": problem}
@@ -110,8 +110,3 @@ def main() -> int:
         time.sleep(0.01)
     print(search.run().stopped)
     search.file.close()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Runs of fine-tuning in processes of their own: killed and taken up again, or several processes together.
 
-`python -m tests.support.training.driver kill FOLDER MOMENTS SEED` prints what became of every run that was killed.
-`torchrun -m tests.support.training.driver train FOLDER` trains once, in as many processes as there are.
+`kill FOLDER MOMENTS SEED` prints what became of every run that was killed; `train FOLDER` trains once, in as many processes as
+there are.
 """
 
 import json
@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from surgeon.zoo.finetune.state import read_log
 from tests.support.training.tasks import converted, regression
 
 KILLED = FinetuneConfig(
-    epochs=40,
+    epochs=20,
     batch_size=4,
     accumulate=1,
     lr=1e-2,
@@ -95,13 +96,13 @@ def kill(folder: Path, moments: int, seed: int) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    mode, folder = sys.argv[1], Path(sys.argv[2])
+def main(arguments: Sequence[str]) -> None:
+    mode, folder = arguments[0], Path(arguments[1])
     if mode == "kill":
-        print(json.dumps(kill(folder, int(sys.argv[3]), int(sys.argv[4]))))
+        print(json.dumps(kill(folder, int(arguments[2]), int(arguments[3]))))
     else:
         finetune(converted("acda", norms=False, norm=None), regression(noise=0.0), TOGETHER, folder)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -9,6 +9,7 @@ import pytest
 
 import surgeon
 from surgeon.cli import main
+from surgeon.records.recipe import Recipe, Trained
 from surgeon.zoo.finetune.loop import Trainer
 from surgeon.zoo.tasks import registry
 from tests.support.training.runs import interrupt_at
@@ -51,17 +52,27 @@ def test_a_run_from_the_command_line(finetune: Finetune, capsys: pytest.CaptureF
     assert document["steps"] == 4
     assert "step 3/4: mse" in error
     assert Path("tuned/report.json").is_file()
+    recipe = Recipe.read("tuned")
+    assert recipe.task == Trained(name="tiny-regression", options={"samples": 9, "noise": 0.05})
+
     model = surgeon.load("tuned", trust_factory=True)
     assert main(["finetune", "tuned", "--task", "tiny-regression", "--trust-factory", *SHORT, "--quiet"]) == 0
     out, error = capsys.readouterr()
     assert "written to  runs/tuned-tiny-regression" in out
     assert error == ""
+    assert main(["evaluate", "tuned", "--trust-factory", "--task-option", "samples=5", "--original", "none"]) == 0
+    out, error = capsys.readouterr()
+    assert "tuned: tiny-regression" in out
+    assert "as tuned was trained: tiny-regression with noise=0.05" in error
     assert not model.training
 
 
 def test_a_plain_model_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune", FACTORY, "--task", "tiny-regression", *SHORT, "-o", "plain"]) == 0
     assert "original" not in capsys.readouterr().out
+    base = Recipe.read("plain").base
+    assert base is not None
+    assert base.input_size == (3, 8, 8)  # that of the training samples; a factory says none
 
 
 def test_dry_run_writes_nothing(finetune: Finetune, capsys: pytest.CaptureFixture[str]) -> None:

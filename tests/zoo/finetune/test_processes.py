@@ -9,42 +9,62 @@ from typing import Any
 
 import pytest
 
-from tests.support.training.driver import losses, outcome
+from tests.support.forks import Fork
+from tests.support.search.servers import free_port
+from tests.support.training.driver import losses, main, outcome
 
 
-def driver(root: Path, *arguments: str, processes: int = 1) -> str:
-    """What the driver prints; its stderr is in the error where it fails."""
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    )
-    command = [sys.executable, "-P", *launch, "-m", "tests.support.training.driver", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def finish(process: Fork) -> str:
+    """What it prints; its stderr is in the error where it fails."""
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return out
 
 
-def kill(root: Path, folder: Path, moments: int, seed: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(driver(root, "kill", str(folder), str(moments), str(seed)))
+def kill(folder: Path, moments: int, seed: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(finish(Fork(main, ["kill", str(folder), str(moments), str(seed)])))
     return found
 
 
-def test_killed_at_random_moments(root: Path, tmp_path: Path) -> None:
-    found = kill(root, tmp_path, 2, 11)
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    found = kill(tmp_path, 2, 11)
     assert found["killed"] >= 2
     assert all(found["equal"])
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments(root: Path, tmp_path: Path) -> None:
-    found = kill(root, tmp_path, 20, 12)
+def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
+    found = kill(tmp_path, 20, 12)
     assert found["killed"] >= 20
     assert all(found["equal"])
 
 
-def test_two_processes_learn_as_one(root: Path, tmp_path: Path) -> None:
-    driver(root, "train", str(tmp_path / "one"))
-    driver(root, "train", str(tmp_path / "two"), processes=2)
+def test_two_processes_learn_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish(Fork(main, ["train", str(tmp_path / "one")]))
+    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank in ("0", "1"):  # the environment in which torchrun starts them
+        for name, value in (together | {"RANK": rank, "LOCAL_RANK": rank}).items():
+            monkeypatch.setenv(name, value)
+        processes.append(Fork(main, ["train", str(tmp_path / "two")]))
+    for process in processes:
+        finish(process)
+    assert_one(tmp_path)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_them(root: Path, tmp_path: Path) -> None:
+    finish(Fork(main, ["train", str(tmp_path / "one")]))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-P", *launch, "-m", "tests.support.training.driver", "train", str(tmp_path / "two")]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert_one(tmp_path)
+
+
+def assert_one(tmp_path: Path) -> None:
+    """The run `two` was that of two processes, and learned what `one` did."""
     record = json.loads((tmp_path / "two" / "training" / "run.json").read_text())
     assert record["processes"] == 2
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -18,13 +19,16 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import surgeon
 from surgeon.cli import main
+from surgeon.commands.search import jobs
 from surgeon.search.gains.gain import GainTable
 from surgeon.search.study.database import StudyDatabase
 from surgeon.search.study.folder import read_search
-from surgeon.search.study.journal import Journal
+from surgeon.search.study.journal import StudyJournal
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.finetune.loop import Interrupted, Run
+from tests.support import forks
 from tests.support.browser import chromium, installed
+from tests.support.forks import Fork
 from tests.support.page_looks import check
 from tests.support.places import ROOT
 from tests.support.search.servers import free_port
@@ -34,6 +38,8 @@ from tests.support.training.runs import failing
 pytestmark = pytest.mark.usefixtures("tiny_tasks")
 
 Capture = pytest.CaptureFixture[str]
+RANDOM = ("--sampler", "random", "--no-pruning")
+FOUR = (*RANDOM, "--trials", "4")
 
 
 def document(capsys: Capture) -> Any:
@@ -52,7 +58,7 @@ def test_a_search_from_beginning_to_end(capsys: Capture) -> None:
     for one in found.records:
         if one.counts:
             assert one.attributes["traced"]["flops"] <= 4 * found.about["original"]["flops"]
-    study = optuna.load_study(study_name="search", storage=JournalStorage(Journal(found.folder.study)))
+    study = optuna.load_study(study_name="search", storage=JournalStorage(StudyJournal(found.folder.study)))
     assert len(study.trials) == len(found.records)
     assert study.direction == optuna.study.StudyDirection.MINIMIZE
     assert found.finals is not None
@@ -139,7 +145,11 @@ def test_budgets_that_nothing_meets_end_at_once_with_the_nearest(
 
 @pytest.mark.parametrize(
     ("data", "said"),
-    [([], "needs a folder"), (["--data", "nowhere"], "there is no folder nowhere"), (["--data", "."], "no folders")],
+    [
+        ([], "classification needs data"),
+        (["--data", "nowhere"], "there is no folder nowhere"),
+        (["--data", "."], "no folders"),
+    ],
 )
 def test_a_task_without_data_is_one_error(data: list[str], said: str, capsys: Capture) -> None:
     arguments = ["search", "zoo/resnet20_cifar", "--task", "classification", "--weights", "random", *data]
@@ -284,7 +294,7 @@ def test_a_search_in_a_database_is_begun_joined_and_read(database: str, capsys: 
     (tmp_path / "elsewhere").mkdir()
     os.chdir(tmp_path / "elsewhere")  # as if on another machine
     assert main([*join, "--join", "nobody"]) == 2
-    assert "Studies there: r50" in capsys.readouterr().err
+    assert "Existing studies: r50" in capsys.readouterr().err
     assert not Path("runs").exists()
     assert main([*join, "--join", "r50", "--max-flops", "+300%"]) == 2
     assert "budgets.flops" in capsys.readouterr().err
@@ -324,21 +334,43 @@ def test_a_database_that_cannot_be_reached_is_one_error(capsys: Capture) -> None
         assert not Path("s").exists()
 
 
-@pytest.mark.parametrize(
-    ("trials", "steps", "workers"),
-    [(4, "4", 1), pytest.param(26, "60", 2, marks=pytest.mark.slow)],  # the second takes seconds to start
-)
-def test_jobs_are_workers_of_one_search(trials: int, steps: str, workers: int, tmp_path: Path) -> None:
-    worker = start(tmp_path / "s", "--jobs", "2", "--json", "--steps", steps, trials=trials)
-    out, error = worker.communicate(timeout=900)
-    assert worker.returncode == 0, error
-    found = read_search(tmp_path / "s")
+def test_jobs_are_workers_of_one_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(jobs, "multiprocessing", SimpleNamespace(get_context=lambda method: forks.context()))
+    train, boards, deadline = Run.train, tmp_path / "s" / "tensorboard", time.monotonic() + 60
+
+    def both(run: Run) -> None:  # after a trial of its own, this one waits for one of the other
+        while boards.is_dir() and len(list(boards.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        train(run)
+
+    monkeypatch.setattr(Run, "train", both)
+    assert main(search_arguments(tmp_path / "s", *RANDOM, "--trials", "5", "--jobs", "2", "--json")) == 0
+    _check_jobs(tmp_path / "s", 5, document(capsys))
+
+
+@pytest.mark.slow  # an interpreter of its own for each worker: the second takes seconds to start
+def test_jobs_are_interpreters(tmp_path: Path) -> None:
+    more = [*RANDOM, "--trials", "26", "--jobs", "2", "--json", "--steps", "60"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "tests.support.search.tasks", *search_arguments(tmp_path / "s", *more)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    _check_jobs(tmp_path / "s", 26, json.loads(done.stdout))
+
+
+def _check_jobs(folder: Path, trials: int, told: Any) -> None:
+    found = read_search(folder)
     assert sum(one.counts for one in found.records) == trials
     assert len({one.hash for one in found.records if one.counts}) == trials
-    assert json.loads(out)["workers"] == 0
+    assert told["workers"] == 0
     names = {one.worker for one in found.records if one.worker is not None}
-    assert len(names) >= workers, error
-    boards = {path.name for path in (tmp_path / "s" / "tensorboard").iterdir()}
+    assert len(names) == 2
+    boards = {path.name for path in (folder / "tensorboard").iterdir()}
     assert boards == {name.rsplit("-", 1)[0] for name in names}  # host and process
 
 
@@ -389,22 +421,9 @@ def test_optunas_own_plots_read_the_study(capsys: Capture) -> None:
 # --- killed -------------------------------------------------------------------------------------------------------
 
 
-def start(folder: Path, *more: str, trials: int = 4) -> "subprocess.Popen[str]":
-    arguments = search_arguments(folder, "--trials", str(trials), "--sampler", "random", "--no-pruning", *more)
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "tests.support.search.tasks", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_a_killed_search_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    worker = start(broken)
-    assert worker.stderr is not None
+    worker = Fork(main, search_arguments(broken, *FOUR))
     for line in worker.stderr:
         if "trial 1:" in line:
             break
@@ -415,10 +434,10 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> N
     done = [one for one in before.records if one.state == "complete"]
     assert len(done) >= 2
     assert [one.state for one in before.records].count("running") <= 1
-    again = start(broken, "--resume")
+    again = Fork(main, search_arguments(broken, *FOUR, "--resume"))
     _, error = again.communicate()
     assert again.returncode == 0, error
-    assert main(search_arguments(whole, "--trials", "4", "--sampler", "random", "--no-pruning", "--quiet")) == 0
+    assert main(search_arguments(whole, *FOUR, "--quiet")) == 0
     expected = [(one.number, one.hash, one.values) for one in read_search(whole).records]
     assert [(one.number, one.hash, one.values) for one in read_search(broken).records] == expected
     assert sum(one.attempts - 1 for one in read_search(broken).records if one.attempts) <= 1
