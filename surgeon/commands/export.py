@@ -27,7 +27,7 @@ second file, FILE.data, which must stay next to it. Exit code 1: torch.export or
 model, or the file is not equivalent; then nothing is written.
 """
 
-_SLOW = 20.0  # seconds of tracing and writing after which what is faster is named
+_SLOW = 20.0  # seconds of tracing and writing after which a faster option is suggested
 SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
 
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Patience:
-    """Passes progress on, and says once what is faster where free sizes make an export slow."""
+    """Passes progress on, and suggests a faster option once if dynamic sizes make an export slow."""
 
     def __init__(self, args: argparse.Namespace, progress: "Progress") -> None:
         hint = "free sizes are traced with symbols, which is slow here: --free none exports one size much faster"

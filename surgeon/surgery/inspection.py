@@ -1,4 +1,4 @@
-"""The list that `surgeon.inspect` returns: every convolution, and what it can become."""
+"""The result of `surgeon.inspect`: every convolution, and its possible replacements."""
 
 import math
 
@@ -32,7 +32,7 @@ def activation_bytes(site: ConvSite) -> int | None:
 
 
 def inspected(sites: list[ConvSite]) -> tuple[list[tuple[str, ...]], dict[str, list[str]]]:
-    """A row for each convolution, and the names behind each reason why something cannot become something."""
+    """A row for each convolution, and the names for each reason against a replacement."""
     rows: list[tuple[str, ...]] = []
     against: dict[str, list[str]] = {}
     for site in sites:
@@ -60,7 +60,7 @@ def summary(sites: list[ConvSite]) -> str:
 
 
 def why_not_text(against: dict[str, list[str]], width: int) -> str:
-    """The reasons, each with the convolutions that it concerns."""
+    """The reasons, each with its convolutions."""
     lines = []
     for reason, names in against.items():
         lines.append(paragraph(f"{reason} ({len(names)}):", width=width, indent="  ", hang="    "))
