@@ -48,7 +48,7 @@ from surgeon.sites.inputs import Inputs, map_tensors
 from surgeon.sites.observe import observe
 from surgeon.surgery.compare import compare
 from surgeon.surgery.rewrite import dynamic_layers, static
-from surgeon.surgery.verify import run
+from surgeon.surgery.running import run
 from surgeon.util.copying import copy_model
 
 LIBRARIES = ("zoo", "timm", "torchvision")

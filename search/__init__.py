@@ -3,6 +3,7 @@
 if __name__ != "surgeon.search":
     raise ImportError("this folder is a part of surgeon: import surgeon.search, not search")
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ __all__ = ["Budgets", "Gate", "PlacementSampler", "SpaceConfig"]
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'surgeon.search' has no attribute {name!r}")

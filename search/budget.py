@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgeon.errors import ConfigError
+from surgeon.search.placement.place import nearest, optimum, smallest
 from surgeon.search.placement.problem import InfeasibleError, Problem
 from surgeon.util.parse import mebibytes, parse_quantity
 from surgeon.util.tables import count
@@ -214,7 +215,6 @@ def check_feasible(problem: Problem, original: Mapping[str, int], *, translate: 
     `original` are the unmodified model's costs. `translate(resource, value)` converts a row's value to the unit of the user's
     budget (memory: with margin and reserve).
     """
-    from surgeon.search.placement.place import nearest, optimum, smallest
 
     def say(resource: str, value: float) -> float:
         return value if translate is None else translate(resource, value)

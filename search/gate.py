@@ -16,6 +16,7 @@ from torch import nn
 from surgeon.costs import Cost, CostTable, cost, cost_table
 from surgeon.costs.build import freeze_like, option_layer
 from surgeon.costs.emulate import meta_copy
+from surgeon.costs.measure import has_device, interleaved
 from surgeon.costs.settings import make_settings
 from surgeon.errors import ConfigError
 from surgeon.layers.base import LayerConfig
@@ -24,6 +25,7 @@ from surgeon.search.budget import FLAGS, Budgets, Calibration, check_feasible, t
 from surgeon.search.placement.problem import Ints, Problem, of_table
 from surgeon.search.space import Space, SpaceConfig, make_space
 from surgeon.sites.sites import find_sites
+from surgeon.surgery.convert import convert
 
 _ROUNDS = 7  # interleaved timings of a placement and the original
 
@@ -183,9 +185,6 @@ class Gate:
 
     def time(self, placement: Sequence[int] | Ints) -> tuple[float, float]:
         """Seconds of one inference of the original and of the model with this placement, on this machine's device."""
-        from surgeon.costs.measure import has_device, interleaved
-        from surgeon.surgery.convert import convert
-
         settings = make_settings(
             self._model, **{"input_size": None, "batch_size": 1, "amp": False} | self.settings | {"mode": "infer"}
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from surgeon.errors import ConfigError, TrainingError
@@ -338,13 +339,9 @@ def _listed(values: Any) -> list[float]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    import torch
-
     return isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def _device_memory() -> int | None:
     """Bytes of this machine's CUDA device."""
-    import torch
-
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None

@@ -15,6 +15,9 @@ from surgeon.errors import ConfigError
 from surgeon.layers.registry import layer_class, layer_types
 from surgeon.records.recipe import Recipe, Rule, quoted, versions
 from surgeon.search.placement.problem import Bools, Ints
+from surgeon.sites.select import select
+from surgeon.sites.sites import find_sites
+from surgeon.surgery.plan import nothing_replaced, read_config, why_not
 from surgeon.util.files import read_text, told
 
 if TYPE_CHECKING:
@@ -50,8 +53,6 @@ class SpaceConfig:
 
     def make_options(self) -> tuple[Option, ...]:
         """The options, deduplicated, each validated by its layer type. Raises `ConfigError`."""
-        from surgeon.surgery.plan import read_config
-
         found = [*self._combined(), *self.options]
         if not found:
             raise ConfigError("the search space has no option: set --types, or omit it for the defaults")
@@ -264,10 +265,6 @@ def make_space(
 
     Raises `SelectionError` for a selection that matches nothing, `NothingReplacedError` if no layer can be replaced.
     """
-    from surgeon.sites.select import select
-    from surgeon.sites.sites import find_sites
-    from surgeon.surgery.plan import nothing_replaced, read_config, why_not
-
     config = config or SpaceConfig()
     options = config.make_options()
     convs = list(find_sites(model).convs) if sites is None else list(sites)

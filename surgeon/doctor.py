@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from surgeon import __version__
 from surgeon.errors import BackendError
 from surgeon.layers.examples import example, operators
 from surgeon.layers.ops.dispatch import Operator
@@ -115,8 +116,6 @@ def _against(operator: Operator, chosen: str, args: tuple[Any, ...]) -> dict[str
 
 
 def _versions() -> dict[str, str | None]:
-    from surgeon import __version__
-
     def of(name: str) -> str | None:
         try:
             return version(name)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgeon.costs import cost
 from surgeon.util.files import read_object, write_text
 from surgeon.util.progress import OnProgress
 from surgeon.zoo.recipes import recipes_for
@@ -127,8 +128,6 @@ def count_parameters(model: nn.Module, *, without: str = "") -> int:
 
 def count_macs(model: nn.Module, size: Size) -> int:
     """Multiply-accumulates of one image in inference."""
-    from surgeon.costs import cost
-
     return round(cost(model.eval(), input_size=size, batch_size=1, mode="infer").macs)
 
 

@@ -116,7 +116,7 @@ def _backward_shapes(
 
 
 def _on_cuda() -> ModuleType:
-    from surgeon.layers.acda import triton as acda
+    from surgeon.layers.acda import triton as acda  # Triton is not everywhere
 
     return acda
 

@@ -145,7 +145,7 @@ def _conv(
 
 def _on_cuda() -> ModuleType:
     """The Triton kernels, which sort pixels on the device: computing `present` would synchronize."""
-    from surgeon.layers.pafu import triton as pafu
+    from surgeon.layers.pafu import triton as pafu  # Triton is not everywhere
 
     return pafu
 

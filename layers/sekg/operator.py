@@ -217,7 +217,7 @@ def _dconv(
     backend: str = "torch",
 ) -> Tensor:
     if backend == "triton":
-        from surgeon.layers.sekg import triton as on_cuda
+        from surgeon.layers.sekg import triton as on_cuda  # Triton is not everywhere
 
         return on_cuda.forward(x, kernels, kernel_size, stride, padding, dilation)
     if backend == NATIVE:
@@ -247,7 +247,7 @@ def _dconv_backward(
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
-        from surgeon.layers.sekg import triton as on_cuda
+        from surgeon.layers.sekg import triton as on_cuda  # Triton is not everywhere
 
         return on_cuda.backward(grad, x, kernels, kernel_size, needs, stride, padding, dilation)
     if backend == NATIVE:
@@ -311,7 +311,7 @@ def _dconv_layer(
 ) -> Tensor:
     given = lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation)
     if backend == "triton":
-        from surgeon.layers.sekg import triton_layer as on_cuda
+        from surgeon.layers.sekg import triton_layer as on_cuda  # Triton is not everywhere
 
         return on_cuda.forward(given)
     if backend == NATIVE:
@@ -350,7 +350,7 @@ def _dconv_layer_backward(
 ) -> lean.LayerGradients:
     given = lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation)
     if backend == "triton":
-        from surgeon.layers.sekg import triton_layer as on_cuda
+        from surgeon.layers.sekg import triton_layer as on_cuda  # Triton is not everywhere
 
         return on_cuda.backward(grad, given, needs)
     if backend == NATIVE:

@@ -28,7 +28,7 @@ from surgeon.search.study.journal import file_lock
 from surgeon.surgery.convert import convert
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.util.copying import copy_model
-from surgeon.zoo.finetune import FinetuneConfig, FinetuneResult, finetune
+from surgeon.zoo.finetune import FinetuneConfig, FinetuneResult, Source, finetune
 from surgeon.zoo.finetune.loop import Interrupted
 from surgeon.zoo.tasks import Task, better
 from surgeon.zoo.tasks.data.fingerprint import fingerprint
@@ -139,8 +139,6 @@ class TrainingEvaluator(Evaluator):
         self, placement: Ints, *, rung: int = 0, seed: int | None = None, output: Path | None = None, watch: Any = None
     ) -> FinetuneResult:
         """Convert and fine-tune; `output` becomes the folder of a run (`surgeon.zoo.finetune`), or is resumed."""
-        from surgeon.zoo.finetune import Source
-
         config = self.config.at(rung, seed)
         source = Source(name=self.space.hash_of(placement), base=self.base)
         memory: int | None = None

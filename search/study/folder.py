@@ -135,8 +135,8 @@ def study_of(folder: SearchFolder, known: Mapping[str, str] | None, url: str | N
     """The study of a search: its file, or the `known` database; `url` replaces the known URL, for its password."""
     if known is None:
         return StudyFile(folder.study)
-    from surgeon.search.study.database import StudyDatabase
-    from surgeon.search.study.database_url import check_named
+    from surgeon.search.study.database import StudyDatabase  # SQLAlchemy: only for a study in a database
+    from surgeon.search.study.database_url import check_named  # SQLAlchemy: only for a study in a database
 
     if not url:
         check_named(known["url"], str(folder.about))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.collapsing.evidence import Evidence, prove, settled, watching
+from surgeon.costs import cost
 from surgeon.errors import ConfigError, NothingFoldedError, SelectionError, SurgeonError, UnsupportedLayerError
 from surgeon.layers.base import CodedConv2d, DynamicConv2d
 from surgeon.records.collapse_report import Collapsed, CollapseReport, growth_notes
@@ -21,7 +22,8 @@ from surgeon.sites.sites import macs_of
 from surgeon.surgery.compare import Difference, compare
 from surgeon.surgery.operation import count_parameters
 from surgeon.surgery.rewrite import Rewrite, drop_rules, dynamic_layers, plain_convolution
-from surgeon.surgery.verify import Settled, Verification, judge, measure, outputs, run
+from surgeon.surgery.running import outputs, run
+from surgeon.surgery.verify import Settled, Verification, judge, measure
 from surgeon.util.copying import copy_model
 from surgeon.util.progress import OnProgress, silent
 
@@ -287,8 +289,6 @@ def _nothing(report: CollapseReport) -> str:
 
 def _flops(model: nn.Module, inputs: Inputs) -> int | None:
     """FLOPs of the whole model for one image; None if its input is not one batch of images, or it cannot be counted."""
-    from surgeon.costs import cost
-
     only = inputs.args[0] if len(inputs.args) == 1 and not inputs.kwargs else None
     if not isinstance(only, Tensor) or only.dim() != 4:
         return None

@@ -182,7 +182,8 @@ def _check_device(args: argparse.Namespace) -> None:
 def _table(model: "nn.Module", args: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
-    from surgeon.costs.table import KEEP, cost_table
+    from surgeon.costs.build import cost_table
+    from surgeon.costs.table import KEEP
 
     table = cost_table(model, layers=args.layers, **settings)
     return [asdict(row) for row in table.rows if row.option != KEEP]

@@ -9,18 +9,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from surgeon.costs import store
 from surgeon.costs.emulate import meta_copy
 from surgeon.costs.estimate import cannot_run, run_step
 from surgeon.costs.flops import FlopCounter
 from surgeon.costs.memory import timeline
 from surgeon.costs.profile import OperatorCall, Profile, profile
-from surgeon.costs.settings import Settings
+from surgeon.costs.settings import Settings, make_settings
 from surgeon.costs.table import KEEP, CostRow, CostTable, Option
 from surgeon.costs.trace import Trace
 from surgeon.errors import SurgeonError
 from surgeon.layers.base import DynamicConv2d, LayerConfig
 from surgeon.layers.geometry import ConvGeometry
-from surgeon.layers.registry import layer_class
+from surgeon.layers.registry import layer_class, layer_types
+from surgeon.layers.source import ConvSource
 from surgeon.records.recipe import Rule
 from surgeon.sites.select import select
 from surgeon.sites.sites import ConvSite, find_sites
@@ -45,6 +47,39 @@ class _Base:
     params: int
     windows: list[_Window]
     calls: list[OperatorCall] = field(default_factory=list)  # of every site, its first
+
+
+def default_options() -> list[Option]:
+    """One option per layer type, with its default values."""
+    return [Option(name, {}) for name in layer_types()]
+
+
+def cost_table(
+    model: nn.Module,
+    options: Sequence[Option] | None = None,
+    *,
+    layers: Any = None,
+    input_size: Any = None,
+    batch_size: int = 1,
+    amp: bool | str = False,
+    cache: bool = True,
+    **settings: Any,
+) -> CostTable:
+    """The cost table of a model; arguments as for `surgeon.cost`.
+
+    `options` are the possible replacements (default: every type), `layers` a selection (default: all replaceable ones).
+    With `cache` the table is stored on disk (`SURGEON_CACHE`, else ~/.cache/surgeon), keyed by the hash of all its inputs.
+    """
+    checked = make_settings(model, input_size=input_size, batch_size=batch_size, amp=amp, **settings)
+    wanted = default_options() if options is None else list(options)
+    key = store.key(model, wanted, layers, checked) if cache else None
+    found = store.load(key) if key is not None else None
+    if found is not None:
+        return found
+    table = build(model, wanted, layers, checked)
+    if key is not None:
+        store.save(key, table)
+    return table
 
 
 def build(model: nn.Module, options: Sequence[Option], layers: Any, settings: Settings) -> CostTable:
@@ -191,8 +226,6 @@ def resolved_config(geometry: ConvGeometry, option: Option) -> LayerConfig:
 
 
 def _random_conv(geometry: ConvGeometry) -> Any:
-    from surgeon.layers.source import ConvSource
-
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(geometry.weight_shape, generator=generator)
     bias = torch.zeros(geometry.out_channels) if geometry.bias else None

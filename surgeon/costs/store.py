@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import surgeon
+import surgeon.layers
 from surgeon.costs.settings import Settings
 from surgeon.costs.table import CostRow, CostTable, Option
 from surgeon.errors import CheckpointError
@@ -60,8 +61,6 @@ def _structure(model: nn.Module) -> list[str]:
 @cache
 def _sources() -> str:
     """Hash of the source of this package and of the layers: a changed formula invalidates tables."""
-    import surgeon.layers
-
     digest = hashlib.sha256()
     for root in (Path(__file__).parent, *map(Path, surgeon.layers.__path__)):
         for file in sorted(root.rglob("*.py")):

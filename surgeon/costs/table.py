@@ -7,13 +7,12 @@ for each call of a replaceable layer and one for each gap between calls; a place
 base + sum of differences. That is a linear bound for every window, which is what an integer program needs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from surgeon.errors import ConfigError
 
@@ -143,41 +142,3 @@ class CostTable:
                 )
             result[self.layers.index(name)] = self.options.index(label)
         return result
-
-
-def default_options() -> list[Option]:
-    """One option per layer type, with its default values."""
-    from surgeon.layers.registry import layer_types
-
-    return [Option(name, {}) for name in layer_types()]
-
-
-def cost_table(
-    model: nn.Module,
-    options: Sequence[Option] | None = None,
-    *,
-    layers: Any = None,
-    input_size: Any = None,
-    batch_size: int = 1,
-    amp: bool | str = False,
-    cache: bool = True,
-    **settings: Any,
-) -> CostTable:
-    """The cost table of a model; arguments as for `surgeon.cost`.
-
-    `options` are the possible replacements (default: every type), `layers` a selection (default: all replaceable ones).
-    With `cache` the table is stored on disk (`SURGEON_CACHE`, else ~/.cache/surgeon), keyed by the hash of all its inputs.
-    """
-    from surgeon.costs import build, store
-    from surgeon.costs.settings import make_settings
-
-    checked = make_settings(model, input_size=input_size, batch_size=batch_size, amp=amp, **settings)
-    wanted = default_options() if options is None else list(options)
-    key = store.key(model, wanted, layers, checked) if cache else None
-    found = store.load(key) if key is not None else None
-    if found is not None:
-        return found
-    table = build.build(model, wanted, layers, checked)
-    if key is not None:
-        store.save(key, table)
-    return table

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 from surgeon.errors import ConfigError, ExportError, SurgeonError
 from surgeon.exporting.exported import Runner, data_of, foreign_operators, missing_packages, quiet, read, write
@@ -24,7 +25,7 @@ from surgeon.exporting.trace import NAMES, Shapes, first_line, random_images, tr
 from surgeon.sites.inputs import Inputs
 from surgeon.surgery.compare import Difference, compare
 from surgeon.surgery.rewrite import dynamic_layers
-from surgeon.surgery.verify import run as run_model
+from surgeon.surgery.running import run as run_model
 from surgeon.util.copying import copy_model, strict_float32
 from surgeon.util.outputs import check_file_output
 from surgeon.util.progress import OnProgress, silent
@@ -282,6 +283,4 @@ def _own_rounding(model: nn.Module, images: Tensor, expected: list[Tensor]) -> D
 
 
 def _leaves(output: Any) -> list[Tensor]:
-    from torch.utils._pytree import tree_leaves
-
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

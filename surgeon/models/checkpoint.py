@@ -7,10 +7,8 @@ No pickles, and no code from the folder runs on loading. A folder appears under 
 """
 
 import contextlib
-import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,6 +26,7 @@ from surgeon.layers.base import DynamicConv2d, LayerConfig
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.registry import layer_class
 from surgeon.layers.source import ConvSource
+from surgeon.models.folder import check_file, file_sha256, fresh_folder, write
 from surgeon.models.identify import identify
 from surgeon.models.names import build_structure
 from surgeon.models.places import check_folder
@@ -53,9 +52,8 @@ from surgeon.surgery.raised import Raised
 from surgeon.surgery.rewrite import Rewrite, convolution_rule, dynamic_layers, folded_from, folded_windows
 from surgeon.surgery.sizes import check_layers
 from surgeon.util.copying import copy_model
-from surgeon.util.files import check_fields, parse_json, read_json, read_object, sync, told
+from surgeon.util.files import check_fields, parse_json, read_json, read_object, told
 from surgeon.util.outputs import check_output
-from surgeon.util.unfinished import unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -87,17 +85,17 @@ def save(
         recipe = _with_program(recipe, folder)
         artefact = {
             "files": {
-                file.name: {"sha256": _file_sha256(file), "bytes": file.stat().st_size} for file in folder.iterdir()
+                file.name: {"sha256": file_sha256(file), "bytes": file.stat().st_size} for file in folder.iterdir()
             },
             "static": [name for name, layer in dynamic_layers(model).items() if not layer.adaptive],
         }
         values = recipe.to_dict() | {"artefact": artefact}
-        _write(folder / RECIPE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        write(folder / RECIPE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         (folder / WEIGHTS).chmod((folder / RECIPE).stat().st_mode)
-        _write(folder / CARD, model_card(recipe, report))
+        write(folder / CARD, model_card(recipe, report))
         if report is not None:
-            _write(folder / REPORT, report.to_json())
-            _write(folder / TEXT, report.to_text())
+            write(folder / REPORT, report.to_json())
+            write(folder / TEXT, report.to_text())
 
 
 def load(
@@ -137,9 +135,9 @@ def read_folder(path: Path) -> tuple[Recipe, dict[str, Any]]:
     artefact = values.get("artefact")
     if not isinstance(artefact, dict):
         raise CheckpointError(f"{path / RECIPE} is a recipe, but not that of a saved model: it has no artefact section")
-    _check_file(path / WEIGHTS, artefact)
+    check_file(path / WEIGHTS, artefact)
     if recipe.base is not None and recipe.base.source == "program":
-        _check_file(path / Path(recipe.base.name).name, artefact)
+        check_file(path / Path(recipe.base.name).name, artefact)
     return recipe, artefact
 
 
@@ -335,66 +333,3 @@ def _fill(model: nn.Module, file: Path) -> None:
         if own[name].dtype != value.dtype:
             own[name].data = own[name].data.to(value.dtype)
     model.load_state_dict(state)
-
-
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def fresh_folder(path: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder next to `path` that replaces it if the block succeeds and is removed otherwise."""
-    try:
-        with unfinished(path) as folder:
-            yield folder
-            for file in folder.rglob("*"):
-                sync(file)
-            sync(folder)
-            _take_place(folder, path, force)
-            sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, SurgeonError):
-            raise
-        raise CheckpointError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _take_place(folder: Path, path: Path, force: bool) -> None:
-    if not path.exists():
-        folder.rename(path)
-        return
-    check_output(path, force=force)
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    path.rename(old)
-    try:
-        folder.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
-
-
-def _file_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _check_file(file: Path, artefact: dict[str, Any]) -> None:
-    """Raise `CheckpointError` unless the file is the one that was saved."""
-    try:
-        expected = artefact["files"][file.name]
-        check_fields(expected, {"bytes": int, "sha256": str}, "files", RecipeError)
-        size, digest = expected["bytes"], expected["sha256"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the artefact section of {file.parent / RECIPE} does not describe {file.name}"
-        ) from error
-    if not file.is_file():
-        raise CheckpointError(f"{file.parent} is incomplete: {file.name} is missing")
-    if file.stat().st_size != size:
-        raise CheckpointError(f"{file} is damaged: {file.stat().st_size} bytes, expected {size}")
-    found = _file_sha256(file)
-    if found != digest:
-        raise CheckpointError(f"{file} is damaged or was changed: SHA-256 {found}, expected {digest}")

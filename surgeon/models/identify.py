@@ -7,7 +7,7 @@ from torch import nn
 
 from surgeon.errors import ModelError
 from surgeon.layers.base import DynamicConv2d
-from surgeon.models.names import build_shapes
+from surgeon.models.names import build_shapes, torchvision_size
 from surgeon.models.weights import state_sha256
 from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Weights
@@ -70,8 +70,6 @@ def _features_only(model: nn.Module) -> dict[str, Any]:
 
 def _torchvision_candidates(model: nn.Module, home: str, unset: Weights) -> Iterator[BaseModel]:
     from torchvision import models
-
-    from surgeon.models.names import torchvision_size
 
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     classes: list[dict[str, Any]] = [{}] + ([{"num_classes": linears[-1].out_features}] if linears else [])

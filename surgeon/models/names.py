@@ -6,6 +6,7 @@ rebuilds the bare architecture (no downloads, no third-party code) and `restore`
 
 import contextlib
 import difflib
+import fnmatch
 import logging
 import re
 from collections.abc import Iterator
@@ -186,8 +187,6 @@ def _differs_in_head(base: BaseModel, kind: str) -> bool:
 
 def model_names(pattern: str = "*") -> list[str]:
     """Every name known to `build_model` that matches the glob: timm's as is, the others as torchvision/... and zoo/..."""
-    import fnmatch
-
     import timm
 
     provided = {prefix: provider.names() for prefix, provider in providers().items()}

@@ -14,6 +14,7 @@ from torch import nn
 
 from surgeon.errors import ModelError
 from surgeon.models.places import HUB
+from surgeon.models.programs import read_program
 from surgeon.models.weights import bounded_network
 from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Weights
@@ -94,7 +95,7 @@ def _torchvision_model(base: BaseModel) -> nn.Module:
 @contextlib.contextmanager
 def _no_state_dicts() -> Iterator[None]:
     """Let torchvision's factories build for given weights without fetching or loading them."""
-    from unittest.mock import patch
+    from unittest.mock import patch  # only torchvision's models need it
 
     from torchvision.models import WeightsEnum
 
@@ -115,8 +116,6 @@ def _factory_model(base: BaseModel) -> nn.Module:
 
 
 def _program(base: BaseModel) -> nn.Module:
-    from surgeon.models.programs import read_program
-
     return read_program(base.name)
 
 

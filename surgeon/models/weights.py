@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from surgeon.errors import ModelError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.models.places import check_weights
+from surgeon.surgery.raised import Raised
 from surgeon.surgery.rewrite import folded_window
 
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "params_ema", "params", "net")
@@ -134,8 +135,6 @@ def changed_tensors(original: nn.Module, converted: nn.Module) -> list[str]:
     Convolutions folded to another window are excluded, too: their tensors cannot be equal. A layer that was
     converted and reverted has its weight back up to rounding, which counts as equal.
     """
-    from surgeon.surgery.raised import Raised
-
     modules = converted.named_modules(remove_duplicate=False)
     inside = tuple(f"{name}." for name, module in modules if isinstance(module, DynamicConv2d) or folded_window(module))
     raised = Raised(original, [name.removesuffix(".") for name in inside])

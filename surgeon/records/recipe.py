@@ -98,7 +98,7 @@ class Trained:
 
 def as_published(rule: Rule) -> Rule:
     """The rule, with the options of the layer's paper for those it leaves out."""
-    from surgeon.layers.registry import layer_class
+    from surgeon.layers.registry import layer_class  # torch: most of what reads a recipe needs none
 
     return replace(rule, options={**layer_class(rule.type).Config.paper, **rule.options})
 
@@ -204,7 +204,7 @@ def read_text(path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of a conversion's dependencies: surgeon, torch, torchvision, timm, python."""
-    import surgeon
+    import surgeon  # it offers Recipe itself
 
     found = {"surgeon": surgeon.__version__}
     for name in ("torch", "torchvision", "timm"):
@@ -254,7 +254,7 @@ def _check_version(values: Mapping[str, Any], where: str) -> None:
 
 
 def _rule(values: Any, where: str, version: int) -> Rule:
-    from surgeon.layers.registry import layer_class
+    from surgeon.layers.registry import layer_class  # torch: most of what reads a recipe needs none
 
     values = _mapping(values, where)
     _check_keys(values, ("layers", "type", "options"), where)

@@ -13,7 +13,7 @@ from surgeon.errors import InputError, VerificationError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.sites.inputs import Inputs
 from surgeon.surgery.compare import Leaves, leaves
-from surgeon.surgery.verify import fails, outputs
+from surgeon.surgery.running import fails, outputs
 
 
 @dataclass(kw_only=True)

@@ -26,7 +26,7 @@ from surgeon.surgery.inspection import Inspection
 from surgeon.surgery.operation import Surgery, count_parameters
 from surgeon.surgery.plan import Planned, make_plan
 from surgeon.surgery.raised import Raised
-from surgeon.surgery.verify import outputs
+from surgeon.surgery.running import outputs
 from surgeon.util.copying import copy_model, eager, without_compiler
 from surgeon.util.progress import OnProgress, silent
 

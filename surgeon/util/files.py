@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import logging
 import math
 import os
 import shutil
@@ -225,8 +226,6 @@ def shortened(path: str | Path) -> str:
 
 @cache
 def _temporary_cache() -> Path:
-    import logging
-
     folder = tempfile.mkdtemp(prefix="surgeon-cache-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     logging.getLogger(__name__).warning("no home folder: tables are stored in %s (or set SURGEON_CACHE)", folder)

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from surgeon.errors import ConfigError
+from surgeon.util.parse import parse_quantity
 
 MEMORY = "SURGEON_MEMORY"  # environment: bytes allowed for a model or an input, instead of the machine's memory
 
@@ -41,8 +42,6 @@ def memory() -> int:
     """Bytes of memory available to this machine or this process's control group; `SURGEON_MEMORY` (16GiB) overrides."""
     given = os.environ.get(MEMORY)
     if given:
-        from surgeon.util.parse import parse_quantity
-
         return int(parse_quantity(given, MEMORY))
     if not hasattr(os, "sysconf"):
         return 2**62  # unknown

@@ -12,7 +12,7 @@ from surgeon.collapsing.evidence import Watch
 from surgeon.errors import InputError
 from surgeon.layers.base import CodedConv2d, DynamicConv2d
 from surgeon.sites.inputs import given_inputs
-from surgeon.surgery.verify import run
+from surgeon.surgery.running import run
 from surgeon.util.copying import evaluating
 
 

@@ -62,7 +62,7 @@ def test_the_name_of_a_machine_tells_boots_and_containers_apart(monkeypatch: pyt
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_cost_of_models_of_other_dtypes(dtype: torch.dtype) -> None:
     """T10: the images are of the model's dtype: half of it, about half of the memory, the same FLOPs."""
-    from surgeon.costs.table import cost_table
+    from surgeon.costs import cost_table
 
     model = timm.create_model("test_resnet")
     single = surgeon.cost(model, input_size=64, batch_size=4)

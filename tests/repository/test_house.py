@@ -35,7 +35,7 @@ ARROWS = {
     "surgeon.commands": "*",
     "surgeon.commands.search": "*",
     "surgeon.cli": "*",
-    "surgeon.layers": "errors layers.acda layers.ops layers.pafu layers.sekg",
+    "surgeon.layers": f"{CORE} layers.acda layers.ops layers.pafu layers.sekg",
     "surgeon.layers.acda": f"{CORE} layers layers.ops layers.ops.native layers.ops.triton",
     "surgeon.layers.pafu": f"{CORE} layers layers.ops layers.ops.native layers.ops.triton",
     "surgeon.layers.sekg": f"{CORE} layers layers.ops layers.ops.native layers.ops.triton",
@@ -66,15 +66,30 @@ ARROWS = {
     "surgeon.zoo.trial": f"{CORE} layers records models surgery costs visualize zoo zoo.finetune zoo.tasks zoo.tasks.data",
 }
 
+LAZY_LIBRARIES = {
+    # Libraries that are imported where they are needed, each with its reason. Commands import everything there: help loads nothing.
+    "PIL": "`surgeon doctor` and costs run without pictures",
+    "accelerate": "takes a second to import",
+    "fcntl": "not on Windows",
+    "huggingface_hub": "takes a second to import",
+    "matplotlib": "takes a second to import",
+    "onnx": "an extra",
+    "onnxruntime": "an extra",
+    "onnxscript": "an extra",
+    "scipy": "only some tasks need it",
+    "timm": "takes seconds to import",
+    "torch": "what reads recipes and files runs without it",
+    "torchmetrics": "takes seconds to import",
+    "torchvision": "takes seconds to import",
+    "tqdm": "only a long wait shows it",
+    "yaml": "only descriptions in files need it",
+}
 BACK = {
     # Imports within functions that close a loop of files, each with its reason. Without them there is no loop.
     ("surgeon.layers.registry", "surgeon.layers"): "at the first question it imports the whole folder",
     ("surgeon.zoo.tasks.registry", "surgeon.zoo.tasks"): "at the first question it imports the whole folder",
-    ("surgeon.costs.table", "surgeon.costs.build"): "`cost_table()` is offered where its result is defined",
-    ("surgeon.costs.table", "surgeon.costs.store"): "`cost_table()` is offered where its result is defined",
     ("surgeon.models.names", "surgeon.models.checkpoint"): "a folder names a model, and has a base with a name",
     ("surgeon.models.names", "surgeon.models.hub"): "a folder of the Hub names a model",
-    ("surgeon.surgery.verify", "surgeon.surgery.raised"): "the original is raised, too, if the converted graph was",
     ("surgeon.commands.search.jobs", "surgeon.commands.search.search"): "a worker runs the command that started it",
 }
 
@@ -187,6 +202,26 @@ def test_no_loop_of_files() -> None:
             del graph[module]
         graph = {module: targets & graph.keys() for module, targets in graph.items()}
     assert graph == {}, "these files import each other, or files that do"
+
+
+def test_a_lazy_import_states_its_reason() -> None:
+    """Within functions, outside commands: by the tables above, or by a comment on its line."""
+    unexplained, used = [], set()
+    for module, file in files().items():
+        if module.startswith(("surgeon.commands", "surgeon.cli")):
+            continue
+        lines = file.read_text(encoding="utf-8").splitlines()
+        functions = [node for node in ast.walk(tree(module)) if isinstance(node, ast.FunctionDef)]
+        for node in (node for function in functions for node in ast.walk(function)):
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            name = node.names[0].name if isinstance(node, ast.Import) else str(node.module)
+            library = name.partition(".")[0]
+            used.add(library)
+            if library not in LAZY_LIBRARIES and (module, name) not in BACK and "  # " not in lines[node.lineno - 1]:
+                unexplained.append(f"{module}:{node.lineno} {name}")
+    assert unexplained == []
+    assert LAZY_LIBRARIES.keys() - used == set()
 
 
 def test_the_exceptions_are_needed() -> None:

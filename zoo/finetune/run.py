@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from surgeon.costs import cost
 from surgeon.errors import ConfigError, ModelError, SurgeonError
+from surgeon.models.names import restore
 from surgeon.models.weights import state_sha256
 from surgeon.records.collapse_report import CollapseReport
 from surgeon.records.recipe import BaseModel, Recipe, Trained, get_recipe, set_recipe
@@ -337,8 +339,6 @@ def _original(
         if recipe is None or recipe.base is None:
             note = "the original network is not known: the model's recipe does not name it"
         else:
-            from surgeon.models.names import restore
-
             try:
                 original = restore(recipe.base)
             except ModelError as error:
@@ -421,7 +421,6 @@ def dry_run(
 
 def _predicted(model: nn.Module, size: tuple[int, ...], config: FinetuneConfig) -> "tuple[Cost | None, list[str]]":
     """The cost of a training step for one process, or a note explaining why it is unknown."""
-    from surgeon.costs import cost
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
         return make_optimizer([{"params": list(parameters)}], config)

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from surgeon.costs import cost
+from surgeon.errors import SurgeonError
 from surgeon.util.tables import count, paragraph, table
 from surgeon.zoo.finetune.state import finite
 
@@ -88,9 +90,6 @@ def measured(
 
 def _flops(model: nn.Module, input_size: tuple[int, ...]) -> float | None:
     """FLOPs of one input, None if the model cannot be traced with one image tensor."""
-    from surgeon.costs import cost
-    from surgeon.errors import SurgeonError
-
     if len(input_size) != 3:
         return None
     try:

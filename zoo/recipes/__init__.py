@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.errors import ConfigError, RecipeError
+from surgeon.layers.base import DynamicConv2d
+from surgeon.models.names import build_model
 from surgeon.records.recipe import parse_json, read_text
 from surgeon.util.near import did_you_mean
+from surgeon.zoo import entry
+from surgeon.zoo.finetune import FinetuneConfig
+from surgeon.zoo.tasks import create_task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,8 +95,6 @@ class TrainingRecipe:
         Giving `epochs` or `max_steps` replaces both; giving another schedule drops the recipe's decay.
         For a `model` without PAFU, such as a plain counterpart, the alternation with selectors is dropped unless it was given.
         """
-        from surgeon.zoo.finetune import FinetuneConfig
-
         options = dict(self.train)
         if len({"epochs", "max_steps"} & set(given)) == 1:
             options.pop("max_steps", None)
@@ -107,8 +110,6 @@ class TrainingRecipe:
 
     def make_task(self, data: str | Path | None = None, *, seed: int = 0, **given: Any) -> "Task":
         """The task, `given` options over the recipe's. Raises `ConfigError`."""
-        from surgeon.zoo.tasks import create_task
-
         options = {key: tuple(v) if isinstance(v, list) else v for key, v in (self.task_options | given).items()}
         return create_task(self.task, seed=seed, **(options if data is None else options | {"data": Path(data)}))
 
@@ -125,8 +126,6 @@ class TrainingRecipe:
         The recipe's factory options apply to its own networks, which start with random weights (from `seed`)
         unless `weights` says otherwise. Raises `ModelError`.
         """
-        from surgeon.models.names import build_model
-
         spec = f"zoo/{self.networks[0]}" if network is None else network
         own = spec.removeprefix("zoo/") in self.networks
         if own:
@@ -135,8 +134,6 @@ class TrainingRecipe:
         return build_model(spec, weights=weights, seed=seed, options=made | dict(options or {}))
 
     def _factory_options(self, network: str) -> dict[str, Any]:
-        from surgeon.zoo import entry
-
         by_surgery = self.layer_options and entry(network).rules
         return self.model | ({"layer_options": self.layer_options} if by_surgery else {})
 
@@ -182,8 +179,6 @@ def recipes_for(network: str) -> list[tuple[TrainingRecipe, str | None]]:
 
 
 def _has_selectors(model: "nn.Module") -> bool:
-    from surgeon.layers.base import DynamicConv2d
-
     layers = (module for module in model.modules() if isinstance(module, DynamicConv2d))
     return any(True for layer in layers for _ in layer.selector_parameters())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import CheckpointError, ConfigError, DataError
-from surgeon.models.checkpoint import fresh_folder
+from surgeon.models.folder import fresh_folder
 from surgeon.util.files import check_fields, read_object, write_text
 from surgeon.util.outputs import TRIAL, check_trial_output
 from surgeon.zoo.finetune.folder import held

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from surgeon.costs import cost
 from surgeon.errors import ConfigError, SurgeonError, TrainingError
 from surgeon.models.weights import state_sha256
 from surgeon.records.recipe import BaseModel
@@ -360,8 +361,6 @@ class _Trial:
         return answer
 
     def _cost(self, arm: str, rows: dict[int, dict[str, Any]]) -> ArmCost:
-        from surgeon.costs import cost
-
         network = self.twins.network(arm, 0)
         try:
             flops: int | None = cost(network, input_size=self.twins.size, mode="infer").flops

@@ -99,7 +99,7 @@ def _export(args: argparse.Namespace, found: "Finished") -> int:
     """Export the surgeon folder of the best placement, from the finals if there are any, otherwise from the trials."""
     import shutil
 
-    from surgeon.models.checkpoint import fresh_folder
+    from surgeon.models.folder import fresh_folder
     from surgeon.util.files import check_plain
 
     source, about = _source(found)

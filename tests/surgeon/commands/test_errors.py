@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 
-import surgeon.models.checkpoint
 from surgeon.cli import main
 
 CONVERT = ["convert", "test_resnet", "--weights", "random", "--input-size", "64", "--quiet"]
@@ -190,7 +189,7 @@ def test_a_full_disk_and_ctrl_c(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(surgeon.models.checkpoint, "sync", fail)
+    monkeypatch.setattr("surgeon.models.folder.sync", fail)
     assert main([*CONVERT, "--layers", "layer4.0.conv2", "--type", "pafu", "-o", "run"]) == code
     captured = capsys.readouterr()
     assert captured.err == message.format(tmp_path / "run") + "\n"
