@@ -16,6 +16,7 @@ from surgeon.commands.common.arguments import (
 )
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError, ModelError, SurgeonError
+from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     model, base = _model(args)
     notes: list[str] = []
     original, name = _original(args, base, notes)
-    task.check()
+    with waiting("looking through the data", quiet=args.quiet):
+        task.check()
     device = _default_device() if args.device in (None, "auto") else args.device
     with Progress(enabled=not args.quiet) as progress:
         found = _measure(model, args.model, task, args, device, progress, notes)

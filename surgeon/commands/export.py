@@ -111,7 +111,7 @@ class _Patience:
         if stage.startswith("trace") and self.asked:
             self.asked = False
             self.timer.start()
-        elif not stage.startswith(("trace", "write")):
+        elif stage.startswith(("read", "check")):
             self.timer.cancel()
         self.progress(stage, done, total)
 

@@ -230,6 +230,10 @@ class _Session:
         known = dict(found for found in (run.best, run.newest) if found is not None)  # evaluated in this session
         final = known.get(kept) or self._evaluate(trainer.result)
         final, recalibrated = self._recalibrated(trainer, final)
+        limit = self.config.max_time
+        if progress.stopped == "time" and limit is not None and progress.seconds < limit / 2:
+            told = f"only {progress.seconds:.1f} s of the {limit:.0f} s were training"
+            self.notes.append(f"{told}: loading, looking through the data and evaluations took the rest")
         start = progress.start
         summary = Summary(
             task=self.task.name,
