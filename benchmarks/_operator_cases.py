@@ -137,8 +137,9 @@ def _layer_steps(shape: str) -> dict[str, Step]:
         kernels = F.conv2d(features, weight[:, :, None, None], static.flatten())
         return _unfolded(x, kernels.unflatten(1, (c, 9)))
 
-    ours = Step(partial(dconv_layer, *tensors, padding=(1, 1)), tensors)
-    return {"ours": ours, "unfold": Step(published, tensors)} | _convolutions(x, 3)
+    ours = partial(dconv_layer, *tensors, padding=(1, 1))
+    steps = {"ours": Step(ours, tensors), "torch": Step(partial(ours, backend="torch"), tensors)}
+    return steps | {"unfold": Step(published, tensors)} | _convolutions(x, 3)
 
 
 def _unfolded(x: Tensor, kernels: Tensor) -> Tensor:

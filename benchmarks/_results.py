@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,31 @@ def _commit() -> str | None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write atomically, with the machine."""
+    """Write atomically, with the machine; a line for each row of a list."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps({"machine": machine()} | content, indent=1) + "\n")
+    temporary.write_text(as_lines({"machine": machine()} | content))
     temporary.replace(path)
+
+
+def as_lines(content: dict[str, Any]) -> str:
+    """JSON with a line for each entry, and for each item of an entry that is a list or an object of objects."""
+
+    def entry(value: Any) -> str:
+        if isinstance(value, dict) and value and all(isinstance(item, dict | list) for item in value.values()):
+            inner, ends = [f"{json.dumps(key)}: {json.dumps(item)}" for key, item in value.items()], "{}"
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            inner, ends = [json.dumps(item) for item in value], "[]"
+        else:
+            return json.dumps(value)
+        return f"{ends[0]}\n  " + ",\n  ".join(inner) + f"\n {ends[1]}"
+
+    return "{\n " + ",\n ".join(f"{json.dumps(key)}: {entry(value)}" for key, value in content.items()) + "\n}\n"
+
+
+def only(row: dict[str, Any], fields: Iterable[str]) -> dict[str, Any]:
+    """What a row has of these fields: what its table says. The rest stays in the file of rows, which is not committed."""
+    return {field: row[field] for field in fields if field in row}
 
 
 class Rows:

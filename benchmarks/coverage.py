@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks import third_party
 from benchmarks._models import Case, cases, timm_families
-from benchmarks._results import RESULTS, ROOT, Rows, machine, markdown, write_json
+from benchmarks._results import RESULTS, ROOT, Rows, machine, markdown, only, write_json
 
 TYPES = ("acda", "pafu", "sekg")
 GOOD = ("ok", "refused", "none", "untraceable")
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.report:
         run(chosen, rows, args)
     failed = [row for row in rows.values() if row["status"] not in GOOD]
-    write_json(args.results / f"{args.name}.json", {"rows": rows.values()})
+    write_json(args.results / f"{args.name}.json", {"rows": [said(row) for row in rows.values()]})
     args.docs.parent.mkdir(parents=True, exist_ok=True)
     args.docs.write_text(_page(args, rows.values()))
     print(f"{len(rows.values())} rows, {len(failed)} failed; written: {args.results / args.name}.json, {args.docs}")
@@ -148,6 +148,31 @@ def _collect(process: subprocess.Popen[str], done: dict[str, dict[str, Any]], co
         done[facts.pop("type")] = facts
         deadline = time.monotonic() + timeout
     return f"ended with code {process.wait()}"
+
+
+FIELDS = (
+    *(
+        "key",
+        "library",
+        "family",
+        "model",
+        "type",
+        "status",
+        "failures",
+        "why",
+        "found",
+        "sensitivity",
+        "replaced",
+        "functional",
+    ),
+    *("folded", "max_rel_error", "precision", "worst_layer_error", "own_error", "round_trip", "train_step"),
+)
+
+
+def said(row: dict[str, Any]) -> dict[str, Any]:
+    """What the page says of a row."""
+    reasons = {"refused": [only(site, ["reasons"]) for site in row["refused"]]} if "refused" in row else {}
+    return only(row, FIELDS) | reasons
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

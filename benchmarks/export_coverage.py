@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import surgeon
 from benchmarks._models import KINDS, Case, awaken, awaken_kernels, build, cases, settle_norms, tensors
-from benchmarks._results import RESULTS, ROOT, Rows, table, write_json
+from benchmarks._results import RESULTS, ROOT, Rows, only, table, write_json
 from surgeon import zoo
 from surgeon.errors import InputError, SurgeonError
 from surgeon.exporting.export import TOLERANCE
@@ -127,12 +127,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.free == "batch" and before.get("status") == "unknown" and "reason" not in row:
                 row["reason"] = f"with free image sizes {before['reason']}"
             rows.add(network.key, row)
-            write_json(args.results / f"{name}.json", {"format": args.format, "rows": rows.values()})
-    write_json(args.results / f"{name}.json", {"format": args.format, "rows": rows.values()})
+            write_json(
+                args.results / f"{name}.json",
+                {"format": args.format, "rows": [only(row, FIELDS) for row in rows.values()]},
+            )
+    write_json(
+        args.results / f"{name}.json", {"format": args.format, "rows": [only(row, FIELDS) for row in rows.values()]}
+    )
     table(HEADERS, [line(row) for row in rows.values()])
     return 0
 
 
+FIELDS = (
+    *(
+        "key",
+        "library",
+        "name",
+        "type",
+        "status",
+        "reason",
+        "free",
+        "fixed",
+        "foreign",
+        "rel_error",
+        "varies",
+        "seconds",
+    ),
+)
 HEADERS = ("network", "layers became", "status", "free", "relative error", "varies", "seconds", "why")
 
 

@@ -7,8 +7,8 @@ that of the network with one layer replaced, trained with the same seed, average
 the rank correlation of its two halves, averaged over random halvings. `rank` is the rank correlation (Spearman) of an
 estimator with the truth, over all (layer, option), `rank_placements` that of its summed gains with the whole placements of the
 exhaustive part. Estimators use different seeds than the truth. Cost is CPU time; if the cheap setting of a method
-costs much less than the others, there is a more expensive one as well. Writes benchmarks/results/gain_methods.json, for the other
-training gain_methods-new.json; resumes if interrupted.
+costs much less than the others, there is a more expensive one as well. Writes benchmarks/results/gain_methods.json and the
+git-ignored gain_tables.json (for the other training with -new); resumes if interrupted.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def whole(content: Mapping[str, Any], space: Space) -> list[tuple[dict[str, str]
 
 
 def finish(rows: Rows, content: Mapping[str, Any], space: Space, path: Path) -> None:
-    """Print a line for every method, best first, and write the JSON with a mean table of each."""
+    """Print a line for every method, best first, and write the JSON, and a table of each beside it."""
     truth = single_gains(content, space)
     own = [entry for entry in entries(space) if space.layers[entry[0]] in content["settings"]["layers"]["singles"]]
     placements = whole(content, space)
@@ -178,8 +178,14 @@ def finish(rows: Rows, content: Mapping[str, Any], space: Space, path: Path) -> 
     print(
         f"\ntruth: {len(own)} gains, {len(truth)} seeds, two halves agree at {'-' if agree is None else f'{agree:.2f}'}"
     )
-    write_json(path, {"truth": facts, "methods": lines, "tables": tables, "rows": rows.values()})
-    print(f"written: {path}")
+    write_json(path, {"truth": facts, "methods": lines})
+    write_json(tables_of(path), {"tables": tables})
+    print(f"written: {path}, {tables_of(path)}")
+
+
+def tables_of(path: Path) -> Path:
+    """Where the tables of the methods are, which are not committed, beside the result about them."""
+    return path.with_name(path.name.replace("gain_methods", "gain_tables"))
 
 
 if __name__ == "__main__":

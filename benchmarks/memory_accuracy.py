@@ -28,7 +28,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from benchmarks._results import RESULTS, Rows, table, write_json
+from benchmarks._results import RESULTS, Rows, only, table, write_json
 from surgeon.costs import Option, cost
 from surgeon.costs.build import resolved_config
 from surgeon.costs.measure import has_device, measure
@@ -193,7 +193,8 @@ def _summary(rows: list[dict[str, Any]], how: str, results: Path) -> None:
                 lines.append((f"{kind}, {what}", len(errors), f"{statistics.median(errors):.2%}", f"{max(errors):.2%}"))
     print()
     table(("case", "models x batches", "median error", "worst"), lines)
-    write_json(results / "memory_accuracy.json", {"measured_by": how, "rows": rows})
+    told = [only(row, ("key", "kind", "converted", "error")) for row in rows]
+    write_json(results / "memory_accuracy.json", {"measured_by": how, "rows": told})
     print(f"written: {results / 'memory_accuracy.json'}")
 
 

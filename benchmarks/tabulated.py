@@ -4,7 +4,7 @@
 
 The space is that of `benchmarks.fine_tunes` (results/fine_tunes.json or fine_tunes-new.json): every placement of 4 options in 4
 layers of the trained CIFAR ResNet-20, each a real short fine-tune. Searches look values up. They use a gain table:
-that of every estimator in results/gain_methods.json (or -new), and "uniform", without any information. "posterior" is what `surgeon
+that of every estimator in results/gain_tables.json (or -new), and "uniform", without any information. "posterior" is what `surgeon
 search` does by default; "optimize" is an ordinary `study.optimize` with the same `PlacementSampler` and an objective of the user's
 own. For comparison, ordinary tuners without table, repair and start: raw categorical TPE, raw NSGA-II (budgets as
 constraints, an infeasible trial is a trial), and random feasible placements.
@@ -86,9 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--from", type=Path, default=RESULTS, dest="folder", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     args = parser.parse_args(argv)
-    truth, tables, name = (
-        f"{sized(one, args.training)[1]}.json" for one in ("fine_tunes", "gain_methods", "tabulated")
-    )
+    truth, tables, name = (f"{sized(one, args.training)[1]}.json" for one in ("fine_tunes", "gain_tables", "tabulated"))
     if not (args.folder / truth).is_file():
         print(f"there is no {args.folder / truth}: python -m benchmarks.fine_tunes makes it", file=sys.stderr)
         return 2
@@ -166,6 +164,11 @@ def gain_tables(path: Path, space: Space, names: Sequence[str] | None) -> dict[s
     if path.is_file():
         for name, values in json.loads(path.read_text())["tables"].items():
             found[name] = replace(GainTable.from_dict(values, name).for_space(space), estimator=name)
+    else:
+        print(
+            f'there is no {path}, only "uniform" is compared: python -m benchmarks.gain_methods makes it',
+            file=sys.stderr,
+        )
     return found if names is None else {name: found[name] for name in names}
 
 

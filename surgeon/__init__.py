@@ -77,33 +77,7 @@ _EXPORTS = {
     "verify": "surgeon.surgery.verify",
 }
 
-__all__ = [
-    "CollapseReport",
-    "ConvSite",
-    "Cost",
-    "Recipe",
-    "Report",
-    "SurgeonError",
-    "__version__",
-    "collapse",
-    "convert",
-    "cost",
-    "cost_table",
-    "create_task",
-    "dynamic_layers",
-    "evaluate",
-    "export",
-    "finetune",
-    "from_pretrained",
-    "inspect",
-    "load",
-    "open_model",
-    "push_to_hub",
-    "revert",
-    "save",
-    "static",
-    "verify",
-]
+__all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:

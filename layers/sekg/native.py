@@ -155,7 +155,7 @@ class Layer:
             gx,
             gfeatures,
             None if gweight is None else gweight[:, : plan.features].contiguous(),
-            None if gstatic is None else gstatic.sum(-1).view(self.shapes[3]),
+            None if gstatic is None else gstatic.sum(-1).view(self.shapes[3] or ()),
             grad.sum((0, 2, 3)) if needs[4] else None,
         )
         a, b, c, d, e = (self.x.new_empty(0) if f is None else f for f in found)

@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks import (
     _models,
+    _results,
     compress,
     convert_speed,
     coverage,
@@ -190,12 +191,16 @@ def test_coverage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = _content(tmp_path / "coverage.json")["rows"]
     assert row["status"] == "ok"
     assert row["found"] == row["replaced"] == 9
-    assert row["refused"] == row["unaccounted"] == []
+    assert row["refused"] == _results.Rows(tmp_path / "coverage.jsonl").values()[0]["unaccounted"] == []
     assert row["train_step"]
     assert row["round_trip"]
     assert "| torchvision/squeezenet1_1 | squeezenet | 9 |" in docs.read_text()
     monkeypatch.setattr(coverage, "run_case", lambda *_: pytest.fail("the row was there"))
+    page = docs.read_text()
+    (tmp_path / "coverage.jsonl").unlink()  # a clone has what is committed
+    docs.unlink()
     assert coverage.main(arguments) == 0
+    assert docs.read_text() == page
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What the benchmark programs share: rows, tables, scores, the models of the matrix, the documents' tables."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,32 @@ def test_a_clone_goes_on_from_the_committed_rows(tmp_path: Path) -> None:
     assert rows.values() == [{"key": "a", "value": 1}]
     rows.add("b", {"value": 2})
     assert [row["key"] for row in _results.Rows(path).values()] == ["a", "b"]
+
+
+def test_a_row_is_a_line(tmp_path: Path) -> None:
+    content = {
+        "n": [1, 2],
+        "rows": [{"a": 1, "b": [2]}, {"a": 3}],
+        "by_name": {"x": {"y": 1}, "z": {}},
+        "none": [],
+        "told": "x",
+    }
+    text = _results.as_lines(content)
+    assert json.loads(text) == content
+    assert text.splitlines()[2:6] == [' "rows": [', '  {"a": 1, "b": [2]},', '  {"a": 3}', " ],"]
+    assert len(text.splitlines()) == 13
+    assert _results.only({"a": 1, "b": 2}, ["b", "c"]) == {"b": 2}
+
+
+def test_committed_results_are_what_tables_are_made_of() -> None:
+    """Raw measurements stay out (.gitignore), and no table takes more than a line a row."""
+    command = ["git", "-C", str(_results.ROOT), "ls-files", "benchmarks/results"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert len(listed) > 20
+    texts = {name: (_results.ROOT / name).read_text() for name in listed}
+    assert [name for name, text in texts.items() if text != _results.as_lines(json.loads(text))] == []
+    assert sum(text.count("\n") for text in texts.values()) < 5000
+    assert not [name for name in listed if "fine_tunes" in name or name.endswith((".raw.json", "-quick.json"))]
 
 
 def test_tables(capsys: pytest.CaptureFixture[str]) -> None:

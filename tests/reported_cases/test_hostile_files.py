@@ -139,7 +139,7 @@ def test_the_name_of_a_worker_is_no_path(worker: str, folder: Path) -> None:
         ("sqlite:///secret/id_rsa", "file is not a database"),
         ("sqlite:///absent.db", "unable to open"),
         ("sqlite:///empty.db", "contains no studies"),
-        ("nonsense", "no URL"),
+        ("nonsense", "not a URL"),
     ],
 )
 def test_a_database_that_a_folder_names(url: str, words: str, folder: Path, capsys: Capture) -> None:

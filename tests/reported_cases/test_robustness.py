@@ -379,7 +379,7 @@ def test_names_of_just_the_longest_length(tmp_path: Path) -> None:
 )
 def test_options_without_their_value(argv: list[str], capsys: Capture) -> None:
     """R8: `-o=--` was an empty list in Python's argparse; several names for one option."""
-    fails(argv, "unrecognized arguments: b" if argv[-1] == "b" else "expected one argument, got '--'", capsys)
+    fails(argv, "unexpected 'b'" if argv[-1] == "b" else "expected one argument, got '--'", capsys)
 
 
 def test_json_is_one_document_whatever_is_printed(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ def test_what_is_refused(storage: str, tmp_path: Path) -> None:
         run(tight, resume=True)
     other = toy_search(tmp_path / "s", storage=storage)
     other.file.name = "nobody's"
-    with pytest.raises(StudyError, match=r"no study .*nobody's.*Studies there: toy"):
+    with pytest.raises(StudyError, match=r"no study .*nobody's.*Existing studies: toy"):
         run(other, resume=True)
     assert proposals(read(storage)) == before
 

@@ -273,5 +273,5 @@ def _lines(document: dict[str, Any]) -> list[str]:
     if document["output"]:
         lines += ["", f"written to  {document['output']}"]
     size = "x".join(map(str, document["input_size"]))
-    lines += ["", f"FLOPs of one image of {size} (1 MAC = 2 FLOPs), memory of a step with margin and reserve"]
+    lines += ["", f"FLOPs (1 MAC = 2 FLOPs) at {size}; memory of a step with margin and reserve"]
     return lines

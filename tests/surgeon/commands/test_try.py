@@ -193,7 +193,7 @@ def test_the_time_is_honored(attempt: Try, monkeypatch: pytest.MonkeyPatch, caps
     ("more", "told"),
     [
         (["--max-time", "soon"], "--max-time: expected a time such as 90s, 30m or 1.5h, got 'soon'"),
-        (["--lr", "0"], "a learning rate must be a number > 0, got 0.0"),
+        (["--lr", "0"], "--lr: expected a number above 0, such as 3e-4, got '0'"),
         (["--lr", "0.1", "0.1"], "learning rates must be given, each once"),
         (["--seeds", "0"], "--seeds: expected a positive integer, got '0'"),
         (["--device", "gpu"], "--device: expected auto, cpu, cuda, cuda:N or mps, got 'gpu'"),

@@ -163,7 +163,7 @@ def test_nan_sets_the_run_back_with_lower_rates(tmp_path: Path) -> None:
 def test_nan_at_every_turn_is_an_error(tmp_path: Path) -> None:
     task = Poisoned(regression().config)
     task.times = 100
-    with pytest.raises(TrainingError, match=r"step 6: the loss is nan, after 2 returns .* Lower --lr"):
+    with pytest.raises(TrainingError, match=r"step 6: the loss is nan, after 2 rollbacks .* Lower --lr"):
         finetune(converted("pafu"), task, with_(max_rollbacks=2), tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.json").exists()
 

@@ -423,7 +423,7 @@ def test_returns_are_counted() -> None:
     for count in (1, 2):
         progress = guard.rolled_back(NotFiniteError("bad"), 8, progress, TrainingProgress(step=5))
         assert (progress.step, progress.rollbacks, progress.lr_factor) == (5, count, 0.5**count)
-    with pytest.raises(TrainingError, match=r"step 8: bad, after 2 returns .* times 0.25"):
+    with pytest.raises(TrainingError, match=r"step 8: bad, after 2 rollbacks .* times 0.25"):
         guard.rolled_back(NotFiniteError("bad"), 8, progress, TrainingProgress(step=5))
 
 

@@ -145,7 +145,7 @@ def test_budgets_that_nothing_meets_end_at_once_with_the_nearest(
 
 @pytest.mark.parametrize(
     ("data", "said"),
-    [([], "needs a folder"), (["--data", "nowhere"], "there is no folder nowhere"), (["--data", "."], "no folders")],
+    [([], "classification needs data"), (["--data", "nowhere"], "there is no folder nowhere"), (["--data", "."], "no folders")],
 )
 def test_a_task_without_data_is_one_error(data: list[str], said: str, capsys: Capture) -> None:
     arguments = ["search", "zoo/resnet20_cifar", "--task", "classification", "--weights", "random", *data]
@@ -290,7 +290,7 @@ def test_a_search_in_a_database_is_begun_joined_and_read(database: str, capsys: 
     (tmp_path / "elsewhere").mkdir()
     os.chdir(tmp_path / "elsewhere")  # as if on another machine
     assert main([*join, "--join", "nobody"]) == 2
-    assert "Studies there: r50" in capsys.readouterr().err
+    assert "Existing studies: r50" in capsys.readouterr().err
     assert not Path("runs").exists()
     assert main([*join, "--join", "r50", "--max-flops", "+300%"]) == 2
     assert "budgets.flops" in capsys.readouterr().err
