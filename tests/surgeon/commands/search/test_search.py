@@ -145,7 +145,11 @@ def test_budgets_that_nothing_meets_end_at_once_with_the_nearest(
 
 @pytest.mark.parametrize(
     ("data", "said"),
-    [([], "classification needs data"), (["--data", "nowhere"], "there is no folder nowhere"), (["--data", "."], "no folders")],
+    [
+        ([], "classification needs data"),
+        (["--data", "nowhere"], "there is no folder nowhere"),
+        (["--data", "."], "no folders"),
+    ],
 )
 def test_a_task_without_data_is_one_error(data: list[str], said: str, capsys: Capture) -> None:
     arguments = ["search", "zoo/resnet20_cifar", "--task", "classification", "--weights", "random", *data]
