@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import FrameType
 from typing import Any
 
 
@@ -28,5 +27,5 @@ def caught(numbers: Iterable[int], handle: Callable[[int, Any], None]) -> Iterat
             signal.signal(number, handler)
 
 
-def _call(handle: Callable[[int, Any], None], before: Any, number: int, frame: FrameType | None) -> None:
+def _call(handle: Callable[[int, Any], None], before: Any, number: int, frame: Any) -> None:
     handle(number, before)
