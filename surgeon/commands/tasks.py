@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon import declared
 from surgeon.commands import checks
 from surgeon.commands.arguments import add_pairs, tell
-from surgeon.commands.checks import declared
 from surgeon.errors import ConfigError, DataError, RecipeError
 from surgeon.records.recipe import FILE, Trained, trained
 from surgeon.util.files import read_object

@@ -96,7 +96,7 @@ print("torch" in sys.modules, sorted(os.listdir()))
 
 def test_what_is_declared_is_what_is_registered() -> None:
     """The options read from the source are those of the classes, with their types."""
-    from surgeon.commands.checks import declared
+    from surgeon import declared
     from surgeon.layers.registry import layer_class, layer_types
     from surgeon.zoo.tasks import task_class, task_names
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from surgeon.commands.checks import declared
+from surgeon import declared
 from surgeon.errors import ConfigError, DataError, InputError, RecipeError
 from surgeon.models.places import HUB, check_folder, check_model_name, check_search, check_weights
 from surgeon.util.files import read_json
