@@ -41,7 +41,7 @@ from surgeon.commands.search import (
     study,
 )
 from surgeon.errors import SurgeonError
-from surgeon.util.kinds import did_you_mean
+from surgeon.util.near import did_you_mean
 from surgeon.util.waiting import waiting
 
 EPILOG = """examples:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from surgeon.zoo.finetune import FinetuneConfig
-    from surgeon.zoo.finetune.run import DryRun
+    from surgeon.zoo.finetune.dry import DryRun
     from surgeon.zoo.recipes import TrainingRecipe
     from surgeon.zoo.tasks import Task
 
