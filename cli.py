@@ -1,4 +1,4 @@
-"""The `surgeon` command: its subcommands, each in a file of its own, and what becomes of their errors.
+"""The `surgeon` command: its subcommands, each in its own file, and the handling of their errors.
 
 The result goes to stdout (`--json`: one document), everything else to stderr. Exit codes: 0 done, 1 a check failed or nothing
 could be replaced, 2 wrong usage or input, 130 interrupted. Nothing here imports torch before a command runs.
@@ -8,10 +8,12 @@ import argparse
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any
+from contextlib import nullcontext, suppress
+from importlib import import_module
+from typing import Any, NoReturn
 
 from surgeon.commands import (
     bench,
@@ -39,6 +41,8 @@ from surgeon.commands.search import (
     study,
 )
 from surgeon.errors import SurgeonError
+from surgeon.util.kinds import did_you_mean
+from surgeon.util.waiting import waiting
 
 EPILOG = """examples:
   surgeon models 'resnet*'
@@ -57,19 +61,24 @@ exit codes: 0 done; 1 a check failed, or nothing could be replaced; 2 wrong usag
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    began = time.monotonic()
     try:
         args = _parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has said why
+    except SystemExit as stop:  # argparse has printed why
         return stop.code if isinstance(stop.code, int) else 2
     handler: Callable[[argparse.Namespace], int] = args.handler
+    args.began = began
     try:
         _start_logging(args)
+        if args.check is not None:
+            args.check(args)  # what can be refused before the libraries are loaded
+        _load(args)
         with one_document() if args.json else nullcontext():
             code = handler(args)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        if argv is None:  # a further one would be a traceback of the interpreter's end
+        if argv is None:  # another one would cause a traceback at interpreter exit
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("surgeon: interrupted, nothing was written", file=sys.stderr)
         return 130
@@ -83,15 +92,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return getattr(error, "exit_code", 2)
 
 
+def _load(args: argparse.Namespace) -> None:
+    """The libraries that a command needs, with a line on a terminal where that takes long."""
+    names = [name for name in args.needs if name not in sys.modules]
+    told = f"loading {' and '.join(dict.fromkeys(name.partition('.')[0] for name in names))}"
+    with waiting(told, quiet=args.quiet or not names, after=1.0, terminal_only=True), suppress(ImportError):
+        for name in names:
+            import_module(name)
+
+
 def _told(error: BaseException) -> str:
-    """What the system says (a full disk, no permission, no memory) in one line, as what surgeon says itself."""
+    """An operating-system error (full disk, no permission, no memory) in one line, worded like surgeon's own."""
     if isinstance(error, SurgeonError):
         return str(error)
     if isinstance(error, OSError):
         from surgeon.util.files import shortened
 
         return f"{shortened(error.filename)}: {error.strerror}" if error.filename else error.strerror or str(error)
-    return "this machine has not enough memory"
+    return "this machine does not have enough memory"
 
 
 def _start_logging(args: argparse.Namespace) -> None:
@@ -111,9 +129,9 @@ def _start_logging(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="surgeon",
-        description="Give trained vision networks content-adaptive convolutions without changing what they compute.",
+        description="Give trained vision networks content-adaptive convolutions without changing their function.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -122,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser.add_argument("--version", action="version", version=f"surgeon {__version__}")
     shells = ("bash", "zsh", "tcsh")
-    completion = 'print what makes the shell complete commands and options: eval "$(surgeon --print-completion bash)"'
+    completion = 'print the shell completion script for commands and options: eval "$(surgeon --print-completion bash)"'
     parser.add_argument("--print-completion", action=_Completion, choices=shells, metavar="bash|zsh", help=completion)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     modules = {
@@ -148,12 +166,36 @@ def _parser() -> argparse.ArgumentParser:
         "study": study,
     }
     for name, module in modules.items():
-        module.add_arguments(_command(commands, name, module.run, module.DESCRIPTION, module.EXAMPLES))
+        module.add_arguments(_command(commands, name, module))
     return parser
 
 
+class _Parser(argparse.ArgumentParser):
+    """As argparse's own, but an error is one line with the nearest name and where help is, and each command tells its own."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"surgeon: error: {message} ({self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            unknown = next((one for one in rest if one.startswith("-")), None)
+            if unknown is None:
+                self.error(f"unexpected {', '.join(map(repr, rest))}")
+            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            self.error(f"there is no option {unknown}.{did_you_mean(unknown.partition('=')[0], flags)}".rstrip("."))
+        return found, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            what = "command" if isinstance(action, argparse._SubParsersAction) else "choice"
+            told = f"there is no {what} {value!r}; there are {', '.join(known)}.{did_you_mean(str(value), known)}"
+            raise argparse.ArgumentError(None if what == "command" else action, told)
+
+
 class _Completion(argparse.Action):
-    """Prints the script that makes a shell complete `surgeon`, by shtab, and ends."""
+    """Prints a shell completion script for `surgeon`, made by shtab, and exits."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         try:
@@ -165,7 +207,7 @@ class _Completion(argparse.Action):
 
 
 class _Store(argparse._StoreAction):
-    """As argparse's own, but `-o=--` is an option without its value, and not an empty list."""
+    """Like argparse's own, but `-o=--` is an option without its value, not an empty list."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if values == [] and self.nargs is None:
@@ -173,19 +215,18 @@ class _Store(argparse._StoreAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def _command(
-    commands: Any, name: str, handler: Callable[[argparse.Namespace], int], description: str, examples: str
-) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, module: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
-        help=description,
-        description=description,
-        epilog=f"examples:\n{examples}",
+        help=module.DESCRIPTION,
+        description=module.DESCRIPTION,
+        epilog=f"examples:\n{module.EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.register("action", None, _Store)
-    parser.set_defaults(handler=handler)
+    needs = getattr(module, "NEEDS", ("torch", "timm"))
+    parser.set_defaults(handler=module.run, check=getattr(module, "check", None), needs=needs)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -1,4 +1,4 @@
-"""Timing and memory for the benchmark programs: interleaved medians, saved bytes, peak memory in a process of its own."""
+"""Timing and memory for the benchmark programs: interleaved medians, saved bytes, peak memory in a separate process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""CIFAR-10 images of the evaluation material (JPEG bytes, on which networks trained on the originals lose ten points) as a task."""
+"""CIFAR-10 images of the evaluation material as a task (JPEG files, on which networks trained on the originals lose ten points)."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar

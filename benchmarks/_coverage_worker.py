@@ -1,4 +1,4 @@
-"""One model of the coverage matrix in a process of its own: converts it to each type and prints a JSON line for each.
+"""One model of the coverage matrix in a separate process: converts it to each type and prints a JSON line for each.
 
     python -m benchmarks._coverage_worker LIBRARY KIND FAMILY NAME TYPES MEMORY_GIB [fx|export]
 

@@ -1,7 +1,7 @@
-"""Real images for the benchmarks, read from a folder that is no part of the repository.
+"""Real images for the benchmarks, read from a folder outside the repository.
 
-The folder is `$SURGEON_DATA`, else `../shared/data` beside the repository. Everything is decoded here to float tensors
-(C, H, W) with values in [0, 1]; files are taken in the order of their names.
+The folder is `$SURGEON_DATA`, else `../shared/data` next to the repository. Everything is decoded here to float tensors
+(C, H, W) with values in [0, 1]; files are sorted by name.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""What `benchmarks.finetuned` trains: networks with trained weights, their data, what becomes of them, steps and rates."""
+"""Experiments of `benchmarks.finetuned`: networks with trained weights, their data, conversions, steps and rates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

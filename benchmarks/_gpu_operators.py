@@ -1,8 +1,8 @@
-"""The operator rows of the GPU benchmark: what is timed on which shapes, how, and what it is held to.
+"""The operator rows of the GPU benchmark: shapes, timing method and targets.
 
-Forward, and forward with backward, of ours on Triton, of ours in plain torch, of the published way (unfold), and of convolutions of
+Forward, and forward with backward, of our operators on Triton, in plain torch, the published one (unfold), and convolutions of
 the same channels in channels-last memory (cuDNN). Times are medians of replays of a CUDA graph that runs over several copies of the
-tensors in turn, so that launches do not count and the L2 cache is cold; what cannot be captured is timed eagerly, and says so.
+tensors in turn, so launches do not count and the L2 cache is cold; what cannot be captured is timed eagerly and marked.
 """
 
 import statistics

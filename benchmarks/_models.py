@@ -1,4 +1,4 @@
-"""Which library models the coverage matrix takes, how to build them, and inputs that they accept."""
+"""Library models of the coverage matrix, how to build them, and inputs that they accept."""
 
 import copy
 import json

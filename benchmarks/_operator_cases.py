@@ -1,7 +1,7 @@
-"""What the operator benchmark compares: every operator on the shapes of a ResNet, the published way, and plain convolutions.
+"""Cases of the operator benchmark: every operator on the shapes of a ResNet, the published implementation, and plain convolutions.
 
 A case is one operator on one shape: "ours" first, then named baselines, each a `Step` (what to run, and the tensors to
-differentiate by). A new operator is one function that yields its cases, and a line in OPERATORS; what it is held to are lines
+differentiate by). A new operator is one function that yields its cases, and a line in OPERATORS; its targets are lines
 in TARGETS.
 """
 
@@ -137,8 +137,9 @@ def _layer_steps(shape: str) -> dict[str, Step]:
         kernels = F.conv2d(features, weight[:, :, None, None], static.flatten())
         return _unfolded(x, kernels.unflatten(1, (c, 9)))
 
-    ours = Step(partial(dconv_layer, *tensors, padding=(1, 1)), tensors)
-    return {"ours": ours, "unfold": Step(published, tensors)} | _convolutions(x, 3)
+    ours = partial(dconv_layer, *tensors, padding=(1, 1))
+    steps = {"ours": Step(ours, tensors), "torch": Step(partial(ours, backend="torch"), tensors)}
+    return steps | {"unfold": Step(published, tensors)} | _convolutions(x, 3)
 
 
 def _unfolded(x: Tensor, kernels: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Which folders a table of a paper is trained and judged on: at small scale a part of the evaluation material, else the paper's.
+"""Training and evaluation folders of a paper's table: at small scale part of the evaluation material, otherwise the paper's.
 
-A set is a task's options for training and, by name, those for each judgment. Paths are below the given folder.
+A set contains a task's options for training and, by name, those for each evaluation. Paths are below the given folder.
 """
 
 import io

@@ -1,7 +1,7 @@
-"""What a comparison of a paper is: which networks, by which recipe, on which data, and what the paper prints.
+"""A paper's comparison: its networks, recipe, data, and published numbers.
 
-Scores are those of the papers' tables, by the name of a judgment and of a metric: PSNR in dB, errors in per cent of images,
-MAE and (root) MSE of counts, mIoU and pixel accuracy in per cent.
+Scores are those of the papers' tables, by the names of an evaluation and a metric: PSNR in dB, errors in percent of images,
+MAE and (root) MSE of counts, mIoU and pixel accuracy in percent.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What benchmark programs write: JSON with the machine and versions, tables, and rows that survive a kill."""
+"""Output of the benchmark programs: JSON with the machine and versions, tables, and rows that survive a kill."""
 
 import json
 import os

@@ -1,7 +1,7 @@
-"""Trained networks with what they were trained for: build, evaluate, and images to calibrate on.
+"""Trained networks with their tasks: building, evaluation, and calibration images.
 
 A `Task` is one trained network. Its datasets give samples (the model's inputs and the truth); `evaluate` runs a model over
-them and returns one `Score` a dataset, which keeps a value for every image, so that two models are compared image by image.
+them and returns one `Score` per dataset, with a value for every image, so that two models are compared image by image.
 """
 
 from collections.abc import Callable, Iterator

@@ -3,8 +3,8 @@
     python -m benchmarks.adfnet [--network adfnet] [--size 128] [--repeats 9] [--threads 1] [--step]
 
 Both run the same network with the same weights and input; only the dynamic filtering differs: surgeon's operators, or the
-reference, which unfolds the input and multiplies and sums. Times are medians of interleaved runs in one process, peaks are of
-a process each, less what it holds before. Also prints the largest difference of the outputs. Writes
+reference, which unfolds the input and multiplies and sums. Times are medians of interleaved runs in one process, peaks are from
+separate processes, minus the memory held before. Also prints the largest difference of the outputs. Writes
 benchmarks/results/adfnet.json.
 """
 

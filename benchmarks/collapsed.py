@@ -1,11 +1,11 @@
-"""A PAFU network whose units select one kernel each, folded back: outputs, FLOPs, parameters and time.
+"""A PAFU network whose layers select one kernel each, folded back: outputs, FLOPs, parameters and time.
 
     python -m benchmarks.collapsed [--model NAME] [--group-size N] [--batch B …] [--repeats R]
 
-Every spatial convolution of the network becomes PAFU with kernels that differ, and each unit's selector, which still sees its
-input, is given weights under which one kernel (another one in each unit) wins at every pixel. `surgeon.collapse` must prove that
-from the parameters. The times are medians of interleaved forward passes, as parts of the original's.
-Writes benchmarks/results/collapsed.json. Exit code 1 where a unit is kept, the FLOPs are not the original's, or outputs differ.
+Every spatial convolution of the network becomes PAFU with kernels that differ, and each layer's selector, which still sees its
+input, gets weights with which one kernel (a different one in each layer) wins at every pixel. `surgeon.collapse` must prove that
+from the parameters. The times are medians of interleaved forward passes, as fractions of the original's.
+Writes benchmarks/results/collapsed.json. Exit code 1 if a unit is kept, the FLOPs are not the original's, or outputs differ.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python -m benchmarks.compiled [--case acda/A …] [--repeats N] [--fresh]
 
 The formulas are the portable operators (taps and products that a compiler can fuse; nothing is unfolded); for DConv with given
-kernels the backward pass is written by hand too, as sums over taps, and compiled on its own. Last, a whole ADFNet, forward only,
+kernels the backward pass is also written by hand, as sums over taps, and compiled separately. Last, a whole ADFNet, forward only,
 one image of 128×128: compiled with the operators as they are, and with the portable ones (SURGEON_BACKEND=portable). Process CPU
-time, one thread, interleaved medians; the compiler's own time stands beside. Writes benchmarks/results/compiled.json;
-interrupted, it goes on where it was.
+time, one thread, interleaved medians; the compiler's own time is listed, too. Writes benchmarks/results/compiled.json;
+resumes if interrupted.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What compressed ACDA costs: `static_atoms=0` at m atoms, plain against activation-aware truncation, on real data.
+"""The cost of compressed ACDA: `static_atoms=0` at m atoms, plain against activation-aware truncation, on real data.
 
     python -m benchmarks.compress [--atoms 4 6 8] [--only NAME …] [--every-image] [--fresh]
 
-The activation-aware truncation sees images for calibration that are not among the test images. *output error* is the relative
-RMS error of the network's output on those, which it is held to: never larger than that of the plain one. *layer error* is that of
-a replaced layer given the inputs that it had in the original (root mean square over the layers); the aware one may trade it
-for undoing what earlier layers lost. *re-estimated*: the score after batch-norm statistics were measured again on the same images.
-Writes benchmarks/results/compress.json; interrupted, it goes on where it was. Exit code 1 where the aware one is worse.
+The activation-aware truncation uses calibration images that are not test images. *output error* is the relative
+RMS error of the network's output on those; the target is: never larger than that of the plain one. *layer error* is that of
+a replaced layer given its inputs in the original (root mean square over the layers); the aware one may trade it
+for undoing what earlier layers lost. *re-estimated*: the score after recomputing the batch-norm statistics on the same images.
+Writes benchmarks/results/compress.json; resumes if interrupted. Exit code 1 if the aware one is worse.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""How long a conversion takes: resnet50, all spatial convolutions, each layer type, verified, in process.
+"""Duration of a conversion: resnet50, all spatial convolutions, each layer type, verified, in process.
 
     python -m benchmarks.convert_speed [--model NAME] [--types acda …] [--repeat 3]
 
-Prints seconds by stage of the pass (the fastest of the repeats) and writes benchmarks/results/convert_speed.json. The aim is
+Prints seconds by stage of the pass (the fastest of the repeats) and writes benchmarks/results/convert_speed.json. The target is
 at most 10 s on 2 cores. Building the model and importing are not counted.
 """
 

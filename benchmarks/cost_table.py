@@ -2,7 +2,7 @@
 
     python -m benchmarks.cost_table [--models resnet50 convnext_atto efficientnet_b0] [--placements 50] [--batch-size 32]
 
-Prints the largest errors in FLOPs, parameters and peak memory, seconds to build, look-ups a second, seconds of a whole trace,
+Prints the largest errors in FLOPs, parameters and peak memory, seconds to build, look-ups per second, seconds of a whole trace,
 and writes benchmarks/results/cost_table.json.
 """
 

@@ -1,11 +1,11 @@
-"""Coverage: every library model (a smallest one of each timm family) x every layer type, all spatial convolutions.
+"""Coverage: every library model (the smallest of each timm family) x every layer type, all spatial convolutions.
 
     python -m benchmarks.coverage [--all] [--only GLOB …] [--types acda …] [--through fx|export] [--fresh] [--report]
 
 For each: convolutions found, replaced, refused with reasons; output error; a training step; a state-dict round trip. Each
-model runs in a process of its own with a limit on time and memory. Interrupted, it goes on where it was. Writes
+model runs in a separate process with a limit on time and memory. Resumes if interrupted. Writes
 benchmarks/results/coverage.json and docs/coverage.md. `--through` converts the traced or exported graph of each model instead
-(coverage-fx.json, coverage-export.json; a section of the same page beside the tree's figures). Exit code 1 where something failed.
+(coverage-fx.json, coverage-export.json; a section of the same page next to the tree's figures). Exit code 1 if something failed.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""Which networks export, with what free, and how far the file is from the model: every zoo entry, then timm and torchvision.
+"""Which networks export, their dynamic dimensions, and the file's error: every zoo entry, then timm and torchvision.
 
     python -m benchmarks.export_coverage [--only GLOB …] [--libraries zoo timm torchvision] [--format torch] [--report]
                                          [--retry [--free batch]]
 
-Zoo entries as they are; of the libraries the smallest model of each family, all its spatial convolutions converted, the layer
+Zoo entries unchanged; from the libraries, the smallest model of each family, all its spatial convolutions converted, the layer
 type changing from family to family. Weights that start at or near zero (generators, the last norm of a block, layer scales) are
-made larger, and batch norms get statistics, so that a wrong dynamic part would show: `varies` is what switching it off changes
-of the output, relative, and a network in which that is less than 1e-3, or that gives NaNs, is "blind", not "ok". The file is
+enlarged, and batch norms get statistics, so that a wrong dynamic part would show: `varies` is the output's relative change with it
+switched off, and a network in which that is less than 1e-3, or that returns NaN, is "blind", not "ok". The file is
 checked by `surgeon.export` (onnxruntime or torch.export.load against eager, two batch sizes and two image sizes where the model
-allows). One that magnifies float32's own rounding so much that the check allowed an error above 1e-4 is "loose".
-Each network runs in a process of its own with a limit on time; `--retry --free batch` runs those again that did not keep it, with
-the batch alone free. Interrupted, it goes on where it was. Writes
+allows). A network that amplifies float32 rounding so much that the check allowed an error above 1e-4 is "loose".
+Each network runs in a separate process with a limit on time; `--retry --free batch` reruns those that exceeded it, with
+only the batch dynamic. Resumes if interrupted. Writes
 benchmarks/results/export_coverage.json and the table in docs/export.md (benchmarks.report).
 """
 
@@ -48,7 +48,7 @@ from surgeon.sites.inputs import Inputs, map_tensors
 from surgeon.sites.observe import observe
 from surgeon.surgery.compare import compare
 from surgeon.surgery.rewrite import dynamic_layers, static
-from surgeon.surgery.verify import run
+from surgeon.surgery.running import run
 from surgeon.util.copying import copy_model
 
 LIBRARIES = ("zoo", "timm", "torchvision")

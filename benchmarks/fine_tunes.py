@@ -3,11 +3,11 @@
     python -m benchmarks.fine_tunes [--parts singles space] [--seeds 28] [--training all|new] [--quick] [--fresh]
 
 `space`: every placement of 4 options (keep, ACDA, PAFU, SEKG) in 4 layers, 256 fine-tunes with one seed, as a search's trials have.
-`singles`: 9 layers in all three stages, one replaced at a time, beside the unmodified network, with several seeds. A fine-tune is
-the one of `surgeon search`, on CIFAR-10 images kept as JPEG; its value is the cross-entropy on test images, of the last weights.
+`singles`: 9 layers in all three stages, one replaced at a time, and the unmodified network, with several seeds. A fine-tune is
+that of `surgeon search`, on CIFAR-10 images kept as JPEG; its value is the cross-entropy on test images, of the last weights.
 `--training all`: SGD at a high rate for everything, so that 16 steps tell layers apart; most replacements then do harm.
 `--training new`: AdamW for 32 steps, new parameters at 3e-4 and the others at a thirtieth of it, as adapters are trained; then
-replacements bring something. Writes benchmarks/results/fine_tunes.json (fine_tunes-new.json); interrupted, it goes on where it was.
+replacements help. Writes benchmarks/results/fine_tunes.json (fine_tunes-new.json); resumes if interrupted.
 """
 
 import argparse

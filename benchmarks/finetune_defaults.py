@@ -3,8 +3,8 @@
     python -m benchmarks.finetune_defaults [--quick] [--types acda …] [--fresh]
 
 The trained CIFAR ResNet-20 is converted and all of it fine-tuned on CIFAR-10 images (kept as JPEG, on which it loses ten points),
-with every combination of `new_lr_scale` and `warmup`; beside it the unconverted network with the same steps. The last weights
-are judged, not the best. Writes benchmarks/results/finetune_defaults.json; interrupted, it goes on where it was.
+with every combination of `new_lr_scale` and `warmup`; and the unconverted network with the same steps. The last weights
+are evaluated, not the best. Writes benchmarks/results/finetune_defaults.json; resumes if interrupted.
 """
 
 import argparse

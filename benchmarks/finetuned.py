@@ -1,11 +1,11 @@
-"""Converted networks fine-tuned beside their originals: the same data, steps and rates, several seeds.
+"""Converted networks fine-tuned along with their originals: the same data, steps and rates, several seeds.
 
     python -m benchmarks.finetuned [--only NAME …] [--seeds N] [--quick] [--fresh]
 
-Every arm begins at the same trained weights; a converted network computes what the original does until it is trained, so all
-arms of an experiment have the same score *before*. The last weights are judged, not the best. *original* is the network without
+Every arm starts from the same trained weights; a converted network is equivalent to the original until it is trained, so all
+arms of an experiment have the same score *before*. The last weights are evaluated, not the best. *original* is the network without
 conversion, trained like the others. Seeds set the order of the images, their augmentation and noise.
-Writes benchmarks/results/finetuned.json (--quick: finetuned-quick.json); interrupted, it goes on where it was.
+Writes benchmarks/results/finetuned.json (--quick: finetuned-quick.json); resumes if interrupted.
 """
 
 import argparse

@@ -2,13 +2,13 @@
 
     python -m benchmarks.gain_methods [--methods fisher …] [--seeds 3] [--training all|new] [--fresh]
 
-The truth are the one-layer fine-tunes of `benchmarks.fine_tunes` (results/fine_tunes.json): loss of the unmodified network minus
-that of the network with one layer replaced, trained with the same seed, averaged over the seeds. How far it can be trusted is
+Ground truth: the one-layer fine-tunes of `benchmarks.fine_tunes` (results/fine_tunes.json): the unmodified network's loss minus
+that of the network with one layer replaced, trained with the same seed, averaged over the seeds. Its reliability is
 the rank correlation of its two halves, averaged over random halvings. `rank` is the rank correlation (Spearman) of an
 estimator with the truth, over all (layer, option), `rank_placements` that of its summed gains with the whole placements of the
-exhaustive part. Estimators have seeds of their own, other than the truth's. Cost is CPU time; where the cheap setting of a method
-costs much less than the others, there is a dearer one beside it. Writes benchmarks/results/gain_methods.json and, not to be
-committed, gain_tables.json (for the other training with -new); interrupted, it goes on where it was.
+exhaustive part. Estimators use different seeds than the truth. Cost is CPU time; if the cheap setting of a method
+costs much less than the others, there is a more expensive one as well. Writes benchmarks/results/gain_methods.json and the
+git-ignored gain_tables.json (for the other training with -new); resumes if interrupted.
 """
 
 import argparse

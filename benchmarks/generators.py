@@ -1,12 +1,12 @@
-"""ACDA's generator in its three forms: what it costs, and what it does to the pattern-detection toy.
+"""ACDA's generator in its three forms: its cost, and its effect on the pattern-detection toy.
 
     python -m benchmarks.generators [--seeds N] [--steps N] [--repeats N] [--only cost toy] [--fresh]
 
-cost: multiply-accumulates of the generator over those of the 3×3 convolution that is replaced, and process CPU time (one
+cost: multiply-accumulates of the generator relative to those of the replaced 3×3 convolution, and process CPU time (one
 thread, interleaved medians) of the whole layer over that convolution's, forward without gradients and forward with backward, on
-the shapes A to D of benchmarks.operators. toy: one ACDA layer in the place of a 7×7 convolution, the same steps for each form
+the shapes A to D of benchmarks.operators. toy: one ACDA layer in place of a 7×7 convolution, the same steps for each form
 and seed (see benchmarks.toys); mean squared error on the training image. Writes benchmarks/results/generators.json;
-interrupted, it goes on where it was.
+resumes if interrupted.
 """
 
 import argparse

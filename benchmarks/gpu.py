@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu [--minutes 8] [--only operators training memory search]
 
-Prints tables and writes benchmarks/results/gpu.json. What the time did not suffice for is listed, never silently missing. Without
-CUDA it says so in one line and exits 1.
+Prints tables and writes benchmarks/results/gpu.json. Parts that did not fit in the time are listed. Without
+CUDA it prints one line and exits 1.
 """
 
 import argparse

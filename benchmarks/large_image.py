@@ -1,10 +1,10 @@
-"""Peak memory of one 4-megapixel image through a dynamic layer, beside the convolution that it replaces; inference.
+"""Peak memory of one 4-megapixel image through a dynamic layer, compared with the convolution that it replaces; inference.
 
     python -m benchmarks.large_image [--size 2048] [--channels 32]
 
-Each layer runs in a process of its own, one thread; the growth of resident memory over the input and the weights is what
-counts (Linux: VmHWM). "acda, whole" is ACDA with its bands switched off. Writes benchmarks/results/large_image.json;
-interrupted, it goes on where it was.
+Each layer runs in a separate process, one thread; the growth of resident memory over the input and the weights is
+measured (Linux: VmHWM). "acda, whole" is ACDA with its bands switched off. Writes benchmarks/results/large_image.json;
+resumes if interrupted.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Write docs/cli.md anew from the parsers of `surgeon`; the text before the marker stays.
+"""Regenerate docs/cli.md from the parsers of `surgeon`; the text before the marker stays.
 
     python -m benchmarks.manual [--check]
 
---check writes nothing and exits 1 where the page does not say what `--help` says.
+--check writes nothing and exits 1 if the page differs from `--help`.
 """
 
 import argparse

@@ -5,8 +5,8 @@
 With a CUDA device the real step is run and CUDA's own count is the measure. Without one the measure is an independent count:
 torch's MemTracker over fake CPU tensors; the first line and the JSON say which it was. For AMP that runs under the CPU's autocast,
 with layer and group norms and interpolation in float32 as under CUDA's.
-Prints a row a case and the errors' median and worst, writes benchmarks/results/memory_accuracy.json. A killed run goes on
-where it was (--fresh: starts again).
+Prints a row per case and the errors' median and worst, writes benchmarks/results/memory_accuracy.json. A killed run resumes
+(--fresh: starts over).
 """
 
 import argparse

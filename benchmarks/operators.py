@@ -1,15 +1,16 @@
-"""Our operators against the published way (unfold) and against plain convolutions, with the targets beside the ratios.
+"""Our operators against the published implementation (unfold) and plain convolutions, with targets and ratios.
 
     python -m benchmarks.operators                      # every case, about 15 minutes on one core
-    python -m benchmarks.operators --runs 3             # three times over: medians, and how far the machine makes them scatter
+    python -m benchmarks.operators --runs 3             # three times over: medians, and their scatter on this machine
     python -m benchmarks.operators --threads 2          # on several cores, compared by wall time
     python -m benchmarks.operators --op acda --quick    # fewer repeats, in one process, no memory measurement
 
-What is compared, and what it is held to, stands in `_operator_cases.py`.
+The cases and targets are in `_operator_cases.py`.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,6 +26,7 @@ from benchmarks._operator_cases import OPERATORS, SHAPES, TARGETS, Case, Step, T
 from benchmarks._results import write_json
 
 PROBE = 512  # rows and columns of the matrix product whose rate is taken for the machine's
+ALL = ", all threads"
 COPIED = 1 << 23  # floats whose copy is taken for its bandwidth
 COLUMNS = {"forward": "forward", "both": "fwd+bwd", "saved_bytes": "saved MB", "peak_bytes": "peak MB"}
 
@@ -47,17 +49,34 @@ def measure(case: Case, repeats: int, memory: bool, threads: int) -> dict[str, A
 
     result: dict[str, Any] = {name: {} for name in steps}
     trained = {name: step for name, step in steps.items() if step.trained}
-    probes = _probes()
     for kind, wrap, chosen in (("forward", forward_only, steps), ("both", both, trained)):
-        times = interleaved([*probes.values(), *(wrap(step) for step in chosen.values())], repeats)
-        for name, (cpu, wall) in zip((*probes, *chosen), times, strict=True):
-            result.setdefault(name, {})[kind] = {"cpu_ms": cpu, "wall_ms": wall}
+        runs = _probes() | {name: wrap(step) for name, step in chosen.items()}
+        found = _times(runs, repeats)
+        if threads == 1:
+            found |= _on_all_threads({name: runs[name] for name in ("mm", "copy", "ours")}, repeats)
+        for name, times in found.items():
+            result.setdefault(name, {})[kind] = times
     for name, step in trained.items():
         result[name]["saved_bytes"] = saved_bytes(step.forward, step.inputs)
         if memory:
             arguments = ["--peak-of", case.name, name, "--threads", str(threads)]
             result[name]["peak_bytes"] = in_subprocess("benchmarks.operators", arguments, threads)
     return result
+
+
+def _times(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
+    found = interleaved(list(runs.values()), repeats)
+    return {name: {"cpu_ms": cpu, "wall_ms": wall} for name, (cpu, wall) in zip(runs, found, strict=True)}
+
+
+def _on_all_threads(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
+    """The same on as many threads as there are cores, each name with `ALL` behind it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        return {name + ALL: times for name, times in _times(runs, repeats).items()}
+    finally:
+        torch.set_num_threads(before)
 
 
 def _probes() -> dict[str, Callable[[], object]]:
@@ -72,15 +91,18 @@ def shares(cases: Iterable[Case], results: dict[str, list[dict[str, Any]]], cloc
     """What part of the machine's rate an operator reaches, medians of the runs: of a matrix product's, or of a copy's.
 
     The arithmetic of the definition (or the bytes of inputs and output) over time and rate. What is computed again in the
-    backward pass does not count.
+    backward pass does not count. On all threads operator and rate are compared by wall time. PAFU's arithmetic is that of its
+    3×3 convolution: where that one reaches a share of s, PAFU at the product's own rate would take s times as long.
     """
     rows = []
     for case in cases:
-        for step, kind in ((step, kind) for step in ("ours", "torch") for kind in ("forward", "both")):
+        names = ("ours", "torch", "ours" + ALL, *(["conv3"] if case.operator == "pafu" else []))
+        for step, kind in ((step, kind) for step in names for kind in ("forward", "both")):
             probe, whole, most = ("copy", case.moved, 8 * COPIED) if case.moved else ("mm", case.flops, 2 * PROBE**3)
             whole *= case.passes if kind == "both" else 1
+            own, by = (probe + ALL, "wall_ms") if step.endswith(ALL) else (probe, clock)
             found = [
-                whole / run[step][kind][clock] * run[probe][kind][clock] / most
+                whole / run[step][kind][by] * run[own][kind][by] / most
                 for run in results[case.name]
                 if kind in run.get(step, {})
             ]
@@ -155,12 +177,12 @@ def _best(found: dict[str, Any], names: list[str], measure: str, clock: str) -> 
 
 def table(results: dict[str, list[dict[str, Any]]], clock: str) -> str:
     """One line a step: ms forward and forward + backward, saved and peak MB, medians of the runs; "-" where not measured."""
-    lines = [f"{'case':<18} {'step':<10} {' '.join(f'{title:>9}' for title in COLUMNS.values())}"]
+    lines = [f"{'case':<18} {'step':<18} {' '.join(f'{title:>9}' for title in COLUMNS.values())}"]
     for case, runs in results.items():
         for name in runs[0]:
             steps = [run[name] for run in runs]
             values = [_median(_shown(step[kind], clock) for step in steps if kind in step) for kind in COLUMNS]
-            lines.append(f"{case:<18} {name:<10} {' '.join(values)}")
+            lines.append(f"{case:<18} {name:<18} {' '.join(values)}")
     return "\n".join(lines)
 
 

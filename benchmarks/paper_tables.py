@@ -1,15 +1,15 @@
-"""The papers' comparisons made again: ours against the plain network, trained for equal steps, judged on the same images.
+"""The papers' comparisons, repeated: ours against the plain network, trained for equal steps, evaluated on the same images.
 
     python -m benchmarks.paper_tables [--only "PAFU 2" …] [--seeds 3] [--list] [--report] [--fresh]
     python -m benchmarks.paper_tables --data DIR --only "ADFNet 1"
 
 ACDA Tables 1, 3, 4, 5, 6, 7 and B; PAFU Tables 1 to 6; ADFNet Tables 1, 2, 4 and Figure 7. Without --data at small scale: the
-recipes' preset `small` (minutes a row, small networks, few steps) on real images of the evaluation material. With --data at the
-papers' scale; DIR holds one folder a data set (benchmarks/_paper_data.py names them). What a paper prints stands in columns of
-its own: small scale says which of two networks learns more in few steps, and no more.
+recipes' preset `small` (minutes per row, small networks, few steps) on real images of the evaluation material. With --data at the
+papers' scale; DIR contains one folder per data set (benchmarks/_paper_data.py names them). The paper's numbers are in separate
+columns: small scale only shows which of two networks learns more in few steps.
 
-A row is one network and seed; an interrupted run goes on where it was, and a row trained for other steps than its comparison says
-is trained again. Writes benchmarks/results/paper_tables.json (--data: paper_tables-full.json).
+A row is one network and seed; an interrupted run resumes, and a row trained for a different number of steps than its comparison
+is retrained. Writes benchmarks/results/paper_tables.json (--data: paper_tables-full.json).
 """
 
 import argparse

@@ -3,11 +3,11 @@
     python -m benchmarks.placement [--parts milp gate samplers overhead modes] [--proposals 10000] [--seeds 2] [--trials 100]
 
 `milp` solves random problems of 100 layers × 8 options × 2 budgets. `gate` makes proposals under random budgets in three models,
-adds them up independently of the code that made them, throws as many placements over budget at the gate, and traces a sample
-whole. `samplers` makes as many proposals with every sampler, ours and Optuna's TPE by its name, in studies of 50 trials under
+adds them up independently of the code that made them, sends as many placements over budget to the gate, and fully traces a
+sample. `samplers` makes as many proposals with every sampler, ours and Optuna's TPE by its name, in studies of 50 trials under
 random budgets, and counts what was trained over budget. `overhead` is a whole trial without its training. `modes` compares
 samplers on a synthetic space of 50 layers × 6 options, whose gains add up within a stage and then saturate, with gain tables of
-different quality; per cent of the best known.
+different quality; percent of the best known.
 """
 
 import argparse

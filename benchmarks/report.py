@@ -1,9 +1,9 @@
-"""Write the tables of the documents in docs/ anew from benchmarks/results/*.json; the text around them stays.
+"""Regenerate the tables in docs/ from benchmarks/results/*.json; the text around them stays.
 
     python -m benchmarks.report [--check]
 
-A table stands between `<!-- begin NAME -->` and `<!-- end -->`. A result that is not there leaves its table as it is. --check
-writes nothing and exits 1 where a table does not say what the results say.
+A table is between `<!-- begin NAME -->` and `<!-- end -->`. A missing result leaves its table unchanged. --check
+writes nothing and exits 1 if a table differs from the results.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""A whole search on a trained CIFAR ResNet under two budgets, and what it found against the papers' own placements.
+"""A whole search on a trained CIFAR ResNet under two budgets, and its result against the papers' own placements.
 
     python -m benchmarks.search_cifar [--network resnet20_cifar] [--trials 16] [--seeds 3] [--quick] [--fresh]
 
 Arms, all trained equally with every seed: the network without conversion, the placement that the search found, a random
 feasible one, PAFU in the first convolution of every stage and ACDA in the last stage, as the papers place them. The search sees
-one half of the JPEG test images, the arms are judged on the other half. An arm that is over the budgets says so; it is trained
-all the same, for the search must not look good because others were left out. ResNet-56 (search_cifar-resnet56_cifar) takes arms
-half as long. Writes benchmarks/results/search_cifar.json; interrupted, it goes on where it was (the search is in
+one half of the JPEG test images, the arms are evaluated on the other half. An arm over the budgets is marked but still
+trained, so that the search does not look good because others were left out. ResNet-56 (search_cifar-resnet56_cifar) takes arms
+half as long. Writes benchmarks/results/search_cifar.json; resumes if interrupted (the search is in
 results/search_cifar.study).
 """
 

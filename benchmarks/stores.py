@@ -1,11 +1,11 @@
-"""Where a study may lie: what a trial of 100 layers costs there, and what a `kill -9` leaves.
+"""Storage options of a study: the cost of a trial with 100 layers, and the effect of a `kill -9`.
 
     python -m benchmarks.stores [--trials 20] [--layers 100]
 
 `trial_s`: seconds of a whole trial without training: a random proposal, every parameter and attribute, the result. `optuna
-journal` is Optuna's JournalStorage as it comes, `journal` the one of `search.study.journal`, `sqlite` and `postgresql` (where a
-server can be started) Optuna's RDBStorage. `torn`: whether a study can be read, and written, after a line that a kill tore in
-two was followed by another. `waits_s`: seconds until another worker gets the lock of one that was killed while it held it.
+journal` is Optuna's unchanged JournalStorage, `journal` the one of `search.study.journal`, `sqlite` and `postgresql` (if a
+server can be started) Optuna's RDBStorage. `torn`: whether a study can be read, and written, after a line torn by a kill was
+followed by another. `waits_s`: seconds until another worker gets the lock of one that was killed while it held it.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from surgeon.search.run import Search, SearchConfig
 from surgeon.search.sampling.tuners import RandomPlacements
 from surgeon.search.space import Space
 from surgeon.search.study.database import StudyDatabase
-from surgeon.search.study.journal import Journal
+from surgeon.search.study.journal import StudyJournal
 from surgeon.search.study.study import Study
 from surgeon.search.study.study_file import StudyFile
 
@@ -157,7 +157,7 @@ def _on_a_server(layers: int, trials: int) -> list[float]:
 
 _TORN: dict[str, Callable[[Path], Any]] = {
     "optuna journal": lambda path: JournalFileBackend(str(path)),
-    "journal": Journal,
+    "journal": StudyJournal,
 }
 _RUNS: dict[str, Callable[[Path, int, int], float]] = {
     "optuna journal": lambda folder, *rest: optimized(JournalStorage(JournalFileBackend(str(folder / "s"))), *rest),

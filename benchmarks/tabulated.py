@@ -3,13 +3,13 @@
     python -m benchmarks.tabulated [--training all|new] [--trials 20] [--seeds 20] [--gains NAME …]
 
 The space is that of `benchmarks.fine_tunes` (results/fine_tunes.json or fine_tunes-new.json): every placement of 4 options in 4
-layers of the trained CIFAR ResNet-20, each a real short fine-tune. Searches look values up. They go by a gain table:
-that of every estimator in results/gain_tables.json (or -new), and "uniform", which knows nothing. "posterior" is what `surgeon
+layers of the trained CIFAR ResNet-20, each a real short fine-tune. Searches look values up. They use a gain table:
+that of every estimator in results/gain_tables.json (or -new), and "uniform", without any information. "posterior" is what `surgeon
 search` does by default; "optimize" is an ordinary `study.optimize` with the same `PlacementSampler` and an objective of the user's
-own. Beside them what an ordinary tuner does without table, repair and start: raw categorical TPE, raw NSGA-II (budgets as
+own. For comparison, ordinary tuners without table, repair and start: raw categorical TPE, raw NSGA-II (budgets as
 constraints, an infeasible trial is a trial), and random feasible placements.
 
-`found` is the part of the optimum's gain over the unmodified network, trained equally, in per cent; the median over the seeds.
+`found` is the share of the optimum's gain over the unmodified network, trained equally, in percent; the median over the seeds.
 Once without a budget, once under the FLOPs budget that half of the placements meet. Writes benchmarks/results/tabulated.json
 (tabulated-new.json).
 """

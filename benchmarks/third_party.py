@@ -1,11 +1,11 @@
-"""Models of other libraries x every layer type: built from small configurations, with random weights, without a network.
+"""Models of other libraries x every layer type: built from small configurations, with random weights, offline.
 
     python -m benchmarks.third_party [--only GLOB …]
 
-Libraries that are not installed are left out; nothing is installed. All spatial convolutions of each model are converted, once
-to each type. Compared are the outputs in eval mode, on other inputs than the conversion had. Then one training step.
-Interrupted, it goes on where it was. Writes benchmarks/results/third_party.json and the last section of docs/coverage.md.
-Exit code 1 where something failed.
+Libraries that are not installed are skipped; nothing is installed. All spatial convolutions of each model are converted, once
+to each type. The outputs in eval mode are compared, on other inputs than those of the conversion; then one training step.
+Resumes if interrupted. Writes benchmarks/results/third_party.json and the last section of docs/coverage.md.
+Exit code 1 if something failed.
 """
 
 import argparse

@@ -6,7 +6,7 @@ pattern: one 7×7 convolution against one ACDA layer, the same steps, mean squar
 the largest difference between the moved output and the output of the moved image, away from borders and relative to the output.
 sad: PAFU with two 5×5 kernels against a plain, a residual and a kernel-predicting network of about as many parameters; mean
 absolute error on unseen images; how far PAFU's two kernels are from a Dirac and from zero; its selection as a picture.
-Writes benchmarks/results/toys.json (--quick: toys-quick.json); interrupted, it goes on where it was.
+Writes benchmarks/results/toys.json (--quick: toys-quick.json); resumes if interrupted.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Converting a really trained network keeps what it knows: all spatial convolutions, each layer type, on real data.
+"""Converting a trained network preserves its function: all spatial convolutions, each layer type, on real data.
 
     python -m benchmarks.trained [--quick] [--only NAME …] [--types acda …] [--originals] [--fresh]
 
-Held to: the same class for every image, the PSNR of every image to 0.001 dB, every count to 0.01. Writes
-benchmarks/results/trained.json; interrupted, it goes on where it was. Exit code 1 where something was lost.
+Targets: the same class for every image, the PSNR of every image to 0.001 dB, every count to 0.01. Writes
+benchmarks/results/trained.json; resumes if interrupted. Exit code 1 if something was lost.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Write what the commands in docs/tour.md print, and README.md's and docs/search.md's part of it, by really running them.
+"""Write the outputs of the commands in docs/tour.md, and the excerpts in README.md and docs/search.md, by running them.
 
     python -m benchmarks.transcripts [FOLDER]
 
-A `console` block has commands behind "$ ", and below each what it printed (stdout; progress goes to stderr). They run in order in
-one empty folder, FOLDER or a temporary one. A `python` block that begins with "# NAME.py" is a file of that name. Where a block has
-a line "...", as many lines stay before and behind it as there were. Needs what `pip install -e ".[dev]"` installs.
+A `console` block has commands after "$ ", each followed by its output (stdout; progress goes to stderr). They run in order in
+one empty folder, FOLDER or a temporary one. A `python` block that begins with "# NAME.py" is a file of that name. If a block has
+a line "...", as many lines are kept before and after it as there were. Needs what `pip install -e ".[dev]"` installs.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 """Registry of the dynamic layers. A layer type is one file or folder here with one `@register` line."""
 
-import difflib
 import pkgutil
 from functools import cache
 from importlib import import_module
 
 from surgeon.errors import ConfigError
 from surgeon.layers.base import DynamicConv2d, LayerConfig
+from surgeon.util.near import did_you_mean
 
 _TYPES: dict[str, type[DynamicConv2d]] = {}
 
@@ -40,9 +40,9 @@ def layer_class(name: str) -> type[DynamicConv2d]:
     """The class of a layer type; an unknown name raises a `ConfigError` that lists the known ones."""
     _load()
     if not isinstance(name, str) or name not in _TYPES:
-        near = difflib.get_close_matches(str(name), _TYPES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown layer type {name!r}; there are {', '.join(layer_types())}.{hint}")
+        raise ConfigError(
+            f"unknown layer type {name!r}; there are {', '.join(layer_types())}.{did_you_mean(name, _TYPES)}"
+        )
     return _TYPES[name]
 
 

@@ -1,4 +1,4 @@
-"""What a convolution module computes: its geometry and effective weight, observed in one call.
+"""Geometry and effective weight of a convolution module, observed in one call.
 
 Subclasses of `nn.Conv2d` may standardize their weight (timm's `StdConv2d`), pad by the size of the input (`Conv2dSame`) or be
 parametrized (`torch.nn.utils.parametrize`). Instead of listing such classes, the call to `conv2d` is observed.

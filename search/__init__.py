@@ -1,8 +1,9 @@
-"""Where it pays: placements under budgets, and an Optuna search over them. `PlacementSampler` is usable alone."""
+"""Placement search: feasible placements under budgets, and an Optuna search over them. `PlacementSampler` works standalone."""
 
 if __name__ != "surgeon.search":
     raise ImportError("this folder is a part of surgeon: import surgeon.search, not search")
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from surgeon.search.sampling.sampler import PlacementSampler as PlacementSampler
     from surgeon.search.space import SpaceConfig as SpaceConfig
 
-# Public name -> module that defines it. Nothing is imported before it is used: `surgeon --help` must not load torch.
+# Public name -> module that defines it. Nothing is imported before use: `surgeon --help` must not load torch.
 _EXPORTS = {
     "Budgets": "surgeon.search.budget",
     "Gate": "surgeon.search.gate",
@@ -23,8 +24,6 @@ __all__ = ["Budgets", "Gate", "PlacementSampler", "SpaceConfig"]
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'surgeon.search' has no attribute {name!r}")

@@ -1,8 +1,8 @@
-"""Budgets as people write them: absolute or relative to the unmodified model, and what of them a placement may use.
+"""Human-readable budgets, absolute or relative to the unmodified model, and the share of them that a placement uses.
 
-Memory is checked twice. The cost table predicts the peak of the tensors; a whole trace adds what the device must have beside them:
-needed = peak × margin + reserve (fragmentation, workspaces, context). `Calibration` holds the margin and learns from runs that
-were out of memory although they should have fitted.
+Memory is checked twice. The cost table predicts the peak of the tensors; a whole trace adds the device's needs beyond them:
+needed = peak × margin + reserve (fragmentation, workspaces, context). `Calibration` stores the margin and learns from runs that
+ran out of memory although they should have fitted.
 """
 
 import math
@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgeon.errors import ConfigError
+from surgeon.search.placement.place import nearest, optimum, smallest
 from surgeon.search.placement.problem import InfeasibleError, Problem
-from surgeon.util.parse import giga, mebibytes, parse_quantity
+from surgeon.util.parse import mebibytes, parse_quantity
+from surgeon.util.tables import count
 
 if TYPE_CHECKING:
     from surgeon.costs import Cost
 
 FLAGS = {"flops": "--max-flops", "params": "--max-params", "memory": "--max-memory", "latency": "--max-latency"}
-Translate = Callable[[str, float], float]  # resource, value of its row -> what the user's budget is in
+Translate = Callable[[str, float], float]  # resource, value of its row -> value in the unit of the user's budget
 _RELATIVE = re.compile(r"\s*([+-])\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*%\s*")
 _TIME = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(us|ms|s)\s*", re.IGNORECASE)
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -29,14 +31,14 @@ _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 @dataclass(frozen=True)
 class Bound:
-    """One budget: `value` in units (FLOPs an image, parameters, bytes, seconds), or as a factor of the original's."""
+    """One budget: `value` in units (FLOPs per image, parameters, bytes, seconds), or as a factor of the original's."""
 
     text: str
     value: float
     relative: bool
 
     def of(self, original: float) -> float:
-        """The limit, given what the unmodified model costs."""
+        """The limit, given the unmodified model's cost."""
         return original * self.value if self.relative else self.value
 
 
@@ -61,10 +63,10 @@ def parse_bound(text: str, resource: str) -> Bound:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How predicted memory is turned into needed memory; `events` are the runs that it was learned from.
+    """Conversion of predicted memory to needed memory; `events` are the runs that it was learned from.
 
-    `reserve`, in bytes, is what the table counts with since a whole trace refused what it had let pass.
-    `memory` is what the device turned out to have, in bytes: a limit also where no budget was given.
+    `reserve`, in bytes, is what the table assumes after a whole trace refused a placement that the table had accepted.
+    `memory` is the device's actual memory in bytes: a limit even if no budget was given.
     """
 
     margin: float = 1.05
@@ -77,17 +79,17 @@ class Calibration:
             raise ConfigError(f"the memory margin must be at least 1, got {self.margin!r}")
 
     def needed(self, peak: float, reserve: float) -> int:
-        """Bytes that a device must have for a predicted peak."""
+        """Bytes that a device needs for a predicted peak."""
         return round(peak * self.margin + reserve)
 
     def room(self, memory: float, reserve: float) -> int:
-        """The highest predicted peak that fits into this much memory; may be negative."""
+        """The highest predicted peak that fits in this much memory; may be negative."""
         return int((memory - reserve) / self.margin)
 
     def after_out_of_memory(self, peak: int, reserve: int, memory: int | None) -> "Calibration":
-        """What is learned where a step with this prediction did not fit into `memory` bytes (None: not known).
+        """The calibration after a step with this prediction did not fit in `memory` bytes (None: unknown).
 
-        The same placement is refused from now on.
+        The same placement will be refused from now on.
         """
         event = {"peak": peak, "reserve": reserve, "memory": memory, "margin": self.margin}
         had = self.needed(peak, reserve) - 1 if memory is None else memory
@@ -98,10 +100,10 @@ class Calibration:
         return replace(self, margin=margin, memory=least, events=(*self.events, event))
 
     def after_refusal(self, reserve: int, original: int) -> "Calibration":
-        """What is learned where the whole trace of a placement that the table let pass did not fit.
+        """The calibration after the whole trace of a placement accepted by the table did not fit.
 
-        The reserve that the table counts with goes half of the way to that of the placement: reserves differ between placements,
-        and to count with the highest one everywhere would forbid much that fits.
+        The table's reserve moves half of the way to that of the placement: reserves differ between placements,
+        and using the highest one everywhere would rule out much that fits.
         """
         known = max(self.reserve, original)
         return replace(self, reserve=max(known, (known + reserve + 1) // 2))
@@ -118,7 +120,7 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Budgets:
-    """What a placement may cost; None: no limit. `mode` is the step whose memory counts, "train" or "infer"."""
+    """Limits on the cost of a placement; None: no limit. `mode` is the step whose memory counts, "train" or "infer"."""
 
     flops: Bound | None = None
     params: Bound | None = None
@@ -144,19 +146,21 @@ class Budgets:
         mode: str = "train",
         max_layers: int | None = None,
     ) -> "Budgets":
-        """From texts, see `parse_bound`."""
+        """Budgets from strings, see `parse_bound`."""
         given = {"flops": flops, "params": params, "memory": memory, "latency": latency}
         bounds = {name: None if text is None else parse_bound(text, name) for name, text in given.items()}
         return cls(mode=mode, max_layers=max_layers, **bounds)
 
     def limits(self, original: "Cost", calibration: Calibration) -> dict[str, int | None]:
-        """The limits of the cost table's sums: FLOPs, parameters, and bytes at the predicted peak."""
+        """The limits on the cost table's sums: FLOPs, parameters, and bytes at the predicted peak."""
         own = sum(original.reserve.values())
         reserve = max(own, calibration.reserve)
         limit = self.memory_limit(original, calibration)
         memory = None if limit is None else calibration.room(limit, reserve)
         if memory is not None and calibration.needed(original.peak_bytes, own) <= (limit or 0):
-            memory = max(memory, original.peak_bytes)  # what is learned of others does not speak against the original
+            memory = max(
+                memory, original.peak_bytes
+            )  # calibration from other placements never rules out the original model
         return {
             "flops": None if self.flops is None else int(self.flops.of(original.flops)),
             "params": None if self.params is None else int(self.params.of(original.params)),
@@ -164,10 +168,10 @@ class Budgets:
         }
 
     def memory_limit(self, original: "Cost", calibration: Calibration) -> int | None:
-        """Bytes of device memory that a step may need, margin and reserve included."""
+        """Bytes of device memory that a step may need, including margin and reserve."""
         if self.memory is None:
             return calibration.memory
-        # a relative budget is one of the original as it was first judged: it must not grow with the margin
+        # a relative budget refers to the original as first evaluated: it must not grow with the margin
         first = Calibration().needed(original.peak_bytes, sum(original.reserve.values()))
         limit = int(self.memory.of(first))
         return limit if calibration.memory is None else min(limit, calibration.memory)
@@ -178,7 +182,7 @@ class Budgets:
 
     @property
     def text(self) -> str:
-        """For people: `FLOPs <= +10%, memory <= 8GiB (train)`."""
+        """Readable form: `FLOPs <= +10%, memory <= 8GiB (train)`."""
         names = {"flops": "FLOPs", "params": "parameters", "memory": f"memory ({self.mode})", "latency": "latency"}
         parts = [f"{label} <= {bound.text}" for name, label in names.items() if (bound := getattr(self, name))]
         if self.max_layers is not None:
@@ -187,16 +191,16 @@ class Budgets:
 
 
 def told(resource: str, value: float) -> str:
-    """An amount of a resource for people."""
+    """A formatted amount of a resource."""
     if resource == "memory":
         return mebibytes(value)
     if resource == "latency":
         return f"{value * 1e3:,.2f} ms"
-    return giga(value).replace(" ", "")
+    return count(round(value))
 
 
 def as_budget(resource: str, value: float) -> str:
-    """An amount as a budget that can be typed, rounded up so that what costs this much is within it."""
+    """An amount as a budget option, rounded up so that this exact cost is within it."""
     if resource == "memory":
         return f"{math.ceil(value / 2**20)}MiB"
     if resource == "latency":
@@ -208,10 +212,9 @@ def as_budget(resource: str, value: float) -> str:
 def check_feasible(problem: Problem, original: Mapping[str, int], *, translate: Translate | None = None) -> None:
     """Raise `InfeasibleError` with the nearest numbers if no placement, not even the unmodified model, is within the limits.
 
-    `original` are the unmodified model's costs. `translate(resource, value)` turns a row's value into what the user's
-    budget is in (memory: with margin and reserve).
+    `original` are the unmodified model's costs. `translate(resource, value)` converts a row's value to the unit of the user's
+    budget (memory: with margin and reserve).
     """
-    from surgeon.search.placement.place import nearest, optimum, smallest
 
     def say(resource: str, value: float) -> float:
         return value if translate is None else translate(resource, value)
@@ -237,7 +240,7 @@ def check_feasible(problem: Problem, original: Mapping[str, int], *, translate: 
 
 
 def _macs(original: Mapping[str, int], wanted: Mapping[str, int]) -> str:
-    """A hint for budgets that were meant as multiply-accumulates."""
+    """A hint for budgets that were probably meant in multiply-accumulates."""
     if "flops" in wanted and original["flops"] / 2 <= wanted["flops"] < original["flops"]:
         return "; a multiply-accumulate counts as 2 FLOPs"
     return ""

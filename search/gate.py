@@ -1,6 +1,6 @@
-"""The budget gate: what a placement costs by the table, then by a whole trace, then (where wanted) by the clock.
+"""The budget gate: a placement's cost from the table, then from a whole trace, then (on request) from timings.
 
-Nothing over budget is ever trained: `Gate.check` is asked before every training, and its verdict is kept by the placement's hash.
+Nothing over budget is ever trained: `Gate.check` runs before every training, and its verdict is cached by the placement's hash.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from torch import nn
 from surgeon.costs import Cost, CostTable, cost, cost_table
 from surgeon.costs.build import freeze_like, option_layer
 from surgeon.costs.emulate import meta_copy
+from surgeon.costs.measure import has_device, interleaved
 from surgeon.costs.settings import make_settings
 from surgeon.errors import ConfigError
 from surgeon.layers.base import LayerConfig
@@ -24,16 +25,17 @@ from surgeon.search.budget import FLAGS, Budgets, Calibration, check_feasible, t
 from surgeon.search.placement.problem import Ints, Problem, of_table
 from surgeon.search.space import Space, SpaceConfig, make_space
 from surgeon.sites.sites import find_sites
+from surgeon.surgery.convert import convert
 
 _ROUNDS = 7  # interleaved timings of a placement and the original
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether a placement may be trained. `reasons` say what is over budget.
+    """Whether a placement may be trained. `reasons` list what is over budget.
 
-    `predicted` are the cost table's sums (flops, params, memory: bytes at the peak), `traced` those of the whole model, with
-    "needed", the bytes of device memory with margin and "reserve". `latency` in seconds, where it is limited.
+    `predicted` are the cost table's sums (flops, params, memory: bytes at the peak), `traced` those of the whole model, plus
+    "needed", the bytes of device memory including margin and "reserve". `latency` is in seconds, if it is limited.
     """
 
     fits: bool
@@ -44,7 +46,7 @@ class Verdict:
 
     @property
     def error(self) -> float:
-        """The largest relative difference between what the table predicted and what the trace found."""
+        """The largest relative difference between the table's prediction and the trace."""
         return max(abs(self.predicted[name] / self.traced[name] - 1) for name in ("flops", "params", "memory"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,9 +55,9 @@ class Verdict:
 
 
 class Gate:
-    """Costs and budgets of one model: `problem` is what a placement solver needs, `check` what a training must pass.
+    """Costs and budgets of one model: `problem` is a solver's input, `check` the condition for training.
 
-    `settings` are those of `surgeon.cost` (batch_size, input_size, optimizer, amp, ...). The model is not changed.
+    `settings` are those of `surgeon.cost` (batch_size, input_size, optimizer, amp, ...). The model is not modified.
     """
 
     def __init__(
@@ -90,12 +92,12 @@ class Gate:
 
     @property
     def problem(self) -> Problem:
-        """The placement problem under these budgets, as the calibration is now."""
+        """The placement problem under these budgets and the current calibration."""
         limited = self._unlimited.limited(self.budgets.limits(self.original, self.calibration))
         return replace(limited, max_layers=self.budgets.max_layers)
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that tell this model, step and budgets from others; weights are not among them."""
+        """JSON values that identify this model, step and budgets; weights are not included."""
         shapes = {name: list(value.shape) for name, value in self._meta.state_dict().items()}
         digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
         return {
@@ -105,7 +107,7 @@ class Gate:
         }
 
     def check_feasible(self) -> None:
-        """Raise `InfeasibleError`, with the nearest feasible numbers, where no placement can be within the budgets."""
+        """Raise `InfeasibleError`, with the nearest feasible numbers, if no placement can be within the budgets."""
         reserve = sum(self.original.reserve.values())
         costs = {"flops": self.original.flops, "params": self.original.params, "memory": self.original.peak_bytes}
 
@@ -115,7 +117,7 @@ class Gate:
         check_feasible(self.problem, costs, translate=translate)
 
     def check(self, placement: Sequence[int] | Ints) -> Verdict:
-        """The verdict on a placement, from the table, and only if that lets it pass, from a whole trace and the clock."""
+        """The verdict on a placement, from the table, and if that accepts it, from a whole trace and timings."""
         key = self.space.hash_of(placement)
         if key not in self._verdicts:
             self._verdicts[key] = self._judge(placement)
@@ -157,7 +159,7 @@ class Gate:
         return f"{FLAGS[name]} {told(name, limit)} is exceeded {how}: {told(name, value)}"
 
     def use(self, traced: Mapping[str, int] | None) -> dict[str, float]:
-        """The part of every limit that a placement of these traced costs uses."""
+        """The fraction of each limit used by a placement with these traced costs."""
         limits: dict[str, int | None] = self.budgets.limits(self.original, self.calibration)
         limits["memory"] = self.budgets.memory_limit(self.original, self.calibration)
         keys = {"flops": "flops", "params": "params", "memory": "needed"}
@@ -178,14 +180,11 @@ class Gate:
         return work
 
     def trace(self, placement: Sequence[int] | Ints) -> Cost:
-        """What the whole model costs with this placement."""
+        """Cost of the whole model with this placement."""
         return cost(self.build(placement), **self.settings)
 
     def time(self, placement: Sequence[int] | Ints) -> tuple[float, float]:
         """Seconds of one inference of the original and of the model with this placement, on this machine's device."""
-        from surgeon.costs.measure import has_device, interleaved
-        from surgeon.surgery.convert import convert
-
         settings = make_settings(
             self._model, **{"input_size": None, "batch_size": 1, "amp": False} | self.settings | {"mode": "infer"}
         )
@@ -199,28 +198,28 @@ class Gate:
         return timings[0].median, timings[1].median
 
     def out_of_memory(self, placement: Sequence[int] | Ints, memory: int | None) -> Calibration:
-        """Learn from a run that was out of memory on a device with `memory` bytes (None: not known)."""
+        """Learn from a run that ran out of memory on a device with `memory` bytes (None: unknown)."""
         found = self.trace(placement)
         reserve = sum(found.reserve.values())
         self.recalibrate(self.calibration.after_out_of_memory(found.peak_bytes, reserve, memory))
         return self.calibration
 
     def refused(self, verdict: Verdict) -> Calibration:
-        """Learn from a placement that the table let pass and the whole trace did not."""
+        """Learn from a placement accepted by the table but refused by the whole trace."""
         if "reserve" in verdict.traced:
             own = sum(self.original.reserve.values())
             self.recalibrate(self.calibration.after_refusal(verdict.traced["reserve"], own))
         return self.calibration
 
     def rebudget(self, budgets: Budgets) -> None:
-        """Judge by other budgets from now on, of the same memory mode."""
+        """Use other budgets from now on, with the same memory mode."""
         if budgets.mode != self.budgets.mode:
             raise ConfigError(f"the costs are those of mode {self.budgets.mode!r}, the new budgets of {budgets.mode!r}")
         self.budgets = budgets
         self._verdicts.clear()
 
     def recalibrate(self, calibration: Calibration) -> None:
-        """Judge by this calibration from now on."""
+        """Use this calibration from now on."""
         if calibration != self.calibration:
             self.calibration = calibration
             self._verdicts.clear()

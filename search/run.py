@@ -1,4 +1,4 @@
-"""A worker of a search: take up, propose, gate, evaluate, write down; until there are enough trials, or time is up, or Ctrl-C."""
+"""A worker of a search: resume, propose, gate, evaluate, record; until there are enough trials, time is up, or Ctrl-C."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from surgeon.errors import ConfigError, TrainingError
@@ -22,16 +23,16 @@ from surgeon.search.study.record import Record
 from surgeon.search.study.stop import Stop, on_interrupt
 from surgeon.search.study.study import Study
 
-MAX_ATTEMPTS = 3  # a trial that took its worker with it so often is given up
-_REFUSALS = 20  # in a row, after which the budgets are not what the table can satisfy
+MAX_ATTEMPTS = 3  # a trial whose worker died this many times is abandoned
+_REFUSALS = 20  # in a row, after which the table is considered unable to meet the budgets
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How to search. `trials` counts evaluations of different placements over all workers; `max_time` seconds of this worker.
+    """Options of a search. `trials` counts evaluations of different placements over all workers; `max_time` seconds of this worker.
 
-    `sampler` is a name (`search.sampling.tuners`). `resources` are costs that are objectives beside the evaluator's: flops, params,
-    memory.
+    `sampler` is a name (`search.sampling.tuners`). `resources` are costs used as objectives in addition to the evaluator's: flops,
+    params, memory.
     """
 
     trials: int = 60
@@ -53,7 +54,7 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Why a worker stopped ("trials", "time", "interrupted", "exhausted"), what it did, and the study's best so far."""
+    """Why a worker stopped ("trials", "time", "interrupted", "exhausted"), its work, and the study's best so far."""
 
     stopped: str
     evaluated: int
@@ -61,7 +62,7 @@ class Outcome:
 
 
 class _LeaveError(Exception):
-    """The evaluation is left as it is: the trial stays open and will be taken up again."""
+    """The evaluation stops here: the trial stays open and will be resumed."""
 
 
 class _PrunedError(Exception):
@@ -69,7 +70,7 @@ class _PrunedError(Exception):
 
 
 class _TakenError(Exception):
-    """This worker was silent for so long that another one took its trial up: what it has is not needed any more."""
+    """This worker was silent for so long that another one took over its trial: its result is no longer needed."""
 
 
 @dataclass
@@ -78,11 +79,11 @@ class _Claim:
 
     trial: optuna.Trial
     placement: Ints
-    reported: dict[int, float] = field(default_factory=dict)  # by the worker that began it
+    reported: dict[int, float] = field(default_factory=dict)  # by the worker that started it
 
 
 class Search:
-    """One worker's view of a search. `costs` is the budget gate, or a problem where nothing needs to be traced."""
+    """One worker's view of a search. `costs` is the budget gate, or a problem if nothing needs to be traced."""
 
     def __init__(
         self,
@@ -131,19 +132,19 @@ class Search:
 
     @property
     def objectives(self) -> list[str]:
-        """Direction and, of a cost, name of every objective."""
+        """The direction of every objective and, for a cost, its name."""
         return [*self.evaluator.directions, *(f"minimize {name}" for name in self.config.resources)]
 
     @property
     def problem(self) -> Problem:
-        """The placement problem, as the calibration is now."""
+        """The placement problem with the current calibration."""
         if self.gate is not None:
             return self.gate.problem
         assert self._problem is not None
         return self._problem
 
     def open(self, *, resume: bool = False) -> None:
-        """Begin the study, or go on with it; see `Study.open`. Raises `InfeasibleError` for budgets that nothing meets."""
+        """Create the study, or resume it; see `Study.open`. Raises `InfeasibleError` for budgets that nothing meets."""
         if self.gate is not None:
             self.gate.check_feasible()
         self.sampler.prelude(self.problem)
@@ -160,7 +161,7 @@ class Search:
                 claim = self._next()
                 if isinstance(claim, str):
                     return self._outcome(claim, evaluated)
-                if claim is None:  # given up
+                if claim is None:  # abandoned
                     continue
                 try:
                     with self.file.alive(claim.trial):
@@ -187,7 +188,7 @@ class Search:
         return self._outcome(stop.reason or "interrupted", evaluated)
 
     def _give_back(self, claim: _Claim) -> None:
-        """Leave a trial open for those who go on: to be asked to stop is not to die, and does not count as an attempt."""
+        """Leave a trial open for other workers: a requested stop does not count as a failed attempt."""
 
         def write() -> None:
             with self.file.exclusive():
@@ -203,7 +204,7 @@ class Search:
     # --- what next ------------------------------------------------------------------------------------------------
 
     def _next(self) -> _Claim | str | None:
-        """A trial to evaluate; None if one was given up; why to stop otherwise."""
+        """A trial to evaluate; None if one was abandoned; otherwise the reason to stop."""
         with self.file.exclusive():
             self._learn()
             orphans = self.file.orphans()
@@ -236,7 +237,7 @@ class Search:
         return claim
 
     def _prepare(self, trial: optuna.Trial) -> _Claim | str:
-        """The trial with its placement; why to stop where there is none any more."""
+        """The trial with its placement, or the reason to stop if there is none left."""
         started = time.perf_counter()
         fresh = "placement" not in trial.user_attrs
         try:
@@ -255,7 +256,7 @@ class Search:
         """Gate and evaluate; True if there was an evaluation."""
         started = time.perf_counter()
         costs = self.problem.costs(claim.placement)
-        if self.gate is None and not self.problem.feasible(claim.placement)[0]:  # somebody enqueued it
+        if self.gate is None and not self.problem.feasible(claim.placement)[0]:  # enqueued by a user
             self._refuse(claim, ["it is over budget"])
             return False
         if self.gate is not None:
@@ -284,8 +285,8 @@ class Search:
         return self._tell(claim, values, state, {"seconds": time.perf_counter() - started})
 
     def _report(self, claim: _Claim, stop: Stop) -> Callable[[int, float], None]:
-        single = len(self.objectives) == 1  # of several, Optuna takes no reports
-        prunable = single and claim.placement.any()  # the unmodified model is what all others are compared with
+        single = len(self.objectives) == 1  # with several objectives Optuna accepts no reports
+        prunable = single and claim.placement.any()  # the unmodified model is the baseline of all others
 
         def report(step: int, value: float) -> None:
             if single and step not in claim.reported:
@@ -326,7 +327,7 @@ class Search:
         attributes: Mapping[str, Any],
         constraints: Mapping[str, float] | None = None,
     ) -> bool:
-        """Finish the trial; False if another worker took it up meanwhile."""
+        """Finish the trial; False if another worker took it over meanwhile."""
         told = self.file.tell(claim.trial, values, state, attributes, constraints)
         if told and self._progress is not None:
             self._progress(self.file.records()[claim.trial.number], self.file.best())
@@ -338,13 +339,9 @@ def _listed(values: Any) -> list[float]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    import torch
-
     return isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def _device_memory() -> int | None:
     """Bytes of this machine's CUDA device."""
-    import torch
-
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None

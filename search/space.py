@@ -1,4 +1,4 @@
-"""The space: which layers may become what, and why the others may not. A placement says what each of them becomes."""
+"""The search space: the possible replacements of each layer, and why others are ruled out. A placement picks one per layer."""
 
 import hashlib
 import json
@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgeon.costs.table import KEEP, Option
-from surgeon.errors import ConfigError, RecipeError
+from surgeon.errors import ConfigError
 from surgeon.layers.registry import layer_class, layer_types
-from surgeon.records.recipe import Recipe, Rule, quoted, unquoted, versions
+from surgeon.records.recipe import Recipe, Rule, quoted, versions
 from surgeon.search.placement.problem import Bools, Ints
+from surgeon.sites.select import select
+from surgeon.sites.sites import find_sites
+from surgeon.surgery.plan import nothing_replaced, read_config, why_not
 from surgeon.util.files import read_text, told
 
 if TYPE_CHECKING:
@@ -29,32 +32,30 @@ _AXES = {
     "group_size": "group_sizes",
     "kernel_groups": "kernel_groups",
 }  # option: key
-_DEPTH = 32  # of lists and mappings in one another
+_DEPTH = 32  # nesting of lists and mappings
 _KEYS = ("types", "atoms", "scales", "group_sizes", "kernel_groups", "layers", "options")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpaceConfig:
-    """A description of a space. Empty values mean the defaults; every combination of the values of a type is an option."""
+    """A description of a space. Empty values mean the defaults; every combination of a type's values is an option."""
 
     types: tuple[str, ...] = ()
     atoms: tuple[int, ...] = ()
     scales: tuple[int, ...] = ()
     group_sizes: tuple[int, ...] = ()
     kernel_groups: tuple[int, ...] = ()
-    layers: str | None = None  # a selection (surgeon.sites.select); None: all that can become something, but 1×1
-    options: tuple[Option, ...] = ()  # further ones, as they are
+    layers: str | None = None  # a selection (surgeon.sites.select); None: all replaceable ones except 1×1
+    options: tuple[Option, ...] = ()  # additional options, used as is
 
     def __post_init__(self) -> None:
         self.make_options()
 
     def make_options(self) -> tuple[Option, ...]:
-        """The options, without repetitions, each checked by its layer type. Raises `ConfigError`."""
-        from surgeon.surgery.plan import read_config
-
+        """The options, deduplicated, each validated by its layer type. Raises `ConfigError`."""
         found = [*self._combined(), *self.options]
         if not found:
-            raise ConfigError("the search space has no option: give --types, or leave it out for the defaults")
+            raise ConfigError("the search space has no option: set --types, or omit it for the defaults")
         for option in found:
             read_config(layer_class(option.type), Rule(layers="all", type=option.type, options=dict(option.options)))
         return tuple({option.label: option for option in found}.values())
@@ -107,7 +108,7 @@ class SpaceConfig:
 
     @classmethod
     def read(cls, path: str | Path) -> "SpaceConfig":
-        """From a YAML or JSON file; raises `ConfigError`."""
+        """Read a YAML or JSON file; raises `ConfigError`."""
         import yaml
 
         text = read_text(path, ConfigError, "the space")
@@ -120,14 +121,14 @@ class SpaceConfig:
 
 
 def default_options(*types: str) -> list[Option]:
-    """What a search tries of the layer types (default: all of them), as their configs state it."""
+    """Options that a search tries by default for the layer types (default: all), as declared by their configs."""
     return [
         Option(kind, dict(one)) for kind in types or layer_types() for one in layer_class(kind).Config.search_defaults
     ]
 
 
 def _check_yaml(text: str) -> None:
-    """Raise `YAMLError` for what makes a short text a huge one, or one that takes for ever to read: aliases, deep nesting."""
+    """Raise `YAMLError` for constructs that make a short text huge or endless to parse: aliases, deep nesting."""
     import yaml
 
     depth = 0
@@ -136,9 +137,9 @@ def _check_yaml(text: str) -> None:
         if name.startswith(("Flow", "Block")):
             depth += ("Start" in name) - ("End" in name)
         if isinstance(token, yaml.AliasToken):
-            raise yaml.YAMLError("it has aliases (*name), by which a short text may stand for a huge one")
+            raise yaml.YAMLError("it has aliases (*name), which can expand a short text to a huge one")
         if depth > _DEPTH:
-            raise yaml.YAMLError("it is nested too deep")
+            raise yaml.YAMLError("it is nested too deeply")
 
 
 def _options(value: Any, where: str) -> tuple[Option, ...]:
@@ -161,7 +162,7 @@ def _listed(value: Any, kind: type, where: str) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Space:
-    """L layers that may become something, O - 1 options beside "keep". `allowed` (L, O); `refused` are the reasons."""
+    """L replaceable layers, O - 1 options in addition to "keep". `allowed` (L, O); `refused` has the reasons."""
 
     layers: tuple[str, ...]
     stages: tuple[str | None, ...]
@@ -172,7 +173,7 @@ class Space:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """Of all options, "keep" first."""
+        """Labels of all options, "keep" first."""
         return (KEEP, *(option.label for option in self.options))
 
     @cached_property
@@ -181,7 +182,7 @@ class Space:
         return (KEEP, *(option.type for option in self.options))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; what its hash is made of."""
+        """As plain JSON values, from which the hash is computed."""
         return {
             "layers": list(self.layers),
             "options": [{"type": option.type, "options": dict(option.options)} for option in self.options],
@@ -202,12 +203,12 @@ class Space:
         return _sha(self.to_dict())
 
     def names(self, placement: Sequence[int] | Ints) -> dict[str, str]:
-        """Layer → option label of the layers that are replaced."""
+        """Layer → option label of the replaced layers."""
         self.check(placement)
         return {layer: self.labels[int(j)] for layer, j in zip(self.layers, placement, strict=True) if j}
 
     def placement(self, chosen: Mapping[str, str]) -> Ints:
-        """Inverse of `names`; raises `ConfigError` for a layer or option that is not there or not allowed."""
+        """Inverse of `names`; raises `ConfigError` for an unknown layer or option, or one that is not allowed."""
         result = np.zeros(len(self.layers), dtype=np.int64)
         for layer, label in chosen.items():
             if layer not in self._rows or label not in self._columns:
@@ -218,7 +219,7 @@ class Space:
         return result
 
     def check(self, placement: Sequence[int] | Ints) -> None:
-        """Raise `ConfigError` unless these are L options that exist and are allowed."""
+        """Raise `ConfigError` unless these are L existing and allowed options."""
         if len(placement) != len(self.layers):
             raise ConfigError(f"a placement names an option for {len(self.layers)} layers, got {len(placement)}")
         chosen = np.asarray(placement)
@@ -236,7 +237,7 @@ class Space:
         return tuple(self.refused.get((self.layers[layer], self.labels[option]), ()))
 
     def hash_of(self, placement: Sequence[int] | Ints) -> str:
-        """Stable name of a placement: what its layers become, whatever the order or number of options of the space."""
+        """Stable name of a placement: what its layers become, independent of the order and number of the space's options."""
         chosen = {}
         for layer, j in zip(self.layers, placement, strict=True):
             if j:
@@ -245,7 +246,7 @@ class Space:
         return _sha(chosen)[:16]
 
     def recipe(self, placement: Sequence[int] | Ints, base: "BaseModel | None" = None, seed: int = 0) -> Recipe:
-        """What `surgeon convert --recipe` takes: one rule a replaced layer."""
+        """The recipe for `surgeon convert --recipe`: one rule per replaced layer."""
         self.check(placement)
         rules = tuple(
             Rule(
@@ -256,48 +257,14 @@ class Space:
         )
         return Recipe(rules=rules, base=base, seed=seed, versions=versions())
 
-    def from_recipe(self, recipe: Recipe) -> Ints:
-        """The placement of a recipe that names single layers, with options as written or as a conversion resolved them.
-
-        Raises `RecipeError` for a layer that is not in the space or an option that none of the space's agrees with.
-        """
-        result = np.zeros(len(self.layers), dtype=np.int64)
-        for rule in recipe.rules:
-            name = unquoted(rule.layers)
-            if name not in self.layers:
-                raise RecipeError(f"the recipe's layer {name!r} is not in the search space")
-            fitting = [j for j, option in enumerate(self.options, start=1) if _agrees(option, rule)]
-            if not fitting:
-                raise RecipeError(
-                    f"{rule.layers} becomes {Option(rule.type, rule.options).label} in the recipe, which is none of the "
-                    f"search space's options {', '.join(self.labels[1:])}"
-                )
-            result[self.layers.index(name)] = max(fitting, key=lambda j: len(self.options[j - 1].options))
-        self.check(result)
-        return result
-
-
-def _agrees(option: Option, rule: Rule) -> bool:
-    """Whether a rule says what an option says, or what a conversion made of it: open choices (None, "auto") may be resolved."""
-
-    if option.type != rule.type:
-        return False
-    config = layer_class(option.type).Config
-    wanted, said = config.from_dict(dict(option.options)).to_dict(), config.from_dict(dict(rule.options)).to_dict()
-    return all(said[name] == value or value in (None, "auto") for name, value in wanted.items())
-
 
 def make_space(
     model: "nn.Module", config: SpaceConfig | None = None, *, sites: "Iterable[ConvSite] | None" = None
 ) -> Space:
-    """The space of a model. `sites` are its convolutions where they are known already.
+    """The space of a model. `sites` are its convolutions if they are already known.
 
-    Raises `SelectionError` for a selection that matches nothing, `NothingReplacedError` if no layer can become anything.
+    Raises `SelectionError` for a selection that matches nothing, `NothingReplacedError` if no layer can be replaced.
     """
-    from surgeon.sites.select import select
-    from surgeon.sites.sites import find_sites
-    from surgeon.surgery.plan import nothing_replaced, read_config, why_not
-
     config = config or SpaceConfig()
     options = config.make_options()
     convs = list(find_sites(model).convs) if sites is None else list(sites)

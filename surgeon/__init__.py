@@ -1,13 +1,25 @@
-"""surgeon gives trained vision networks content-adaptive convolutions without changing what they compute."""
+"""surgeon gives trained vision networks content-adaptive convolutions without changing their function."""
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# A checkout keeps `layers`, `search`, `zoo` and `cli.py` beside this folder; the wheel keeps them inside it.
 _ROOT = Path(__file__).resolve().parent.parent
-if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "layers").is_dir():
-    __path__.append(str(_ROOT))
+_BESIDE = frozenset({"surgeon.layers", "surgeon.search", "surgeon.zoo", "surgeon.cli"})
+
+
+class _Checkout:
+    """Finds the parts of the package that a checkout keeps next to this folder, and nothing else there."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, [str(_ROOT)]) if name in _BESIDE else None
+
+
+if (_ROOT / "pyproject.toml").is_file() and (_ROOT / "layers").is_dir():  # a wheel has them in this folder
+    sys.meta_path.append(_Checkout)
 
 __version__ = "0.1.0"
 
@@ -37,7 +49,7 @@ if TYPE_CHECKING:
     from surgeon.zoo.finetune import finetune as finetune
     from surgeon.zoo.tasks import create_task as create_task
 
-# Public name -> module that defines it. Nothing is imported before it is used: `surgeon --help` must not load torch.
+# Public name -> module that defines it. Nothing is imported before use: `surgeon --help` must not load torch.
 _EXPORTS = {
     "CollapseReport": "surgeon.records.collapse_report",
     "ConvSite": "surgeon.sites.sites",
@@ -65,33 +77,7 @@ _EXPORTS = {
     "verify": "surgeon.surgery.verify",
 }
 
-__all__ = [
-    "CollapseReport",
-    "ConvSite",
-    "Cost",
-    "Recipe",
-    "Report",
-    "SurgeonError",
-    "__version__",
-    "collapse",
-    "convert",
-    "cost",
-    "cost_table",
-    "create_task",
-    "dynamic_layers",
-    "evaluate",
-    "export",
-    "finetune",
-    "from_pretrained",
-    "inspect",
-    "load",
-    "open_model",
-    "push_to_hub",
-    "revert",
-    "save",
-    "static",
-    "verify",
-]
+__all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What this machine has, and which backend of every operator runs on it: asked of the dispatcher, and tried."""
+"""Diagnosis of this machine: its devices, and the backend of every operator on each, as dispatched and tested."""
 
 import os
 import platform
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from surgeon import __version__
 from surgeon.errors import BackendError
 from surgeon.layers.examples import example, operators
 from surgeon.layers.ops.dispatch import Operator
@@ -23,7 +24,7 @@ PACKAGES = (
     *("numpy", "scipy", "onnx", "onnxscript", "onnxruntime"),
 )
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}  # of a backend against the reference in float32
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}  # relative to the reference in float32
 
 _VARIABLES = (
     "SURGEON_BACKEND",
@@ -37,9 +38,9 @@ _VARIABLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One operator, device and dtype: the backend that runs ("" for none) and how far it is from the reference.
+    """One operator, device and dtype: the backend that runs ("" for none) and its error relative to the reference.
 
-    `against` gives, for every other backend, the reasons why it does not run. `problem` is not empty where the backend fails.
+    `against` lists, for every other backend, the reasons why it does not run. `problem` is set if the backend fails.
     """
 
     operator: str
@@ -53,7 +54,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """Versions (None: not installed), devices, settings, folders, and a finding an operator, device and dtype."""
+    """Versions (None: not installed), devices, settings, folders, and one finding per operator, device and dtype."""
 
     versions: dict[str, str | None]
     devices: list[dict[str, Any]]
@@ -63,7 +64,7 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        """Whether every operator has a backend on every device, and computes what its reference computes."""
+        """Whether every operator has a backend on every device, and agrees with its reference."""
         return not any(finding.problem for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +73,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at the machine; runs every operator on a small input."""
+    """Diagnose the machine; runs every operator on a small input."""
     devices = _devices()
     names = [device["name"] for device in devices if device["usable"]]
     findings = [_find(o, device, dtype) for device in names for o in operators() for dtype in DTYPES]
@@ -103,9 +104,9 @@ def _find(operator: Operator, device: str, dtype: str) -> Finding:
 
 
 def _against(operator: Operator, chosen: str, args: tuple[Any, ...]) -> dict[str, list[str]]:
-    """Why each of the other backends does not run."""
+    """Reasons why each of the other backends does not run."""
     return {
-        name: operator.why_not(name, *args) or [f"it could run, but {chosen or 'another'} comes first"]
+        name: operator.why_not(name, *args) or [f"it could run, but {chosen or 'another'} takes precedence"]
         for name in operator.backends
         if name != chosen
     }
@@ -115,8 +116,6 @@ def _against(operator: Operator, chosen: str, args: tuple[Any, ...]) -> dict[str
 
 
 def _versions() -> dict[str, str | None]:
-    from surgeon import __version__
-
     def of(name: str) -> str | None:
         try:
             return version(name)
@@ -168,12 +167,12 @@ def _settings() -> dict[str, Any]:
 
 
 def _folders() -> dict[str, str]:
-    """Where weights and compiled kernels are kept."""
+    """Folders of weights and compiled kernels."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     try:
         home = Path.home()
-    except RuntimeError:  # there is none
+    except RuntimeError:  # there is no home folder
         home = Path("~")
     return {
         "surgeon": str(Path(__file__).resolve().parent),

@@ -1,4 +1,4 @@
-"""Every error surgeon raises on purpose. A message says where, what was got, what was expected, and a hint."""
+"""Every error surgeon raises on purpose. A message states where, what it got, what it expected, and a hint."""
 
 
 class SurgeonError(Exception):
@@ -8,15 +8,15 @@ class SurgeonError(Exception):
 
 
 class ConfigError(SurgeonError, ValueError):
-    """A layer option, or an argument, has a value that is not allowed."""
+    """A layer option or an argument has an invalid value."""
 
 
 class GeometryError(SurgeonError, ValueError):
-    """A tensor or a convolution has a shape that the operation cannot take."""
+    """A tensor or a convolution has a shape that the operation does not support."""
 
 
 class UnsupportedLayerError(SurgeonError, TypeError):
-    """A module cannot become the wanted dynamic layer; `reasons` says why."""
+    """A module cannot become the requested dynamic layer; `reasons` lists why."""
 
     exit_code = 1
 
@@ -26,15 +26,15 @@ class UnsupportedLayerError(SurgeonError, TypeError):
 
 
 class ReadOnlyError(SurgeonError, RuntimeError):
-    """Somebody writes to what a dynamic layer only computes, as its static weight."""
+    """A write to a value that a dynamic layer only computes, such as its static weight."""
 
 
 class SelectionError(SurgeonError, LookupError):
-    """A layer selection cannot be read, or matches nothing."""
+    """A layer selection cannot be parsed, or matches nothing."""
 
 
 class NothingReplacedError(SurgeonError):
-    """A selection matched convolutions, but every one was refused; `already`: some because they are dynamic layers as it is."""
+    """A selection matched convolutions, but every one was refused; `already`: some because they are already dynamic layers."""
 
     exit_code = 1
 
@@ -44,7 +44,7 @@ class NothingReplacedError(SurgeonError):
 
 
 class NothingFoldedError(SurgeonError):
-    """No dynamic layer could be folded back into a convolution; `report` says why, layer by layer."""
+    """No dynamic layer could be folded back into a convolution; `report` explains why, layer by layer."""
 
     exit_code = 1
 
@@ -62,11 +62,11 @@ class InputError(SurgeonError, ValueError):
 
 
 class DataError(SurgeonError, ValueError):
-    """A data set is missing, empty, or has files that cannot be used."""
+    """A data set is missing, empty, or contains unusable files."""
 
 
 class TrainingError(SurgeonError, RuntimeError):
-    """A training run cannot go on, or cannot be taken up again."""
+    """A training run cannot continue or cannot be resumed."""
 
     exit_code = 1
 
@@ -80,16 +80,16 @@ class CheckpointError(SurgeonError, OSError):
 
 
 class VerificationError(SurgeonError, ArithmeticError):
-    """A converted model does not compute what the original computed."""
+    """A converted model is not equivalent to the original."""
 
     exit_code = 1
 
 
 class ExportError(SurgeonError, RuntimeError):
-    """A model cannot be exported, or the exported file does not compute what the model computes."""
+    """A model cannot be exported, or the exported file is not equivalent to the model."""
 
     exit_code = 1
 
 
 class BackendError(SurgeonError, RuntimeError):
-    """No backend, or not the one asked for, can run an operator on these inputs."""
+    """No backend, or not the requested one, can run an operator on these inputs."""

@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 
 from surgeon.errors import ConfigError, DataError, InputError, SurgeonError
 from surgeon.util.copying import evaluating, seeded
+from surgeon.util.progress import OnProgress
 from surgeon.visualize.adaptivity import Adaptivity, observed
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task
 from surgeon.zoo.tasks.data.loading import loaded
 
-Progress = Callable[[str, int, int], None]
 AMP = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -28,7 +28,7 @@ def evaluate(
     device: str | torch.device | None = None,
     amp: str | None = None,
     workers: int = 0,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     layers: list[Adaptivity] | None = None,
 ) -> dict[str, float]:
     """Metrics of a model on a split of a task, by name, including the task's `primary`.

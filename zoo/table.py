@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgeon.costs import cost
 from surgeon.util.files import read_object, write_text
+from surgeon.util.progress import OnProgress
 from surgeon.zoo.recipes import recipes_for
 from surgeon.zoo.registry import Entry, Size, create, entry
 
@@ -21,7 +23,7 @@ TOLERANCE = 0.01  # a larger difference needs a reason
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class ZooRow:
     """One network. `compared_params` are the parameters covered by the published number; MACs are for one image of size `at`."""
 
     name: str
@@ -71,14 +73,14 @@ class Row:
         }
 
 
-def make_row(name: str, *, fresh: bool = False) -> Row:
+def make_row(name: str, *, fresh: bool = False) -> ZooRow:
     """One network, with the numbers shipped with surgeon; with `fresh`, or if there are none, they are counted."""
     found = entry(name)
     published = found.published
     at = (published.at if published is not None else None) or found.input_size
     known = {} if fresh else _counted().get(name, {})
     numbers = known if known.get("at") == list(at) else _count(found, at)
-    return Row(
+    return ZooRow(
         name=name,
         params=numbers["params"],
         compared_params=numbers["compared_params"],
@@ -126,14 +128,10 @@ def count_parameters(model: nn.Module, *, without: str = "") -> int:
 
 def count_macs(model: nn.Module, size: Size) -> int:
     """Multiply-accumulates of one image in inference."""
-    from surgeon.costs import cost
-
     return round(cost(model.eval(), input_size=size, batch_size=1, mode="infer").macs)
 
 
-def make_table(
-    names: Sequence[str], tell: Callable[[str, int, int], None] | None = None, *, fresh: bool = False
-) -> list[Row]:
+def make_table(names: Sequence[str], tell: OnProgress | None = None, *, fresh: bool = False) -> list[ZooRow]:
     """Rows of the named networks, see `make_row`; `tell(stage, done, total)` reports progress."""
     rows = []
     for done, name in enumerate(names):
@@ -146,7 +144,7 @@ def make_table(
     return rows
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[ZooRow]) -> str:
     """The table and the reasons as part of a document."""
     head = (
         "| network | parameters | published | off | GMAC | at | published | off | where |\n| --- |"
@@ -158,7 +156,7 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", "Why numbers differ:", "", *reasons, ""])
 
 
-def _markdown_line(row: Row) -> str:
+def _markdown_line(row: ZooRow) -> str:
     star = "*" if row.compared_params != row.params else ""
     cells = [
         f"`{row.name}`",

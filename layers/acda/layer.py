@@ -273,7 +273,7 @@ class ACDAConv2d(CodedConv2d):
         self.bias = scaled_bias(self.bias, scale, shift, self.coeff)
 
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those of the generator; `coeff` and `static_atoms` are the factorized old weight."""
+        """The generator's parameters; `coeff` and `static_atoms` are the factorized old weight."""
         yield from self.generator.named_parameters(prefix="generator")
 
     def macs(self, height: int, width: int) -> int:

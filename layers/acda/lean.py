@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from surgeon.layers.ops.tiles import Workspace
+
 CHUNK_BYTES = {"cpu": 4 << 20}
 CHUNK_BYTES_ELSEWHERE = 24 << 20
 
@@ -40,7 +42,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class RowChunk:
     """Images n0:n1, output rows i0:i1."""
 
     n0: int
@@ -57,21 +59,7 @@ class Chunk:
         return self.i1 - self.i0
 
 
-class Workspace:
-    """Named buffers, allocated once and returned in the requested shapes; the contents are arbitrary."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.dtype, self.device = torch.promote_types(like.dtype, torch.float32), like.device
-        self.buffers: dict[str, Tensor] = {}
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        size = math.prod(shape)
-        if name not in self.buffers or self.buffers[name].numel() < size:
-            self.buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
-        return self.buffers[name][:size].view(shape)
-
-
-class Problem:
+class LeanProblem:
     """One call: sizes, operands in compute precision and layout, chunks and phases, and the steps shared by both directions."""
 
     def __init__(
@@ -127,7 +115,7 @@ class Problem:
             phases.append(Phase(first, every, count, first * self.sw, step, width))
         return phases
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[RowChunk]:
         """Whole images while they are small, otherwise rows of one image."""
         floats = self.columns * self.lh * self.c + self.out_w * self.m_all * (self.taps + self.c)
         budget = CHUNK_BYTES.get(self.x.device.type, CHUNK_BYTES_ELSEWHERE)
@@ -136,7 +124,7 @@ class Problem:
         rows = -(-self.out_h // -(-self.out_h // min(rows, self.out_h)))
         for n0 in range(0, self.n, images):
             for i0 in range(0, self.out_h, rows):
-                yield Chunk(n0, min(n0 + images, self.n), i0, min(i0 + rows, self.out_h))
+                yield RowChunk(n0, min(n0 + images, self.n), i0, min(i0 + rows, self.out_h))
 
     def run(self) -> Tensor:
         """The result, (N, C_out, H', W')."""
@@ -154,23 +142,23 @@ class Problem:
 
     # --- input of a chunk -----------------------------------------------------------------------------------------
 
-    def input_rows(self, chunk: Chunk) -> tuple[int, int, int]:
+    def input_rows(self, chunk: RowChunk) -> tuple[int, int, int]:
         """Rows y0:y1 of x read by the chunk, and the chunk's padded row at which they start."""
         top = chunk.i0 * self.sh - self.ph
         y0 = min(max(top, 0), self.h)
         return y0, max(y0, min(top + self.rows_in(chunk.rows), self.h)), y0 - top
 
-    def padded(self, name: str, chunk: Chunk) -> Tensor:
+    def padded(self, name: str, chunk: RowChunk) -> Tensor:
         """Buffer for the padded input of the chunk, (images, C, rows, columns)."""
         return self.work.take(name, chunk.images, self.c, self.rows_in(chunk.rows), self.columns)
 
-    def inside(self, padded: Tensor, chunk: Chunk, x: Tensor) -> tuple[Tensor, Tensor]:
+    def inside(self, padded: Tensor, chunk: RowChunk, x: Tensor) -> tuple[Tensor, Tensor]:
         """The unpadded part of a padded buffer, and the matching part of x (N, C, H, W)."""
         y0, y1, at = self.input_rows(chunk)
         part = padded[:, :, at : at + y1 - y0, self.pw : self.pw + self.w]
         return part, x[chunk.n0 : chunk.n1, :, y0:y1, : part.shape[3]]
 
-    def load(self, chunk: Chunk) -> Tensor:
+    def load(self, chunk: RowChunk) -> Tensor:
         """The chunk's input, padded, (images, C, rows, columns)."""
         padded = self.padded("padded", chunk).zero_()
         to, part = self.inside(padded, chunk, self.x)
@@ -182,7 +170,7 @@ class Problem:
         n, c, rows, columns = padded.shape
         return self.work.take("channels_last", n, rows, columns, c).copy_(padded.permute(0, 2, 3, 1))
 
-    def windows(self, padded: Tensor, chunk: Chunk, phase: Phase) -> Tensor:
+    def windows(self, padded: Tensor, chunk: RowChunk, phase: Phase) -> Tensor:
         """View of a padded buffer (images, rows, columns, C) unfolded along y: (images, output rows, phase columns, l_h, C)."""
         image, row, column, channel = padded.stride()
         return padded.as_strided(
@@ -191,7 +179,7 @@ class Problem:
             padded.storage_offset() + phase.start * column,
         )
 
-    def patches(self, padded: Tensor, chunk: Chunk, phase: Phase) -> Tensor:
+    def patches(self, padded: Tensor, chunk: RowChunk, phase: Phase) -> Tensor:
         """Patches (rows, pixels, l_w·l_h, C): an overlapping view of the rows unfolded along y."""
         rows = chunk.images * chunk.rows
         unfolded = self.work.take("unfolded", chunk.images, chunk.rows, phase.width, self.lh, self.c)
@@ -201,7 +189,7 @@ class Problem:
             (rows, phase.count, self.taps, self.c), (phase.width * run, phase.step * run, self.c, 1)
         )
 
-    def patches_by_channel(self, padded: Tensor, chunk: Chunk, phase: Phase) -> Tensor:
+    def patches_by_channel(self, padded: Tensor, chunk: RowChunk, phase: Phase) -> Tensor:
         """Patches (rows, pixels, C, l_w·l_h); the taps of a channel are contiguous."""
         rows = chunk.images * chunk.rows
         unfolded = self.work.take("by_channel", chunk.images, chunk.rows, self.c, phase.width, self.lh)
@@ -209,7 +197,7 @@ class Problem:
         run = phase.width * self.lh
         return unfolded.as_strided((rows, phase.count, self.c, self.taps), (self.c * run, phase.step * self.lh, run, 1))
 
-    def alphas(self, chunk: Chunk, phase: Phase) -> Tensor:
+    def alphas(self, chunk: RowChunk, phase: Phase) -> Tensor:
         """The chunk's alpha, (m, K, pixels)."""
         part = self.alpha[chunk.n0 : chunk.n1, :, chunk.i0 : chunk.i1, phase.first :: phase.every]
         buffer = self.work.take("alpha", self.m * self.k, chunk.images, chunk.rows, phase.count)
@@ -240,7 +228,7 @@ class Problem:
         )
         return z_GPF
 
-    def rows_of(self, out: Tensor, chunk: Chunk, phase: Phase) -> Tensor:
+    def rows_of(self, out: Tensor, chunk: RowChunk, phase: Phase) -> Tensor:
         """The chunk's part of an output-sized map (N, …, H', W'), (…, images, rows, columns)."""
         return out[chunk.n0 : chunk.n1, :, chunk.i0 : chunk.i1, phase.first :: phase.every].transpose(0, 1)
 
@@ -260,7 +248,7 @@ def _bmm_rows(a: Tensor, b: Tensor, out: Tensor) -> None:
 class Gradients:
     """Gradients of one problem, accumulated chunk by chunk."""
 
-    def __init__(self, problem: Problem, needs: Sequence[bool]) -> None:
+    def __init__(self, problem: LeanProblem, needs: Sequence[bool]) -> None:
         self.p = p = problem
         self.needs_x, self.needs_alpha, self.needs_psi, self.needs_static, self.needs_coeff = needs
         self.x = torch.zeros(p.x.shape, dtype=p.work.dtype, device=p.x.device) if self.needs_x else None
@@ -269,7 +257,7 @@ class Gradients:
         self.static_RT = torch.zeros_like(p.static_RT)
         self.coeff_GOF = torch.zeros_like(p.coeff_GOF)
 
-    def add(self, grad: Tensor, chunk: Chunk) -> None:
+    def add(self, grad: Tensor, chunk: RowChunk) -> None:
         """Add the contribution of one chunk; `grad` is the gradient of the whole output."""
         p = self.p
         padded = p.load(chunk)
@@ -308,7 +296,7 @@ class Gradients:
         )
         return gz_PMC
 
-    def _atoms(self, patches: Tensor, alpha_MKP: Tensor, gz_PMC: Tensor, chunk: Chunk, phase: Phase) -> None:
+    def _atoms(self, patches: Tensor, alpha_MKP: Tensor, gz_PMC: Tensor, chunk: RowChunk, phase: Phase) -> None:
         """Gradients of alpha, psi and the static atoms via the atoms' gradient; patches (rows, pixels, C, l_w·l_h)."""
         p = self.p
         gd_PMT = p.work.take("grad_atoms", gz_PMC.shape[0], p.m_all, p.taps)
@@ -326,7 +314,7 @@ class Gradients:
             part.copy_(galpha_MKP.view(part.shape))
 
     def _input(self, into: Tensor, d_PMT: Tensor, gz_PMC: Tensor, phase: Phase) -> None:
-        """Add to the gradient of x, `into` (images, output rows, phase columns, l_h, C), a view like that of `Problem.windows`.
+        """Add to the gradient of x, `into` (images, output rows, phase columns, l_h, C), a view like that of `LeanProblem.windows`.
 
         The phase's column q·step + s is read by the pixels q - t at the taps s + t·step, t = 0 … turns-1: with their atoms
         in the order of these pixels, `skewed`, a column's gradient is one matrix product.

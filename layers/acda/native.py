@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from surgeon.layers.ops.native.compiler import library
-from surgeon.layers.ops.native.support import in_parallel, pointer
+from surgeon.layers.ops.native.support import in_parallel, partial_sums, pointer
 
-MOST_PARTIAL_BYTES = 32 << 20  # for partial sums of the gradients of coeff, psi and static
 MOST_COEFFICIENTS = 1 << 20  # per group: beyond that the product is memory-bound and slower than torch's
-PARTS = 8  # of a batch for these sums, for any number of threads
 
 _SIZES = ("h", "w", "oh", "ow", "lh", "lw", "sh", "sw", "ph", "pw", "dh", "dw")
 _COUNTS = ("n", "c", "k", "c_out", "c_group", "m", "m_all", "groups", "taps")
@@ -33,7 +31,7 @@ class _Tensors(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in (*_TENSORS, *_GRADIENTS)]
 
 
-class Problem:
+class NativeProblem:
     """One call: the plan, and the operands in the layout of the C functions."""
 
     def __init__(
@@ -93,7 +91,7 @@ class Problem:
             (plan.groups, plan.c_out // plan.groups, plan.features),
         ]
         floats = sum(torch.Size(s).numel() for s, need in zip(shapes, needs[2:], strict=True) if need)
-        parts = max(1, min(PARTS, tasks, max(2, MOST_PARTIAL_BYTES // max(4 * floats, 1))))
+        parts = partial_sums(tasks, floats)
         gx = torch.zeros_like(self.x) if needs[0] else None
         galpha = torch.empty_like(self.alpha) if needs[1] else None
         sums = [
@@ -138,11 +136,11 @@ class Problem:
 
 
 def forward(*args: Any) -> Tensor:
-    """`Problem.forward` with the operator's arguments."""
-    return Problem(*args).forward()
+    """`NativeProblem.forward` with the operator's arguments."""
+    return NativeProblem(*args).forward()
 
 
 def backward(grad: Tensor, *args: Any) -> list[Tensor]:
-    """`Problem.backward` with the operator's arguments; the last one is `needs`."""
+    """`NativeProblem.backward` with the operator's arguments; the last one is `needs`."""
     *operands, needs = args
-    return Problem(*operands).backward(grad, needs)
+    return NativeProblem(*operands).backward(grad, needs)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from surgeon.errors import GeometryError
 from surgeon.layers.acda import flops, native
-from surgeon.layers.acda.lean import Gradients, Problem
+from surgeon.layers.acda.lean import Gradients, LeanProblem
 from surgeon.layers.acda.reference import acda_conv_reference
 from surgeon.layers.ops.dispatch import NATIVE, PORTABLE, Operator
 from surgeon.layers.ops.inputs import check_window, floating
@@ -40,7 +40,7 @@ def _acda_conv(
         return y
     if backend == NATIVE:
         return native.forward(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
-    return Problem(x, alpha, psi, static, coeff, stride, padding, dilation, groups).run()
+    return LeanProblem(x, alpha, psi, static, coeff, stride, padding, dilation, groups).run()
 
 
 @shapes_of("surgeon::acda_conv")
@@ -83,7 +83,7 @@ def _acda_conv_backward(
         return found
     if backend == NATIVE:
         return native.backward(grad, x, alpha, psi, static, coeff, stride, padding, dilation, groups, needs)
-    problem = Problem(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
+    problem = LeanProblem(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
     grads = Gradients(problem, needs)
     for chunk in problem.chunks():
         grads.add(grad, chunk)
@@ -116,7 +116,7 @@ def _backward_shapes(
 
 
 def _on_cuda() -> ModuleType:
-    from surgeon.layers.acda import triton as acda
+    from surgeon.layers.acda import triton as acda  # Triton is not everywhere
 
     return acda
 

@@ -23,7 +23,7 @@ MOST_ATOMS = 8  # per program at once
 
 
 @dataclass(frozen=True)
-class Problem:
+class TritonProblem:
     """One call; shapes as in `acda_reference`."""
 
     x: Tensor
@@ -128,8 +128,8 @@ class Problem:
 
 
 def forward(*args: Any) -> Tensor:
-    """Forward of `acda_conv`; arguments as those of `Problem`."""
-    p = Problem(*args)
+    """Forward of `acda_conv`; arguments as those of `TritonProblem`."""
+    p = TritonProblem(*args)
     shape = (p.x.shape[0], p.coeff.shape[0], p.g.out_height, p.g.out_width)
     y = torch.empty(shape, dtype=p.x.dtype, device=p.x.device, memory_format=memory_format_of(p.x))
     for chunk in p.chunks(p.dynamic * p.taps + p.channels * p.m_all):
@@ -142,13 +142,13 @@ def forward(*args: Any) -> Tensor:
 def backward(grad: Tensor, *args: Any) -> list[Tensor]:
     """Gradients of x, alpha, psi, static and coeff; empty if not needed (`needs`, the last argument)."""
     *given, needs = args
-    return _Gradients(Problem(*given), needs).of(grad)
+    return _Gradients(TritonProblem(*given), needs).of(grad)
 
 
 class _Gradients:
     """Gradients of one problem, chunk by chunk."""
 
-    def __init__(self, problem: Problem, needs: Sequence[bool]) -> None:
+    def __init__(self, problem: TritonProblem, needs: Sequence[bool]) -> None:
         self.p = p = problem
         self.needs = needs
         self.needs_x, self.needs_alpha, self.needs_psi, self.needs_static, self.needs_coeff = needs

@@ -25,7 +25,7 @@ Band = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Plan:
+class BandPlan:
     """Sizes of one call and its division into bands and pieces."""
 
     split: tuple[int, int, int, int]
@@ -46,7 +46,7 @@ class Plan:
         kernel: Sequence[int],
         geometry: Sequence[Sequence[int]],
         out_size: tuple[int, int],
-    ) -> "Plan":
+    ) -> "BandPlan":
         """`channels` are C, G and O; `geometry` is stride, padding, dilation."""
         stride, padding, dilation = geometry
         split = p, q, r, _ = channel_split(*channels)
@@ -132,7 +132,7 @@ def _even(total: int, most: int) -> int:
 # --- one band, one piece ------------------------------------------------------------------------------------------
 
 
-def unfold(plan: Plan, band: Band, x_CHW: Tensor, space: Workspace) -> Tensor:
+def unfold(plan: BandPlan, band: Band, x_CHW: Tensor, space: Workspace) -> Tensor:
     """The inputs under every tap of every output pixel of a band: an overlapping view (P, Q, 1, k_h, k_w, h, W')."""
     rows, width = plan.rows_in(band), plan.out_size[1]
     (p, q, _, _), (kernel_h, kernel_w) = plan.split, plan.kernel
@@ -168,7 +168,7 @@ def sum_over(x: Tensor, dim: int, name: str, space: Workspace) -> Tensor:
     return torch.sum(x, dim, keepdim=True, out=space.take(name, *shape))
 
 
-def fold(plan: Plan, product: Tensor, folded: Tensor, space: Workspace) -> None:
+def fold(plan: BandPlan, product: Tensor, folded: Tensor, space: Workspace) -> None:
     """Add kernels · gradient of a piece, (p, Q, R, k_h, k_w, h, W'), along y to `folded`, (p·Q, k_w, rows, W')."""
     product = sum_over(product, 2, "shared", space).flatten(0, 2)
     for tap in range(plan.kernel[0]):
@@ -177,29 +177,29 @@ def fold(plan: Plan, product: Tensor, folded: Tensor, space: Workspace) -> None:
         folded[:, :, start : last : plan.stride[0]].add_(product[:, tap])
 
 
-def spread(plan: Plan, band: Band, folded: Tensor, grad_CHW: Tensor) -> None:
+def spread(plan: BandPlan, band: Band, folded: Tensor, grad_CHW: Tensor) -> None:
     """Add `folded`, (C, k_w, rows, W'), along x to the gradient of one image."""
     for tap, inner, outer in plan.overlaps(band):
         grad_CHW[:, *outer].add_(folded[:, tap, *inner])
 
 
-def outputs_of(plan: Plan, band: Band, piece: slice, y_OHW: Tensor) -> Tensor:
+def outputs_of(plan: BandPlan, band: Band, piece: slice, y_OHW: Tensor) -> Tensor:
     """View (p, Q, R, S, h, W') of one image's output."""
     return y_OHW.view(*plan.split, *plan.out_size)[piece, :, :, :, band[0] : band[1]]
 
 
-def output_gradient(plan: Plan, band: Band, piece: slice, grad_OHW: Tensor, space: Workspace) -> Tensor:
+def output_gradient(plan: BandPlan, band: Band, piece: slice, grad_OHW: Tensor, space: Workspace) -> Tensor:
     """Gradient of the output of a piece, summed over S, (p, Q, R, 1, 1, h, W')."""
     grad = outputs_of(plan, band, piece, grad_OHW)
     grad = grad[:, :, :, 0] if grad.shape[3] == 1 else grad.sum(3, dtype=space.dtype)
     return space.take("grad", *grad.shape).copy_(grad)[:, :, :, None, None]
 
 
-def empty_fold(plan: Plan, band: Band, channels: int, space: Workspace) -> Tensor:
+def empty_fold(plan: BandPlan, band: Band, channels: int, space: Workspace) -> Tensor:
     return space.take("folded", channels, plan.kernel[1], plan.rows_in(band), plan.out_size[1]).zero_()
 
 
-def channels_of(plan: Plan, piece: slice) -> slice:
+def channels_of(plan: BandPlan, piece: slice) -> slice:
     """Input channels of a piece."""
     return slice(piece.start * plan.split[1], piece.stop * plan.split[1])
 

@@ -7,19 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgeon.layers.pafu.frames import Grads, Problem
+from surgeon.layers.pafu.frames import FrameProblem, Grads
 
 
-def _kernels(problem: Problem) -> list[Tensor]:
+def _kernels(problem: FrameProblem) -> list[Tensor]:
     dtype = problem.compute_dtype
     return [problem.kernel.to(dtype), *problem.further.to(dtype).unbind()]
 
 
-def _pixel_bytes(problem: Problem) -> int:
+def _pixel_bytes(problem: FrameProblem) -> int:
     return (problem.x.shape[1] + 3 * problem.outputs) * problem.compute_dtype.itemsize
 
 
-def forward(problem: Problem, out: Tensor) -> None:
+def forward(problem: FrameProblem, out: Tensor) -> None:
     kernels, window = _kernels(problem), problem.window
     for chunk in problem.chunks(_pixel_bytes(problem)):
         frame = chunk.read(problem.x, problem.compute_dtype).movedim(-1, 1)
@@ -30,7 +30,7 @@ def forward(problem: Problem, out: Tensor) -> None:
             target.copy_(y if place == 0 else torch.where(index == i, y.to(out.dtype), target))
 
 
-def backward(problem: Problem, grad: Tensor, grads: Grads) -> None:
+def backward(problem: FrameProblem, grad: Tensor, grads: Grads) -> None:
     kernels, window = _kernels(problem), problem.window
     wanted = [grads.x is not None, grads.kernels is not None, False]
     for chunk in problem.chunks(_pixel_bytes(problem)):

@@ -46,7 +46,7 @@ class Window(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Problem:
+class FrameProblem:
     """The operator's arguments: x (N, C, H, W), kernel 0 (O, C/G, k, l), further kernels (n - 1, O, C/G, k, l), index (N, P, Q).
 
     `present` lists the kernels that are selected somewhere.
@@ -60,7 +60,7 @@ class Problem:
     present: list[int]
 
     @classmethod
-    def of(cls, x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, window: Window) -> "Problem":
+    def of(cls, x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, window: Window) -> "FrameProblem":
         """Raises `GeometryError` if the index contains a kernel that does not exist."""
         if index.numel() and int(index.min()) < 0:
             raise GeometryError(
@@ -95,7 +95,7 @@ class Problem:
         """Dtype of accumulators: at least float32."""
         return torch.float32 if self.x.dtype.itemsize < 4 else self.x.dtype
 
-    def chunks(self, bytes_per_pixel: int, most: int | None = None) -> "Iterator[Chunk]":
+    def chunks(self, bytes_per_pixel: int, most: int | None = None) -> "Iterator[FrameChunk]":
         """Groups of whole images if they fit in `most` bytes (`CHUNK_BYTES`), otherwise groups of rows of one image."""
         most = CHUNK_BYTES if most is None else most
         images, rows, columns = self.index.shape
@@ -104,7 +104,9 @@ class Problem:
         few_rows = rows if many > 1 else max(min(rows, most // row_bytes), 1)
         for first in range(0, images, many):
             for top in range(0, rows, few_rows):
-                yield Chunk.of(self, slice(first, min(first + many, images)), slice(top, min(top + few_rows, rows)))
+                yield FrameChunk.of(
+                    self, slice(first, min(first + many, images)), slice(top, min(top + few_rows, rows))
+                )
 
 
 class Grads(NamedTuple):
@@ -118,7 +120,7 @@ class Grads(NamedTuple):
     scores: Tensor | None
 
 
-class Chunk(NamedTuple):
+class FrameChunk(NamedTuple):
     """Output rows `rows` of the images `images`, the part of a problem being processed, and its frame.
 
     The frame is the zero-padded input of these rows, (B, height, width, C): the part inside the input is its rows `inside` and
@@ -135,7 +137,7 @@ class Chunk(NamedTuple):
     left: int
 
     @classmethod
-    def of(cls, problem: Problem, images: slice, rows: slice) -> "Chunk":
+    def of(cls, problem: FrameProblem, images: slice, rows: slice) -> "FrameChunk":
         window = problem.window
         (s_h, s_w), (p_h, p_w), (d_h, d_w), (k_h, k_w) = window.stride, window.padding, window.dilation, window.size
         in_h, in_w = problem.x.shape[-2:]

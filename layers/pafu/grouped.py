@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from surgeon.layers.pafu.frames import Chunk, Grads, Problem
+from surgeon.layers.pafu.frames import FrameChunk, FrameProblem, Grads
 
 BLOCK_BYTES = 2 << 20  # gathered patches; measured: they must stay in the cache until multiplied
 
@@ -28,7 +28,7 @@ class Block(NamedTuple):
     segments: list[tuple[int, slice]]
 
 
-class Sorted(NamedTuple):
+class SortedChunk(NamedTuple):
     """The pixels of a chunk in the order of their selected kernels.
 
     `order` (R) lists them, `inverse` (R) maps each to its position, `starts` (R) are the frame's rows of their first taps, `taps`
@@ -42,7 +42,7 @@ class Sorted(NamedTuple):
     bounds: list[int]
 
     @classmethod
-    def of(cls, problem: Problem, chunk: Chunk) -> "Sorted":
+    def of(cls, problem: FrameProblem, chunk: FrameChunk) -> "SortedChunk":
         index, window = problem.index[chunk.images, chunk.rows], problem.window
         images, rows, columns = (torch.arange(size, device=index.device) for size in index.shape)
         corners = images[:, None, None] * chunk.height + rows[:, None] * window.stride[0]
@@ -82,39 +82,39 @@ def _block_size(patch_bytes: int) -> int:
     return max(BLOCK_BYTES // patch_bytes, 64)
 
 
-def _patch_buffer(problem: Problem) -> Tensor:
+def _patch_buffer(problem: FrameProblem) -> Tensor:
     """Buffer for the patches of a block, (pixels·k·l, C/G): reused, it stays in the cache and costs no page faults."""
     taps, width = math.prod(problem.window.size), problem.kernel.shape[1]
     pixels = min(_block_size(taps * width * problem.compute_dtype.itemsize), problem.index.numel())
     return problem.x.new_empty((pixels * taps, width), dtype=problem.compute_dtype)
 
 
-def _matrices(problem: Problem) -> list[Tensor]:
+def _matrices(problem: FrameProblem) -> list[Tensor]:
     """The kernels as (O, U), without a copy if their channels are last in memory."""
     dtype = problem.compute_dtype
     further = problem.further.movedim(2, -1).to(dtype).flatten(2)
     return [problem.kernel.movedim(1, -1).to(dtype).flatten(1), *further.unbind()]
 
 
-def _group_slices(problem: Problem) -> list[tuple[slice, slice]]:
+def _group_slices(problem: FrameProblem) -> list[tuple[slice, slice]]:
     """(input channels, output channels) of each group."""
     c, o = problem.kernel.shape[1], problem.outputs // problem.window.groups
     return [(slice(g * c, (g + 1) * c), slice(g * o, (g + 1) * o)) for g in range(problem.window.groups)]
 
 
-def _pixel_bytes(problem: Problem, copies: int) -> int:
+def _pixel_bytes(problem: FrameProblem, copies: int) -> int:
     """Bytes that a chunk needs per output pixel: frame, and rows of output channels."""
     stride_h, stride_w = problem.window.stride
     channels = problem.x.shape[1] * stride_h * stride_w + copies * problem.outputs
     return channels * problem.compute_dtype.itemsize
 
 
-def forward(problem: Problem, out: Tensor) -> None:
+def forward(problem: FrameProblem, out: Tensor) -> None:
     """Fill out (N, O, P, Q)."""
     dtype = problem.compute_dtype
     kernels, buffer = _matrices(problem), _patch_buffer(problem)
     for chunk in problem.chunks(_pixel_bytes(problem, 2)):
-        pixels = Sorted.of(problem, chunk)
+        pixels = SortedChunk.of(problem, chunk)
         frame = chunk.read(problem.x, dtype)
         y_RO = frame.new_empty((len(pixels.order), problem.outputs))
         for inputs, outputs in _group_slices(problem):
@@ -130,13 +130,13 @@ def forward(problem: Problem, out: Tensor) -> None:
         target.copy_(torch.index_select(y_RO, 0, pixels.inverse).view(target.shape))
 
 
-def backward(problem: Problem, grad: Tensor, grads: Grads) -> None:
+def backward(problem: FrameProblem, grad: Tensor, grads: Grads) -> None:
     """Add to the requested gradients; grad is the gradient of the output, (N, O, P, Q)."""
     dtype = problem.compute_dtype
     kernels, buffers = _matrices(problem), (_patch_buffer(problem), _patch_buffer(problem))
     kernel_grads = None if grads.kernels is None else [total.flatten(1) for total in grads.kernels]
     for chunk in problem.chunks(_pixel_bytes(problem, 3)):
-        pixels = Sorted.of(problem, chunk)
+        pixels = SortedChunk.of(problem, chunk)
         frame = chunk.read(problem.x, dtype)
         g_RO = chunk.outputs(grad).to(dtype).reshape(-1, problem.outputs).index_select(0, pixels.order)
         frame_grad = None if grads.x is None else torch.zeros_like(frame, dtype=grads.x.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from surgeon.layers.ops.library import memory_format_of
 from surgeon.layers.ops.native.compiler import library
 from surgeon.layers.ops.native.support import borrowed, in_parallel, pointer
-from surgeon.layers.pafu.frames import Chunk, Grads, Problem
+from surgeon.layers.pafu.frames import FrameChunk, FrameProblem, Grads
 
 FEWEST = 4  # channels per group: with fewer, vectors are mostly empty and torch is faster
 CHUNK_BYTES = 4 << 20  # of input and output at a time, to stay in the L2 cache
@@ -64,7 +64,7 @@ def _dense(kernels: Tensor) -> tuple[Tensor, bool]:
 class _Work:
     """One chunk of a call: sizes and operands in the layout of the C functions, and the buffers borrowed for them."""
 
-    def __init__(self, call: "_Call", chunk: Chunk, parts: int, stack: ExitStack) -> None:
+    def __init__(self, call: "_Call", chunk: FrameChunk, parts: int, stack: ExitStack) -> None:
         self.call, self.chunk, self.stack = call, chunk, stack
         images, rows = chunk.images.stop - chunk.images.start, chunk.rows.stop - chunk.rows.start
         columns, inside = call.index.shape[2], chunk.inside.stop - chunk.inside.start
@@ -115,7 +115,7 @@ class _Work:
 class _Call:
     """The operands of a call in the layout of the C functions."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: FrameProblem) -> None:
         window = problem.window
         self.problem, self.library = problem, library()
         self.last = memory_format_of(problem.x) == torch.channels_last
@@ -139,7 +139,7 @@ class _Call:
                 yield _Work(self, chunk, parts, stack)
 
 
-def forward(problem: Problem, out: Tensor) -> None:
+def forward(problem: FrameProblem, out: Tensor) -> None:
     """Fill out (N, O, P, Q), which has the memory format of x."""
     for work in _Call(problem).chunks(1):
         work.tensors.out, work.tensors.y = work.output(out)
@@ -150,7 +150,7 @@ def forward(problem: Problem, out: Tensor) -> None:
             work.run("pafu_output", work.images())
 
 
-def backward(problem: Problem, grad: Tensor, grads: Grads) -> None:
+def backward(problem: FrameProblem, grad: Tensor, grads: Grads) -> None:
     """Add to the requested gradients (that of x in its memory format); grad is the gradient of the output, (N, O, P, Q)."""
     kernel, further = (k.movedim(-3, -1).contiguous().movedim(-1, -3) for k in (problem.kernel, problem.further))
     call = _Call(replace(problem, kernel=kernel, further=further))

@@ -34,7 +34,7 @@ from surgeon.layers.pafu import grouped as pafu_grouped
 from surgeon.layers.pafu import native
 from surgeon.layers.pafu import taps as pafu_taps
 from surgeon.layers.pafu.flops import pafu_backward_flops, pafu_flops
-from surgeon.layers.pafu.frames import Grads, Problem, Window
+from surgeon.layers.pafu.frames import FrameProblem, Grads, Window
 from surgeon.layers.pafu.reference import pafu_conv_reference
 
 METHODS: dict[str, ModuleType] = {"grouped": pafu_grouped, "taps": pafu_taps, "dense": pafu_dense}
@@ -96,7 +96,7 @@ def _check(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, soft: Tens
         raise GeometryError(f"pafu_conv: soft {tuple(soft.shape)} should be (N, n, P, Q) for index {expected}")
 
 
-def choose_method(problem: Problem) -> str:
+def choose_method(problem: FrameProblem) -> str:
     """The cheapest method, a key of `METHODS`. The thresholds were measured on one CPU core."""
     kernels = len(problem.present)
     if problem.is_depthwise:
@@ -105,7 +105,7 @@ def choose_method(problem: Problem) -> str:
     return "dense" if kernels <= max(1, problem.window.groups // 6) else "grouped"
 
 
-def _plain(problem: Problem, i: int) -> Tensor:
+def _plain(problem: FrameProblem, i: int) -> Tensor:
     """The convolution with kernel i alone."""
     dtype, window, memory_format = problem.compute_dtype, problem.window, memory_format_of(problem.x)
     kernel = (problem.kernel if i == 0 else problem.further[i - 1]).to(dtype).contiguous(memory_format=memory_format)
@@ -133,9 +133,9 @@ def _conv(
     window, out = Window.of(kernel, stride, padding, dilation, groups), _empty_output(x, kernel, index)
     if method == "triton":
         if out.numel():
-            _on_cuda().forward(Problem(x, kernel, further, index, window, []), out)
+            _on_cuda().forward(FrameProblem(x, kernel, further, index, window, []), out)
         return out
-    problem = Problem.of(x, kernel, further, index, window)
+    problem = FrameProblem.of(x, kernel, further, index, window)
     if method == "auto" and len(problem.present) == 1:
         return _plain(problem, problem.present[0])
     if out.numel():
@@ -145,7 +145,7 @@ def _conv(
 
 def _on_cuda() -> ModuleType:
     """The Triton kernels, which sort pixels on the device: computing `present` would synchronize."""
-    from surgeon.layers.pafu import triton as pafu
+    from surgeon.layers.pafu import triton as pafu  # Triton is not everywhere
 
     return pafu
 
@@ -176,7 +176,7 @@ def _conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, kernel, further and soft; `wanted` covers (x, kernels, soft), and unwanted ones are returned empty."""
     window = Window.of(kernel, stride, padding, dilation, groups)
-    make = Problem.of if method != "triton" else partial(Problem, present=[])
+    make = FrameProblem.of if method != "triton" else partial(FrameProblem, present=[])
     problem = make(x, kernel, further, index, window)
     grad_x, first, rest, scores = _empty_gradients(x, kernel, further, index, wanted, problem.sum_dtype)
     for each in (grad_x, first, rest, scores):

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgeon.layers.pafu.frames import Chunk, Grads, Problem
+from surgeon.layers.pafu.frames import FrameChunk, FrameProblem, Grads
 
 
-def _views(problem: Problem, chunk: Chunk, frame: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def _views(problem: FrameProblem, chunk: FrameChunk, frame: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """For each tap, its position in the kernel and the view (B, P, Q, C) of the frame that it multiplies."""
     (s_h, s_w), (d_h, d_w) = problem.window.stride, problem.window.dilation
     rows, columns = chunk.rows.stop - chunk.rows.start, problem.index.shape[2]
@@ -24,17 +24,17 @@ def _views(problem: Problem, chunk: Chunk, frame: Tensor) -> Iterator[tuple[int,
             yield i, j, frame[:, down, right]
 
 
-def _tables(problem: Problem) -> Tensor:
+def _tables(problem: FrameProblem) -> Tensor:
     """Weights by tap, (k, l, n, O)."""
     kernels = torch.cat([problem.kernel[None], problem.further])
     return kernels[:, :, 0].permute(2, 3, 0, 1).to(problem.compute_dtype).contiguous()
 
 
-def _pixel_bytes(problem: Problem) -> int:
+def _pixel_bytes(problem: FrameProblem) -> int:
     return (problem.x.shape[1] + 4 * problem.outputs) * problem.compute_dtype.itemsize
 
 
-def forward(problem: Problem, out: Tensor) -> None:
+def forward(problem: FrameProblem, out: Tensor) -> None:
     tables = _tables(problem)
     for chunk in problem.chunks(_pixel_bytes(problem)):
         index = problem.index[chunk.images, chunk.rows]
@@ -49,7 +49,7 @@ def forward(problem: Problem, out: Tensor) -> None:
         target.copy_(y_BPQCM.view(target.shape))
 
 
-def backward(problem: Problem, grad: Tensor, grads: Grads) -> None:
+def backward(problem: FrameProblem, grad: Tensor, grads: Grads) -> None:
     tables = _tables(problem)
     for chunk in problem.chunks(_pixel_bytes(problem)):
         index = problem.index[chunk.images, chunk.rows]

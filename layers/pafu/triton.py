@@ -16,7 +16,7 @@ from torch import Tensor
 
 from surgeon.errors import GeometryError
 from surgeon.layers.ops.triton.launch import Geometry, blocks, config, launch, precision, product, tuned
-from surgeon.layers.pafu.frames import Grads, Problem
+from surgeon.layers.pafu.frames import FrameProblem, Grads
 
 PARTIAL_BYTES = 32 << 20  # for partial sums of kernel gradients
 PROGRAMS = 256  # enough to keep a GPU busy
@@ -202,14 +202,14 @@ def grad_kernels_kernel(
     tl.store(at, total, mask=c_in[:, None] & o_in[None, :])
 
 
-class Sorted(NamedTuple):
+class SortedPixels(NamedTuple):
     """Pixels by kernel: `order` (r) lists them; kernel e has `bounds[e]`:`bounds[e + 1]` of it."""
 
     order: Tensor
     bounds: Tensor
 
     @classmethod
-    def of(cls, index: Tensor, n: int) -> "Sorted":
+    def of(cls, index: Tensor, n: int) -> "SortedPixels":
         ordered, order = torch.sort(index.flatten(), stable=True)
         _check_range(ordered, n)
         return cls(order, torch.searchsorted(ordered, torch.arange(n + 1, device=index.device)))
@@ -227,12 +227,12 @@ def _check_range(ordered: Tensor, n: int) -> None:
 class _Call(NamedTuple):
     """Arguments of every launch."""
 
-    problem: Problem
+    problem: FrameProblem
     g: Geometry
     weight: Tensor
 
     @classmethod
-    def of(cls, problem: Problem) -> "_Call":
+    def of(cls, problem: FrameProblem) -> "_Call":
         window = problem.window
         g = Geometry.of(problem.x, problem.index.shape[1:], window.stride, window.padding, window.dilation)
         kernels = torch.cat([problem.kernel[None], problem.further]).to(problem.x.dtype)
@@ -254,9 +254,9 @@ class _Call(NamedTuple):
         return {"KH": size[0], "KW": size[1], "PRECISION": precision(self.problem.x.dtype)}
 
 
-def forward(problem: Problem, out: Tensor) -> None:
+def forward(problem: FrameProblem, out: Tensor) -> None:
     """Fill out (N, O, P, Q)."""
-    call, pixels = _Call.of(problem), Sorted.of(problem.index, problem.n)
+    call, pixels = _Call.of(problem), SortedPixels.of(problem.index, problem.n)
     x, (_, o_group, groups) = problem.x, call.channels
     launch(
         forward_kernel,
@@ -266,14 +266,14 @@ def forward(problem: Problem, out: Tensor) -> None:
     )
 
 
-def backward(problem: Problem, grad: Tensor, grads: Grads) -> None:
+def backward(problem: FrameProblem, grad: Tensor, grads: Grads) -> None:
     """Add to the requested gradients, which are zero and in float32; grad is the gradient of the output, (N, O, P, Q)."""
     call, grad = _Call.of(problem), grad.to(problem.x.dtype)
     if grads.scores is not None:
         _scores(call, grad, grads.scores)
     if grads.x is None and grads.kernels is None:
         return
-    pixels = Sorted.of(problem.index, problem.n)
+    pixels = SortedPixels.of(problem.index, problem.n)
     if grads.x is not None:
         _input(call, pixels, grad, grads.x)
     if grads.kernels is not None:
@@ -290,7 +290,7 @@ def _scores(call: _Call, grad: Tensor, out: Tensor) -> None:
     )
 
 
-def _input(call: _Call, pixels: Sorted, grad: Tensor, out: Tensor) -> None:
+def _input(call: _Call, pixels: SortedPixels, grad: Tensor, out: Tensor) -> None:
     c_group, _, groups = call.channels
     for ty in range(call.problem.window.size[0]):
         for tx in range(call.problem.window.size[1]):
@@ -304,7 +304,7 @@ def _input(call: _Call, pixels: Sorted, grad: Tensor, out: Tensor) -> None:
             )
 
 
-def _kernels(call: _Call, pixels: Sorted, grad: Tensor, out: list[Tensor]) -> None:
+def _kernels(call: _Call, pixels: SortedPixels, grad: Tensor, out: list[Tensor]) -> None:
     x, n, (c_group, o_group, groups) = call.problem.x, call.problem.n, call.channels
     taps = math.prod(call.problem.window.size)
     sums = n * taps * groups  # programs per split, in blocks of channels

@@ -14,8 +14,8 @@ from torch import Tensor
 from surgeon.layers.ops.library import memory_format_of
 from surgeon.layers.ops.tiles import (
     Band,
+    BandPlan,
     ImageGradient,
-    Plan,
     Workspace,
     channels_of,
     empty_fold,
@@ -35,13 +35,13 @@ LayerGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 # --- kernels given ------------------------------------------------------------------------------------------------
 
 
-def _apply_plan(x: Tensor, kernels: Tensor, kernel_size: Sequence[int], geometry: Sequence[Sequence[int]]) -> Plan:
+def _apply_plan(x: Tensor, kernels: Tensor, kernel_size: Sequence[int], geometry: Sequence[Sequence[int]]) -> BandPlan:
     channels, groups = x.shape[1], kernels.shape[1]
     out_size = (kernels.shape[-2], kernels.shape[-1])
-    return Plan.make(x, (channels, groups, max(channels, groups)), kernel_size, geometry, out_size)
+    return BandPlan.make(x, (channels, groups, max(channels, groups)), kernel_size, geometry, out_size)
 
 
-def _given(plan: Plan, band: Band, piece: slice, kernels_GTHW: Tensor) -> Tensor:
+def _given(plan: BandPlan, band: Band, piece: slice, kernels_GTHW: Tensor) -> Tensor:
     """View (p, 1, R, k_h, k_w, h, W') of one image's kernels."""
     p, _, r, _ = plan.split
     kernels = kernels_GTHW.view(p, 1, r, *plan.kernel, *plan.out_size)
@@ -119,12 +119,12 @@ class LayerInputs:
         """Whether the static kernels are added to the generated ones; otherwise they are a separate depthwise convolution."""
         return self.weight.shape[0] == self.static.numel()
 
-    def plan(self) -> Plan:
+    def plan(self) -> BandPlan:
         kernel = (self.static.shape[2], self.static.shape[3])
         groups = self.weight.shape[0] // (kernel[0] * kernel[1])
         channels = (self.x.shape[1], groups, self.static.shape[0])
         out_size = (self.features.shape[-2], self.features.shape[-1])
-        return Plan.make(self.x, channels, kernel, (self.stride, self.padding, self.dilation), out_size)
+        return BandPlan.make(self.x, channels, kernel, (self.stride, self.padding, self.dilation), out_size)
 
     def static_conv2d(self) -> Tensor:
         """Output of the static kernels; uninitialized if they are added to the generated ones."""
@@ -164,7 +164,7 @@ class LayerInputs:
 class _Generator:
     """Generates kernels from features, in the dtype of sums, and propagates their gradient back."""
 
-    def __init__(self, given: LayerInputs, plan: Plan, space: Workspace) -> None:
+    def __init__(self, given: LayerInputs, plan: BandPlan, space: Workspace) -> None:
         self.plan, self.space, self.features = plan, space, given.features
         self.weight = given.weight.to(space.dtype)
         self.static = given.static.to(space.dtype).view(-1, 1) if given.one_kernel_an_output else None

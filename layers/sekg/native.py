@@ -1,4 +1,4 @@
-"""DConv in C (dconv.h): float32 on the CPU, bit-identical for any number of threads."""
+"""DConv in C (dconv.h, dconv_layer.h): float32 on the CPU, bit-identical for any number of threads."""
 
 import ctypes
 from collections.abc import Sequence
@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from surgeon.layers.ops.native.compiler import library
-from surgeon.layers.ops.native.support import in_parallel, pointer
+from surgeon.layers.ops.native.support import in_parallel, partial_sums, pointer
 
 PARTS = 64  # maximum number of parts per call
 
 _SIZES = ("h", "w", "oh", "ow", "lh", "lw", "sh", "sw", "ph", "pw", "dh", "dw")
 _COUNTS = ("n", "units", "channels", "kernels", "band", "scratch")
-_LAYER_COUNTS = ("n", "c", "outputs", "features", "bands", "band", "chunk", "scratch")
+_LAYER_COUNTS = ("n", "c", "outputs", "features", "bands", "band", "tile", "chunk", "forward", "backward", "wide")
+_LAYER_TENSORS = ("x", "features", "weight", "weight_back", "bias", "y", "grad")
+_LAYER_GRADIENTS = ("gx", "gfeatures", "gweight", "gfixed")
 _TENSORS = ("x", "kernels", "y", "grad", "gx", "gkernels")
 
 
@@ -30,15 +32,15 @@ class _Tensors(ctypes.Structure):
 
 
 class _LayerPlan(ctypes.Structure):
-    """`DconvLayer` of dconv.h."""
+    """`DconvLayer` of dconv_layer.h."""
 
     _fields_ = [(name, ctypes.c_int64) for name in (*_SIZES, *_LAYER_COUNTS)]
 
 
 class _LayerTensors(ctypes.Structure):
-    """`DconvLayerTensors` of dconv.h."""
+    """`DconvLayerTensors` of dconv_layer.h."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "features", "weight", "fixed", "bias", "y")]
+    _fields_ = [(name, ctypes.c_void_p) for name in (*_LAYER_TENSORS, *_LAYER_GRADIENTS)]
 
 
 def _plan(x: Tensor, kernels: Tensor, kernel_size: Sequence[int], geometry: Sequence[Sequence[int]]) -> _Plan:
@@ -87,25 +89,74 @@ def backward(
     return x.new_empty(0) if gx is None else gx, x.new_empty(0) if gkernels is None else gkernels
 
 
-def layer_forward(
-    x: Tensor, features: Tensor, weight: Tensor, static: Tensor, bias: Tensor | None, *geometry: Sequence[int]
-) -> Tensor:
-    """Forward of `dconv_layer` if every output channel has a generated kernel; `geometry` is stride, padding, dilation."""
-    x, features, static = x.contiguous(), features.contiguous(), static.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    sizes = (*x.shape[2:], *features.shape[2:], *static.shape[2:], *(value for pair in geometry for value in pair))
-    plan = _LayerPlan(*sizes, x.shape[0], x.shape[1], static.shape[0], features.shape[1])
-    own = library()
-    own.dconv_layer_plan(ctypes.byref(plan))
-    weight = weight.contiguous()
-    packed = torch.empty_like(weight)
-    own.dconv_layer_pack(ctypes.byref(plan), pointer(weight), pointer(packed))
-    y = x.new_empty(x.shape[0], static.shape[0], *features.shape[2:])
-    given = {"x": x, "features": features, "weight": packed, "fixed": static, "bias": bias, "y": y}
-    tensors = _LayerTensors(**{name: pointer(t) for name, t in given.items()})
+class Layer:
+    """One call of `dconv_layer` where every output channel has a generated kernel: the plan, and the operands as C takes them."""
 
-    def work(task: int, scratch: Tensor) -> None:
-        own.dconv_layer_forward(ctypes.byref(plan), ctypes.byref(tensors), pointer(scratch), ctypes.c_int64(task))
+    def __init__(
+        self, x: Tensor, features: Tensor, weight: Tensor, static: Tensor, bias: Tensor | None, *geometry: Sequence[int]
+    ) -> None:
+        self.x, self.features = x.contiguous(), features.contiguous()
+        self.bias = None if bias is None else bias.contiguous()
+        self.shapes = [None if t is None else t.shape for t in (x, features, weight, static, bias)]
+        self.weight = torch.cat([weight, static.reshape(-1, 1)], 1)
+        sizes = (*x.shape[2:], *features.shape[2:], *static.shape[2:], *(value for pair in geometry for value in pair))
+        self.plan = _LayerPlan(*sizes, x.shape[0], x.shape[1], static.shape[0], features.shape[1])
+        self.library = library()
+        self.library.dconv_layer_plan(ctypes.byref(self.plan))
 
-    in_parallel(work, plan.n * plan.bands, plan.scratch)
-    return y
+    def packed(self, *, back: bool) -> Tensor:
+        """The weight in the order in which it is multiplied."""
+        own, others = torch.empty_like(self.weight), None
+        order = (others, own) if back else (own, others)
+        self.library.dconv_layer_pack(ctypes.byref(self.plan), *map(pointer, (self.weight, *order)))
+        return own
+
+    def tensors(self, **more: Tensor | None) -> _LayerTensors:
+        given = {"x": self.x, "features": self.features, "bias": self.bias, **more}
+        return _LayerTensors(**{name: pointer(t) for name, t in given.items()})
+
+    def forward(self) -> Tensor:
+        """The result, (N, O, H', W')."""
+        plan = self.plan
+        y = self.x.new_empty(plan.n, plan.outputs, plan.oh, plan.ow)
+        weight = self.packed(back=False)
+        given, run = self.tensors(weight=weight, y=y), self.library.dconv_layer_forward
+
+        def work(task: int, scratch: Tensor) -> None:
+            run(ctypes.byref(plan), ctypes.byref(given), pointer(scratch), ctypes.c_int64(task))
+
+        in_parallel(work, plan.n * plan.bands, plan.forward)
+        return y
+
+    def backward(self, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of x, features, weight, static and bias, empty where `needs` says no."""
+        plan, run, tasks = self.plan, self.library.dconv_layer_backward, self.plan.n * self.plan.bands
+        rows = self.weight.shape[0]
+        shapes = [(rows, plan.wide), (rows, self.library.surgeon_lanes())]
+        floats = sum(torch.Size(s).numel() for s, need in zip(shapes, needs[2:4], strict=True) if need)
+        parts = partial_sums(tasks, floats)
+        sums = [self.x.new_zeros(parts, *s) if need else None for s, need in zip(shapes, needs[2:4], strict=True)]
+        gx = torch.zeros_like(self.x) if needs[0] else None
+        gfeatures = torch.empty_like(self.features) if needs[1] else None
+        grad = grad.contiguous()
+        on, back = self.packed(back=False), self.packed(back=True)
+        shared = {"weight": on, "weight_back": back, "grad": grad, "gx": gx, "gfeatures": gfeatures}
+        for odd in range(min(plan.bands, 2)):
+
+            def work(part: int, scratch: Tensor, odd: int = odd) -> None:
+                own = dict(zip(_LAYER_GRADIENTS[2:], (None if s is None else s[part] for s in sums), strict=True))
+                given = self.tensors(**shared, **own)
+                ends = [ctypes.c_int64(tasks * p // parts) for p in (part, part + 1)]
+                run(ctypes.byref(plan), ctypes.byref(given), pointer(scratch), *ends, ctypes.c_int64(odd))
+
+            in_parallel(work, parts, plan.backward)
+        gweight, gstatic = (None if s is None else s.sum(0) for s in sums)
+        found = (
+            gx,
+            gfeatures,
+            None if gweight is None else gweight[:, : plan.features].contiguous(),
+            None if gstatic is None else gstatic.sum(-1).view(self.shapes[3] or ()),
+            grad.sum((0, 2, 3)) if needs[4] else None,
+        )
+        a, b, c, d, e = (self.x.new_empty(0) if f is None else f for f in found)
+        return a, b, c, d, e

@@ -172,7 +172,6 @@ def _why_not_native_layer(
 
 @DCONV_LAYER.backend(NATIVE, why_not=_why_not_native_layer)
 def _native_layer(*args: Any) -> Tensor:
-    """Forward in C; the backward pass is torch's, which also recomputes the kernels."""
     y: Tensor = _dconv_layer(*args, NATIVE)
     return y
 
@@ -218,7 +217,7 @@ def _dconv(
     backend: str = "torch",
 ) -> Tensor:
     if backend == "triton":
-        from surgeon.layers.sekg import triton as on_cuda
+        from surgeon.layers.sekg import triton as on_cuda  # Triton is not everywhere
 
         return on_cuda.forward(x, kernels, kernel_size, stride, padding, dilation)
     if backend == NATIVE:
@@ -248,7 +247,7 @@ def _dconv_backward(
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
-        from surgeon.layers.sekg import triton as on_cuda
+        from surgeon.layers.sekg import triton as on_cuda  # Triton is not everywhere
 
         return on_cuda.backward(grad, x, kernels, kernel_size, needs, stride, padding, dilation)
     if backend == NATIVE:
@@ -312,11 +311,11 @@ def _dconv_layer(
 ) -> Tensor:
     given = lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation)
     if backend == "triton":
-        from surgeon.layers.sekg import triton_layer as on_cuda
+        from surgeon.layers.sekg import triton_layer as on_cuda  # Triton is not everywhere
 
         return on_cuda.forward(given)
     if backend == NATIVE:
-        return native.layer_forward(x, features, weight, static, bias, stride, padding, dilation)
+        return native.Layer(x, features, weight, static, bias, stride, padding, dilation).forward()
     return lean.layer_forward(given)
 
 
@@ -351,9 +350,11 @@ def _dconv_layer_backward(
 ) -> lean.LayerGradients:
     given = lean.LayerInputs(x, features, weight, static, bias, stride, padding, dilation)
     if backend == "triton":
-        from surgeon.layers.sekg import triton_layer as on_cuda
+        from surgeon.layers.sekg import triton_layer as on_cuda  # Triton is not everywhere
 
         return on_cuda.backward(grad, given, needs)
+    if backend == NATIVE:
+        return native.Layer(x, features, weight, static, bias, stride, padding, dilation).backward(grad, needs)
     return lean.layer_backward(grad, given, needs)
 
 

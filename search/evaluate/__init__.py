@@ -1,1 +1,1 @@
-"""What a placement's value is: from tables, by short trainings, by full ones."""
+"""Values of placements: from tables, short trainings, and full trainings."""

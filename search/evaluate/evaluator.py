@@ -1,4 +1,4 @@
-"""What a search asks: the value of a placement. Real fine-tunes and tabulated spaces answer through the same interface."""
+"""Interface for the value of a placement, shared by real fine-tuning runs and tabulated spaces."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +10,11 @@ from surgeon.search.placement.problem import Ints
 from surgeon.search.space import Space
 from surgeon.util.files import read_json
 
-Report = Callable[[int, float], None]  # (step, value so far): may raise, to end the evaluation
+Report = Callable[[int, float], None]  # (step, value so far); may raise to end the evaluation
 
 
 class OutOfMemoryError(MemoryError):
-    """A training did not fit into the device; `memory` is what the device has, in bytes (None: not known)."""
+    """A training did not fit on the device; `memory` is the device's memory in bytes (None: unknown)."""
 
     def __init__(self, memory: int | None = None) -> None:
         super().__init__("out of memory")
@@ -22,29 +22,29 @@ class OutOfMemoryError(MemoryError):
 
 
 class StoppedError(Exception):
-    """The evaluation was asked to stop (Ctrl-C, SIGTERM) and left: its trial stays open."""
+    """The evaluation was asked to stop (Ctrl-C, SIGTERM): its trial stays open."""
 
 
 class Evaluator(ABC):
-    """Gives placements their values.
+    """Computes the values of placements.
 
-    `directions` has "maximize" or "minimize" for every value. The same placement and rung must get the same value on every
-    machine, as far as training allows: seeds come from the placement or are fixed, never from the process.
+    `directions` has "maximize" or "minimize" for every value. The same placement and rung must have the same value on every
+    machine, as far as training allows: seeds are fixed or derived from the placement, never from the process.
     """
 
     directions: tuple[str, ...] = ("maximize",)
 
     @abstractmethod
     def identity(self) -> Mapping[str, Any]:
-        """JSON values that tell this evaluator from others: task, data, training settings. A study is bound to them."""
+        """JSON values that identify this evaluator: task, data, training settings. A study is bound to them."""
 
     @abstractmethod
     def evaluate(self, placement: Ints, report: Report, rung: int) -> float | Sequence[float]:
         """The value, or values, of a placement (L,).
 
         Args:
-            report: to be called as values come, in the first direction; it raises where the evaluation is to end (let it pass).
-            rung: how much is spent: 0 for a short fine-tune, higher for more.
+            report: call it with each new value in the first direction; it raises to end the evaluation (let it propagate).
+            rung: training effort: 0 for a short fine-tuning run, higher for longer ones.
 
         Raises:
             OutOfMemoryError: the training did not fit.
@@ -53,7 +53,7 @@ class Evaluator(ABC):
 
 
 class TableEvaluator(Evaluator):
-    """Values from a table: of an exhaustively measured space, or of a formula."""
+    """Values from a table of an exhaustively measured space or of a formula."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class TableEvaluator(Evaluator):
         name: str = "table",
         direction: str = "maximize",
     ) -> None:
-        """`values`: placement hash, or placement, to its learning curve; the last value is the result."""
+        """`values`: maps a placement hash, or a placement, to its learning curve; the last value is the result."""
         self.space, self.values, self.name = space, values, name
         self.directions = (direction,)
 

@@ -1,4 +1,4 @@
-"""The last stage: the best few in full, with several seeds, beside the unmodified model and a random placement."""
+"""The final stage: the best few trained in full, with several seeds, along with the unmodified model and a random placement."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A placement in the final stage. `role`: original, found or random; `values` by seed, empty where it was not trained."""
+    """A placement in the final stage. `role`: original, found or random; `values` by seed, empty if it was not trained."""
 
     role: str
     hash: str
@@ -29,19 +29,19 @@ class Arm:
 
     @property
     def mean(self) -> float:
-        """Of the values."""
+        """Mean of the values."""
         return statistics.fmean(self.values)
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the values, 0 for one."""
+        """Standard deviation of the values, 0 for a single one."""
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
 
 def choose_arms(ranked: Sequence[Record], records: Sequence[Record], count: int) -> list[tuple[str, Record]]:
-    """The original, the best `count` with replacements, and the first random placement, pruned or not.
+    """The original, the best `count` placements with replacements, and the first random one, pruned or not.
 
-    That one was not chosen for its value. `ranked` are the completed trials, best first, `records` all of them.
+    The random one was not selected by value. `ranked` are the completed trials, best first, `records` all of them.
     """
     arms = [("original", one) for one in records if one.counts and not one.placement][:1]
     arms += [("found", one) for one in ranked if one.placement][:count]
@@ -61,9 +61,9 @@ def run_finals(
     rung: int,
     tell: Tell,
 ) -> list[Arm]:
-    """Train the arms, or go on with them; what is done already is read. Every run is a surgeon folder in `finals`.
+    """Train the arms, or resume them; completed runs are read. Every run is a surgeon folder in `finals`.
 
-    Only those arms whose trials were evaluated exist; an arm that is over budget, or out of memory, is left out with the reason.
+    There are only arms whose trials were evaluated; an arm over budget, or out of memory, is skipped with the reason.
     """
     chosen = choose_arms(found.ranked(), found.records, count)
     arms: list[Arm] = []
@@ -100,7 +100,7 @@ def _arm(
 
 
 def final_folder(folder: SearchFolder, key: str, seed: int, rung: int) -> Path:
-    """Where a final run lies."""
+    """Folder of a final run."""
     return folder.finals / f"{key}-rung{rung}-seed{seed}"
 
 
@@ -114,7 +114,7 @@ def _value(evaluator: TrainingEvaluator, placement: Any, output: Path, rung: int
 
 
 def best_arm(arms: Sequence[dict[str, Any]], *, higher: bool) -> dict[str, Any] | None:
-    """The found or random arm of the best mean."""
+    """The found or random arm with the best mean."""
     trained = [arm for arm in arms if arm["values"] and arm["placement"]]
     sign = -1.0 if higher else 1.0
     return min(trained, key=lambda arm: sign * statistics.fmean(arm["values"]), default=None)

@@ -1,7 +1,7 @@
-"""The value of a placement by training: convert, fine-tune shortly on a task, measure the task's primary metric.
+"""The value of a placement by training: convert, fine-tune briefly on a task, measure the task's primary metric.
 
-The unmodified model goes through the same training. What depends on chance (order, augmentation, new weights) follows from the
-seed alone, so that a placement taken up again after a kill gets the value it would have had.
+The unmodified model gets the same training. All randomness (order, augmentation, new weights) depends on the
+seed alone, so a placement resumed after a kill gets the value it would have had.
 """
 
 import gc
@@ -28,7 +28,7 @@ from surgeon.search.study.journal import file_lock
 from surgeon.surgery.convert import convert
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.util.copying import copy_model
-from surgeon.zoo.finetune import FinetuneConfig, FinetuneResult, finetune
+from surgeon.zoo.finetune import FinetuneConfig, FinetuneResult, Source, finetune
 from surgeon.zoo.finetune.loop import Interrupted
 from surgeon.zoo.tasks import Task, better
 from surgeon.zoo.tasks.data.fingerprint import fingerprint
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FREE = ("workers", "log_every", "max_time")  # options that do not change what a training ends with
-_EPOCHS = 1e6  # the number of steps alone decides about the length
+_FREE = ("workers", "log_every", "max_time")  # options that do not change the result of a training
+_EPOCHS = 1e6  # only the number of steps limits the length
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShortConfig:
-    """How long a trial trains. `steps` optimizer steps at rung 0, twice as many at every further rung.
+    """Length of a trial's training. `steps` optimizer steps at rung 0, twice as many at each higher rung.
 
-    `evaluations` are the values reported on the way, evenly spaced, the last of them at the end.
+    `evaluations` is the number of values reported, evenly spaced, the last one at the end.
     """
 
     steps: int = 200
@@ -59,7 +59,7 @@ class ShortConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def at(self, rung: int, seed: int | None = None) -> FinetuneConfig:
-        """The fine-tuning of a rung."""
+        """The fine-tuning options of a rung."""
         steps = self.steps << rung
         return replace(
             self.base,
@@ -78,8 +78,8 @@ class ShortConfig:
 class TrainingEvaluator(Evaluator):
     """Fine-tunes placements of one model on one task.
 
-    `model` must fit the task already (`bound`). `keep` is a folder that gets the best placement trained so far, as a surgeon
-    folder; `base` says how its original is built.
+    `model` must already fit the task (`bound`). `keep` is a folder for the best placement trained so far, as a surgeon
+    folder; `base` describes how to build its original.
     """
 
     def __init__(
@@ -93,12 +93,13 @@ class TrainingEvaluator(Evaluator):
         keep: Path | None = None,
     ) -> None:
         self.model, self.task, self.space, self.config = model, task, space, config
-        self.base, self.keep = base, keep
+        self.keep = keep
         self.directions = ("maximize" if task.higher_is_better else "minimize",)
         self._weights = state_sha256(model)
         self._data = fingerprint(task)
         self._size = sample_size(task)
-        self._start: dict[str, float] | None = None  # metrics before training: conversion keeps them
+        self.base = base if base is None else replace(base, input_size=self._size)  # at which it is trained
+        self._start: dict[str, float] | None = None  # metrics before training, which conversion preserves
 
     def identity(self) -> Mapping[str, Any]:
         options = {key: _plain(value) for key, value in asdict(self.task.config).items()}
@@ -125,7 +126,7 @@ class TrainingEvaluator(Evaluator):
         def watch(step: int, metrics: dict[str, float]) -> None:
             if not np.isfinite(metrics[primary]):
                 raise TrainingError(f"{primary} is {metrics[primary]} after {step} steps")
-            if step != last:  # the result is told by the return value: what is finished is not pruned
+            if step != last:  # the result is the return value: a finished trial is not pruned
                 report(step, metrics[primary])
 
         result = self.train(placement, rung=rung, watch=watch)
@@ -137,9 +138,7 @@ class TrainingEvaluator(Evaluator):
     def train(
         self, placement: Ints, *, rung: int = 0, seed: int | None = None, output: Path | None = None, watch: Any = None
     ) -> FinetuneResult:
-        """Convert and fine-tune; `output` becomes, or goes on with, the folder of a run (`surgeon.zoo.finetune`)."""
-        from surgeon.zoo.finetune import Source
-
+        """Convert and fine-tune; `output` becomes the folder of a run (`surgeon.zoo.finetune`), or is resumed."""
         config = self.config.at(rung, seed)
         source = Source(name=self.space.hash_of(placement), base=self.base)
         memory: int | None = None
@@ -151,10 +150,10 @@ class TrainingEvaluator(Evaluator):
             memory = _device_memory()
             logger.debug("out of memory: %s", error)
         except RuntimeError as error:
-            if "allocate memory" not in str(error):  # how torch's CPU allocator says it
+            if "allocate memory" not in str(error):  # message of torch's CPU allocator
                 raise
             logger.debug("out of memory: %s", error)
-        gc.collect()  # out of the handler, so that no traceback holds the training's tensors
+        gc.collect()  # outside the handler, so that no traceback holds the training's tensors
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         raise OutOfMemoryError(memory)
@@ -172,14 +171,14 @@ class TrainingEvaluator(Evaluator):
         return result
 
     def converted(self, placement: Ints, seed: int = 0) -> nn.Module:
-        """The model with this placement, computing what it computed; a copy."""
+        """A copy of the model with this placement, computing the same function."""
         if not any(placement):
             return copy_model(self.model)
         recipe = self.space.recipe(placement, seed=seed)
         return convert(self.model, recipe=recipe, seed=seed, check=False, input_size=self._size)[0]
 
     def _keep_best(self, model: nn.Module, placement: Ints, value: float) -> None:
-        """The note changes once the new model is there whole, and only then the old one goes: a kill leaves one of them."""
+        """The record is updated once the new model is complete, and only then the old one is removed: a kill leaves one of them."""
         assert self.keep is not None
         self.keep.mkdir(parents=True, exist_ok=True)
         with file_lock(self.keep / ".lock"):
@@ -206,7 +205,7 @@ def bound(model: nn.Module, task: Task) -> nn.Module:
 
 
 def sample_size(task: Task) -> tuple[int, ...]:
-    """(C, H, W) of a training sample. Raises `DataError` where the data cannot be used."""
+    """(C, H, W) of a training sample. Raises `DataError` if the data cannot be used."""
     task.check()
     return tuple(task.dataset("train")[0]["input"].shape)
 
@@ -218,7 +217,7 @@ def _device_memory() -> int | None:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """The value after a round trip through JSON."""
     if isinstance(value, Path):
         return str(value.absolute())
     return list(value) if isinstance(value, tuple) else value

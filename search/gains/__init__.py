@@ -1,1 +1,1 @@
-"""What a replacement is worth: tables, estimates, and what measured values say."""
+"""Expected gains of replacements: tables, estimators, and updates from measured values."""

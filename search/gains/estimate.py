@@ -1,14 +1,14 @@
-"""Gain estimators that need only gradients at birth: no step is taken, every candidate of one option sits in the network at once.
+"""Gain estimators that need only gradients at initialization: no training step, all layers have the option at the same time.
 
-Conversion preserves the function, so that all layers can have the option at the same time and one backward pass a batch gives the
-gradient of every new parameter; they are kept, 4·B bytes a new parameter. With g_b the mean gradient of batch b (n samples each,
+Conversion preserves the function, so all layers can have the option at once, and one backward pass per batch gives the
+gradient of every new parameter, stored in 4·B bytes per parameter. With g_b the mean gradient of batch b (n samples each,
 B batches), per parameter: mean m, variance v over batches, n·v an estimate of the diagonal of the (empirical) Fisher matrix,
 m² − v/B an unbiased square of the gradient.
 
     gradient   ‖m‖, the baseline: not comparable between layers of different scale
-    fisher     ½ Σ max(m² − v/B, 0) / (n·v + damping), the decrease a diagonal natural-gradient step predicts
-    snr        Σ (m² − v/B) / Σ v/B, how far the gradient stands out of its own noise
-    nqm        the decrease that the training's own steps promise in the noisy quadratic model: `surgeon.search.gains.quadratic`
+    fisher     ½ Σ max(m² − v/B, 0) / (n·v + damping), the decrease predicted for a diagonal natural-gradient step
+    snr        Σ (m² − v/B) / Σ v/B, the signal-to-noise ratio of the gradient
+    nqm        the decrease predicted for the training's own steps by the noisy quadratic model: `surgeon.search.gains.quadratic`
 
 Standard errors are from a jackknife over groups of batches.
 """
@@ -28,10 +28,11 @@ from surgeon.search.gains.quadratic import Walk, decrease, scaled
 from surgeon.search.placement.problem import Floats, Ints
 from surgeon.search.space import Space
 from surgeon.surgery.convert import convert
+from surgeon.util.progress import OnProgress
 
 LossCallback = Callable[[nn.Module, Any], Tensor]  # loss(model, batch) -> mean loss of the batch, a scalar
 ESTIMATORS = ("gradient", "fisher", "snr", "nqm")
-DAMPING = 0.1  # of the mean of a layer's Fisher diagonal
+DAMPING = 0.1  # relative to the mean of a layer's Fisher diagonal
 _GROUPS = 8
 
 
@@ -46,23 +47,23 @@ def gradient_gains(
     walk: Walk | None = None,
     seed: int = 0,
     input_size: Any = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[str, GainTable]:
-    """Gain tables by estimator, all from the same passes: one backward pass for every (option, batch).
+    """Gain tables by estimator, all from the same passes: one backward pass per (option, batch).
 
     Args:
-        model: stays untouched; its device is where the passes run. Normalization layers use their running statistics.
-        loss: from a model and a batch to the mean loss; the batch is whatever `batches` holds.
+        model: not modified; the passes run on its device. Normalization layers use their running statistics.
+        loss: maps a model and a batch, an element of `batches`, to the mean loss.
         batches: at least 4, of equal size; a batch is a dict of tensors, a tensor, or a sequence of them.
-        damping: of "fisher", relative to the mean of a layer's Fisher diagonal.
-        walk: the training that "nqm" is about (`walk_of`); needed for it alone.
-        seed: of what layers draw in training mode (PAFU's selection).
+        damping: for "fisher", relative to the mean of a layer's Fisher diagonal.
+        walk: the training predicted by "nqm" (`walk_of`); needed only for it.
+        seed: for random draws of layers in training mode (PAFU's selection).
     """
     unknown = [name for name in estimators if name not in ESTIMATORS]
     if unknown:
         raise ConfigError(f"there is no gain estimator {unknown[0]!r}; there are {', '.join(ESTIMATORS)}")
     if "nqm" in estimators and walk is None:
-        raise ConfigError("the gain estimator nqm predicts a training, and none was given (walk)")
+        raise ConfigError("the gain estimator nqm predicts a training and needs one (walk)")
     if len(batches) < 4:
         raise ConfigError(f"the variance of gradients needs at least 4 batches, got {len(batches)}")
     samples = _samples(batches[0])
@@ -91,13 +92,13 @@ def gradient_gains(
 
 
 def _samples(batch: Any) -> int:
-    """How many samples a batch holds: the first size of its first tensor."""
+    """Number of samples in a batch: the first dimension of its first tensor."""
     values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else [batch]
     for value in values:
         if isinstance(value, Tensor) and value.dim():
             return int(value.shape[0])
     raise ConfigError(
-        f"a batch must hold a tensor whose first size is the number of samples, got {type(batch).__name__}"
+        f"a batch must contain a tensor whose first dimension is the number of samples, got {type(batch).__name__}"
     )
 
 
@@ -109,9 +110,9 @@ def _gradients(
     batches: Sequence[Any],
     seed: int,
     input_size: Any,
-    progress: Callable[[str, int, int], None] | None,
+    progress: OnProgress | None,
 ) -> dict[str, Tensor]:
-    """Of every layer that may have this option the gradients of its new parameters, (B, P), float32 on the CPU."""
+    """For every layer that may have this option, the gradients of its new parameters, (B, P), float32 on the CPU."""
     placement = np.where(space.allowed[:, option], option, 0)
     if not placement.any():
         return {}
@@ -122,7 +123,7 @@ def _gradients(
     for layer in space.names(placement):
         module = work.get_submodule(layer)
         assert isinstance(module, DynamicConv2d)
-        module.train()  # a layer that selects (PAFU) gives its selector gradients only in training
+        module.train()  # a layer that selects (PAFU) passes gradients to its selector only in training
         layers[layer] = [parameter.requires_grad_(True) for _, parameter in module.new_parameters()]
     kept = {
         layer: torch.empty(len(batches), sum(parameter.numel() for parameter in parameters))
@@ -145,7 +146,7 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _jackknife(statistic: Callable[[Ints], float], count: int) -> tuple[float, float]:
-    """A statistic of all batches, and its standard error from leaving out one group of them at a time."""
+    """A statistic of all batches, and its standard error from leaving out one group of batches at a time."""
     groups = min(_GROUPS, count)
     group = np.arange(count) * groups // count
     parts: Floats = np.array([statistic(np.flatnonzero(group != left)) for left in range(groups)])
@@ -155,7 +156,7 @@ def _jackknife(statistic: Callable[[Ints], float], count: int) -> tuple[float, f
 def _statistic(
     estimator: str, gradients: Tensor, samples: int, damping: float, walk: Walk | None
 ) -> Callable[[Ints], float]:
-    """From the numbers of some batches to the gain that their gradients (B, P) say."""
+    """A function from the numbers of some batches to the gain estimated from their gradients (B, P)."""
     gradients = gradients.double()
     if estimator == "nqm":
         assert walk is not None

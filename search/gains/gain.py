@@ -1,7 +1,7 @@
-"""The gain table: what every (layer, option) is expected to bring over leaving the layer a convolution, and how sure that is.
+"""The gain table: the expected gain of every (layer, option) over keeping the convolution, and its standard error.
 
-A gain is in the units of its estimator (a decrease of the loss, a ratio); placements only compare sums. Tables are JSON, and are
-kept by the hash of what they were made from.
+A gain is in the units of its estimator (a decrease of the loss, a ratio); placements only compare sums. Tables are JSON,
+keyed by the hash of their inputs.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ VERSION = 1
 class GainTable:
     """`gain` and its standard error `error` (L, O) for the options of `layers`; option 0, "keep", is 0 by definition.
 
-    Entries that were not estimated (options that are not allowed) are 0 with error 0. `estimator` names what made it, `facts`
-    are what one wants to know of its making: seconds, samples, the rank correlation with measured gains.
+    Entries not estimated (options that are not allowed) are 0 with error 0. `estimator` names the method, `facts`
+    describe how the table was made: seconds, samples, the rank correlation with measured gains.
     """
 
     layers: tuple[str, ...]
@@ -123,17 +123,17 @@ class GainTable:
             ) from error
 
     def write(self, path: str | Path) -> None:
-        """To a JSON file; it appears complete or not at all. Raises `ConfigError`."""
+        """Write a JSON file atomically. Raises `ConfigError`."""
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n", ConfigError)
 
     @classmethod
     def read(cls, path: str | Path) -> "GainTable":
-        """From a JSON file; raises `ConfigError`."""
+        """Read a JSON file; raises `ConfigError`."""
         return cls.from_dict(read_json(path, ConfigError, "the gain table"), str(path))
 
 
 def uniform_gains(space: Space) -> GainTable:
-    """Every replacement gains 1: as many layers as the budgets allow."""
+    """Every replacement gains 1, which favors as many layers as the budgets allow."""
     gain = np.where(space.allowed, 1.0, 0.0)
     gain[:, 0] = 0.0
     return GainTable(
@@ -150,26 +150,26 @@ def read_gains(what: str, space: Space) -> GainTable:
     return uniform_gains(space) if what == "uniform" else GainTable.read(what).for_space(space)
 
 
-# --- kept on disk -------------------------------------------------------------------------------------------------
+# --- cache on disk ------------------------------------------------------------------------------------------------
 
 
 def cache_key(space: Space, estimator: str, **facts: Any) -> str:
-    """Content hash of a question: the space, the estimator and its options, weights and data (as their hashes)."""
+    """Content hash of a request: the space, the estimator and its options, weights and data (as their hashes)."""
     text = json.dumps({"space": space.hash, "estimator": estimator, "facts": facts}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def cached(key: str, make: Callable[[], GainTable]) -> GainTable:
-    """The table of this key, made and kept (`SURGEON_CACHE`, else ~/.cache/surgeon) where there is none."""
+    """The table with this key, created and stored (`SURGEON_CACHE`, else ~/.cache/surgeon) if there is none."""
     path = cache_folder() / "gains" / f"{key}.json"
     if path.is_file():
         try:
             return GainTable.read(path)
         except ConfigError:
-            path.unlink(missing_ok=True)  # damaged: made again
+            path.unlink(missing_ok=True)  # damaged: recreated
     table = make()
     try:
         table.write(path)
     except ConfigError as error:
-        logger.debug("not kept: %s", error)
+        logger.debug("not stored: %s", error)
     return table

@@ -1,4 +1,4 @@
-"""Gain tables by the name of what makes them, kept on disk by the hash of everything they follow from."""
+"""Gain tables by method name, cached on disk by the hash of all their inputs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +10,7 @@ from surgeon.search.gains.estimate import ESTIMATORS, gradient_gains
 from surgeon.search.gains.gain import GainTable, cache_key, cached, uniform_gains
 from surgeon.search.gains.probe import ProbeConfig, ablation_gains, halving_gains, probe_gains, training_batches
 from surgeon.search.gains.quadratic import walk_of
+from surgeon.util.progress import OnProgress
 
 TRAINED: dict[str, Callable[..., GainTable]] = {
     "probe": probe_gains,
@@ -26,12 +27,12 @@ def make_gains(
     config: ProbeConfig | None = None,
     *,
     batches: int = GRADIENT_BATCHES,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: OnProgress | None = None,
     fresh: bool = False,
 ) -> GainTable:
     """The gain table of a method for the evaluator's model, task and space.
 
-    `config` is for the methods that train, `batches` for those from gradients. What was made before is taken from the cache
+    `config` is for the methods that train, `batches` for those that use gradients. An existing table is taken from the cache
     unless `fresh`.
     """
     if method not in METHODS:

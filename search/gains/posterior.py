@@ -1,9 +1,9 @@
-"""What the measured values say about the gains: a Gaussian posterior over the table's entries, and draws from it.
+"""Update of the gains from measured values: a Gaussian posterior over the table's entries, and draws from it.
 
-The value of a placement is taken as b + s·(its summed table gain) + Σ over replaced layers of (stage effect + type effect + own
-effect) + noise, every effect Gaussian around 0 (b and s broadly). That is linear, so that the posterior is exact. A draw of the
-effects is a gain table, whose optimum under the budgets is the next proposal (Thompson sampling). The spread of the effects and of
-the noise are those of the highest marginal likelihood on a small grid.
+The value of a placement is modeled as b + s·(its summed table gain) + Σ over replaced layers of (stage effect + type effect + own
+effect) + noise, every effect Gaussian around 0 (b and s broadly). The model is linear, so the posterior is exact. A draw of the
+effects is a gain table, whose optimum under the budgets is the next proposal (Thompson sampling). The spreads of the effects and
+of the noise maximize the marginal likelihood on a small grid.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from surgeon.search.gains.gain import GainTable
 from surgeon.search.placement.problem import Floats, Ints
 from surgeon.search.space import Space
 
-_SPREADS = (0.03, 0.1, 0.3, 1.0)  # of one layer's own effect, where values have a standard deviation of 1
+_SPREADS = (0.03, 0.1, 0.3, 1.0)  # of one layer's own effect, for values with a standard deviation of 1
 _NOISES = (0.03, 0.1, 0.3, 0.6)
 _BROAD = 3.0
 
 
 class Posterior:
-    """Over the gains of a space, given placements (n, L) and their values (n,), higher being better."""
+    """Posterior over the gains of a space, given placements (n, L) and their values (n,), higher being better."""
 
     def __init__(self, space: Space, gains: GainTable, placements: Sequence[Ints], values: Sequence[float]) -> None:
         self.space = space
-        self._effects = _features(space, gains)  # (L, O, D): what an option of a layer adds to the features
+        self._effects = _features(space, gains)  # (L, O, D): features added by a layer's option
         chosen = np.array(placements, dtype=np.int64).reshape(len(values), len(space.layers))
         x = self._effects[np.arange(chosen.shape[1]), chosen].sum(axis=1)
         y = np.asarray(values, dtype=np.float64)
@@ -50,7 +50,7 @@ class Posterior:
         self._mean = cho_solve((self._factor, True), design.T @ target / self.noise**2)
 
     def draw(self, rng: np.random.Generator, spread: float = 1.0) -> Floats:
-        """Gains (L, O): the posterior mean plus `spread` times a draw from its uncertainty. Units are those of the values."""
+        """Gains (L, O): the posterior mean plus `spread` times a draw from its uncertainty, in the units of the values."""
         step = solve_triangular(self._factor, rng.standard_normal(len(self._mean)), lower=True, trans="T")
         weights = (self._mean + spread * step)[1:]
         gains: Floats = np.where(self.space.allowed, self._effects @ weights, 0.0) * self._scale
@@ -59,7 +59,7 @@ class Posterior:
 
 
 def _features(space: Space, gains: GainTable) -> Floats:
-    """(L, O, 1 + stages + types + L·(O - 1)): table gain, stage, type, and itself; nothing for "keep"."""
+    """(L, O, 1 + stages + types + L·(O - 1)): table gain, stage, type, and own effect; all zero for "keep"."""
     layers, options = space.allowed.shape
     stages = sorted({stage or "" for stage in space.stages})
     types = sorted(set(space.types[1:]))

@@ -1,18 +1,18 @@
-"""Gains by training: few-step probes, one-layer fine-tunes under successive halving, and grow-all-then-ablate.
+"""Gains by training: few-step probes, one-layer fine-tuning under successive halving, and grow-all-then-ablate.
 
-    probe      only the layer is trained, a few steps of the training's optimizer at its highest rates, as the option and as the
-               convolution it is; gain = difference of the losses on samples that neither saw
+    probe      only the layer is trained, for a few steps of the training's optimizer at its peak rates, with the option and
+               as the original convolution; gain = difference of the losses on held-out samples
     halving    the whole network is fine-tuned with one layer replaced, and unmodified; gain = difference of the task's primary
-               metric; after every round the worse half of the entries goes, and the others get twice the steps
-    ablation   all layers have the option at once and the network is fine-tuned; gain = what the primary metric loses when one layer
+               metric; after every round the worse half of the entries is dropped, and the rest get twice the steps
+    ablation   all layers have the option at once and the network is fine-tuned; gain = drop of the primary metric when one layer
                falls back to its plain convolution, which was trained in the same run
 
-Every entry is a mean over seeds; both sides of a difference have the same seed, and with it the same samples in the same order.
-The standard error is that of the mean over seeds. Higher is better whatever the metric.
+Every entry is a mean over seeds; both sides of a difference have the same seed, and so the same samples in the same order.
+The standard error is that of the mean over seeds. Higher is better for any metric.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,18 +27,17 @@ from surgeon.search.gains.gain import GainTable
 from surgeon.search.placement.problem import Floats, Ints
 from surgeon.search.space import Space
 from surgeon.surgery.rewrite import static
+from surgeon.util.progress import OnProgress
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune.batches import Draws, mixed, to_device
 from surgeon.zoo.finetune.optimizer import make_optimizer
 from surgeon.zoo.finetune.parameters import group_parameters, optimizer_groups
 from surgeon.zoo.tasks import Batch, Task
 
-Progress = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """`steps` of a training (of "halving" in its first round), over so many `seeds`; `batches` measure a probe's loss."""
+    """`steps` per training (for "halving", in its first round), number of `seeds`; `batches` measure a probe's loss."""
 
     steps: int = 20
     seeds: int = 2
@@ -52,7 +51,7 @@ class ProbeConfig:
 
 
 class _Values:
-    """Gains of entries by seed, and the table they make."""
+    """Gains of entries by seed, and the resulting table."""
 
     def __init__(self, space: Space, estimator: str, config: ProbeConfig) -> None:
         self.space, self.estimator, self.config = space, estimator, config
@@ -84,13 +83,13 @@ class _Values:
 
 
 def _seeds(evaluator: TrainingEvaluator, config: ProbeConfig) -> range:
-    """As many as asked for, from the training's own on."""
+    """The requested number of seeds, starting at the training's own."""
     first = evaluator.config.base.seed
     return range(first, first + config.seeds)
 
 
 def entries(space: Space) -> list[tuple[int, int]]:
-    """(layer, option) of all that may be replaced, by layer."""
+    """(layer, option) of all allowed replacements, by layer."""
     return [(int(i), int(j)) for i, j in zip(*np.nonzero(space.allowed), strict=True) if j]
 
 
@@ -104,8 +103,8 @@ def single(space: Space, layer: int, option: int) -> Ints:
 # --- few-step probes ----------------------------------------------------------------------------------------------
 
 
-def probe_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: Progress | None = None) -> GainTable:
-    """A few steps of one layer, as each of its options and as a convolution; normalization uses its running statistics."""
+def probe_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: OnProgress | None = None) -> GainTable:
+    """Train one layer for a few steps, with each option and as a convolution; normalization uses its running statistics."""
     space, values = evaluator.space, _Values(evaluator.space, "probe", config)
     batches = [_Batches(evaluator, config, seed) for seed in _seeds(evaluator, config)]
     todo = entries(space)
@@ -123,7 +122,7 @@ def probe_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: Pro
 
 
 class _Batches:
-    """The samples of one seed: `training` ones, and others that measure."""
+    """The samples of one seed: `training` ones, and held-out ones for measuring."""
 
     def __init__(self, evaluator: TrainingEvaluator, config: ProbeConfig, seed: int) -> None:
         self.seed, base = seed, evaluator.config.base
@@ -154,7 +153,7 @@ def _probe(evaluator: TrainingEvaluator, placement: Ints, layer: int, batches: _
     optimizer = make_optimizer(optimizer_groups(group_parameters(model), base), base)
     for group in optimizer.param_groups:
         group["lr"] *= group["lr_scale"]
-    # not even the global generators remember a probe
+    # a probe must not change even the global generators
     with torch.random.fork_rng():
         for step, batch in enumerate(batches.training):
             torch.manual_seed(mixed(batches.seed, "probe", step))
@@ -180,11 +179,11 @@ def _loss(model: nn.Module, task: Task, batches: Sequence[Batch], device: torch.
     return total / count
 
 
-# --- one-layer fine-tunes under successive halving ----------------------------------------------------------------
+# --- one-layer fine-tuning under successive halving ---------------------------------------------------------------
 
 
-def halving_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: Progress | None = None) -> GainTable:
-    """Whole fine-tunes with one layer replaced; an entry's gain is that of the last round it was in."""
+def halving_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: OnProgress | None = None) -> GainTable:
+    """Fine-tune the whole network with one layer replaced; an entry's gain is that of its last round."""
     values = _Values(evaluator.space, "halving", config)
     short = _with_steps(evaluator, config.steps)
     left, rung, seeds = entries(evaluator.space), 0, _seeds(evaluator, config)
@@ -211,7 +210,7 @@ def _with_steps(evaluator: TrainingEvaluator, steps: int) -> TrainingEvaluator:
 
 
 def _value(evaluator: TrainingEvaluator, placement: Ints, rung: int, seed: int) -> float:
-    """The primary metric after a fine-tune, higher being better."""
+    """The primary metric after fine-tuning, higher being better."""
     value = evaluator.train(placement, rung=rung, seed=seed).metrics[evaluator.task.primary]
     return float(value if evaluator.task.higher_is_better else -value)
 
@@ -219,8 +218,8 @@ def _value(evaluator: TrainingEvaluator, placement: Ints, rung: int, seed: int) 
 # --- grow all, then ablate ----------------------------------------------------------------------------------------
 
 
-def ablation_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: Progress | None = None) -> GainTable:
-    """One fine-tune an option and seed, with the option in all layers that may have it; then one layer at a time without it."""
+def ablation_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: OnProgress | None = None) -> GainTable:
+    """One fine-tuning run per option and seed, with the option in all allowed layers; then with one layer at a time without it."""
     space, task = evaluator.space, evaluator.task
     values = _Values(space, "ablation", config)
     short, sign = _with_steps(evaluator, config.steps), 1.0 if task.higher_is_better else -1.0
@@ -250,7 +249,7 @@ def _metric(model: nn.Module, evaluator: TrainingEvaluator) -> float:
 
 
 def training_batches(task: Task, count: int, size: int, seed: int) -> list[Batch]:
-    """So many training batches of equal size, without the batch's own augmentation."""
+    """`count` training batches of equal size, without batch augmentation."""
     samples = task.dataset("train")
     draws = _first(Draws(len(samples), size, seed=seed, start=0), count)
     return [task.collate([samples[d] for d in batch]) for batch in draws]

@@ -1,12 +1,12 @@
-"""The noisy quadratic model of a short training: what its own steps do to the loss, the gradients' noise included.
+"""The noisy quadratic model of a short training: the effect of its own steps on the loss, including gradient noise.
 
-Around the converted network the loss is taken as m·x + ½ xᵀHx in a layer's new parameters x, with m the mean gradient and H the
-empirical Fisher matrix, n times the covariance V of the gradients of batches of n samples. In the eigenvectors of V, which the
-gradients of a few batches give, every coordinate walks alone: its mean and its variance after the training's steps (rates,
-schedule, momentum) are exact, and with them the expected decrease of the loss. Steps that overshoot or only add noise make it
-negative, and decide in short trainings. An optimizer that scales its steps by the gradients' size (Adam) walks the same way in
-coordinates scaled by (E g²)^¼. The model has no bound and a loss has: predictions are compressed by asinh, which leaves small ones
-alone. After Zhang et al., "Which Algorithmic Choices Matter at Which Batch Sizes? Insights From a Noisy Quadratic Model" (2019).
+Around the converted network the loss is modeled as m·x + ½ xᵀHx in a layer's new parameters x, with m the mean gradient and H the
+empirical Fisher matrix, n times the covariance V of the gradients of batches of n samples. In the eigenvectors of V, which follow
+from the gradients of a few batches, the coordinates are independent: mean and variance after the training's steps (rates,
+schedule, momentum) are exact, and so is the expected decrease of the loss. Steps that overshoot or only add noise make it
+negative, and dominate short trainings. An optimizer that scales its steps by the gradients' size (Adam) behaves the same in
+coordinates scaled by (E g²)^¼. The model is unbounded but a loss is not: predictions are compressed by asinh, which barely changes
+small ones. Zhang et al., "Which Algorithmic Choices Matter at Which Batch Sizes? Insights From a Noisy Quadratic Model" (2019).
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ import torch
 from surgeon.search.placement.problem import Floats
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.finetune.parameters import ROLES, Group
-from surgeon.zoo.finetune.schedule import Plan, Rates
+from surgeon.zoo.finetune.schedule import Rates, RunPlan
 
-_LINEAR = ("sgd", "momentum", "nesterov")  # optimizers of timm whose steps are sums of gradients
-_DIVERGED = 1e9  # of a displacement per unit of gradient: no training comes back from there
+_LINEAR = ("sgd", "momentum", "nesterov")  # timm optimizers whose steps are sums of gradients
+_DIVERGED = 1e9  # displacement per unit of gradient from which no training recovers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Walk:
-    """The steps of new parameters in a training: learning rates by step, momentum, batches a step.
+    """Steps of the new parameters in a training: learning rates by step, momentum, batches per step.
 
     `adaptive`: steps are scaled by the size of each parameter's gradients.
     """
@@ -37,32 +37,32 @@ class Walk:
 
 
 def walk_of(config: FinetuneConfig, samples: int) -> Walk:
-    """The steps of a training on so many samples. Clipping, weight decay and what Nesterov adds are left out."""
-    # no parameters: only the plan's lengths are wanted
-    plan = Plan.make(config, samples, [Group(role, True, {}) for role in ROLES])
+    """The steps of a training on this many samples. Clipping, weight decay and Nesterov's correction are ignored."""
+    # no parameters: only the plan's lengths are needed
+    plan = RunPlan.make(config, samples, [Group(role, True, {}) for role in ROLES])
     group = {"params": [torch.zeros(1)], "lr_scale": config.new_lr_scale, "role": "new"}
     rates = Rates(torch.optim.SGD([group], lr=config.lr), config, plan)
     moves = [rates.set(step)["new"] if "new" in plan.active(step) else 0.0 for step in range(plan.total)]
     adaptive = config.opt not in _LINEAR
-    # Adam's average is normalized: it delays a gradient's step, and does not lengthen it
+    # Adam's average is normalized: it delays a gradient's step but does not lengthen it
     momentum = 0.0 if adaptive else config.momentum
     return Walk(rates=tuple(moves), momentum=momentum, accumulate=config.accumulate, adaptive=adaptive)
 
 
 def scaled(gradients: Floats) -> Floats:
-    """(B, P) gradients in the coordinates in which the steps of an adaptive optimizer are plain ones."""
+    """(B, P) gradients in the coordinates in which an adaptive optimizer's steps are plain ones."""
     size = np.mean(gradients * gradients, axis=0)
     found: Floats = gradients * np.where(size > 0, size, np.inf) ** -0.25
     return found
 
 
 def decrease(gram: Floats, walk: Walk, samples: int) -> float:
-    """The expected decrease, compressed; from the (B, B) inner products of the gradients of B >= 3 batches of so many samples.
+    """The expected decrease, compressed, from the (B, B) inner products of the gradients of B >= 3 batches of `samples` each.
 
-    Directions in which the batches do not differ are left out: nothing is known of their curvature.
+    Directions in which the batches do not differ are left out: their curvature is unknown.
     """
     if not np.isfinite(gram).all():
-        return float("nan")  # the gain table says so; the eigenvalues of such a matrix are an error
+        return float("nan")  # rejected by the gain table; such a matrix has no eigenvalues
     count = len(gram)
     centered = gram - gram.mean(axis=0) - gram.mean(axis=1)[:, None] + gram.mean()
     values, vectors = np.linalg.eigh(centered)
@@ -70,7 +70,7 @@ def decrease(gram: Floats, walk: Walk, samples: int) -> float:
     if not kept.any() or values[-1] <= 0:
         return 0.0
     variance: Floats = values[kept] / (count - 1)
-    # the coordinates of the mean gradient
+    # coordinates of the mean gradient
     toward = (gram.mean(axis=1) - gram.mean()) @ vectors[:, kept] / np.sqrt(values[kept])
     mean, spread = _end(samples * variance, variance / walk.accumulate, walk)
     square = toward**2 - variance / count  # unbiased
@@ -79,7 +79,7 @@ def decrease(gram: Floats, walk: Walk, samples: int) -> float:
 
 
 def _end(curvature: Floats, noise: Floats, walk: Walk) -> tuple[Floats, Floats]:
-    """Displacement per unit of mean gradient, and variance of the displacement, after all steps; coordinate by coordinate."""
+    """Displacement per unit of mean gradient, and variance of the displacement, after all steps, per coordinate."""
     speed, place = np.zeros_like(curvature), np.zeros_like(curvature)
     place_place, place_speed, speed_speed = np.zeros_like(noise), np.zeros_like(noise), np.zeros_like(noise)
     for rate in walk.rates:

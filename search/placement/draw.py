@@ -1,4 +1,4 @@
-"""Feasible placements without a solver: random ones, and the repair of infeasible ones. Seeded, exact, and never over budget."""
+"""Feasible placements without a solver: random ones, and repairs of infeasible ones. Seeded, exact, never over budget."""
 
 import numpy as np
 
@@ -9,9 +9,9 @@ from surgeon.search.placement.problem import FREE, Floats, Ints, Problem
 def random_placement(problem: Problem, rng: np.random.Generator) -> Ints | None:
     """A feasible placement; None if there is none.
 
-    How many layers are replaced is drawn first, uniformly, so that small and large placements are equally likely; then which,
-    and by what. Over budget, random ones of them become a random cheaper option until it fits. Where not even the unmodified
-    model fits, it is the optimum of random gains.
+    The number of replaced layers is drawn first, uniformly, so that small and large placements are equally likely; then the layers
+    and their options. If over budget, random layers get a random cheaper option until it fits. If not even the unmodified
+    model fits, the result is the optimum of random gains.
     """
     layers = problem.shape[0]
     if not problem.feasible(np.zeros(layers, dtype=np.int64))[0]:
@@ -28,7 +28,7 @@ def random_placement(problem: Problem, rng: np.random.Generator) -> Ints | None:
         if (total <= problem.limits).all():
             break
         total += _make_cheaper(problem, placement, layer, total, rng)
-    for layer in order:  # the cheaper options together are still too much
+    for layer in order:  # the cheaper options together are still over budget
         if (total <= problem.limits).all():
             break
         total -= problem.rows[layer, placement[layer]]
@@ -37,7 +37,7 @@ def random_placement(problem: Problem, rng: np.random.Generator) -> Ints | None:
 
 
 def _make_cheaper(problem: Problem, placement: Ints, layer: int, total: Ints, rng: np.random.Generator) -> Ints:
-    """Give a layer a random option that is at most as far over the limits as the one it has; the change of the totals."""
+    """Give a layer a random option at most as far over the limits as its current one; returns the change of the totals."""
     rows = problem.rows[layer]
     over = np.maximum(total - rows[placement[layer]] + rows - problem.limits, 0)
     worse = (over / _scale(problem)).sum(axis=1)
@@ -53,8 +53,8 @@ def _make_cheaper(problem: Problem, placement: Ints, layer: int, total: Ints, rn
 def repair(problem: Problem, placement: Ints, gains: Floats) -> Ints | None:
     """A feasible placement near an infeasible one; None if there is none.
 
-    Greedy: the change of one layer that loses the least gain for what it takes off the excess, until nothing is over; then, where
-    room is left, nothing is added. Where no single change helps, the feasible placement that differs in the fewest layers.
+    Greedy: repeatedly the change of one layer that loses the least gain per unit of excess removed, until nothing is over; leftover
+    room is not used. If no single change helps, the feasible placement that differs in the fewest layers.
     """
     result = placement.copy()
     result[~problem.allowed[np.arange(len(result)), result]] = 0
@@ -73,7 +73,7 @@ def repair(problem: Problem, placement: Ints, gains: Floats) -> Ints | None:
         if not helps.any():
             return closest(problem, result)
         lost = gains[index, result][:, None] - gains
-        # first what loses nothing (by relief), then what loses least for its relief
+        # first changes that lose nothing (by relief), then those that lose least per relief
         price = np.where(
             helps, np.where(lost <= 0, -relief, np.maximum(lost, 0) / np.where(helps, relief, 1.0)), np.inf
         )
@@ -84,7 +84,7 @@ def repair(problem: Problem, placement: Ints, gains: Floats) -> Ints | None:
 
 
 def _drop_to_count(problem: Problem, placement: Ints, gains: Floats) -> None:
-    """Keep only the `max_layers` replacements of the highest gains."""
+    """Keep only the `max_layers` replacements with the highest gains."""
     if problem.max_layers is None:
         return
     replaced = np.flatnonzero(placement)
@@ -93,6 +93,6 @@ def _drop_to_count(problem: Problem, placement: Ints, gains: Floats) -> None:
 
 
 def _scale(problem: Problem) -> Floats:
-    """What excess is measured in: the limits, or 1 where there are none."""
+    """The unit of excess for each row: its limit, or 1 if it has none."""
     scale: Floats = np.maximum(np.abs(np.where(problem.limits == FREE, 1, problem.limits)), 1).astype(np.float64)
     return scale

@@ -1,4 +1,4 @@
-"""Placements by integer programming: the best under all budgets, several different ones, the front over a budget, the nearest."""
+"""Placements by integer programming: the best under all budgets, several diverse ones, the front over a budget, the nearest."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from surgeon.errors import ConfigError
 from surgeon.search.placement.problem import FREE, Floats, Ints, Problem
 from surgeon.search.placement.solver import Program, minimize
 
-GAP = 1e-6  # relative, of an optimum's gain
+GAP = 1e-6  # relative, for an optimum's gain
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Point:
-    """One placement of a front: what it costs of the resource that was swept, and its gain."""
+    """One placement of a front: its cost in the swept resource, and its gain."""
 
     placement: Ints
     cost: int
@@ -44,14 +44,14 @@ def optimum(
     gap: float = GAP,
     rough: bool = False,
 ) -> Ints | None:
-    """The placement of the highest summed gain that is within all limits; None if there is none.
+    """The placement with the highest summed gain within all limits; None if there is none.
 
     Args:
-        gains: (L, O), finite; those of option 0 are what leaving a layer as it is gains, normally 0.
-        cuts: placements to stay away from.
-        at_least: replace at least so many layers.
-        gap: how far, relatively, the gain may be from the highest one.
-        rough: quickly, and nearly always within one per cent of the highest gain; for gains that are guesses anyway.
+        gains: (L, O), finite; those of option 0 are the gains of keeping a layer, normally 0.
+        cuts: placements to keep a distance from.
+        at_least: minimum number of replaced layers.
+        gap: allowed relative distance of the gain from the optimum.
+        rough: fast, and nearly always within one percent of the optimum; for gains that are rough estimates anyway.
     """
     if gains.shape != problem.shape or not np.isfinite(gains[problem.allowed]).all():
         raise ConfigError(f"gains must be finite numbers {problem.shape}, got {gains.shape}")
@@ -71,7 +71,7 @@ def optimum(
 
 
 def diverse(problem: Problem, gains: Floats, count: int, *, distance: int = 1, gap: float = GAP) -> list[Ints]:
-    """Up to `count` placements, best first, each at least `distance` layers away from those before it."""
+    """Up to `count` placements, best first, each at least `distance` layers from those before it."""
     found: list[Ints] = []
     while len(found) < count:
         placement = optimum(problem, gains, cuts=[Cut(p, distance) for p in found], gap=gap)
@@ -83,7 +83,7 @@ def diverse(problem: Problem, gains: Floats, count: int, *, distance: int = 1, g
 
 
 def front(problem: Problem, gains: Floats, resource: str, points: int = 10) -> list[Point]:
-    """The Pareto front of gain against one resource, by a sweep of its budget up to its limit (or what the optimum costs)."""
+    """The Pareto front of gain against one resource, from a sweep of its budget up to its limit (or the optimum's cost)."""
     best = optimum(problem, gains)
     if best is None:
         return []
@@ -109,9 +109,9 @@ def closest(problem: Problem, placement: Ints) -> Ints | None:
 
 
 def nearest(problem: Problem, *, at_least: int = 0) -> dict[str, int]:
-    """What each limited resource would have to be: the costs of the placement that exceeds the limits by the least factor.
+    """The required limits: the costs of the placement that exceeds the current limits by the smallest factor.
 
-    The same factor for all, so that one placement meets all of these numbers at once.
+    The factor is shared by all resources, so one placement meets all of these numbers at once.
     """
     layers, options = np.nonzero(problem.allowed & (np.arange(problem.shape[1]) > 0))
     limited = np.flatnonzero(problem.limits != FREE)
@@ -138,7 +138,7 @@ def nearest(problem: Problem, *, at_least: int = 0) -> dict[str, int]:
 
 
 def smallest(problem: Problem, resource: str) -> int:
-    """The least that any placement costs of a resource, whatever the other limits."""
+    """The lowest cost of any placement in a resource, regardless of the other limits."""
     alone = problem.limited(dict.fromkeys(dict.fromkeys(problem.names)) | {resource: 1})
     return nearest(alone)[resource]
 
@@ -148,7 +148,7 @@ def _choices(problem: Problem, gains: Floats, all_of_them: bool) -> tuple[Ints, 
     useful = problem.allowed.copy()
     useful[:, 0] = False
     if not all_of_them:
-        # what neither gains nor saves anything is never better than to keep the layer
+        # an option that neither gains nor saves anything is never better than keeping the layer
         saves = (problem.rows[:, :, problem.limits != FREE] < 0).any(axis=2)
         useful &= (gains > gains[:, :1]) | saves
     layers, options = np.nonzero(useful)
@@ -158,7 +158,7 @@ def _choices(problem: Problem, gains: Floats, all_of_them: bool) -> tuple[Ints, 
 def _fixed_rows(
     problem: Problem, layers: Ints, options: Ints, cuts: Sequence[Cut], at_least: int
 ) -> tuple[sparse.csr_matrix, Floats]:
-    """One option a layer, the number of replaced layers, and the cuts."""
+    """One option per layer, the number of replaced layers, and the cuts."""
     n = len(layers)
     parts = [sparse.csr_matrix((np.ones(n), (layers, np.arange(n))), shape=(problem.shape[0], n))]
     upper = [1.0] * problem.shape[0]
@@ -169,7 +169,7 @@ def _fixed_rows(
         parts.append(sparse.csr_matrix(np.full((1, n), -1.0)))
         upper.append(-float(at_least))
     for cut in cuts:
-        # layers that agree: those kept there and here (1 minus the layer's sum), and those with the same option
+        # layers that agree: those kept in both (1 minus the layer's sum), and those with the same option
         there = cut.placement[layers]
         row = np.where(there == 0, -1.0, (options == there).astype(np.float64))
         parts.append(sparse.csr_matrix(row[None]))

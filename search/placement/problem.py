@@ -1,10 +1,10 @@
-"""The placement problem in numbers: what every option of every layer costs, and what all of them may cost together.
+"""The placement problem in numbers: the cost of every option of every layer, and the limits on their sums.
 
 L layers, O options (0 is "keep"), K rows. A row is a resource that adds up: FLOPs, parameters, or the bytes alive in one window of
-a training step. Memory is a maximum of sums (`surgeon.costs.table`), so that its limit holds for each of its rows.
+a training step. Memory is a maximum of sums (`surgeon.costs.table`), so its limit applies to each of its rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,22 +17,22 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-FREE = 2**62  # the limit of a row that has none
+FREE = 2**62  # limit of an unlimited row
 RESOURCES = ("flops", "params", "memory")
 
 
 class InfeasibleError(SurgeonError):
-    """No placement is within the budgets; the message has the nearest numbers that are."""
+    """No placement is within the budgets; the message has the nearest feasible numbers."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Rows with limits. `rows` (L, O, K) are differences to leaving a layer as it is, `base` (K,) the unmodified model's costs.
+    """Rows with limits. `rows` (L, O, K) are differences from the unmodified layer, `base` (K,) the unmodified model's costs.
 
     A placement p (L,) is feasible if base + rows[l, p_l].sum(over l) <= limits, every p_l is allowed, and at most
-    `max_layers` of them are not 0. All numbers are whole, so that sums are exact.
+    `max_layers` of them are not 0. All numbers are integers, so sums are exact.
     """
 
     allowed: Bools
@@ -51,7 +51,7 @@ class Problem:
             or self.limits.shape != (n_rows,)
         ):
             raise ConfigError(
-                f"a problem of {layers} layers, {options} options and {n_rows} rows cannot have rows {self.rows.shape}, "
+                f"a problem of {layers} layers, {options} options and {n_rows} rows does not match rows {self.rows.shape}, "
                 f"base {self.base.shape} and limits {self.limits.shape}"
             )
         if not self.allowed[:, 0].all() or self.rows[:, 0].any():
@@ -74,7 +74,7 @@ class Problem:
         return result
 
     def costs(self, placement: Any) -> dict[str, int]:
-        """What one placement costs, by resource; of memory the highest window."""
+        """Costs of one placement by resource; for memory, of the highest window."""
         total = self.totals(placement)[0]
         return {name: int(total[self.of(name)].max()) for name in dict.fromkeys(self.names)}
 
@@ -92,7 +92,7 @@ class Problem:
         return fits
 
     def limited(self, limits: Mapping[str, int | None]) -> "Problem":
-        """The same problem with other limits of the named resources; None takes a limit away."""
+        """The same problem with other limits on the named resources; None removes a limit."""
         unknown = sorted(name for name, limit in limits.items() if limit is not None and name not in self.names)
         if unknown:
             raise ConfigError(f"there is no resource {unknown[0]!r}; there are {', '.join(dict.fromkeys(self.names))}")
@@ -102,14 +102,14 @@ class Problem:
         return replace(self, limits=new)
 
     def limit(self, name: str) -> int | None:
-        """The limit of a resource, None where it has none."""
+        """The limit of a resource, None if it has none."""
         found = int(self.limits[self.of(name)].min())
         return None if found == FREE else found
 
     def used(self, share: float) -> "Problem":
-        """The problem with only a share (0 to 1) of what the limits leave above the unmodified model."""
+        """The problem with only a share (0 to 1) of the room between the unmodified model and the limits."""
         room = np.where(self.limits == FREE, 0, np.maximum(self.limits - self.base, 0))
-        # a window's room counts from the peak: half of the memory budget is half-way from the unmodified model's peak
+        # a window's room is counted from the peak: half of the memory budget is halfway from the unmodified model's peak
         memory = self.of("memory")
         if len(memory):
             room[memory] = np.where(
@@ -119,7 +119,7 @@ class Problem:
         return replace(self, limits=np.where(self.limits == FREE, FREE, self.limits - cut))
 
     def lean(self) -> "Problem":
-        """Without the rows that no placement can bring to their limits."""
+        """The problem without rows that no placement can bring to their limits."""
         highest = self.base + np.where(self.allowed[..., None], self.rows, 0).max(axis=1).sum(axis=0)
         kept = np.flatnonzero(highest > self.limits)
         return replace(
@@ -162,9 +162,9 @@ def make_problem(
 
 
 def of_table(table: Any, limits: Mapping[str, int | None], max_layers: int | None = None) -> Problem:
-    """The problem of a `surgeon.costs.CostTable`. Limits: "flops" for one image, "params", "memory" in bytes at the peak.
+    """The problem of a `surgeon.costs.CostTable`. Limits: "flops" per image, "params", "memory" in bytes at the peak.
 
-    FLOPs are rounded up to whole ones, so that no sum is under-estimated.
+    FLOPs are rounded up to integers, so that no sum is underestimated.
     """
     shape = (len(table.layers), len(table.options))
     columns = {name: np.zeros(shape, dtype=np.int64) for name in ("flops", "params")}
@@ -183,8 +183,3 @@ def of_table(table: Any, limits: Mapping[str, int | None], max_layers: int | Non
         memory=table.memory,
         max_layers=max_layers,
     )
-
-
-def as_placement(values: Sequence[int] | Ints) -> Ints:
-    """A placement (L,) from any sequence of option numbers."""
-    return np.asarray(values, dtype=np.int64)

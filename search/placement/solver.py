@@ -1,4 +1,4 @@
-"""`scipy.optimize.milp`, made quiet, exact on whole numbers, and given rows only as they are needed."""
+"""`scipy.optimize.milp`, silenced, exact on integers, with rows added only as needed."""
 
 import ctypes
 import os
@@ -16,17 +16,17 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from surgeon.search.placement.problem import Bools, Floats, Ints
 
 _LOCK = threading.Lock()
-_CORE = 45  # variables of the first, restricted program
-_NODES = 20_000  # a limit that does not depend on the machine's speed: the same question has the same answer
+_CORE = 45  # variables in the first, restricted program
+_NODES = 20_000  # a limit independent of the machine's speed, so that results are reproducible
 _ROUGH_NODES = 50
 _TIGHTEN = 1e-9
 
 
 @dataclass
 class Program:
-    """maximize values @ x over x in {0, 1}ⁿ with fixed rows, and pool rows that are added once a solution breaks them.
+    """maximize values @ x over x in {0, 1}ⁿ with fixed rows, and pool rows that are added once a solution violates them.
 
-    `matrix @ x <= upper` always; `pool @ x <= room` is checked, in whole numbers, on every solution.
+    `matrix @ x <= upper` always; `pool @ x <= room` is checked, in integers, on every solution.
     """
 
     values: Floats
@@ -41,8 +41,8 @@ class Program:
     def solve(self, gap: float, *, rough: bool = False) -> Bools | None:
         """The best x, up to the relative `gap`; None if there is none.
 
-        First the linear relaxation with its pool rows, then a small program of the variables it finds undecided, then the
-        whole one without the variables that its duals rule out. `rough` is content with the small program's answer.
+        First the linear relaxation with its pool rows, then a small program of the variables left fractional, then the
+        whole program without the variables ruled out by its duals. `rough` accepts the small program's answer.
         """
         n = len(self.values)
         if n == 0:
@@ -71,7 +71,7 @@ class Program:
         return better
 
     def _relax(self) -> tuple[float, Floats, Floats] | None:
-        """Bound, solution and reduced costs of the linear relaxation; a variable that is worth less has a positive one."""
+        """Bound, solution and reduced costs of the linear relaxation; a variable worth less has a positive reduced cost."""
         while True:
             matrix, upper = self._rows()
             solved = linprog(-self.values, A_ub=matrix, b_ub=upper, bounds=(0, 1), method="highs")
@@ -107,7 +107,7 @@ class Program:
                 self.active.append(over)
             elif len(free) == 0 or self.tightened.get(over, 0.0) > 1e-3:
                 return None
-            else:  # the solver's tolerance, not the whole numbers, let it through
+            else:  # accepted by the solver's tolerance, not by integer arithmetic
                 self.tightened[over] = max(self.tightened.get(over, 0.0) * 4, _TIGHTEN)
 
     def _rows(self) -> tuple[Any, Floats]:
@@ -122,7 +122,7 @@ class Program:
         return matrix, np.concatenate([self.upper, room])
 
     def _worst(self, x: Floats) -> int | None:
-        """The pool row that a fractional solution breaks most and that is not active yet."""
+        """The inactive pool row most violated by a fractional solution."""
         over = self.pool @ x - self.room
         relative = over / np.maximum(np.abs(self.pool).max(axis=1, initial=1), 1)
         relative[self.active] = -1.0
@@ -130,7 +130,7 @@ class Program:
         return worst if worst >= 0 and relative[worst] > 1e-7 else None
 
     def _broken(self, chosen: Bools) -> int | None:
-        """The pool row that a whole solution breaks most, in exact arithmetic."""
+        """The pool row most violated by an integer solution, in exact arithmetic."""
         over = self.pool[:, chosen].sum(axis=1) - self.room
         if not len(over) or over.max() <= 0:
             return None
@@ -165,7 +165,7 @@ def _quiet_milp(*args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def _no_native_output() -> Iterator[None]:
-    """HiGHS 1.12 prints a debugging line to the process's stdout, whatever it is told (ERGO-Code/HiGHS issue 2783)."""
+    """HiGHS 1.12 prints a debugging line to the process's stdout regardless of options (ERGO-Code/HiGHS issue 2783)."""
     with _LOCK:
         try:
             sys.stdout.flush()
@@ -182,7 +182,7 @@ def _no_native_output() -> Iterator[None]:
             yield
         finally:
             if native is not None:
-                native.fflush(None)  # what the solver left in its buffer must not come out later
+                native.fflush(None)  # the solver's buffered output must not appear later
             os.dup2(kept, 1)
             os.close(kept)
             os.close(null)

@@ -1,1 +1,1 @@
-"""A search in text, figures and pages."""
+"""Results of a search as text, figures and pages."""

@@ -1,4 +1,4 @@
-"""Pictures of gains and of searches, as matplotlib figures without a window."""
+"""Plots of gains and searches, as matplotlib figures without a window."""
 
 import io
 from collections.abc import Sequence
@@ -32,19 +32,19 @@ def new_figure(width: float, height: float, title: str) -> tuple[Figure, Any]:
 
 
 def png(figure: Figure) -> bytes:
-    """The picture."""
+    """The figure as PNG bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": "surgeon"})
     return buffer.getvalue()
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """To a file. Raises `ConfigError`."""
+    """Write a figure to a file. Raises `ConfigError`."""
     write_bytes(path, png(figure), ConfigError)
 
 
 def gain_bars(gains: GainTable) -> Figure:
-    """A group of bars a layer, one an option, with the standard errors."""
+    """A group of bars per layer, one bar per option, with standard errors."""
     layers, options = len(gains.layers), len(gains.options) - 1
     figure, axes = new_figure(
         max(6.0, 0.16 * layers * options + 2), 4.0, f"gain by layer ({gains.estimator}), ± standard error"
@@ -83,12 +83,12 @@ def pareto(found: Finished) -> Figure:
         axes.scatter(*_columns(own), s=24, color=COLOURS[number % len(COLOURS)], label=source, zorder=3)
     axes.plot(*_columns(front(points, higher=found.higher_is_better)), color=INK, linewidth=0.8)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.1%}")
-    _label(axes, "FLOPs of an image, beside the original", found.about["task"]["primary"], legend=bool(done))
+    _label(axes, "FLOPs per image, relative to the original", found.about["task"]["primary"], legend=bool(done))
     return figure
 
 
 def front(points: Sequence[tuple[float, float]], *, higher: bool) -> list[tuple[float, float]]:
-    """The points that no other one beats in both, by cost."""
+    """The points not dominated by another one, sorted by cost."""
     sign = 1.0 if higher else -1.0
     kept: list[tuple[float, float]] = []
     for cost, value in sorted(points, key=lambda point: (point[0], -sign * point[1])):
@@ -118,7 +118,7 @@ def placement_map(found: Finished) -> Figure:
 
 
 def expected_against_measured(found: Finished) -> Figure:
-    """The gain that the table expected, and the value."""
+    """The gain expected by the table against the measured value."""
     rank = rank_correlation(found)
     told = "" if rank is None else f"; rank correlation {rank:.2f}"
     figure, axes = new_figure(6, 4, f"expected gain ({found.about['gains']}) and measured value{told}")
@@ -130,8 +130,8 @@ def expected_against_measured(found: Finished) -> Figure:
 
 
 def budget_figure(found: Finished) -> Figure:
-    """What every trial used of every limit, and what the original does."""
-    figure, axes = new_figure(6, 4, "cost of the trials as a part of the limit; red: over budget, not trained")
+    """The share of each limit used by every trial, and by the original."""
+    figure, axes = new_figure(6, 4, "cost of the trials as a fraction of the limit; red: over budget, not trained")
     limits = {name: limit for name, limit in found.about["limits"].items() if limit}
     for row, (name, limit) in enumerate(limits.items()):
         axes.plot([found.about["original"][name] / limit] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=1)
@@ -143,18 +143,18 @@ def budget_figure(found: Finished) -> Figure:
     axes.set_yticks(range(len(limits)), list(limits), fontsize=8)
     axes.set_ylim(-0.6, max(len(limits), 1) - 0.4)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    _label(axes, "part of the limit; the stroke is the original", "")
+    _label(axes, "fraction of the limit; the line is the original", "")
     return figure
 
 
 def _cost(one: Record, name: str) -> int | None:
-    """What a trial costs by a whole trace; of memory what a device must have."""
+    """A trial's cost from a whole trace; for memory, the device's total need."""
     traced = one.attributes.get("traced") or {}
     return traced.get("needed" if name == "memory" else name)
 
 
 def convergence(found: Finished, other: Finished | None = None) -> Figure:
-    """Best so far by evaluation; of random placements what there is: those of this search, or another search."""
+    """Best so far by evaluation; for random placements, those of this search or of another one."""
     figure, axes = new_figure(6, 4, "best so far")
     best = best_so_far(found)
     axes.step(range(1, len(best) + 1), best, where="post", color=COLOURS[0], label=str(found.about["sampler"]))
@@ -176,7 +176,7 @@ def convergence(found: Finished, other: Finished | None = None) -> Figure:
 
 
 def best_so_far(found: Finished) -> list[float]:
-    """The best value after each evaluation; pruned ones count, and change nothing."""
+    """The best value after each evaluation; pruned ones count but change nothing."""
     pick = max if found.higher_is_better else min
     curve: list[float] = []
     for one in found.records:
@@ -191,7 +191,7 @@ def best_so_far(found: Finished) -> list[float]:
 
 
 def finals_figure(found: Finished) -> Figure:
-    """The arms of the last stage: mean, standard deviation, every seed."""
+    """The arms of the final stage: mean, standard deviation, every seed."""
     figure, axes = new_figure(6, 4, "finals: mean ± standard deviation over seeds, and every seed")
     arms = [arm for arm in (found.finals or {"arms": []})["arms"] if arm["values"]]
     for place, arm in enumerate(arms):

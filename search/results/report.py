@@ -1,4 +1,4 @@
-"""A search as one HTML page that needs nothing beside it, and its pictures as PNGs, for papers."""
+"""A search as one self-contained HTML page, and its plots as PNG files for papers."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ Other = Finished | None
 
 
 def write_report(found: Finished, folder: Path, other: Other = None) -> Path:
-    """Write `report.html` and the PNGs; returns the page. Raises `ConfigError` where nothing was evaluated yet."""
+    """Write `report.html` and the PNGs; returns the page. Raises `ConfigError` if nothing was evaluated yet."""
     if not found.ranked():
         raise ConfigError(f"no trial of {found.folder.path} is complete yet: there is nothing to report")
     pictures = {
@@ -59,9 +59,9 @@ def _page(found: Finished, gains: GainTable | None, other: Other) -> str:
     ]
     body += [pages.grid(drawn), report_figures.placements(found)]
     if found.finals is not None:
-        how = "The best of the search in full, with several seeds, beside the unmodified model and a random placement."
+        how = "The best of the search in full, with several seeds, against the unmodified model and a random placement."
         body.append(pages.section("Finals", how, _finals(found)))
-    body.append(pages.section("Best trials", "Costs are beside the unmodified model's.", _best(found)))
+    body.append(pages.section("Best trials", "Costs are relative to the unmodified model's.", _best(found)))
     body.append(pages.section("What was asked", "", pages.rows([], _facts(found, values))))
     return pages.page(title, body)
 
@@ -72,7 +72,7 @@ def _facts(found: Finished, values: Mapping[str, Any]) -> list[list[str]]:
     return [
         ["budgets", str(values["budgets"])],
         ["trials", ", ".join(f"{count} {state}" for state, count in values["trials"].items())],
-        ["steps a trial", str(found.about["steps"])],
+        ["steps per trial", str(found.about["steps"])],
         ["sampler, seed", f"{found.about['sampler']}, {found.about['seed']}"],
         ["gains", str(found.about["gains"])],
         ["rank correlation of the gains with the values", "-" if rank is None else f"{rank:.2f}"],
@@ -84,7 +84,7 @@ def _facts(found: Finished, values: Mapping[str, Any]) -> list[list[str]]:
 
 
 def sentences(found: Finished) -> list[str]:
-    """What was found, whether it is better than doing nothing and by how much beside its error, and what it costs."""
+    """The findings: whether it is better than no conversion, by how much with which error, and what it costs."""
     told = _of_finals(found) or _of_trials(found)
     values = [value for one in found.ranked() if (value := found.value(one)) is not None]
     if len(values) > 1 and max(values) == min(values):

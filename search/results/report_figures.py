@@ -1,4 +1,4 @@
-"""The figures of a search's page: what is drawn, with a heading in words and how to read it."""
+"""The figures of a search's page: each with a heading and a sentence on how to read it."""
 
 import statistics
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def placed(placement: Mapping[str, str]) -> str:
 
 
 def told(found: Finished, one: Record) -> str:
-    """What hovering over a trial shows."""
+    """Tooltip of a trial."""
     primary = found.about["task"]["primary"]
     costs = f"{relative(found, one, 'flops')} FLOPs, {relative(found, one, 'params')} parameters"
     return f"trial {one.number} ({one.source}): {primary} {_value(found, one):.5g}, {costs}\n{placed(one.placement)}"
@@ -49,7 +49,12 @@ def front(found: Finished) -> str:
     ]
     best = figures.front([(mark.x, mark.y) for mark in marks], higher=found.higher_is_better)
     drawn = pages.chart(
-        marks, across="FLOPs beside the original", up=_primary(found), groups=sources, lines=[(best, 7)], percent=True
+        marks,
+        across="FLOPs relative to the original",
+        up=_primary(found),
+        groups=sources,
+        lines=[(best, 7)],
+        percent=True,
     )
     way = "higher" if found.higher_is_better else "lower"
     sentence = f"A point is a trial, {way} is better; the line joins those that none beats at their cost. Click one to keep it."
@@ -57,7 +62,7 @@ def front(found: Finished) -> str:
 
 
 def finals(found: Finished) -> str:
-    """The arms of the last stage."""
+    """The arms of the final stage."""
     arms = [arm for arm in (found.finals or {"arms": []})["arms"] if arm["values"]]
     marks, several = [], any(len(arm["values"]) > 1 for arm in arms)
     for place, arm in enumerate(arms):
@@ -105,7 +110,7 @@ def convergence(found: Finished, other: Finished | None) -> str:
 
 
 def expected(found: Finished) -> str:
-    """The gain that the table expected, and the value."""
+    """The gain expected by the table against the measured value."""
     marks = [
         pages.Mark(x=float(one.attributes["gain"]), y=_value(found, one), told=told(found, one))
         for one in found.ranked()
@@ -121,7 +126,7 @@ def expected(found: Finished) -> str:
 
 
 def budgets(found: Finished) -> str:
-    """What every trial used of every limit."""
+    """The share of each limit used by every trial."""
     limits = {name: limit for name, limit in found.about["limits"].items() if limit}
     marks = []
     for place, (name, limit) in enumerate(limits.items()):
@@ -143,7 +148,7 @@ def budgets(found: Finished) -> str:
 
 
 def gains(table: GainTable) -> str:
-    """A point for each layer and option, with two standard errors."""
+    """A point per layer and option, with two standard errors."""
     marks = []
     for i, layer in enumerate(table.layers):
         for j, option in list(enumerate(table.options))[1:]:

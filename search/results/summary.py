@@ -1,4 +1,4 @@
-"""What is to be said of a search: its state, its best placements beside the unmodified model, its finals."""
+"""Text and JSON summary of a search: its state, its best placements relative to the unmodified model, its finals."""
 
 import statistics
 from collections import Counter
@@ -14,7 +14,7 @@ from surgeon.util.tables import table
 
 
 def status_values(found: Finished, count: int = 5) -> dict[str, Any]:
-    """As plain JSON values."""
+    """The summary as plain JSON values."""
     original = found.original()
     return {
         "model": found.about["model"]["name"],
@@ -47,7 +47,7 @@ def record_values(found: Finished, one: Record) -> dict[str, Any]:
 
 
 def rank_correlation(found: Finished) -> float | None:
-    """Spearman's, between the gain that the table expected and the measured value; None with fewer than 4 or equal values."""
+    """Spearman's, between the gain expected by the table and the measured value; None with fewer than 4 or equal values."""
     pairs = [(float(one.attributes.get("gain", 0.0)), found.value(one) or 0.0) for one in found.ranked()]
     if len(pairs) < 4:
         return None
@@ -59,7 +59,7 @@ def rank_correlation(found: Finished) -> float | None:
 
 
 def status_lines(found: Finished, count: int = 5) -> list[str]:
-    """For people."""
+    """The summary as lines of text."""
     values = status_values(found, count)
     states = ", ".join(f"{number} {state}" for state, number in sorted(values["trials"].items()))
     rank = values["rank_correlation"]
@@ -100,7 +100,7 @@ def _row(found: Finished, one: Record) -> list[str]:
 
 
 def relative(found: Finished, one: Record, name: str) -> str:
-    """A trial's cost beside the original's, in per cent."""
+    """A trial's cost relative to the original's, in percent."""
     traced = one.attributes.get("traced") or one.attributes.get("predicted") or {}
     if name not in traced:
         return "-"
@@ -108,7 +108,7 @@ def relative(found: Finished, one: Record, name: str) -> str:
 
 
 def finals_lines(finals: Mapping[str, Any], primary: str) -> list[str]:
-    """The table of the last stage."""
+    """The table of the final stage."""
     rows = []
     for arm in finals["arms"]:
         mean, spread = mean_and_spread(arm["values"])

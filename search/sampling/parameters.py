@@ -1,10 +1,10 @@
 """The decisions of a space as Optuna parameters: for every layer its type, and the options that the type leaves open.
 
     layer3.0.conv2              keep | acda | pafu | sekg
-    layer3.0.conv2.atoms        4 | 6        only where the type is acda, and the space has acda with more than one number of atoms
+    layer3.0.conv2.atoms        4 | 6        only if the type is acda, and the space has acda with more than one number of atoms
 
-Distributions never change within a study: what is allowed together is a matter of `Parameters.of` (always so) and of
-`Parameters.placement`, which takes the nearest option for what other samplers put together.
+Distributions never change within a study: allowed combinations are ensured by `Parameters.of` (always) and by
+`Parameters.placement`, which takes the nearest option for combinations from other samplers.
 """
 
 import json
@@ -21,7 +21,7 @@ from surgeon.errors import ConfigError
 from surgeon.search.placement.problem import FREE, Ints, Problem
 from surgeon.search.space import Space
 
-DEFAULT = "default"  # the value of an option that says nothing of it
+DEFAULT = "default"  # value of a key that an option leaves out
 Value = None | bool | int | float | str
 
 
@@ -33,7 +33,7 @@ class Parameters:
 
     @cached_property
     def _allowed(self) -> list[dict[str, list[int]]]:
-        """By layer: layer type → its options (numbers) there."""
+        """By layer: layer type → its allowed options (numbers)."""
         found: list[dict[str, list[int]]] = []
         for row in self.space.allowed:
             types: dict[str, list[int]] = {}
@@ -44,7 +44,7 @@ class Parameters:
 
     @cached_property
     def _open(self) -> list[dict[str, list[str]]]:
-        """By layer: layer type → the keys in which its options there differ."""
+        """By layer: layer type → the keys in which its options differ."""
         return [{kind: self._differing(options) for kind, options in types.items()} for types in self._allowed]
 
     def _differing(self, options: list[int]) -> list[str]:
@@ -57,7 +57,7 @@ class Parameters:
 
     @cached_property
     def distributions(self) -> dict[str, CategoricalDistribution]:
-        """Every parameter that a trial may have, in the order of the layers. Raises `ConfigError` for names that are two things."""
+        """Every parameter that a trial may have, in the order of the layers. Raises `ConfigError` for ambiguous names."""
         found: dict[str, CategoricalDistribution] = {}
         for layer, types, keys in zip(self.space.layers, self._allowed, self._open, strict=True):
             own: dict[str, list[Value]] = {layer: list(types)}
@@ -86,7 +86,7 @@ class Parameters:
         return found
 
     def walk(self, ask: Callable[[str, CategoricalDistribution], Any]) -> Ints:
-        """The placement (L,) of the answers, asked in order and only where they apply; the nearest option for odd combinations."""
+        """The placement (L,) from answers asked for in order and only where they apply; the nearest option for odd combinations."""
         chosen = np.zeros(len(self.space.layers), dtype=np.int64)
         for i, layer in enumerate(self.space.layers):
             kind = ask(layer, self.distributions[layer])
@@ -99,7 +99,7 @@ class Parameters:
         return chosen
 
     def placement(self, values: Mapping[str, Any]) -> Ints | None:
-        """The placement of a trial's parameters; None where some are missing, or are none of this space."""
+        """The placement of a trial's parameters; None if some are missing or not of this space."""
 
         def look_up(name: str, distribution: CategoricalDistribution) -> Any:
             if values[name] not in distribution.choices:
@@ -112,12 +112,12 @@ class Parameters:
             return None
 
     def suggest(self, trial: BaseTrial) -> Ints:
-        """Ask any sampler for a placement, by the trial's `suggest_categorical`. It may be over budget: see `constraints`."""
+        """Ask any sampler for a placement via the trial's `suggest_categorical`. It may be over budget: see `constraints`."""
         return self.walk(lambda name, distribution: trial.suggest_categorical(name, distribution.choices))
 
 
 def constraints(problem: Problem, placement: Ints) -> dict[str, float]:
-    """Optuna's constraints: resource → how far over its limit, as a part of it; at most 0 is within. Only of what is limited.
+    """Optuna's constraints: resource → relative excess over its limit; at most 0 is within. Limited resources only.
 
     "layers" is the number of replaced layers above `max_layers`.
     """
@@ -133,7 +133,7 @@ def constraints(problem: Problem, placement: Ints) -> dict[str, float]:
 
 
 def set_constraints(trial: Trial, found: Mapping[str, float]) -> None:
-    """Give a trial its constraints, those that it does not have yet: Optuna takes each once."""
+    """Set those constraints that a trial lacks: Optuna accepts each once."""
     known = trial.constraints
     for name, value in found.items():
         if name not in known:

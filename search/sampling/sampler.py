@@ -1,8 +1,8 @@
-"""`PlacementSampler`: an Optuna sampler whose proposals are within budgets, and what every sampler of a search has in common.
+"""`PlacementSampler`: an Optuna sampler that only proposes placements within budgets, and the base of all samplers of a search.
 
-A trial's parameters are the decisions (`search.sampling.parameters`). Every study begins with the unmodified model, different
-optima of the gain table and random placements; no placement is proposed twice. The random numbers of a proposal depend on the
-seed and the trial's number alone, never on a process: a study that is gone on with in another one gets the same proposals.
+A trial's parameters are the decisions (`search.sampling.parameters`). Every study starts with the unmodified model, diverse
+optima of the gain table and random placements; no placement is proposed twice. The random numbers of a proposal depend only on
+the seed and the trial's number, never on a process: a study resumed in another process gets the same proposals.
 
     sampler = PlacementSampler(gate.space, gate)
     study = optuna.create_study(direction="maximize", sampler=sampler)
@@ -37,27 +37,27 @@ from surgeon.search.space import Space
 if TYPE_CHECKING:
     from surgeon.search.gate import Gate
 
-DECODE_GAP = 0.005  # relative; gains are guesses, so that the last half per cent of an optimum is not worth its time
-_SPREAD = 0.25  # of draws from the posterior; wider ones explore too much in few trials (benchmarks.tabulated)
+DECODE_GAP = 0.005  # relative; gains are estimates, so the last half percent of an optimum is not worth its time
+_SPREAD = 0.25  # of draws from the posterior; wider draws explore too much in few trials (benchmarks.tabulated)
 _TRIES = 50
-_DRAWS = 3  # draws of noisy gains, before something else is tried
-_CHOOSING = threading.RLock()  # the threads of `study.optimize(n_jobs=…)` choose one after the other
-_KEPT = 64  # proposals of other trials that are remembered until they are suggested
+_DRAWS = 3  # draws of noisy gains before something else is tried
+_CHOOSING = threading.RLock()  # serializes the threads of `study.optimize(n_jobs=…)`
+_KEPT = 64  # number of other trials' proposals kept until they are suggested
 
 
 def derived_seed(*parts: Any) -> int:
-    """32 bits out of anything that prints."""
+    """32 bits derived from any printable values."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:4], "little")
 
 
 class ExhaustedError(optuna.TrialPruned):
-    """Every placement within the budgets was tried."""
+    """Every placement within the budgets has been tried."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A placement (L,) within the budgets, where it comes from, and what else its trial is to note."""
+    """A placement (L,) within the budgets, its source, and further attributes for its trial."""
 
     placement: Ints
     source: str
@@ -73,21 +73,21 @@ class Known:
 
 
 class BudgetedSampler(BaseSampler):
-    """A sampler of placements: each within the budgets, none twice. What it proposes is up to `propose`.
+    """A sampler of placements, each within the budgets and none twice. Subclasses implement `propose`.
 
     Args:
-        space: what the layers may become.
-        costs: the budget gate, or a problem where nothing needs to be traced.
-        gains: what a replacement is expected to gain; None: every one the same.
-        seed: of everything random.
-        optima: how many optima of the gain table a study begins with.
-        random: and how many random placements.
+        space: the possible replacements of each layer.
+        costs: the budget gate, or a problem if nothing needs to be traced.
+        gains: expected gains of replacements; None: all the same.
+        seed: for everything random.
+        optima: number of optima of the gain table at the start of a study.
+        random: number of random placements after them.
 
     Raises:
         InfeasibleError: while sampling, if nothing is within the budgets.
     """
 
-    name: str  # of the source of its proposals
+    name: str  # names the source of its proposals
 
     def __init__(
         self,
@@ -111,17 +111,17 @@ class BudgetedSampler(BaseSampler):
 
     @property
     def problem(self) -> Problem:
-        """The placement problem, as the gate's calibration is now."""
+        """The placement problem with the gate's current calibration."""
         return self._costs if isinstance(self._costs, Problem) else self._costs.problem
 
-    # --- what a user calls ----------------------------------------------------------------------------------------
+    # --- public interface -----------------------------------------------------------------------------------------
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> Ints:
-        """The trial's placement (L,): an option's number for every layer, 0 leaving it as it is.
+        """The trial's placement (L,): an option's number for every layer, 0 to keep it.
 
         The trial gets its parameters, the budgets as constraints, and the user attributes `placement` (layer → option), `hash`,
-        `source`, `gain` (expected by the table) and `predicted` (costs). One that is done (`study.best_trial`), or a `FixedTrial`,
-        says its placement and gets nothing.
+        `source`, `gain` (expected by the table) and `predicted` (costs). A finished trial (`study.best_trial`) or a `FixedTrial`
+        only reports its placement.
 
         Raises:
             ExhaustedError: everything was tried; in `study.optimize` the trial is pruned, and the study stops.
@@ -132,7 +132,7 @@ class BudgetedSampler(BaseSampler):
         if proposal.source == "exhausted":
             raise ExhaustedError("every placement within the budgets was tried")
         if "placement" not in trial.user_attrs and proposal.source != "enqueued":
-            self._note(trial, proposal)  # before the parameters: of a trial that is left half-written, all is known
+            self._note(trial, proposal)  # before the parameters, so that a half-written trial is fully described
         placement = self.parameters.suggest(trial)
         if proposal.source == "enqueued":
             self._note(trial, Proposal(placement, "enqueued"))
@@ -141,7 +141,7 @@ class BudgetedSampler(BaseSampler):
 
     def _proposal_of(self, trial: optuna.Trial) -> Proposal:
         key = (trial.study.study_name, trial.number)
-        _ = trial.relative_params  # samples, unless that was done
+        _ = trial.relative_params  # samples, unless that was done before
         if key not in self._proposals:
             raise ConfigError(
                 f"{type(self).__name__}.suggest: the trial's study has another sampler: {trial.study.sampler}"
@@ -155,13 +155,13 @@ class BudgetedSampler(BaseSampler):
             "gain": self.expected(proposal.placement),
             "predicted": self.problem.costs(proposal.placement),
             **proposal.notes,
-            "placement": self.space.names(proposal.placement),  # last: a trial that has one has all of these
+            "placement": self.space.names(proposal.placement),  # last: a trial with a placement has all the others
         }
         for name, value in noted.items():
             trial.set_user_attr(name, value)
 
     def expected(self, placement: Ints) -> float:
-        """The gain that the table expects of a placement."""
+        """The gain that the table predicts for a placement."""
         return gain_of(self.gains.gain, placement)
 
     # --- Optuna's interface ---------------------------------------------------------------------------------------
@@ -174,12 +174,14 @@ class BudgetedSampler(BaseSampler):
     ) -> dict[str, Any]:
         noted = trial.user_attrs.get("placement")
         with _CHOOSING:
-            if noted is not None:  # a worker died while it wrote the parameters
+            if noted is not None:  # a worker died while writing the parameters
                 proposal = Proposal(self.space.placement(noted), trial.user_attrs["source"])
             else:
                 proposal = self._choose(study, trial)
-                partly = not self.parameters.distributions.keys() <= search_space.keys()  # by PartialFixedSampler
-                if partly or trial.system_attrs.get("fixed_params"):  # by `study.enqueue_trial`: the rest is filled in
+                partly = not self.parameters.distributions.keys() <= search_space.keys()  # from PartialFixedSampler
+                if partly or trial.system_attrs.get(
+                    "fixed_params"
+                ):  # from `study.enqueue_trial`: the rest is filled in
                     proposal = Proposal(proposal.placement, "enqueued")
             self._proposals[study.study_name, trial.number] = proposal
             for old in list(self._proposals)[:-_KEPT]:
@@ -189,7 +191,7 @@ class BudgetedSampler(BaseSampler):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """Parameters of the user's own, beside the placement, are TPE's."""
+        """Parameters other than the placement, added by the user, come from TPE."""
         other = TPESampler(seed=derived_seed(self.seed, trial.number, param_name))
         return other.sample_independent(study, trial, param_name, param_distribution)
 
@@ -198,16 +200,16 @@ class BudgetedSampler(BaseSampler):
     ) -> None:
         proposal = self._proposals.pop((study.study_name, trial.number), None)
         if proposal is not None and proposal.source == "exhausted":
-            with contextlib.suppress(RuntimeError):  # nobody's loop
+            with contextlib.suppress(RuntimeError):  # not in an optimize loop
                 study.stop()
 
-    # --- what next ------------------------------------------------------------------------------------------------
+    # --- next proposal --------------------------------------------------------------------------------------------
 
     def _choose(self, study: optuna.Study, trial: FrozenTrial) -> Proposal:
         problem = self.problem
         known = self.known(study, trial)
         seen = {one.placement.tobytes(): one.placement for one in known}
-        for (name, number), one in self._proposals.items():  # of other threads, whose trials have no parameters yet
+        for (name, number), one in self._proposals.items():  # from other threads, whose trials have no parameters yet
             if name == study.study_name and number != trial.number and one.source != "enqueued":
                 seen[one.placement.tobytes()] = one.placement
         if trial.number < 1 + self._optima + self._random:
@@ -222,10 +224,10 @@ class BudgetedSampler(BaseSampler):
 
     @abstractmethod
     def propose(self, study: optuna.Study, trial: FrozenTrial, problem: Problem, known: Sequence[Known]) -> Proposal:
-        """The next proposal, given the other trials; one that is known already is replaced by one that is not."""
+        """The next proposal, given the other trials; one already known is replaced by a new one."""
 
     def known(self, study: optuna.Study, trial: FrozenTrial | None = None) -> list[Known]:
-        """The other trials that have a placement, by number; failed ones, too: what failed once is not tried again."""
+        """The other trials that have a placement, by number, including failed ones, which are not retried."""
         found = []
         for one in study.get_trials(deepcopy=False):
             if one.state == TrialState.WAITING or (trial is not None and one.number == trial.number):
@@ -240,9 +242,9 @@ class BudgetedSampler(BaseSampler):
         return found
 
     def prelude(self, problem: Problem) -> list[Proposal]:
-        """What a study begins with: the unmodified model, different optima of the gain table, random placements.
+        """The first proposals of a study: the unmodified model, diverse optima of the gain table, random placements.
 
-        Raises `InfeasibleError` where nothing is within the budgets.
+        Raises `InfeasibleError` if nothing is within the budgets.
         """
         key = problem.limits.tobytes()
         if key in self._begun:
@@ -268,7 +270,7 @@ class BudgetedSampler(BaseSampler):
         return self._begun[key]
 
     def _another(self, number: int, problem: Problem, seen: Sequence[Ints], near: Proposal) -> Proposal | None:
-        """A proposal that was not seen yet, in the place of one that was; None if the space seems exhausted."""
+        """An unseen proposal to replace one already seen; None if the space seems exhausted."""
         known = {placement.tobytes() for placement in seen}
         rng = self.rng(number, "another")
         for _ in range(_DRAWS):
@@ -287,16 +289,16 @@ class BudgetedSampler(BaseSampler):
         return None if placement is None else Proposal(placement, "unseen")
 
     def rng(self, number: int, what: str) -> np.random.Generator:
-        """The random numbers of a trial."""
+        """The random generator of a trial."""
         return np.random.default_rng(derived_seed(self.seed, number, what))
 
 
 class PlacementSampler(BudgetedSampler):
-    """Thompson sampling under budgets: a draw from what the measured values say about the gains, decoded by an integer program.
+    """Thompson sampling under budgets: a draw from the posterior over the gains, decoded by an integer program.
 
     The first objective is measured. Further ones are costs, named in order by `resources` ("flops", "params", "memory") and
-    minimized: they are known exactly, so that every proposal draws a limit for each of them instead, between what the cheapest
-    and the dearest trials cost. Arguments as of `BudgetedSampler`.
+    minimized: they are known exactly, so every proposal instead draws a limit for each of them, between the costs of the cheapest
+    and the most expensive trials. Arguments as for `BudgetedSampler`.
 
     Raises:
         ConfigError: while sampling, for a study with other objectives.
@@ -334,7 +336,7 @@ class PlacementSampler(BudgetedSampler):
         else:
             posterior = Posterior(self.space, self.gains, placements, [sign * one.trial.values[0] for one in done])
             gains = posterior.draw(rng, _SPREAD)
-            # what was measured already would teach nothing; where nothing else is left, the caller sees so
+            # a measured placement would teach nothing; if nothing else is left, the caller notices
             cuts = [Cut(one) for one in {one.tobytes(): one for one in placements}.values()]
             placement = None
             for tried in (self._limited(problem, placements, rng), problem):
@@ -343,7 +345,7 @@ class PlacementSampler(BudgetedSampler):
             if placement is None:
                 placement = optimum(problem, gains, gap=DECODE_GAP, rough=True)
         if placement is None:
-            raise InfeasibleError("no placement is within the budgets any more")
+            raise InfeasibleError("no placement is left within the budgets")
         return Proposal(placement, self.name)
 
     def _check(self, study: optuna.Study) -> None:
@@ -351,12 +353,12 @@ class PlacementSampler(BudgetedSampler):
         if study.directions[1:] != wanted:
             told = ", ".join(one.name.lower() for one in study.directions)
             raise ConfigError(
-                f"PlacementSampler takes one measured objective and then the costs of resources=, minimized: "
+                f"PlacementSampler takes one measured objective followed by the costs in resources=, minimized: "
                 f"{', '.join(self.resources) or 'none are named'}; the study's directions are {told}"
             )
 
     def _limited(self, problem: Problem, placements: Sequence[Ints], rng: np.random.Generator) -> Problem | None:
-        """The problem with a drawn limit for every resource that is an objective; None where there is none."""
+        """The problem with a drawn limit for every resource that is an objective; None if there is none."""
         if not self.resources:
             return None
         limits: dict[str, int | None] = {}

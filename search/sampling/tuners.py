@@ -1,14 +1,14 @@
-"""The other samplers of a search, by name, behind the same door as `PlacementSampler`: within the budgets, nothing twice.
+"""The other samplers of a search, by name, with the guarantees of `PlacementSampler`: within the budgets, nothing twice.
 
-    decoder       TPE over a handful of weights (by stage, by layer type, an exponent, the errors' part, the budget's part), from
+    decoder       TPE over a few weights (by stage, by layer type, an exponent, weight of the errors, share of the budget), from
                   which the integer program decodes a placement
     tpe           Optuna's TPE over the decisions, repaired
     nsga2         its NSGA-II over the same
     random        random placements
-    module:NAME   any sampler of Optuna's kind: a class, or a function that makes one; repaired
+    module:NAME   any Optuna sampler: a class, or a function that returns one; repaired
 
-Repaired: what a sampler puts together is brought within the budgets before the trial gets its parameters, so that it learns from
-what is trained.
+Repaired: a sampler's combination is brought within the budgets before the trial gets its parameters, so that it learns from
+what is actually trained.
 """
 
 import importlib
@@ -57,14 +57,14 @@ class RandomPlacements(BudgetedSampler):
     def propose(self, study: optuna.Study, trial: FrozenTrial, problem: Problem, known: Sequence[Known]) -> Proposal:
         placement = random_placement(problem, self.rng(trial.number, "random"))
         if placement is None:
-            raise InfeasibleError("no placement is within the budgets any more")
+            raise InfeasibleError("no placement is left within the budgets")
         return Proposal(placement, self.name)
 
 
 class DecoderSampler(BudgetedSampler):
     """TPE over a few weights, from which the integer program decodes a placement.
 
-    The weights are kept in the trial's user attribute `weights` (by `suggest`): they cannot be read from a placement.
+    The weights are stored in the trial's user attribute `weights` (by `suggest`): they cannot be derived from a placement.
     """
 
     name = "decoder"
@@ -73,7 +73,7 @@ class DecoderSampler(BudgetedSampler):
         weights = self._draw(study, trial, known)
         placement = self.decode(problem, weights)
         if placement is None:
-            raise InfeasibleError("no placement is within the budgets any more")
+            raise InfeasibleError("no placement is left within the budgets")
         return Proposal(placement, self.name, {"weights": weights})
 
     def _weights(self) -> dict[str, BaseDistribution]:
@@ -88,7 +88,7 @@ class DecoderSampler(BudgetedSampler):
         return found
 
     def _draw(self, study: optuna.Study, trial: FrozenTrial, known: Sequence[Known]) -> dict[str, float]:
-        """TPE's weights: in a study of its own, in memory, of the trials that have some."""
+        """TPE's weights, from a separate in-memory study of the trials that have some."""
         weights = self._weights()
         inner = _scratch(study.directions, _tpe(derived_seed(self.seed, trial.number)))
         for one in known:
@@ -106,7 +106,7 @@ class DecoderSampler(BudgetedSampler):
         return dict(inner.ask(weights).params)
 
     def decode(self, problem: Problem, weights: Mapping[str, float]) -> Ints | None:
-        """The optimum of the gains as these weights see them; "stage:…" and "type:…" are powers of two."""
+        """The optimum of the gains under these weights; "stage:…" and "type:…" are powers of two."""
         top = np.abs(self.gains.gain).max() or 1.0
         hoped: Floats = (self.gains.gain + weights["optimism"] * self.gains.error) / top
         own = np.where(self.space.allowed & (hoped > 0), np.maximum(hoped, 0.0) ** weights["exponent"], 0.0)
@@ -118,7 +118,7 @@ class DecoderSampler(BudgetedSampler):
 
 
 class RepairedSampler(BudgetedSampler):
-    """Any Optuna sampler over the decisions, brought within the budgets. Arguments as of `BudgetedSampler`, and `inner`, `name`."""
+    """Any Optuna sampler over the decisions, repaired to fit the budgets. Arguments of `BudgetedSampler`, and `inner`, `name`."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class RepairedSampler(BudgetedSampler):
 
     def propose(self, study: optuna.Study, trial: FrozenTrial, problem: Problem, known: Sequence[Known]) -> Proposal:
         independent = self.inner.sample_independent
-        own = copy(trial)  # with the parameters asked for so far: some samplers go by these
+        own = copy(trial)  # with the parameters requested so far, which some samplers use
         own.params, own.distributions = dict(trial.params), dict(trial.distributions)
         try:
             space = self.inner.infer_relative_search_space(study, own)
@@ -158,11 +158,11 @@ class RepairedSampler(BudgetedSampler):
 
         placement = repair(problem, self.parameters.walk(ask), self.gains.gain)
         if placement is None:
-            raise InfeasibleError("no placement is within the budgets any more")
+            raise InfeasibleError("no placement is left within the budgets")
         return Proposal(placement, self.name)
 
     def check(self, objectives: int) -> None:
-        """Raise `ConfigError` for a sampler that fails, or leaves parameters out, before anything is trained for it."""
+        """Raise `ConfigError` for a sampler that fails, or leaves out parameters, before anything is trained for it."""
         study = _scratch(["minimize"] * objectives, self.inner)
         study.ask()
         self.propose(study, study.trials[0], self.problem, [])
@@ -189,9 +189,9 @@ class RepairedSampler(BudgetedSampler):
 
 
 class SeededSampler(BaseSampler):
-    """A sampler made anew for every trial, from (seed, trial number, parameter): a new process goes on as the old one would have.
+    """A sampler recreated for every trial from (seed, trial number, parameter), so that a new process continues identically.
 
-    It must keep what it knows in the study, as Optuna's own samplers do.
+    It must store its knowledge in the study, as Optuna's own samplers do.
     """
 
     def __init__(self, make: Make, seed: int) -> None:
@@ -231,7 +231,7 @@ class SeededSampler(BaseSampler):
 
 
 def check_name(name: str) -> None:
-    """Raise `ConfigError` for what names no sampler, before anything is built."""
+    """Raise `ConfigError` for an unknown sampler name, before anything is built."""
     if name not in NAMES:
         _load(name)
 
@@ -245,7 +245,7 @@ def make_sampler(
     resources: Sequence[str] = (),
     **options: Any,
 ) -> BudgetedSampler:
-    """The sampler of a name; `options` are those of `BudgetedSampler`. Raises `ConfigError`."""
+    """The sampler with this name; `options` are those of `BudgetedSampler`. Raises `ConfigError`."""
     if name == "posterior":
         return PlacementSampler(space, costs, gains, resources=resources, **options)
     if name == "decoder":
@@ -261,7 +261,7 @@ def make_sampler(
 
 
 def _scratch(directions: Sequence[Any], sampler: BaseSampler) -> optuna.Study:
-    """A study in memory that nobody is told of."""
+    """A private in-memory study."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(max(verbosity, optuna.logging.WARNING))
     try:
@@ -273,7 +273,7 @@ def _scratch(directions: Sequence[Any], sampler: BaseSampler) -> optuna.Study:
 
 def _tpe(seed: int) -> BaseSampler:
     with warnings.catch_warnings():
-        # grouping is marked experimental; without it options that do not always apply would be left to chance
+        # grouping is marked experimental; without it, conditional options would be left to chance
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return TPESampler(n_startup_trials=_STARTUP, multivariate=True, group=True, constant_liar=True, seed=seed)
 
@@ -283,11 +283,11 @@ def _nsga2(seed: int) -> BaseSampler:
 
 
 def _foreign(name: str, seed: int) -> BaseSampler:
-    """A sampler of somebody else's: anew for every trial where it takes a seed, else one for this process."""
+    """A third-party sampler: recreated for every trial if it takes a seed, otherwise once per process."""
     factory = _load(name)
     try:
         seeded = "seed" in inspect.signature(factory).parameters
-    except (TypeError, ValueError):  # a signature that cannot be known
+    except (TypeError, ValueError):  # no available signature
         seeded = False
 
     def make(own: int) -> BaseSampler:
@@ -295,11 +295,11 @@ def _foreign(name: str, seed: int) -> BaseSampler:
             made = factory(seed=own) if seeded else factory()
         except Exception as error:
             raise ConfigError(
-                f"--sampler: {name} cannot be made: {type(error).__name__}: {error}; a function that returns the sampler may be "
-                "named in its place"
+                f"--sampler: {name} cannot be created: {type(error).__name__}: {error}; a function that returns the sampler may be "
+                "used instead"
             ) from error
         if not isinstance(made, BaseSampler):
-            raise ConfigError(f"--sampler: {name} is no Optuna sampler: it makes a {type(made).__name__}")
+            raise ConfigError(f"--sampler: {name} is not an Optuna sampler: it creates a {type(made).__name__}")
         return made
 
     first = make(seed)
@@ -325,7 +325,7 @@ def _load(name: str) -> Callable[..., Any]:
     if not callable(found) or (isinstance(found, type) and not issubclass(found, BaseSampler)):
         told = f"the class {attribute}" if isinstance(found, type) else f"{type(found).__name__} {attribute}"
         raise ConfigError(
-            f"--sampler: {told} of {module_name} is no Optuna sampler; expected a class derived from "
+            f"--sampler: {told} of {module_name} is not an Optuna sampler; expected a class derived from "
             "optuna.samplers.BaseSampler, or a function that returns one"
         )
     named: Callable[..., Any] = found

@@ -1,6 +1,6 @@
-"""A search for TensorBoard: curves by trial number, and every trial's placement beside its value.
+"""A search in TensorBoard: curves by trial number, and every trial's placement with its value.
 
-Every worker writes a folder of its own. The study itself has all of this as well; nothing is read back from here.
+Every worker writes its own folder. The study contains all of this as well; nothing is read back from here.
 """
 
 import logging
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MOST = 64  # layers that hparams can show one by one
+_MOST = 64  # maximum number of layers shown individually in hparams
 
 
 class Board:
-    """Curves `value`, `best` and `budget/...` (part of the limit), and hparams of the trials that were trained to their end."""
+    """Curves `value`, `best` and `budget/...` (fraction of the limit), and hparams of the trials that were trained to their end."""
 
     def __init__(self, folder: Path, gate: Gate, primary: str) -> None:
         self.folder, self.gate, self.primary = folder, gate, primary
@@ -30,7 +30,7 @@ class Board:
         self._broken = False
 
     def add(self, one: Record, best: Record | None) -> None:
-        """A trial that ended. Curves that cannot be written do not end a search: that is said once."""
+        """Log a finished trial. Curves that cannot be written do not end a search: one warning is logged."""
         if self._broken:
             return
         try:
@@ -58,7 +58,7 @@ class Board:
         writer.flush()
 
     def hparams(self, one: Record) -> dict[str, Any]:
-        """What a trial was: where it came from, how much of what it replaced, and the option of every layer of a small space."""
+        """Description of a trial: its source, how often each type is used, and the option of every layer of a small space."""
         space = self.gate.space
         kinds = Counter(label.split("(")[0] for label in one.placement.values())
         found: dict[str, Any] = {"source": str(one.source), "replaced": len(one.placement)}

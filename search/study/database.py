@@ -1,13 +1,13 @@
-"""A study in a database, for workers on many machines: any SQLAlchemy URL that Optuna's `RDBStorage` takes.
+"""A study in a database, for workers on many machines: any SQLAlchemy URL accepted by Optuna's `RDBStorage`.
 
-What a local study gets from its journal's lock and its leases comes from the database here:
+The journal's lock and leases of a local study are replaced by the database:
 
-    exclusive   a row that is locked while a worker proposes (SQLite: a lock file beside the database); the server gives it back
-                when the worker's connection ends, however it ends
-    leases      Optuna's heartbeats, by the database's clock: a trial whose worker was silent for the grace period is taken up
-                again, under its own number
+    exclusive   a row that is locked while a worker proposes (SQLite: a lock file next to the database); the server releases it
+                when the worker's connection ends, for any reason
+    leases      Optuna's heartbeats, by the database's clock: a trial whose worker was silent for the grace period is resumed
+                under its own number
 
-Nothing is written as one piece: what a worker left half-written is seen under the lock, and taken up or begun anew.
+Writes are not atomic: half-written state of a dead worker is detected under the lock, and resumed or restarted.
 """
 
 import contextlib
@@ -36,17 +36,17 @@ from surgeon.util.machine import has_ended, machine
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT = 15  # seconds between two signs of life
-GRACE = 90  # seconds of silence after which a worker counts as gone
-_PATIENCE = 300.0  # seconds for which a result waits for a database that went away
-_CONNECT = 10  # seconds for a first connection
+HEARTBEAT = 15  # seconds between heartbeats
+GRACE = 90  # seconds of silence after which a worker counts as dead
+_PATIENCE = 300.0  # seconds to wait for a lost database before giving up on a result
+_CONNECT = 10  # seconds for the first connection
 _LOCKS = sql.Table("surgeon_locks", sql.MetaData(), sql.Column("name", sql.String(255), primary_key=True))
 
 
 class StudyDatabase(Study):
     """A named study in a database; every worker has its own object and connections.
 
-    `notes` are JSON values for those who join: what is searched, and the gain table. An identity does not bind the study to paths.
+    `notes` are JSON values for workers that join: the search settings, and the gain table. Paths are not part of the identity.
     """
 
     shared = True
@@ -77,7 +77,7 @@ class StudyDatabase(Study):
 
     @property
     def address(self) -> dict[str, str]:
-        """Where the study is, without a password."""
+        """Location of the study, without a password."""
         url = self.url
         bare = URL.create(url.drivername, url.username, None, url.host, url.port, url.database, url.query)
         return {"url": bare.render_as_string(), "name": self.name}
@@ -90,11 +90,11 @@ class StudyDatabase(Study):
     # --- opening --------------------------------------------------------------------------------------------------
 
     def storage(self) -> RDBStorage:
-        """Raises `StudyError` where the database cannot be reached."""
+        """Raises `StudyError` if the database cannot be reached."""
         if self._storage is None:
             with self.errors(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                # the study's tables before Optuna's own: a lock is needed while these are made
+                # the study's tables before Optuna's own: creating those requires the lock
                 self._engine = sql.create_engine(self.url, **self._engine_options())
                 with self._engine.connect():
                     pass
@@ -119,14 +119,14 @@ class StudyDatabase(Study):
         backend = self.url.get_backend_name()
         arguments: dict[str, Any] = {}
         if backend == "sqlite":
-            arguments = {"timeout": 60}  # of a writer that waits for another
+            arguments = {"timeout": 60}  # for a writer waiting for another
         elif backend in DRIVERS and "connect_timeout" not in self.url.query:
             arguments = {"connect_timeout": _CONNECT}
         return {"pool_pre_ping": True, "connect_args": arguments}
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """What the database says as a `StudyError`."""
+        """Turn database errors into a `StudyError`."""
         try:
             yield
         except StudyError:
@@ -134,8 +134,8 @@ class StudyDatabase(Study):
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             cause = error if isinstance(error, SQLAlchemyError) else error.__cause__ or error
             reason = " ".join(str(getattr(cause, "orig", None) or cause).split())
-            what = "cannot reach the database" if _is_connection(error) else "no success with the database"
-            kept = "" if self._worker is None else f"; what is finished is kept, go on with --join {self.name}"
+            what = "cannot reach the database" if _is_connection(error) else "database error at"
+            kept = "" if self._worker is None else f"; finished trials are kept, resume with --join {self.name}"
             raise StudyError(f"{what} {shown(self.url)}: {reason}{kept}") from error
 
     def open(
@@ -180,10 +180,12 @@ class StudyDatabase(Study):
             yield
 
     def _make_lock(self) -> None:
-        """The row that is locked. Two workers may make it at once."""
+        """Create the row that is locked. Two workers may create it at the same time."""
         if self.on_disk is not None:
             return
-        with contextlib.suppress(IntegrityError, sql.exc.ProgrammingError):  # another worker made the table meanwhile
+        with contextlib.suppress(
+            IntegrityError, sql.exc.ProgrammingError
+        ):  # another worker created the table meanwhile
             _LOCKS.create(self._engine, checkfirst=True)
         with self._engine.connect() as connection:
             known = connection.execute(sql.select(_LOCKS.c.name).where(_LOCKS.c.name == self.name)).first()
@@ -196,12 +198,12 @@ class StudyDatabase(Study):
 
     def ask(self) -> optuna.Trial:
         with warnings.catch_warnings():
-            # "Heartbeat of storage is supposed to be used with Study.optimize": here `alive` gives the signs of life
+            # "Heartbeat of storage is supposed to be used with Study.optimize": here `alive` sends the heartbeats
             warnings.filterwarnings("ignore", message="Heartbeat of storage", category=UserWarning)
             return super().ask()
 
     def claim(self, trial: optuna.Trial, attempts: int = 1) -> None:
-        self._beat(trial._trial_id)  # before the name: a trial with a worker's name has had a sign of life
+        self._beat(trial._trial_id)  # before the name: a trial with a worker's name has had a heartbeat
         super().claim(trial, attempts)
 
     def _beat(self, trial_id: int) -> None:
@@ -219,8 +221,8 @@ class StudyDatabase(Study):
             while not stop.wait(self.heartbeat):
                 try:
                     self._beat(trial._trial_id)
-                except Exception as error:  # the next one may get through; the result waits by itself
-                    logger.debug("no sign of life: %s", error)
+                except Exception as error:  # the next one may get through; the result has its own retries
+                    logger.debug("heartbeat failed: %s", error)
 
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         thread.start()
@@ -228,10 +230,10 @@ class StudyDatabase(Study):
             yield
         finally:
             stop.set()
-            thread.join(timeout=5)  # a server that does not answer must not hold the result
+            thread.join(timeout=5)  # an unresponsive server must not hold up the result
 
     def patiently(self, write: Callable[[], None]) -> None:
-        """Write a result; a database that went away gets some minutes to come back."""
+        """Write a result, retrying for some minutes if the database is lost."""
         deadline, pause = time.monotonic() + _PATIENCE, 1.0
         while True:
             try:
@@ -247,7 +249,7 @@ class StudyDatabase(Study):
 
 
 def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity without absolute paths among the task's options: every machine has its data somewhere else."""
+    """The identity without absolute paths among the task's options: data paths differ between machines."""
     found = dict(identity)
     evaluator = found.get("evaluator")
     if isinstance(evaluator, dict) and isinstance(evaluator.get("options"), dict):
@@ -258,18 +260,18 @@ def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_gone(worker: str | None) -> bool:
-    """Whether nobody runs the trial for sure: it has no name yet, or that of a process of this machine that ended."""
+    """Whether the trial certainly has no worker: it has no name yet, or that of an ended process of this machine."""
     if worker is None:
         return True
     here = f"{machine()}-"
     if not worker.startswith(here):
-        return False  # of another machine, boot or container: its heartbeats tell
+        return False  # on another machine, boot or container: its heartbeats decide
     number = worker.removeprefix(here).partition("-")[0]
     return number.isdigit() and has_ended(int(number))
 
 
 def _is_connection(error: BaseException | None) -> bool:
-    """Whether the database could not be reached, or went away."""
+    """Whether the database could not be reached, or the connection was lost."""
     while error is not None:
         if isinstance(error, OperationalError) or bool(getattr(error, "connection_invalidated", False)):
             return True

@@ -1,4 +1,4 @@
-"""Where a database is: URLs, and the drivers they need."""
+"""Database URLs and the drivers they need."""
 
 import contextlib
 import importlib.util
@@ -10,7 +10,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from surgeon.search.study.journal import StudyError
 
-DRIVERS = {  # by dialect: (module, name in a URL, package), the first that is installed is taken where a URL names none
+DRIVERS = {  # by dialect: (module, name in a URL, package); a URL without a driver uses the first one installed
     "postgresql": (("psycopg", "psycopg", "psycopg[binary]"), ("psycopg2", "psycopg2", "psycopg2-binary")),
     "mysql": (("pymysql", "pymysql", "pymysql"), ("MySQLdb", "mysqldb", "mysqlclient")),
     "mariadb": (("pymysql", "pymysql", "pymysql"), ("MySQLdb", "mysqldb", "mysqlclient")),
@@ -18,12 +18,12 @@ DRIVERS = {  # by dialect: (module, name in a URL, package), the first that is i
 
 
 def parse_url(text: str) -> URL:
-    """A database's URL with its driver. Raises `StudyError` for what is none, and where the driver is not installed."""
+    """A database URL with its driver. Raises `StudyError` for an invalid URL, and if the driver is not installed."""
     try:
         url = make_url(text)
     except ArgumentError as error:
         raise StudyError(f"--storage: expected a URL such as postgresql://user@host/database, got {text!r}") from error
-    if url.get_backend_name() == "postgres":  # as some services write it
+    if url.get_backend_name() == "postgres":  # spelling used by some services
         url = url.set(drivername=url.drivername.replace("postgres", "postgresql", 1))
     backend = url.get_backend_name()
     if backend == "sqlite" and url.database in (None, "", ":memory:"):
@@ -51,15 +51,15 @@ def parse_url(text: str) -> URL:
 
 
 def check_named(text: str, where: str) -> None:
-    """Raise `StudyError` unless a database that a folder names, which may be a stranger's, is a file with studies in it.
+    """Raise `StudyError` unless a database named by an untrusted folder is a local file with studies in it.
 
-    A server would be told passwords of the environment, options of a driver may name files, and any file would become a database.
+    A server could receive passwords from the environment, driver options could name files, and any file could become a database.
     """
     try:
         url = make_url(text)
         backend = url.get_backend_name()
     except (ArgumentError, ValueError) as error:
-        raise StudyError(f"{where} names a database by {text[:80]!r}, which is no URL") from error
+        raise StudyError(f"{where} names a database by {text[:80]!r}, which is not a URL") from error
     if backend != "sqlite" or url.query:
         raise StudyError(
             f"{where} names the database {shown(url)}, which is not on this machine: give it with --storage if you trust it"
@@ -69,11 +69,11 @@ def check_named(text: str, where: str) -> None:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
             found = connection.execute("SELECT name FROM sqlite_master WHERE name = 'studies'").fetchone()
     except sqlite3.Error as error:
-        raise StudyError(f"cannot read the database {path} that {where} names: {error}") from error
+        raise StudyError(f"cannot read the database {path} named by {where}: {error}") from error
     if found is None:
-        raise StudyError(f"the database {path} that {where} names holds no studies")
+        raise StudyError(f"the database {path} named by {where} contains no studies")
 
 
 def shown(url: URL) -> str:
-    """Without the password."""
+    """The URL without the password."""
     return url.render_as_string(hide_password=True)

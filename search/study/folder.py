@@ -1,11 +1,11 @@
-"""A search on disk: `study.jsonl` (Optuna's journal), `search.json` (what was asked), gains, models and finals.
+"""A search on disk: `study.jsonl` (Optuna's journal), `search.json` (the request), gains, models and finals.
 
 study.jsonl      the trials; readable by optuna-dashboard. With --storage they are in a database instead
-search.json      model, task, budgets, space: what status, report and export need without building anything
-gains.json       the gain table that the search goes by
-tensorboard/     curves of the search and hparams of the trials, one folder a worker
+search.json      model, task, budgets, space: enough for status, report and export without building anything
+gains.json       the gain table used by the search
+tensorboard/     curves of the search and hparams of the trials, one folder per worker
 best/            the best placement with replacements trained so far, a surgeon folder
-finals/          one folder a run of the final stage, and finals.json
+finals/          one folder per run of the final stage, and finals.json
 """
 
 import contextlib
@@ -32,7 +32,7 @@ NOTE = "best.json"
 
 
 class SearchFolder:
-    """Paths of a search, and what is written beside the study."""
+    """Paths of a search, and the files next to the study."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -46,32 +46,32 @@ class SearchFolder:
         self.tensorboard = self.path / "tensorboard"
 
     def check(self, *, resume: bool, storage: Mapping[str, str] | None = None) -> None:
-        """Raise `StudyError` unless a search may begin, or go on, here; `storage` is the study in a database, if it is in one."""
+        """Raise `StudyError` unless a search may start or resume here; `storage` locates the study if it is in a database."""
         if storage is not None:
             known = _storage(self.about) if self.about.is_file() else storage
             if known != storage:
                 where = "here" if known is None else f"named {known['name']!r} in {known['url']}"
-                raise StudyError(f"{self.path} is the folder of another search, {where}: give another -o")
+                raise StudyError(f"{self.path} is the folder of another search, {where}: choose another -o")
         elif resume and _storage(self.about):
-            raise StudyError(f"the search in {self.path} is in a database: give its --storage")
+            raise StudyError(f"the search in {self.path} is in a database: pass its --storage")
         if storage is not None and self.about.is_file():
             return
         if resume and storage is None:
             if not self.study.is_file():
-                raise StudyError(f"there is no search in {self.path} to go on with; leave out --resume to begin one")
+                raise StudyError(f"there is no search in {self.path} to resume; omit --resume to start one")
         elif self.study.is_file():
-            raise StudyError(f"there is a search in {self.path} already: go on with it (--resume), or give another -o")
+            raise StudyError(f"there is already a search in {self.path}: continue it (--resume) or choose another -o")
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())) and not self.about.is_file():
-            raise StudyError(f"{self.path} exists and is not the folder of a search: give another -o")
+            raise StudyError(f"{self.path} exists and is not the folder of a search: choose another -o")
 
     @property
     def study_name(self) -> str:
-        """Of its study in a database: the one it began or joined, else its own name."""
+        """Name of its study in a database: the one it started or joined, otherwise its own name."""
         known = _storage(self.about)
         return known["name"] if known else self.path.absolute().name
 
     def final_of(self, key: str) -> Path | None:
-        """The folder of an arm's first final run, of the longest training; None where there is none."""
+        """The folder of an arm's first final run, from the longest training; None if there is none."""
         stem = inside(self.finals, key, StudyError).name
         runs = {
             int(name[1]): name[0]
@@ -82,38 +82,38 @@ class SearchFolder:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """No other worker of this search is in the final stage meanwhile."""
+        """Context that keeps other workers of this search out of the final stage."""
         self.finals.mkdir(parents=True, exist_ok=True)
         with file_lock(self.finals / ".lock"):
             yield
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """A file that appears complete or not at all. Raises `StudyError`."""
+    """Write a file atomically. Raises `StudyError`."""
     write_text(path, json.dumps(values, indent=1) + "\n", StudyError)
 
 
 def read_kept(keep: Path) -> dict[str, Any] | None:
-    """What is known of the model in `best`: hash (the name of its folder), value, placement; None before there is one."""
+    """Record of the model in `best`: hash (the name of its folder), value, placement; None before there is one."""
     note = keep / NOTE
     return _read(note, _KEPT) if note.is_file() else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A search as it lies on disk."""
+    """A search as stored on disk."""
 
     folder: SearchFolder
     about: Mapping[str, Any]
     space: Space
     records: list[Record]
-    alive: frozenset[str]  # workers that run now
-    front: tuple[int, ...]  # of several objectives: the trials that none is better than in all, as Optuna says
+    alive: frozenset[str]  # workers running now
+    front: tuple[int, ...]  # with several objectives: the non-dominated trials according to Optuna
     finals: Mapping[str, Any] | None
 
     @property
     def higher_is_better(self) -> bool:
-        """Of the task's primary metric."""
+        """Direction of the task's primary metric."""
         return bool(self.about["task"]["higher_is_better"])
 
     def value(self, one: Record) -> float | None:
@@ -121,7 +121,7 @@ class Finished:
         return one.values[0] if one.state == "complete" and one.values else None
 
     def ranked(self) -> list[Record]:
-        """Completed evaluations, best first, repetitions left out."""
+        """Completed evaluations, best first, without repetitions."""
         done = [one for one in self.records if self.value(one) is not None and one.duplicate_of is None]
         sign = -1.0 if self.higher_is_better else 1.0
         return sorted(done, key=lambda one: (sign * (self.value(one) or 0.0), one.number))
@@ -132,11 +132,11 @@ class Finished:
 
 
 def study_of(folder: SearchFolder, known: Mapping[str, str] | None, url: str | None = None) -> Study:
-    """The study of a search: its file, or what is `known` of the database; `url` in place of the known one, for its password."""
+    """The study of a search: its file, or the `known` database; `url` replaces the known URL, for its password."""
     if known is None:
         return StudyFile(folder.study)
-    from surgeon.search.study.database import StudyDatabase
-    from surgeon.search.study.database_url import check_named
+    from surgeon.search.study.database import StudyDatabase  # SQLAlchemy: only for a study in a database
+    from surgeon.search.study.database_url import check_named  # SQLAlchemy: only for a study in a database
 
     if not url:
         check_named(known["url"], str(folder.about))
@@ -144,7 +144,7 @@ def study_of(folder: SearchFolder, known: Mapping[str, str] | None, url: str | N
 
 
 def read_search(path: str | Path, storage: str | None = None) -> Finished:
-    """Read a search, also one that is running. `storage`: the database's URL with its password. Raises `StudyError`."""
+    """Read a search, finished or running. `storage`: the database's URL with its password. Raises `StudyError`."""
     folder = SearchFolder(path)
     if not folder.about.is_file():
         raise StudyError(f"there is no search in {folder.path}: it has no {folder.about.name}")
@@ -153,7 +153,7 @@ def read_search(path: str | Path, storage: str | None = None) -> Finished:
         raise StudyError(f"there is no search in {folder.path}: it has no {folder.study.name}")
     if about.get("format") != FORMAT or about.get("version") != VERSION:
         raise StudyError(f"{folder.about} is not the record of a search that this version of surgeon can read")
-    about.setdefault("sampler", about.get("mode"))  # as it was called when trials had no parameters
+    about.setdefault("sampler", about.get("mode"))  # its name when trials had no parameters
     about.setdefault("objectives", ["metric"])
     check_fields(about, _ABOUT, str(folder.about), StudyError)
     file = study_of(folder, _storage(folder.about), storage)
@@ -172,7 +172,7 @@ def read_search(path: str | Path, storage: str | None = None) -> Finished:
     )
 
 
-# The types of what is read of these files, for `check_fields`.
+# Schemas of these files, for `check_fields`.
 _NUMBER = (int, float)
 _ABOUT = {
     "model": {"name": str},
@@ -217,7 +217,7 @@ def _read(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _storage(path: Path) -> dict[str, str] | None:
-    """The database that the study is in, as search.json says; None where it is in the folder."""
+    """The database that contains the study, from search.json; None if it is in the folder."""
     known = read_object(path, StudyError).get("storage") if path.is_file() else None
     if known is not None:
         check_fields(known, _STORAGE, f"{path}: storage", StudyError)
@@ -236,6 +236,6 @@ def _space(values: Mapping[str, Any], where: str) -> Space:
         raise StudyError(f"{where}: space: layers, stages and allowed are not of one length")
     for row, columns in zip(allowed, values["allowed"], strict=True):
         if not all(0 <= column <= len(options) for column in columns):
-            raise StudyError(f"{where}: space: allowed names an option that is not there")
+            raise StudyError(f"{where}: space: allowed contains an unknown option")
         row[columns] = True
     return Space(layers=tuple(values["layers"]), stages=tuple(values["stages"]), options=options, allowed=allowed)

@@ -1,4 +1,4 @@
-"""What a study is bound to, as JSON, and where two of these differ."""
+"""The JSON identity that a study is bound to, and differences between identities."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,13 +8,13 @@ VERSION = 2  # 1: trials without parameters
 
 
 def as_stored(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity as a study gives it back."""
+    """An identity after a round trip through a study."""
     found: dict[str, Any] = json.loads(json.dumps({"version": VERSION, **identity}))
     return found
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """Where two JSON values differ, in words."""
+    """Differences between two JSON values, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
             inner = f"{where}.{key}" if where else str(key)

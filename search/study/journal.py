@@ -1,8 +1,8 @@
 """A study's file: Optuna's journal, with locks that die with their holder.
 
-Optuna's own lock is a file that a killed process leaves behind (others wait half a minute for it), and its journal cannot be read
-any more once a line was torn by a kill and another written after it. Here locks are the kernel's (POSIX record locks: released
-when the process ends, however it ends, and not inherited by data-loading children), and a torn last line is cut off before the
+Optuna's own lock is a file that a killed process leaves behind (others wait half a minute for it), and its journal becomes
+unreadable once a line was torn by a kill and another written after it. Here locks are the kernel's (POSIX record locks: released
+when the process ends for any reason, and not inherited by data-loading children), and a torn last line is cut off before the
 next one is written. Everything written inside `exclusive` appears at once.
 """
 
@@ -29,7 +29,7 @@ _GUARD = threading.Lock()
 
 
 class StudyError(SurgeonError, OSError):
-    """A study cannot be opened, or is another one than was meant."""
+    """A study cannot be opened, or is not the expected one."""
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def _lock(descriptor: int, *, wait: bool) -> bool:
 
 
 class Lease:
-    """A worker's sign of life: a locked file in the study's folder, for as long as the process lives."""
+    """A worker's lease: a locked file in the study's folder, for as long as the process lives."""
 
     def __init__(self, folder: Path, worker: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,11 +75,11 @@ class Lease:
         self.path = folder / f"{worker}.lease"
         self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         if not _lock(self._descriptor, wait=False):
-            raise StudyError(f"a worker named {worker!r} is running already")
+            raise StudyError(f"a worker named {worker!r} is already running")
         _HELD[str(self.path.absolute())] = (self._descriptor, 1)
 
     def release(self) -> None:
-        """Give it up; the file goes."""
+        """Release the lease; the file is removed."""
         if self._descriptor is not None:
             _HELD.pop(str(self.path.absolute()), None)
             self.path.unlink(missing_ok=True)
@@ -94,7 +94,7 @@ class Lease:
 
 
 def is_alive(folder: Path, worker: str) -> bool:
-    """Whether this worker's process still runs. Raises `StudyError` for what is no worker's name."""
+    """Whether this worker's process still runs. Raises `StudyError` for an invalid worker name."""
     path = inside(folder, f"{worker}.lease", StudyError)
     if str(path.absolute()) in _HELD:
         return True  # it is this process; opening the file here would drop its lock
@@ -108,16 +108,16 @@ def is_alive(folder: Path, worker: str) -> bool:
         os.close(descriptor)
 
 
-class Journal(JournalFileBackend):
-    """Optuna's journal file, with `exclusive`: nobody else writes meanwhile, and what is written appears as one piece.
+class StudyJournal(JournalFileBackend):
+    """Optuna's journal file, with `exclusive`: nobody else writes meanwhile, and all writes in it appear at once.
 
-    That holds after an error, too: what Optuna was told is in its memory already, and the file must not say less.
+    That holds after an error, too: Optuna already has the records in memory, so the file must contain them.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._pending: list[dict[str, Any]] | None = None
-        self._written = 0  # log lines in the file when the transaction began
+        self._written = 0  # log lines in the file at the start of the transaction
         if path.is_file():
             _check_journal(path)
         super().__init__(str(path))
@@ -128,7 +128,7 @@ class Journal(JournalFileBackend):
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Collect what is written until the end, then write it at once; nothing of it is written after an error."""
+        """Collect the writes until the end, then write them at once; after an error nothing is written."""
         with file_lock(self._lock_path):
             if self._pending is not None:
                 yield
@@ -143,7 +143,7 @@ class Journal(JournalFileBackend):
                 self._flush(logs, self._written)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Write these records, or keep them until the end of the transaction."""
+        """Write these records, or hold them until the end of the transaction."""
         if self._pending is not None and str(self._lock_path.absolute()) in _HELD:
             self._pending += json.loads(json.dumps(logs))
             return
@@ -152,18 +152,18 @@ class Journal(JournalFileBackend):
             self._flush(logs)
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        """All records from this number on, those of a transaction in progress included."""
+        """All records starting at this number, including those of a transaction in progress."""
         yield from super().read_logs(log_number_from)
         if self._pending is not None:
             yield from list(self._pending)[max(log_number_from - self._written, 0) :]
 
     def _count(self) -> int:
-        """How many records the file holds, from the last one whose place is known."""
+        """Number of records in the file, counted from the last one with a known position."""
         last = max(self._log_number_offset)
         return last + sum(1 for _ in super().read_logs(last))
 
     def _flush(self, logs: list[dict[str, Any]], number: int | None = None) -> None:
-        """Append the records; `number` is that of the first, where it is known."""
+        """Append the records; `number` is that of the first, if known."""
         if not logs:
             return
         lines = [(json.dumps(log, separators=(",", ":")) + "\n").encode() for log in logs]
@@ -180,10 +180,10 @@ class Journal(JournalFileBackend):
         if number is not None:
             for i, line in enumerate(lines, start=1):
                 place += len(line)
-                self._log_number_offset[number + i] = place  # or Optuna would read the file from its beginning
+                self._log_number_offset[number + i] = place  # otherwise Optuna would read the file from its beginning
 
     def _mend(self) -> None:
-        """Cut off a last line that a killed process did not finish."""
+        """Cut off a last line left incomplete by a killed process."""
         with self.path.open("r+b") as file:
             size = file.seek(0, os.SEEK_END)
             if size == 0:
@@ -204,7 +204,7 @@ class Journal(JournalFileBackend):
 
 
 def _check_journal(path: Path) -> None:
-    """Raise `StudyError` for a file that is something else, before anything is appended to it."""
+    """Raise `StudyError` if the file is something else, before anything is appended to it."""
     with path.open("rb") as file:
         first = file.readline(1_000_000)
     if not first or not first.endswith(b"\n"):
@@ -218,7 +218,7 @@ def _check_journal(path: Path) -> None:
 
 
 def forget_dead(folder: Path) -> None:
-    """Remove the files of workers that are gone."""
+    """Remove the files of dead workers."""
     for path in folder.glob("*.lease"):
         if not path.is_symlink() and not is_alive(folder, path.stem):
             with contextlib.suppress(OSError):

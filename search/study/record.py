@@ -1,7 +1,7 @@
-"""A trial as a record: what of it is read, checked where it may be a stranger's.
+"""A trial as a record: the attributes in use, with type checks if they may be untrusted.
 
-Its user attributes: `placement` (layer → option), `hash`, `source`, `gain` (what the table expected), `predicted`, `worker`,
-`attempts`, and where they apply `refused`, `error`, `traced`, `seconds`; in studies of older versions `duplicate_of`.
+User attributes: `placement` (layer → option), `hash`, `source`, `gain` (expected by the table), `predicted`, `worker`,
+`attempts`, and if applicable `refused`, `error`, `traced`, `seconds`; in studies of older versions `duplicate_of`.
 """
 
 from collections.abc import Mapping
@@ -31,11 +31,11 @@ class Record:
 
     @property
     def counts(self) -> bool:
-        """Whether it was an evaluation of its own."""
+        """Whether it was a distinct evaluation."""
         return self.state in ("complete", "pruned") and self.duplicate_of is None
 
 
-_ATTRIBUTES: dict[str, Any] = {  # the types of what is read of a trial, where it has it
+_ATTRIBUTES: dict[str, Any] = {  # schema of a trial's attributes
     "hash": str,
     "placement": {"*": str},
     "source": str,
@@ -51,7 +51,7 @@ _ATTRIBUTES: dict[str, Any] = {  # the types of what is read of a trial, where i
 
 
 def checked(trial: FrozenTrial, where: str) -> FrozenTrial:
-    """The trial; raises `StudyError` for attributes of other types than ours: a study may be a stranger's."""
+    """The trial; raises `StudyError` for attributes of unexpected types: a study may be untrusted."""
     fields = {name: kind for name, kind in _ATTRIBUTES.items() if name in trial.user_attrs}
     check_fields(dict(trial.user_attrs), fields, f"{where}: trial {trial.number}", StudyError)
     return trial

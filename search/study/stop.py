@@ -1,17 +1,18 @@
-"""When a worker stops: Ctrl-C or SIGTERM, or the end of its time."""
+"""Stop conditions of a worker: Ctrl-C or SIGTERM, or the end of its time."""
 
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from surgeon.util.interrupt import caught
+
 
 @dataclass
 class Stop:
-    """When to stop: Ctrl-C or SIGTERM, or the end of the time."""
+    """Stop conditions: Ctrl-C or SIGTERM, or the end of the time."""
 
     deadline: float | None
     interrupted: bool = False
@@ -26,20 +27,11 @@ class Stop:
 @contextmanager
 def on_interrupt(stop: Stop) -> Iterator[None]:
     """The first Ctrl-C, or SIGTERM, asks the search to stop, the second stops it at once. Only the main thread can catch it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, before: Any) -> None:
         if stop.interrupted:
             raise KeyboardInterrupt
         stop.interrupted = True
 
-    for number in before:
-        signal.signal(number, handle)
-    try:
+    with caught((signal.SIGINT, signal.SIGTERM), handle):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,6 +1,6 @@
-"""A study: what it is bound to, its trials, and who runs them. `study_file.py` and `database.py` are places for one.
+"""A study: its identity, its trials, and its workers. `study_file.py` and `database.py` store it.
 
-Every trial is an Optuna trial, so that Optuna's own tools read the study: its parameters are the decisions
+Every trial is an Optuna trial, so Optuna's own tools can read the study: its parameters are the decisions
 (`search.sampling.parameters`), the budgets its constraints, and the rest its user attributes (`record.py`).
 """
 
@@ -29,22 +29,22 @@ _NOTES = "surgeon:notes"
 
 
 class OtherStudyError(StudyError):
-    """A study is bound to another model, space, budget or evaluator."""
+    """The study is bound to another model, space, budget or evaluator."""
 
 
 class Study(ABC):
-    """An Optuna study, the lock that its workers share, and their signs of life.
+    """An Optuna study, the lock shared by its workers, and their heartbeats.
 
-    Optuna's storages hold the trials. What is kept by hand, because a study is to be gone on with as if nothing had happened:
+    Optuna's storages hold the trials. The following is managed here, so that a study can be resumed without a trace:
 
-    exclusive   Optuna has no lock about a proposal: two workers that ask at once train the same placement
-    workers     Optuna fails the trial of a dead worker, and its retry gets a new number (so other random numbers); here it is taken
-                up under its own
-    identity    Optuna goes on with any study of the same name and directions
+    exclusive   Optuna has no lock around a proposal: two workers that ask at once train the same placement
+    workers     Optuna fails the trial of a dead worker, and its retry gets a new number (hence other random numbers); here it is
+                resumed under its own
+    identity    Optuna continues any study of the same name and directions
 
-    A place (a file, a database) says where the storage is, what its lock is, which workers are dead, and how errors read.
-    `identity` are JSON values that the study is bound to: model, space, budgets, gains, evaluator, sampler, objectives, seed.
-    `notes` are JSON values for those who join without a folder.
+    A subclass (a file, a database) defines the storage, the lock, which workers are dead, and how errors read.
+    `identity` holds the JSON values that the study is bound to: model, space, budgets, gains, evaluator, sampler, objectives, seed.
+    `notes` holds JSON values for workers that join without a folder.
     """
 
     shared: ClassVar[bool]  # whether workers on other machines may join
@@ -53,44 +53,44 @@ class Study(ABC):
     notes: Mapping[str, Any]
     _worker: str | None = None
 
-    # --- what a place says ----------------------------------------------------------------------------------------
+    # --- defined by subclasses ------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def flag(self) -> str:
-        """What the command goes on with it by."""
+        """The command-line flag that resumes the study."""
 
     @abstractmethod
     def storage(self) -> BaseStorage:
-        """Optuna's storage. Raises `StudyError` where it cannot be reached."""
+        """Optuna's storage. Raises `StudyError` if it cannot be reached."""
 
     @abstractmethod
     def exclusive(self) -> AbstractContextManager[None]:
-        """Nobody else proposes or claims trials meanwhile; reentrant."""
+        """Context in which nobody else proposes or claims trials; reentrant."""
 
     @abstractmethod
     def errors(self) -> AbstractContextManager[None]:
-        """What the storage says meanwhile as a `StudyError`."""
+        """Context that turns errors of the storage into a `StudyError`."""
 
     @abstractmethod
     def dead(self, trials: Sequence[FrozenTrial]) -> set[int]:
-        """Numbers of those of these running trials whose workers are gone for sure."""
+        """Numbers of those of these running trials whose workers are certainly dead."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give connections back; the study opens them again where it needs them."""
+        """Close connections; the study reopens them as needed."""
 
     # --- opening --------------------------------------------------------------------------------------------------
 
     def exists(self) -> bool:
-        """Whether there is a study to go on with, with all that it begins with."""
+        """Whether there is a completely initialized study to resume."""
         storage = self.storage()
         with self.errors():
             found = next((one for one in storage.get_all_studies() if one.study_name == self.name), None)
             return found is not None and self.is_ours(found.user_attrs)
 
     def names(self) -> list[str]:
-        """Of all studies in the same storage."""
+        """Names of all studies in the same storage."""
         storage = self.storage()
         with self.errors():
             return [one.study_name for one in storage.get_all_studies()]
@@ -104,11 +104,11 @@ class Study(ABC):
         *,
         resume: bool,
     ) -> None:
-        """Open the study, or begin it.
+        """Open the study, or create it.
 
         Raises:
             OtherStudyError: it is bound to something else; the message has the difference.
-            StudyError: it exists and `resume` is not set, or the other way round, or cannot be read.
+            StudyError: it exists and `resume` is not set, or vice versa, or cannot be read.
         """
         if resume and not self.exists():
             raise StudyError(self._not_there())
@@ -117,7 +117,7 @@ class Study(ABC):
         with self.errors(), self.exclusive():
             exists = self.exists()
             if exists and not resume:
-                raise StudyError(f"the study {self} exists already; go on with it ({self.flag}), or name another")
+                raise StudyError(f"the study {self} already exists; continue it ({self.flag}) or choose another name")
             if exists:
                 self.study = optuna.load_study(storage=storage, study_name=self.name, **rest)
                 self.check_identity(identity)
@@ -126,22 +126,22 @@ class Study(ABC):
                 self._clear(storage)
             self.study = optuna.create_study(storage=storage, study_name=self.name, directions=list(directions), **rest)
             self.study.set_user_attr(_NOTES, dict(self.notes))
-            self.study.set_user_attr(_IDENTITY, as_stored(identity))  # last: a study that has one is whole
+            self.study.set_user_attr(_IDENTITY, as_stored(identity))  # last: a study with an identity is complete
 
     def _not_there(self) -> str:
         known = ", ".join(self.names()[:10]) or "none"
-        return f"there is no study {self}; leave out {self.flag.split()[0]} to begin one. Studies there: {known}"
+        return f"there is no study {self}; omit {self.flag.split()[0]} to start one. Existing studies: {known}"
 
     def _clear(self, storage: BaseStorage) -> None:
-        """Remove what a worker left that was killed while it began this study."""
+        """Remove the remains of a worker that was killed while creating this study."""
         found = optuna.load_study(storage=storage, study_name=self.name)
         # the notes are written first, and no trial before the identity
         if found.get_trials(deepcopy=False) or set(found.user_attrs) - {_NOTES}:
-            raise StudyError(f"{self} is an Optuna study, but not one that surgeon began")
+            raise StudyError(f"{self} is an Optuna study, but not one created by surgeon")
         optuna.delete_study(storage=storage, study_name=self.name)
 
     def view(self) -> list[Record]:
-        """All trials of a study that this process is no worker of, also while others write it. Raises `StudyError`."""
+        """All trials of a study, for processes that are not its workers, even while others write it. Raises `StudyError`."""
         if not self.exists():
             raise StudyError(self._not_there())
         with self.errors():
@@ -149,30 +149,30 @@ class Study(ABC):
             return [record(checked(trial, str(self))) for trial in self.trials()]
 
     def read_notes(self) -> Mapping[str, Any]:
-        """What the worker that began the study noted. Raises `StudyError` where there is no study."""
+        """Notes of the worker that started the study. Raises `StudyError` if there is no study."""
         self.view()
         self.notes = self.study.user_attrs.get(_NOTES, {})
         return self.notes
 
     @staticmethod
     def is_ours(attributes: Mapping[str, Any]) -> bool:
-        """Whether these are the attributes of a study that surgeon began."""
+        """Whether these are the attributes of a study created by surgeon."""
         return isinstance(attributes.get(_IDENTITY), dict)
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What the study is bound to."""
+        """The identity that the study is bound to."""
         found: Mapping[str, Any] = self.study.user_attrs[_IDENTITY]
         return found
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Raise `OtherStudyError`, with the difference, unless the study is bound to this."""
         if not self.is_ours(self.study.user_attrs):
-            raise OtherStudyError(f"{self} is an Optuna study, but not one that surgeon began")
+            raise OtherStudyError(f"{self} is an Optuna study, but not one created by surgeon")
         if self.identity.get("version") != VERSION:
             raise OtherStudyError(
-                f"{self} was begun by another version of surgeon, whose trials are written otherwise: it can be looked at (surgeon "
-                "study), but not gone on with; begin a new search with another -o"
+                f"{self} was started by another version of surgeon with a different trial format: it can be viewed (surgeon "
+                "study) but not resumed; start a new search with another -o"
             )
         lines = list(differences(self.identity, as_stored(identity)))
         if lines:
@@ -182,7 +182,7 @@ class Study(ABC):
     # --- trials ---------------------------------------------------------------------------------------------------
 
     def trials(self) -> list[FrozenTrial]:
-        """All trials, by number; not to be changed."""
+        """All trials, by number; do not modify."""
         return self.study.get_trials(deepcopy=False)
 
     def records(self) -> list[Record]:
@@ -190,7 +190,7 @@ class Study(ABC):
         return [record(trial) for trial in self.trials()]
 
     def best(self) -> Record | None:
-        """The completed trial of the best (first) value, the earliest of equals."""
+        """The completed trial with the best (first) value, the earliest if tied."""
         done = [one for one in self.records() if one.state == "complete" and one.values]
         if not done:
             return None
@@ -198,36 +198,36 @@ class Study(ABC):
         return min(done, key=lambda one: (sign * (one.values or (0.0,))[0], one.number))
 
     def front(self) -> tuple[int, ...]:
-        """Numbers of the trials of the Pareto front within the budgets (`study.best_trials`); none for a single objective."""
+        """Numbers of the trials on the Pareto front within the budgets (`study.best_trials`); empty for a single objective."""
         if len(self.study.directions) == 1:
             return ()
         return tuple(trial.number for trial in self.study.best_trials)
 
     def ask(self) -> optuna.Trial:
-        """The next trial: one that waits, or a new one; this worker runs it. To be called within `exclusive`."""
+        """The next trial, a waiting one or a new one, to be run by this worker. Call it within `exclusive`."""
         trial = self.study.ask()
         self.claim(trial)
         return trial
 
     def take_up(self, trial: FrozenTrial) -> optuna.Trial:
-        """Go on with a trial that another worker, now dead, began. To be called within `exclusive`."""
+        """Resume a trial started by a worker that has died. Call it within `exclusive`."""
         taken = optuna.Trial(self.study, trial._trial_id)
         self.claim(taken, attempts=int(trial.user_attrs.get("attempts", 0)) + 1)
         return taken
 
     def claim(self, trial: optuna.Trial, attempts: int = 1) -> None:
-        """Note that this worker runs the trial. To be called within `exclusive`."""
+        """Record that this worker runs the trial. Call it within `exclusive`."""
         trial.set_user_attr("attempts", attempts)
         trial.set_user_attr("worker", self.worker)
 
     def orphans(self) -> list[FrozenTrial]:
-        """Running trials whose workers are gone. To be called within `exclusive`: one without a worker's name was left there."""
+        """Running trials whose workers are dead. Call it within `exclusive`: one without a worker's name was abandoned there."""
         running = self._running()
         dead = self.dead(running)
         return [one for one in running if one.number in dead]
 
     def running(self) -> frozenset[str]:
-        """The workers that evaluate a trial now."""
+        """The workers that are evaluating a trial now."""
         running = self._running()
         dead = self.dead(running)
         return frozenset(
@@ -245,7 +245,7 @@ class Study(ABC):
         attributes: Mapping[str, Any] | None = None,
         constraints: Mapping[str, float] | None = None,
     ) -> bool:
-        """Finish a trial; False, and nothing is written, if another worker took it up meanwhile."""
+        """Finish a trial; returns False, and writes nothing, if another worker took it over meanwhile."""
         told = False
 
         def write() -> None:
@@ -253,7 +253,7 @@ class Study(ABC):
             with self.exclusive():
                 now = self.trials()[trial.number]
                 told = now.user_attrs.get("worker") == self.worker
-                if not told or now.state.is_finished():  # finished: an earlier attempt got through
+                if not told or now.state.is_finished():  # finished: an earlier attempt succeeded
                     return
                 for name, value in (attributes or {}).items():
                     trial.set_user_attr(name, value)
@@ -265,7 +265,7 @@ class Study(ABC):
         return told
 
     def patiently(self, write: Callable[[], None]) -> None:
-        """Do this; a study that others than this machine keep may need more than one attempt."""
+        """Run a write; a study shared with other machines may retry."""
         write()
 
     # --- workers --------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ class Study(ABC):
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Be a worker of this study meanwhile: what its storage says ends the search as a `StudyError`."""
+        """Context for a worker of this study: storage errors end the search as a `StudyError`."""
         self._worker = worker_name()
         try:
             with self.errors(), self.leased():
@@ -288,26 +288,26 @@ class Study(ABC):
             self._worker = None
 
     def leased(self) -> AbstractContextManager[None]:
-        """Give signs of life as long as the process lives."""
+        """Send heartbeats as long as the process lives."""
         return nullcontext()
 
     def alive(self, trial: optuna.Trial) -> AbstractContextManager[None]:
-        """Give signs of life while the trial is evaluated."""
+        """Send heartbeats while the trial is evaluated."""
         return nullcontext()
 
     # --- calibration ----------------------------------------------------------------------------------------------
 
     @property
     def calibration(self) -> Calibration | None:
-        """What the study learned about memory; None before it learned anything."""
+        """The memory calibration learned by the study; None before any."""
         found = self.study.user_attrs.get(_CALIBRATION)
         return None if found is None else Calibration.from_dict(found)
 
     def keep_calibration(self, calibration: Calibration) -> None:
-        """Write it for all workers."""
+        """Store it for all workers."""
         self.study.set_user_attr(_CALIBRATION, calibration.to_dict())
 
 
 def worker_name() -> str:
-    """A name for this process: its machine, process id, and something that no other has."""
+    """A name for this process: its machine, its process id, and a unique suffix."""
     return f"{machine()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"

@@ -8,14 +8,14 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.trial import FrozenTrial
 
 from surgeon.errors import SurgeonError
-from surgeon.search.study.journal import Journal, Lease, StudyError, file_lock, forget_dead, is_alive
+from surgeon.search.study.journal import Lease, StudyError, StudyJournal, file_lock, forget_dead, is_alive
 from surgeon.search.study.study import Study
 
 
 class StudyFile(Study):
-    """A study in a journal file: the quickest place, by an order of magnitude where there are many layers (benchmarks.stores).
+    """A study in a journal file: the fastest storage, by an order of magnitude for many layers (benchmarks.stores).
 
-    Its lock and the leases of its workers are the kernel's (`journal.py`); what is written under the lock appears together.
+    Its lock and the workers' leases are the kernel's (`journal.py`); everything written under the lock appears at once.
     """
 
     shared = False
@@ -43,38 +43,38 @@ class StudyFile(Study):
         if self._storage is None:
             with self.errors():
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._journal = Journal(self.path)
+                self._journal = StudyJournal(self.path)
                 self._storage = JournalStorage(self._journal)
         return self._storage
 
     def close(self) -> None:
-        """A file is open only while it is read or written: there is nothing to give back."""
+        """A file is open only while it is read or written: there is nothing to close."""
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """What is written becomes visible together."""
+        """Writes become visible together."""
         self.storage()
         with self._journal.exclusive():
             yield
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """What Optuna says of a journal that is none: it takes every line for one of its own."""
+        """Turn Optuna's errors for an invalid journal into a `StudyError`: it takes every line for one of its own."""
         try:
             yield
         except (OSError, ValueError, AssertionError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            if self._worker is not None or isinstance(error, SurgeonError):  # what a training says is its own
+            if self._worker is not None or isinstance(error, SurgeonError):  # errors of a training pass through
                 raise
             raise StudyError(f"cannot read the study {self.path}: {type(error).__name__}: {error}") from error
 
     def dead(self, trials: Sequence[FrozenTrial]) -> set[int]:
         names = {one.number: one.user_attrs.get("worker") for one in trials}
-        left = (None, self._worker)  # half-written, or by this worker, which asks because it has nothing in hand
+        left = (None, self._worker)  # half-written, or of this worker, which is idle when it asks
         return {number for number, name in names.items() if name in left or not is_alive(self.folder, name)}
 
     @contextmanager
     def leased(self) -> Iterator[None]:
-        """A lease ends with the process, however it ends."""
+        """A lease ends with the process, for any reason."""
         with file_lock(self.path.with_name(self.path.name + ".lock")):
             forget_dead(self.folder)
             lease = Lease(self.folder, self.worker)

@@ -10,19 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.collapsing.evidence import Evidence, prove, settled, watching
+from surgeon.costs import cost
 from surgeon.errors import ConfigError, NothingFoldedError, SelectionError, SurgeonError, UnsupportedLayerError
 from surgeon.layers.base import CodedConv2d, DynamicConv2d
-from surgeon.records.collapse_report import Collapsed, CollapseReport
+from surgeon.records.collapse_report import Collapsed, CollapseReport, growth_notes
 from surgeon.records.recipe import get_recipe
 from surgeon.sites.inputs import Inputs
 from surgeon.sites.observe import Call, observe
 from surgeon.sites.select import Selector
 from surgeon.sites.sites import macs_of
 from surgeon.surgery.compare import Difference, compare
-from surgeon.surgery.operation import Progress, count_parameters
+from surgeon.surgery.operation import count_parameters
 from surgeon.surgery.rewrite import Rewrite, drop_rules, dynamic_layers, plain_convolution
-from surgeon.surgery.verify import Settled, Verification, judge, measure, outputs, run
+from surgeon.surgery.running import outputs, run
+from surgeon.surgery.verify import Settled, Verification, judge, measure
 from surgeon.util.copying import copy_model
+from surgeon.util.progress import OnProgress, silent
 
 CHUNK = 8  # images per forward pass
 
@@ -37,7 +40,7 @@ def collapse(
     layers: Selector | None = None,
     inplace: bool = False,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> tuple[nn.Module, CollapseReport]:
     """Fold every dynamic layer whose filter is the same at every pixel into one plain convolution.
 
@@ -70,7 +73,7 @@ def collapse(
     chosen = dynamic_layers(work, layers)
     if inplace and "" in chosen:
         raise ConfigError("the model itself is the dynamic layer: it cannot be collapsed in place")
-    tell = progress or _silent
+    tell = progress or silent
     seen = observe(work, list(every), calibration if calibration is not None else example_inputs, input_size)
     batches = _chunks(seen.inputs)
     folding = _Folding(
@@ -87,13 +90,10 @@ def collapse(
     result, verification = folding.operate()
     _conclude(report, folding, verification)
     report.params_after, report.flops_after = count_parameters(result), _flops(result, seen.inputs)
+    report.notes += growth_notes(report)
     drop_rules(result, get_recipe(model), folding.convs)
     report.seconds = time.perf_counter() - started
     return result, report
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    return None
 
 
 def _chunks(inputs: Inputs) -> list[Inputs]:
@@ -114,7 +114,7 @@ class _Folding:
     images: int
     tolerance: float = 0.0
     seed: int = 0
-    tell: Progress = _silent
+    tell: OnProgress = silent
     evidence: dict[str, Evidence] = field(default_factory=dict)
     convs: dict[str, nn.Conv2d] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -289,8 +289,6 @@ def _nothing(report: CollapseReport) -> str:
 
 def _flops(model: nn.Module, inputs: Inputs) -> int | None:
     """FLOPs of the whole model for one image; None if its input is not one batch of images, or it cannot be counted."""
-    from surgeon.costs import cost
-
     only = inputs.args[0] if len(inputs.args) == 1 and not inputs.kwargs else None
     if not isinstance(only, Tensor) or only.dim() != 4:
         return None

@@ -1,1 +1,1 @@
-"""The commands: one file each, with its options, and a `run` that returns an exit code."""
+"""The commands: one file each, with its options and a `run` that returns an exit code."""

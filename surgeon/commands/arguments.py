@@ -1,7 +1,8 @@
-"""Arguments that several commands take, and the values that these may have. Nothing heavy is imported."""
+"""Arguments shared by several commands, and their value types. Nothing heavy is imported."""
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
     from surgeon.records.recipe import BaseModel
 
-MOST = 2**31 - 1  # of a count
+MOST = 2**31 - 1  # maximum of a count
 _STDOUT: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """KEY=VALUE, the value as JSON where it is that, otherwise as text; an argparse type."""
+    """KEY=VALUE, with the value parsed as JSON if possible, otherwise as a string; an argparse type."""
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
@@ -36,7 +37,7 @@ def assignment(text: str) -> tuple[str, Any]:
 
 
 def whole(text: str) -> int:
-    """An integer that a count may be; an argparse type."""
+    """An integer in the range of a count; an argparse type."""
     value = _integer(text)
     if value is None:
         raise argparse.ArgumentTypeError(f"expected an integer, got {told(text)}")
@@ -46,7 +47,7 @@ def whole(text: str) -> int:
 
 
 class Assignments(argparse.Action):
-    """Collects KEY=VALUE pairs over all uses of an option; a key that is given twice is an error."""
+    """Collects KEY=VALUE pairs over all uses of an option; a repeated key is an error."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -68,7 +69,7 @@ def positive(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """What starts random numbers: 63 bits; an argparse type."""
+    """A random seed of 63 bits; an argparse type."""
     value = _integer(text)
     if value is None or not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2^63 - 1, got {told(text)}")
@@ -89,7 +90,7 @@ def size(text: str) -> tuple[int, ...]:
 
 
 def add_pairs(parser: Any, flag: str, help_: str, *, dest: str | None = None) -> None:
-    """An option of KEY=VALUE pairs, empty where it is not given."""
+    """An option of KEY=VALUE pairs, empty if not given."""
     dest = dest or flag.lstrip("-").replace("-", "_")
     parser.add_argument(
         flag, dest=dest, type=assignment, nargs="+", action=Assignments, default=[], metavar="KEY=VALUE", help=help_
@@ -97,7 +98,7 @@ def add_pairs(parser: Any, flag: str, help_: str, *, dest: str | None = None) ->
 
 
 def add_seed(parser: Any, of: str) -> None:
-    """`--seed`, which says what it is the seed of."""
+    """`--seed`; `of` says what it seeds."""
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help=f"{of} (default: 0)")
 
 
@@ -113,14 +114,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("model")
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
-    add_seed(group, "of random weights and of the conversion")
+    add_seed(group, "for random weights and the conversion")
     group.add_argument("--num-classes", type=positive, metavar="N", help="classes of the model's head")
     group.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
-    add_pairs(group, "--model-args", "further options of the model")
+    add_pairs(group, "--model-args", "additional options of the model")
 
 
 def amp(text: str) -> str:
-    """A precision as fine-tuning names it: no, fp16 or bf16; an argparse type, the same words for all commands."""
+    """A precision in fine-tuning's terms: no, fp16 or bf16; an argparse type, the same words for all commands."""
     known = {"no": "no", "fp16": "fp16", "float16": "fp16", "bf16": "bf16", "bfloat16": "bf16"}
     if text not in known:
         raise argparse.ArgumentTypeError(f"expected no, fp16 (float16) or bf16 (bfloat16), got {told(text)}")
@@ -128,7 +129,7 @@ def amp(text: str) -> str:
 
 
 def amp_dtype(text: str) -> str | None:
-    """A precision as torch names its dtype, None for no; an argparse type, the same words for all commands."""
+    """A precision as a torch dtype name, None for no; an argparse type, the same words for all commands."""
     return {"no": None, "fp16": "float16", "bf16": "bfloat16"}[amp(text)]
 
 
@@ -140,7 +141,7 @@ def device(text: str) -> str:
 
 
 def add_amp(parser: Any, kind: Callable[[str], str | None] = amp_dtype) -> None:
-    """`--amp`, alone or with a precision; None where it is not given."""
+    """`--amp`, alone or with a precision; None if not given."""
     const = kind("fp16")
     help_ = "automatic mixed precision: fp16 (--amp alone), bf16 or no"
     parser.add_argument("--amp", type=kind, nargs="?", const=const, metavar="fp16|bf16|no", help=help_)
@@ -151,34 +152,59 @@ def add_device(parser: Any) -> None:
     parser.add_argument("--device", type=device, metavar="auto|cpu|cuda:N", help="default: auto, a GPU if there is one")
 
 
-def add_training_options(group: Any) -> Any:
-    """`--batch-size`, `--amp`, `--device` and `--workers`, left to the config where they are not given; returns the group."""
-    group.add_argument("--batch-size", type=positive, metavar="N", help="samples a step (default: 32)")
-    add_amp(group, amp)
-    add_device(group)
-    group.add_argument("--workers", type=whole, metavar="N", help="processes that load data (default: 0)")
-    return group
+def natural(text: str) -> int:
+    """An integer of at least 0; an argparse type."""
+    value = whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {told(text)}")
+    return value
+
+
+def rate(text: str) -> float:
+    """A learning rate: a finite number above 0; an argparse type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, such as 3e-4, got {told(text)}")
+    return value
+
+
+def add_batch_size(parser: Any, told: str, default: int | None = None) -> None:
+    """`--batch-size`."""
+    parser.add_argument("--batch-size", type=positive, default=default, metavar="N", help=told)
+
+
+def add_workers(parser: Any) -> None:
+    """`--workers`."""
+    parser.add_argument("--workers", type=natural, default=0, metavar="N", help="data-loading processes (default: 0)")
+
+
+def add_lr(parser: Any, told: str = "peak learning rate", *, nargs: str | None = None) -> None:
+    """`--lr`, left to the config if not given."""
+    parser.add_argument("--lr", type=rate, nargs=nargs, metavar="X", help=told)
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """A folder that surgeon wrote."""
-    parser.add_argument("run", metavar="RUN", help="a folder that surgeon wrote, or hf-hub:ORG/NAME")
+    """A folder written by surgeon."""
+    parser.add_argument("run", metavar="RUN", help="a folder written by surgeon, or hf-hub:ORG/NAME")
     parser.add_argument(
-        "--trust-factory", action="store_true", help="run the package.module:factory that the recipe names"
+        "--trust-factory", action="store_true", help="run the package.module:factory named by the recipe"
     )
 
 
 def add_output(parser: Any, *, required: bool, help_: str) -> None:
-    """A folder to write."""
+    """An output folder."""
     parser.add_argument("-o", "--output", required=required, metavar="OUT", help=help_)
     parser.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")
 
 
-# --- what they say ------------------------------------------------------------------------------------------------------
+# --- evaluating them ----------------------------------------------------------------------------------------------------
 
 
 def build(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
-    """The model of `add_model`, and what is known of where it is from."""
+    """The model of `add_model`, and its base model, if known."""
     from surgeon.models.names import build_model
 
     return build_model(
@@ -191,15 +217,26 @@ def build(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
     )
 
 
+def model_name(spec: str) -> str:
+    """The last part of a model's name, for naming folders."""
+    return spec.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+
+
 def input_size(args: argparse.Namespace, base: "BaseModel | None") -> tuple[int, ...] | None:
     """As given, or the model's own; None if neither is known."""
     given: tuple[int, ...] | None = args.input_size
     return given or (base.input_size or None if base is not None else None)
 
 
+def tell(args: argparse.Namespace, text: str) -> None:
+    """Print a line on stderr, unless --quiet."""
+    if not args.quiet:
+        print(f"surgeon: {text}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def one_document() -> Iterator[None]:
-    """What libraries print meanwhile goes to stderr: stdout holds what `print_json` prints, and nothing else."""
+    """Redirect libraries' prints to stderr: stdout contains only what `print_json` prints."""
     before = _STDOUT.set(sys.stdout)
     try:
         with redirect_stdout(sys.stderr):
@@ -209,5 +246,5 @@ def one_document() -> Iterator[None]:
 
 
 def print_json(values: Any) -> None:
-    """The one document of --json."""
+    """Print the single document of --json."""
     print(json.dumps(values, indent=2), file=_STDOUT.get(), flush=True)

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import add_device, print_json, whole
 from surgeon.commands.cost import add_step_arguments, build, original_of
 from surgeon.errors import ConfigError
@@ -14,8 +15,8 @@ EXAMPLES = """  surgeon bench runs/resnet50-acda --batch-size 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon bench`, beside --json, --quiet and --debug."""
-    parser.add_argument("run", metavar="RUN", help="a folder that surgeon wrote")
+    """Add the arguments of `surgeon bench`; --json, --quiet and --debug are common to all commands."""
+    parser.add_argument("run", metavar="RUN", help="a folder written by surgeon")
     add_step_arguments(parser)
     parser.add_argument(
         "--compare", metavar="ORIGINAL", help="the model to compare with (default: the run's base model)"
@@ -25,17 +26,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    checks.positives(args, ("rounds",))
+    if args.device == "mps":
+        raise ConfigError("--device must be cpu, cuda or cuda:N here, got 'mps'")
+    checks.run_folder(args.run)
+    if args.compare:
+        checks.model(args.compare)
+
+
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from surgeon.costs.measure import NoDeviceError, has_device, interleaved
     from surgeon.costs.settings import make_settings
+    from surgeon.models.names import size_of
     from surgeon.util.machine import take_gpu
 
-    if args.rounds < 1:
-        raise ConfigError(f"--rounds must be at least 1, got {args.rounds}")
     device = ("cuda" if has_device() else "cpu") if args.device in (None, "auto") else args.device
-    if device == "mps":
-        raise ConfigError("--device must be cpu, cuda or cuda:N here, got 'mps'")
     if device != "cpu":
         if not has_device():
             raise NoDeviceError(f"--device {device}: this machine has no CUDA device")
@@ -44,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     converted = build(args.run, trust_factory=args.trust_factory)
     original = build(args.compare) if args.compare else original_of(args)
     step = {
-        "input_size": args.input_size,
+        "input_size": args.input_size or size_of(args.run),
         "batch_size": args.batch_size,
         "mode": "train" if args.train else "infer",
         "optimizer": args.optimizer,

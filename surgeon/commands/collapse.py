@@ -4,8 +4,10 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import add_run, print_json, whole
-from surgeon.errors import ConfigError, NothingFoldedError
+from surgeon.errors import ConfigError, InputError, NothingFoldedError
+from surgeon.util.outputs import check_output
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,26 +20,26 @@ EXAMPLES = """  surgeon collapse runs/resnet50-pafu -o runs/resnet50-lean
   surgeon collapse runs/resnet50-pafu --images photos/ -o runs/resnet50-lean
   surgeon collapse runs/resnet50-acda --images photos/ --tolerance 0.02 --dry-run
 
-Without --images only what the parameters prove is folded; with them also what does not
-vary on them. Exit code 1: nothing could be folded, or the result is not equal.
+Without --images, only layers proven constant by their parameters are folded; with them, also
+layers that do not vary on them. Exit code 1: nothing could be folded, or the result differs.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon collapse`, beside --json, --quiet and --debug."""
+    """Add the arguments of `surgeon collapse`; --json, --quiet and --debug are common to all commands."""
     add_run(parser)
     parser.add_argument("-o", "--output", metavar="OUT", help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")
     parser.add_argument("--dry-run", action="store_true", help="fold and report, but write nothing")
     parser.add_argument("--layers", metavar="NAMES", help="which dynamic layers (default: all)")
-    parser.add_argument("--images", metavar="DIR", help="pictures to observe the layers on")
-    parser.add_argument("--limit", type=whole, default=32, metavar="N", help="of these at most N (default: 32)")
+    parser.add_argument("--images", metavar="DIR", help="images to observe the layers on")
+    parser.add_argument("--limit", type=whole, default=32, metavar="N", help="use at most N of them (default: 32)")
     parser.add_argument(
         "--tolerance",
         type=float,
         default=0.0,
         metavar="T",
-        help="largest relative variation of a filter that is folded at its mean, 0 to 1 (default: 0, exact)",
+        help="largest relative variation of a filter folded at its mean, 0 to 1 (default: 0, exact)",
     )
 
 
@@ -45,13 +47,10 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code; raises `NothingFoldedError` after the report was printed."""
     import surgeon
     from surgeon.commands.console import Progress
-    from surgeon.models.checkpoint import check_output, load, save
+    from surgeon.models.checkpoint import load, save
     from surgeon.models.hub import folder
     from surgeon.records.recipe import get_recipe
 
-    _check(args)
-    if not args.dry_run:
-        check_output(args.output, force=args.force)
     model = load(folder(args.run), trust_factory=args.trust_factory)
     recipe = get_recipe(model)
     base = recipe.base if recipe is not None else None
@@ -78,15 +77,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
     if not args.output and not args.dry_run:
-        raise ConfigError("say where the result goes, with -o OUT, or ask for --dry-run")
+        raise ConfigError("give an output folder with -o OUT, or use --dry-run")
     if not (math.isfinite(args.tolerance) and 0 <= args.tolerance < 1):
         raise ConfigError(f"--tolerance is a relative variation from 0 to less than 1, got {args.tolerance:g}")
     if args.tolerance and not args.images:
-        raise ConfigError("--tolerance needs --images: how much a layer varies is observed on them")
+        raise ConfigError("--tolerance needs --images to observe how much a layer varies")
     if args.limit < 1:
         raise ConfigError(f"--limit must be at least 1 image, got {args.limit}")
+    if not args.dry_run:
+        check_output(args.output, force=args.force)
+    checks.run_folder(args.run)
+    checks.folder(args.images, "--images", InputError)
 
 
 def _images(args: argparse.Namespace, model: "nn.Module", base: "BaseModel | None") -> "Tensor | None":
@@ -95,7 +99,7 @@ def _images(args: argparse.Namespace, model: "nn.Module", base: "BaseModel | Non
     from surgeon.models.images import read_images
 
     if base is None:
-        raise ConfigError("--images needs to know the base model, for its transform; this folder does not name it")
+        raise ConfigError("--images needs the base model's transform, and this folder does not name its base model")
     return read_images(args.images, model, base, limit=args.limit, option="--images")
 
 

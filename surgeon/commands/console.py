@@ -1,16 +1,14 @@
-"""What the commands print: progress on stderr, and plain text for people on stdout."""
+"""Output of the commands: progress on stderr, and plain text on stdout."""
 
-import math
 import os
 import shutil
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from surgeon.records.report import flops, geometry_text, name_list
-from surgeon.util import pages
-from surgeon.util.tables import count, error, paragraph, table
+from surgeon.util.tables import error, paragraph, table
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -18,24 +16,27 @@ if TYPE_CHECKING:
     from surgeon.sites.sites import ConvSite
     from surgeon.surgery.verify import Verification
 
-_EVERY = 2.0  # seconds between two lines where stderr is no terminal
+_EVERY = 2.0  # seconds between lines if stderr is not a terminal
 
 
 def width() -> int:
-    """Columns for a table: those of the terminal, 80 in a pipe; `COLUMNS` overrides."""
+    """Columns for a table: the terminal's, or 80 in a pipe; `COLUMNS` overrides."""
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
         return max(shutil.get_terminal_size((80, 24)).columns, 60)
     return 80
 
 
 class Progress:
-    """A callable `(stage, done, total)` that shows on stderr how far the work is: bars on a terminal, else a line now and then."""
+    """A callable `(stage, done, total)` that shows progress on stderr: bars on a terminal, otherwise an occasional line."""
 
     def __init__(self, *, enabled: bool = True) -> None:
         self.enabled = enabled
         self._bar: RichProgress | None = None
         self._tasks: dict[str, Any] = {}
         self._last = time.monotonic()
+        self._stage = ""  # as it was last reported, where stderr is no terminal
+        self._ended = threading.Event()
+        self._beat: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         if self.enabled and sys.stderr.isatty():
@@ -46,6 +47,10 @@ class Progress:
             columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
+        elif self.enabled:
+            self._last = time.monotonic()
+            self._beat = threading.Thread(target=self._tell_of_waits, daemon=True)
+            self._beat.start()
         return self
 
     def __exit__(
@@ -53,15 +58,33 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        if self._beat is not None:
+            self._ended.set()
+            self._beat.join()
+
+    def _tell_of_waits(self) -> None:
+        """A line for a stage that takes long: after two seconds, then after ten, and twice as late each time, up to a minute."""
+        stage, began, pause = "", time.monotonic(), _EVERY
+        while not self._ended.wait(0.25):
+            now = time.monotonic()
+            if self._stage != stage:
+                stage, began, pause = self._stage, now, _EVERY
+            elif stage and now - max(self._last, began) >= pause:
+                self._last, pause = now, min(max(2 * pause, 10.0), 60.0)
+                print(f"surgeon: {stage}, {now - began:.0f} s", file=sys.stderr, flush=True)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self._bar is not None:
             if stage not in self._tasks:
+                for earlier in self._tasks.values():  # each stage begins when the one before has ended
+                    self._bar.stop_task(earlier)
                 self._tasks[stage] = self._bar.add_task(stage, total=total)
             self._bar.update(self._tasks[stage], completed=done, total=total)
-        elif self.enabled and time.monotonic() - self._last >= _EVERY:
+            return
+        self._stage = f"{stage} {done}/{total}" if total > 1 else stage
+        if self.enabled and time.monotonic() - self._last >= _EVERY:
             self._last = time.monotonic()
-            print(f"surgeon: {stage} {done}/{total}", file=sys.stderr, flush=True)
+            print(f"surgeon: {self._stage}", file=sys.stderr, flush=True)
 
 
 # --- inspect ------------------------------------------------------------------------------------------------------
@@ -69,6 +92,7 @@ class Progress:
 
 def inspection_values(sites: "list[ConvSite]") -> list[dict[str, Any]]:
     """Every convolution as JSON values, with what it can become: for each type the reasons against it."""
+    from surgeon.surgery.inspection import activation_bytes
     from surgeon.surgery.plan import can_become
 
     return [
@@ -76,76 +100,17 @@ def inspection_values(sites: "list[ConvSite]") -> list[dict[str, Any]]:
     ]
 
 
-def activation_bytes(site: "ConvSite") -> int | None:
-    """Memory of the outputs for one image in float32, over all calls; None where the forward pass does not reach it."""
-    if not site.calls:
-        return None
-    return sum(4 * math.prod(call.output[-3:]) for call in site.calls)
-
-
-INSPECTED = ("layer", "stage", "geometry", "output", "FLOPs", "params", "memory", "can become")
-
-
-class Inspection(list["ConvSite"]):
-    """What `surgeon.inspect` found: a list, which notebooks show as a table."""
-
-    def _repr_html_(self) -> str:
-        rows, against = _inspected(self)
-        table_ = pages.rows(INSPECTED, rows) if rows else ""
-        more = [("why not", _why_not(against, 100))] if against else []
-        return pages.snippet(_summary(self), table_, _UNITS, more)
-
-
-_UNITS = "FLOPs (1 MAC = 2 FLOPs) and memory (of the output, float32) are for one image."
-
-
 def inspection_text(sites: "list[ConvSite]", model: str, width: int) -> str:
-    """The table of `surgeon inspect`, and below it why something cannot become something."""
+    """The table of `surgeon inspect`, followed by the reasons against replacements."""
     from surgeon.layers.registry import layer_types
+    from surgeon.surgery.inspection import INSPECTED, UNITS, inspected, summary, why_not_text
 
-    rows, against = _inspected(sites)
-    parts = [f"{model}: {_summary(sites)}", table(INSPECTED, rows, width=width, left=3)]
+    rows, against = inspected(sites)
+    parts = [f"{model}: {summary(sites)}", table(INSPECTED, rows, width=width, left=3)]
     if against:
-        parts.append(f"why not:\n{_why_not(against, width)}")
-    parts.append(paragraph(f"{_UNITS} Types: {', '.join(layer_types())}.", width=width))
+        parts.append(f"why not:\n{why_not_text(against, width)}")
+    parts.append(paragraph(f"{UNITS} Types: {', '.join(layer_types())}.", width=width))
     return "\n\n".join(parts) + "\n"
-
-
-def _inspected(sites: "list[ConvSite]") -> tuple[list[tuple[str, ...]], dict[str, list[str]]]:
-    """A row for each convolution, and the names behind each reason why something cannot become something."""
-    from surgeon.surgery.plan import can_become
-
-    rows: list[tuple[str, ...]] = []
-    against: dict[str, list[str]] = {}
-    for site in sites:
-        possible = can_become(site)
-        fits = [kind for kind, reasons in possible.items() if not reasons]
-        for kind, reasons in possible.items():
-            for reason in reasons:
-                told = reason if not fits else f"not {kind}: {reason}"
-                names = against.setdefault(told, [])
-                if site.name not in names:
-                    names.append(site.name)
-        out = "x".join(map(str, site.calls[0].output[-2:])) if site.calls else "-"
-        geometry = geometry_text(None if site.geometry is None else site.geometry.to_dict())
-        memory = count(activation_bytes(site), "B")
-        cells = (site.name, site.stage or "-", geometry, out, flops(site.macs), count(site.params), memory)
-        fitting = "any type" if len(fits) == len(possible) else " ".join(fits)
-        rows.append((*cells, site.dynamic or fitting or "nothing"))
-    return rows, against
-
-
-def _summary(sites: "list[ConvSite]") -> str:
-    total = [flops(sum(site.macs or 0 for site in sites)), count(sum(site.params for site in sites))]
-    return f"{len(sites)} convolutions, {total[0]} FLOPs, {total[1]} parameters in them"
-
-
-def _why_not(against: dict[str, list[str]], width: int) -> str:
-    lines = []
-    for reason, names in against.items():
-        lines.append(paragraph(f"{reason} ({len(names)}):", width=width, indent="  ", hang="    "))
-        lines.append(paragraph(name_list(names), width=width, indent="    "))
-    return "\n".join(lines)
 
 
 # --- verify -------------------------------------------------------------------------------------------------------
@@ -167,7 +132,7 @@ def verification_values(result: "Verification") -> dict[str, Any]:
 
 
 def verification_text(result: "Verification", run: str, width: int) -> str:
-    """What `surgeon verify` prints."""
+    """The output of `surgeon verify`."""
     verdict = "computes what the original computes" if result.exact else "is NOT equal to the original (compressed)"
     rows = [(name, error(found.max_rel), error(found.max_abs)) for name, found in result.layers.items()]
     lines = [

@@ -1,12 +1,14 @@
-"""`surgeon cost`: what a model costs, printed, drawn, compared, and on request measured. Imports torch when it runs."""
+"""`surgeon cost`: a model's cost, printed, plotted, compared, and optionally measured. Imports torch when it runs."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands.arguments import add_amp, print_json, size, whole
+from surgeon.commands import checks
+from surgeon.commands.arguments import add_amp, add_batch_size, print_json, size, whole
 from surgeon.errors import ConfigError, InputError
+from surgeon.util.parse import parse_quantity
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,50 +24,62 @@ EXAMPLES = """  surgeon cost resnet50 --batch-size 32 --optimizer sgd --amp
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon cost`, beside --json, --quiet and --debug."""
-    parser.add_argument("model", metavar="MODEL|RUN", help="a model's name, or a folder that surgeon wrote")
+    """Add the arguments of `surgeon cost`; --json, --quiet and --debug are common to all commands."""
+    parser.add_argument("model", metavar="MODEL|RUN", help="a model's name, or a folder written by surgeon")
     add_step_arguments(parser)
     parser.add_argument("--infer", action="store_true", help="inference instead of a training step")
     parser.add_argument(
-        "--accumulate", type=whole, default=1, metavar="N", help="micro-steps an optimizer step (default: 1)"
+        "--accumulate", type=whole, default=1, metavar="N", help="micro-steps per optimizer step (default: 1)"
     )
-    parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing (timm models)")
+    parser.add_argument("--checkpointing", action="store_true", help="use gradient checkpointing (timm models)")
     parser.add_argument("--weight-decay", type=float, default=1e-4, metavar="X", help="default: 1e-4")
-    parser.add_argument("--strict", action="store_true", help="an operator without a FLOP formula is an error")
+    parser.add_argument("--strict", action="store_true", help="fail on an operator without a FLOP formula")
     parser.add_argument("--max-flops", metavar="N", help="exit 1 if an image costs more (4.5G; 1 MAC = 2 FLOPs)")
-    parser.add_argument("--max-memory", metavar="N", help="exit 1 if a step needs more, reserve included (8GiB)")
+    parser.add_argument("--max-memory", metavar="N", help="exit 1 if a step needs more, including the reserve (8GiB)")
     parser.add_argument(
         "--compare",
         nargs="?",
         const="",
         metavar="ORIGINAL",
-        help="beside another model (default: the run's base model)",
+        help="compare with another model (default: the run's base model)",
     )
-    parser.add_argument("--table", action="store_true", help="what every layer would cost as every layer type")
-    parser.add_argument("--layers", metavar="SELECTION", help="of --table (default: all with k >= 2)")
-    parser.add_argument("--plot", metavar="FILE", help="draw memory over the step, and the layers' shares (png)")
+    parser.add_argument("--table", action="store_true", help="cost of every layer as every layer type")
+    parser.add_argument("--layers", metavar="SELECTION", help="for --table (default: all with k >= 2)")
+    parser.add_argument("--plot", metavar="FILE", help="plot memory over the step, and the layers' shares (png)")
     parser.add_argument("--measure", action="store_true", help="run the step on the CUDA device and compare")
 
 
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a step is run; shared with `surgeon bench`."""
-    parser.add_argument("--batch-size", type=whole, default=1, metavar="N", help="images a step (default: 1)")
+    """Options of a step; shared with `surgeon bench`."""
+    add_batch_size(parser, "images per step (default: 1)", 1)
     parser.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
     parser.add_argument("--optimizer", default="sgd", metavar="NAME", help="sgd (momentum), sgd-plain, adam, adamw")
     add_amp(parser)
     parser.add_argument("--channels-last", action="store_true", help="channels-last memory format")
-    parser.add_argument("--trust-factory", action="store_true", help="run the factory that a run's recipe names")
+    parser.add_argument("--trust-factory", action="store_true", help="run the factory named by a run's recipe")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    checks.positives(args, ("accumulate",))
+    for name in ("max_flops", "max_memory"):
+        if getattr(args, name):
+            parse_quantity(getattr(args, name), f"--{name.replace('_', '-')}")
+    checks.model(args.model)
+    if args.compare:
+        checks.model(args.compare)
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 over budget, or --measure without CUDA."""
-    from surgeon.costs import cost, parse_quantity
+    from surgeon.costs import cost
+    from surgeon.models.names import size_of
 
     budgets = {
         "flops": parse_quantity(args.max_flops, "--max-flops") if args.max_flops else None,
         "total_bytes": parse_quantity(args.max_memory, "--max-memory") if args.max_memory else None,
     }
-    settings = _settings(args)
+    settings = _settings(args, args.input_size or size_of(args.model))
     _check_device(args)
     model, found = _cost_of(args.model, args, strict=args.strict, **settings)
     other = None
@@ -92,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cost_of(spec: str, args: argparse.Namespace, **settings: Any) -> "tuple[nn.Module, Cost]":
-    """A model and what it costs. Weights are made for --measure, and where the model cannot be traced without data."""
+    """A model and its cost. Weights are created only for --measure, and if the model cannot be traced without data."""
     from surgeon.costs import cost
     from surgeon.models.hub import folder_if_any
     from surgeon.models.names import shapes_of
@@ -110,7 +124,7 @@ def _cost_of(spec: str, args: argparse.Namespace, **settings: Any) -> "tuple[nn.
 
 
 def build(spec: str, *, trust_factory: bool = False) -> "nn.Module":
-    """A model for its shapes: the weights do not matter, so that none are fetched."""
+    """A model for its shapes only: the weights do not matter, so none are fetched."""
     from surgeon.models.hub import folder_if_any
 
     folder = folder_if_any(spec)
@@ -124,25 +138,25 @@ def build(spec: str, *, trust_factory: bool = False) -> "nn.Module":
 
 
 def original_of(args: argparse.Namespace) -> "nn.Module":
-    """The unconverted model behind a run, with meaningless weights; raises `ConfigError` where it is not known."""
+    """The unconverted model behind a run, with arbitrary weights; raises `ConfigError` if it is unknown."""
     from surgeon.models.hub import folder_if_any
     from surgeon.models.names import build_structure
     from surgeon.records.recipe import Recipe
 
     folder = folder_if_any(getattr(args, "run", None) or args.model)
     if not Path(folder, "recipe.json").is_file():
-        raise ConfigError(
-            f"{folder} is no folder that surgeon wrote; name the model to compare with: --compare ORIGINAL"
-        )
+        raise ConfigError(f"{folder} was not written by surgeon; name the model to compare with: --compare ORIGINAL")
     base = Recipe.read(folder).base
     if base is None:
-        raise ConfigError(f"{folder} does not know its base model; name the model to compare with: --compare ORIGINAL")
+        raise ConfigError(
+            f"{folder} does not record its base model; name the model to compare with: --compare ORIGINAL"
+        )
     return build_structure(base, trust_factory=args.trust_factory)
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, size: tuple[int, ...] | None) -> dict[str, Any]:
     return {
-        "input_size": args.input_size,
+        "input_size": size,
         "batch_size": args.batch_size,
         "mode": "infer" if args.infer else "train",
         "optimizer": args.optimizer,
@@ -161,14 +175,15 @@ def _check_device(args: argparse.Namespace) -> None:
 
     if not has_device():
         raise NoDeviceError(
-            "--measure needs a CUDA device, and this machine has none; leave it out for the prediction alone"
+            "--measure needs a CUDA device, and this machine has none; omit it for the prediction alone"
         )
 
 
 def _table(model: "nn.Module", args: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
-    from surgeon.costs.table import KEEP, cost_table
+    from surgeon.costs.build import cost_table
+    from surgeon.costs.table import KEEP
 
     table = cost_table(model, layers=args.layers, **settings)
     return [asdict(row) for row in table.rows if row.option != KEEP]
@@ -211,9 +226,9 @@ def _print(document: dict[str, Any], found: "Cost", other: "Cost | None", args: 
 
 
 def cost_lines(name: str, found: "Cost", other: "Cost | None" = None, other_name: str | None = None) -> list[str]:
-    """The cost for people, one or two columns."""
-    from surgeon.util.parse import giga, mebibytes
-    from surgeon.util.tables import table
+    """The cost as text, in one or two columns."""
+    from surgeon.util.parse import mebibytes
+    from surgeon.util.tables import count, table
 
     step = "inference" if found.mode == "infer" else f"training step, {found.optimizer}"
     precision = found.amp or "float32"
@@ -221,11 +236,11 @@ def cost_lines(name: str, found: "Cost", other: "Cost | None" = None, other_name
     head = f"{name}: {step}, {precision}, batch {found.batch_size} of {size}"
 
     def column(c: "Cost") -> list[str]:
-        values = [giga(c.flops), giga(c.macs), giga(c.backward_flops), giga(c.params), mebibytes(c.peak_bytes)]
+        values = [*map(count, (c.flops, c.macs, c.backward_flops, c.params)), mebibytes(c.peak_bytes)]
         parts = [mebibytes(value) for value in c.breakdown.values()]
         return [*values, *parts, mebibytes(c.total_bytes)]
 
-    names = ["FLOPs an image, forward", "MACs an image, forward", "FLOPs an image, backward", "parameters"]
+    names = ["FLOPs per image, forward", "MACs per image, forward", "FLOPs per image, backward", "parameters"]
     names += ["peak of tensors", *(f"  {kind}" for kind in found.breakdown), "needed in total"]
     names[names.index("  reserve")] = "reserve"
     columns = [column(found)] + ([column(other)] if other is not None else [])

@@ -1,4 +1,4 @@
-"""`surgeon doctor`: versions, devices, and which backend of each operator runs where and why not the others."""
+"""`surgeon doctor`: versions, devices, and the backend of each operator on each device, with reasons against others."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -8,17 +8,17 @@ from surgeon.commands.arguments import print_json
 if TYPE_CHECKING:
     from surgeon.doctor import Diagnosis, Finding
 
-DESCRIPTION = "versions, devices, and which backend of each operator runs where, and why not the others"
+DESCRIPTION = "versions, devices, and the backend of each operator on each device, with reasons against others"
 EXAMPLES = """  surgeon doctor
   surgeon doctor --json > machine.json
 
 Every operator runs once on a small input of every device and dtype and is compared with its
-reference. Exit code 1: one of them fails or computes something else.
+reference. Exit code 1: one of them fails or differs.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No arguments beside --json, --quiet and --debug."""
+    """No arguments except --json, --quiet and --debug."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +71,7 @@ def _dtypes(found: "Diagnosis") -> list[str]:
 
 
 def _rows(found: "Diagnosis") -> list[tuple[str, ...]]:
-    """A row an operator and device: the backend by dtype, and its error."""
+    """A row per operator and device: the backend by dtype, and its error."""
     rows: dict[tuple[str, str], list[Finding]] = {}
     for finding in found.findings:
         rows.setdefault((finding.operator, finding.device), []).append(finding)
@@ -85,7 +85,7 @@ def _cell(finding: "Finding") -> str:
 
 
 def _reasons(found: "Diagnosis") -> dict[str, list[str]]:
-    """Each `backend: reasons` with the operators and devices that it is told of."""
+    """Each `backend: reasons` with the operators and devices to which it applies."""
     told: dict[str, list[str]] = {}
     for finding in found.findings:
         for backend, reasons in finding.against.items():

@@ -1,11 +1,21 @@
-"""`surgeon evaluate`: a model's metrics on a task, beside those of its original. Imports torch when it runs."""
+"""`surgeon evaluate`: a model's metrics on a task, compared with its original's. Imports torch when it runs."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands.arguments import add_amp, add_device, add_pairs, add_seed, positive, print_json, whole
-from surgeon.errors import ConfigError, DataError, ModelError, SurgeonError
+from surgeon.commands import checks
+from surgeon.commands.arguments import (
+    add_amp,
+    add_batch_size,
+    add_device,
+    add_seed,
+    add_workers,
+    positive,
+    print_json,
+)
+from surgeon.commands.tasks import add_task, make_task, settle
+from surgeon.errors import ConfigError, ModelError, SurgeonError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,7 +24,8 @@ if TYPE_CHECKING:
     from surgeon.visualize.adaptivity import Adaptivity
     from surgeon.zoo.tasks import Task
 
-DESCRIPTION = "metrics of a model on a task, beside those of its original"
+NEEDS = ("torch", "timm", "torchmetrics")  # libraries
+DESCRIPTION = "metrics of a model on a task, compared with its original's"
 EXAMPLES = """  surgeon evaluate runs/resnet50-acda --task classification --data imagenet/
   surgeon evaluate runs/dncnn-sekg --task denoising --data photos/ --task-option sigma=25
   surgeon evaluate resnet50 --task classification --data imagenet/ --original none --limit 500
@@ -24,31 +35,38 @@ EXAMPLES = """  surgeon evaluate runs/resnet50-acda --task classification --data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon evaluate`, beside --json, --quiet and --debug."""
-    parser.add_argument("model", metavar="RUN|MODEL", help="a folder that surgeon wrote, or a model's name")
+    """Add the arguments of `surgeon evaluate`; --json, --quiet and --debug are common to all commands."""
+    parser.add_argument("model", metavar="RUN|MODEL", help="a folder written by surgeon, or a model's name")
     group = parser.add_argument_group("task")
-    group.add_argument("--task", required=True, metavar="NAME", help="classification, denoising, ...")
-    group.add_argument("--data", metavar="DIR", help="the task's data, laid out as docs/tasks.md says")
-    add_pairs(group, "--task-option", "any option of the task", dest="task_options")
+    add_task(group)
     group.add_argument("--split", choices=("val", "train"), default="val", help="default: val")
     group.add_argument("--limit", type=positive, metavar="N", help="only N samples, spread evenly over the split")
-    group = parser.add_argument_group("what it is compared with")
+    group = parser.add_argument_group("comparison")
     group.add_argument(
         "--original",
         default="auto",
         metavar="auto|none|MODEL",
         help="auto: the base model of a run, with the weights it was converted with (default)",
     )
-    group.add_argument("--original-weights", metavar="FILE", help="its weights, where they cannot be found")
-    group = parser.add_argument_group("how it is run")
-    group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="of a MODEL")
+    group.add_argument("--original-weights", metavar="FILE", help="its weights, if they cannot be found")
+    group = parser.add_argument_group("execution")
+    group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="weights of a MODEL")
     group.add_argument("--num-classes", type=positive, metavar="N", help="classes of a MODEL's head")
-    add_seed(group, "of the task and of random weights")
-    group.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
-    group.add_argument("--workers", type=whole, default=0, metavar="N", help="processes that load data (default: 0)")
-    add_device(group)
+    add_seed(group, "for the task and random weights")
+    add_batch_size(group, "samples per batch (default: 32)", 32)
     add_amp(group)
-    group.add_argument("--trust-factory", action="store_true", help="run the factory that a run's recipe names")
+    add_device(group)
+    add_workers(group)
+    group.add_argument("--trust-factory", action="store_true", help="run the factory named by a run's recipe")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded; settles the task."""
+    checks.model(args.model, args.weights)
+    if args.original not in ("auto", "none"):
+        checks.model(args.original)
+    checks.file(args.original_weights, "--original-weights")
+    settle(args)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,21 +106,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _task(args: argparse.Namespace) -> "Task":
-    from surgeon.zoo.tasks import create_task
-
-    options: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in args.task_options
-    }
-    if args.data is not None:
-        if not Path(args.data).is_dir():
-            raise DataError(f"--data: there is no folder {args.data}")
-        options["data"] = Path(args.data)
-    if args.limit is not None:
-        options[f"{args.split}_limit"] = args.limit
+    limit = {} if args.limit is None else {f"{args.split}_limit": args.limit}
     try:
-        return create_task(args.task, seed=args.seed, **options)
+        return make_task(args, args.seed, **limit)
     except TypeError as error:
-        raise ConfigError(f"task {args.task} cannot be made with these options: {error}") from error
+        raise ConfigError(f"task {args.task} cannot be created with these options: {error}") from error
 
 
 def _model(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
@@ -119,7 +127,7 @@ def _model(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
     from surgeon.models.names import build_model
 
     if args.original == "auto":
-        args.original = "none"  # a model by its name is an original
+        args.original = "none"  # a model given by name is an original
     return build_model(args.model, weights=args.weights, seed=args.seed, num_classes=args.num_classes)
 
 
@@ -132,7 +140,7 @@ def _original(args: argparse.Namespace, base: "BaseModel | None", notes: list[st
         weights = args.original_weights or "auto"
         return build_model(args.original, weights=weights, seed=args.seed)[0], args.original
     if base is None:
-        notes.append("no original: the run does not know its base model (name one with --original MODEL)")
+        notes.append("no original: the run does not record its base model (name one with --original MODEL)")
         return None, ""
     try:
         return restore(base, weights=args.original_weights, trust_factory=args.trust_factory), base.name
@@ -158,7 +166,7 @@ def _measure(
     progress: Any,
     notes: list[str],
 ) -> dict[str, Any]:
-    """Metrics, parameters and FLOPs of one model; the model is made to fit the task first."""
+    """Metrics, parameters and FLOPs of one model, which is fitted to the task first."""
     from surgeon.zoo.evaluate import evaluate
 
     before = {id(parameter) for parameter in model.parameters()}
@@ -206,7 +214,7 @@ def _flops(model: "nn.Module", task: "Task", split: Any, name: str, notes: list[
 
 
 def text(document: dict[str, Any], width: int) -> str:
-    """The result for people: metrics, parameters and FLOPs, one or two models and the difference."""
+    """The result as text: metrics, parameters and FLOPs, of one or two models with the difference."""
     from surgeon.util.tables import count, paragraph, shorten, table
 
     beside = document["original"]

@@ -1,48 +1,67 @@
-"""`surgeon export`: one file that runs where surgeon is not installed. Imports torch when it runs."""
+"""`surgeon export`: one file that runs without surgeon. Imports torch when it runs."""
 
 import argparse
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from surgeon.commands.arguments import add_seed, print_json, size, whole
+from surgeon.commands import checks
+from surgeon.commands.arguments import add_seed, print_json, size, tell, whole
 from surgeon.errors import ConfigError
+from surgeon.util.outputs import check_file_output
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from surgeon.commands.console import Progress
     from surgeon.exporting.export import Exported
 
-DESCRIPTION = "write a model to one ONNX or torch.export file, checked against the model"
+DESCRIPTION = "write a model to one ONNX or torch.export file, verified against the model"
 EXAMPLES = """  surgeon export runs/resnet50-acda -o model.onnx
   surgeon export runs/resnet50-acda --format torch -o model.pt2
   surgeon export zoo/adfnet --weights random --free size -o adfnet.onnx --json
 
-The file is run at two batch sizes and two image sizes, as far as these are free, and compared
+The file is run at two batch sizes and two image sizes, if these are dynamic, and compared
 with the model before it gets its name. ONNX models of more than 1.5 GiB have their weights in a
-second file, FILE.data, which stays beside it. Exit code 1: torch.export or ONNX refuses the model, or
-the file computes something else; nothing is written then.
+second file, FILE.data, which must stay next to it. Exit code 1: torch.export or ONNX refuses the
+model, or the file is not equivalent; then nothing is written.
 """
 
+_SLOW = 20.0  # seconds of tracing and writing after which what is faster is named
 SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon export`, beside --json, --quiet and --debug."""
-    parser.add_argument("run", metavar="RUN|MODEL", help="a folder that surgeon wrote, or a model's name")
+    """Add the arguments of `surgeon export`; --json, --quiet and --debug are common to all commands."""
+    parser.add_argument("run", metavar="RUN|MODEL", help="a folder written by surgeon, or a model's name")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write (.onnx, .pt2)")
-    parser.add_argument("--format", choices=("onnx", "torch"), help="default: by FILE's ending")
+    parser.add_argument("--format", choices=("onnx", "torch"), help="default: by FILE's suffix")
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
     parser.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
     parser.add_argument(
         "--free",
         choices=("auto", "size", "batch", "none"),
         default="auto",
-        help="what may change: batch and image size, batch, nothing, or as much as the model allows (default: auto)",
+        help="dynamic dimensions: batch and image size, batch, none, or as many as the model allows (default: auto)",
     )
-    parser.add_argument("--opset", type=whole, metavar="N", help="of ONNX (default: that of torch.onnx)")
-    parser.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="of a MODEL by name")
-    add_seed(parser, "of random weights")
-    parser.add_argument("--trust-factory", action="store_true", help="run the factory that a run's recipe names")
+    parser.add_argument("--opset", type=whole, metavar="N", help="ONNX opset (default: that of torch.onnx)")
+    parser.add_argument(
+        "--weights", default="auto", metavar="auto|pretrained|random|FILE", help="weights of a MODEL by name"
+    )
+    add_seed(parser, "for random weights")
+    parser.add_argument("--trust-factory", action="store_true", help="run the factory named by a run's recipe")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    path = Path(args.output)
+    form = _format(args.format, path)
+    if form == "torch" and args.opset is not None:
+        raise ConfigError("--opset applies to ONNX; a torch.export archive has none")
+    if args.opset is not None and args.opset < 1:
+        raise ConfigError(f"--opset must be at least 1, got {args.opset}")
+    check_file_output(path, force=args.force)
+    checks.model(args.run, args.weights)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,12 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
     path = Path(args.output)
     form = _format(args.format, path)
-    if form == "torch" and args.opset is not None:
-        raise ConfigError("--opset belongs to ONNX; a torch.export archive has none")
-    if args.opset is not None and args.opset < 1:
-        raise ConfigError(f"--opset must be at least 1, got {args.opset}")
     check_target(path.absolute(), form, force=args.force)
-    with Progress(enabled=not args.quiet) as progress:
+    with Progress(enabled=not args.quiet) as bars, _Patience(args, bars) as progress:
         progress("load", 0, 1)
         model, own = _model(args)
         result = export(
@@ -77,18 +92,42 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+class _Patience:
+    """Passes progress on, and says once what is faster where free sizes make an export slow."""
+
+    def __init__(self, args: argparse.Namespace, progress: "Progress") -> None:
+        hint = "free sizes are traced with symbols, which is slow here: --free none exports one size much faster"
+        self.progress, self.asked = progress, args.free != "none"
+        self.timer = threading.Timer(_SLOW, tell, (args, hint))
+        self.timer.daemon = True
+
+    def __enter__(self) -> "_Patience":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.timer.cancel()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage.startswith("trace") and self.asked:
+            self.asked = False
+            self.timer.start()
+        elif not stage.startswith(("trace", "write")):
+            self.timer.cancel()
+        self.progress(stage, done, total)
+
+
 def _format(given: str | None, path: Path) -> Literal["onnx", "torch"]:
-    """The format asked for, else the one of the file's ending."""
+    """The requested format, otherwise that of the file's suffix."""
     found = given or SUFFIXES.get(path.suffix)
     if found is None:
         raise ConfigError(
-            f"the ending of {path.name} does not say the format: --format onnx or torch, or a name that ends in .onnx or .pt2"
+            f"cannot tell the format from {path.name}: use --format onnx or torch, or a name ending in .onnx or .pt2"
         )
     return "onnx" if found == "onnx" else "torch"
 
 
 def _model(args: argparse.Namespace) -> "tuple[nn.Module, tuple[int, ...] | None]":
-    """The model, and the input size that it was converted at or is made for, where that is known."""
+    """The model, and the input size at which it was converted or for which it was made, if known."""
     from surgeon.models.hub import folder_if_any
 
     folder = folder_if_any(args.run)
@@ -131,5 +170,5 @@ def _text(run: str, result: "Exported") -> str:
         lines.append(line("check", f"{'x'.join(map(str, check.shape))}: {error(check.max_rel)} relative{excuse}"))
     if result.foreign:
         lines.append(line("needs", f"operators that are not standard: {', '.join(result.foreign)}"))
-    beside = "" if result.data is None else f", its weights beside it in {Path(result.data).name}"
+    beside = "" if result.data is None else f", its weights next to it in {Path(result.data).name}"
     return "\n".join([*lines, f"written to  {result.path}{beside}"])

@@ -5,8 +5,23 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands.arguments import add_amp, add_device, add_pairs, amp, print_json, whole
+from surgeon.commands import checks
+from surgeon.commands.arguments import (
+    add_amp,
+    add_device,
+    add_lr,
+    add_pairs,
+    amp,
+    model_name,
+    natural,
+    positive,
+    print_json,
+    whole,
+)
+from surgeon.commands.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
+from surgeon.util.outputs import check_run_output
+from surgeon.util.parse import parse_span, parse_time
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,6 +31,7 @@ if TYPE_CHECKING:
     from surgeon.zoo.recipes import TrainingRecipe
     from surgeon.zoo.tasks import Task
 
+NEEDS = ("torch", "timm", "accelerate", "torchmetrics")  # libraries
 DESCRIPTION = "train a converted network on a task, or a zoo network by its paper's recipe; crash-safe, resumable"
 EXAMPLES = """  surgeon finetune runs/resnet50-acda --task classification --data imagenet/ --epochs 10 --amp bf16
   surgeon finetune runs/resnet50-acda --task classification --data imagenet/ --new-first 1ep --warmup 5% --ema 0.999
@@ -26,25 +42,25 @@ EXAMPLES = """  surgeon finetune runs/resnet50-acda --task classification --data
   surgeon finetune zoo/adfnet_wo_dcb_mdcb --recipe adfnet --preset small --data photos/ --task-option sigma=30
   torchrun --nproc-per-node 4 -m surgeon finetune runs/resnet50-acda --task classification --data imagenet/
 
-spans (--warmup, --new-first, ...) are optimizer steps (200), epochs (1.5ep) or a part of the run (5%)
-recipes are files with a network, a task and options as a paper has them (surgeon zoo NAME names those of a network); every other
-option given here is laid over the recipe's
+spans (--warmup, --new-first, ...) are optimizer steps (200), epochs (1.5ep) or a percentage of the run (5%)
+recipes are files with a paper's network, task and options (surgeon zoo NAME lists those of a network); every other
+option given here overrides the recipe's
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon finetune`, beside --json, --quiet and --debug.
+    """Add the arguments of `surgeon finetune`; --json, --quiet and --debug are common to all commands.
 
-    Those of the run's config have no default here: what is not given is left to `FinetuneConfig`.
+    Options of the run's config have no default here: those not given are left to `FinetuneConfig`.
     """
     parser.add_argument(
         "model",
         nargs="?",
         metavar="RUN|MODEL",
-        help="a folder that surgeon wrote, or a model's name (default: the recipe's network)",
+        help="a folder written by surgeon, or a model's name (default: the recipe's network)",
     )
-    group = parser.add_argument_group("what is trained on what")
-    group.add_argument("--task", metavar="TASK", help="classification, denoising, ... (default: the recipe's)")
+    group = parser.add_argument_group("model, task and output")
+    add_task(group, "the recipe's, or the one that a fine-tuned folder was trained on")
     group.add_argument("--recipe", metavar="NAME|FILE", help="a training recipe: surgeon's by name, or a .json file")
     group.add_argument(
         "--preset",
@@ -53,22 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="NAME",
-        help="of the recipe, the later over the earlier; small: minutes on a CPU",
+        help="presets of the recipe, later ones override; small: minutes on a CPU",
     )
-    group.add_argument("--data", type=Path, metavar="DIR", help="the task's data")
     group.add_argument(
-        "--weights", default="auto", metavar="auto|pretrained|random|FILE", help="of MODEL (default: auto)"
+        "--weights", default="auto", metavar="auto|pretrained|random|FILE", help="weights of MODEL (default: auto)"
     )
-    add_pairs(group, "--model-args", "further options of MODEL")
-    add_pairs(group, "--task-option", "any option of the task", dest="task_options")
+    add_pairs(group, "--model-args", "additional options of MODEL")
     group.add_argument(
-        "--trust-factory", action="store_true", help="run the package.module:factory that RUN's recipe names"
+        "--trust-factory", action="store_true", help="run the package.module:factory named by RUN's recipe"
     )
     group.add_argument("-o", "--output", type=Path, metavar="OUT", help="folder to write (default: runs/NAME-TASK)")
     group.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")
-    group.add_argument(
-        "--resume", action="store_true", help="go on with the run in OUT, with the same options and data"
-    )
+    group.add_argument("--resume", action="store_true", help="resume the run in OUT, with the same options and data")
     group.add_argument(
         "--dry-run", action="store_true", help="check the data, try one step, predict its cost; write nothing"
     )
@@ -81,48 +93,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_length(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("length and batches")
     _option(group, "--epochs", float, "N", "passes over the training data")
-    _option(group, "--max-steps", int, "N", "at most so many optimizer steps")
-    _option(group, "--max-time", str, "TIME", "at most so much training: 90s, 30m, 1.5h")
-    _option(group, "--batch-size", int, "N", "samples a micro-step, over all processes")
-    _option(group, "--accumulate", int, "N", "micro-steps an optimizer step")
-    _option(group, "--eval-batch-size", int, "N", "samples a batch in evaluation")
-    _option(group, "--workers", int, "N", "processes that load data; 0 loads in the training process")
+    _option(group, "--max-steps", int, "N", "maximum number of optimizer steps")
+    _option(group, "--max-time", str, "TIME", "maximum time, including evaluations and data loading: 90s, 30m, 1.5h")
+    _option(group, "--batch-size", positive, "N", "samples per micro-step, over all processes")
+    _option(group, "--accumulate", int, "N", "micro-steps per optimizer step")
+    _option(group, "--eval-batch-size", int, "N", "samples per batch in evaluation")
+    _option(group, "--workers", natural, "N", "data-loading processes; 0 loads in the training process")
     _option(group, "--eval-every", str, "SPAN", "between evaluations")
-    _option(group, "--patience", int, "N", "stop after so many evaluations without a better one")
-    group.add_argument("--keep", choices=("best", "last"), help="which weights make the result")
+    _option(group, "--patience", int, "N", "stop after N evaluations without a better one")
+    group.add_argument("--keep", choices=("best", "last"), help="which weights to keep as the result")
 
 
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer")
     _option(group, "--opt", str, "NAME", "any of timm's optimizers")
-    _option(group, "--lr", float, "X", "learning rate at its highest")
-    _option(group, "--weight-decay", float, "X", "not on norms and biases")
-    _option(group, "--momentum", float, "X", "of optimizers that have one")
+    add_lr(group)
+    _option(group, "--weight-decay", float, "X", "weight decay, except on norms and biases")
+    _option(group, "--momentum", float, "X", "momentum, for optimizers that have one")
     schedules = ("cosine", "poly", "step", "multistep", "tanh", "constant")
-    group.add_argument("--sched", choices=schedules, help="of timm's schedules")
+    group.add_argument("--sched", choices=schedules, help="one of timm's schedules")
     _option(group, "--decay-rate", float, "X", "step, multistep: factor on the rate; poly: the power")
-    _option(group, "--decay-every", str, "SPAN", "step: between decays")
+    _option(group, "--decay-every", str, "SPAN", "step: span between decays")
     group.add_argument(
         "--milestones", nargs="+", action="extend", metavar="SPAN", help="multistep: when the rate decays"
     )
     _option(group, "--warmup", str, "SPAN", "linear warm-up")
-    _option(group, "--min-lr", float, "X", "where the schedule ends")
-    _option(group, "--clip", float, "X", "largest norm of the gradient; 0: no limit")
+    _option(group, "--min-lr", float, "X", "final learning rate of the schedule")
+    _option(group, "--clip", float, "X", "maximum gradient norm; 0: no limit")
     _option(group, "--ema", float, "DECAY", "keep an average of the weights")
 
 
 def _add_layers(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("dynamic layers")
-    _option(group, "--new-lr-scale", float, "X", "rate of new parameters, as a part of --lr")
-    _option(group, "--new-first", str, "SPAN", "train only new parameters so long")
+    _option(group, "--new-lr-scale", float, "X", "rate of new parameters, as a multiple of --lr")
+    _option(group, "--new-first", str, "SPAN", "train only new parameters for SPAN first")
     _option(group, "--regularization", float, "X", "weight of the layers' own loss (PAFU: decorrelation)")
-    _option(group, "--temperature-end", float, "X", "PAFU: temperature at the end, as a part of the first")
+    _option(group, "--temperature-end", float, "X", "PAFU: final temperature, as a fraction of the initial one")
     group.add_argument(
-        "--alternate", type=whole, nargs="?", const=3, metavar="K", help="PAFU: a selector step, then K others (3)"
+        "--alternate",
+        type=whole,
+        nargs="?",
+        const=3,
+        metavar="K",
+        help="PAFU: alternate one selector step with K others (3)",
     )
     _option(group, "--distill", float, "X", "weight of the distance to the original network's outputs")
     group.add_argument("--freeze-bn", action="store_true", default=None, help="keep the BatchNorm statistics")
-    _option(group, "--recalibrate", int, "N", "training batches that measure BatchNorm statistics at the end")
+    _option(group, "--recalibrate", int, "N", "training batches for recalibrating BatchNorm at the end")
 
 
 def _add_operation(parser: argparse.ArgumentParser) -> None:
@@ -134,17 +151,46 @@ def _add_operation(parser: argparse.ArgumentParser) -> None:
         "--checkpointing", action="store_true", default=None, help="gradient checkpointing (timm models)"
     )
     _option(group, "--checkpoint-every", str, "SPAN", "between checkpoints")
-    _option(group, "--max-rollbacks", int, "N", "returns after numbers that are not finite")
+    _option(group, "--max-rollbacks", int, "N", "maximum rollbacks after NaN or infinity")
     _option(group, "--log-every", int, "N", "steps between rows of the log")
-    _option(group, "--seed", int, "N", "of the order, the augmentation and the layers' noise")
+    _option(group, "--seed", int, "N", "seed for order, augmentation and the layers' noise")
 
 
 def _option(group: Any, flag: str, kind: Any, metavar: str, told: str) -> None:
     group.add_argument(flag, type=kind, metavar=metavar, help=told)
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded; settles the task unless a recipe does."""
+    if args.max_time is not None:
+        parse_time(args.max_time, "--max-time")
+    for name in ("eval_every", "decay_every", "warmup", "new_first", "checkpoint_every"):
+        if getattr(args, name) is not None:
+            parse_span(getattr(args, name), f"--{name.replace('_', '-')}")
+    if args.recipe is None:
+        if args.model is None:
+            raise ConfigError(
+                "RUN|MODEL must be given, and --task; or --recipe NAME, which brings both (surgeon zoo NAME names the "
+                "recipes of a network)"
+            )
+        if args.presets:
+            raise ConfigError(f"--preset {args.presets[0]} is a preset of a recipe, and --recipe is missing")
+        settle(args)
+        if not args.dry_run:
+            check_run_output(_output(args, args.task), resume=args.resume, force=args.force)
+    elif args.recipe.endswith(".json"):
+        checks.file(args.recipe, "--recipe")
+    checks.folder(args.data, "--data")
+    if args.model is not None:
+        checks.model(args.model, args.weights)
+
+
+def _output(args: argparse.Namespace, what: str) -> Path:
+    return args.output or Path("runs", f"{model_name(args.model)}-{what}")
+
+
 def run(args: argparse.Namespace) -> int:
-    """Returns the exit code; 130 when interrupted, with how to go on."""
+    """Returns the exit code; 130 when interrupted, with a hint on how to resume."""
     from surgeon.zoo.finetune import finetune
     from surgeon.zoo.finetune.folder import RunFolder
     from surgeon.zoo.finetune.loop import Interrupted
@@ -154,8 +200,7 @@ def run(args: argparse.Namespace) -> int:
     task = make_task(args, config.seed, recipe)
     if args.model is None and recipe is not None:
         args.model = f"zoo/{recipe.networks[0]}"
-    name = args.model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
-    output = args.output or Path("runs", f"{name}-{task.name if recipe is None else Path(recipe.name).stem}")
+    output = _output(args, task.name if recipe is None else Path(recipe.name).stem)
     if not args.dry_run:
         RunFolder(output).check(resume=args.resume, force=args.force)  # before a model is built
     model, original, source = _source(args, config.seed, recipe)
@@ -173,9 +218,10 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             force=args.force,
             quiet=args.quiet,
+            began=args.began,
         )
     except Interrupted as stop:
-        print(f"surgeon: {stop}; go on with the same command and --resume", file=sys.stderr)
+        print(f"surgeon: {stop}; resume with the same command and --resume", file=sys.stderr)
         return 130
     finally:
         _leave_group()
@@ -190,18 +236,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_recipe(args: argparse.Namespace) -> "TrainingRecipe | None":
-    """The training recipe with its presets, None where there is none. Raises `ConfigError` where something is missing."""
+    """The training recipe with its presets, None if there is none. Raises `ConfigError`."""
     if args.recipe is None:
-        lacking = [told for told, value in (("RUN|MODEL", args.model), ("--task", args.task)) if value is None]
-        if lacking:
-            from surgeon.zoo.tasks.registry import task_names
-
-            raise ConfigError(
-                f"{' and '.join(lacking)} must be given, or --recipe NAME, which brings {'both' if lacking[1:] else 'it'}; "
-                f"tasks are {', '.join(task_names())}"
-            )
-        if args.presets:
-            raise ConfigError(f"--preset {args.presets[0]} is a preset of a recipe, and there is no --recipe")
         return None
     from surgeon.zoo.recipes import training_recipe
 
@@ -214,14 +250,13 @@ def read_recipe(args: argparse.Namespace) -> "TrainingRecipe | None":
 def read_config(
     args: argparse.Namespace, recipe: "TrainingRecipe | None" = None, model: "nn.Module | None" = None
 ) -> "FinetuneConfig":
-    """The options that were given, over the recipe's, as far as they are for this model, over the defaults.
+    """The options given, over the recipe's as far as they apply to this model, over the defaults.
 
     Raises `ConfigError`.
     """
     from dataclasses import fields
 
     from surgeon.zoo.finetune import FinetuneConfig
-    from surgeon.zoo.finetune.config import parse_time
 
     given = {f.name: getattr(args, f.name) for f in fields(FinetuneConfig) if getattr(args, f.name, None) is not None}
     if "max_time" in given:
@@ -231,22 +266,8 @@ def read_config(
     return FinetuneConfig(**given) if recipe is None else recipe.config(model, **given)
 
 
-def make_task(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None" = None) -> "Task":
-    """The task with its options. Raises `ConfigError`."""
-    from surgeon.zoo.tasks import create_task
-
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in args.task_options}
-    if "data" in options:
-        raise ConfigError("the task's data are given with --data, not as a --task-option")
-    if recipe is not None:
-        return recipe.make_task(args.data, seed=seed, **options)
-    if args.data is not None:
-        options["data"] = args.data
-    return create_task(args.task, seed=seed, **options)
-
-
 def _source(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None") -> tuple[Any, Any, Any]:
-    """The model, its original where that takes trust, and where the model comes from."""
+    """The model, its original if that requires trust, and the model's origin."""
     from surgeon.models.hub import folder_if_any
     from surgeon.models.names import build_model, restore
     from surgeon.records.recipe import get_recipe

@@ -2,24 +2,33 @@
 
 import argparse
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import add_model, build, input_size, print_json
 
-DESCRIPTION = "list every convolution: stage, shapes, FLOPs, memory, what it can become and why not"
+DESCRIPTION = "list every convolution: stage, shapes, FLOPs, memory, possible layer types and reasons against others"
 EXAMPLES = "  surgeon inspect resnet50\n  surgeon inspect torchvision/densenet121 --json\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon inspect`, beside --json, --quiet and --debug."""
+    """Add the arguments of `surgeon inspect`; --json, --quiet and --debug are common to all commands."""
     add_model(parser)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    checks.model(args.model, args.weights)
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     import surgeon
-    from surgeon.commands.console import inspection_text, inspection_values, width
+    from surgeon.commands.console import Progress, inspection_text, inspection_values, width
 
-    model, base = build(args)
-    sites = surgeon.inspect(model, input_size=input_size(args, base))
+    with Progress(enabled=not args.quiet) as progress:
+        progress("build", 0, 2)
+        model, base = build(args)
+        progress("inspect", 1, 2)
+        sites = surgeon.inspect(model, input_size=input_size(args, base))
     if args.json:
         print_json({"model": args.model, "convolutions": inspection_values(sites)})
     else:

@@ -1,21 +1,29 @@
-"""`surgeon models`: the names that can be given."""
+"""`surgeon models`: the known model names."""
 
 import argparse
 from typing import Any
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import print_json
 from surgeon.errors import ConfigError
 
-DESCRIPTION = "list the models that can be named"
+DESCRIPTION = "list the known model names"
 EXAMPLES = "  surgeon models 'resnet*'\n  surgeon models torchvision/ --json\n  surgeon models 'resnet*' --type acda\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon models`, beside --json, --quiet and --debug."""
-    parser.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="a glob, or a part of the name")
+    """Add the arguments of `surgeon models`; --json, --quiet and --debug are common to all commands."""
+    parser.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="a glob, or part of the name")
     parser.add_argument(
-        "--type", metavar="TYPE", help="how many convolutions of each can become acda, pafu or sekg; builds every one"
+        "--type",
+        metavar="TYPE",
+        help="count the convolutions of each that can become acda, pafu or sekg; builds every model",
     )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    checks.layer_type(args.type)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if args.type is not None:
         from surgeon.layers.registry import layer_class
 
-        layer_class(args.type)  # what is wrong with it is said before anything is built
+        layer_class(args.type)  # report errors before anything is built
 
     names = model_names(args.pattern)
     if not names:
@@ -40,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_fitting(args: argparse.Namespace, names: list[str]) -> None:
-    """A line for each model, as soon as it is known; nothing is downloaded, and models have no weights."""
+    """Print a line for each model as soon as it is known; nothing is downloaded, and models have no weights."""
     import surgeon
     from surgeon.commands.console import Progress
     from surgeon.errors import SurgeonError
@@ -50,7 +58,7 @@ def _print_fitting(args: argparse.Namespace, names: list[str]) -> None:
     rows = []
     with Progress(enabled=not args.quiet and args.json) as progress:
         for number, name in enumerate(names):
-            progress(f"look at {name}", number, len(names))
+            progress(f"checking {name}", number, len(names))
             row: dict[str, Any] = {"model": name, "convolutions": None, "fitting": None, "why_not": None}
             try:
                 sites = surgeon.inspect(shapes_of(name))

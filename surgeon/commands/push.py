@@ -1,26 +1,32 @@
-"""`surgeon push`: a folder onto the Hugging Face Hub."""
+"""`surgeon push`: push a folder to the Hugging Face Hub."""
 
 import argparse
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import print_json
 
-DESCRIPTION = "publish a folder that surgeon wrote on the Hugging Face Hub"
+DESCRIPTION = "push a folder written by surgeon to the Hugging Face Hub"
 EXAMPLES = """  surgeon push runs/resnet50-acda me/resnet50-acda --private
 
-The token is that of `hf auth login`, or HF_TOKEN. The folder is checked first; what goes up are
-its recipe, weights, reports and model card (README.md), not what training left in it. Others take
-the result as hf-hub:me/resnet50-acda wherever a folder is named.
+The token is that of `hf auth login`, or HF_TOKEN. The folder is verified first; its recipe,
+weights, reports and model card (README.md) are pushed, but no training files. Others can use
+the result as hf-hub:me/resnet50-acda wherever a folder is accepted.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon push`, beside --json, --quiet and --debug."""
-    parser.add_argument("run", metavar="RUN", help="a folder that surgeon wrote")
-    parser.add_argument("repo_id", metavar="ORG/NAME", help="the repository; it is made if it is not there")
+    """Add the arguments of `surgeon push`; --json, --quiet and --debug are common to all commands."""
+    parser.add_argument("run", metavar="RUN", help="a folder written by surgeon")
+    parser.add_argument("repo_id", metavar="ORG/NAME", help="the repository; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
-    parser.add_argument("--message", metavar="TEXT", help="of the commit")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request in place of committing")
+    parser.add_argument("--message", metavar="TEXT", help="commit message")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    checks.run_folder(args.run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,8 +1,10 @@
-"""`surgeon revert`: dynamic layers become plain convolutions."""
+"""`surgeon revert`: turn dynamic layers into plain convolutions."""
 
 import argparse
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import add_output, add_run, print_json
+from surgeon.util.outputs import check_output
 
 DESCRIPTION = "turn dynamic layers back into plain convolutions"
 EXAMPLES = (
@@ -12,20 +14,25 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon revert`, beside --json, --quiet and --debug."""
+    """Add the arguments of `surgeon revert`; --json, --quiet and --debug are common to all commands."""
     add_run(parser)
     parser.add_argument("--layers", metavar="SELECTION", help="which dynamic layers (default: all)")
     add_output(parser, required=True, help_="folder to write")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    check_output(args.output, force=args.force)
+    checks.run_folder(args.run)
+
+
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     import surgeon
-    from surgeon.models.checkpoint import check_output, load, save
+    from surgeon.models.checkpoint import load, save
     from surgeon.models.hub import folder
     from surgeon.surgery.rewrite import dynamic_layers
 
-    check_output(args.output, force=args.force)
     model = load(folder(args.run), trust_factory=args.trust_factory)
     names = list(dynamic_layers(model, args.layers))
     model = surgeon.revert(model, args.layers)

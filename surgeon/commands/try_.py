@@ -1,16 +1,33 @@
-"""`surgeon try`: does a conversion pay on these data? Imports torch when it runs."""
+"""`surgeon try`: does a conversion pay off on these data? Imports torch when it runs."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands.arguments import add_pairs, add_training_options, positive, print_json
+from surgeon.commands import checks
+from surgeon.commands.arguments import (
+    add_amp,
+    add_batch_size,
+    add_device,
+    add_lr,
+    add_pairs,
+    add_workers,
+    amp,
+    model_name,
+    positive,
+    print_json,
+    tell,
+)
+from surgeon.commands.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
+from surgeon.util.outputs import check_trial_output
+from surgeon.util.parse import parse_time
 
 if TYPE_CHECKING:
     from surgeon.zoo.trial import Answer, TryConfig
 
+NEEDS = ("torch", "timm", "accelerate", "torchmetrics")  # libraries
 DESCRIPTION = "does a conversion pay on your data? trains original and converted equally, and answers; resumable"
 EXAMPLES = """  surgeon try resnet18 --task classification --data photos/ --max-time 30m
   surgeon try resnet18 --task classification --data photos/ --max-time 2h --resume
@@ -24,16 +41,14 @@ data, steps and seeds, and the same learning rates to choose from, with seed 0 o
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon try`, beside --json, --quiet and --debug."""
-    parser.add_argument("model", metavar="MODEL", help="a model's name, or a folder that surgeon wrote; not converted")
-    group = parser.add_argument_group("what is trained on what")
-    group.add_argument("--task", required=True, metavar="TASK", help="classification, denoising, ...")
-    group.add_argument("--data", type=Path, metavar="DIR", help="the task's data")
+    """Add the arguments of `surgeon try`; --json, --quiet and --debug are common to all commands."""
+    parser.add_argument("model", metavar="MODEL", help="a model's name, or a folder written by surgeon; not converted")
+    group = parser.add_argument_group("model and task")
+    add_task(group)
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
     add_pairs(group, "--model-args", "any option of the model")
-    add_pairs(group, "--task-option", "any option of the task", dest="task_options")
-    group = parser.add_argument_group("what becomes what (default: that of the task)")
-    group.add_argument("--layers", metavar="SELECTION", help="which convolutions, as surgeon convert takes them")
+    group = parser.add_argument_group("conversion (default: that of the task)")
+    group.add_argument("--layers", metavar="SELECTION", help="which convolutions, as for surgeon convert")
     group.add_argument("--type", metavar="TYPE", help="acda, pafu or sekg")
     group.add_argument("--recipe", metavar="FILE|zoo/NAME", help="rules from a recipe")
     add_pairs(group, "--option", "any layer option", dest="options")
@@ -41,34 +56,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-time", default="30m", metavar="TIME", help="for everything: 90s, 30m, 1.5h (default: 30m)"
     )
-    group.add_argument("--seeds", type=positive, default=5, metavar="N", help="at most so many pairs (default: 5)")
+    group.add_argument("--seeds", type=positive, default=5, metavar="N", help="maximum number of pairs (default: 5)")
     group.add_argument(
-        "--steps", type=positive, metavar="N", help="optimizer steps a run (default: what the time allows)"
+        "--steps", type=positive, metavar="N", help="optimizer steps per run (default: what the time allows)"
     )
-    group = add_training_options(parser.add_argument_group("training"))
-    group.add_argument(
-        "--lr", type=float, nargs="+", metavar="X", help="one for both, or those to try (default: 1e-4 3e-4 1e-3)"
-    )
+    group = parser.add_argument_group("training")
+    add_batch_size(group, "samples per step (default: 32)", 32)
+    add_lr(group, "one for both, or several to try (default: 1e-4 3e-4 1e-3)", nargs="+")
+    add_amp(group, amp)
+    add_device(group)
+    add_workers(group)
     group = parser.add_argument_group("output")
     group.add_argument(
         "-o", "--output", type=Path, metavar="OUT", help="folder to write (default: runs/MODEL-TASK-try)"
     )
-    group.add_argument("--resume", action="store_true", help="go on with the trial in OUT; --max-time may be longer")
+    group.add_argument("--resume", action="store_true", help="resume the trial in OUT; --max-time may be longer")
     group.add_argument("--force", action="store_true", help="replace OUT if surgeon try wrote it")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded; settles the task."""
+    if args.recipe and (args.layers or args.type or args.options):
+        raise ConfigError("--recipe defines layers, types and options: leave out --layers, --type and --option")
+    parse_time(args.max_time, "--max-time")
+    checks.recipe(args.recipe)
+    checks.layer_type(args.type, checks.layer_options(args.type, args.options))
+    checks.model(args.model, args.weights)
+    settle(args)
+    check_trial_output(_output(args), resume=args.resume, force=args.force)
+
+
+def _output(args: argparse.Namespace) -> Path:
+    return args.output or Path("runs", f"{model_name(args.model)}-{args.task}-try")
+
+
 def run(args: argparse.Namespace) -> int:
-    """Returns the exit code: 1 where not one pair could be compared, 130 when interrupted, with how to go on."""
-    from surgeon.commands.finetune import make_task
+    """Returns the exit code: 1 if not one pair could be compared, 130 when interrupted, with a hint on how to resume."""
     from surgeon.models.names import build_model
     from surgeon.zoo.trial import try_conversion
     from surgeon.zoo.trial.folder import TryFolder
 
-    name = args.model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
-    output = args.output or Path("runs", f"{name}-{args.task}-try")
+    output = _output(args)
     config = _config(args)
-    make_task(args, 0)  # what is wrong with its options is said before a model is built
-    TryFolder(output).check(resume=args.resume, force=args.force)
+    make_task(args, 0)  # report invalid options before a model is built
     model, base = build_model(args.model, weights=args.weights, options=dict(args.model_args))
     try:
         answer = try_conversion(
@@ -81,12 +111,13 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             force=args.force,
             quiet=args.quiet,
-            tell=lambda text: _tell(args, text),
+            began=args.began,
+            tell=lambda text: tell(args, text),
         )
     except KeyboardInterrupt:
         if not TryFolder(output).record.is_file():
             raise
-        print("surgeon: interrupted; go on with the same command and --resume", file=sys.stderr)
+        print("surgeon: interrupted; resume with the same command and --resume", file=sys.stderr)
         return 130
     _print(args, answer, output)
     return 0 if answer.gains else 1
@@ -95,17 +126,14 @@ def run(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> "TryConfig":
     from surgeon.records.recipe import Recipe
     from surgeon.zoo.finetune import FinetuneConfig
-    from surgeon.zoo.finetune.config import parse_time
     from surgeon.zoo.trial import TryConfig
 
-    if args.recipe and (args.layers or args.type or args.options):
-        raise ConfigError("--recipe says layers, types and options itself: leave out --layers, --type and --option")
     given: dict[str, Any] = {name: getattr(args, name) for name in ("amp", "device", "batch_size", "workers")}
     base = FinetuneConfig(recalibrate=0, **{name: value for name, value in given.items() if value is not None})
     return TryConfig(
         type=args.type,
         layers=args.layers,
-        options=dict(args.options),
+        options=checks.layer_options(args.type, args.options),
         recipe=Recipe.read(args.recipe) if args.recipe else None,
         max_time=parse_time(args.max_time, "--max-time"),
         seeds=args.seeds,
@@ -130,11 +158,4 @@ def _print(args: argparse.Namespace, answer: "Answer", output: Path) -> None:
         print_json(values)
     else:
         print(answer.to_text(width()), end="")
-        print(
-            "".join(f"{told:<11} {path}\n" for told, path in (("report", page), ("go on with", model)) if path), end=""
-        )
-
-
-def _tell(args: argparse.Namespace, text: str) -> None:
-    if not args.quiet:
-        print(f"surgeon: {text}", file=sys.stderr, flush=True)
+        print("".join(f"{told:<11} {path}\n" for told, path in (("report", page), ("model", model)) if path), end="")

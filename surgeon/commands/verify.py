@@ -1,7 +1,8 @@
-"""`surgeon verify`: a converted model against its original."""
+"""`surgeon verify`: compare a converted model with its original."""
 
 import argparse
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import add_run, print_json, size
 from surgeon.errors import CheckpointError, VerificationError
 
@@ -10,10 +11,16 @@ EXAMPLES = "  surgeon verify runs/resnet50-acda\n  surgeon verify runs/mine --we
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon verify`, beside --json, --quiet and --debug."""
+    """Add the arguments of `surgeon verify`; --json, --quiet and --debug are common to all commands."""
     add_run(parser)
-    parser.add_argument("--weights", metavar="FILE", help="the original's weights, where the recipe cannot find them")
+    parser.add_argument("--weights", metavar="FILE", help="the original's weights, if the recipe cannot find them")
     parser.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    checks.run_folder(args.run)
+    checks.file(args.weights, "--weights")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         converted = load(folder(args.run), trust_factory=args.trust_factory)
         recipe = get_recipe(converted)
         if recipe is None or recipe.base is None:
-            raise CheckpointError(f"{args.run} does not know its base model: there is nothing to compare it with")
+            raise CheckpointError(f"{args.run} does not record its base model: there is nothing to compare it with")
         progress("load", 1, 2)
         original = restore(recipe.base, weights=args.weights, trust_factory=args.trust_factory)
         progress("verify", 0, 1)

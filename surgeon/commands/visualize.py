@@ -1,4 +1,4 @@
-"""`surgeon visualize`: pictures of what varies in a model, and numbers. Imports torch when it runs."""
+"""`surgeon visualize`: pictures and measurements of what varies in a model. Imports torch when it runs."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import print_json, size
 from surgeon.errors import ConfigError, InputError
 
@@ -27,11 +28,11 @@ Writes OUT/IMAGE/LAYER-WHAT.png, the bases of acda layers, and OUT/numbers.json.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon visualize`, beside --json, --quiet and --debug."""
-    parser.add_argument("run", metavar="RUN", help="a folder that surgeon wrote")
+    """Add the arguments of `surgeon visualize`; --json, --quiet and --debug are common to all commands."""
+    parser.add_argument("run", metavar="RUN", help="a folder written by surgeon")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="pictures")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
-    parser.add_argument("--force", action="store_true", help="write into OUT though it is not empty")
+    parser.add_argument("--force", action="store_true", help="write into OUT even if it is not empty")
     parser.add_argument("--layers", metavar="NAMES", help="which dynamic layers (default: all)")
     parser.add_argument(
         "--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (default: the model's)"
@@ -39,14 +40,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bayer",
         metavar="PATTERN",
-        help="show the model what an RGGB (BGGR, …) sensor sees; selections by its colors, too",
+        help="feed the model the mosaic of an RGGB (BGGR, …) sensor; also show selections by color",
     )
-    parser.add_argument("--tensorboard", metavar="DIR", help="write pictures and numbers there, too")
+    parser.add_argument("--tensorboard", metavar="DIR", help="also write pictures and numbers there")
     parser.add_argument(
-        "--against", metavar="auto|MODEL", help="draw the original's features beside; auto is the run's base model"
+        "--against", metavar="auto|MODEL", help="also draw the original's features; auto is the run's base model"
     )
-    parser.add_argument("--against-weights", metavar="FILE", help="its weights, where they cannot be found")
-    parser.add_argument("--trust-factory", action="store_true", help="run the factory that a run's recipe names")
+    parser.add_argument("--against-weights", metavar="FILE", help="its weights, if they cannot be found")
+    parser.add_argument("--trust-factory", action="store_true", help="run the factory named by a run's recipe")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    _check_output(Path(args.output), args)
+    checks.run_folder(args.run)
+    for picture in args.images:
+        if not Path(picture).is_file():
+            raise InputError(f"IMAGE: there is no picture {picture}")
+    if args.against not in (None, "auto"):
+        checks.model(args.against)
+    checks.file(args.against_weights, "--against-weights")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.util.files import filling
 
     output = Path(args.output)
-    _check_output(output, args)
     model = load(folder(args.run), trust_factory=args.trust_factory)
     layers = dynamic_layers(model, args.layers)
     if not layers:
@@ -96,7 +108,7 @@ def _check_output(output: Path, args: argparse.Namespace) -> None:
 
 
 def _read(args: argparse.Namespace, model: "nn.Module", base: "BaseModel") -> "dict[str, tuple[Tensor, Any]]":
-    """By a name for each: the picture as the model gets it (C, H, W), and as people see it (H, W, 3) in [0, 1]."""
+    """By a name for each: the image as the model's input (C, H, W), and as displayed (H, W, 3) in [0, 1]."""
     from surgeon.models.images import evaluation_transform, read_image
 
     if args.input_size:
@@ -119,7 +131,7 @@ def _read(args: argparse.Namespace, model: "nn.Module", base: "BaseModel") -> "d
 def _sensed(
     model: "nn.Module", images: "dict[str, tuple[Tensor, Any]]", pattern: str
 ) -> "dict[str, tuple[Tensor, Any]]":
-    """The same for a model that demosaicks: it gets zero where a sensor of this pattern measures nothing."""
+    """The same for a demosaicking model: zero where a sensor with this pattern measures nothing."""
     from surgeon.zoo.bayer import PATTERNS, bayer_mask, tell_pattern
 
     if pattern not in PATTERNS:
@@ -134,7 +146,7 @@ def _sensed(
 
 
 def _photo(picture: "Tensor", transform: Any) -> Any:
-    """The picture before normalization."""
+    """The image before normalization."""
     import torch
 
     for step in getattr(transform, "transforms", ()):
@@ -188,12 +200,12 @@ def _draw(
 
 
 def safe(name: str) -> str:
-    """A layer's name as a part of a file name."""
+    """A layer's name as part of a file name."""
     return re.sub(r"[^\w.\-]", "_", name) or "model"
 
 
 class _Writer:
-    """Writes pictures as PNG files, and with their numbers to TensorBoard where that is asked for."""
+    """Writes pictures as PNG files, and with their numbers to TensorBoard if requested."""
 
     def __init__(self, output: Path, board: str | None) -> None:
         self.output = output
@@ -239,7 +251,7 @@ class _Writer:
 
 
 def text(document: dict[str, Any], count: int, width: int) -> str:
-    """The result for people: a row a layer and picture."""
+    """The result as text: a row per layer and image."""
     from surgeon.util.tables import paragraph, table
     from surgeon.visualize.measures import told
 

@@ -1,4 +1,4 @@
-"""`surgeon zoo`: the networks of the papers, what they are made of, published numbers against ours. Imports torch late."""
+"""`surgeon zoo`: the papers' networks, their origin, published numbers against ours. Imports torch late."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from surgeon.commands.arguments import print_json
 
 if TYPE_CHECKING:
-    from surgeon.zoo.table import Row
+    from surgeon.zoo.table import ZooRow
 
 DESCRIPTION = "list the papers' networks; published numbers against ours"
 EXAMPLES = """  surgeon zoo
@@ -18,17 +18,17 @@ EXAMPLES = """  surgeon zoo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon zoo`, beside --json, --quiet and --debug."""
-    parser.add_argument("name", nargs="?", metavar="NAME|PATTERN", help="one network, or a glob or a part of the names")
+    """Add the arguments of `surgeon zoo`; --json, --quiet and --debug are common to all commands."""
+    parser.add_argument("name", nargs="?", metavar="NAME|PATTERN", help="one network, or a glob or part of the names")
     parser.add_argument(
         "--table", action="store_true", help="parameters and MACs, published and ours, and why they differ"
     )
     parser.add_argument("--markdown", action="store_true", help="the table as markdown, for documents")
-    parser.add_argument("--fresh", action="store_true", help="count again what is known (the whole table: a minute)")
+    parser.add_argument("--fresh", action="store_true", help="recount everything (the whole table: a minute)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns the exit code: 1 where a number is off by more than 1 % without a reason."""
+    """Returns the exit code: 1 if a number is off by more than 1 % without a reason."""
     from surgeon import zoo
 
     names = _matching(args.name, zoo.names())
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _matching(pattern: str | None, names: list[str]) -> list[str]:
-    """A name means itself; otherwise a glob or a part. Raises `ModelError` where nothing matches."""
+    """A full name means itself; otherwise a glob or part of names. Raises `ModelError` if nothing matches."""
     import fnmatch
 
     from surgeon import zoo
@@ -97,7 +97,7 @@ def _one(args: argparse.Namespace, name: str) -> int:
     return 0
 
 
-def _published(row: "Row") -> str:
+def _published(row: "ZooRow") -> str:
     parts = []
     if row.published_params is not None and row.params_off is not None:
         parts.append(f"{row.published_params / 1e6:.2f} M parameters ({row.params_off:+.1%})")
@@ -129,7 +129,7 @@ def _table(args: argparse.Namespace, names: list[str]) -> int:
     return 1 if unexplained else 0
 
 
-def _line(row: "Row", percent: Any) -> list[str]:
+def _line(row: "ZooRow", percent: Any) -> list[str]:
     return [
         row.name,
         f"{row.params / 1e6:.3f}M",

@@ -1,4 +1,4 @@
-"""A model of CUDA's caching allocator in PyTorch: how much device memory a sequence of allocations reserves.
+"""A model of PyTorch's CUDA caching allocator: the device memory reserved by a sequence of allocations.
 
 Constants and policy of `c10/cuda/CUDACachingAllocator.cpp`, default settings: sizes are rounded to 512 bytes; requests up to
 1 MiB are cut from 2 MiB segments, below 10 MiB from 20 MiB segments, larger ones get their own segment, rounded to 2 MiB; best
@@ -17,12 +17,12 @@ SEGMENT_ROUND = 2 * 2**20
 
 
 def round_block(nbytes: int) -> int:
-    """Bytes that a tensor of this size takes."""
+    """Bytes occupied by a tensor of this size."""
     return -(-nbytes // BLOCK) * BLOCK
 
 
 def segment_size(nbytes: int) -> int:
-    """Bytes of the new segment that a (rounded) request leads to where no free block fits."""
+    """Bytes of the new segment created for a (rounded) request if no free block fits."""
     if nbytes <= SMALL_REQUEST:
         return SMALL_SEGMENT
     return LARGE_SEGMENT if nbytes < OWN_SEGMENT else -(-nbytes // SEGMENT_ROUND) * SEGMENT_ROUND
@@ -30,7 +30,7 @@ def segment_size(nbytes: int) -> int:
 
 @dataclass(eq=False)
 class _Block:
-    start: int  # address; segments lie apart, so that only blocks of one segment are neighbors
+    start: int  # address; segments are apart, so only blocks of one segment are adjacent
     size: int
     free: bool
     segment: list[int]  # [bytes, blocks in use], shared by the blocks of one segment
@@ -39,9 +39,9 @@ class _Block:
 
 
 class CachingAllocator:
-    """Replays allocations. Bytes: `allocated` by tensors, `reserved` in segments, `pinned` in segments with a tensor in them.
+    """Replays allocations. Bytes: `allocated` by tensors, `reserved` in segments, `pinned` in segments that contain a tensor.
 
-    What is reserved but not pinned is given back before an allocation fails; `peak_pinned` is what the device must have.
+    Memory that is reserved but not pinned is released before an allocation fails; the device must have `peak_pinned`.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class CachingAllocator:
         self._used: dict[int, tuple[_Block, int]] = {}
 
     def allocate(self, handle: int, nbytes: int) -> None:
-        """Allocate for the tensor known as `handle`; `nbytes` of zero take nothing."""
+        """Allocate for the tensor with this `handle`; zero `nbytes` allocate nothing."""
         size = round_block(nbytes)
         if size == 0:
             return
@@ -80,7 +80,7 @@ class CachingAllocator:
         self.peak_pinned = max(self.peak_pinned, self.pinned)
 
     def release(self, handle: int) -> None:
-        """Free what `handle` holds."""
+        """Free the memory of `handle`."""
         if handle not in self._used:
             return
         block, pool_index = self._used.pop(handle)

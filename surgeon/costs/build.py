@@ -1,4 +1,4 @@
-"""Making a cost table: one trace of the model, and one of every distinct (layer, shape, option)."""
+"""Building a cost table: one trace of the model, and one of every distinct (layer, shape, option)."""
 
 import warnings
 from collections.abc import Sequence
@@ -9,18 +9,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from surgeon.costs import store
 from surgeon.costs.emulate import meta_copy
 from surgeon.costs.estimate import cannot_run, run_step
 from surgeon.costs.flops import FlopCounter
 from surgeon.costs.memory import timeline
-from surgeon.costs.profile import Call, Profile, profile
-from surgeon.costs.settings import Settings
-from surgeon.costs.table import KEEP, CostTable, Option, Row
+from surgeon.costs.profile import OperatorCall, Profile, profile
+from surgeon.costs.settings import Settings, make_settings
+from surgeon.costs.table import KEEP, CostRow, CostTable, Option
 from surgeon.costs.trace import Trace
 from surgeon.errors import SurgeonError
 from surgeon.layers.base import DynamicConv2d, LayerConfig
 from surgeon.layers.geometry import ConvGeometry
-from surgeon.layers.registry import layer_class
+from surgeon.layers.registry import layer_class, layer_types
+from surgeon.layers.source import ConvSource
 from surgeon.records.recipe import Rule
 from surgeon.sites.select import select
 from surgeon.sites.sites import ConvSite, find_sites
@@ -29,7 +31,7 @@ from surgeon.surgery.plan import read_config, why_not
 
 @dataclass
 class _Window:
-    """A part of the step, in time: inside one call of a layer (index into the sites; -1: none), and the base's peak there."""
+    """A time window of the step: inside one call of a layer (index into the sites; -1: none), and the base's peak in it."""
 
     site: int
     phase: str
@@ -38,13 +40,46 @@ class _Window:
 
 @dataclass
 class _Base:
-    """The unmodified model's trace, as far as a table needs it."""
+    """The parts of the unmodified model's trace that a table needs."""
 
     flops: float
     backward_flops: float
     params: int
     windows: list[_Window]
-    calls: list[Call] = field(default_factory=list)  # of every site, its first
+    calls: list[OperatorCall] = field(default_factory=list)  # of every site, its first
+
+
+def default_options() -> list[Option]:
+    """One option per layer type, with its default values."""
+    return [Option(name, {}) for name in layer_types()]
+
+
+def cost_table(
+    model: nn.Module,
+    options: Sequence[Option] | None = None,
+    *,
+    layers: Any = None,
+    input_size: Any = None,
+    batch_size: int = 1,
+    amp: bool | str = False,
+    cache: bool = True,
+    **settings: Any,
+) -> CostTable:
+    """The cost table of a model; arguments as for `surgeon.cost`.
+
+    `options` are the possible replacements (default: every type), `layers` a selection (default: all replaceable ones).
+    With `cache` the table is stored on disk (`SURGEON_CACHE`, else ~/.cache/surgeon), keyed by the hash of all its inputs.
+    """
+    checked = make_settings(model, input_size=input_size, batch_size=batch_size, amp=amp, **settings)
+    wanted = default_options() if options is None else list(options)
+    key = store.key(model, wanted, layers, checked) if cache else None
+    found = store.load(key) if key is not None else None
+    if found is not None:
+        return found
+    table = build(model, wanted, layers, checked)
+    if key is not None:
+        store.save(key, table)
+    return table
 
 
 def build(model: nn.Module, options: Sequence[Option], layers: Any, settings: Settings) -> CostTable:
@@ -70,13 +105,13 @@ def _reasons(site: ConvSite, option: Option) -> tuple[str, ...]:
 
 
 def _trace_base(model: nn.Module, sites: Sequence[ConvSite], settings: Settings) -> _Base:
-    calls: dict[str, Call] = {}
+    calls: dict[str, OperatorCall] = {}
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-            calls.setdefault(name, Call(tuple(x.shape), x.dtype, last, x.requires_grad))
+            calls.setdefault(name, OperatorCall(tuple(x.shape), x.dtype, last, x.requires_grad))
 
         return hook
 
@@ -106,7 +141,7 @@ def _trace_base(model: nn.Module, sites: Sequence[ConvSite], settings: Settings)
 
 
 def _windows(trace: Trace, names: Sequence[str]) -> list[_Window]:
-    """Cut the steady step into windows at the calls of the named layers."""
+    """Divide the steady step into windows at the calls of the named layers."""
     times = timeline(trace)
     index = {trace.layers.index(name): i for i, name in enumerate(names)}
     owner = np.full(len(times.levels), -1)
@@ -141,7 +176,7 @@ def _profiles(
     reasons: Sequence[Sequence[tuple[str, ...]]],
     settings: Settings,
 ) -> list[list[Profile | None]]:
-    """Of every site: the layer as it is, then each option (None where it is refused). Equal ones are traced once."""
+    """For every site: the original layer, then each option (None if it is refused). Equal ones are traced once."""
     done: dict[Any, Profile] = {}
     configs: dict[Any, LayerConfig] = {}
     result: list[list[Profile | None]] = []
@@ -171,7 +206,7 @@ def _profiles(
 
 
 def option_layer(geometry: ConvGeometry, option: Option, configs: dict[Any, LayerConfig]) -> DynamicConv2d:
-    """The layer on the meta device; `configs` keeps what was resolved."""
+    """The layer on the meta device; `configs` caches resolved configs."""
     key = (option.label, geometry)
     if key not in configs:
         configs[key] = resolved_config(geometry, option)
@@ -191,8 +226,6 @@ def resolved_config(geometry: ConvGeometry, option: Option) -> LayerConfig:
 
 
 def _random_conv(geometry: ConvGeometry) -> Any:
-    from surgeon.layers.source import ConvSource
-
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(geometry.weight_shape, generator=generator)
     bias = torch.zeros(geometry.out_channels) if geometry.bias else None
@@ -200,7 +233,7 @@ def _random_conv(geometry: ConvGeometry) -> Any:
 
 
 def freeze_like(layer: DynamicConv2d, module: nn.Module) -> None:
-    """What the convolution's weight and bias became is frozen if they are."""
+    """Freeze the parameters that replace the convolution's weight and bias if those are frozen."""
     if all(p.requires_grad for p in module.parameters()):
         return
     new = {name for name, _ in layer.new_parameters()}
@@ -209,7 +242,7 @@ def freeze_like(layer: DynamicConv2d, module: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-# --- putting together ---------------------------------------------------------------------------------------------
+# --- assembly -----------------------------------------------------------------------------------------------------
 
 
 def _assemble(
@@ -223,14 +256,14 @@ def _assemble(
     labels = (KEEP, *(option.label for option in options))
     allowed = np.ones((len(sites), len(labels)), dtype=np.bool_)
     memory = np.zeros((len(sites), len(labels), len(base.windows)), dtype=np.int64)
-    rows: list[Row] = []
+    rows: list[CostRow] = []
     for i, site in enumerate(sites):
         own = profiles[i][0]
         assert own is not None
         for j, found in enumerate(profiles[i]):
             if found is None:
                 allowed[i, j] = False
-                rows.append(Row(site.name, labels[j], 0, 0, 0, 0, 0, 0, reasons[i][j - 1]))
+                rows.append(CostRow(site.name, labels[j], 0, 0, 0, 0, 0, 0, reasons[i][j - 1]))
                 continue
             memory[i, j] = _differences(base.windows, i, own, found)
             rows.append(_row(site, labels[j], own, found, settings.batch_size))
@@ -245,9 +278,9 @@ def _assemble(
     )
 
 
-def _row(site: ConvSite, label: str, own: Profile, new: Profile, batch: int) -> Row:
+def _row(site: ConvSite, label: str, own: Profile, new: Profile, batch: int) -> CostRow:
     calls = len(site.calls)
-    return Row(
+    return CostRow(
         layer=site.name,
         option=label,
         flops=(new.flops - own.flops) * calls / batch,
@@ -260,12 +293,12 @@ def _row(site: ConvSite, label: str, own: Profile, new: Profile, batch: int) -> 
 
 
 def _transient(layer: Profile) -> int:
-    """The most that is alive while it runs, beside what it saves and its gradients."""
+    """Peak bytes while it runs, not counting what it saves and its gradients."""
     return max(layer.forward_peak, layer.backward_peak - layer.saved - layer.gradients)
 
 
 def _differences(windows: Sequence[_Window], site: int, own: Profile, new: Profile) -> list[int]:
-    """By how much the memory of every window changes when this layer becomes `new`."""
+    """Change in the memory of every window if this layer becomes `new`."""
     saved, gradients = new.saved - own.saved, new.gradients - own.gradients
     forward = new.forward_peak - own.forward_peak
     backward = new.backward_peak - new.saved - own.backward_peak + own.saved

@@ -1,8 +1,8 @@
-"""The meta device made to dispatch like CUDA: autocast, fused dropout, fused attention.
+"""Makes the meta device dispatch like CUDA: autocast, fused dropout, fused attention.
 
-On meta tensors PyTorch knows no autocast and takes the CPU's composite forms, which save other tensors for backward than CUDA's.
-Here kernels with CUDA's policies are registered under a dispatch key that no backend uses, and that key is switched on for the
-duration of a trace. The policies are those of `ATen/autocast_mode.h`; which operators have one is read from the dispatcher.
+On meta tensors PyTorch ignores autocast and uses the CPU's composite forms, which save other tensors for backward than CUDA's.
+Here, kernels with CUDA's policies are registered under a dispatch key that no backend uses, and that key is enabled for the
+duration of a trace. The policies are those of `ATen/autocast_mode.h`; the operators that have one are read from the dispatcher.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,14 +33,14 @@ _DTYPE_ARGUMENT = frozenset(_DTYPE_NAMES.split())
 
 
 class _State:
-    """What is emulated right now: the autocast dtype (None: off), and its casts of weights by identity, until autocast ends."""
+    """The current emulation: the autocast dtype (None: off), and its casts of weights by identity, until autocast ends."""
 
     def __init__(self) -> None:
         self.active = False
         self.dtype: torch.dtype | None = None
         self.weights: dict[int, tuple[Tensor, Tensor]] = {}
         self.registered: set[str] = set()
-        self.known = 0  # operators that there were when kernels were last registered
+        self.known = 0  # number of operators when kernels were last registered
         self.libraries: dict[str, torch.library.Library] = {}
 
 
@@ -55,12 +55,12 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
         return value.to(dtype)
     key = id(value)
     if key not in _STATE.weights:
-        _STATE.weights[key] = (value, value.to(dtype))  # the weight itself is held so that its identity stays its own
+        _STATE.weights[key] = (value, value.to(dtype))  # holding the weight keeps its id from being reused
     return _STATE.weights[key][1]
 
 
 def _policy(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]:
-    """How the arguments of an operator are cast under autocast."""
+    """The autocast policy for an operator's arguments."""
 
     def low(args: Any, kwargs: Any) -> Any:
         dtype = _STATE.dtype
@@ -151,7 +151,7 @@ def _kernel(qualified: str) -> Callable[..., Any]:
 
 
 def _register() -> None:
-    """Give every operator that autocasts on CUDA (and is known by now) its kernel here."""
+    """Register a kernel for every operator that autocasts on CUDA and is known by now."""
     if not _STATE.registered:
         library = torch.library.Library("_", "IMPL", _KEY)
         library.fallback(torch.library.fallthrough_kernel)
@@ -173,7 +173,7 @@ def _register() -> None:
 
 @contextmanager
 def _answering_for_meta() -> Iterator[None]:
-    """Let what layers ask about autocast, and regions where they switch it off, be answered for the meta device."""
+    """Make torch's autocast queries, and regions that disable autocast, answer for the meta device."""
     enabled, lower, autocast = torch.is_autocast_enabled, torch.get_autocast_dtype, torch.autocast
     available = torch.amp.is_autocast_available
     emulated = ("meta", "cuda")
@@ -222,10 +222,10 @@ def _region(dtype: torch.dtype | None) -> Iterator[None]:
 
 @contextmanager
 def cuda_dispatch(dtype: torch.dtype | None) -> Iterator[None]:
-    """Dispatch meta tensors as CUDA tensors would be, under autocast to `dtype` (None: no autocast).
+    """Dispatch meta tensors like CUDA tensors, under autocast to `dtype` (None: no autocast).
 
-    torch's own autocast functions answer for the meta device meanwhile. May be entered again inside itself; the casts of
-    weights are dropped when the outermost one ends, as autocast does.
+    torch's own autocast functions answer for the meta device meanwhile. Reentrant; the casts of weights are dropped when the
+    outermost context ends, as under autocast.
     """
     _register()
     outer = (_STATE.active, _STATE.dtype)
@@ -241,7 +241,7 @@ def cuda_dispatch(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 class _CopyToMeta(TorchFunctionMode):
-    """Tensors that are neither parameters nor buffers lose their data too when they are deep-copied."""
+    """Makes a deep copy drop the data of tensors that are neither parameters nor buffers, too."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__:
@@ -254,7 +254,7 @@ def _meta(tensor: Tensor) -> Tensor:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device, made without copying any of its data; tied parameters stay tied."""
+    """A copy of the model on the meta device, made without copying any data; tied parameters stay tied."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         like = _meta(tensor.detach())
@@ -266,7 +266,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def to_channels_last(model: nn.Module) -> None:
-    """Lay out all four-dimensional parameters and buffers channels last, in place; others stay as they are."""
+    """Convert all four-dimensional parameters and buffers to channels last, in place; others do not change."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dim() == 4:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)

@@ -44,24 +44,24 @@ from surgeon.util.held import walk
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """One layer's share: what ran in it, and not in a layer below it. FLOPs for one image, 1 MAC = 2."""
+    """One layer's share: operations in it, excluding layers inside it. FLOPs per image, 1 MAC = 2."""
 
     name: str
     type: str
     flops: int
     backward_flops: int
-    params: int  # its own parameters; a dynamic layer's with all below it
-    saved_bytes: int  # activations it leaves for the backward pass, for the whole batch
+    params: int  # its own parameters; for a dynamic layer, including submodules
+    saved_bytes: int  # activations saved for the backward pass, for the whole batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a model costs. FLOPs for one image (1 MAC = 2 FLOPs), bytes for the whole batch.
+    """Cost of a model. FLOPs per image (1 MAC = 2 FLOPs), bytes for the whole batch.
 
     `peak_bytes` is the highest sum of tensors alive in one step of the steady state (optimizer state exists), each rounded as
-    CUDA's allocator rounds. `breakdown` says what it is made of, and beside it `reserve`: what the device must have on top
-    (fragmentation, workspaces, CUDA context; `reserve` itemises it). `total_bytes` is both. `reserved_bytes` is what the allocator
-    would hold after the step if the device had room for it (`torch.cuda.memory_reserved`, part of it given back when short).
+    CUDA's allocator rounds. `breakdown` splits it by kind. `reserve` is what the device needs on top of it
+    (fragmentation, workspaces, CUDA context, itemized). `total_bytes` is the sum of both. `reserved_bytes` is what the allocator
+    would hold after the step if the device had room for it (`torch.cuda.memory_reserved`; part of it is released when short).
     """
 
     flops: int
@@ -80,7 +80,7 @@ class Cost:
     amp: str | None
     channels_last: bool
     unknown_ops: dict[str, int] = field(default_factory=dict)  # operators without a FLOP formula, and their calls
-    estimated: bool = False  # not traced at this batch size but extrapolated; `notes` says why
+    estimated: bool = False  # extrapolated instead of traced at this batch size; `notes` explain why
     notes: tuple[str, ...] = ()
     timeline: Timeline | None = field(default=None, repr=False, compare=False)
 
@@ -114,26 +114,26 @@ def cost(
     loss: LossFunction | None = None,
     strict: bool = False,
 ) -> Cost:
-    """What one training step, or one inference, of the model costs on a GPU. Nothing is allocated, no kernel runs.
+    """Cost of one training step, or one inference, of the model on a GPU. Nothing is allocated, no kernel runs.
 
     Args:
-        model: stays untouched; its own device and data do not matter.
-        input_size: of one image, `224`, `(H, W)` or `(C, H, W)`; by default what the model says, else 224.
-        batch_size: images a step (a micro-step where gradients are accumulated).
-        example_inputs: for models that take more than images: one whole batch, as in `convert`, instead of the two.
+        model: not modified; its own device and data do not matter.
+        input_size: of one image, `224`, `(H, W)` or `(C, H, W)`; by default the model's own, otherwise 224.
+        batch_size: images per step (per micro-step if gradients are accumulated).
+        example_inputs: for models that take more than images: one whole batch, as in `convert`, instead of the two above.
         mode: "train" (forward, backward, optimizer) or "infer" (forward in eval mode, no gradients).
         optimizer: "sgd" (momentum 0.9), "sgd-plain", "adam", "adamw", as torch runs them on CUDA (foreach); or a function that
-            makes one from the parameters.
+            creates one from the parameters.
         amp: autocast: True or "float16", "bfloat16".
-        weight_decay: a coupled one (SGD, Adam) costs a temporary copy of all gradients.
-        accumulate: micro-steps an optimizer step.
+        weight_decay: coupled weight decay (SGD, Adam) needs a temporary copy of all gradients.
+        accumulate: micro-steps per optimizer step.
         checkpointing: gradient checkpointing, for models with timm's `set_grad_checkpointing`.
-        loss: function from the model's output to a scalar; by default cross-entropy for (N, K) outputs, else a squared error
+        loss: function from the model's output to a scalar; by default cross-entropy for (N, K) outputs, otherwise a squared error
             against a target of the same shape.
-        strict: an operator without a FLOP formula is an `UnknownOperatorError`.
+        strict: raise an `UnknownOperatorError` for an operator without a FLOP formula.
 
     Raises:
-        ConfigError: an argument has a value that is not allowed.
+        ConfigError: an argument has an invalid value.
         InputError: the model does not take images of this size.
     """
     settings = make_settings(
@@ -165,7 +165,7 @@ def cost(
 
 
 def run_step(model: nn.Module, settings: Settings, counter: FlopCounter, device: str) -> Trace:
-    """Run one step of the steady state of `model`, which lies on `device` and is used up, and record it."""
+    """Run and record one step of the steady state of `model`, which is on `device` and is modified."""
     train = settings.mode == "train"
     model.train(train)
     if settings.checkpointing:
@@ -194,7 +194,7 @@ def run_step(model: nn.Module, settings: Settings, counter: FlopCounter, device:
 
 
 def _call(model: nn.Module, settings: Settings, device: str) -> Inputs:
-    """The arguments of one call: those that were given, or a batch of random images."""
+    """The arguments of one call: the given ones, or a batch of random images."""
     if settings.inputs is None:
         x = torch.empty((settings.batch_size, *settings.input_size), device=device, dtype=image_dtype(model))
         if device != "meta":
@@ -228,12 +228,12 @@ def _train_step(
     parameters = [p for p in model.parameters() if p.requires_grad]
     with tracker:
         optimizer = make_optimizer(settings, parameters)
-        if optimizer is not None:  # one step beforehand makes the optimizer's state
+        if optimizer is not None:  # one step beforehand creates the optimizer's state
             for p in parameters:
                 p.grad = torch.zeros_like(p)
             optimizer.step()
             optimizer.zero_grad()
-        for _ in range(min(settings.accumulate, 2)):  # from the second micro-step on nothing new happens
+        for _ in range(min(settings.accumulate, 2)):  # later micro-steps repeat the second one
             tracker.begin("forward")
             with autocast():
                 out = model(*call.args, **call.kwargs)
@@ -255,7 +255,7 @@ def _train_step(
 
 
 def summarize(model: nn.Module, settings: Settings, trace: Trace, counter: FlopCounter) -> Cost:
-    """Add up a trace."""
+    """Summarize a trace."""
     times = timeline(trace)
     steps = min(settings.accumulate, 2) if settings.mode == "train" else 1
     images = settings.batch_size * steps
@@ -313,7 +313,7 @@ def _own_params(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters(recurse=isinstance(module, DynamicConv2d)))
 
 
-# --- what cannot be traced without data ---------------------------------------------------------------------------
+# --- models that cannot be traced without data --------------------------------------------------------------------
 
 
 def _extrapolated(model: nn.Module, settings: Settings, strict: bool, why: Exception) -> Cost:
@@ -358,16 +358,16 @@ def _extrapolated(model: nn.Module, settings: Settings, strict: bool, why: Excep
 
 
 def cannot_run(model: nn.Module, settings: Settings, error: Exception) -> InputError:
-    """What is said where a step cannot be run, with what would help."""
+    """The error for a step that cannot run, with a hint."""
     size = "x".join(map(str, settings.input_size))
-    hint = "give the size that it takes as input_size, or all its arguments as example_inputs"
+    hint = "give a supported size as input_size, or all arguments as example_inputs"
     if "more than 1 value per channel" in str(error):
-        hint = "its BatchNorm sees one value a channel: give a larger batch size, or larger images"
+        hint = "its BatchNorm sees one value per channel: use a larger batch size or larger images"
     return InputError(f"{type(model).__name__} fails on images of {size}: {_first_line(error)}; {hint}")
 
 
 def _once_on_cpu(model: nn.Module, settings: Settings, strict: bool, why: Exception) -> Cost:
-    """With inputs that were given the batch is what it is: it runs as a whole."""
+    """With given inputs the batch size is fixed: run the batch as a whole."""
     try:
         found = _on_cpu(model, settings, strict)
     except UnknownOperatorError:

@@ -1,8 +1,8 @@
 """FLOPs of single operators from their shapes: 1 MAC = 2 FLOPs.
 
-What counts are the multiply-accumulates of matrix products, convolutions, sampling and multiply-then-sum. By convention (that of
+Counted are the multiply-accumulates of matrix products, convolutions, sampling and multiply-then-sum. By convention (that of
 fvcore, ptflops and the papers) biases, normalizations, activations, pooling, interpolation and elementwise arithmetic count
-zero. An operator that is in neither group is *unknown*: it is listed, never silently zero.
+as zero. An operator in neither group is *unknown*: it is listed, never silently zero.
 """
 
 from collections import Counter
@@ -17,11 +17,11 @@ from torch.utils.flop_counter import flop_registry
 
 from surgeon.errors import SurgeonError
 
-Formula = Callable[..., int]  # (out, *args, **kwargs) -> FLOPs; tensors as they are, only shapes are read
+Formula = Callable[..., int]  # (out, *args, **kwargs) -> FLOPs; only the shapes of tensors are read
 
 
 class UnknownOperatorError(SurgeonError):
-    """`strict` counting met an operator without a FLOP formula."""
+    """With `strict`, the counter found an operator without a FLOP formula."""
 
     exit_code = 1
 
@@ -30,7 +30,7 @@ _FORMULAS: dict[str, Formula] = {}
 
 
 def register_formula(*names: str) -> Callable[[Formula], Formula]:
-    """Decorator: `formula(out, *args, **kwargs)` gives the FLOPs of the named operators (`namespace::name`, all overloads)."""
+    """Decorator: `formula(out, *args, **kwargs)` returns the FLOPs of the named operators (`namespace::name`, all overloads)."""
 
     def add(formula: Formula) -> Formula:
         for name in names:
@@ -79,8 +79,8 @@ def _convolution_backward(
     groups: int,
     output_mask: list[bool],
 ) -> int:
-    # Gradients for input and for weight pair the same elements as the forward pass does, for any grouping (torch's own
-    # formula takes grouped weight gradients for dense ones).
+    # The gradients of input and weight pair the same elements as the forward pass, for any grouping (torch's own
+    # formula treats grouped weight gradients as dense).
     return 2 * convolution_macs(x, weight, grad, transposed) * (output_mask[0] + output_mask[1])
 
 
@@ -104,7 +104,7 @@ def _addcmul(out: Tensor, c: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> int
     return 2 * out.numel()
 
 
-_TAPS = {0: 4, 1: 0, 2: 20}  # MACs a sample: bilinear; nearest copies; bicubic, four rows of four and their sum
+_TAPS = {0: 4, 1: 0, 2: 20}  # MACs per sample: bilinear; nearest copies; bicubic, four rows of four and their sum
 
 
 @register_formula("aten::grid_sampler_2d", "aten::cudnn_grid_sampler")
@@ -129,7 +129,7 @@ def _deform_conv2d(out: Tensor, x: Tensor, weight: Tensor, offset: Tensor, mask:
 def _deform_conv2d_backward(
     out: Any, grad: Tensor, x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, *rest: Any
 ) -> int:
-    # Gradients of columns and weight, each one convolution. A sample: taken again (4, for the weight), scattered (4),
+    # Gradients of columns and weight, each one convolution. Per sample: sampled again (4, for the weight), scattered (4),
     # differentiated by two offsets (8); with a mask one product in each of the three and its own gradient (4).
     samples = _deform_samples(grad, x, weight)
     return 2 * (2 * convolution_macs(x, weight, grad) + samples * (16 + 7 * bool(rest[-1])))
@@ -139,7 +139,7 @@ def _deform_samples(out: Tensor, x: Tensor, weight: Tensor) -> int:
     return x.shape[0] * x.shape[1] * prod(weight.shape[2:]) * prod(out.shape[2:])
 
 
-_ADAPTIVE_SAMPLES = 2  # samples a side of a bin, assumed where each region chooses its own number
+_ADAPTIVE_SAMPLES = 2  # samples per side of a bin, assumed if each region chooses its own number
 
 
 @register_formula("torchvision::roi_align")
@@ -155,7 +155,7 @@ def _roi_align_backward(out: Tensor, grad: Tensor, *rest: Any) -> int:
     return 2 * 4 * grad.numel() * (samples if samples > 0 else _ADAPTIVE_SAMPLES) ** 2
 
 
-# Names of operators that do no multiply-accumulate. Pointwise operators and views are known by their tags.
+# Operators without multiply-accumulates. Pointwise operators and views are recognized by their tags.
 _ZERO_NAMES = """
 _adaptive_avg_pool2d _adaptive_avg_pool2d_backward _assert_async _assert_scalar _batch_norm_with_update
 _fused_rms_norm _fused_rms_norm_backward _local_scalar_dense _log_softmax _log_softmax_backward_data
@@ -194,13 +194,13 @@ _ZERO_ELSEWHERE = frozenset({"torchvision::nms", "prims::_make_token", "profiler
 
 
 def is_zero(op: OpOverload) -> bool:
-    """Whether the operator is known to do no multiply-accumulate."""
+    """Whether the operator is known to have no multiply-accumulates."""
     if op.is_view or torch.Tag.pointwise in op.tags:
         return True
     namespace, name = op._schema.name.split("::")
     if namespace != "aten":
         return op._schema.name in _ZERO_ELSEWHERE
-    plain = name.removesuffix("_")  # some in-place operators lack the tag that their functional form has
+    plain = name.removesuffix("_")  # some in-place operators lack the tag of their functional form
     if name in _ZERO or plain in _ZERO or name.startswith("_foreach_"):
         return True
     form = getattr(torch.ops.aten, plain, None)
@@ -208,9 +208,9 @@ def is_zero(op: OpOverload) -> bool:
 
 
 class FlopCounter:
-    """Counts the FLOPs of operators as they are dispatched; `unknown` lists those without a formula and their calls.
+    """Counts the FLOPs of operators as they are dispatched; `unknown` lists those without a formula, with call counts.
 
-    A product `a * b` whose every element then goes into a `sum` is one contraction: 2 FLOPs an element.
+    A product `a * b` whose elements all go into a `sum` is one contraction: 2 FLOPs per element.
     """
 
     def __init__(self, strict: bool = False) -> None:
@@ -220,7 +220,7 @@ class FlopCounter:
         self._products: dict[int, int] = {}  # storage -> elements of the product that it holds
 
     def forget(self, storage: int) -> None:
-        """A new tensor lies at this address."""
+        """Note that a new tensor is stored at this address."""
         self._products.pop(storage, None)
 
     def count(self, op: OpOverload, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -231,7 +231,7 @@ class FlopCounter:
         return 0 if formula is None else formula(out, *args, **kwargs)
 
     def note_product(self, op: OpOverload, out: Any) -> None:
-        """To be called after `forget` for the outputs of the same call."""
+        """Record a product; call it after `forget` for the outputs of the same call."""
         if op is torch.ops.aten.mul.Tensor and isinstance(out, Tensor) and out.is_floating_point():
             self._products[out.untyped_storage()._cdata] = out.numel()
 
@@ -256,8 +256,8 @@ class FlopCounter:
         def listed(out: Any, *args: Any, **kwargs: Any) -> int:
             if self.strict:
                 raise UnknownOperatorError(
-                    f"no FLOP formula for the operator {name}; give one with surgeon.costs.register_formula({name!r}), "
-                    "or count without strict, which lists it"
+                    f"no FLOP formula for the operator {name}; register one with surgeon.costs.register_formula({name!r}), "
+                    "or count without strict to list it instead"
                 )
             self.unknown[name] += 1
             return 0

@@ -1,4 +1,4 @@
-"""The real step on a real device: peak memory as the allocator counts it, and interleaved timings."""
+"""Measurements of a real step on a real device: peak memory from the allocator, and interleaved timings."""
 
 import statistics
 import time
@@ -22,15 +22,15 @@ class NoDeviceError(BackendError):
 
 
 @dataclass(frozen=True)
-class Measured:
-    """CUDA's own numbers for a steady step, bytes."""
+class MeasuredStep:
+    """CUDA's memory statistics for a steady step, bytes."""
 
     peak_bytes: int
     reserved_bytes: int
 
 
 class Step:
-    """One training step or inference of a model on a device, to be repeated."""
+    """One training step or inference of a model on a device, repeatable."""
 
     def __init__(self, model: nn.Module, settings: Settings, device: str) -> None:
         self.settings = settings
@@ -46,7 +46,7 @@ class Step:
         self.optimizer = make_optimizer(settings, trainable) if settings.mode == "train" else None
 
     def __call__(self) -> None:
-        """Run it."""
+        """Run the step."""
         settings = self.settings
         dtype = torch.bfloat16 if self.device == "cpu" else settings.amp
         autocast = torch.autocast(self.device, dtype=dtype, enabled=settings.amp is not None)
@@ -71,8 +71,8 @@ def has_device() -> bool:
     return torch.cuda.is_available()
 
 
-def measure(model: nn.Module, settings: Settings, *, warmup: int = 2) -> Measured:
-    """Peak memory of a steady step on the CUDA device; raises `NoDeviceError` where there is none."""
+def measure(model: nn.Module, settings: Settings, *, warmup: int = 2) -> MeasuredStep:
+    """Peak memory of a steady step on the CUDA device; raises `NoDeviceError` if there is none."""
     if not has_device():
         raise NoDeviceError("measuring memory needs a CUDA device, and this machine has none")
     torch.cuda.empty_cache()
@@ -83,7 +83,7 @@ def measure(model: nn.Module, settings: Settings, *, warmup: int = 2) -> Measure
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    result = Measured(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+    result = MeasuredStep(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
     del step
     torch.cuda.empty_cache()
     return result
@@ -103,7 +103,7 @@ class Timing:
 
     @property
     def throughput(self) -> float:
-        """Images a second."""
+        """Images per second."""
         return self.batch_size / self.median
 
     @property
@@ -116,7 +116,7 @@ class Timing:
 
 
 def interleaved(models: list[nn.Module], settings: Settings, *, rounds: int, device: str) -> list[Timing]:
-    """Time one step of each model in turn, `rounds` times after one warm-up, so that drift of the machine hits all alike."""
+    """Time one step of each model in turn, `rounds` times after one warm-up, so that drift of the machine affects all alike."""
     steps = [Step(model, settings, device) for model in models]
     seconds: list[list[float]] = [[] for _ in steps]
     for number in range(rounds + 1):

@@ -1,4 +1,4 @@
-"""From a trace to memory: what lies in it at each moment, its peak, what the peak is made of, and what an allocator reserves."""
+"""Memory use of a trace: its content over time, the peak, the composition of the peak, and the memory reserved by an allocator."""
 
 from dataclasses import dataclass
 
@@ -10,23 +10,23 @@ from surgeon.costs.trace import NEVER, Storage, Trace
 
 KINDS = ("weights", "gradients", "optimizer", "inputs", "saved activations", "transient")
 
-# What a CUDA process holds beside its tensors, bytes. Assumptions from documentation, not calibrated on a device:
+# A CUDA process's memory beyond its tensors, bytes. Assumptions from documentation, not calibrated on a device:
 CONTEXT = 512 * 2**20  # context, loaded kernels (cuDNN, cuBLAS)
 BLAS_WORKSPACE = 32 * 2**20  # cuBLAS and cuBLASLt, Hopper's default
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Memory over the events of one step. `levels[i]` is after event i, bytes; `parts` the same by kind."""
+    """Memory over the events of one step. `levels[i]` is bytes after event i; `parts` splits it by kind."""
 
     levels: NDArray[np.int64]
     parts: dict[str, NDArray[np.int64]]
     phases: list[tuple[str, int]]  # (phase, first event), counted from the first event of the timeline
-    first: int  # the trace's event at which it starts
+    first: int  # first event of the trace in it
 
     @property
     def peak_at(self) -> int:
-        """Index of the event after which most is allocated."""
+        """Index of the event with the highest level after it."""
         return int(self.levels.argmax())
 
     @property
@@ -35,12 +35,12 @@ class Timeline:
         return int(self.levels.max())
 
     def breakdown(self) -> dict[str, int]:
-        """What the peak is made of, bytes by kind."""
+        """Composition of the peak, bytes by kind."""
         return {kind: int(values[self.peak_at]) for kind, values in self.parts.items()}
 
 
 def kind_of(storage: Storage, index: int, trace: Trace, ends: dict[str, list[int]]) -> str:
-    """Which of `KINDS` an allocation is; `ends` holds the events at which each phase ended."""
+    """The kind of an allocation, one of `KINDS`; `ends` contains the events at which each phase ended."""
     if storage.kind is not None:
         return storage.kind
     if index in trace.gradients:
@@ -64,7 +64,7 @@ def phase_ends(trace: Trace) -> dict[str, list[int]]:
 
 
 def timeline(trace: Trace) -> Timeline:
-    """Memory over the steady step of a trace: what its set-up did is only where it starts from."""
+    """Memory over the steady step of a trace; the set-up only determines its initial level."""
     n = len(trace.events)
     deltas = {kind: np.zeros(n + 1, dtype=np.int64) for kind in KINDS}
     ends = phase_ends(trace)
@@ -82,7 +82,7 @@ def timeline(trace: Trace) -> Timeline:
 
 
 def replay(trace: Trace) -> CachingAllocator:
-    """Put the trace through a model of the caching allocator."""
+    """Replay the trace through a model of the caching allocator."""
     allocator = CachingAllocator()
     for event in trace.events:
         if event > 0:
@@ -93,7 +93,7 @@ def replay(trace: Trace) -> CachingAllocator:
 
 
 def workspace_bytes(trace: Trace, times: Timeline) -> int:
-    """By how much the convolutions' workspaces would raise the peak."""
+    """Increase of the peak caused by the convolutions' workspaces."""
     highest = max(
         (int(times.levels[op.end - 1 - times.first]) + op.workspace for op in trace.ops if op.workspace), default=0
     )

@@ -1,4 +1,4 @@
-"""A picture of a cost: memory through the step by what it is made of, and the layers with the largest shares."""
+"""Plot of a cost: memory during the step by kind, and the layers with the largest shares."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +13,7 @@ from surgeon.errors import ConfigError
 from surgeon.util.files import writing
 from surgeon.util.tables import shorten
 
-SCALE = 2  # drawn larger, then reduced: smooth lines
+SCALE = 2  # drawn larger, then downscaled for smooth lines
 WIDTH, CHART, BARS = 1000, 360, 14
 LEFT, RIGHT, TOP = 80, 20, 70
 COLOURS = {
@@ -31,7 +31,7 @@ def draw(cost: Cost, path: str | Path, *, title: str = "") -> None:
     """Write a PNG. Raises `ConfigError` for another suffix, a missing folder, or a cost without a timeline (an estimated one)."""
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise ConfigError(f"a plot is written as .png, got {path.name!r}")
+        raise ConfigError(f"a plot must be a .png file, got {path.name!r}")
     if not path.parent.is_dir():
         raise ConfigError(f"cannot write {path}: there is no folder {path.parent}")
     if cost.timeline is None or cost.estimated:
@@ -108,7 +108,7 @@ def _areas(canvas: _Canvas, times: Timeline) -> None:
 
 
 def _columns(times: Timeline, width: int) -> NDArray[np.float64]:
-    """Parts (kinds, columns) of each column's highest moment."""
+    """Parts (kinds, columns) of each column's highest level."""
     n = len(times.levels)
     edges = np.linspace(0, n, min(width, n) + 1).astype(np.int64)
     at = [a + int(times.levels[a:b].argmax()) for a, b in pairwise(edges)]
@@ -121,7 +121,7 @@ def _nice(step: float) -> float:
 
 
 def _largest(cost: Cost) -> list[tuple[str, float, float]]:
-    """Name, share of saved activations (of FLOPs alone for inference), share of forward FLOPs."""
+    """Name, share of saved activations (for inference, of FLOPs), share of forward FLOPs."""
     saved = max(sum(layer.saved_bytes for layer in cost.layers), 1)
     flops = max(cost.flops, 1)
     rows = [(layer.name or "(model)", layer.saved_bytes / saved, layer.flops / flops) for layer in cost.layers]

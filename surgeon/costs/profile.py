@@ -1,4 +1,4 @@
-"""The cost of one layer alone, at the shapes it has in its model: what a cost table is made of."""
+"""Cost of one layer alone, at its shapes in the model: the building block of a cost table."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +14,8 @@ from surgeon.costs.trace import Trace, Tracker
 
 
 @dataclass(frozen=True)
-class Call:
-    """How a layer is called: its input's shape, dtype, layout, and whether a gradient flows back through it."""
+class OperatorCall:
+    """A call of a layer: its input's shape, dtype, layout, and whether a gradient flows back through it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -25,21 +25,21 @@ class Call:
 
 @dataclass(frozen=True)
 class Profile:
-    """One layer, called once. FLOPs for the whole batch; bytes, relative to what is there when the layer starts."""
+    """One layer, called once. FLOPs for the whole batch; bytes relative to the start of the layer."""
 
     flops: int
     backward_flops: int
     params: int
     static: int  # its weights, buffers and optimizer state
-    gradients: int  # of its parameters, after the backward pass
-    saved: int  # held from its forward to its backward pass, beside input and output
+    gradients: int  # gradients of its parameters, after the backward pass
+    saved: int  # held from its forward to its backward pass, without input and output
     forward_peak: int
-    backward_peak: int  # relative to the start of its forward pass, gradient of the output included
+    backward_peak: int  # relative to the start of its forward pass, including the output's gradient
     optimizer_peak: int  # temporaries of the optimizer's step for its parameters
 
 
-def profile(layer: nn.Module, call: Call, settings: Settings) -> Profile:
-    """Trace one layer on the meta device, where it must lie; it is used up."""
+def profile(layer: nn.Module, call: OperatorCall, settings: Settings) -> Profile:
+    """Trace one layer, which must be on the meta device and is modified."""
     train = settings.mode == "train"
     layer.train(train)
     if settings.channels_last:
@@ -59,7 +59,7 @@ def profile(layer: nn.Module, call: Call, settings: Settings) -> Profile:
 @dataclass(frozen=True)
 class _Sizes:
     output: int
-    held: int  # index of the event at which the forward pass is over
+    held: int  # index of the event at which the forward pass ends
 
 
 def _train(layer: nn.Module, x: Tensor, settings: Settings, tracker: Tracker) -> _Sizes:
@@ -101,7 +101,7 @@ def _infer(layer: nn.Module, x: Tensor, settings: Settings, tracker: Tracker) ->
 
 
 class _Source(torch.autograd.Function):
-    """Where the gradient of the input ends: it is dropped, not kept."""
+    """Sink of the input's gradient: dropped, not kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class _Source(torch.autograd.Function):
 
 
 class _Sink(torch.autograd.Function):
-    """Stands for the layers behind: keeps nothing, and sends back a gradient as large as the output."""
+    """Stand-in for the layers after this one: saves nothing, and returns a gradient of the output's size."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:

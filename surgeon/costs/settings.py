@@ -1,4 +1,4 @@
-"""How a step is run: the arguments of `cost`, checked, and what follows from them."""
+"""Settings of a step: the validated arguments of `cost`, and values derived from them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ LossFunction = Callable[[Any], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a step is run: everything but the model."""
+    """Settings of a step: everything but the model."""
 
     input_size: tuple[int, int, int]
     batch_size: int
@@ -31,7 +31,7 @@ class Settings:
     accumulate: int = 1
     checkpointing: bool = False
     loss: LossFunction | None = None
-    inputs: Inputs | None = None  # what the model is called with, in place of images
+    inputs: Inputs | None = None  # the model's arguments, instead of images
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
@@ -45,7 +45,7 @@ _AMP = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloa
 
 
 def make_settings(model: nn.Module, *, input_size: Any, batch_size: int, amp: bool | str, **rest: Any) -> Settings:
-    """Check the arguments of `cost`; raises `ConfigError`."""
+    """Validate the arguments of `cost`; raises `ConfigError`."""
     for name, value in (("batch_size", batch_size), ("accumulate", rest.get("accumulate", 1))):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
@@ -56,19 +56,19 @@ def make_settings(model: nn.Module, *, input_size: Any, batch_size: int, amp: bo
         rest["optimizer"] = optimizer = _ALIASES.get(optimizer.lower(), optimizer.lower())
         if optimizer not in OPTIMIZERS:
             raise ConfigError(
-                f"unknown optimizer {optimizer!r}; there are {', '.join(OPTIMIZERS)}, or give a function "
-                "that makes one from the parameters"
+                f"unknown optimizer {optimizer!r}; expected {', '.join(OPTIMIZERS)}, or a function "
+                "that creates one from the parameters"
             )
     if isinstance(amp, str) and amp.lower() not in _AMP:
         raise ConfigError(f"amp must be a bool or one of {', '.join(_AMP)}, got {amp!r}")
     if rest.get("checkpointing") and not hasattr(model, "set_grad_checkpointing"):
-        raise ConfigError(f"{type(model).__name__} has no set_grad_checkpointing; checkpointing cannot be switched on")
+        raise ConfigError(f"{type(model).__name__} has no set_grad_checkpointing, so checkpointing is not available")
     dtype = _AMP[amp.lower()] if isinstance(amp, str) else torch.float16 if amp else None
     example = rest.pop("example_inputs", None)
     if example is None:
         return Settings(input_size=image_size(model, input_size), batch_size=batch_size, amp=dtype, **rest)
     if input_size is not None or batch_size != 1:
-        raise ConfigError("example_inputs say size and batch themselves: leave out input_size and batch_size")
+        raise ConfigError("example_inputs already define size and batch: leave out input_size and batch_size")
     inputs = given_inputs(example)
     images = (
         arg.shape[1:] for arg in (*inputs.args, *inputs.kwargs.values()) if isinstance(arg, Tensor) and arg.dim() == 4
@@ -78,7 +78,7 @@ def make_settings(model: nn.Module, *, input_size: Any, batch_size: int, amp: bo
 
 
 def image_size(model: nn.Module, given: Any) -> tuple[int, int, int]:
-    """(C, H, W) of one image: as given, as the model's `pretrained_cfg` says, or 224."""
+    """(C, H, W) of one image: as given, else from the model's `pretrained_cfg`, else 224."""
     config = getattr(model, "pretrained_cfg", None) or {}
     own = tuple(config.get("input_size") or ())
     sizes = parse_input_size(given) if given is not None else own or (224,)
@@ -90,12 +90,12 @@ def image_size(model: nn.Module, given: Any) -> tuple[int, int, int]:
 
 
 def image_dtype(model: nn.Module) -> torch.dtype:
-    """That of the model: half of it takes half of an image's memory."""
+    """The model's dtype: a half-precision model's images take half the memory."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
-    """The optimizer over these parameters; None where there are none."""
+    """The optimizer over these parameters; None if there are none."""
     if not parameters:
         return None
     if isinstance(settings.optimizer, str):
@@ -104,7 +104,7 @@ def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.
 
 
 def default_loss(out: Any) -> Tensor:
-    """Cross-entropy for (N, K), else the mean square against a target of the same shape; summed over all outputs."""
+    """Cross-entropy for (N, K), otherwise the mean square against a target of the same shape; summed over all outputs."""
     terms = []
     for tensor in _outputs(out):
         if tensor.dim() == 2 and tensor.shape[1] > 1:
@@ -113,7 +113,7 @@ def default_loss(out: Any) -> Tensor:
             terms.append(F.mse_loss(tensor.float(), torch.zeros_like(tensor, dtype=torch.float32)))
     if not terms:
         raise InputError(
-            "the model's output holds no floating-point tensor that depends on its parameters; give a loss"
+            "the model's output contains no floating-point tensor that depends on its parameters; give a loss"
         )
     return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
@@ -131,7 +131,7 @@ def _outputs(out: Any) -> Iterator[Tensor]:
 
 
 def optimizer_name(settings: Settings) -> str | None:
-    """The optimizer for people; None for inference."""
+    """Name of the optimizer for display; None for inference."""
     if settings.mode == "infer":
         return None
     return (

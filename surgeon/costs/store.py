@@ -1,4 +1,4 @@
-"""Cost tables on disk, by the hash of everything that they depend on."""
+"""Cost tables on disk, keyed by the hash of everything they depend on."""
 
 import hashlib
 import json
@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 import surgeon
+import surgeon.layers
 from surgeon.costs.settings import Settings
-from surgeon.costs.table import CostTable, Option, Row
+from surgeon.costs.table import CostRow, CostTable, Option
 from surgeon.errors import CheckpointError
 from surgeon.util.files import cache_folder, writing
 
@@ -24,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def folder() -> Path:
-    """Where tables are kept."""
+    """Folder of the tables."""
     return cache_folder() / "cost"
 
 
 def key(model: nn.Module, options: Sequence[Option], layers: Any, settings: Settings) -> str | None:
-    """Content hash of the question; None where it depends on a function (an own loss or optimizer)."""
+    """Content hash of the request; None if it depends on a function (a custom loss or optimizer)."""
     if settings.loss is not None or not isinstance(settings.optimizer, str):
         return None
     text = json.dumps(
@@ -59,9 +60,7 @@ def _structure(model: nn.Module) -> list[str]:
 
 @cache
 def _sources() -> str:
-    """Hash of the source of this package and of the layers: a changed formula is a changed table."""
-    import surgeon.layers
-
+    """Hash of the source of this package and of the layers: a changed formula invalidates tables."""
     digest = hashlib.sha256()
     for root in (Path(__file__).parent, *map(Path, surgeon.layers.__path__)):
         for file in sorted(root.rglob("*.py")):
@@ -77,7 +76,7 @@ def load(key: str) -> CostTable | None:
             return CostTable(
                 layers=tuple(text["layers"]),
                 options=tuple(text["options"]),
-                rows=tuple(Row(**{**row, "reasons": tuple(row["reasons"])}) for row in text["rows"]),
+                rows=tuple(CostRow(**{**row, "reasons": tuple(row["reasons"])}) for row in text["rows"]),
                 base=text["base"],
                 allowed=file["allowed"],
                 windows=file["windows"],
@@ -88,7 +87,7 @@ def load(key: str) -> CostTable | None:
 
 
 def save(key: str, table: CostTable) -> None:
-    """Keep a table; without a writable cache folder it is not kept."""
+    """Store a table; without a writable cache folder it is not stored."""
     text = json.dumps(
         {
             "layers": table.layers,

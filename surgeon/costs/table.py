@@ -1,19 +1,18 @@
-"""The additive cost table: what changes where a layer becomes this or that.
+"""The additive cost table: changes in cost for each layer and replacement.
 
-Every (layer, option) is traced alone, once. Memory adds up exactly as long as layers do not share what they save: at each moment
-of a step the tensors alive are those of the unmodified model plus, for every replaced layer, a difference that depends on the
+Every (layer, option) is traced alone, once. Memory adds up exactly if layers do not share what they save: at each moment
+of a step the live tensors are those of the unmodified model plus, for every replaced layer, a difference that depends on the
 moment only through "before, in, between or after its forward and backward". So a step is divided into windows, one
-for each call of a replaceable layer and one for what lies between; a placement's peak is the highest over the windows of
+for each call of a replaceable layer and one for each gap between calls; a placement's peak is the maximum over the windows of
 base + sum of differences. That is a linear bound for every window, which is what an integer program needs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from surgeon.errors import ConfigError
 
@@ -23,21 +22,21 @@ KEEP = "keep"
 
 @dataclass(frozen=True)
 class Option:
-    """What a layer may become: a layer type and its options."""
+    """A possible replacement: a layer type and its options."""
 
     type: str
     options: Mapping[str, Any]
 
     @property
     def label(self) -> str:
-        """For people and as a key: `acda(atoms=6)`."""
+        """Display name and key: `acda(atoms=6)`."""
         inner = ", ".join(f"{key}={value}" for key, value in sorted(self.options.items()))
         return f"{self.type}({inner})" if inner else self.type
 
 
 @dataclass(frozen=True)
-class Row:
-    """Differences to leaving the layer as it is. FLOPs for one image; bytes for the batch; `reasons` forbid the option."""
+class CostRow:
+    """Differences from the original layer. FLOPs per image; bytes for the batch; `reasons` rule out the option."""
 
     layer: str
     option: str
@@ -45,14 +44,14 @@ class Row:
     backward_flops: float
     params: int
     saved_bytes: int  # activations held for the backward pass
-    transient_bytes: int  # alive while the layer runs, beside what it saves and its gradients
+    transient_bytes: int  # alive while the layer runs, not counting what it saves and its gradients
     static_bytes: int  # weights, buffers, optimizer state
     reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Costs of placements, arrays (P,). FLOPs for one image, bytes at the peak."""
+    """Costs of placements, arrays (P,). FLOPs per image, bytes at the peak."""
 
     flops: NDArray[np.float64]
     backward_flops: NDArray[np.float64]
@@ -70,7 +69,7 @@ class CostTable:
 
     layers: tuple[str, ...]
     options: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[CostRow, ...]
     base: Mapping[str, float]  # flops, backward_flops, params of the unmodified model
     allowed: NDArray[np.bool_]
     windows: Ints
@@ -94,7 +93,7 @@ class CostTable:
         object.__setattr__(self, "_start", start.astype(np.float64))
 
     def _binding(self) -> NDArray[np.intp]:
-        """Windows that can be the highest of some placement."""
+        """Windows that can be the peak of some placement."""
         lowest = self.windows + self.memory.min(axis=1).sum(axis=0)
         highest = self.windows + self.memory.max(axis=1).sum(axis=0)
         return np.flatnonzero(highest >= lowest.max())
@@ -103,17 +102,17 @@ class CostTable:
         """Costs of many placements at once.
 
         Args:
-            placements: (P, L) integers, the option of every layer; (L,) for a single one.
+            placements: (P, L) integers, the option of every layer; (L,) for a single placement.
 
         Raises:
-            ConfigError: the shape is wrong, an option does not exist, or is not allowed for its layer.
+            ConfigError: the shape is wrong, or an option does not exist or is not allowed for its layer.
         """
         chosen = np.atleast_2d(np.asarray(placements))
         n_layers, n_options = len(self.layers), len(self.options)
         if chosen.ndim != 2 or chosen.shape[1] != n_layers or chosen.dtype.kind not in "iu":
             raise ConfigError(f"placements must be integers (P, {n_layers}), got {chosen.dtype} {chosen.shape}")
         if chosen.size and (chosen.min() < 0 or chosen.max() >= n_options):
-            raise ConfigError(f"placements hold options outside of 0..{n_options - 1}")
+            raise ConfigError(f"placements contain options outside 0..{n_options - 1}")
         rows = chosen + np.arange(n_layers) * n_options
         if not self.allowed.reshape(-1)[rows].all():
             place, layer = np.argwhere(~self.allowed.reshape(-1)[rows])[0]
@@ -133,7 +132,7 @@ class CostTable:
         return Totals(sums[:, -3], sums[:, -2], np.rint(sums[:, -1]).astype(np.int64), np.rint(peak).astype(np.int64))
 
     def placement(self, chosen: Mapping[str, str]) -> Ints:
-        """A placement (L,) from layer names and option labels; layers that are not named are kept."""
+        """A placement (L,) from layer names and option labels; layers not named are kept."""
         result = np.zeros(len(self.layers), dtype=np.int64)
         for name, label in chosen.items():
             if name not in self.layers or label not in self.options:
@@ -143,41 +142,3 @@ class CostTable:
                 )
             result[self.layers.index(name)] = self.options.index(label)
         return result
-
-
-def default_options() -> list[Option]:
-    """One option for every layer type there is, with its default values."""
-    from surgeon.layers.registry import layer_types
-
-    return [Option(name, {}) for name in layer_types()]
-
-
-def cost_table(
-    model: nn.Module,
-    options: Sequence[Option] | None = None,
-    *,
-    layers: Any = None,
-    input_size: Any = None,
-    batch_size: int = 1,
-    amp: bool | str = False,
-    cache: bool = True,
-    **settings: Any,
-) -> CostTable:
-    """The cost table of a model; arguments as those of `surgeon.cost`.
-
-    `options` are what a layer may become (default: every type), `layers` a selection (default: all that may become something).
-    With `cache` the table is kept on disk (`SURGEON_CACHE`, else ~/.cache/surgeon), by the hash of all that it depends on.
-    """
-    from surgeon.costs import build, store
-    from surgeon.costs.settings import make_settings
-
-    checked = make_settings(model, input_size=input_size, batch_size=batch_size, amp=amp, **settings)
-    wanted = default_options() if options is None else list(options)
-    key = store.key(model, wanted, layers, checked) if cache else None
-    found = store.load(key) if key is not None else None
-    if found is not None:
-        return found
-    table = build.build(model, wanted, layers, checked)
-    if key is not None:
-        store.save(key, table)
-    return table

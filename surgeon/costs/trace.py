@@ -1,4 +1,4 @@
-"""Watching a model run without data: every operator, every storage's birth and death, and the layer each belongs to."""
+"""Traces a model without data: every operator, the lifetime of every storage, and the layer each belongs to."""
 
 import weakref
 from bisect import bisect_right
@@ -24,7 +24,7 @@ class Storage:
     """One allocation. `born` and `died` are indices into the trace's events."""
 
     nbytes: int  # rounded to the allocator's blocks
-    kind: str | None  # set for what exists beforehand: weights, inputs, optimizer
+    kind: str | None  # set for what exists before the step: weights, inputs, optimizer
     layer: int
     phase: str
     born: int
@@ -33,7 +33,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Op:
-    """One operator call: events [first, end) are what it allocated and what was freed before it."""
+    """One operator call: its events [first, end) are its allocations and the preceding frees."""
 
     name: str
     phase: str
@@ -45,7 +45,7 @@ class Op:
 
 @dataclass
 class Trace:
-    """What a tracker saw. `events` holds storage indices, +i + 1 at birth and -i - 1 at death; `marks` events by name."""
+    """The record of a tracker. `events` has storage indices, +i + 1 at allocation and -i - 1 at release; `marks` events by name."""
 
     layers: list[str]  # names; index 0 is the model itself
     storages: list[Storage] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Trace:
 
 
 class Tracker(TorchDispatchMode):
-    """Records a `Trace` of what runs under it on one kind of device; counts FLOPs with `counter`."""
+    """Records a `Trace` of everything that runs under it on one device type; counts FLOPs with `counter`."""
 
     def __init__(self, model: nn.Module, counter: FlopCounter, device: str = "meta") -> None:
         TorchDispatchMode.__init__(self)
@@ -72,20 +72,20 @@ class Tracker(TorchDispatchMode):
         self._stack: list[tuple[int, int]] = []  # (layer, first event)
         self._again: list[AbstractContextManager[None]] = []
         self._borders: list[int] = []  # autograd sequence numbers at which the layer changes,
-        self._owners: list[int] = []  # and the layer from there on
+        self._owners: list[int] = []  # and the layer from then on
         self._last_layer = 0
 
     # --- phases and layers ----------------------------------------------------------------------------------------
 
     def begin(self, phase: str) -> None:
-        """What follows belongs to this phase."""
+        """Start a phase, to which everything that follows belongs."""
         self.phase = phase
         self._last_layer = 0
         self.trace.phases.append((phase, len(self.trace.events)))
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Follow the model's layers while this is open (also out of a forward pass that checkpointing stops early)."""
+        """Context that tracks the model's layers (also out of a forward pass that checkpointing stops early)."""
         handles = []
         for index, module in enumerate(self.modules):
             handles.append(module.register_forward_pre_hook(self._enter(index)))
@@ -98,7 +98,7 @@ class Tracker(TorchDispatchMode):
 
     def _enter(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
-            if self.phase == "backward" and not self._stack:  # checkpointing runs a part of the forward pass again
+            if self.phase == "backward" and not self._stack:  # checkpointing recomputes a part of the forward pass
                 self._again.append(self.recompute())
                 self._again[-1].__enter__()
             self._stack.append((index, len(self.trace.events)))
@@ -127,7 +127,9 @@ class Tracker(TorchDispatchMode):
             return 0
         node = torch._C._current_autograd_node()
         number = None if node is None else node._sequence_nr()
-        if number is None or number > 2**60 or not self._borders:  # AccumulateGrad belongs to what ran just before
+        if (
+            number is None or number > 2**60 or not self._borders
+        ):  # AccumulateGrad belongs to the layer that ran just before
             return self._last_layer
         self._last_layer = self._owners[max(bisect_right(self._borders, number) - 1, 0)]
         return self._last_layer
@@ -135,7 +137,7 @@ class Tracker(TorchDispatchMode):
     # --- storages -------------------------------------------------------------------------------------------------
 
     def own(self, tensors: Any, kind: str) -> None:
-        """Count tensors that exist already."""
+        """Count tensors that already exist."""
         for tensor in tensors:
             self._watch(tensor, 0, kind)
             index = self._live.get(tensor.untyped_storage()._cdata)
@@ -143,7 +145,7 @@ class Tracker(TorchDispatchMode):
                 self.trace.storages[index].kind = kind
 
     def note_gradients(self, parameters: Any) -> None:
-        """The parameters' gradients are what they are now."""
+        """Register the parameters' current gradients."""
         for parameter in parameters:
             if parameter.grad is not None:
                 index = self._live.get(parameter.grad.untyped_storage()._cdata)
@@ -193,13 +195,13 @@ class Tracker(TorchDispatchMode):
         return out
 
     def close(self) -> Trace:
-        """Stop watching: what lives now lives for ever."""
+        """Stop tracking; storages still alive stay alive in the trace."""
         self._references.clear()
         return self.trace
 
 
 def _tracked(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
-    """Names and modules to follow; what lies inside a dynamic layer counts as that layer."""
+    """Names and modules to track; everything inside a dynamic layer counts as that layer."""
     names, modules, inside = [], [], ""
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
@@ -217,9 +219,9 @@ def _tensors(out: Any) -> list[Tensor]:
 
 
 def _workspace(func: OpOverload, args: tuple[Any, ...], out: Any) -> int:
-    """Bytes that cuDNN may want beside a convolution's tensors: one copy in its preferred layout of each that is not in it.
+    """Bytes of workspace that cuDNN may need for a convolution: a copy of each tensor that is not in its preferred layout.
 
-    An assumption, not a measurement; the result is part of the stated reserve, not of the peak.
+    An assumption, not a measurement; the result is part of the reserve, not of the peak.
     """
     name = func._schema.name
     if name not in ("aten::convolution", "aten::convolution_backward"):

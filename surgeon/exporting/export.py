@@ -7,7 +7,7 @@ that fails, it is tried again with fewer dynamic dimensions.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 from surgeon.errors import ConfigError, ExportError, SurgeonError
 from surgeon.exporting.exported import Runner, data_of, foreign_operators, missing_packages, quiet, read, write
@@ -24,8 +25,10 @@ from surgeon.exporting.trace import NAMES, Shapes, first_line, random_images, tr
 from surgeon.sites.inputs import Inputs
 from surgeon.surgery.compare import Difference, compare
 from surgeon.surgery.rewrite import dynamic_layers
-from surgeon.surgery.verify import run as run_model
+from surgeon.surgery.running import run as run_model
 from surgeon.util.copying import copy_model, strict_float32
+from surgeon.util.outputs import check_file_output
+from surgeon.util.progress import OnProgress, silent
 from surgeon.util.unfinished import unfinished
 
 Format = Literal["onnx", "torch"]
@@ -35,8 +38,6 @@ FREE = ("auto", "size", "batch", "none")
 TOLERANCE = 1e-4  # relative error of the outputs
 _ROUNDING = 10.0  # allowed multiple of the model's own float32 error, if that is more
 _DRAWS = 5  # image draws for a network that selects kernels
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def export(
     free: str = "auto",
     opset: int | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Exported:
     """Write the model, in eval mode, to one file (two for ONNX with over 1.5 GiB of weights), and verify the file.
 
@@ -109,12 +110,12 @@ def export(
     `example_inputs` are as for `convert`. Raises `ExportError` if `torch.export` or the conversion to ONNX refuses the model,
     or if the file computes something else (then nothing is written); `ConfigError` for a missing package or an existing file.
     """
-    tell = progress or (lambda stage, done, total: None)
+    tell = progress or silent
     path = Path(path).absolute()
     if free not in FREE:
         raise ConfigError(f"free must be one of {', '.join(FREE)}, got {free!r}")
     check_target(path, format, force=force)
-    tell("trace", 0, 1)
+    tell("run the model at two sizes", 0, 1)
     shapes = Shapes.of(model, input_size, example_inputs, free)
     output = _settled_output(model, shapes.example)
     model = prepared(model, output, format)
@@ -145,15 +146,15 @@ def _attempt(
     shapes: Shapes,
     names: tuple[str, ...],
     outputs: list[str] | None,
-    tell: Progress,
+    tell: OnProgress,
 ) -> Exported:
     """Trace with these dimensions dynamic, write the file, and verify it.
 
     Records in `shapes.fixed` what the next attempt need not try.
     """
-    tell("trace", 0, 1)
+    tell(f"trace with free {', '.join(names)}" if names else "trace at one size", 0, 1)
     program, bounds = traced(model, shapes, names)
-    tell("convert", 0, 1)
+    tell(f"write {format}", 0, 1)
     given = input_name(model, outputs or ())
     with quiet():
         written = write(program, partial, format, opset, given, outputs)
@@ -168,10 +169,11 @@ def _attempt(
         outputs=written.outputs if format == "onnx" else outputs or [],
         foreign=foreign_operators(program, partial, format),
     )
+    tell("read back", 0, 1)
     runner = read(partial, format)
     wanted = shapes.to_check(tuple(bounds))
     for done, shape in enumerate(wanted):
-        tell("check", done, len(wanted))
+        tell("check against the model", done, len(wanted))
         try:
             result.checks.append(_check(model, runner, shape))
         except ExportError as error:
@@ -207,15 +209,8 @@ def check_target(path: Path, format: str, *, force: bool = False) -> None:
             f"export to {format} needs {', '.join(missing)}, which are not installed: pip install {' '.join(missing)}, "
             f"or pip install 'surgeon[export]'"
         )
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name a file")
     for there in [path, data_of(path)] if format == "onnx" else [path]:
-        if there.exists() and not force:
-            raise ConfigError(
-                f"{there} exists; choose another with -o, or replace it with --force (in Python force=True)"
-            )
-    if not path.parent.is_dir():
-        raise ConfigError(f"there is no folder {path.parent} to write {path.name} to")
+        check_file_output(there, force=force)
 
 
 @contextmanager
@@ -288,6 +283,4 @@ def _own_rounding(model: nn.Module, images: Tensor, expected: list[Tensor]) -> D
 
 
 def _leaves(output: Any) -> list[Tensor]:
-    from torch.utils._pytree import tree_leaves
-
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

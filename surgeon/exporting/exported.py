@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from surgeon.errors import ExportError
 
@@ -162,8 +163,6 @@ def read(path: Path, format: str) -> Runner:
             ) from error
 
         def run_torch(images: Tensor) -> list[Tensor]:
-            from torch.utils._pytree import tree_leaves
-
             with torch.no_grad():
                 return [leaf for leaf in tree_leaves(module(images)) if isinstance(leaf, Tensor)]
 

@@ -12,7 +12,7 @@ from surgeon.errors import ExportError, InputError, SurgeonError
 from surgeon.exporting.exported import quiet
 from surgeon.sites.inputs import Inputs, candidate_inputs, given_inputs
 from surgeon.surgery.rewrite import dynamic_layers, static
-from surgeon.surgery.verify import run as run_model
+from surgeon.surgery.running import run as run_model
 from surgeon.util.copying import evaluating
 
 _PLACES = {"batch": 0, "height": 2, "width": 3}

@@ -1,1 +1,1 @@
-"""Models by name or folder, their weights, and the name of a given model."""
+"""Models by name or folder, their weights, and the identification of a given model."""

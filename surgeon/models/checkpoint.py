@@ -1,16 +1,14 @@
 """Converted models on disk: a folder with recipe.json, model.safetensors, README.md, report.json and report.txt.
 
-Where the base model is an exported program, its file lies there, too. README.md is for people and the Hub: nothing reads it
-back, and it may be edited.
+If the base model is an exported program, its file is stored there, too. README.md is for readers and the Hub: it is never read
+back and may be edited.
 
-No pickles, and no code from the folder runs when it is read. A folder appears under its name only when it is complete.
+No pickles, and no code from the folder runs on loading. A folder appears under its name only once it is complete.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,8 +26,10 @@ from surgeon.layers.base import DynamicConv2d, LayerConfig
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.registry import layer_class
 from surgeon.layers.source import ConvSource
+from surgeon.models.folder import check_file, file_sha256, fresh_folder, write
 from surgeon.models.identify import identify
 from surgeon.models.names import build_structure
+from surgeon.models.places import check_folder
 from surgeon.models.programs import FILE as PROGRAM
 from surgeon.models.weights import mismatches, told_mismatches
 from surgeon.records.card import FILE as CARD
@@ -52,8 +52,8 @@ from surgeon.surgery.raised import Raised
 from surgeon.surgery.rewrite import Rewrite, convolution_rule, dynamic_layers, folded_from, folded_windows
 from surgeon.surgery.sizes import check_layers
 from surgeon.util.copying import copy_model
-from surgeon.util.files import check_fields, parse_json, read_json, read_object, sync, told
-from surgeon.util.unfinished import unfinished
+from surgeon.util.files import check_fields, parse_json, read_json, read_object, told
+from surgeon.util.outputs import check_output
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +72,8 @@ def save(
 ) -> None:
     """Write a model, converted or not, to the folder `path`.
 
-    `base` says how to build the base model; without it the model's recipe is asked, then the model itself. Where nobody knows
-    (a class of the caller's own) that is logged, and `load` will need `base=`. An existing folder is an error unless `force`,
+    `base` describes how to build the base model; by default the model's recipe or else the model itself knows. If it is
+    unknown (a custom class), a warning is logged, and `load` will need `base=`. An existing folder is an error unless `force`,
     which replaces it only if surgeon wrote it, and only once the new one is complete. Raises `CheckpointError`.
     """
     path = Path(path).absolute()
@@ -85,17 +85,17 @@ def save(
         recipe = _with_program(recipe, folder)
         artefact = {
             "files": {
-                file.name: {"sha256": _file_sha256(file), "bytes": file.stat().st_size} for file in folder.iterdir()
+                file.name: {"sha256": file_sha256(file), "bytes": file.stat().st_size} for file in folder.iterdir()
             },
             "static": [name for name, layer in dynamic_layers(model).items() if not layer.adaptive],
         }
         values = recipe.to_dict() | {"artefact": artefact}
-        _write(folder / RECIPE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        write(folder / RECIPE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         (folder / WEIGHTS).chmod((folder / RECIPE).stat().st_mode)
-        _write(folder / CARD, model_card(recipe, report))
+        write(folder / CARD, model_card(recipe, report))
         if report is not None:
-            _write(folder / REPORT, report.to_json())
-            _write(folder / TEXT, report.to_text())
+            write(folder / REPORT, report.to_json())
+            write(folder / TEXT, report.to_text())
 
 
 def load(
@@ -105,11 +105,11 @@ def load(
     device: str | torch.device = "cpu",
     trust_factory: bool = False,
 ) -> nn.Module:
-    """Read a folder that `save` wrote; the model is in eval mode, on `device`.
+    """Load a folder written by `save`; the model is in eval mode, on `device`.
 
-    Needs no network. `base` is a model of the original architecture (its weights do not matter, it is not changed) for
-    folders whose recipe does not know how to build it. Raises `CheckpointError` for damaged files, `RecipeError` for a recipe
-    that cannot be read, `ModelError` for a base model that cannot be built.
+    Needs no network. `base` is a model of the original architecture (its weights do not matter; it is not modified) for
+    folders whose recipe cannot build it. Raises `CheckpointError` for damaged files, `RecipeError` for an invalid
+    recipe, `ModelError` for a base model that cannot be built.
     """
     path = Path(path)
     recipe, artefact = read_folder(path)
@@ -121,26 +121,23 @@ def load(
     for name in static:
         layer = _submodule(model, name, str(path))
         if not isinstance(layer, DynamicConv2d):
-            raise CheckpointError(f"{path / RECIPE}: artefact: static: {name} is no dynamic layer")
+            raise CheckpointError(f"{path / RECIPE}: artefact: static: {name} is not a dynamic layer")
         layer.adaptive = False
     set_recipe(model, recipe)
     return model.eval().to(device)
 
 
 def read_folder(path: Path) -> tuple[Recipe, dict[str, Any]]:
-    """Recipe of a surgeon folder and what it says of its files, which are whole. Raises `CheckpointError`, `RecipeError`."""
-    if not path.is_dir():
-        raise CheckpointError(f"there is no surgeon folder {path}")
-    if not (path / RECIPE).is_file():
-        raise CheckpointError(f"{path} is not a surgeon folder: it has no {RECIPE}")
+    """Recipe of a surgeon folder and its record of the files, which are verified. Raises `CheckpointError`, `RecipeError`."""
+    check_folder(path)
     values = read_json(path / RECIPE, RecipeError, "the recipe")
     recipe = Recipe.from_dict(values, str(path / RECIPE)).located(path)
     artefact = values.get("artefact")
     if not isinstance(artefact, dict):
         raise CheckpointError(f"{path / RECIPE} is a recipe, but not that of a saved model: it has no artefact section")
-    _check_file(path / WEIGHTS, artefact)
+    check_file(path / WEIGHTS, artefact)
     if recipe.base is not None and recipe.base.source == "program":
-        _check_file(path / Path(recipe.base.name).name, artefact)
+        check_file(path / Path(recipe.base.name).name, artefact)
     return recipe, artefact
 
 
@@ -153,7 +150,7 @@ def read_report(path: str | Path) -> Report | CollapseReport | None:
 
 
 def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
-    """The recipe of a model as it is now: a rule for each dynamic layer, and each convolution folded to another window."""
+    """The current recipe of a model: a rule for each dynamic layer, and for each convolution folded to another window."""
     carried = get_recipe(model)
     rules = tuple(
         Rule(layers=quoted(name), type=layer.type_name, options=layer.config.to_dict())
@@ -166,17 +163,19 @@ def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
         found = replace(found, weights=known.weights, input_size=known.input_size)
     if found is None or not _fits(model, found, rules):
         logger.warning(
-            "it is not known how to build this %s again: the folder will load only with base=MODEL, a model of the "
+            "no way to rebuild this %s is known: the folder will load only with base=MODEL, a model of the "
             "original architecture",
             type(model).__name__,
         )
         found = None
-    seed, classes = (carried.seed, carried.classes) if carried is not None else (0, None)
-    return Recipe(rules=rules, base=found, seed=seed, versions=versions(), classes=classes)
+    made = Recipe(rules=rules, base=found, versions=versions())
+    if carried is None:
+        return made
+    return replace(made, seed=carried.seed, classes=carried.classes, task=carried.task)
 
 
 def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Module:
-    """Put empty dynamic layers, shaped by the rules' options, in the places that the rules name.
+    """Put uninitialized dynamic layers, shaped by the rules' options, in the places named by the rules.
 
     Returns the model, another object only if the model itself is replaced. Raises `RecipeError`.
     """
@@ -208,7 +207,7 @@ def _wanted(
     model: nn.Module, rules: tuple[Rule, ...]
 ) -> Iterator[tuple[type[DynamicConv2d], ConvGeometry, LayerConfig]]:
     for rule in rules:
-        with contextlib.suppress(AttributeError, SurgeonError):  # said when it is built
+        with contextlib.suppress(AttributeError, SurgeonError):  # reported when it is built
             cls = layer_class(rule.type)
             yield cls, ConvSource.read(model.get_submodule(rule.layers)).geometry, cls.Config.from_dict(rule.options)
 
@@ -219,23 +218,6 @@ def _folded(old: nn.Module, rule: Rule, where: str) -> nn.Module:
         return folded_from(old, (height, width))
     except SurgeonError as error:
         raise RecipeError(f"{where}: {rule.layers} cannot become a {height}x{width} convolution: {error}") from error
-
-
-def check_output(path: str | Path, *, force: bool = False) -> None:
-    """Raise `CheckpointError` unless a folder may be written at `path`: before work starts, not after it."""
-    path = Path(path)
-    if not path.exists() and not path.is_symlink():
-        return
-    if not force:
-        raise CheckpointError(
-            f"the output {path} exists; choose another with -o, or replace it with --force (in Python force=True)"
-        )
-    if not path.is_dir() or path.is_symlink():
-        raise CheckpointError(f"the output {path} exists and is not a folder: --force replaces only folders")
-    if any(path.iterdir()) and not (path / RECIPE).is_file():
-        raise CheckpointError(
-            f"the output {path} was not written by surgeon (it has no {RECIPE}): --force leaves it alone"
-        )
 
 
 # --- the model ----------------------------------------------------------------------------------------------------
@@ -249,7 +231,7 @@ def _submodule(model: nn.Module, name: str, where: str) -> nn.Module:
 
 
 def _fits(model: nn.Module, base: BaseModel, rules: tuple[Rule, ...]) -> bool:
-    """Whether base and rules rebuild a model that takes this one's state dict. Factories are believed: they are code."""
+    """Whether base and rules rebuild a model that can load this one's state dict. Factories are trusted: they are code."""
     if base.source == "factory":
         return True
     try:
@@ -261,7 +243,7 @@ def _fits(model: nn.Module, base: BaseModel, rules: tuple[Rule, ...]) -> bool:
 
 
 def _kinds(model: nn.Module) -> dict[str, tuple[type[nn.Module], str]]:
-    """Class of every module, and the settings of convolutions, which shapes do not tell."""
+    """Class of every module, and the settings of convolutions, which shapes do not determine."""
     return {
         name: (
             fx.GraphModule if isinstance(module, fx.GraphModule) else type(module),
@@ -272,7 +254,7 @@ def _kinds(model: nn.Module) -> dict[str, tuple[type[nn.Module], str]]:
 
 
 def _with_program(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe for a folder; the program that the base model is, which nothing could build again, comes into it."""
+    """The recipe for a folder; a base model that is a program is copied into the folder, since nothing can rebuild it."""
     if recipe.base is None or recipe.base.source != "program":
         return recipe
     try:
@@ -288,12 +270,12 @@ def _structure(recipe: Recipe, base: nn.Module | None, path: Path, trust_factory
     if base is not None:
         return copy_model(base)
     if recipe.base is None:
-        raise CheckpointError(f"{path} does not know how to build its base model: load it with base=MODEL")
+        raise CheckpointError(f"{path} does not record how to build its base model: load it with base=MODEL")
     return build_structure(recipe.base, trust_factory=trust_factory)
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors as safetensors takes them (contiguous, none sharing memory), and which names share one tensor."""
+    """Tensors in the form required by safetensors (contiguous, no shared memory), and the names that share a tensor."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -303,7 +285,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         kind = _unsavable(value)
         if kind:
             raise CheckpointError(
-                f"{name} in the state dict is {kind}; a surgeon folder holds ordinary, dense tensors with data"
+                f"{name} in the state dict is {kind}; a surgeon folder can store only ordinary, dense tensors with data"
             )
         key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
         if value.numel() and key in first:
@@ -317,10 +299,10 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _unsavable(value: Tensor) -> str:
-    """What makes a tensor one that safetensors cannot hold; empty if it can."""
+    """The reason why safetensors cannot store a tensor; empty if it can."""
     made: Any = value
     if is_traceable_wrapper_subclass(made):
-        return f"a {type(made).__name__}, a tensor made of others (quantized or distributed)"
+        return f"a {type(made).__name__}, a tensor composed of others (quantized or distributed)"
     if value.is_quantized or value.is_nested or value.layout != torch.strided:
         return f"quantized, nested or sparse ({value.layout}, {value.dtype})"
     return "on the meta device" if value.is_meta else ""
@@ -345,72 +327,9 @@ def _fill(model: nn.Module, file: Path) -> None:
         raise CheckpointError(f"{file} does not fit the model of its recipe: {told_mismatches(problems)}")
     floats = {value.dtype for value in state.values() if value.is_floating_point()}
     if len(floats) == 1:
-        model.to(floats.pop())  # with it go the buffers that no state dict holds
+        model.to(floats.pop())  # also converts buffers that are not in the state dict
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     for name, value in state.items():
         if own[name].dtype != value.dtype:
             own[name].data = own[name].data.to(value.dtype)
     model.load_state_dict(state)
-
-
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def fresh_folder(path: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, and goes when it does not."""
-    try:
-        with unfinished(path) as folder:
-            yield folder
-            for file in folder.rglob("*"):
-                sync(file)
-            sync(folder)
-            _take_place(folder, path, force)
-            sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, SurgeonError):
-            raise
-        raise CheckpointError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _take_place(folder: Path, path: Path, force: bool) -> None:
-    if not path.exists():
-        folder.rename(path)
-        return
-    check_output(path, force=force)
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    path.rename(old)
-    try:
-        folder.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
-
-
-def _file_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _check_file(file: Path, artefact: dict[str, Any]) -> None:
-    """Raise `CheckpointError` unless the file is the one that was saved."""
-    try:
-        expected = artefact["files"][file.name]
-        check_fields(expected, {"bytes": int, "sha256": str}, "files", RecipeError)
-        size, digest = expected["bytes"], expected["sha256"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the artefact section of {file.parent / RECIPE} does not describe {file.name}"
-        ) from error
-    if not file.is_file():
-        raise CheckpointError(f"{file.parent} is incomplete: {file.name} is missing")
-    if file.stat().st_size != size:
-        raise CheckpointError(f"{file} is damaged: {file.stat().st_size} bytes, expected {size}")
-    found = _file_sha256(file)
-    if found != digest:
-        raise CheckpointError(f"{file} is damaged or was changed: SHA-256 {found}, expected {digest}")

@@ -1,6 +1,6 @@
-"""Surgeon folders on the Hugging Face Hub: published in one commit, fetched into the Hub's cache, and read as any stranger's.
+"""Surgeon folders on the Hugging Face Hub: pushed in one commit, fetched into the Hub's cache, loaded as untrusted.
 
-Of a repository only the files that surgeon writes are fetched; nothing in them is unpickled or run.
+Only the files that surgeon writes are fetched from a repository; nothing in them is unpickled or run.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from torch import nn
 import surgeon
 from surgeon.errors import CheckpointError, ConfigError
 from surgeon.models.checkpoint import REPORT, TEXT, WEIGHTS, load, read_folder, save
+from surgeon.models.places import HUB
 from surgeon.models.programs import FILE as PROGRAM
-from surgeon.models.sources import HUB
 from surgeon.models.weights import bounded_network
 from surgeon.records.card import FILE as CARD
 from surgeon.records.card import PLACE
@@ -41,16 +41,16 @@ def push_to_hub(
     token: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Publish a model, or a folder that `save` wrote, as ORG/NAME; returns the address of the commit.
+    """Push a model, or a folder written by `save`, to ORG/NAME; returns the URL of the commit.
 
-    The repository is made if it is not there, `private` or as the organization has it. `revision` is a branch (main),
-    `token` that of `hf auth login` or HF_TOKEN by default. A folder is checked first and goes up with its card as it is; with
-    a model (`report` and `base` as for `save`), a card that the repository has already stays. Raises `CheckpointError`, where
-    nothing is published.
+    The repository is created if it does not exist, `private` or by the organization's default. `revision` is a branch (main),
+    `token` defaults to that of `hf auth login` or HF_TOKEN. A folder is verified first and pushed with its card unchanged; for
+    a model (`report` and `base` as for `save`), an existing card in the repository is kept. Raises `CheckpointError` if
+    nothing was pushed.
     """
     if not isinstance(source, nn.Module):
         if report is not None or base is not None:
-            raise ConfigError("report and base belong to a model; a folder has its own")
+            raise ConfigError("report and base apply to a model; a folder has its own")
         return _push(Path(source), repo_id, False, commit_message, revision, private, token, create_pr)
     with tempfile.TemporaryDirectory(prefix="surgeon-push-") as place:
         folder = Path(place, "model")
@@ -70,10 +70,10 @@ def from_pretrained(
     device: str | torch.device = "cpu",
     trust_factory: bool = False,
 ) -> nn.Module:
-    """The model of a surgeon folder, or of the repository ORG/NAME (also hf-hub:ORG/NAME) on the Hub, in eval mode.
+    """Load the model of a surgeon folder, or of the repository ORG/NAME (also hf-hub:ORG/NAME) on the Hub, in eval mode.
 
-    A folder of that name comes first. `revision` is a branch, tag or commit; `base`, `device`, `trust_factory` are those of
-    `load`, which does the checks. Raises what `load` raises, and `CheckpointError` where the repository cannot be had.
+    A folder of that name takes precedence. `revision` is a branch, tag or commit; `base`, `device`, `trust_factory` are those of
+    `load`, which does the checks. Raises the errors of `load`, and `CheckpointError` if the repository is unavailable.
     """
     if Path(name).is_dir():
         if revision is not None:
@@ -94,9 +94,9 @@ def from_pretrained(
 
 
 def fetch(repo_id: str, *, revision: str | None = None, **options: Any) -> Path:
-    """The files of a surgeon repository in the Hub's cache; `options` are those of `huggingface_hub.snapshot_download`.
+    """Fetch the files of a surgeon repository into the Hub's cache; `options` are those of `huggingface_hub.snapshot_download`.
 
-    The recipe comes first, so that nothing more of another kind of repository is fetched. Raises `CheckpointError`.
+    The recipe is fetched first, so that nothing else of an unrelated repository is fetched. Raises `CheckpointError`.
     """
     import huggingface_hub
 
@@ -104,14 +104,14 @@ def fetch(repo_id: str, *, revision: str | None = None, **options: Any) -> Path:
         recipe = Path(huggingface_hub.hf_hub_download(repo_id, RECIPE, revision=revision, **options))
         values = read_json(recipe)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise CheckpointError(f"hf-hub:{repo_id} is no surgeon repository: its {RECIPE} is none of surgeon's")
-        commit = recipe.parent.name  # whatever is pushed meanwhile, all files are of one commit
+            raise CheckpointError(f"hf-hub:{repo_id} is not a surgeon repository: its {RECIPE} is not one of surgeon's")
+        commit = recipe.parent.name  # all files come from one commit, even if another is pushed meanwhile
         found = huggingface_hub.snapshot_download(repo_id, revision=commit, allow_patterns=list(FILES), **options)
     return Path(found)
 
 
 def folder(name: str) -> str:
-    """The folder that `hf-hub:ORG/NAME` is in the Hub's cache, fetched where it is not; other names are as they are."""
+    """The folder of `hf-hub:ORG/NAME` in the Hub's cache, fetched if needed; other names are returned unchanged."""
     found = HUB.fullmatch(name)
     if found is None or name.startswith("local-dir"):
         return name
@@ -120,18 +120,18 @@ def folder(name: str) -> str:
 
 
 def folder_if_any(name: str) -> str:
-    """As `folder`, but a repository that is not surgeon's, or cannot be reached, keeps its name: it may be a model of timm."""
+    """Like `folder`, but returns the name of a repository that is not surgeon's or cannot be reached: it may be a timm model."""
     try:
         return folder(name)
     except _NoFolderError:
         return name
 
 
-# --- within -------------------------------------------------------------------------------------------------------------
+# --- helpers ------------------------------------------------------------------------------------------------------------
 
 
 class _NoFolderError(CheckpointError):
-    """There is no recipe of surgeon's to be had."""
+    """No surgeon recipe was found under this name."""
 
 
 def _push(
@@ -149,8 +149,8 @@ def _push(
     read_folder(folder)
     if not (token or huggingface_hub.get_token()):
         raise CheckpointError(
-            f"pushing to {told(repo_id)} takes a token: log in (`hf auth login`), set HF_TOKEN, or give token=; "
-            "https://huggingface.co/settings/tokens makes one that may write"
+            f"pushing to {told(repo_id)} requires a token: log in (`hf auth login`), set HF_TOKEN, or give token=; "
+            "create one with write access at https://huggingface.co/settings/tokens"
         )
     api = huggingface_hub.HfApi(token=token, library_name="surgeon", library_version=surgeon.__version__)
     with bounded_network(), _telling(f"{folder} cannot be pushed to {told(repo_id)}"):
@@ -175,7 +175,7 @@ def _push(
 
 @contextlib.contextmanager
 def _telling(what: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into one `CheckpointError`."""
+    """Turn the errors of the Hub's client into one `CheckpointError`."""
     from huggingface_hub import errors
 
     try:
@@ -183,9 +183,9 @@ def _telling(what: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except errors.HFValidationError as error:
-        raise CheckpointError(f"{what}: a repository is named ORG/NAME: {_line(error)}") from error
+        raise CheckpointError(f"{what}: expected a repository ORG/NAME: {_line(error)}") from error
     except errors.GatedRepoError as error:
-        raise CheckpointError(f"{what}: access must be asked for on its page, and be given with a token") from error
+        raise CheckpointError(f"{what}: the repository is gated: request access on its page and use a token") from error
     except errors.RepositoryNotFoundError as error:
         raise _NoFolderError(
             f"{what}: there is no such repository on the Hub, or it is private and the token may not read it"
@@ -194,15 +194,15 @@ def _telling(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: the repository has no such revision (branch, tag or commit)") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
         raise _NoFolderError(
-            f"{what}: it is not in the cache, and the Hub does not answer (or HF_HUB_OFFLINE)"
+            f"{what}: it is not in the cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
         ) from error
     except errors.EntryNotFoundError as error:
-        raise _NoFolderError(f"{what} is no surgeon repository: it has no {RECIPE}") from error
+        raise _NoFolderError(f"{what} is not a surgeon repository: it has no {RECIPE}") from error
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
-        hint = "; the token may not do that" if status in (401, 403) else ""
+        hint = "; the token lacks permission" if status in (401, 403) else ""
         raise CheckpointError(f"{what}: the Hub answers {status}: {_line(error)}{hint}") from error
-    except Exception as error:  # the client's transports raise anything
+    except Exception as error:  # the client's transports raise arbitrary errors
         raise CheckpointError(f"{what}: {type(error).__name__}: {_line(error)}") from error
 
 

@@ -1,4 +1,4 @@
-"""Find out how to build a model that was given as an object."""
+"""Identify how to build a model given as an object."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,8 +7,9 @@ from torch import nn
 
 from surgeon.errors import ModelError
 from surgeon.layers.base import DynamicConv2d
-from surgeon.models.names import build_shapes
+from surgeon.models.names import build_shapes, torchvision_size
 from surgeon.models.weights import state_sha256
+from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Weights
 from surgeon.surgery.rewrite import folded_window
 
@@ -16,10 +17,10 @@ _IGNORED = {"training", "pretrained_cfg", "default_cfg", "feature_info", "grad_c
 
 
 def identify(model: nn.Module) -> BaseModel | None:
-    """How to build the architecture of a timm, torchvision or zoo model; None where that is not known for sure.
+    """How to build the architecture of a timm, torchvision or zoo model; None unless it is certain.
 
-    Every candidate is built and compared: names, shapes, module classes and all plain attributes must agree. Layers that were
-    already replaced are not compared. The weights are recorded as given, with their SHA-256.
+    Every candidate is built and compared: names, shapes, module classes and all plain attributes must agree. Layers already
+    replaced are not compared. The weights are recorded as given, with their SHA-256.
     """
     for base in _candidates(model):
         try:
@@ -36,8 +37,6 @@ def identify(model: nn.Module) -> BaseModel | None:
 
 
 def _candidates(model: nn.Module) -> Iterator[BaseModel]:
-    from surgeon import zoo
-
     unset = Weights(kind="given")
     cfg = getattr(model, "pretrained_cfg", None)
     if isinstance(cfg, dict) and cfg.get("architecture"):
@@ -48,22 +47,21 @@ def _candidates(model: nn.Module) -> Iterator[BaseModel]:
         chosen = {"in_chans": channels} if channels not in (None, size[0]) else {}
         shape = (channels or size[0], *size[1:])
         features = _features_only(model)
-        source = "zoo" if cfg["architecture"] in zoo.names() else "timm"
+        known = (prefix for prefix, provider in providers().items() if cfg["architecture"] in provider.names())
+        source = next(known, "timm")
         for full in dict.fromkeys((name, str(cfg["architecture"]))):
             for kwargs in (classes | chosen, chosen, features | chosen):
                 yield BaseModel(source=source, name=full, kwargs=kwargs, input_size=shape, weights=unset)
     home = type(model).__module__
     if home.startswith("torchvision.models"):
         yield from _torchvision_candidates(model, home, unset)
-    if home.startswith("surgeon.zoo"):
-        for name in zoo.names():
-            if zoo.entry(name).factory.__module__ == home:
-                size = tuple(zoo.entry(name).input_size)
-                yield BaseModel(source="zoo", name=name, input_size=size, weights=unset)
+    for prefix, provider in providers().items():
+        for name in provider.made_in(home):
+            yield BaseModel(source=prefix, name=name, input_size=provider.input_size(name), weights=unset)
 
 
 def _features_only(model: nn.Module) -> dict[str, Any]:
-    """timm's options of a model that gives feature maps instead of classes."""
+    """timm's options of a model that returns feature maps instead of classes."""
     info: Any = getattr(model, "feature_info", None)
     if not type(model).__name__.startswith("Feature") or not hasattr(info, "out_indices"):
         return {}
@@ -72,8 +70,6 @@ def _features_only(model: nn.Module) -> dict[str, Any]:
 
 def _torchvision_candidates(model: nn.Module, home: str, unset: Weights) -> Iterator[BaseModel]:
     from torchvision import models
-
-    from surgeon.models.names import torchvision_size
 
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     classes: list[dict[str, Any]] = [{}] + ([{"num_classes": linears[-1].out_features}] if linears else [])
@@ -92,7 +88,7 @@ def _first_channels(model: nn.Module) -> int | None:
 
 
 def _agree(model: nn.Module, twin: nn.Module) -> bool:
-    """Whether both have the same tree: classes, plain attributes, and shapes of parameters and buffers."""
+    """Whether both have the same module tree: classes, plain attributes, and shapes of parameters and buffers."""
     if _is_replaced(model):
         return True
     if type(model) is not type(twin):

@@ -1,4 +1,4 @@
-"""Calibration images: a folder of pictures as the batch that a model was trained to see."""
+"""Calibration images: a folder of images as a batch in the form that a model was trained on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +17,10 @@ IMAGES = 32
 def read_images(
     folder: str | Path, model: nn.Module, base: BaseModel, *, limit: int = IMAGES, option: str = "--calibrate"
 ) -> Tensor:
-    """Up to `limit` pictures below a folder as a batch (N, C, H, W), transformed as the model expects.
+    """Up to `limit` images below a folder as a batch (N, C, H, W), transformed as the model expects.
 
-    They are taken evenly from the sorted list of files, so that a folder with one subfolder a class gives many classes.
-    `option` is what messages call them. Raises `InputError` where there is none, or one cannot be read.
+    They are spread evenly over the sorted list of files, so that a folder with one subfolder per class covers many classes.
+    `option` is their name in messages. Raises `InputError` if there are none, or if one cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -38,7 +38,7 @@ def read_images(
 
 
 def read_image(file: Path, transform: Callable[[Any], Tensor], base: BaseModel, *, option: str) -> Tensor:
-    """One picture (C, H, W) as the model gets it, gray where the model takes one channel; raises `InputError`."""
+    """One image (C, H, W) as the model's input, gray if the model takes one channel; raises `InputError`."""
     channels = base.input_size[0] if base.input_size else 3
     if not file.is_file():
         raise InputError(f"{option}: there is no picture {file}")

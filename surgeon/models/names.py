@@ -1,11 +1,12 @@
-"""Models by the names people already use: timm, torchvision, the zoo, a surgeon folder, a `.pt2` file, `package.module:factory`.
+"""Models by common names: timm, torchvision, the zoo, a surgeon folder, a `.pt2` file, `package.module:factory`.
 
-`build_model` makes a model from a name, with weights. What it did is kept as a `BaseModel`, from which `build_structure`
-makes the bare architecture again (no downloads, no foreign code) and `restore` the very same weights.
+`build_model` builds a model from a name, with weights. It records how in a `BaseModel`, from which `build_structure`
+rebuilds the bare architecture (no downloads, no third-party code) and `restore` the exact weights.
 """
 
 import contextlib
 import difflib
+import fnmatch
 import logging
 import re
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ import torch
 from torch import nn
 
 from surgeon.errors import ModelError
+from surgeon.models.places import HUB, LIBRARIES, no_folder
 from surgeon.models.programs import SUFFIX, is_program
-from surgeon.models.sources import HUB, construct, pretrained, resolve_hub
+from surgeon.models.sources import construct, pretrained, resolve_hub
 from surgeon.models.weights import load_weights, read_weights, state_sha256
+from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
 
 logger = logging.getLogger(__name__)
@@ -39,11 +42,11 @@ def build_model(
     input_size: tuple[int, ...] | None = None,
     options: dict[str, Any] | None = None,
 ) -> tuple[nn.Module, BaseModel | None]:
-    """Build the model that `spec` names, in eval mode, and say how it was built.
+    """Build the model named by `spec`, in eval mode, and return how it was built.
 
-    `weights` is auto (pretrained where they can be had, otherwise random, with a logged warning), pretrained, random, or a
-    file. Random weights follow from `seed`. `input_size` is (C, H, W) or (H, W). `options` go to the model's own factory.
-    The second result is None only for a surgeon folder whose base model is not known. Raises `ModelError`.
+    `weights` is auto (pretrained if available, otherwise random, with a logged warning), pretrained, random, or a
+    file. Random weights depend on `seed`. `input_size` is (C, H, W) or (H, W). `options` go to the model's own factory.
+    The second result is None only for a surgeon folder whose base model is unknown. Raises `ModelError`.
     """
     from surgeon.models.hub import folder_if_any
 
@@ -77,9 +80,9 @@ def build_model(
 
 
 def open_model(spec: str, **options: Any) -> nn.Module:
-    """The model that `spec` names, in eval mode: a library's name, a surgeon folder, a `.pt2` file or `package.module:factory`.
+    """The model named by `spec`, in eval mode: a library's name, a surgeon folder, a `.pt2` file or `package.module:factory`.
 
-    `options` are those of `build_model`. The model carries how it was built, so that a folder made of it loads without `base=`.
+    `options` are those of `build_model`. The model carries how it was built, so a folder saved from it loads without `base=`.
     Raises `ModelError`.
     """
     model, base = build_model(spec, **options)
@@ -89,7 +92,7 @@ def open_model(spec: str, **options: Any) -> nn.Module:
 
 
 def _example_size(own: tuple[int, ...], wanted: tuple[int, ...] | None, in_chans: int | None) -> tuple[int, ...]:
-    """(C, H, W) to run the model at: what was asked for, completed by what the model was made for; () if neither is known."""
+    """(C, H, W) to run the model at: the requested size, completed by the model's own; () if neither is known."""
     if wanted is not None and len(wanted) == 3:
         return wanted
     sides = own[1:] if wanted is None else wanted
@@ -97,9 +100,9 @@ def _example_size(own: tuple[int, ...], wanted: tuple[int, ...] | None, in_chans
 
 
 def build_structure(base: BaseModel, *, trust_factory: bool = False) -> nn.Module:
-    """The architecture of a base model with meaningless weights: no downloads, and no code but that of the libraries.
+    """The architecture of a base model with arbitrary weights: no downloads, and no code except that of the libraries.
 
-    Raises `ModelError`, also for factories unless they are trusted: a factory is code that a recipe names.
+    Raises `ModelError`, also for untrusted factories: a factory is code named by a recipe.
     """
     _check_base(base, trust_factory=trust_factory)
     with torch.random.fork_rng(devices=[]):
@@ -107,7 +110,7 @@ def build_structure(base: BaseModel, *, trust_factory: bool = False) -> nn.Modul
 
 
 def build_shapes(base: BaseModel, *, trust_factory: bool = False) -> nn.Module:
-    """The structure on the meta device, which costs no memory; on the CPU where the factory computes with values."""
+    """The structure on the meta device, which needs no memory; on the CPU if the factory computes with values."""
     try:
         with torch.device("meta"):
             return build_structure(base, trust_factory=trust_factory)
@@ -116,23 +119,34 @@ def build_shapes(base: BaseModel, *, trust_factory: bool = False) -> nn.Module:
 
 
 def shapes_of(spec: str) -> nn.Module:
-    """A model by its name for its shapes alone, in eval mode; nothing is fetched. Raises `ModelError`."""
+    """A model by its name, in eval mode, with shapes only; nothing is fetched. Raises `ModelError`."""
     base = _parse(spec)
     if base.source == "factory" or HUB.fullmatch(base.name):
         return build_model(spec, weights="random")[0]
     return build_shapes(base).eval()
 
 
-def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool = False) -> nn.Module:
-    """The base model with the weights it had when it was converted, in eval mode; their SHA-256 is checked.
+def size_of(spec: str) -> tuple[int, ...] | None:
+    """(C, H, W) at which a model is run by its folder or its library, None if neither says. Raises `ModelError`."""
+    from surgeon.models.hub import folder_if_any
 
-    `weights` names a file to take them from instead. Raises `ModelError`.
+    folder = folder_if_any(spec)
+    if (Path(folder) / "recipe.json").is_file():
+        base = Recipe.read(folder).base
+        return (base.input_size or None) if base is not None else None
+    return None if is_program(spec) else _parse(spec).input_size or None
+
+
+def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool = False) -> nn.Module:
+    """The base model with its weights at conversion, in eval mode; their SHA-256 is verified.
+
+    `weights` names a file to read them from instead. Raises `ModelError`.
     """
     recorded = base.weights
     _check_base(base, trust_factory=trust_factory)
     if weights is None and recorded.kind == "given" and base.source != "factory":
         raise ModelError(
-            f"the weights of {base.name} were given as a model object and are not recorded; name their file with --weights"
+            f"the weights of {base.name} came from a model object and are not recorded; pass their file with --weights"
         )
     if (
         weights is None
@@ -142,7 +156,7 @@ def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool 
     ):
         raise ModelError(
             f"the recipe names weights of {base.name} ({recorded.path or recorded.kind}) without their SHA-256: "
-            "name the file with --weights if you know it"
+            "pass the file with --weights if you know it"
         )
     if base.source == "program" and weights is not None:
         raise ModelError("an exported program has its own weights: leave --weights out")
@@ -162,7 +176,7 @@ def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool 
 
 
 def _differs_in_head(base: BaseModel, kind: str) -> bool:
-    """Whether the weights are the recorded ones where the model has the classes that its library gives it."""
+    """Whether the weights are the recorded ones if the model has its library's default classes."""
     recorded = base.weights
     if "num_classes" not in base.kwargs or recorded.kind not in ("pretrained", "random"):
         return False
@@ -172,26 +186,24 @@ def _differs_in_head(base: BaseModel, kind: str) -> bool:
 
 
 def model_names(pattern: str = "*") -> list[str]:
-    """Every name that `build_model` knows and the glob matches: timm's plain, the others as torchvision/... and zoo/..."""
-    import fnmatch
-
+    """Every name known to `build_model` that matches the glob: timm's as is, the others as torchvision/... and zoo/..."""
     import timm
 
-    from surgeon import zoo
-
-    own = set(zoo.names())  # the zoo's classifiers are timm's as well
-    listed = [name for name in timm.list_models() if name not in own]
-    names = listed + [f"torchvision/{n}" for n in _torchvision_names()] + [f"zoo/{n}" for n in zoo.names()]
+    provided = {prefix: provider.names() for prefix, provider in providers().items()}
+    own = {name for names in provided.values() for name in names}  # timm may know them as well
+    names = [name for name in timm.list_models() if name not in own]
+    names += [f"torchvision/{name}" for name in _torchvision_names()]
+    names += [f"{prefix}/{name}" for prefix, listed in provided.items() for name in listed]
     if not any(c in pattern for c in "*?["):
         pattern = f"*{pattern}*"
     return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
 
 
 def _check_base(base: BaseModel, *, trust_factory: bool) -> None:
-    """Raise `ModelError` for what a stranger's recipe must not make happen: foreign code, downloads, pickles."""
+    """Raise `ModelError` for what an untrusted recipe must not do: third-party code, downloads, pickles."""
     if base.source == "factory" and not trust_factory:
         raise ModelError(
-            f"the base model is made by the factory {base.name}, which is code: load the folder with base=MODEL, "
+            f"the base model is built by the factory {base.name}, which is code: load the folder with base=MODEL, "
             "or with trust_factory=True (--trust-factory) if you trust it"
         )
     bad = sorted(
@@ -205,10 +217,8 @@ def _check_base(base: BaseModel, *, trust_factory: bool) -> None:
 
 
 def _parse(spec: str) -> BaseModel:
-    """What a spec names, with the options and the input size that follow from the name alone."""
+    """The model named by a spec, with the options and input size determined by the name alone."""
     import timm
-
-    from surgeon import zoo
 
     unset = Weights(kind="random")
     if HUB.fullmatch(spec):
@@ -216,8 +226,9 @@ def _parse(spec: str) -> BaseModel:
     if _FACTORY.fullmatch(spec):
         return BaseModel(source="factory", name=spec, input_size=(), weights=unset)
     prefix, _, name = spec.rpartition("/")
-    if prefix in ("", "zoo") and name in zoo.names():
-        return BaseModel(source="zoo", name=name, input_size=tuple(zoo.entry(name).input_size), weights=unset)
+    for source, provider in providers().items():
+        if prefix in ("", source) and name in provider.names():
+            return BaseModel(source=source, name=name, input_size=provider.input_size(name), weights=unset)
     if prefix in ("", "timm") and timm.is_model(name.split(".")[0]):
         _check_tag(name)
         cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
@@ -227,13 +238,13 @@ def _parse(spec: str) -> BaseModel:
         return BaseModel(source="torchvision", name=name, input_size=torchvision_size(name), weights=unset)
     if spec.endswith(SUFFIX):
         raise ModelError(f"there is no file {spec}")
-    if Path(spec).is_dir():
-        raise ModelError(f"{spec} is a folder, but surgeon did not write it: it has no recipe.json")
+    if Path(spec).is_dir() or ("/" in spec and prefix not in LIBRARIES):
+        raise no_folder(spec)
     raise ModelError(f"there is no model {spec!r}{nearest(spec)} (`surgeon models PATTERN` lists the names)")
 
 
 def nearest(spec: str) -> str:
-    """The nearest known names, as the end of an error message."""
+    """The nearest known names, formatted as the end of an error message."""
     by_tail: dict[str, list[str]] = {}
     for name in model_names():
         by_tail.setdefault(name.rpartition("/")[2], []).append(name)
@@ -261,12 +272,12 @@ def _has_fixed_size(name: str) -> bool:
 def _torchvision_names() -> list[str]:
     from torchvision import models
 
-    # The quantized twins are made of packed integer modules: nothing in them can be replaced.
+    # The quantized variants consist of packed integer modules: nothing in them can be replaced.
     return [name for name in models.list_models() if not name.startswith("quantized_")]
 
 
 def torchvision_size(name: str) -> tuple[int, ...]:
-    """(C, H, W) of what the model's default weights were made for; () for video and optical flow, which take no such images."""
+    """(C, H, W) for the model's default weights; () for video and optical flow, which take no single images."""
     from torchvision import models
 
     module = models.get_model_builder(name).__module__
@@ -281,7 +292,7 @@ def torchvision_size(name: str) -> tuple[int, ...]:
 
 
 def _with_weights(base: BaseModel, weights: str, seed: int) -> tuple[nn.Module, BaseModel]:
-    """The model with the weights that were asked for, and the record of both."""
+    """The model with the requested weights, and the record of both."""
     if base.source == "program":
         model = construct(base)
         return model, _recorded(base, model, base.weights)
@@ -295,7 +306,7 @@ def _with_weights(base: BaseModel, weights: str, seed: int) -> tuple[nn.Module, 
         except ModelError as error:
             if weights == "pretrained" or HUB.fullmatch(base.name):
                 raise
-            logger.warning("%s. GOING ON WITH RANDOM WEIGHTS of seed %d.", error, seed)
+            logger.warning("%s. CONTINUING WITH RANDOM WEIGHTS from seed %d.", error, seed)
         else:
             return model, _recorded(base, model, base.weights)
     if HUB.fullmatch(base.name):
@@ -313,13 +324,9 @@ def _recorded(base: BaseModel, model: nn.Module, weights: Weights) -> BaseModel:
 
 
 def _named_for(base: BaseModel, model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights in circulation for a zoo network, under that network's names."""
-    if base.source != "zoo":
-        return state
-    from surgeon.zoo import entry
-    from surgeon.zoo.foreign import adapt
-
-    return adapt(state, entry(base.name), model)
+    """Public weights for a provider's network, under that network's names."""
+    provider = providers().get(base.source)
+    return state if provider is None else provider.adapt(state, base.name, model)
 
 
 @contextlib.contextmanager
@@ -343,7 +350,7 @@ def _from_folder(path: str, weights: str, spec: str) -> tuple[nn.Module, BaseMod
         raise ModelError(f"{spec} is a surgeon folder and has its own weights; --weights {weights} cannot apply")
     model, recipe = load(path), Recipe.read(path)
     base = recipe.base
-    if base is None or recipe.rules or base.source not in ("timm", "torchvision", "zoo"):
+    if base is None or recipe.rules or base.source in ("factory", "program"):
         return model, base
-    file = Path(path, "model.safetensors").resolve()  # a plain network that was trained: the weights are the folder's
+    file = Path(path, "model.safetensors").resolve()  # a trained plain network: the weights are the folder's
     return model, _recorded(base, model, Weights(kind="file", path=str(file)))

@@ -1,8 +1,8 @@
-"""Programs of torch.export in `.pt2` files, read without running code that a file brings.
+"""torch.export programs in `.pt2` files, read without running code from the file.
 
-`torch.export.load` unpickles what a file asks it to, and hands the sizes that it names to sympy, which evaluates them. So the
-file is looked at first: nothing pickled but plain tensors, sizes of numbers, symbols and known functions only, and no operator
-beyond PyTorch's own arithmetic.
+`torch.export.load` unpickles whatever a file contains and passes its sizes to sympy, which evaluates them. So the
+file is checked first: pickles of plain tensors only, sizes of numbers, symbols and known functions only, and only PyTorch's
+own arithmetic operators.
 """
 
 import io
@@ -22,7 +22,7 @@ from surgeon.errors import ModelError
 from surgeon.util.files import MOST_BYTES, told
 
 SUFFIX = ".pt2"
-FILE = "program.pt2"  # in a surgeon folder
+FILE = "program.pt2"  # name in a surgeon folder
 
 _MEMBERS = re.compile(
     r"models/model\.json|data/(weights/(weight_\d+|model_weights_config\.json)|sample_inputs/model\.pt"
@@ -42,14 +42,14 @@ _WORDS = frozenset(
 
 
 def is_program(spec: str) -> bool:
-    """Whether a model's name is that of such a file."""
+    """Whether a model's name is that of a `.pt2` file."""
     return spec.endswith(SUFFIX) and Path(spec).is_file()
 
 
 def read_program(path: str | Path) -> fx.GraphModule:
-    """The program of a file as a graph; raises `ModelError` for one that is damaged, or that would run code.
+    """The program of a file as a graph; raises `ModelError` if it is damaged or would run code.
 
-    Its mode is free: `train` and `eval` reach what is put into the graph, while the program computes as it was exported.
+    `train` and `eval` affect only modules added to the graph; the program computes as it was exported.
     """
     path = Path(path)
     _check(path)
@@ -65,12 +65,12 @@ def read_program(path: str | Path) -> fx.GraphModule:
     for method in ("train", "eval"):  # torch's own raise an error
         vars(module).pop(method, None)
     if not isinstance(module, fx.GraphModule):
-        raise ModelError(f"{path} holds no graph but a {type(module).__name__}")
+        raise ModelError(f"{path} contains no graph but a {type(module).__name__}")
     return module
 
 
 def described(graph: fx.GraphModule) -> str:
-    """One line on a program: its operators and inputs."""
+    """One-line description of a program: its operators and inputs."""
     nodes = list(graph.graph.nodes)
     inputs = [f"{n.name} {_shape(n.meta.get('val'))}" for n in nodes if n.op == "placeholder"]
     count = sum(n.op == "call_function" for n in nodes)
@@ -84,7 +84,7 @@ def _shape(value: Any) -> str:
     return f"{sizes} {str(value.dtype).removeprefix('torch.')}"
 
 
-# --- looking at a file before it is loaded ----------------------------------------------------------------------------
+# --- checks before loading --------------------------------------------------------------------------------------------
 
 
 def _check(path: Path) -> None:
@@ -97,10 +97,10 @@ def _check(path: Path) -> None:
                 archive.read(names["data/sample_inputs/model.pt"]) if "data/sample_inputs/model.pt" in names else b""
             )
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is no program that torch.export of this PyTorch wrote: {error}") from error
+        raise ModelError(f"{path} is not a program written by this PyTorch's torch.export: {error}") from error
     pickled = [name for config in configs for name, one in config.get("config", {}).items() if one.get("use_pickle")]
     if pickled:
-        raise _refused(path, f"it holds pickled objects ({', '.join(map(told, pickled[:3]))})")
+        raise _refused(path, f"it contains pickled objects ({', '.join(map(told, pickled[:3]))})")
     try:
         if sample:
             torch.load(io.BytesIO(sample), weights_only=True)
@@ -110,19 +110,19 @@ def _check(path: Path) -> None:
         if key == "expr_str" and not _is_plain(value):
             raise _refused(path, f"the size {told(value)} is more than arithmetic")
         if key == "target of a node" and not _TARGETS.fullmatch(value):
-            raise _refused(path, f"it calls {told(value)}, which is none of PyTorch's own operators")
+            raise _refused(path, f"it calls {told(value)}, which is not one of PyTorch's own operators")
 
 
 _PARTS = ("weights", "constants")
 
 
 def _names(archive: zipfile.ZipFile, path: Path) -> dict[str, str]:
-    """Members without the folder that they all lie in; raises `ModelError` for what such a file has not."""
+    """Members without their common folder; raises `ModelError` for members that such a file cannot have."""
     names: dict[str, str] = {}
     for name in archive.namelist():
         short = name.partition("/")[2]
         if not _MEMBERS.fullmatch(short) or short in names:
-            raise _refused(path, f"it holds {told(name)}, which is no part of a plain program")
+            raise _refused(path, f"it contains {told(name)}, which is not part of a plain program")
         names[short] = name
     return names
 
@@ -136,13 +136,13 @@ def _json(archive: zipfile.ZipFile, names: dict[str, str], short: str, path: Pat
 
 def _refused(path: Path, why: str) -> ModelError:
     return ModelError(
-        f"{path} is not loaded, because that could run code: {why}. If you trust it, load it with torch.export.load and give "
+        f"{path} was not loaded because that could run code: {why}. If you trust it, load it with torch.export.load and give "
         f"its module() to surgeon.convert"
     )
 
 
 def _strings(values: Any) -> Iterator[tuple[str, str]]:
-    """Strings that are evaluated or looked up when a program is loaded, with what they are."""
+    """Strings that are evaluated or looked up when a program is loaded, with their roles."""
     waiting = [values]
     while waiting:
         value = waiting.pop()

@@ -1,9 +1,8 @@
-"""How each source of models builds: timm, torchvision, the zoo, a caller's factory; bare, or with published weights."""
+"""Building models from each source: timm, torchvision, the zoo, a caller's factory; bare, or with published weights."""
 
 import contextlib
 import importlib
 import inspect
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,13 +13,14 @@ from typing import Any
 from torch import nn
 
 from surgeon.errors import ModelError
+from surgeon.models.places import HUB
+from surgeon.models.programs import read_program
 from surgeon.models.weights import bounded_network
+from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Weights
 from surgeon.surgery.sizes import bounded
 from surgeon.util.files import told
 from surgeon.util.machine import TooLargeError
-
-HUB = re.compile(r"(hf-hub|hf_hub|local-dir):(?P<id>.+)")
 
 
 def construct(base: BaseModel) -> nn.Module:
@@ -32,7 +32,7 @@ def construct(base: BaseModel) -> nn.Module:
     ):
         warnings.simplefilter(
             "ignore", FutureWarning
-        )  # torchvision's googlenet and inception warn of their own defaults
+        )  # torchvision's googlenet and inception warn about their own defaults
         return _bare(base)
 
 
@@ -40,15 +40,16 @@ def _bare(base: BaseModel) -> nn.Module:
     builders: dict[str, Callable[[BaseModel], nn.Module]] = {
         "timm": _timm_model,
         "torchvision": _torchvision_model,
-        "zoo": _zoo_model,
         "factory": _factory_model,
         "program": _program,
     }
-    return builders[base.source](base)
+    if base.source in builders:
+        return builders[base.source](base)
+    return providers()[base.source].create(base.name, **base.kwargs)
 
 
 def _bounded(base: BaseModel) -> contextlib.AbstractContextManager[None]:
-    """Raises `TooLargeError` for options that ask for more than this machine has; a caller's factory knows what it does."""
+    """Context that raises `TooLargeError` for options beyond this machine's memory; a caller's factory is not checked."""
     if base.source in ("factory", "program") or HUB.fullmatch(base.name):
         return contextlib.nullcontext()
     return bounded(lambda: _bare(base), base.kwargs, f"{base.name} with {told(base.kwargs)}")
@@ -56,36 +57,28 @@ def _bounded(base: BaseModel) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _telling(what: str) -> Iterator[None]:
-    """Turn what a library raises into one `ModelError`."""
+    """Turn the errors of a library into one `ModelError`."""
     try:
         yield
     except (ModelError, TooLargeError):
         raise
-    except Exception as error:  # the libraries' factories and hubs raise anything
+    except Exception as error:  # the libraries' factories and hubs raise arbitrary errors
         told = " ".join(str(error).split()) or type(error).__name__
         if type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "URLError", "ConnectError"):
-            told = "they are not in the cache, and the network does not answer"
+            told = "they are not in the cache, and the network cannot be reached"
         raise ModelError(f"{what}: {told[:300].rstrip('.')}") from error
 
 
 def _timm_model(base: BaseModel) -> nn.Module:
     import timm
 
-    from surgeon import zoo as zoo  # registers its classifiers with timm
-
+    providers()  # register their classifiers with timm
     model: nn.Module = timm.create_model(base.name, pretrained=False, **base.kwargs)
     return model
 
 
-def _zoo_model(base: BaseModel) -> nn.Module:
-    from surgeon import zoo
-
-    model: nn.Module = zoo.create(base.name, **base.kwargs)
-    return model
-
-
 def _torchvision_model(base: BaseModel) -> nn.Module:
-    """With the structure that goes with pretrained weights where those are named: frozen norms, no auxiliary heads."""
+    """With the structure of the named pretrained weights, if any: frozen norms, no auxiliary heads."""
     from torchvision import models
 
     kwargs = _plain(base)
@@ -101,8 +94,8 @@ def _torchvision_model(base: BaseModel) -> nn.Module:
 
 @contextlib.contextmanager
 def _no_state_dicts() -> Iterator[None]:
-    """Let torchvision's factories build for given weights, without fetching or loading those."""
-    from unittest.mock import patch
+    """Let torchvision's factories build for given weights without fetching or loading them."""
+    from unittest.mock import patch  # only torchvision's models need it
 
     from torchvision.models import WeightsEnum
 
@@ -123,8 +116,6 @@ def _factory_model(base: BaseModel) -> nn.Module:
 
 
 def _program(base: BaseModel) -> nn.Module:
-    from surgeon.models.programs import read_program
-
     return read_program(base.name)
 
 
@@ -135,15 +126,15 @@ def _as_module(made: Any) -> nn.Module:
 
 
 def _plain(base: BaseModel) -> dict[str, Any]:
-    """The options without torchvision's record of the weights that decide about the structure."""
+    """The options without torchvision's weights record, which determines the structure."""
     return {key: value for key, value in base.kwargs.items() if (base.source, key) != ("torchvision", "weights")}
 
 
 def pretrained(base: BaseModel) -> tuple[nn.Module, BaseModel]:
-    """The model with its published weights; raises `ModelError` where they cannot be had."""
-    failed = f"pretrained weights of {base.name} cannot be had"
-    if base.source == "zoo":
-        raise ModelError(f"{failed}: the zoo publishes none")
+    """The model with its published weights; raises `ModelError` if they are unavailable."""
+    failed = f"pretrained weights of {base.name} are unavailable"
+    if base.source in providers():
+        raise ModelError(f"{failed}: the {base.source} publishes none")
     if base.source == "factory":
         raise ModelError(f"{failed}: a factory brings its own weights (--weights auto)")
     with _bounded(base), bounded_network(), _telling(failed), warnings.catch_warnings():
@@ -175,7 +166,7 @@ def resolve_hub(base: BaseModel) -> BaseModel:
     if found is None:
         return base
     read = load_model_config_from_path if base.name.startswith("local-dir") else load_model_config_from_hf
-    with bounded_network(), _telling(f"{base.name} cannot be had"):
+    with bounded_network(), _telling(f"{base.name} is unavailable"):
         cfg, architecture, arguments = read(found["id"])
     size = base.input_size or tuple(cfg.get("input_size", (3, 224, 224)))
     kwargs = {"num_classes": cfg.get("num_classes", 1000), "in_chans": size[0]} | dict(arguments or {}) | base.kwargs

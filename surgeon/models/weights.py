@@ -1,4 +1,4 @@
-"""State dicts: read from files without running code, loaded strictly, hashed, and fetched without long waits."""
+"""State dicts: read without running code, loaded strictly, hashed, and fetched without long waits."""
 
 import contextlib
 import hashlib
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from surgeon.errors import ModelError
 from surgeon.layers.base import DynamicConv2d
+from surgeon.models.places import check_weights
+from surgeon.surgery.raised import Raised
 from surgeon.surgery.rewrite import folded_window
 
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "params_ema", "params", "net")
@@ -26,19 +28,18 @@ _PATIENCE = 5.0  # seconds
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors, .pth, .pt or .bin file, out of its wrappers and without `module.` before every name.
+    """The state dict in a .safetensors, .pth, .pt or .bin file, unwrapped and without the prefix `module.`.
 
-    Pickles are read with `weights_only=True`: a file from a stranger runs no code. Raises `ModelError`.
+    Pickles are read with `weights_only=True`, so an untrusted file runs no code. Raises `ModelError`.
     """
+    check_weights(path)
     path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"there is no weights file {path}; --weights takes auto, pretrained, random or a file")
     try:
         if path.suffix == ".safetensors":
             loaded: Any = load_file(path)
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (Exception, SafetensorError) as error:  # zip, pickle and safetensors each have errors of their own
+    except (Exception, SafetensorError) as error:  # zip, pickle and safetensors each raise their own errors
         told = (str(error).splitlines() or [""])[0][:160]
         raise ModelError(
             f"cannot read {path} as weights ({type(error).__name__}: {told}). Expected a state dict written by "
@@ -54,7 +55,7 @@ def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
             break
         loaded = inner
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ModelError(f"{path} holds no state dict (names and tensors), but a {type(loaded).__name__}")
+        raise ModelError(f"{path} contains no state dict (names and tensors) but a {type(loaded).__name__}")
     return {str(name): value for name, value in loaded.items()}
 
 
@@ -66,7 +67,7 @@ def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def mismatches(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
-    """What keeps a state dict from fitting a model: missing, unexpected, other shapes, whole numbers for real ones.
+    """Reasons why a state dict does not fit a model: missing or unexpected names, other shapes, integers for floats.
 
     Counters of batch norms may be missing.
     """
@@ -88,7 +89,7 @@ def mismatches(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
 
 
 def _kind(value: Tensor) -> str:
-    """Dtypes of one kind are converted, others are not meant."""
+    """The kind of a dtype: dtypes of one kind are converted, others are errors."""
     if value.is_floating_point():
         return "real"
     if value.is_complex():
@@ -101,7 +102,7 @@ def _dtype(value: Tensor) -> str:
 
 
 def told_mismatches(problems: list[str]) -> str:
-    """The first few mismatches and how many more there are."""
+    """The first few mismatches and the number of others."""
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     return "; ".join(problems[:_SHOWN]) + more
 
@@ -111,7 +112,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> N
     problems = mismatches(state, model)
     if problems:
         raise ModelError(
-            f"{where} holds the weights of another model: {told_mismatches(problems)}. "
+            f"{where} contains the weights of another model: {told_mismatches(problems)}. "
             "Check the model's name and --num-classes."
         )
     model.load_state_dict(dict(state), strict=False)
@@ -129,13 +130,11 @@ def state_sha256(model: nn.Module) -> str:
 
 
 def changed_tensors(original: nn.Module, converted: nn.Module) -> list[str]:
-    """Names of parameters and buffers outside the dynamic layers that are not the same in both models.
+    """Names of parameters and buffers outside the dynamic layers that differ between the models.
 
-    Convolutions that were folded to another window are left out, too: their tensors cannot be the same. A layer that was
-    converted and reverted has its weight back up to rounding; that counts as the same.
+    Convolutions folded to another window are excluded, too: their tensors cannot be equal. A layer that was
+    converted and reverted has its weight back up to rounding, which counts as equal.
     """
-    from surgeon.surgery.raised import Raised
-
     modules = converted.named_modules(remove_duplicate=False)
     inside = tuple(f"{name}." for name, module in modules if isinstance(module, DynamicConv2d) or folded_window(module))
     raised = Raised(original, [name.removesuffix(".") for name in inside])
@@ -158,9 +157,9 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 @contextlib.contextmanager
 def bounded_network() -> Iterator[None]:
-    """Let downloads inside fail in seconds where there is no network; what lies in the cache is still found.
+    """Make downloads fail within seconds without a network; cached files are still found.
 
-    The Hugging Face client retries an unknown host for most of a minute, and urllib waits for ever.
+    The Hugging Face client retries an unknown host for most of a minute, and urllib waits forever.
     """
     from huggingface_hub import constants
 
@@ -175,7 +174,7 @@ def bounded_network() -> Iterator[None]:
 
 
 def reachable(url: str, patience: float = _PATIENCE) -> bool:
-    """Whether a connection to the host of this address, or to the proxy that leads there, opens within `patience` seconds."""
+    """Whether a connection to the URL's host, or to its proxy, opens within `patience` seconds."""
     target = urllib.parse.urlsplit(urllib.request.getproxies().get("https", url))
     port = target.port or (80 if target.scheme == "http" else 443)
     opened = threading.Event()
@@ -184,7 +183,7 @@ def reachable(url: str, patience: float = _PATIENCE) -> bool:
         with contextlib.suppress(OSError), socket.create_connection((target.hostname or "", port), timeout=patience):
             opened.set()
 
-    # Name resolution knows no timeout, hence the thread.
+    # Name resolution has no timeout, hence the thread.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(patience)

@@ -1,4 +1,4 @@
-"""Passes over `torch.fx` graphs, for a `torch.fx.passes.infra.pass_manager.PassManager` or on their own."""
+"""Passes over `torch.fx` graphs, standalone or for a `torch.fx.passes.infra.pass_manager.PassManager`."""
 
 from surgeon.passes.convert import DynamicConvPass
 

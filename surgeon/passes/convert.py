@@ -1,4 +1,4 @@
-"""`surgeon.convert` as a pass over a graph of torch.fx."""
+"""`surgeon.convert` as a pass over torch.fx graphs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,15 +15,15 @@ from surgeon.surgery.rewrite import dynamic_layers
 
 
 class DynamicConvPass(PassBase):
-    """Replace convolutions of a `GraphModule`, modules and functions, by dynamic layers that compute the same.
+    """Replace convolutions of a `GraphModule`, modules and functions, by equivalent dynamic layers.
 
-    Requires a `GraphModule` with parameters or buffers that runs on the example inputs, or on those that its placeholders tell.
+    Requires a `GraphModule` with parameters or buffers that runs on the example inputs, or on inputs derived from its placeholders.
     Does what `surgeon.convert` does, in place: the same selectors, plan, reasons and check; a functional convolution is named by
     its weight, `layer1.0.conv1` for `layer1.0.conv1.weight`. Ensures that every layer of `report.replaced` is called in the
-    graph, which is linted and compiled. After an error the graph is as it was.
+    graph, which is linted and compiled. After an error the graph is unchanged.
 
-    Where nothing is left to replace, because the pass runs again, nothing is changed: `modified` is False, `report` None, and
-    `unchanged` says of every selected convolution that it is a dynamic layer already, or why it cannot be one.
+    If nothing is left to replace, as in a second run, nothing is changed: `modified` is False, `report` None, and
+    `unchanged` states for every selected convolution that it is already a dynamic layer, or why it cannot become one.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class DynamicConvPass(PassBase):
         check: bool = True,
         **layer_options: Any,
     ) -> None:
-        """Arguments as those of `surgeon.convert`."""
+        """Arguments as for `surgeon.convert`."""
         super().__init__()
         self.arguments: dict[str, Any] = {
             "layers": layers,
@@ -58,7 +58,7 @@ class DynamicConvPass(PassBase):
         self.unchanged = ""
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raises `ConfigError` for what is no `GraphModule`, `ModelError` for one that holds nothing."""
+        """Raises `ConfigError` for anything but a `GraphModule`, `ModelError` for one without parameters or buffers."""
         if not isinstance(graph_module, fx.GraphModule):
             raise ConfigError(
                 f"the pass rewrites a torch.fx.GraphModule, got a {type(graph_module).__name__}: trace it first "
@@ -66,12 +66,12 @@ class DynamicConvPass(PassBase):
             )
         if not any(True for _ in graph_module.parameters()) and not any(True for _ in graph_module.buffers()):
             raise ModelError(
-                "the graph has no parameters or buffers, so that no convolution in it has a weight to start from: its "
+                "the graph has no parameters or buffers, so no convolution in it has a weight to start from: its "
                 "weights may be inputs of it, as in ExportedProgram.graph_module; use ExportedProgram.module()"
             )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Convert in place. Raises what `surgeon.convert` raises."""
+        """Convert in place. Raises the errors of `surgeon.convert`."""
         self.report, self.unchanged = None, ""
         try:
             _, self.report = convert(graph_module, inplace=True, **self.arguments)

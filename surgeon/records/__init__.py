@@ -1,1 +1,1 @@
-"""What surgeon writes down: recipes and reports."""
+"""Recipes and reports, surgeon's written records."""

@@ -1,4 +1,4 @@
-"""The model card of a surgeon folder: README.md as the Hugging Face Hub reads it, metadata first, then what people ask."""
+"""The model card of a surgeon folder: README.md for the Hugging Face Hub, metadata first, then usage and facts."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from surgeon.records.report import Replaced, Report, flops, geometry_text, optio
 from surgeon.util.tables import count, error
 
 FILE = "README.md"
-PLACE = "path/of/this/folder"  # stands in a card until it is published under a name
+PLACE = "path/of/this/folder"  # placeholder in a card until it is published under a name
 
-# What the Hub calls licenses; any other is `other`, with its name.
+# License identifiers of the Hub; any other is `other`, with its name.
 _LICENSES = (
     "apache-2.0",
     "apple-amlr",
@@ -25,9 +25,9 @@ _LICENSES = (
 
 
 def model_card(recipe: Recipe, report: Report | CollapseReport | None = None) -> str:
-    """Markdown with YAML in front, for a model that `recipe` describes layer by layer.
+    """Markdown with a YAML header, for a model that `recipe` describes layer by layer.
 
-    Says what is known and nothing else: costs are those of the report, the license is that of the base model's published
+    Contains only known facts: costs come from the report, the license is that of the base model's published
     weights.
     """
     parts = [_title(recipe, report), _use(recipe), _replacements(recipe, report), _cost(report), _origin(recipe)]
@@ -35,7 +35,7 @@ def model_card(recipe: Recipe, report: Report | CollapseReport | None = None) ->
 
 
 def license_of(base: BaseModel | None) -> str | None:
-    """The license of the base model's weights where its library states one; timm does for published ones."""
+    """The license of the base model's weights if its library states one; timm does for published ones."""
     if base is None or base.source != "timm" or base.weights.kind != "pretrained":
         return None
     from timm.models import get_pretrained_cfg
@@ -63,7 +63,7 @@ def _metadata(recipe: Recipe) -> str:
 
 
 def _hub_id(base: BaseModel | None) -> str | None:
-    """ORG/NAME of the repository on the Hub that the base model's weights came from."""
+    """ORG/NAME of the Hub repository that the base model's weights came from."""
     if base is None or base.source != "timm" or base.weights.kind != "pretrained" or base.weights.path is None:
         return None
     name = base.weights.path.removeprefix("hf-hub:").removeprefix("hf_hub:").partition("@")[0]
@@ -84,7 +84,7 @@ def _title(recipe: Recipe, report: Report | CollapseReport | None) -> str:
 
 
 def _use(recipe: Recipe) -> str:
-    """How to load it, in four lines."""
+    """Loading instructions, in four lines."""
     base = recipe.base
     more, first = "", ""
     if base is None:
@@ -102,7 +102,7 @@ def _use(recipe: Recipe) -> str:
 
 
 def _replacements(recipe: Recipe, report: Report | CollapseReport | None) -> str:
-    """A line for each layer of the recipe, with the report's numbers where it has some of that layer."""
+    """A row for each layer of the recipe, with the report's numbers if it has any for that layer."""
     if not recipe.rules:
         return ""
     known = {entry.name: entry for entry in report.replaced} if isinstance(report, Report) else {}
@@ -169,13 +169,13 @@ def _origin(recipe: Recipe) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]], *, left: int) -> str:
-    """The columns from `left` on are flush right."""
+    """A Markdown table; columns from `left` on are right-aligned."""
     rule = ["---" if i < left else "---:" for i in range(len(header))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
 def _plain(text: str) -> str:
-    """Words that stay in their cell and line, and are no markup."""
+    """Text that stays in its cell and line and contains no markup."""
     return "".join(f"\\{letter}" if letter in "\\|<>[]*_`#" else letter for letter in " ".join(text.split()))
 
 

@@ -1,4 +1,4 @@
-"""The report of a collapse: every dynamic layer is in it, folded or kept, with the evidence."""
+"""The report of a collapse: every dynamic layer, folded or kept, with the evidence."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -13,25 +13,25 @@ from surgeon.util.tables import count, error, paragraph, table
 KIND = "collapse"
 EVIDENCE = {
     "off": "its dynamic part was switched off",
-    "parameters": "proved from the parameters",
+    "parameters": "proven from the parameters",
     "images": "observed on the images",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collapsed:
-    """One dynamic layer. MACs are for one image; errors are those of the layer's output, on the inputs it really got."""
+    """One dynamic layer. MACs are for one image; errors are those of the layer's output on its actual inputs."""
 
     name: str
     type: str
     folded: bool
     reason: str = ""  # why it was kept
     evidence: str | None = None  # "off", "parameters" or "images"
-    variation: float | None = None  # relative, see surgeon.collapsing.evidence; None where nothing was observed
-    pixels: int = 0  # that were observed
+    variation: float | None = None  # relative, see surgeon.collapsing.evidence; None if nothing was observed
+    pixels: int = 0  # number observed
     told: str = ""
-    geometry: dict[str, Any]  # of the convolution that the layer replaced
-    kernel_size: tuple[int, ...] | None = None  # of the convolution that it became
+    geometry: dict[str, Any]  # of the replaced convolution
+    kernel_size: tuple[int, ...] | None = None  # of the new convolution
     params_before: int
     params_after: int
     macs_before: int | None = None
@@ -42,15 +42,15 @@ class Collapsed:
 
 @dataclass(kw_only=True)
 class CollapseReport:
-    """What a collapse did, on what evidence, and how exact it is. FLOPs are for one image, 1 MAC = 2."""
+    """Changes made by a collapse, their evidence and their exactness. FLOPs are for one image, 1 MAC = 2."""
 
     layers: list[Collapsed]
     tolerance: float = 0.0
-    images: int = 0  # that were given; 0: only the parameters counted
-    max_abs_error: float | None = None  # of the model's outputs, after against before
+    images: int = 0  # number given; 0: only the parameters were used
+    max_abs_error: float | None = None  # of the model's outputs, before vs. after
     max_rel_error: float | None = None
     precision: str = "float32"
-    exact: bool = True  # False where a layer that varies was folded at its mean: errors are stated, not bounded
+    exact: bool = True  # False if a varying layer was folded at its mean: errors are reported, not bounded
     params_before: int = 0
     params_after: int = 0
     flops_before: int | None = None
@@ -68,17 +68,17 @@ class CollapseReport:
         return [layer for layer in self.layers if not layer.folded]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; numbers that are not finite become the strings "nan", "inf", "-inf"."""
+        """As plain JSON values; NaN and infinity become the strings "nan", "inf", "-inf"."""
         values: dict[str, Any] = jsonable({"kind": KIND} | asdict(self))
         return values
 
     def to_json(self) -> str:
-        """As the text of a report.json."""
+        """The text of a report.json."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CollapseReport":
-        """Inverse of `to_dict`; raises `CheckpointError` for what is not a report of a collapse."""
+        """Inverse of `to_dict`; raises `CheckpointError` if it is not a report of a collapse."""
         try:
             rest = {key: value for key, value in values.items() if key not in ("kind", "layers")}
             report = cls(layers=[entry(Collapsed, layer) for layer in values["layers"]], **read_fields(cls, rest))
@@ -89,7 +89,7 @@ class CollapseReport:
         return report
 
     def to_text(self, width: int = 80) -> str:
-        """For people: the table of layers, the evidence, why others were kept, totals, errors, notes."""
+        """Plain text: the table of layers, the evidence, why others were kept, totals, errors, notes."""
         parts = [
             self._title(),
             _table(self.layers, width),
@@ -100,7 +100,7 @@ class CollapseReport:
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def _repr_html_(self) -> str:
-        """For notebooks: the table, totals and notes, and the evidence and what was kept to unfold."""
+        """HTML for notebooks: the table, totals and notes, with evidence and kept layers collapsed."""
         more = [("evidence", _evidence(self, 100)), (f"kept: {len(self.kept)}", _kept(self, 100))]
         folded = [(heading, text) for heading, text in more if text]
         return snippet(self._title(), rows(_HEADER, _rows(self.layers)), _totals(self, 100), folded)
@@ -110,8 +110,31 @@ class CollapseReport:
         return f"{title}{len(self.folded)} of {len(self.layers)} dynamic layers folded into convolutions"
 
 
+def growth_notes(report: CollapseReport) -> list[str]:
+    """A note if the folded model has more parameters or FLOPs than before: which layers grow, and what to do about it."""
+    more = []
+    for what, before, after in (
+        ("parameters", report.params_before, report.params_after),
+        ("FLOPs", report.flops_before, report.flops_after),
+    ):
+        if before and after and after > before:
+            more.append(f"x{after / before:.2f} {what}")
+    grown = [x for x in report.folded if x.params_after > x.params_before or (x.macs_after or 0) > (x.macs_before or 0)]
+    if not more or not grown:
+        return []
+    windows = sorted({"x".join(map(str, x.kernel_size)) for x in grown if x.kernel_size is not None})
+    rest = [x.name for x in report.layers if x not in grown]
+    keep = f"--layers {','.join(rest)}" if rest and len(rest) <= 4 else "--layers with the names of the others"
+    return [
+        f"LARGER than before, {' and '.join(more)}: {', '.join(windows)} convolutions hold the whole window of "
+        f"{name_list([x.name for x in grown], 6)}. {keep} leaves these dynamic"
+        + ("; " if rest else ", or no collapse at all; ")
+        + "a conversion with a smaller window (acda: --scales 1) folds into a small kernel"
+    ]
+
+
 def read(values: dict[str, Any]) -> "Report | CollapseReport":
-    """The report that a report.json holds; raises `CheckpointError`."""
+    """The report in a report.json; raises `CheckpointError`."""
     return CollapseReport.from_dict(values) if values.get("kind") == KIND else Report.from_dict(values)
 
 

@@ -1,4 +1,4 @@
-"""Reports as they are read back: a folder may be a stranger's, so that every value is looked at."""
+"""Reading reports back with type checks, since a folder may be untrusted."""
 
 import types
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -17,9 +17,9 @@ _GEOMETRY = {
 
 
 def read_fields(kind: type, values: Any) -> dict[str, Any]:
-    """The fields of a dataclass of a report from JSON values; numbers that are none become None, which is shown as unknown.
+    """The fields of a report's dataclass from JSON values; NaN and infinity become None, which displays as unknown.
 
-    Raises `CheckpointError` for anything else of another type.
+    Raises `CheckpointError` for any other type mismatch.
     """
     where = f"{kind.__name__} of a report"
     check_fields(values, dict, where)
@@ -48,7 +48,7 @@ def _kinds(hint: Any) -> tuple[type, ...]:
 
 
 def _number(value: Any) -> int | float | None:
-    """Numbers that JSON has not are written as texts: nan, inf, -inf."""
+    """Numbers that JSON lacks are stored as strings: nan, inf, -inf."""
     if value in ("nan", "inf", "-inf"):
         return float(value)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,6 +1,6 @@
-"""A recipe says how a model is made: from which base model, and what each chosen convolution became.
+"""A recipe describes how a model is made: its base model, and the replacement of each selected convolution.
 
-Recipes are versioned JSON. The same form serves as input (`rules` select by stage, glob, predicate) and as the record of a
+Recipes are versioned JSON. The same format serves as input (`rules` select by stage, glob, predicate) and as the record of a
 conversion (`rules` name single layers, with every option resolved, so that a state dict fits).
 """
 
@@ -14,21 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from surgeon.errors import ConfigError, RecipeError, SelectionError
+from surgeon.records.providers import providers
 from surgeon.util import files
 
 if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = "surgeon-recipe"
-VERSION = 2  # 1: layers have the options of their papers where a rule does not name them
+VERSION = 2  # 1: options that a rule leaves out are those of the layer's paper
 FILE = "recipe.json"
 
-CONVOLUTION = (
-    "conv"  # type of a rule that describes a plain convolution of another window, left by `revert` or `collapse`
-)
+CONVOLUTION = "conv"  # rule type for a plain convolution with another window, left by `revert` or `collapse`
 
-_SOURCES = ("timm", "torchvision", "zoo", "factory", "program")
-_RULES = 10_000  # that a recipe may have; more than any network has layers
+_SOURCES = ("timm", "torchvision", "factory", "program")  # besides the providers
+_RULES = 10_000  # per recipe; more than the layers of any network
 _KINDS = ("pretrained", "random", "file", "given")
 _ATTRIBUTE = "_surgeon_recipe"
 
@@ -43,7 +42,7 @@ def quoted(name: str) -> str:
 
 
 def unquoted(item: str) -> str:
-    """The name that an item in quotes stands for; another item as it is. Raises `SelectionError` for half a quotation."""
+    """The name in a quoted item; other items are returned unchanged. Raises `SelectionError` for an incomplete quotation."""
     if not item.startswith('"'):
         return item
     try:
@@ -54,20 +53,20 @@ def unquoted(item: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Where the base model's weights came from. `sha256` is over the state dict (names, dtypes, shapes, bytes)."""
+    """Origin of the base model's weights. `sha256` is over the state dict (names, dtypes, shapes, bytes)."""
 
     kind: str  # "pretrained" | "random" | "file" | "given" (the caller's own model object)
     seed: int | None = None
-    path: str | None = None  # the file, or what `pretrained` fetched: a hub id, a torchvision weights name
+    path: str | None = None  # the file, or the source of `pretrained`: a hub id, a torchvision weights name
     sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """How to build the base model again: `source` is timm, torchvision, zoo, factory or program.
+    """How to rebuild the base model: `source` is timm, torchvision, zoo, factory or program.
 
-    `name` is what the source knows it by; of a program it is the file, in a surgeon folder one of that folder.
-    `input_size` is the (C, H, W) it is run at, () where a conversion is to find one that fits.
+    `name` is its name in that source; for a program it is the file, in a surgeon folder a file of that folder.
+    `input_size` is the (C, H, W) to run it at, or () to let a conversion find one that fits.
     """
 
     source: str
@@ -79,9 +78,9 @@ class BaseModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Layers (a selection, see `surgeon.sites.select`) that become one type with these options. Of two rules the later wins.
+    """A selection of layers (see `surgeon.sites.select`) that become one type with these options. Later rules win.
 
-    In the recipe of a model that was collapsed or reverted, type "conv" is a plain convolution with another `window`.
+    In the recipe of a collapsed or reverted model, type "conv" is a plain convolution with another `window`.
     """
 
     layers: str
@@ -89,18 +88,27 @@ class Rule:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The task that a network was fine-tuned on, by its name, and the options that were not its defaults, without the data's."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
 def as_published(rule: Rule) -> Rule:
-    """The rule with the options of the layer's paper where it names none."""
-    from surgeon.layers.registry import layer_class
+    """The rule, with the options of the layer's paper for those it leaves out."""
+    from surgeon.layers.registry import layer_class  # torch: most of what reads a recipe needs none
 
     return replace(rule, options={**layer_class(rule.type).Config.paper, **rule.options})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Rules, the base model if it is known, the seed of the conversion, and the versions it was made with.
+    """Rules, the base model if known, the seed of the conversion, and the versions it was made with.
 
-    `classes`: names of what the outputs of a fine-tuned classifier stand for, in their order; None where they are not known.
+    `classes`: names of a fine-tuned classifier's outputs, in order; None if unknown.
+    `task`: what the network was fine-tuned on; None if it was not.
     """
 
     rules: tuple[Rule, ...]
@@ -108,9 +116,10 @@ class Recipe:
     seed: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
+    task: Trained | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values, in the order in which a person reads them."""
+        """As plain JSON values, in reading order."""
         base = None
         if self.base is not None:
             base = asdict(self.base)
@@ -123,26 +132,29 @@ class Recipe:
             "versions": dict(self.versions),
             "rules": [asdict(rule) for rule in self.rules],
             **({} if self.classes is None else {"classes": list(self.classes)}),
+            **({} if self.task is None else {"task": asdict(self.task)}),
         }
 
     def to_json(self) -> str:
-        """As the text of a recipe file."""
+        """The text of a recipe file."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_dict(cls, values: Any, where: str = "recipe") -> "Recipe":
-        """Inverse of `to_dict`; what a person writes needs only format, version and rules.
+        """Inverse of `to_dict`; a handwritten recipe needs only format, version and rules.
 
-        Raises `RecipeError`, which says `where`, for a newer version, unknown keys, layer types and options, and wrong types.
+        Raises `RecipeError`, with `where`, for a newer version, unknown keys, layer types and options, and wrong types.
         """
         values = _mapping(values, where)
         _check_version(values, where)
-        _check_keys(values, ("format", "version", "base", "seed", "versions", "rules", "classes", "artefact"), where)
+        _check_keys(
+            values, ("format", "version", "base", "seed", "versions", "rules", "classes", "task", "artefact"), where
+        )
         rules = values.get("rules")
         if not isinstance(rules, list):
             raise RecipeError(f"{where}: rules must be a list of {{layers, type, options}}, got {files.told(rules)}")
         if len(rules) > _RULES:
-            raise RecipeError(f"{where}: there are {len(rules):,} rules, at most {_RULES:,} are read")
+            raise RecipeError(f"{where}: got {len(rules):,} rules, the maximum is {_RULES:,}")
         base = values.get("base")
         return cls(
             rules=tuple(_rule(rule, f"{where}: rule {i}", values["version"]) for i, rule in enumerate(rules, start=1)),
@@ -150,6 +162,7 @@ class Recipe:
             seed=_typed(values, "seed", int, where, default=0),
             versions=_string_map(values.get("versions", {}), f"{where}: versions"),
             classes=_classes(values.get("classes"), where),
+            task=trained(values.get("task"), f"{where}: task"),
         )
 
     @classmethod
@@ -159,36 +172,28 @@ class Recipe:
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":
-        """Read a recipe file, the recipe of a surgeon folder, or as zoo/NAME what makes that network of its plain one.
+        """Read a recipe file, the recipe of a surgeon folder, or zoo/NAME: the recipe of that network from its plain one.
 
         Raises `RecipeError`.
         """
-        if str(path).startswith("zoo/") and not Path(path).exists():
-            return _of_zoo(str(path).removeprefix("zoo/"))
+        prefix, _, name = str(path).partition("/")
+        if name and not Path(path).exists() and prefix in providers():
+            rules = providers()[prefix].rules(name)
+            return cls(rules=tuple(as_published(rule) for rule in rules))
         path = Path(path)
         if path.is_dir():
             return cls.from_json(read_text(path / FILE), str(path / FILE)).located(path)
         return cls.from_json(read_text(path), str(path))
 
     def located(self, folder: Path) -> "Recipe":
-        """The recipe of this folder, its base model's program with its path. Raises `RecipeError` for one outside the folder."""
+        """The recipe of this folder, with its base program's path resolved. Raises `RecipeError` for a path outside the folder."""
         if self.base is None or self.base.source != "program":
             return self
         return replace(self, base=replace(self.base, name=str(files.inside(folder, self.base.name, RecipeError))))
 
 
-def _of_zoo(name: str) -> Recipe:
-    from surgeon.zoo import entry
-
-    found = entry(name)
-    if not found.rules:
-        why = f": {found.by_hand}" if found.by_hand else ""
-        raise RecipeError(f"no recipe makes zoo/{name} of another network{why}")
-    return Recipe(rules=tuple(as_published(rule) for rule in found.rules))
-
-
 def parse_json(text: str, where: str) -> Any:
-    """JSON values of a text; raises `RecipeError` with the line of a mistake."""
+    """The JSON values of a string; raises `RecipeError` with the line of an error."""
     return files.parse_json(text, where, RecipeError)
 
 
@@ -198,8 +203,8 @@ def read_text(path: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a conversion depends on: surgeon, torch, torchvision, timm, python."""
-    import surgeon
+    """Versions of a conversion's dependencies: surgeon, torch, torchvision, timm, python."""
+    import surgeon  # it offers Recipe itself
 
     found = {"surgeon": surgeon.__version__}
     for name in ("torch", "torchvision", "timm"):
@@ -212,13 +217,13 @@ def versions() -> dict[str, str]:
 
 
 def get_recipe(model: "nn.Module") -> Recipe | None:
-    """The recipe that a converted model carries; None for a model that was never converted."""
+    """The recipe attached to a converted model; None for a model that was never converted."""
     found = _attributes(model).get(_ATTRIBUTE)
     return found if isinstance(found, Recipe) else None
 
 
 def set_recipe(model: "nn.Module", recipe: Recipe | None) -> None:
-    """Make the model carry this recipe; None removes the one it has."""
+    """Attach a recipe to the model; None removes it."""
     if recipe is not None:
         _attributes(model)[_ATTRIBUTE] = recipe
     else:
@@ -226,7 +231,7 @@ def set_recipe(model: "nn.Module", recipe: Recipe | None) -> None:
 
 
 def _attributes(model: "nn.Module") -> dict[str, Any]:
-    """Where a model keeps what its copies are to have, too: graphs copy only what they compute with, and their `meta`."""
+    """Storage that copies of a model keep: a graph's copies keep only what it computes with, and its `meta`."""
     from torch import fx
 
     return model.meta if isinstance(model, fx.GraphModule) else vars(model)
@@ -249,7 +254,7 @@ def _check_version(values: Mapping[str, Any], where: str) -> None:
 
 
 def _rule(values: Any, where: str, version: int) -> Rule:
-    from surgeon.layers.registry import layer_class
+    from surgeon.layers.registry import layer_class  # torch: most of what reads a recipe needs none
 
     values = _mapping(values, where)
     _check_keys(values, ("layers", "type", "options"), where)
@@ -284,8 +289,9 @@ def _base(values: Any, where: str) -> BaseModel:
     size = values.get("input_size", [3, 224, 224])
     if not isinstance(size, list) or not all(type(n) is int and n > 0 for n in size):
         raise RecipeError(f"{where}: input_size must be a list of positive integers, got {files.told(size)}")
+    known = _SOURCES if values.get("source") in _SOURCES else (*_SOURCES, *providers())  # which import much
     return BaseModel(
-        source=_one_of(values, "source", _SOURCES, where),
+        source=_one_of(values, "source", known, where),
         name=_typed(values, "name", str, where),
         kwargs=_mapping(values.get("kwargs", {}), f"{where}: kwargs"),
         input_size=tuple(size),
@@ -311,6 +317,17 @@ def _classes(values: Any, where: str) -> tuple[str, ...] | None:
     if not values or len(set(values)) != len(values):
         raise RecipeError(f"{where}: classes must be different names, got {files.told(values)}")
     return tuple(values)
+
+
+def trained(values: Any, where: str) -> Trained | None:
+    """The task in a recipe, None if there is none. Raises `RecipeError`."""
+    if values is None:
+        return None
+    values = _mapping(values, where)
+    _check_keys(values, ("name", "options"), where)
+    options = _mapping(values.get("options", {}), f"{where}: options")
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return Trained(name=_typed(values, "name", str, where), options=given)
 
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The report of a conversion: every convolution of the model is in it, replaced or skipped with reasons."""
+"""The report of a conversion: every convolution of the model, replaced or skipped with reasons."""
 
 import json
 import math
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Replaced:
-    """One replaced convolution. MACs are for one image of the example's size, None where the forward pass does not reach it."""
+    """One replaced convolution. MACs are for one image of the example's size, None if the forward pass does not reach it."""
 
     name: str
-    aliases: tuple[str, ...] = ()  # further names of the same module
+    aliases: tuple[str, ...] = ()  # other names of the same module
     stage: str | None
     type: str
     options: dict[str, Any]  # the layer's resolved config
@@ -30,34 +30,34 @@ class Replaced:
     params_after: int
     macs_before: int | None
     macs_after: int | None
-    max_abs_error: float  # of this layer's output, on the inputs it really got (or random ones where it got none)
+    max_abs_error: float  # of this layer's output, on its actual inputs (or random ones if it got none)
     max_rel_error: float  # max |new - old| / max |old|
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """One convolution that stays as it is, and why."""
+    """One convolution that was not replaced, and why."""
 
     name: str
     aliases: tuple[str, ...] = ()
     stage: str | None
     module: str  # class name
     geometry: dict[str, Any] | None
-    selected: bool  # False: the selection did not ask for it
+    selected: bool  # False: not in the selection
     reasons: tuple[str, ...]
 
 
 @dataclass(kw_only=True)
 class Report:
-    """What a conversion did and how exact it is."""
+    """Changes made by a conversion, and their exactness."""
 
     replaced: list[Replaced]
     skipped: list[Skipped]
-    max_abs_error: float | None = None  # of the model's outputs; None where it was not run
+    max_abs_error: float | None = None  # of the model's outputs; None if it was not run
     max_rel_error: float | None = None
-    precision: str = "float32"  # of the run that settled it; "float64" where depth amplified float32 rounding
-    exact: bool = True  # False for compressed conversions: errors are stated, not bounded
+    precision: str = "float32"  # of the deciding run; "float64" if depth amplified float32 rounding
+    exact: bool = True  # False for compressed conversions: errors are reported, not bounded
     params_before: int = 0
     params_after: int = 0
     macs_before: int | None = None
@@ -67,17 +67,17 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; numbers that are not finite become the strings "nan", "inf", "-inf"."""
+        """As plain JSON values; NaN and infinity become the strings "nan", "inf", "-inf"."""
         values: dict[str, Any] = jsonable(asdict(self))
         return values
 
     def to_json(self) -> str:
-        """As the text of a report.json."""
+        """The text of a report.json."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Report":
-        """Inverse of `to_dict`; raises `CheckpointError` for what is not a report."""
+        """Inverse of `to_dict`; raises `CheckpointError` if it is not a report."""
         try:
             rest = {key: value for key, value in values.items() if key not in ("replaced", "skipped")}
             report = cls(
@@ -90,7 +90,7 @@ class Report:
         return report
 
     def to_text(self, width: int = 80) -> str:
-        """For people: the table of what was replaced, what was skipped grouped by reason, totals, errors, notes."""
+        """Plain text: the table of replacements, skipped layers grouped by reason, totals, errors, notes."""
         parts = [self._title()]
         if self.replaced:
             parts.append(_replaced_table(self.replaced, width))
@@ -99,7 +99,7 @@ class Report:
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def _repr_html_(self) -> str:
-        """For notebooks: the table, totals and notes, and what was skipped to unfold."""
+        """HTML for notebooks: the table, totals and notes, with skipped layers collapsed."""
         skipped = "\n\n".join(_skipped_text(self.skipped, 100))
         table = rows(REPLACED, [_replaced_row(r) for r in self.replaced]) if self.replaced else ""
         more = [(f"not replaced: {len(self.skipped)}", skipped)] if self.skipped else []
@@ -111,11 +111,11 @@ class Report:
         return f"{title}{len(self.replaced)} of {n} convolutions replaced"
 
 
-_GROWTH = 3  # times the parameters, from which a report says what makes them fewer
+_GROWTH = 3  # growth of the parameters from which a report hints at smaller options
 
 
 def growth_notes(report: Report) -> list[str]:
-    """A hint for each layer type where a conversion multiplies the parameters of the model."""
+    """A hint for each layer type if a conversion multiplies the parameters of the model."""
     if report.params_after < _GROWTH * report.params_before:
         return []
     grown: dict[str, int] = {}
@@ -129,7 +129,7 @@ Entry = TypeVar("Entry", bound="DataclassInstance")
 
 
 def jsonable(value: Any) -> Any:
-    """The value with numbers that are not finite as strings."""
+    """The value with NaN and infinity as strings."""
     if isinstance(value, dict):
         return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -145,7 +145,7 @@ def entry(kind: type[Entry], values: dict[str, Any]) -> Entry:
 
 
 def geometry_text(geometry: dict[str, Any] | None) -> str:
-    """A convolution in a few characters: `256>512 3x3 s2 d2 g32`, or `dw96 7x7` for a depthwise one."""
+    """A convolution in compact form: `256>512 3x3 s2 d2 g32`, or `dw96 7x7` for a depthwise one."""
     if geometry is None:
         return "-"
     c_in, c_out, groups = geometry["in_channels"], geometry["out_channels"], geometry["groups"]
@@ -162,14 +162,14 @@ def geometry_text(geometry: dict[str, Any] | None) -> str:
 
 
 def options_text(kind: str, options: dict[str, Any]) -> str:
-    """What a layer became, in a few characters: `acda m6 S3`."""
+    """A layer's options in compact form: `acda m6 S3`."""
     symbols = layer_class(kind).Config.symbols if kind in layer_types() else {}
     told = [f"{letter}{options[key]}" for key, letter in symbols.items() if options.get(key) is not None]
     return " ".join([kind, *told])
 
 
 def flops(macs: int | None) -> str:
-    """FLOPs of so many multiply-accumulates (1 MAC = 2 FLOPs), in three digits."""
+    """FLOPs for this many multiply-accumulates (1 MAC = 2 FLOPs), in three digits."""
     return count(None if macs is None else 2 * macs)
 
 
@@ -194,7 +194,7 @@ def _replaced_table(replaced: list[Replaced], width: int) -> str:
 
 
 def _skipped_text(skipped: list[Skipped], width: int) -> list[str]:
-    """Refused ones first, one paragraph a reason; those that nobody asked for are only counted and named."""
+    """Refused layers first, one paragraph per reason; unselected ones are only counted and named."""
     groups: dict[tuple[bool, str], list[str]] = {}
     for s in skipped:
         for reason in s.reasons or ("no reason given",):
@@ -215,7 +215,7 @@ def _skipped_text(skipped: list[Skipped], width: int) -> list[str]:
 
 
 def name_list(names: list[str], most: int = 12) -> str:
-    """The names, the middle ones of many only counted."""
+    """The names; in long lists the middle ones are only counted."""
     if len(names) <= most:
         return ", ".join(names)
     return f"{', '.join(names[: most - 2])}, ... {len(names) - most + 1} more, {names[-1]}"
@@ -241,22 +241,22 @@ def _totals(report: Report, width: int) -> str:
 
 
 def _error(report: Report) -> str:
-    """Of the outputs and the worst layer. Outputs that layers' errors leave as they are to the last bit say nothing."""
+    """Errors of the outputs and the worst layer. An output error of exactly 0 despite layer errors is not informative."""
     kind = report.precision + ("" if report.exact else ", not exact by choice")
     worst = max((r.max_rel_error for r in report.replaced if r.max_rel_error is not None), default=None)
     if report.max_abs_error == 0 and worst:
-        return f"worst layer {error(worst)} ({kind}); the outputs are insensitive here: 0"
+        return f"worst layer {error(worst)} ({kind}); the outputs are equal to the last bit"
     outputs = f"{error(report.max_rel_error)} relative, {error(report.max_abs_error)} absolute"
     return f"{outputs} ({kind}), worst layer {error(worst)}"
 
 
 def change(name: str, before: int | None, after: int | None) -> str:
-    """A line of totals: before, after, and the factor; a number that is not known is "unknown"."""
+    """A line of totals: before, after, and the factor; a missing number is "unknown"."""
     factor = f" (x{after / before:.2f})" if before and after is not None else ""
     old, new = ("unknown" if n is None else count(n) for n in (before, after))
     return f"{name:<11} {old} -> {new}{factor}"
 
 
 def took(seconds: float | None) -> str:
-    """A line of totals: how long it took."""
+    """A line of totals: the time taken."""
     return f"time        {'unknown' if seconds is None else f'{seconds:.1f} s'}"

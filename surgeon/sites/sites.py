@@ -259,7 +259,7 @@ def _site(
     if name in held:
         where = ", ".join(held[name])
         reasons.append(
-            f"it is held outside the module tree too, by {where}, which would go on using the old convolution"
+            f"it is held outside the module tree too, by {where}, which would keep using the old convolution"
         )
     if name in seen.readers:
         reasons.append(f"its weight is read outside its own forward, by {', '.join(seen.readers[name])}")
@@ -320,7 +320,7 @@ def _read_geometry(conv: Any) -> tuple[ConvGeometry | None, list[str]]:
     ]
     if not reasons and "weight" not in conv._parameters and not parametrize.is_parametrized(conv, "weight"):
         reasons.append(
-            "its weight is no parameter but written by a hook, as by pruning: torch.nn.utils.prune.remove makes it one"
+            "its weight is not a parameter but written by a hook, as by pruning: torch.nn.utils.prune.remove makes it one"
         )
     written = [] if reasons else written_by_call(conv)
     if written:

@@ -62,7 +62,7 @@ def other(*inputs: Any) -> Any:
 
 
 def check_pattern(pattern: str) -> None:
-    """Raise `ConfigError` for a pattern that there is not, or that no block can become."""
+    """Raise `ConfigError` for an unknown pattern, or one that no block can become."""
     if pattern == "mdcb":
         raise ConfigError(MDCB_REFUSED)
     if pattern != "dcb":

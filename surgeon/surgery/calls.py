@@ -13,11 +13,11 @@ from surgeon.errors import InputError, VerificationError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.sites.inputs import Inputs
 from surgeon.surgery.compare import Leaves, leaves
-from surgeon.surgery.verify import fails, outputs
+from surgeon.surgery.running import fails, outputs
 
 
 @dataclass(kw_only=True)
-class Seen:
+class LayerCalls:
     """Calls by name in one run, and the old convolutions that ran in it."""
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -25,7 +25,7 @@ class Seen:
 
 
 @contextmanager
-def counting(model: nn.Module, names: Mapping[str, nn.Module], seen: Seen) -> Iterator[None]:
+def counting(model: nn.Module, names: Mapping[str, nn.Module], seen: LayerCalls) -> Iterator[None]:
     """Count the calls of the modules with these names; the values of `names` should not run: their weights are watched."""
 
     def hook(name: str, old: nn.Module) -> Callable[..., None]:
@@ -50,7 +50,7 @@ def counting(model: nn.Module, names: Mapping[str, nn.Module], seen: Seen) -> It
 
 
 class _WatchOld(TorchFunctionMode):
-    def __init__(self, owners: Mapping[int, str], seen: Seen) -> None:
+    def __init__(self, owners: Mapping[int, str], seen: LayerCalls) -> None:
         super().__init__()
         self.owners, self.seen = owners, seen
 
@@ -67,7 +67,7 @@ def run_converted(
     model: nn.Module, old: Mapping[str, nn.Module], calls: Mapping[str, int], inputs: Inputs, seed: int
 ) -> Leaves:
     """Output of the converted model. Raises `VerificationError` unless each new layer runs as often as its convolution did."""
-    seen = Seen()
+    seen = LayerCalls()
     try:
         with counting(model, old, seen):
             output = outputs(model, inputs, seed)

@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 
-from surgeon.commands.console import Inspection
 from surgeon.errors import (
     ConfigError,
     ModelError,
@@ -23,11 +22,13 @@ from surgeon.sites.sites import ConvSite, find_sites
 from surgeon.sites.trace import trace_graph
 from surgeon.surgery.blocks import check_pattern, find_blocks
 from surgeon.surgery.compare import compare
-from surgeon.surgery.operation import Progress, Surgery, count_parameters
+from surgeon.surgery.inspection import Inspection
+from surgeon.surgery.operation import Surgery, count_parameters
 from surgeon.surgery.plan import Planned, make_plan
 from surgeon.surgery.raised import Raised
-from surgeon.surgery.verify import outputs
+from surgeon.surgery.running import outputs
 from surgeon.util.copying import copy_model, eager, without_compiler
+from surgeon.util.progress import OnProgress, silent
 
 
 @eager()
@@ -45,7 +46,7 @@ def convert(
     calibration: Any = None,
     seed: int = 0,
     check: bool = True,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     **layer_options: Any,
 ) -> tuple[nn.Module, Report]:
     """Replace convolutions by dynamic layers without changing the model's function.
@@ -77,7 +78,7 @@ def convert(
     if pattern is not None:
         layers, type, layer_options = _of_pattern(pattern, layers, type, recipe, layer_options)
     order = _read_order(layers, type, recipe, layer_options, seed)
-    tell = progress or _silent
+    tell = progress or silent
     model = without_compiler(model)
     _has_data(model)
     work = model if inplace else copy_model(model)
@@ -137,7 +138,7 @@ OPTIMIZER_NOTE = "an optimizer made before this conversion does not know"  # so 
 
 def _optimizer_note(surgery: Surgery) -> str:
     count = sum(len(list(layer.parameters())) for layer in surgery.layers.values())
-    return f"{OPTIMIZER_NOTE} {count} parameters of the new layers: make it anew"
+    return f"{OPTIMIZER_NOTE} {count} parameters of the new layers: recreate it"
 
 
 def _has_data(model: nn.Module) -> None:
@@ -147,10 +148,6 @@ def _has_data(model: nn.Module) -> None:
             f"{type(model).__name__} has tensors without data ({', '.join(empty[:3])}: on the meta device, or offloaded): "
             f"load its weights, or take the offloading off (accelerate.hooks.remove_hook_from_module), before it is converted"
         )
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    return None
 
 
 # --- the order ----------------------------------------------------------------------------------------------------
@@ -233,8 +230,10 @@ def _remember(result: nn.Module, order: _Order, surgery: Surgery) -> None:
         Rule(layers=quoted(name), type=layer.type_name, options=layer.config.to_dict())
         for name, layer in surgery.layers.items()
     )
-    classes = earlier.classes if earlier is not None else None
-    set_recipe(result, Recipe(rules=rules + new, base=base, seed=order.seed, versions=versions(), classes=classes))
+    made = Recipe(rules=rules + new, base=base, seed=order.seed, versions=versions())
+    if earlier is not None:
+        made = replace(made, classes=earlier.classes, task=earlier.task)
+    set_recipe(result, made)
 
 
 def _as_graph(result: nn.Module, surgery: Surgery, check: bool) -> nn.Module:

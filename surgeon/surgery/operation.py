@@ -22,21 +22,10 @@ from surgeon.surgery.compare import Difference, Leaves, compare
 from surgeon.surgery.gradients import check_gradients
 from surgeon.surgery.plan import Planned, nothing_replaced
 from surgeon.surgery.rewrite import Rewrite, build_layer
+from surgeon.surgery.running import halves_agree, outputs, run
 from surgeon.surgery.sizes import check_layers
-from surgeon.surgery.verify import (
-    Settled,
-    Verification,
-    halves_agree,
-    judge,
-    layer_limit,
-    measure,
-    outputs,
-    run,
-    settle_by_layer,
-    settle_in_double,
-)
-
-Progress = Callable[[str, int, int], None]
+from surgeon.surgery.verify import Settled, Verification, judge, layer_limit, measure, settle_by_layer, settle_in_double
+from surgeon.util.progress import OnProgress
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -52,7 +41,7 @@ class Surgery:
     sites: Sites
     plans: list[Planned]
     seed: int
-    tell: Progress
+    tell: OnProgress
     layers: dict[str, DynamicConv2d] = field(default_factory=dict)
     refused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rewrite: Rewrite | None = None

@@ -13,7 +13,7 @@ from surgeon.sites.sites import Sites
 from surgeon.surgery.compare import Leaves, compare
 from surgeon.surgery.functional import Functional, arguments, find_functional, is_assertion, refused_site
 from surgeon.surgery.rewrite import Rewrite
-from surgeon.surgery.verify import outputs
+from surgeon.surgery.running import outputs
 
 _ROUNDING = 1e-6  # by which the same operations may differ if memory layouts differ
 

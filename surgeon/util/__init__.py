@@ -1,1 +1,1 @@
-"""What every other room may use: files, tables, copies, the machine."""
+"""Utilities for all other packages: files, tables, copies, the machine."""

@@ -1,4 +1,4 @@
-"""Copies of models, their modes, and running a model without leaving a trace in it."""
+"""Copying models, their modes, and running a model without side effects on it."""
 
 import copy
 import sys
@@ -18,7 +18,7 @@ from surgeon.util.held import own_attributes, python_seeded, state_kept, walk
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """Deep copy, also of models that hold computed tensors (old-style `weight_norm`) or locks, which `copy.deepcopy` refuses.
+    """Deep copy that also supports computed tensors (old-style `weight_norm`) and locks, which `copy.deepcopy` refuses.
 
     Raises `ModelError` for a model that cannot be copied.
     """
@@ -26,7 +26,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def _what_deepcopy_refuses(model: nn.Module) -> dict[int, Any]:
-    """By id: computed tensors anywhere below the modules' attributes and hooks, copied, and locks and nodes, which are shared."""
+    """By id: computed tensors anywhere below the modules' attributes and hooks (copied), and locks and nodes (shared)."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in walk(*own_attributes(module).values(), module._forward_hooks, module._forward_pre_hooks):
@@ -34,13 +34,13 @@ def _what_deepcopy_refuses(model: nn.Module) -> dict[int, Any]:
                 memo[id(value)] = value.detach().clone()
             elif isinstance(value, _LOCKS):
                 memo[id(value)] = value
-        for node in own_attributes(module).get("input_placeholders", ()):  # of an unflattened program: only looked at
+        for node in own_attributes(module).get("input_placeholders", ()):  # of an unflattened program: read-only
             memo[id(node)] = node
     return memo
 
 
 def _uncompiled(twin: nn.Module) -> nn.Module:
-    """A copy without `torch.compile`: modules lose their wrapper, compiled methods belong to the copy, not to the original."""
+    """A copy without `torch.compile`: modules lose their wrapper; compiled methods are bound to the copy, not the original."""
     twin = without_compiler(twin)
     for module in list(twin.modules()):
         for key, child in module._modules.items():
@@ -67,8 +67,8 @@ def _deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. Take what cannot be copied "
-            f"(open files, processes, handles) out of the model while it is converted"
+            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. Remove what cannot be copied "
+            f"(open files, processes, handles) from the model during the conversion"
         ) from error
     modes = {name: module.training for name, module in model.named_modules()}
     for name, module in twin.named_modules():  # copies of graphs come out in training mode
@@ -91,13 +91,13 @@ def _to_meta(tensor: Tensor) -> Tensor:
 
 
 def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that modules hold as plain attributes, neither parameters nor buffers."""
+    """Tensors stored as plain attributes of modules, neither parameters nor buffers."""
     for module in model.modules():
         yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
 def is_lazy(module: nn.Module) -> bool:
-    """Whether a parameter or buffer below has no shape yet."""
+    """Whether a parameter or buffer in the module has no shape yet."""
     return any(is_lazy_tensor(t) for t in [*module.parameters(), *module.buffers()])
 
 
@@ -107,7 +107,7 @@ _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode and without gradients; afterwards every module's mode, buffers and other state are as before."""
+    """Context in eval mode without gradients; afterward every module's mode, buffers and other state are restored."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(b, b.clone()) for b in model.buffers() if not is_lazy_tensor(b)]
     for module, _ in modes:
@@ -125,7 +125,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """With the random generators of torch (all devices), Python and numpy set to this seed; afterwards they are as before."""
+    """Context that seeds torch (all devices), Python and numpy, and restores their generators afterward."""
     with torch.random.fork_rng(), python_seeded(seed):
         torch.manual_seed(seed)
         yield
@@ -133,7 +133,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def quiet_eager() -> Iterator[None]:
-    """As `eager`, without warnings."""
+    """Like `eager`, without warnings."""
     with warnings.catch_warnings(), eager():
         warnings.simplefilter("ignore")
         yield
@@ -141,7 +141,7 @@ def quiet_eager() -> Iterator[None]:
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Without autocast, inference mode and compilation: what is compiled computes as it is written."""
+    """Context without autocast, inference mode and compilation: compiled code runs eagerly."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         for device in _AUTOCAST:
@@ -154,7 +154,7 @@ def eager() -> Iterator[None]:
 
 @contextmanager
 def strict_float32() -> Iterator[None]:
-    """Without TF32 on CUDA, which rounds products to 10 bits, and with reproducible convolutions."""
+    """Context without TF32 on CUDA, which rounds products to 10 bits, and with reproducible convolutions."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -165,13 +165,13 @@ def strict_float32() -> Iterator[None]:
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
-    """Switch gradient checkpointing on, by timm's method. Raises `ConfigError` for a model that has none or does not support it."""
+    """Enable gradient checkpointing by timm's method. Raises `ConfigError` if the model does not have or support it."""
     switch = getattr(model, "set_grad_checkpointing", None)
     if switch is None:
         raise ConfigError(
-            f"{type(model).__name__} has no set_grad_checkpointing: gradient checkpointing is for models that have it (timm's)"
+            f"{type(model).__name__} has no set_grad_checkpointing: gradient checkpointing needs a model that has it (timm's do)"
         )
     try:
         switch(True)
-    except (AssertionError, RuntimeError) as error:  # how timm says that a network does not support it
+    except (AssertionError, RuntimeError) as error:  # timm's way to report that a network does not support it
         raise ConfigError(f"{type(model).__name__} does not support gradient checkpointing: {error}") from error

@@ -1,7 +1,8 @@
-"""Files: JSON is read within limits, what is written appears whole or not at all, and names in a file stay in its folder."""
+"""Files: JSON read within limits, atomic writes, and names in a file confined to its folder."""
 
 import atexit
 import json
+import logging
 import math
 import os
 import shutil
@@ -16,16 +17,16 @@ from surgeon.errors import CheckpointError, SurgeonError
 from surgeon.util.unfinished import unfinished
 
 MOST_BYTES = 64 << 20  # of a JSON file
-_DEPTH = 64  # of lists and objects in one another
-_WHOLE = 2**64  # whole numbers are smaller
-_NAME = 255  # bytes of a file's name
+_DEPTH = 64  # nesting of lists and objects
+_WHOLE = 2**64  # integers are smaller
+_NAME = 255  # bytes of a file name
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_json(path: str | Path, error: type[SurgeonError] = CheckpointError, what: str = "") -> Any:
-    """The JSON values of a file; raises `error`, which says `what` it was to be."""
+    """The JSON values of a file; raises `error`, which says `what` was expected."""
     return parse_json(read_text(path, error, what), f"{what} {path}".strip(), error)
 
 
@@ -38,7 +39,7 @@ def read_object(path: str | Path, error: type[SurgeonError] = CheckpointError) -
 
 
 def read_text(path: str | Path, error: type[SurgeonError] = CheckpointError, what: str = "") -> str:
-    """The text of a file of ordinary size; raises `error`, which says `what` it was to be."""
+    """The text of a file of ordinary size; raises `error`, which says `what` was expected."""
     shown = f"{what} {shortened(path)}".strip()
     try:
         with Path(path).open("rb") as file:
@@ -55,9 +56,9 @@ def read_text(path: str | Path, error: type[SurgeonError] = CheckpointError, wha
 
 
 def parse_json(text: str | bytes, where: str, error: type[SurgeonError] = CheckpointError) -> Any:
-    """JSON values of a text. Raises `error` for a mistake, with its line, and for what no file of ours has.
+    """JSON values of a string. Raises `error` for a syntax error, with its line, and for values outside our limits:
 
-    That is: numbers that are not finite or do not fit into 64 bits, and nesting beyond reason.
+    numbers that are not finite or do not fit in 64 bits, and excessive nesting.
     """
     try:
         values = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
@@ -95,9 +96,9 @@ def _items(values: dict[str, Any] | list[Any]) -> Any:
 
 
 def check_fields(values: Any, fields: Any, where: str, error: type[SurgeonError] = CheckpointError) -> None:
-    """Raise `error`, which says where, unless the values are of the types that `fields` says.
+    """Raise `error`, with `where`, unless the values have the types described by `fields`.
 
-    A type, or a tuple of types; a list of one kind of items; a dictionary of keys that must be there, or of "*" for any keys.
+    A type, or a tuple of types; a list with one item type; a dictionary of required keys, or of "*" for any keys.
     """
     if isinstance(fields, type | tuple):
         kinds = fields if isinstance(fields, tuple) else (fields,)
@@ -116,19 +117,19 @@ def check_fields(values: Any, fields: Any, where: str, error: type[SurgeonError]
 
 
 def told(value: Any) -> str:
-    """A value for a message: "nothing" for None, on one line, long ones cut."""
+    """A value for a message: "nothing" for None, on one line, shortened if long."""
     text = "nothing" if value is None else " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def inside(folder: Path, name: Any, error: type[SurgeonError] = CheckpointError) -> Path:
-    """The entry of a folder that a file names. Raises `error` unless that is a plain name, and no link.
+    """The entry of a folder named by a file. Raises `error` unless it is a plain name, and not a link.
 
-    Whoever wrote the file may be a stranger: `../../secret`, `/etc/passwd` and links must not lead out of the folder. The
-    Hub's cache is made of links to its own `blobs`, which are the files of that folder.
+    The file may be untrusted: `../../secret`, `/etc/passwd` and links must not lead out of the folder. The
+    Hub's cache consists of links to its own `blobs`, which count as files of that folder.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or not name.isprintable():
-        raise error(f"{folder}: {told(name)} is not the name of something in this folder")
+        raise error(f"{folder}: {told(name)} is not the name of an entry of this folder")
     path = folder / name
     if folder.is_symlink() or (path.is_symlink() and not _in_hub_cache(path)):
         raise error(f"{path} is a link, or in one: links are not followed")
@@ -136,7 +137,7 @@ def inside(folder: Path, name: Any, error: type[SurgeonError] = CheckpointError)
 
 
 def _in_hub_cache(path: Path) -> bool:
-    """Whether a link is HOME/snapshots/COMMIT/NAME and leads to a file in HOME/blobs, itself no link."""
+    """Whether a link is HOME/snapshots/COMMIT/NAME and points to a file in HOME/blobs that is not itself a link."""
     snapshots = path.absolute().parent.parent
     return snapshots.name == "snapshots" and path.resolve().parent == snapshots.parent.resolve() / "blobs"
 
@@ -155,9 +156,9 @@ def check_plain(folder: Path, error: type[SurgeonError] = CheckpointError) -> No
 
 @contextmanager
 def writing(path: str | Path, error: type[SurgeonError] = CheckpointError) -> Iterator[Path]:
-    """A place to write a file at, which takes its name when the block ends well; otherwise nothing is left.
+    """A temporary path that is renamed to `path` if the block succeeds; otherwise nothing is left.
 
-    Raises `error` where it cannot be written, be it that the disk is full.
+    Raises `error` if it cannot be written, including when the disk is full.
     """
     path = Path(path)
     try:
@@ -175,9 +176,9 @@ def writing(path: str | Path, error: type[SurgeonError] = CheckpointError) -> It
 
 @contextmanager
 def filling(path: str | Path, error: type[SurgeonError] = CheckpointError) -> Iterator[Path]:
-    """A fresh folder whose files move into the folder `path`, which may have others, when the block ends well.
+    """A new folder whose files move into the folder `path`, which may contain others, if the block succeeds.
 
-    Raises `error` where they cannot be written; then nothing is left.
+    Raises `error` if they cannot be written; then nothing is left.
     """
     path = Path(path)
     try:
@@ -194,19 +195,19 @@ def filling(path: str | Path, error: type[SurgeonError] = CheckpointError) -> It
 
 
 def write_text(path: str | Path, text: str, error: type[SurgeonError] = CheckpointError) -> None:
-    """A text file that appears whole or not at all; raises `error`."""
+    """Write a text file atomically; raises `error`."""
     with writing(path, error) as fresh:
         fresh.write_text(text, encoding="utf-8")
 
 
 def write_bytes(path: str | Path, content: bytes, error: type[SurgeonError] = CheckpointError) -> None:
-    """A file that appears whole or not at all; raises `error`."""
+    """Write a file atomically; raises `error`."""
     with writing(path, error) as fresh:
         fresh.write_bytes(content)
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file, or a folder's list of files, to the disk."""
+    """Flush a file, or a folder's directory entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -215,7 +216,7 @@ def sync(path: Path) -> None:
 
 
 def shortened(path: str | Path) -> str:
-    """A path for a message: names that no file can have may be pages long."""
+    """A path for a message, shortened: invalid names may be pages long."""
     text = str(path)
     return text if len(text) <= _NAME else f"{text[:60]}... ({len(text)} characters)"
 
@@ -225,20 +226,18 @@ def shortened(path: str | Path) -> str:
 
 @cache
 def _temporary_cache() -> Path:
-    import logging
-
     folder = tempfile.mkdtemp(prefix="surgeon-cache-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    logging.getLogger(__name__).warning("there is no home folder: tables are kept in %s (or set SURGEON_CACHE)", folder)
+    logging.getLogger(__name__).warning("no home folder: tables are stored in %s (or set SURGEON_CACHE)", folder)
     return Path(folder)
 
 
 def cache_folder() -> Path:
-    """Where tables are kept: `SURGEON_CACHE`, else ~/.cache/surgeon; a temporary folder for those without a home."""
+    """Folder for cached tables: `SURGEON_CACHE`, else ~/.cache/surgeon; a temporary folder for users without a home."""
     given = os.environ.get("SURGEON_CACHE")
     if given:
         return Path(given)
     try:
         return Path.home() / ".cache" / "surgeon"
-    except RuntimeError:  # HOME is unset, and the user is in no password file
+    except RuntimeError:  # HOME is unset, and the user is not in the password file
         return _temporary_cache()

@@ -1,4 +1,4 @@
-"""What objects hold: a walk through containers, objects, methods and closures, and putting back what a run changed."""
+"""Object graphs: a walk through containers, objects, methods and closures, and restoring what a run changed."""
 
 import functools
 import random
@@ -26,12 +26,12 @@ _OPAQUE = (
     fx.Graph,
     fx.Node,
 )
-_OWN = frozenset(vars(nn.Module()))  # what PyTorch keeps in every module
-_MOST = 10_000  # objects that are looked at below one attribute
+_OWN = frozenset(vars(nn.Module()))  # PyTorch's own attributes of every module
+_MOST = 10_000  # maximum number of objects visited below one attribute
 
 
 def held_by(value: Any) -> Iterator[Any]:
-    """What an object directly holds. Modules, tensors and plain values hold nothing here."""
+    """Objects directly referenced by an object. Modules, tensors and plain values count as referencing nothing."""
     if isinstance(value, (*_OPAQUE, nn.Module, Tensor)):
         return
     if isinstance(value, Mapping):
@@ -48,7 +48,7 @@ def held_by(value: Any) -> Iterator[Any]:
 
 
 def walk(*roots: Any) -> Iterator[Any]:
-    """The roots and all that they hold, each object once."""
+    """The roots and everything reachable from them, each object once."""
     seen: dict[int, Any] = {}
     waiting = list(roots)
     while waiting and len(seen) < _MOST:
@@ -61,7 +61,7 @@ def walk(*roots: Any) -> Iterator[Any]:
 
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that its class added to those of `nn.Module`."""
+    """The attributes of a module beyond those of `nn.Module`."""
     return {key: value for key, value in vars(module).items() if key not in _OWN}
 
 
@@ -76,7 +76,7 @@ def outside_references(model: nn.Module, names: Iterable[str]) -> dict[str, list
     for prefix, owner in model.named_modules():
         for key, value in own_attributes(owner).items():
             if key == "graph_module" and isinstance(vars(owner).get("graph"), fx.Graph):
-                continue  # of an unflattened program: only its code runs, on the modules of the owner
+                continue  # of an unflattened program: only its code runs, on the owner's modules
             for held in walk(value):
                 if not isinstance(held, nn.Module) or held is owner:
                     continue
@@ -95,7 +95,7 @@ def _is_filled(cell: Any) -> bool:
 
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards attributes, lists, objects, tensors and random generators that the modules hold are as they were."""
+    """Context that restores the attributes, lists, objects, tensors and random generators held by the modules."""
     before: list[tuple[Any, Any]] = []
     for module in model.modules():
         own = own_attributes(module)
@@ -111,7 +111,7 @@ def state_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _content(value: Any) -> Any:
-    """A shallow copy of what can change in an object; None where nothing can, or nothing is known of it."""
+    """A shallow copy of an object's mutable content; None if it has none, or none is known."""
     if isinstance(value, Tensor):
         return value.detach().clone() if type(value) in (Tensor, nn.Parameter) and not value.is_meta else None
     if isinstance(value, dict | list | set | deque):
@@ -160,7 +160,7 @@ def _put_back(value: Any, kept: Any) -> None:
 
 
 def _same(value: Any, kept: Any) -> bool:
-    """Whether a dictionary holds the same objects in the same order; sets are simply filled again."""
+    """Whether a dictionary contains the same objects in the same order; sets are simply refilled."""
     if not isinstance(value, dict):
         return False
     return [*map(id, value.values())] == [*map(id, kept.values())] and [*value] == [*kept]
@@ -168,7 +168,7 @@ def _same(value: Any, kept: Any) -> bool:
 
 @contextmanager
 def python_seeded(seed: int) -> Iterator[None]:
-    """With the global generators of Python and numpy set to this seed; afterwards they are as before."""
+    """Context that seeds the global generators of Python and numpy and restores them afterward."""
     numpy = sys.modules.get("numpy")
     before, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
     random.seed(seed)

@@ -1,4 +1,4 @@
-"""What this machine is: a name that no other has, whether a process of it still runs, and how much memory it has."""
+"""This machine: a unique name, whether one of its processes still runs, and its memory."""
 
 import contextlib
 import hashlib
@@ -8,13 +8,14 @@ from functools import cache
 from pathlib import Path
 
 from surgeon.errors import ConfigError
+from surgeon.util.parse import parse_quantity
 
-MEMORY = "SURGEON_MEMORY"  # environment: bytes that a model or an input may take, in the place of the machine's memory
+MEMORY = "SURGEON_MEMORY"  # environment: bytes allowed for a model or an input, instead of the machine's memory
 
 
 @cache
 def machine() -> str:
-    """Host name, and a hash of the boot and of the namespace of process ids: names and numbers alone are not unique.
+    """Host name plus a hash of the boot and of the process-id namespace: names and numbers alone are not unique.
 
     Containers and cloned machines share their host name, and each has a process 1.
     """
@@ -27,25 +28,23 @@ def machine() -> str:
 
 
 def has_ended(process: int) -> bool:
-    """Whether there is no process of this number on this machine."""
+    """Whether no process with this number exists on this machine."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return True
-    except OSError:  # it is there, and another user's
+    except OSError:  # it exists and belongs to another user
         return False
     return False
 
 
 def memory() -> int:
-    """Bytes that this machine, or this process's control group, has; `SURGEON_MEMORY` (16GiB) overrides."""
+    """Bytes of memory available to this machine or this process's control group; `SURGEON_MEMORY` (16GiB) overrides."""
     given = os.environ.get(MEMORY)
     if given:
-        from surgeon.util.parse import parse_quantity
-
         return int(parse_quantity(given, MEMORY))
     if not hasattr(os, "sysconf"):
-        return 2**62  # nobody knows
+        return 2**62  # unknown
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
@@ -54,21 +53,21 @@ def memory() -> int:
 
 
 class TooLargeError(ConfigError):
-    """Something would take more than this machine has, or than anybody needs."""
+    """A request beyond this machine's memory, or beyond any sensible size."""
 
 
 def check_memory(needed: int, what: str) -> None:
-    """Raise `TooLargeError` for what this machine has no memory for, before it is allocated. `needed` is in bytes."""
+    """Raise `TooLargeError` before an allocation that this machine lacks the memory for. `needed` is in bytes."""
     limit = memory()
     if needed > limit:
         raise TooLargeError(
             f"{what} would take {needed:,} bytes ({needed / 2**30:,.1f} GiB), and this machine has {limit / 2**30:,.1f} GiB; "
-            f"if it is meant, set {MEMORY} to a higher number (64GiB)"
+            f"if this is intended, set {MEMORY} to a higher number (64GiB)"
         )
 
 
 def take_gpu(device: str) -> None:
-    """Make the GPU that is asked for the one that "cuda" means. Raises `ConfigError` where there is none."""
+    """Make "cuda" refer to the requested GPU. Raises `ConfigError` if it does not exist."""
     if not device.startswith("cuda"):
         return
     import torch
@@ -78,5 +77,5 @@ def take_gpu(device: str) -> None:
     if index >= count:
         raise ConfigError(f"device {device}: this machine has {count or 'no'} CUDA device{'s' if count != 1 else ''}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"device {device}: of several processes each takes its own GPU; leave it at auto")
+        raise ConfigError(f"device {device}: with several processes each takes its own GPU; leave it at auto")
     torch.cuda.set_device(index)

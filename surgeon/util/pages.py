@@ -1,6 +1,6 @@
-"""HTML pages that need nothing beside them: text, tables and figures to hover, click and read on a phone, light and dark.
+"""Self-contained HTML pages: text, tables and figures to hover, click and read on a phone, light and dark.
 
-A figure is SVG that is there without a script; the script only shows what a mark is (on hover, tap or focus) and pins it.
+A figure is SVG that works without scripts; the script only describes a mark (on hover, tap or focus) and pins it.
 """
 
 import html
@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 440, 260  # of a figure's own coordinates
+WIDTH, HEIGHT = 440, 260  # of a figure, in its own coordinates
 _RIGHT, _TOP, _BOTTOM = 12, 14, 46
 
 _STYLE = """:root{color-scheme:light dark;--bg:#fff;--ink:#1c2024;--soft:#60646c;--line:#d9dce1;--card:#f6f7f9;
@@ -49,7 +49,7 @@ e=m.reduce((a,b)=>away(a,c)<=away(b,c)?a:b);if(away(e,c)>24)return}if(e)set(e)})
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A point at (x, y) in the units of the data; `low` and `high` are the ends of its error bar, `told` is what hovering shows."""
+    """A point at (x, y) in data units; `low` and `high` are the ends of its error bar, `told` is its tooltip."""
 
     x: float
     y: float
@@ -70,9 +70,9 @@ background:none;white-space:nowrap}
 
 
 def snippet(title: str, table: str, totals: str, more: Sequence[tuple[str, str]] = ()) -> str:
-    """A part of somebody else's page, as a notebook: a heading, a table of `rows`, totals, and texts to unfold.
+    """A fragment for another page, such as a notebook: a heading, a table of `rows`, totals, and collapsed texts.
 
-    It has the colors of its surroundings, light or dark, and no script.
+    It takes on the surrounding colors, light or dark, and has no script.
     """
     folded = "".join(
         f"<details><summary>{html.escape(heading)}</summary><pre>{html.escape(text)}</pre></details>"
@@ -97,17 +97,17 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def section(heading: str, how: str, content: str) -> str:
-    """A heading in words, a sentence on how to read what follows, and that."""
+    """A heading, a sentence on how to read the content, and the content."""
     return f"<section><h2>{html.escape(heading)}</h2>{paragraph(how, 'soft') if how else ''}{content}</section>"
 
 
 def grid(sections: Sequence[str]) -> str:
-    """Sections beside each other where there is room."""
+    """Sections side by side if there is room."""
     return f'<div class="grid">{"".join(sections)}</div>'
 
 
 def rows(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table; columns of numbers are flush right."""
+    """A table; columns of numbers are right-aligned."""
     numeric = [bool(lines) and all(_is_number(line[i]) for line in lines) for i in range(len(lines[0]) if lines else 0)]
     kinds = [' class="n"' if number else "" for number in numeric]
     head = "".join(f"<th{kind}>{html.escape(cell)}</th>" for cell, kind in zip(header, kinds, strict=False))
@@ -142,13 +142,13 @@ def chart(
 ) -> str:
     """Marks with error bars, and lines of (points, group). Axes are labeled `across` and `up`.
 
-    `level` is a dashed horizontal line; `names` stand below 0, 1, ... in place of numbers; `log` spreads x by its logarithm;
-    `percent` shows x so. Marks whose value is not finite are left out.
+    `level` is a dashed horizontal line; `names` label 0, 1, ... instead of numbers; `log` makes x logarithmic;
+    `percent` formats x as percentages. Marks with non-finite values are left out.
     """
     marks = [mark for mark in marks if math.isfinite(mark.x) and math.isfinite(mark.y)]
     xs = [mark.x for mark in marks] + [x for points, _ in lines for x, _ in points] or [1.0]
-    whole = all(x == int(x) for x in xs)  # what is counted has no halves
-    xs += [-0.4, len(names) - 0.6] if names else []  # every name has its place, beside which marks may stand
+    whole = all(x == int(x) for x in xs)  # counts have no halves
+    xs += [-0.4, len(names) - 0.6] if names else []  # every name has its position, and marks may be next to it
     ys = [v for m in marks for v in (m.y, m.low, m.high) if v is not None] + [
         y for points, _ in lines for _, y in points
     ]
@@ -183,7 +183,7 @@ def map_of(
     labels: Sequence[str],
     told: Sequence[str],
 ) -> str:
-    """A grid of colors: `cells[row][column]` is the number of a label, 0 the empty one; `told` is what a column shows."""
+    """A grid of colors: `cells[row][column]` is the number of a label, 0 the empty one; `told` returns a column's tooltip."""
     left = min(max((len(name) for name in down), default=1), 22) * 7 + 8
     wide = (WIDTH - left - 4) / max(len(across), 1)
     tall = 17
@@ -220,7 +220,7 @@ def _figure(parts: Sequence[str], groups: Sequence[str], height: float, label: s
 
 
 class _Scale:
-    """From values to a place between two ends, with a little room around them."""
+    """Maps values to positions between two ends, with a small margin."""
 
     def __init__(self, values: Sequence[float], start: float, end: float, *, log: bool = False) -> None:
         self.log = log and min(values) > 0
@@ -236,7 +236,7 @@ class _Scale:
         return self.start + (self._placed(value) - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, *, whole: bool = False) -> list[float]:
-        """About four round values, whole ones if it is whole numbers that are placed; 1, 2 and 5 of each decade of a log scale."""
+        """About four round values, integers for integer data; 1, 2 and 5 of each decade of a log scale."""
         if self.log:
             decades = range(math.floor(self.low), math.floor(self.high) + 1)
             parts = (1,) if self.high - self.low > 2 else (1, 2, 5)

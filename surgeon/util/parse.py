@@ -1,4 +1,4 @@
-"""Reading and writing quantities as people write them: `4.5G`, `8GiB`, `224x320`."""
+"""Parsing and formatting human-readable quantities: `4.5G`, `8GiB`, `224x320`, `1.5h`, `5%`."""
 
 import re
 from typing import Any
@@ -8,13 +8,16 @@ from surgeon.errors import ConfigError
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _MOST = 1e24
+_SPAN = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(|ep|%)")
+_TIME = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([smhd]?)")
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _QUANTITY = re.compile(
     r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?|\.[0-9]+)\s*([kmgt]?i?)(b|flops?|macs?)?\s*", re.IGNORECASE
 )
 
 
 def parse_quantity(value: str | int | float, what: str = "quantity") -> int:
-    """A count or a number of bytes: `4.5G` is 4.5e9, `8GiB` 8·2³⁰, `512MB` 512e6, plain numbers as they are.
+    """A count or a number of bytes: `4.5G` is 4.5e9, `8GiB` 8·2³⁰, `512MB` 512e6; plain numbers are unchanged.
 
     A letter alone and `…B` count in powers of ten, `…i` and `…iB` in powers of two. Raises `ConfigError` for anything else,
     for negative numbers and for zero.
@@ -63,11 +66,22 @@ def _is_size(part: Any) -> bool:
     return isinstance(part, int) and not isinstance(part, bool)
 
 
+def parse_span(text: str, what: str = "span") -> tuple[float, str]:
+    """(number, unit): the unit is "" for optimizer steps, "ep" for epochs, "%" of the run. Raises `ConfigError`."""
+    match = _SPAN.fullmatch(str(text).strip())
+    if match is None or (not match[2] and not float(match[1]).is_integer()):
+        raise ConfigError(f"{what}: expected steps (200), epochs (1.5ep) or a percentage of the run (5%), got {text!r}")
+    return float(match[1]), match[2]
+
+
+def parse_time(text: str | float, what: str = "time") -> float:
+    """Seconds of "90", "45s", "30m", "1.5h", "2d". Raises `ConfigError`."""
+    match = _TIME.fullmatch(str(text).strip())
+    if match is None or float(match[1]) == 0:
+        raise ConfigError(f"{what}: expected a time such as 90s, 30m or 1.5h, got {text!r}")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
 def mebibytes(count: float) -> str:
     """Bytes in MiB with one decimal."""
     return f"{count / 2**20:,.1f} MiB"
-
-
-def giga(count: float) -> str:
-    """A count in 10⁹ with three decimals and its letter, or in 10⁶ where it is smaller."""
-    return f"{count / 1e9:.3f} G" if abs(count) >= 1e8 else f"{count / 1e6:.3f} M"

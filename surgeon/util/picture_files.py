@@ -1,4 +1,4 @@
-"""Files of pictures: found below a folder, and opened only as what they are."""
+"""Image files: found below a folder, and opened only in supported formats."""
 
 import logging
 import os
@@ -17,42 +17,42 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-# Pictures that are not taken: what they hold is not one picture of 8 bits, or Pillow alone does not read it.
+# Unsupported image files: not a single 8-bit image, or not readable by Pillow alone.
 _OTHERS = frozenset(
     {".gif", ".heic", ".heif", ".avif", ".jp2", ".jpe", ".jxl", ".tga", ".psd", ".exr", ".hdr", ".dng", ".cr2", ".nef"}
 )
-_LEFT = frozenset({"__MACOSX", "@eaDir"})  # what macOS and Synology leave behind
+_LEFT = frozenset({"__MACOSX", "@eaDir"})  # created by macOS and Synology
 PIXELS = "SURGEON_MAX_PIXELS"
-_MOST = 178_956_970  # pixels: where Pillow, too, takes a picture for a bomb
+_MOST = 178_956_970  # pixels: Pillow's own limit against decompression bombs
 _NAMED = 5
-_DEEP = re.compile(r";(12|16|32)[BLNS]")  # Pillow's names of raw formats with more than 8 bits a channel
+_DEEP = re.compile(r";(12|16|32)[BLNS]")  # Pillow's names of raw formats with more than 8 bits per channel
 
 
 def files_below(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[Path]:
-    """The files below a folder that end so, by name; links are followed, hidden things and leftovers left out.
+    """The files below a folder with these suffixes, by name; follows links, skips hidden and system files.
 
-    Pictures of other kinds are left out with a warning. Raises `DataError` for links that lead nowhere, and for folders that
-    cannot be read.
+    Images of other kinds are skipped with a warning. Raises `DataError` for broken links and unreadable
+    folders.
     """
     broken: list[str] = []
     everything = sorted(_walk(folder, (), broken))
     if broken:
         shown = "\n".join(f"  {text}" for text in [*broken[:_NAMED], *(["..."] if len(broken) > _NAMED else [])])
-        raise DataError(f"{folder}: links that lead nowhere ({len(broken)}):\n{shown}")
+        raise DataError(f"{folder}: broken links ({len(broken)}):\n{shown}")
     others = sorted({path.suffix.lower() for path in everything} & _OTHERS)
     if others:
         count = sum(path.suffix.lower() in others for path in everything)
-        _warn(f"{folder}: {count} pictures are left out, for {', '.join(others)} is not read: save them as .png")
+        _warn(f"{folder}: skipped {count} pictures because {', '.join(others)} is not supported: save them as .png")
     return [path for path in everything if path.suffix.lower() in suffixes]
 
 
 def is_left_out(name: str) -> bool:
-    """Whether something of this name is hidden, or a leftover of a system."""
+    """Whether a name is hidden or created by the system."""
     return name.startswith(".") or name in _LEFT
 
 
 def _walk(folder: Path, above: tuple[tuple[int, int], ...], broken: list[str]) -> Iterator[Path]:
-    """All files; a folder that is linked into itself is entered once."""
+    """All files; a folder linked into itself is entered once."""
     try:
         stat = folder.stat()
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -83,34 +83,34 @@ def _warn(text: str) -> None:
 
 @contextmanager
 def opened(path: Path) -> "Iterator[Image.Image]":
-    """An image whose header was read. Raises `DataError` for what is none, is cut to 8 bits, or is larger than allowed.
+    """An image with its header read. Raises `DataError` if it is not an image, would be cut to 8 bits, or is too large.
 
-    Pillow reads colors of 16 bits as their upper 8 bits, which makes dark pictures black: so they are refused.
+    Pillow reads 16-bit colors as their upper 8 bits, which turns dark images black, so they are refused.
     """
     from PIL import Image
 
     before, most = Image.MAX_IMAGE_PIXELS, most_pixels()
     try:
-        Image.MAX_IMAGE_PIXELS = None  # the limit below is the one that can be moved
+        Image.MAX_IMAGE_PIXELS = None  # the limit below is the configurable one
         image = Image.open(path)
-    except Exception as error:  # on broken files Pillow's decoders raise whatever comes up
+    except Exception as error:  # Pillow's decoders raise arbitrary errors on broken files
         raise DataError(f"cannot read the image {path}: {error}") from error
     finally:
-        Image.MAX_IMAGE_PIXELS = before if most == _MOST else most  # Pillow asks again when a picture is cut
+        Image.MAX_IMAGE_PIXELS = before if most == _MOST else most  # Pillow checks again when an image is cropped
     with image:
         pixels = image.width * image.height
         if pixels > most:
             raise DataError(
-                f"{path} has {image.width}x{image.height} pixels, more than {most:,}, the limit against files that fill the "
-                f"memory; {PIXELS}={pixels} lets it in"
+                f"{path} has {image.width}x{image.height} pixels, more than {most:,}, the limit against files that exhaust the "
+                f"memory; set {PIXELS}={pixels} to allow it"
             )
         if _is_deep(image):
-            raise DataError(f"{path} has 16 bits a channel, which would be cut to 8: save it with 8 bits a channel")
+            raise DataError(f"{path} has 16 bits per channel, which would be cut to 8: save it with 8 bits per channel")
         yield image
 
 
 def most_pixels() -> int:
-    """Pixels that a picture may have: those of `SURGEON_MAX_PIXELS`. Raises `ConfigError`."""
+    """Maximum number of pixels of an image: `SURGEON_MAX_PIXELS`. Raises `ConfigError`."""
     text = os.environ.get(PIXELS, "")
     if not text:
         return _MOST
@@ -120,7 +120,7 @@ def most_pixels() -> int:
 
 
 def _is_deep(image: "Image.Image") -> bool:
-    """Whether the file has more bits a channel than Pillow's image of it."""
+    """Whether the file has more bits per channel than Pillow's image of it."""
     for tile in getattr(image, "tile", ()):
         arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         if image.format == "PPM":  # (mode, largest value)

@@ -1,4 +1,4 @@
-"""Plain-text tables that read well at 80 columns and in a pipe: ASCII only, no colors, nothing cut without a mark."""
+"""Plain-text tables for 80 columns and pipes: ASCII only, no colors, nothing truncated without a mark."""
 
 import math
 import textwrap
@@ -8,10 +8,10 @@ GAPS = ("  ", " ")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int = 80, left: int = 1) -> str:
-    """Columns, the first `left` of them flush left, the others flush right.
+    """Columns, the first `left` of them left-aligned, the others right-aligned.
 
-    Where the lines would be longer than `width` the columns move together, then the first column gets narrower: what does not
-    fit into it stands whole on a line of its own, above the rest of its row.
+    If the lines are longer than `width`, the columns move together, then the first column gets narrower: text that does not
+    fit in it goes on a separate line above the rest of its row.
     """
     if not rows:
         return ""
@@ -32,7 +32,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int = 
 
 
 def shorten(text: str, width: int) -> str:
-    """At most `width` characters of the text, its middle left out: names of layers differ at their ends."""
+    """At most `width` characters of the text, with the middle left out: layer names differ at their ends."""
     if len(text) <= width:
         return text
     head = (width - 2) // 2
@@ -40,7 +40,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def paragraph(text: str, *, width: int = 80, indent: str = "", hang: str | None = None) -> str:
-    """The text wrapped at `width`; `hang` indents what follows the first line (default: as `indent`)."""
+    """The text wrapped at `width`; `hang` indents all lines after the first (default: `indent`)."""
     return textwrap.fill(
         text,
         width=width,

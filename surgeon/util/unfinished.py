@@ -1,4 +1,4 @@
-"""A place for what is being written: beside its target, on the same disk, gone when the writing fails."""
+"""Temporary folder for output in progress: next to its target, on the same disk, removed if writing fails."""
 
 import hashlib
 import os
@@ -11,22 +11,22 @@ from pathlib import Path
 
 from surgeon.util.machine import has_ended, machine
 
-_OLD = 7 * 24 * 3600.0  # seconds, after which what another machine left is nobody's
-_LONG = 150  # bytes of a name, beyond which its hash stands for it
+_OLD = 7 * 24 * 3600.0  # seconds after which another machine's leftovers are considered abandoned
+_LONG = 150  # bytes of a name beyond which its hash replaces it
 _NUMBERS = count()
 
 
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """A fresh folder beside `path`; with the block it goes, and what is still in it.
+    """A new folder next to `path`, removed with its remaining content at the end of the block.
 
-    First goes what killed processes left there.
+    Removes leftovers of killed processes first.
     """
     stem = f".{_short(path.name)}.partial-"
     _remove_stale(path.parent, stem)
     folder = path.with_name(f"{stem}{machine()}-{os.getpid()}-{next(_NUMBERS)}")
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that had this number before
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier process with this number
         folder.mkdir(parents=True)
         yield folder
     finally:
@@ -39,7 +39,7 @@ def _short(name: str) -> str:
 
 
 def _remove_stale(parent: Path, stem: str) -> None:
-    """What ended processes of this machine left for any target, and what others left for this one long ago."""
+    """Remove what ended processes of this machine left for any target, and what others left for this one long ago."""
     here = f".partial-{machine()}-"
     for left in parent.glob(".*.partial-*"):
         _, ours, process = left.name.rpartition(here)

@@ -1,1 +1,1 @@
-"""Pictures and numbers of what varies in a model: captured with hooks, measured, drawn."""
+"""Pictures and measurements of what varies in a model: captured with hooks, measured, drawn."""

@@ -1,4 +1,4 @@
-"""How much a dynamic layer adapts: what its generator sees of the content, and how far its code varies over one image."""
+"""How much a dynamic layer adapts: what its generator sees of the content, and how far its code varies within one image."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,19 +12,19 @@ from surgeon.layers import SEKGConv2d
 from surgeon.layers.base import CodedConv2d
 from surgeon.visualize.measures import code_distance, content_share
 
-BLIND = 0.01  # content share below which a generator sees next to nothing of its input
+BLIND = 0.01  # content share below which a generator sees almost nothing of its input
 SATURATED = 0.9  # share of the hidden map beyond which hardly any gradient passes tanh
 FLAT = 0.97  # |tanh| above which its slope is below 6 %
-IMAGES = 4  # of a batch that are looked at
+IMAGES = 4  # number of images used per batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptivity:
     """One layer on one batch of images.
 
-    content: part of the energy of the generator's last map that varies over the pixels of an image, 0 to 1.
-    saturated: part of that map at the flat ends of tanh; None where nothing bounds it (SEKG).
-    distance: 1 - cos of the codes of two pixels, averaged over all pairs in an image (ACDA, A.5); None where codes are zero.
+    content: fraction of the energy of the generator's last map that varies over the pixels of an image, 0 to 1.
+    saturated: fraction of that map at the flat ends of tanh; None if nothing bounds it (SEKG).
+    distance: 1 - cos of the codes of two pixels, averaged over all pairs in an image (ACDA, A.5); None if codes are zero.
     """
 
     name: str
@@ -38,10 +38,10 @@ class Adaptivity:
         return asdict(self)
 
     def complaint(self) -> str | None:
-        """What is wrong with the generator and what to do about it; None if nothing is."""
+        """The problem with the generator, with a remedy; None if there is none."""
         if self.saturated is not None and self.saturated > SATURATED:
             return (
-                f"{self.name}: the generator is saturated ({self.saturated:.0%} of its hidden map at the ends of tanh), so that it "
+                f"{self.name}: the generator is saturated ({self.saturated:.0%} of its hidden map at the ends of tanh) and "
                 "hardly learns: lower the rate of new parameters (--new-lr-scale), or convert with --option norm=batch"
             )
         if self.content < BLIND:
@@ -54,7 +54,7 @@ class Adaptivity:
 
 @contextmanager
 def observed(model: nn.Module) -> Iterator[list[Adaptivity]]:
-    """Fills the list, within the context, with the first call of every dynamic layer that runs in eval mode with its code on."""
+    """Within the context, fills the list with the first call of every dynamic layer that runs in eval mode with its code on."""
     found: list[Adaptivity] = []
     seen: set[str] = set()
 
@@ -80,7 +80,7 @@ def observed(model: nn.Module) -> Iterator[list[Adaptivity]]:
 
 @torch.no_grad()
 def measure(name: str, layer: CodedConv2d, x: Tensor) -> Adaptivity:
-    """Of a layer in eval mode on an input (N, C, H, W), of which the first images are looked at."""
+    """Adaptivity of a layer in eval mode on the first images of an input (N, C, H, W)."""
     x = x[:IMAGES]
     signal = layer.signal(x).float()
     saturated = None if isinstance(layer, SEKGConv2d) else float((signal.abs() > FLAT).float().mean())

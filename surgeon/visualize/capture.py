@@ -1,4 +1,4 @@
-"""What every dynamic layer gets, says and gives for one picture, taken with hooks."""
+"""Inputs, codes and outputs of every dynamic layer for one image, captured with hooks."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -12,16 +12,16 @@ from surgeon.collapsing.evidence import Watch
 from surgeon.errors import InputError
 from surgeon.layers.base import CodedConv2d, DynamicConv2d
 from surgeon.sites.inputs import given_inputs
-from surgeon.surgery.verify import run
+from surgeon.surgery.running import run
 from surgeon.util.copying import evaluating
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """The first call of one layer for one picture: input (C, H, W), outputs (C_out, H', W'), code (V, H', W').
+class Captured:
+    """The first call of one layer for one image: input (C, H, W), outputs (C_out, H', W'), code (V, H', W').
 
-    `static` is the output with the dynamic part off, `original` that of the same layer of the original model on its own way
-    through the picture. `variation` is that of `surgeon.collapsing.evidence`, on this picture alone.
+    `static` is the output with the dynamic part off, `original` that of the same layer in the original model, run on the
+    same image. `variation` is as in `surgeon.collapsing.evidence`, for this image alone.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Seen:
 
 def capture(
     model: nn.Module, layers: Mapping[str, DynamicConv2d], picture: Tensor, original: nn.Module | None = None
-) -> dict[str, Seen]:
-    """Run a model on one picture (C, H, W) and see its dynamic layers, those that the forward pass reaches.
+) -> dict[str, Captured]:
+    """Run a model on one image (C, H, W) and capture the dynamic layers that the forward pass reaches.
 
-    Raises `InputError` where a model does not run on it, or the original has no layer of a name.
+    Raises `InputError` if a model does not run on it, or if the original has no layer of a name.
     """
     beside = {} if original is None else _outputs(original, list(layers), picture)
-    found: dict[str, Seen] = {}
+    found: dict[str, Captured] = {}
 
     def hook(name: str) -> Any:
         def look(layer: DynamicConv2d, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
@@ -61,7 +61,7 @@ def capture(
     return {name: found[name] for name in layers if name in found}
 
 
-def _see(name: str, layer: DynamicConv2d, x: Tensor, output: Tensor, original: Tensor | None) -> Seen:
+def _see(name: str, layer: DynamicConv2d, x: Tensor, output: Tensor, original: Tensor | None) -> Captured:
     x, code, evidence = x[:1], None, None
     with evaluating(layer):
         static = layer.static_conv2d(x)
@@ -69,7 +69,7 @@ def _see(name: str, layer: DynamicConv2d, x: Tensor, output: Tensor, original: T
             code, watch = layer.code(x), Watch(layer)
             watch.look(x)
             evidence = watch.evidence()
-    return Seen(
+    return Captured(
         name=name,
         layer=layer,
         input=x[0].float(),

@@ -1,4 +1,4 @@
-"""Numbers that say how much a layer varies over one picture."""
+"""Measures of how much a layer varies over one image."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from surgeon.layers import ACDAConv2d, PAFUConv2d, SEKGConv2d
 from surgeon.layers.acda.bases import fourier_bessel, scale_boxes
 from surgeon.layers.base import CodedConv2d
-from surgeon.visualize.capture import Seen
+from surgeon.visualize.capture import Captured
 
 FROM_WEIGHTS = "weights"
 
 
-def numbers(seen: Seen) -> dict[str, Any]:
-    """What is measured of a layer, as JSON values; which numbers depends on its type."""
+def numbers(seen: Captured) -> dict[str, Any]:
+    """Measurements of a layer as JSON values; they depend on its type."""
     found: dict[str, Any] = {"name": seen.name, "type": seen.layer.type_name, "variation": seen.variation}
     if seen.code is None or not isinstance(seen.layer, CodedConv2d):
         return found
@@ -36,7 +36,7 @@ def numbers(seen: Seen) -> dict[str, Any]:
 
 @torch.no_grad()
 def content_share(signal: Tensor) -> float:
-    """Part of the energy of a generator's map (N, features, H, W) that varies over the pixels of an image, 0 to 1."""
+    """Fraction of the energy of a generator's map (N, features, H, W) that varies over the pixels of an image, 0 to 1."""
     signal = signal.float()
     energy = signal.square().mean((1, 2, 3)).clamp_min(torch.finfo(torch.float32).tiny)
     return float((signal.flatten(2).var(2, correction=0).mean(1) / energy).mean())
@@ -57,7 +57,7 @@ def alpha_by_scale(layer: ACDAConv2d, code: Tensor) -> dict[str, Tensor]:
 
 
 def distance_by_scale(layer: ACDAConv2d, code: Tensor) -> dict[str, float | None]:
-    """The cosine distance of each scale's coefficients, of the code (V, H, W) of one image."""
+    """The cosine distance of each scale's coefficients, for the code (V, H, W) of one image."""
     scales = alpha_by_scale(layer, code)
     return {name: cosine_distance(alpha.flatten(0, 1).flatten(1)) for name, alpha in scales.items()}
 
@@ -65,7 +65,7 @@ def distance_by_scale(layer: ACDAConv2d, code: Tensor) -> dict[str, float | None
 def code_distance(layer: CodedConv2d, code: Tensor) -> float | None:
     """1 - cos of two pixels' codes, averaged over all pairs of an image (ACDA, A.5); code (V, H, W).
 
-    ACDA's is the mean over its scales, without the elements made from weights. PAFU's is the probability that two pixels select
+    For ACDA, the mean over its scales, without the elements derived from weights. For PAFU, the probability that two pixels select
     different kernels.
     """
     if not isinstance(layer, ACDAConv2d):
@@ -77,8 +77,8 @@ def code_distance(layer: CodedConv2d, code: Tensor) -> float | None:
 def cosine_distance(vectors: Tensor) -> float | None:
     """Average of 1 - cos over all pairs of different columns of (V, P): ACDA, appendix A.5, for one scale of one image.
 
-    The sum over all pairs follows from the sum of the unit vectors, so that no pair is left out. Zero vectors have no direction;
-    None where fewer than two columns have one.
+    The sum over all pairs follows from the sum of the unit vectors, so no pair is left out. Zero vectors have no direction;
+    None if fewer than two columns have one.
     """
     columns = vectors.double()
     lengths = columns.norm(dim=0)
@@ -92,9 +92,9 @@ def cosine_distance(vectors: Tensor) -> float | None:
 
 
 def kernel_energy(layer: SEKGConv2d, code: Tensor) -> tuple[Tensor, Tensor]:
-    """Energy (H, W) of the DConv's kernels less their static part, and less their mean over the picture.
+    """Energy (H, W) of the DConv's kernels minus their static part, and minus their mean over the image.
 
-    Both are summed over channels, as parts of the energy of the static kernels.
+    Both are summed over channels, as fractions of the energy of the static kernels.
     """
     with torch.no_grad():
         scale = layer.static_energy().float().clamp_min(torch.finfo(torch.float32).tiny)
@@ -104,7 +104,7 @@ def kernel_energy(layer: SEKGConv2d, code: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def told(values: dict[str, Any]) -> str:
-    """The number that matters most, for a table."""
+    """The most important number, for a table."""
     if values.get("cosine_distance") is not None:
         return f"cosine distance {values['cosine_distance']:.3f}"
     if "effective_kernels" in values:

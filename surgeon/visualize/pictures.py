@@ -1,4 +1,4 @@
-"""The pictures of each layer type, by name. A type without its own still gets its feature maps."""
+"""The pictures of each layer type, by name. A type without its own still gets feature maps."""
 
 from typing import Any
 
@@ -11,22 +11,22 @@ from torch import Tensor
 
 from surgeon.layers import ACDAConv2d, DynamicConv2d, PAFUConv2d, SEKGConv2d
 from surgeon.layers.acda.bases import basis_elements, centered, fourier_bessel, scale_boxes
-from surgeon.visualize.capture import Seen, channel_rms
+from surgeon.visualize.capture import Captured, channel_rms
 from surgeon.visualize.measures import FROM_WEIGHTS, alpha_by_scale, kernel_energy, numbers
 from surgeon.visualize.sheet import SIDE, SIGNED, Panel, draw, figure_of, sheet, side_of
 
-# Okabe and Ito's colors, which the color-blind can tell apart, then more of the kind.
+# Okabe and Ito's colors, distinguishable for color-blind readers, then more of the kind.
 PALETTE = (
     *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#555555"),
     *("#7b3294", "#a6761d", "#1b9e77", "#e7298a", "#66a61e", "#b2182b", "#2166ac", "#bbbbbb"),
 )
-POINTS = (3, 4)  # rows and columns of places whose atoms are shown
+POINTS = (3, 4)  # rows and columns of positions whose atoms are shown
 
 
-def pictures(seen: Seen, photo: NDArray[Any], bayer: str | None = None) -> dict[str, Figure]:
-    """Every picture of one layer for one photo (H, W, 3) in [0, 1], by what it shows.
+def pictures(seen: Captured, photo: NDArray[Any], bayer: str | None = None) -> dict[str, Figure]:
+    """Every picture of one layer for one photo (H, W, 3) in [0, 1], by name.
 
-    `bayer` is the pattern of the sensor, read row by row, where the photo is shown to the model as a mosaic.
+    `bayer` is the sensor's pattern, read row by row, if the model's input is a mosaic of the photo.
     """
     found: dict[str, Figure] = {}
     if seen.code is not None and isinstance(seen.layer, PAFUConv2d):
@@ -45,7 +45,7 @@ def pictures(seen: Seen, photo: NDArray[Any], bayer: str | None = None) -> dict[
 # --- PAFU ---------------------------------------------------------------------------------------------------------
 
 
-def selection(seen: Seen, photo: NDArray[Any]) -> Figure:
+def selection(seen: Captured, photo: NDArray[Any]) -> Figure:
     """Photo, selection mask (PAFU, Figures 2-5) and the share of each kernel."""
     assert seen.code is not None
     n = len(seen.code)
@@ -77,8 +77,8 @@ def selection(seen: Seen, photo: NDArray[Any]) -> Figure:
     return figure
 
 
-def selection_by_color(seen: Seen, photo: NDArray[Any], bayer: str) -> Figure:
-    """Selection masks of the pixels that measure each color of the Bayer cell, one below the other (PAFU, Figure 3)."""
+def selection_by_color(seen: Captured, photo: NDArray[Any], bayer: str) -> Figure:
+    """Selection masks of the pixels that measure each color of the Bayer cell, stacked (PAFU, Figure 3)."""
     assert seen.code is not None
     n = len(seen.code)
     colors = ListedColormap([PALETTE[i % len(PALETTE)] for i in range(n)])
@@ -100,8 +100,8 @@ def selection_by_color(seen: Seen, photo: NDArray[Any], bayer: str) -> Figure:
 # --- ACDA ---------------------------------------------------------------------------------------------------------
 
 
-def coefficient_maps(seen: Seen, photo: NDArray[Any]) -> Figure:
-    """Size of the basis coefficients at each scale (ACDA, Figures 7 and D), and how far they are from their mean."""
+def coefficient_maps(seen: Captured, photo: NDArray[Any]) -> Figure:
+    """Magnitude of the basis coefficients at each scale (ACDA, Figures 7 and D), and their distance from the mean."""
     assert seen.code is not None
     assert isinstance(seen.layer, ACDAConv2d)
     upper: list[Panel | None] = [_photo(photo)]
@@ -119,8 +119,8 @@ def coefficient_maps(seen: Seen, photo: NDArray[Any]) -> Figure:
     return sheet(f"{seen.name}: basis coefficients by scale", [upper, lower] if varies else [upper], note=note)
 
 
-def atoms(seen: Seen, photo: NDArray[Any]) -> Figure:
-    """The first dynamic atom at several places of the picture (ACDA, Figure C)."""
+def atoms(seen: Captured, photo: NDArray[Any]) -> Figure:
+    """The first dynamic atom at several positions of the image (ACDA, Figure C)."""
     assert seen.code is not None
     layer = seen.layer
     assert isinstance(layer, ACDAConv2d)
@@ -151,7 +151,7 @@ def atoms(seen: Seen, photo: NDArray[Any]) -> Figure:
 
 
 def basis_name(layer: DynamicConv2d) -> str | None:
-    """A name for the basis of a layer; layers that share it have the same. None for a layer without one."""
+    """Name of a layer's basis, shared by layers with the same basis; None for a layer without one."""
     if not isinstance(layer, ACDAConv2d):
         return None
     config, (height, width) = layer.config, layer.geometry.kernel_size
@@ -159,7 +159,7 @@ def basis_name(layer: DynamicConv2d) -> str | None:
 
 
 def bases(layer: DynamicConv2d) -> Figure:
-    """The Fourier-Bessel elements, one row a scale, padded to the largest (ACDA, Figure B)."""
+    """The Fourier-Bessel elements, one row per scale, padded to the largest (ACDA, Figure B)."""
     assert isinstance(layer, ACDAConv2d)
     config, kernel = layer.config, layer.geometry.kernel_size
     boxes = scale_boxes(kernel, config.scales)
@@ -189,8 +189,8 @@ def bases(layer: DynamicConv2d) -> Figure:
 # --- SEKG ---------------------------------------------------------------------------------------------------------
 
 
-def kernel_maps(seen: Seen, photo: NDArray[Any]) -> Figure:
-    """How much energy the generated part adds to the DConv's kernels at each pixel."""
+def kernel_maps(seen: Captured, photo: NDArray[Any]) -> Figure:
+    """Energy that the generated part adds to the DConv's kernels at each pixel."""
     assert seen.code is not None
     assert isinstance(seen.layer, SEKGConv2d)
     about_static, about_mean = kernel_energy(seen.layer, seen.code)
@@ -206,8 +206,8 @@ def kernel_maps(seen: Seen, photo: NDArray[Any]) -> Figure:
 # --- every type ---------------------------------------------------------------------------------------------------
 
 
-def feature_maps(seen: Seen, photo: NDArray[Any]) -> Figure:
-    """What goes in and comes out; beside it what would come out of the static part, and of the original."""
+def feature_maps(seen: Captured, photo: NDArray[Any]) -> Figure:
+    """Input and output, next to the output of the static part and of the original layer."""
     output = _array(channel_rms(seen.output))
     static = _array(channel_rms(seen.static))
     others = [static] + ([] if seen.original is None else [_array(channel_rms(seen.original))])

@@ -1,4 +1,4 @@
-"""One picture: a title, and panels in rows, each with its own title and color bar."""
+"""A figure: a title, and panels in rows, each with its own title and color bar."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-SIDE, DPI = 2.6, 100  # inches a panel, dots an inch
+SIDE, DPI = 2.6, 100  # inches per panel, dots per inch
 MAGNITUDE, SIGNED = "magma", "RdBu_r"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One map (H, W), or a picture (H, W, 3) in [0, 1] where `colors` is None.
+    """One map (H, W), or an image (H, W, 3) in [0, 1] if `colors` is None.
 
-    `limits` are those of the color bar; None takes them from the values. `marks` are points (x, y, text) in pixels.
+    `limits` are those of the color bar, by default from the values. `marks` are points (x, y, text) in pixels.
     """
 
     title: str
@@ -29,7 +29,7 @@ class Panel:
 
 
 def sheet(title: str, rows: Sequence[Sequence[Panel | None]], *, note: str = "") -> Figure:
-    """Panels in rows of equal length; None leaves a place empty."""
+    """Panels in rows of equal length; None leaves a cell empty."""
     height, width = len(rows), max(len(row) for row in rows)
     first = next(panel.values for panel in rows[0] if panel is not None)
     figure = figure_of(width * (SIDE + 0.5), height * (side_of(first) + 0.3) + (0.55 if note else 0.35), title, note)
@@ -60,7 +60,7 @@ def figure_of(width: float, height: float, title: str, note: str = "") -> Figure
 
 
 def draw(figure: Figure, place: Any, panel: Panel) -> None:
-    """One panel into its axes."""
+    """Draw one panel into its axes."""
     place.set_title(panel.title, fontsize=9)
     place.set_xticks([])
     place.set_yticks([])
@@ -82,7 +82,7 @@ def draw(figure: Figure, place: Any, panel: Panel) -> None:
 
 
 def limits(values: NDArray[Any]) -> tuple[float, float]:
-    """From smallest to largest, or from zero where they hardly differ: a constant map must look constant."""
+    """From minimum to maximum, or from zero if they hardly differ: a constant map must look constant."""
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if high - low > 1e-3 * max(abs(low), abs(high)):
         return low, high

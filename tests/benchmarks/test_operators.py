@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import operators, report
-from benchmarks._operator_cases import SHAPES, TARGETS
+from benchmarks._operator_cases import OPERATORS, SHAPES, TARGETS
 
 
 def test_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,6 +54,19 @@ def test_the_table_of_operators_says_what_is_missed_and_reached() -> None:
     )
     assert "| dconv apply | saved, ours / x | 0 |  |  |  | <= 0 |  |" in told
     assert told.endswith("\nMusts missed: 1 of 4. Aims reached: 1 of 3.\n")
+
+
+def test_shares_are_of_the_rate_on_as_many_threads() -> None:
+    def step(cpu: float, wall: float) -> dict[str, Any]:
+        return {"forward": {"cpu_ms": cpu, "wall_ms": wall}}
+
+    (case,) = (c for c in OPERATORS["pafu"]() if c.name == "pafu/eval n=4/A")
+    product = 2 * operators.PROBE**3 / case.flops  # ms at one FLOP of the case a ms
+    run = {"mm": step(product, 9 * product), "ours": step(2, 9), "conv3": step(1, 9)}
+    run |= {"mm" + operators.ALL: step(9 * product, product / 2), "ours" + operators.ALL: step(9, 2)}
+    rows = operators.shares([case], {case.name: [run]}, "cpu_ms")
+    found = {row["step"]: row["share"] for row in rows}
+    assert found == pytest.approx({"ours": 0.5, "conv3": 1.0, "ours" + operators.ALL: 0.25})
 
 
 def test_the_median_of_several_runs_counts() -> None:

@@ -61,7 +61,7 @@ def test_classes_masks_and_points_behind_links_are_seen(tmp_path: Path) -> None:
 def test_links_that_lead_nowhere_are_named(linked: Path) -> None:
     """T3: dangling links."""
     (linked / "Flickr2K").symlink_to("/nowhere/Flickr2K")
-    with pytest.raises(DataError, match=r"links that lead nowhere \(1\):\n.*train/Flickr2K -> /nowhere/Flickr2K"):
+    with pytest.raises(DataError, match=r"broken links \(1\):\n.*train/Flickr2K -> /nowhere/Flickr2K"):
         list_images(linked)
 
 
@@ -83,7 +83,7 @@ def test_jfif_is_read_and_other_pictures_are_said_to_be_left_out(
     picture(tmp_path / "b.gif")
     with caplog.at_level(logging.WARNING):
         assert [path.name for path in files_below(tmp_path)] == ["a.jfif"]
-    assert "1 pictures are left out, for .gif is not read" in caplog.text
+    assert "skipped 1 pictures because .gif is not supported" in caplog.text
 
 
 def test_large_pictures_are_let_in_by_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_large_pictures_are_let_in_by_an_option(tmp_path: Path, monkeypatch: pyt
 
 
 def _png(color_type: int, channels: int) -> bytes:
-    """A dark PNG of 4x4 pixels with 16 bits a channel."""
+    """A dark PNG of 4x4 pixels with 16 bits per channel."""
     import struct
     import zlib
 
@@ -121,7 +121,7 @@ def test_png_of_16_bits_is_refused_not_cut(tmp_path: Path, color_type: int, chan
     file = tmp_path / "deep.png"
     file.write_bytes(_png(color_type, channels))
     for call in (open_image, lambda path: check_images("denoising", [path])):
-        with pytest.raises(DataError, match=r"deep.png has 16 bits a channel, which would be cut to 8"):
+        with pytest.raises(DataError, match=r"deep.png has 16 bits per channel, which would be cut to 8"):
             call(file)
 
 
@@ -139,7 +139,7 @@ def test_tiff_and_ppm_of_16_bits_are_refused(tmp_path: Path) -> None:
     (tmp_path / "deep.tif").write_bytes(content + struct.pack("<IHHH", 0, 16, 16, 16))
     (tmp_path / "deep.ppm").write_bytes(b"P6 4 4 65535\n" + struct.pack(">H", 200) * 48)
     for name in ("deep.tif", "deep.ppm"):
-        with pytest.raises(DataError, match=f"{name} has 16 bits a channel"):
+        with pytest.raises(DataError, match=f"{name} has 16 bits per channel"):
             open_image(tmp_path / name)
 
 
@@ -168,7 +168,7 @@ def test_calibration_looks_at_files_in_the_same_way(tmp_path: Path) -> None:
     (tmp_path / "set/link").symlink_to(tmp_path / "pool")
     assert read_images(tmp_path / "set", torch.nn.Identity(), base).shape == (1, 3, 8, 8)
     (tmp_path / "pool/deep.png").write_bytes(_png(2, 3))
-    with pytest.raises(InputError, match="16 bits a channel"):
+    with pytest.raises(InputError, match="16 bits per channel"):
         read_images(tmp_path / "set", torch.nn.Identity(), base)
 
 

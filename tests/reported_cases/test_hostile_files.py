@@ -124,7 +124,7 @@ def test_a_device_in_a_search_is_not_copied(folder: Path, capsys: Capture) -> No
 @pytest.mark.parametrize("worker", ["../../secret/id_rsa", "/etc/passwd", "a/b"])
 def test_the_name_of_a_worker_is_no_path(worker: str, folder: Path) -> None:
     """R1: a study's worker names the file of its lease."""
-    with pytest.raises(StudyError, match="is not the name of something in this folder"):
+    with pytest.raises(StudyError, match="is not the name of an entry of this folder"):
         is_alive(folder, worker)
     (folder / "w.lease").symlink_to(folder.parent / "secret" / "id_rsa")
     with pytest.raises(StudyError, match="links are not followed"):
@@ -138,8 +138,8 @@ def test_the_name_of_a_worker_is_no_path(worker: str, folder: Path) -> None:
         ("mysql+pymysql://host/db?local_infile=1", "give it with --storage if you trust it"),
         ("sqlite:///secret/id_rsa", "file is not a database"),
         ("sqlite:///absent.db", "unable to open"),
-        ("sqlite:///empty.db", "holds no studies"),
-        ("nonsense", "no URL"),
+        ("sqlite:///empty.db", "contains no studies"),
+        ("nonsense", "not a URL"),
     ],
 )
 def test_a_database_that_a_folder_names(url: str, words: str, folder: Path, capsys: Capture) -> None:

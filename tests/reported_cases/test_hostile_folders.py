@@ -67,7 +67,7 @@ def _reseal(run: Path, change: Callable[[dict[str, Any]], Any], aliases: str | N
         ("x", "artefact: static"),
         ([["a"]], "item 0"),
         (["stage1"], "has no layer 'stage1'"),
-        (["conv1.0"], "no dynamic layer"),
+        (["conv1.0"], "not a dynamic layer"),
     ],
 )
 def test_which_layers_are_static(static: Any, words: str, run: Path) -> None:

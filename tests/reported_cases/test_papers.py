@@ -15,7 +15,7 @@ import surgeon.zoo as zoo
 from surgeon.cli import main
 from surgeon.errors import ConfigError, InputError
 from surgeon.models.names import build_model
-from surgeon.visualize.capture import Seen
+from surgeon.visualize.capture import Captured
 from surgeon.visualize.pictures import selection_by_color
 from surgeon.zoo.bayer import PATTERNS, bayer_mask
 from surgeon.zoo.networks.vdn import _blurred
@@ -172,7 +172,7 @@ def test_each_mask_holds_the_pixels_of_its_color() -> None:
     for i in range(4):
         code[i, i // 2 :: 2, i % 2 :: 2] = 1
     layer = zoo.create("pafu_linear_demosaic").output
-    seen = Seen(name="x", layer=layer, input=code, output=code, static=code, code=code, variation=None)
+    seen = Captured(name="x", layer=layer, input=code, output=code, static=code, code=code, variation=None)
     figure = selection_by_color(seen, np.zeros((6, 8, 3)), "GRBG")
     panels = {axes.get_title()[0] + str(i): axes.images[0].get_array() for i, axes in enumerate(figure.axes[1:3])}
     assert set(panels) == {"G0", "R1"}

@@ -66,7 +66,9 @@ def test_layers_for_which_there_is_no_memory(capsys: Capture, monkeypatch: pytes
     large = [*options, "--option", "hidden=65536", "atoms=256", "basis_size=64"]
     monkeypatch.setenv("SURGEON_MEMORY", "8GiB")
     fails(
-        [*CONVERT, *large], "bytes (75.5 GiB), and this machine has 8.0 GiB; if it is meant, set SURGEON_MEMORY", capsys
+        [*CONVERT, *large],
+        "bytes (75.5 GiB), and this machine has 8.0 GiB; if this is intended, set SURGEON_MEMORY",
+        capsys,
     )
     monkeypatch.setenv("SURGEON_MEMORY", "64KiB")
     fails([*CONVERT, *options], "this machine has 0.0 GiB", capsys)
@@ -377,7 +379,7 @@ def test_names_of_just_the_longest_length(tmp_path: Path) -> None:
 )
 def test_options_without_their_value(argv: list[str], capsys: Capture) -> None:
     """R8: `-o=--` was an empty list in Python's argparse; several names for one option."""
-    fails(argv, "unrecognized arguments: b" if argv[-1] == "b" else "expected one argument, got '--'", capsys)
+    fails(argv, "unexpected 'b'" if argv[-1] == "b" else "expected one argument, got '--'", capsys)
 
 
 def test_json_is_one_document_whatever_is_printed(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_the_name_of_a_machine_tells_boots_and_containers_apart(monkeypatch: pyt
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_cost_of_models_of_other_dtypes(dtype: torch.dtype) -> None:
     """T10: the images are of the model's dtype: half of it, about half of the memory, the same FLOPs."""
-    from surgeon.costs.table import cost_table
+    from surgeon.costs import cost_table
 
     model = timm.create_model("test_resnet")
     single = surgeon.cost(model, input_size=64, batch_size=4)
@@ -115,7 +115,7 @@ def test_batch_norm_on_one_value_a_channel(capsys: Capture) -> None:
     assert main([*argv, "--input-size", "32"]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    assert "its BatchNorm sees one value a channel: give a larger batch size" in error
+    assert "its BatchNorm sees one value per channel: use a larger batch size" in error
 
 
 def test_a_cost_by_name_makes_no_weights(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +376,7 @@ def test_a_second_interruption_of_a_search(capsys: Capture, monkeypatch: pytest.
     monkeypatch.setattr(search_command, "_begin", lambda *rest: None)
     folder, file = search_command.__dict__["Path"]("s"), Namespace(name=None, shared=False)
     assert names["_search"](Namespace(quiet=True), Namespace(path=folder), file) == 130
-    assert "go on with the same command and --resume" in capsys.readouterr().err
+    assert "resume with the same command and --resume" in capsys.readouterr().err
 
 
 def test_curves_that_cannot_be_written_do_not_end_a_search(

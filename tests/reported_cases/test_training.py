@@ -163,7 +163,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, monkeypatch: pytes
     model = interrupted(monkeypatch, denoising(root), tmp_path / "run")
     remove(root)
     with pytest.raises(
-        DataError, match=r"the data are not those that the run in .* began with: train had 8 samples and are 7"
+        DataError, match=r"the data differ from those that the run in .* started with: train had 8 samples and are 7"
     ):
         finetune(model, denoising(root), SHORT, tmp_path / "run", resume=True)
 
@@ -183,7 +183,7 @@ def test_a_run_goes_on_with_its_data_elsewhere(tmp_path: Path, monkeypatch: pyte
     )
     result = finetune(make_restorer(), denoising(tmp_path / "moved"), other, tmp_path / "run", resume=True)
     assert equal(weights(result.model), weights(whole))
-    assert "taken up again with another option: eval_every was '4' and is '3'" in result.summary.notes
+    assert "resumed with another option: eval_every was '4' and is '3'" in result.summary.notes
 
 
 def test_a_search_does_not_go_on_with_other_data(tmp_path: Path) -> None:

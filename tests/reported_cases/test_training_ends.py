@@ -16,7 +16,7 @@ from surgeon.zoo.finetune import FinetuneConfig, dry_run, finetune
 from surgeon.zoo.finetune.batches import STOPS, _leave_signals_to_parent, training_batches
 from surgeon.zoo.finetune.evaluation import Evaluation
 from surgeon.zoo.finetune.folder import RunFolder
-from surgeon.zoo.finetune.journal import Journal
+from surgeon.zoo.finetune.journal import TrainingJournal
 from surgeon.zoo.finetune.loop import Interrupted, Trainer
 from surgeon.zoo.finetune.optimizer import try_optimizer
 from surgeon.zoo.finetune.state import finite, read_log, read_tree, write_tree
@@ -33,7 +33,7 @@ def test_a_run_that_is_alive_is_locked(tmp_path: Path, monkeypatch: pytest.Monke
     before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
     with RunFolder(tmp_path / "run").locked():
         for how in ({"resume": True}, {"force": True}):
-            with pytest.raises(CheckpointError, match="is going on in another process"):
+            with pytest.raises(CheckpointError, match="is running in another process"):
                 finetune(model, regression(), SHORT, tmp_path / "run", **how)
     assert (
         before[1:]
@@ -202,7 +202,7 @@ class Norm(nn.Module):
 def test_a_batch_norm_of_one_value_is_told_with_what_helps() -> None:
     """T16: DeepLab at batch size 1; also in `--dry-run`."""
     for run in (finetune, dry_run):
-        with pytest.raises(ConfigError, match=r"single value a channel from a batch \(1, 3, 8, 8\).*--freeze-bn"):
+        with pytest.raises(ConfigError, match=r"single value per channel from a batch \(1, 3, 8, 8\).*--freeze-bn"):
             run(Norm(), regression(), with_(batch_size=1, max_steps=1))
     assert finetune(Norm(), regression(), with_(batch_size=1, max_steps=1, freeze_bn=True)).summary.steps == 1
 
@@ -305,7 +305,7 @@ TAMPERED = {
     "unknown measures": (_set("progress", "start", "start", value={"x": 1}), "start: start: metrics must be"),
     "further measures": (lambda tree: _further(tree), "start: start must have metrics"),
     "rollbacks": (_set("progress", "rollbacks", value="many"), "rollbacks must be of type int"),
-    "unknown progress": (_set("progress", "more", value=1), "lacks, or should not have, more"),
+    "unknown progress": (_set("progress", "more", value=1), "is missing, or should not have, more"),
     "other groups": (_set("optimizer", "param_groups", value=[]), "optimizer has 0 groups"),
     "optimizer's state": (_set("optimizer", "state", value={"x": {}}), "state has 'x'"),
     "weights": (_set("model", "first.bias", value=torch.zeros(3)), "model: first.bias is not a tensor"),
@@ -348,7 +348,7 @@ def test_numbers_that_are_none_stay_what_they_are_and_the_log_stays_json(tmp_pat
     """T22: `Infinity` in JSON lines."""
     write_tree(tmp_path / "a.safetensors", {"best": float("inf"), "last": {"x": float("-inf")}})
     assert read_tree(tmp_path / "a.safetensors") == {"best": float("inf"), "last": {"x": float("-inf")}}
-    journal = Journal(tmp_path, quiet=True)
+    journal = TrainingJournal(tmp_path, quiet=True)
     journal.evaluation({"step": 1, "metrics": {"psnr": float("inf")}}, Evaluation({}, 0.0))
     assert "Infinity" not in (tmp_path / "log.jsonl").read_text()
     assert list(read_log(tmp_path / "log.jsonl")) == [{"step": 1, "metrics": {"psnr": None}}]

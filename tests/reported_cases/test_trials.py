@@ -34,7 +34,7 @@ def test_an_interrupt_between_two_runs_says_how_to_go_on(monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(_Trial, "judge", interrupted)
         assert main([*QUICK, "-o", "out"]) == 130
-    assert "go on with the same command and --resume" in capsys.readouterr().err
+    assert "resume with the same command and --resume" in capsys.readouterr().err
     assert main([*QUICK, "-o", "out", "--resume"]) in (0, 1)
 
 
@@ -54,7 +54,7 @@ def test_one_folder_is_of_one_process(capsys: Told, monkeypatch: pytest.MonkeyPa
     for more in ("--resume", "--force"):
         with folder.hold(begin=False):
             assert main([*QUICK, "-o", "out", more]) == 2
-        assert f"the trial in {folder.path} is going on in another process" in capsys.readouterr().err
+        assert f"the trial in {folder.path} is running in another process" in capsys.readouterr().err
     assert folder.answer.read_text() == before
     late = TryFolder(Path("late"))
 
@@ -64,7 +64,7 @@ def test_one_folder_is_of_one_process(capsys: Told, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(_Trial, "_measure", measure)
     assert main([*QUICK, "-o", "late"]) == 2
-    assert "another trial has begun" in capsys.readouterr().err
+    assert "another trial has started" in capsys.readouterr().err
     assert not any(late.path.iterdir())
 
 

@@ -1,8 +1,12 @@
 """Importing starts nothing: no torch for the package and its command line, no GPU, and an answer at once."""
 
+import dataclasses
 import os
 import subprocess
 import sys
+import typing
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +45,72 @@ print("loaded", sorted({"torch", "numpy", "optuna", "rich", "timm"} & set(sys.mo
     told = [line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("once ", "loaded "))]
     assert float(dict(told)["once"]) <= 0.3
     assert dict(told)["loaded"] == "[]"
+
+
+WRONG = {
+    "evalute": "there is no command 'evalute'; .* Did you mean 'evaluate'",
+    "convert resnet18 --layes x": "there is no option --layes. Did you mean '--layers'",
+    "convert resnet18 --type pafo": "unknown layer type 'pafo'; there are acda, pafu, sekg. Did you mean 'pafu'",
+    "convert resnet18 --type pafu --option group_sise=3": "no option 'group_sise'.* Did you mean 'group_size'",
+    "convert resnet18 --type pafu --compress": "--compress .* no meaning for pafu",
+    "convert resnet18 --type pafu --recipe x.json": "--recipe says layers, types and options itself",
+    "convert runs/absent --type pafu": "there is no model 'runs/absent'.* does not exist",
+    "verify runs/absent": "there is no surgeon folder runs/absent",
+    "evaluate resnet18": "--task must be given: resnet18 does not say",
+    "evaluate resnet18 --task clasification": "unknown task 'clasification'; .* Did you mean 'classification'",
+    "finetune resnet18 --task classification": "task classification needs data: --data DIR",
+    "finetune resnet18 --task denoising --data nowhere": "--data: there is no folder nowhere",
+    "finetune resnet18 --task denoising --data . --task-option patches=3": "no option 'patches'",
+    "finetune resnet18 --task denoising --data . --task-option patch=1.5": "patch must be an integer or none, got 1.5",
+    "finetune resnet18 --task denoising --data . --task-option input_size=a": "input size: expected",
+    "finetune resnet18 --task sad --warmup soon": "--warmup: expected steps",
+    "finetune resnet18 --task sad --sched cosin": "argument --sched: .* Did you mean 'cosine'",
+    "try resnet18 --task sad --max-time soon": "--max-time: expected a time",
+    "search runs/absent --task sad": "there is no model 'runs/absent'",
+    "study status runs/absent": "there is no search in runs/absent: there is no such folder",
+    "export resnet18 -o there.onnx": "there.onnx exists",
+    "collapse runs/absent --tolerance 0.1 -o x": "--tolerance needs --images",
+}
+
+
+def test_what_is_wrong_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
+    """Each within half a second of processor time (it takes 0.1 s); importing torch alone takes more than one."""
+    (tmp_path / "there.onnx").touch()
+    code = f"""
+import contextlib, io, os, re, sys, time
+from surgeon.cli import main
+
+os.chdir({str(tmp_path)!r})
+for call, told in {WRONG!r}.items():
+    error, before = io.StringIO(), time.process_time()
+    with contextlib.redirect_stderr(error):
+        code = main(call.split())
+    seconds, line = time.process_time() - before, error.getvalue()
+    if code != 2 or seconds > 0.5 or line.count("\\n") != 1 or not re.search(told, line):
+        print(call, code, seconds, line)
+print("torch" in sys.modules, sorted(os.listdir()))
+"""
+    done = run(code)
+    assert done.stdout == "False ['there.onnx']\n", done.stdout + done.stderr
+
+
+def test_what_is_declared_is_what_is_registered() -> None:
+    """The options read from the source are those of the classes, with their types."""
+    from surgeon import declared
+    from surgeon.layers.registry import layer_class, layer_types
+    from surgeon.zoo.tasks import task_class, task_names
+
+    for found, names, config in (
+        (declared.layer_types(), layer_types(), lambda name: layer_class(name).Config),
+        (declared.tasks(), task_names(), lambda name: task_class(name).config_class),
+    ):
+        assert sorted(found) == names
+        for name, one in found.items():
+            kind: Any = config(name)
+            hints = typing.get_type_hints(kind)
+            assert one.config == kind.__name__
+            assert one.options == {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+            assert one.compressed == bool(getattr(kind, "compressed", None))
 
 
 def test_the_public_list_is_sorted_and_complete() -> None:

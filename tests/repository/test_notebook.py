@@ -45,7 +45,7 @@ def test_a_collapse_is_a_table() -> None:
     model, _ = surgeon.convert(timm.create_model("test_resnet").eval(), layers="stage4", type="pafu", input_size=64)
     shown = surgeon.collapse(model, input_size=64)[1]._repr_html_()
     assert "2 of 2 dynamic layers folded" in shown
-    assert "proved from the parameters" in shown
+    assert "proven from the parameters" in shown
     assert_small_and_whole(shown)
 
 

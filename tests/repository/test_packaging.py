@@ -80,6 +80,19 @@ def test_generic_names_cannot_be_imported(name: str) -> None:
     assert f"import surgeon.{name}, not {name}" in done.stderr
 
 
+def test_nothing_else_of_a_checkout_is_a_part_of_surgeon() -> None:
+    """Tests, benchmarks and a second `surgeon` lie next to the mapped folders; they must not become importable with these."""
+    code = """
+from importlib.util import find_spec
+
+names = ("layers", "search", "zoo", "cli", "costs", "tests", "benchmarks", "examples", "surgeon")
+print([name for name in names if find_spec(f"surgeon.{name}")])
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == "['layers', 'search', 'zoo', 'cli', 'costs']\n", done.stderr
+
+
 def test_no_file_imports_the_generic_names() -> None:
     pattern = re.compile(rf"^\s*(from|import) ({'|'.join(MAPPED)}|cli)\b", re.MULTILINE)
     folders = [ROOT / name for name in ("surgeon", *MAPPED, "tests", "benchmarks", "examples")]

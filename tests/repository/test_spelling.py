@@ -1,6 +1,8 @@
-"""American spelling everywhere: names, docstrings, messages, docs."""
+"""American spelling everywhere: names, docstrings, messages, docs; no translated English in docstrings and `--help`."""
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 SUFFIXES = (".py", ".md", ".toml", ".c", ".h")
@@ -35,3 +37,57 @@ def test_american_spelling(root: Path) -> None:
     }
     assert len(files) > 400
     assert not found, "\n".join(sorted(found))
+
+
+# What a native engineer writes instead: a noun phrase; reports, prints; continues; if; this many, at most N; additional;
+# regardless of; again; at initialization; counterpart; predicts; unavailable; instead of; session; percent; per step.
+TRANSLATED = re.compile(
+    r"\AWhat\b(?!.*\?)|\A(?:Of|That of|Those of|As of) |\b(?:is|are) (?:said|told)\b|\bto be (?:said|had)\b|\bcan(?:not)? be had\b"
+    r"|\b(?:go|goes|gone|going) on with\b|\btak(?:e|es|en) up again\b|\bNone where\b|\bso many\b(?! that\b)|\bat most so\b"
+    r"|\b(?:may|must) lie\b|\blies? (?:beside|elsewhere)\b|\bbeside (?:it\b|--|the (?:original|unmodified|model))"
+    r"|\bfurther (?:options|layers|seeds|names|sizes|elements|ones)\b|\bwhatever (?:the|its)\b|, whatever\b|\banew\b|\bat birth\b"
+    r"|\b(?:convolutional|plain) twins?\b|\bforetell|\bin the place of\b|\bsittings?\b|\bper cent\b|\b(?:that|which) are none\b"
+    r"|\b(?:[Ff]or|to) people\b|\b(?:samples|images|steps|kernels|bits|seconds) an? (?:step|pixel|channel|trial|batch|image|run)\b"
+)
+
+
+def docstrings(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+def test_the_word_list() -> None:
+    bad = (
+        "What a layer gives.",
+        "Of the values.",
+        "None where there is none.",
+        "train for so many steps",
+        "samples a step",
+    )
+    good = (
+        "What can be replaced?",
+        "so many that",
+        "None if there is none.",
+        "samples per step",
+        "lies between",
+        "further kernels",
+    )
+    assert all(TRANSLATED.search(text) for text in bad)
+    assert not any(TRANSLATED.search(text) for text in good)
+
+
+def test_native_english(root: Path) -> None:
+    files = [
+        root / "cli.py",
+        *(f for room in ("surgeon", "layers", "search", "zoo") for f in (root / room).rglob("*.py")),
+    ]
+    texts = [(file, text) for file in files for text in docstrings(file.read_text())]
+    texts.append((root / "docs" / "cli.md", (root / "docs" / "cli.md").read_text()))  # every --help
+    found = [
+        f"{file.relative_to(root)}: {m[0]!r} in {text[:60]!r}"
+        for file, text in texts
+        for m in TRANSLATED.finditer(text)
+    ]
+    assert len(texts) > 1500
+    assert not found, "\n".join(found)

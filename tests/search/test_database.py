@@ -99,7 +99,7 @@ def test_a_search_is_the_same_in_a_database_and_in_a_file(storage: str, tmp_path
 def test_what_is_refused(storage: str, tmp_path: Path) -> None:
     run(toy_search(tmp_path / "s", storage=storage, trials=2))
     before = proposals(read(storage))
-    with pytest.raises(StudyError, match="exists already; go on with it"):
+    with pytest.raises(StudyError, match="already exists; continue it"):
         run(toy_search(tmp_path / "s", storage=storage, trials=2))
     with pytest.raises(OtherStudyError, match="seed is 0 in the study and 1 here"):
         run(toy_search(tmp_path / "s", storage=storage, seed=1), resume=True)
@@ -108,7 +108,7 @@ def test_what_is_refused(storage: str, tmp_path: Path) -> None:
         run(tight, resume=True)
     other = toy_search(tmp_path / "s", storage=storage)
     other.file.name = "nobody's"
-    with pytest.raises(StudyError, match=r"no study .*nobody's.*Studies there: toy"):
+    with pytest.raises(StudyError, match=r"no study .*nobody's.*Existing studies: toy"):
         run(other, resume=True)
     assert proposals(read(storage)) == before
 
@@ -117,7 +117,7 @@ def test_a_study_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'x.db'}"
     theirs = optuna.create_study(storage=url, study_name="toy")
     theirs.enqueue_trial({"x": 1})
-    with pytest.raises(StudyError, match="not one that surgeon began"):
+    with pytest.raises(StudyError, match="not one created by surgeon"):
         run(toy_search(tmp_path / "s", storage=url))
     assert len(theirs.trials) == 1
     theirs._storage.remove_session()
@@ -327,7 +327,7 @@ def test_a_server_that_goes_away_costs_one_clear_error(tmp_path: Path, monkeypat
         search._progress = lambda one, best: own.stop() if one.number == 3 else None
         search.open()
         with pytest.raises(
-            StudyError, match=r"cannot reach the database .*what is finished is kept, go on with --join toy"
+            StudyError, match=r"cannot reach the database .*finished trials are kept, resume with --join toy"
         ):
             search.run()
         search.file.close()

@@ -322,7 +322,7 @@ def test_objectives_that_the_sampler_knows_nothing_of() -> None:
     sampler = PlacementSampler(space, toy_problem(space), optima=1, random=0)
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
     with pytest.raises(
-        ConfigError, match=r"one measured objective and then the costs of resources=, minimized: none are named"
+        ConfigError, match=r"one measured objective followed by the costs in resources=, minimized: none are named"
     ):
         study.optimize(lambda trial: (float(sampler.suggest(trial).sum()), 1.0), n_trials=5)
     with pytest.raises(ConfigError, match="no resource 'speed'"):
@@ -344,9 +344,7 @@ def test_a_study_without_parameters_is_not_gone_on_with(tmp_path: Path, monkeypa
         search = toy_search(tmp_path / "s.jsonl", trials=2)
         search.open()
         search.run()
-    with pytest.raises(
-        OtherStudyError, match=r"begun by another version of surgeon.*can be looked at.*not gone on with"
-    ):
+    with pytest.raises(OtherStudyError, match=r"started by another version of surgeon.*can be viewed.*not resumed"):
         toy_search(tmp_path / "s.jsonl", trials=3).open(resume=True)
 
 

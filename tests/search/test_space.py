@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import surgeon
-from surgeon.errors import ConfigError, NothingReplacedError, RecipeError, SelectionError
-from surgeon.records.recipe import Recipe, Rule, get_recipe
+from surgeon.errors import ConfigError, NothingReplacedError, SelectionError
+from surgeon.records.recipe import Recipe, get_recipe
 from surgeon.search.space import SpaceConfig, make_space
 
 
@@ -134,13 +134,12 @@ def test_placements_are_checked() -> None:
 
 
 @pytest.mark.parametrize("choice", [[1, 0, 3], [2, 3, 1], [3, 1, 2]])
-def test_recipes_go_through_convert_and_back(choice: list[int], tmp_path: Path) -> None:
+def test_recipes_go_through_convert(choice: list[int], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Small().eval()
     space = make_space(model, SpaceConfig(types=("acda", "pafu", "sekg"), atoms=(4,), scales=(1,), group_sizes=(4,)))
     placement = [j if space.allowed[i, j] else 0 for i, j in enumerate(choice)]
     recipe = space.recipe(placement, seed=5)
-    assert space.from_recipe(recipe).tolist() == placement
     (tmp_path / "recipe.json").write_text(recipe.to_json())
     read = Recipe.read(tmp_path / "recipe.json")
     converted, report = surgeon.convert(model, recipe=read, input_size=16)
@@ -149,14 +148,6 @@ def test_recipes_go_through_convert_and_back(choice: list[int], tmp_path: Path) 
     }
     resolved = get_recipe(converted)
     assert resolved is not None
-    assert space.from_recipe(resolved).tolist() == placement
+    assert {rule.layers: rule.type for rule in resolved.rules} == {rule.layers: rule.type for rule in recipe.rules}
     x = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(converted.eval()(x), model(x), rtol=1e-4, atol=1e-5)
-
-
-def test_strange_recipes_are_refused() -> None:
-    space = make_space(Small(), SpaceConfig(types=("acda",), atoms=(4,), scales=(1,)))
-    with pytest.raises(RecipeError, match="'point'"):
-        space.from_recipe(Recipe(rules=(Rule(layers="point", type="acda"),)))
-    with pytest.raises(RecipeError, match=r"atoms=5.*atoms=4"):
-        space.from_recipe(Recipe(rules=(Rule(layers="stem", type="acda", options={"atoms": 5}),)))

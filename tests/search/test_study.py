@@ -28,7 +28,7 @@ from surgeon.search.placement.problem import InfeasibleError, Ints
 from surgeon.search.run import MAX_ATTEMPTS, Search, SearchConfig
 from surgeon.search.sampling.tuners import NAMES
 from surgeon.search.space import SpaceConfig
-from surgeon.search.study.journal import Journal, Lease, StudyError, file_lock, is_alive
+from surgeon.search.study.journal import Lease, StudyError, StudyJournal, file_lock, is_alive
 from surgeon.search.study.study import OtherStudyError
 from surgeon.search.study.study_file import StudyFile
 from tests.support.places import ROOT
@@ -314,7 +314,7 @@ def test_a_torn_line_is_cut_off_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_what_is_written_together_appears_together(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "j")
+    journal = StudyJournal(tmp_path / "j")
     storage = JournalStorage(journal)
     study = optuna.create_study(storage=storage, study_name="x")
     size = journal.path.stat().st_size
@@ -324,7 +324,7 @@ def test_what_is_written_together_appears_together(tmp_path: Path) -> None:
             study.set_user_attr("b", 2)
         assert study.user_attrs == {"a": 1, "b": 2}
         assert journal.path.stat().st_size == size
-    assert optuna.load_study(study_name="x", storage=JournalStorage(Journal(journal.path))).user_attrs == {
+    assert optuna.load_study(study_name="x", storage=JournalStorage(StudyJournal(journal.path))).user_attrs == {
         "a": 1,
         "b": 2,
     }
@@ -341,7 +341,7 @@ def test_leases_end_with_their_process(tmp_path: Path) -> None:
     assert child.stdout is not None
     assert child.stdout.readline() == b"held\n"
     assert is_alive(tmp_path, "other")
-    with pytest.raises(StudyError, match="running already"):
+    with pytest.raises(StudyError, match="already running"):
         Lease(tmp_path, "other")
     child.kill()
     child.wait()

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from surgeon.zoo.trial.answer import Answer, Cost
+from surgeon.zoo.trial.answer import Answer, ArmCost
 
 
 def make_answer(original: list[float], converted: list[float], **changes: Any) -> Answer:
     costs = {
-        "original": Cost(flops=100, params=10, step_seconds=0.1),
-        "converted": Cost(flops=108, params=11, step_seconds=0.14),
+        "original": ArmCost(flops=100, params=10, step_seconds=0.1),
+        "converted": ArmCost(flops=108, params=11, step_seconds=0.14),
     }
     values: dict[str, Any] = {"primary": "top1", "higher_is_better": True, "stopped": "seeds", "seconds": 1.0}
     values |= {

@@ -103,7 +103,7 @@ def test_what_cannot_be_evaluated_is_one_clear_error() -> None:
         evaluate(model, task, batch_size=0)
     with pytest.raises(ConfigError, match="no device 'gpu'"):
         evaluate(model, task, device="gpu")
-    with pytest.raises(ConfigError, match="cuda:99 is not there"):
+    with pytest.raises(ConfigError, match="cuda:99 not found"):
         evaluate(model, task, device="cuda:99")
     with pytest.raises(InputError, match=r"Linear does not run on a batch \(20, 3, 64, 64\) of task brightness"):
         evaluate(nn.Linear(7, 5), task)
@@ -190,7 +190,7 @@ def test_an_original_that_cannot_be_had_is_a_note(capsys: pytest.CaptureFixture[
     assert main(arguments) == 0
     found = document(capsys)
     assert found["original"] is None
-    assert "were given as a model object and are not recorded" in found["notes"][0]
+    assert "came from a model object and are not recorded" in found["notes"][0]
     weights = timm.create_model("test_resnet", num_classes=5).state_dict()
     torch.save(weights, "base.pth")
     assert main([*arguments, "--original-weights", "base.pth"]) == 0

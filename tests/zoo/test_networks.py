@@ -18,7 +18,7 @@ from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.networks.demosaicnet import grbg_mosaic
 from surgeon.zoo.networks.restorer import KPN
 from surgeon.zoo.networks.superres import LinearSR, SelfEnsemble
-from surgeon.zoo.networks.vdn import Posterior, _blurred, variational_loss
+from surgeon.zoo.networks.vdn import NoisePosterior, _blurred, variational_loss
 from surgeon.zoo.table import count_parameters
 
 # Too large for the default run: seconds to build.
@@ -269,11 +269,11 @@ def test_pspnet_has_an_auxiliary_head_in_training() -> None:
 # --- the variational loss -----------------------------------------------------------------------------------------------
 
 
-def exact_posterior(noisy: Tensor, clean: Tensor, window: int) -> Posterior:
+def exact_posterior(noisy: Tensor, clean: Tensor, window: int) -> NoisePosterior:
     half = window * window / 2
     variance = torch.full_like(clean, 1e-6)
     beta = half * _blurred((noisy - clean).square(), window).clamp_min(1e-10)
-    return Posterior(clean, variance, torch.full_like(clean, half - 1), beta)
+    return NoisePosterior(clean, variance, torch.full_like(clean, half - 1), beta)
 
 
 def test_divergences_vanish_at_the_prior() -> None:
@@ -295,7 +295,7 @@ def test_divergences_grow_away_from_the_prior(field: str) -> None:
     base = exact_posterior(noisy, clean, 5)
     moved = base._replace(**{field: getattr(base, field) * 1.01})
 
-    def likelihood(p: Posterior) -> Tensor:
+    def likelihood(p: NoisePosterior) -> Tensor:
         expected = p.beta.log() - torch.digamma(p.alpha)
         return 0.5 * (expected + p.alpha / p.beta * ((noisy - p.mean).square() + p.variance)).mean()
 

@@ -163,7 +163,7 @@ def test_no_code_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_not_a_state_dict(tmp_path: Path, content: object) -> None:
     path = tmp_path / "other.pth"
     torch.save(content, path)
-    with pytest.raises(ModelError, match="holds no state dict"):
+    with pytest.raises(ModelError, match="contains no state dict"):
         zoo.read_state(path)
 
 

@@ -15,7 +15,7 @@ from surgeon.layers.pafu import PAFUConv2d
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.finetune import FinetuneConfig, dry_run
 from surgeon.zoo.finetune.parameters import group_parameters
-from surgeon.zoo.finetune.schedule import Plan
+from surgeon.zoo.finetune.schedule import RunPlan
 from surgeon.zoo.recipes import FOLDER, recipe_names, recipes_for, training_recipe
 from tests.support.training import task_data
 
@@ -115,7 +115,7 @@ def test_patches_and_losses_of_the_papers() -> None:
 def test_cifar_rates_fall_where_the_paper_says() -> None:
     """Divided by 10 after 32,000 and 48,000 steps, the warm-up of 400 among them."""
     recipe = training_recipe("pafu_resnet_cifar")
-    plan = Plan.make(recipe.config(), 50_000, group_parameters(zoo.create("resnet20_cifar")))
+    plan = RunPlan.make(recipe.config(), 50_000, group_parameters(zoo.create("resnet20_cifar")))
     assert plan.total == 64_000
     assert [plan.warmup + milestone for milestone in plan.milestones] == [32_000, 48_000]
 
@@ -144,7 +144,7 @@ def test_paper_scale_is_planned(name: str) -> None:
     recipe = training_recipe(name)
     model, _ = recipe.with_presets("small").make_model()
     config = recipe.config(model)
-    plan = Plan.make(config, 50_000, group_parameters(model))
+    plan = RunPlan.make(config, 50_000, group_parameters(model))
     assert plan.total > 5_000
     assert plan.per_step == config.batch_size
 
@@ -278,8 +278,8 @@ def test_further_options_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "RUN|MODEL and --task must be given, or --recipe NAME"),
-        (["zoo/lenet"], "--task must be given, or --recipe"),
+        ([], "RUN|MODEL must be given, and --task; or --recipe NAME"),
+        (["zoo/lenet"], "--task must be given: zoo/lenet does not say"),
         (["zoo/lenet", "--task", "classification", "--preset", "small"], "--preset small is a preset of a recipe"),
         (["--recipe", "lenet", "--task", "denoising"], "is for the task classification, got --task denoising"),
         (["--recipe", "lenet", "--preset", "tiny"], "has no preset 'tiny'"),
@@ -287,7 +287,7 @@ def test_further_options_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--recipe", "lenet", "--task-option", "sigma=3"], "has no option 'sigma'"),
         (
             ["--recipe", "lenet", "--sched", "cosine", "--milestones", "50%"],
-            "milestones go with the schedule multistep",
+            "milestones and the schedule multistep need each other",
         ),
         (["--recipe", "lenet", "--model-args", "width=3", "--data", "."], "width=3"),
     ],
@@ -325,7 +325,7 @@ def test_converting_by_the_name_of_a_zoo_network(tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     assert main(["convert", "zoo/dncnn", "--recipe", "zoo/dncnn_dconv", "--dry-run"]) == 2
     assert (
-        "no recipe makes zoo/dncnn_dconv of another network: the DConv replaces a convolution"
+        "no recipe makes zoo/dncnn_dconv from another network: the DConv replaces a convolution"
         in capsys.readouterr().err
     )
     assert main(["convert", "zoo/dncnn", "--recipe", "zoo/dncn", "--dry-run"]) == 2

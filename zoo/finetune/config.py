@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from surgeon.errors import ConfigError
+from surgeon.util.parse import parse_span
 
 SCHEDULES = ("cosine", "poly", "step", "multistep", "tanh", "constant")
 PRECISIONS = ("no", "fp16", "bf16")
@@ -16,10 +17,6 @@ FREE = ("max_time", "workers", "log_every")
 # Neither do these, but they change what is kept or when the run ends: a note reports that.
 TOLD = ("eval_batch_size", "eval_every", "patience", "checkpoint_every", "max_rollbacks", "device")
 
-_SPAN = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(|ep|%)")
-_TIME = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([smhd]?)")
-_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
@@ -28,8 +25,8 @@ class FinetuneConfig:
     A *span* is a string: optimizer steps ("200"), epochs ("1.5ep"), or a percentage of the run ("5%", of the planned steps).
 
     Length: `epochs` passes over the training data (None: as many as `max_steps` takes), at most `max_steps` optimizer steps (the
-    schedule is planned for the shorter of the two), at most `max_time` seconds of training over all sessions (which cuts the
-    schedule short).
+    schedule is planned for the shorter of the two), at most `max_time` seconds over all sessions, evaluations
+    included (which cuts the schedule short).
     Batches: `batch_size` samples per micro-step over all processes, `accumulate` micro-steps per optimizer step; evaluation uses
     `eval_batch_size` (None: the same).
     Optimizer: a timm name; `lr` at the peak of the schedule `sched`, times `new_lr_scale` for new parameters (those that
@@ -168,24 +165,8 @@ class FinetuneConfig:
         return cls(**values)
 
 
-def parse_span(text: str, what: str = "span") -> tuple[float, str]:
-    """(number, unit): the unit is "" for optimizer steps, "ep" for epochs, "%" of the run. Raises `ConfigError`."""
-    match = _SPAN.fullmatch(str(text).strip())
-    if match is None or (not match[2] and not float(match[1]).is_integer()):
-        raise ConfigError(f"{what}: expected steps (200), epochs (1.5ep) or a percentage of the run (5%), got {text!r}")
-    return float(match[1]), match[2]
-
-
 def span_steps(text: str, steps_per_epoch: float, total: int, what: str = "span") -> int:
     """A span in optimizer steps, rounded; at least 1 unless the span is 0."""
     number, unit = parse_span(text, what)
     steps = number * {"": 1.0, "ep": steps_per_epoch, "%": total / 100}[unit]
     return max(round(steps), 1) if steps > 0 else 0
-
-
-def parse_time(text: str | float, what: str = "time") -> float:
-    """Seconds of "90", "45s", "30m", "1.5h", "2d". Raises `ConfigError`."""
-    match = _TIME.fullmatch(str(text).strip())
-    if match is None or float(match[1]) == 0:
-        raise ConfigError(f"{what}: expected a time such as 90s, 30m or 1.5h, got {text!r}")
-    return float(match[1]) * _SECONDS[match[2]]

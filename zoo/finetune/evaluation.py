@@ -1,8 +1,9 @@
 """Metrics of a network on a task's validation samples, and recalibration of its BatchNorms."""
 
 import itertools
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ def evaluate(
     accelerator: "Accelerator",
     *,
     look: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
     """Evaluate every validation sample once, split over the processes, in eval mode; preserves the global random state."""
     from accelerate.utils import convert_to_fp32
@@ -58,10 +60,11 @@ def evaluate(
         processes, rank = 1, 0
     size = config.eval_batch_size or config.batch_size
     batches = validation_batches(task, dataset, size, config.workers, rank=rank, processes=processes)
+    count = math.ceil(len(dataset) / (size * processes))
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
     with evaluating(model), torch.random.fork_rng(devices=cuda), ExitStack() as stack:
         layers = stack.enter_context(observed(model)) if look else []
-        for batch in batches:
+        for done, batch in enumerate(batches, 1):
             batch = to_device(batch, accelerator.device, channels_last=config.channels_last)
             with accelerator.autocast(), running(model, batch, task):
                 output = task.predict(model, batch)
@@ -69,6 +72,8 @@ def evaluate(
             task.update(metrics, output, batch)
             if look and drawn is None:
                 drawn = task.picture(batch, output)
+            if progress is not None:
+                progress("evaluate", done, count)
     values = {name: float(metric.compute()) for name, metric in metrics.items()}
     return Evaluation(values, time.perf_counter() - started, drawn, tuple(layers))
 

@@ -22,6 +22,7 @@ from surgeon.records.recipe import FILE as RECIPE
 from surgeon.records.recipe import BaseModel, versions
 from surgeon.records.report import Report
 from surgeon.util.files import check_fields, read_object, sync
+from surgeon.util.outputs import RUN, check_run_output
 from surgeon.zoo.finetune.config import FREE, TOLD, FinetuneConfig
 from surgeon.zoo.finetune.state import read_log, write_text
 from surgeon.zoo.tasks import Task
@@ -84,27 +85,13 @@ class RunFolder:
     def __init__(self, output: Path) -> None:
         self.output = output.absolute()
         self.training = self.output / "training"
-        self.record = self.training / "run.json"
+        self.record = self.output / RUN
         self.checkpoints = self.training / "checkpoints"
         self.summary = self.training / "summary.json"
 
     def check(self, *, resume: bool, force: bool) -> None:
         """Raise unless a run may be started or resumed here; called before any work."""
-        if resume and force:
-            raise ConfigError("resume continues a run, force replaces it: give only one of them")
-        if resume:
-            if not self.record.is_file():
-                raise CheckpointError(f"no run to resume in {self.output}: it has no training/run.json")
-            return
-        if not self.output.exists() and not self.output.is_symlink():
-            return
-        if not force:
-            hint = "continue it (--resume) or replace it (--force)" if self.record.is_file() else "or use --force"
-            raise CheckpointError(f"the output {self.output} exists; choose another with -o, {hint}")
-        if not self.output.is_dir() or self.output.is_symlink():
-            raise CheckpointError(f"the output {self.output} exists and is not a folder: --force replaces only folders")
-        if any(self.output.iterdir()) and not ((self.output / RECIPE).is_file() or self.record.is_file()):
-            raise CheckpointError(f"the output {self.output} was not written by surgeon: --force leaves it alone")
+        check_run_output(self.output, resume=resume, force=force)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from surgeon.errors import ConfigError, TrainingError
-from surgeon.zoo.finetune.state import Progress
+from surgeon.zoo.finetune.state import TrainingProgress
 from surgeon.zoo.tasks import Batch
 
 # A loss scaler in float16 starts at 2**16 and halves at every overflow: this many in a row are not a search for a scale.
@@ -54,7 +54,9 @@ class Guard:
             bad = [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
             raise NotFiniteError(f"the weights of {', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''} are not finite")
 
-    def rolled_back(self, error: NotFiniteError, failed: int, before: Progress, state: Progress) -> Progress:
+    def rolled_back(
+        self, error: NotFiniteError, failed: int, before: TrainingProgress, state: TrainingProgress
+    ) -> TrainingProgress:
         """The progress with which a run continues from `state` after `failed`; raises `TrainingError` after too many rollbacks."""
         rollbacks = before.rollbacks + 1
         if rollbacks > self.most:

@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_EVERY = 10.0  # seconds between two lines of progress in a pipe
+
 
 def _told_elsewhere(before: Any, error: Any) -> None:
     """Suppress a traceback: TensorBoard's thread passes its error to the next write, which reports it."""
@@ -26,7 +29,7 @@ def _told_elsewhere(before: Any, error: Any) -> None:
         before(error)
 
 
-class Journal:
+class TrainingJournal:
     """`folder` is the run's `training/`, None to write nothing; a bar only on a terminal, otherwise lines."""
 
     def __init__(self, folder: Path | None, *, quiet: bool) -> None:
@@ -37,6 +40,8 @@ class Journal:
         self.board: Any = None
         self.hook: Any = None  # the previous hook for errors in threads, while TensorBoard runs one
         self.bar: Any = None
+        self.inner: Any = None  # the bar of an evaluation
+        self.done, self.total, self.last = 0, 0, time.monotonic()
         self.complained: set[str] = set()
 
     def start(self, step: int, total: int) -> None:
@@ -50,6 +55,7 @@ class Journal:
             threading.excepthook = partial(_told_elsewhere, self.hook)
             with self._board_kept():
                 self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        self.done, self.total = step, total
         self.bar = tqdm(
             total=total, initial=step, unit="step", file=sys.stderr, disable=True if self.quiet else None, leave=False
         )
@@ -60,11 +66,12 @@ class Journal:
             with self._board_kept():
                 self.board.flush()
                 self.board.close()
-        if self.bar is not None:
-            self.bar.close()
+        for bar in (self.inner, self.bar):
+            if bar is not None:
+                bar.close()
         if self.hook is not None:
             threading.excepthook = self.hook
-        self.board = self.bar = self.hook = None
+        self.board = self.bar = self.inner = self.hook = None
 
     def tell(self, text: str) -> None:
         """Print a line."""
@@ -73,9 +80,32 @@ class Journal:
 
     def advance(self, loss: float) -> None:
         """Advance the bar by one step."""
+        self.done += 1
+        self._line(f"step {self.done}/{self.total}, loss {loss:.4g}")
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             self.bar.update()
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        """Show the progress of work between the steps: a bar of its own on a terminal, otherwise a line now and then."""
+        if self.quiet or total < 2:
+            return
+        if not sys.stderr.isatty():
+            if done < total:
+                self._line(f"{stage} {done}/{total}")
+            return
+        if self.inner is None:
+            self.inner = tqdm(total=total, desc=stage, unit="batch", file=sys.stderr, leave=False, delay=1.0)
+        self.inner.update(done - self.inner.n)
+        if done >= total:
+            self.inner.close()
+            self.inner = None
+
+    def _line(self, text: str) -> None:
+        """Print a line where there are no bars, at most every ten seconds."""
+        if not sys.stderr.isatty() and time.monotonic() - self.last >= _EVERY:
+            self.last = time.monotonic()
+            self.tell(text)
 
     def step(self, row: dict[str, Any]) -> None:
         """Log a training step: its numbers go to TensorBoard under `train/`."""

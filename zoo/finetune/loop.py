@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,17 +15,18 @@ from torch import Tensor, nn
 from surgeon.errors import TrainingError
 from surgeon.layers.regularizer import regularization
 from surgeon.util.copying import checkpoint_gradients
+from surgeon.util.interrupt import caught
 from surgeon.zoo.evaluate import running
 from surgeon.zoo.finetune.batches import STOPS, Draws, mixed, seed_everything, to_device, training_batches
 from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.devices import prepare
-from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, freeze_batch_norms
+from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, freeze_batch_norms, measures_statistics
 from surgeon.zoo.finetune.guard import Guard, NotFiniteError, one_value_told
-from surgeon.zoo.finetune.journal import Journal
+from surgeon.zoo.finetune.journal import TrainingJournal
 from surgeon.zoo.finetune.optimizer import check_state, make_optimizer, try_optimizer
 from surgeon.zoo.finetune.parameters import group_parameters, optimizer_groups
-from surgeon.zoo.finetune.schedule import Plan, Rates, Temperature
-from surgeon.zoo.finetune.state import Progress, Store
+from surgeon.zoo.finetune.schedule import Rates, RunPlan, Temperature
+from surgeon.zoo.finetune.state import Store, TrainingProgress
 from surgeon.zoo.tasks import Batch, Task, TaskDataset, better
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Trainer:
         if config.checkpointing:
             checkpoint_gradients(self.model)
         self.groups = group_parameters(self.model)
-        self.plan = Plan.make(config, len(data.train), self.groups)
+        self.plan = RunPlan.make(config, len(data.train), self.groups)
         self.ema = _average(self.model, config)
         self.train_mode()
         unused = accelerator.num_processes > 1 and self._has_unused_parameters()
@@ -215,13 +215,41 @@ class Run:
     """One run of a trainer through its plan."""
 
     def __init__(
-        self, trainer: Trainer, store: Store, journal: Journal, progress: Progress, watch: Watch | None = None
+        self,
+        trainer: Trainer,
+        store: Store,
+        journal: TrainingJournal,
+        progress: TrainingProgress,
+        watch: Watch | None = None,
+        began: float | None = None,
     ) -> None:
         self.watch = watch
         self.trainer, self.store, self.journal, self.progress = trainer, store, journal, progress
         self.config, self.plan, self.accelerator = trainer.config, trainer.plan, trainer.accelerator
         self.guard = Guard(most=self.config.max_rollbacks, factor=self.config.rollback_factor)
+        self.before, self.began = 0.0, time.monotonic() if began is None else began  # earlier sessions, in seconds; now
+        self.evaluation = 0.0  # seconds of the longest evaluation so far
+        self.pace = 0.0  # seconds of the newest step
         self.newest: tuple[int, Evaluation] | None = None  # step and evaluation, in this session
+        self.best: tuple[int, Evaluation] | None = None  # as newest
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of everything, over all sessions."""
+        return self.before + time.monotonic() - self.began
+
+    def rest(self) -> float:
+        """Estimated seconds of the end: an evaluation, and a second one after BatchNorm statistics are recomputed."""
+        config = self.config
+        if not config.recalibrate or config.freeze_bn or not measures_statistics(self.trainer.result):
+            return self.evaluation
+        forward = self.pace / config.accumulate / 3  # of a batch, without its backward pass
+        return 2 * self.evaluation + config.recalibrate * forward
+
+    def _is_last(self) -> bool:
+        """Whether time runs out unless the next step is the last."""
+        limit = self.config.max_time
+        return limit is not None and self.elapsed + 2 * self.pace + self.rest() >= limit
 
     def train(self) -> None:
         """Train to the end. Raises `Interrupted` after a first SIGINT, SIGTERM or SIGHUP, `TrainingError` if it cannot continue."""
@@ -248,14 +276,13 @@ class Run:
     def _step(self, batches: Iterator[Batch], asked: threading.Event) -> tuple[float, str | None]:
         """One optimizer step; returns its loss and the reason to stop after it, if any, the same in every process."""
         trainer, progress, accelerator = self.trainer, self.progress, self.accelerator
-        started, step = time.perf_counter(), progress.step
+        started, step, over = time.perf_counter(), progress.step, self._is_last()
         rates = trainer.rates.set(step, progress.lr_factor)
         temperature = trainer.temperature.set(step)
         trainer.train_mode()
         losses = trainer.backward(step, batches)
         moving = trainer.drop_inactive(step)
         norm = accelerator.clip_grad_norm_(moving, self.config.clip or float("inf")) if moving else losses.new_zeros(())
-        over = self.config.max_time is not None and progress.seconds >= self.config.max_time
         flags = losses.new_tensor([float(asked.is_set()), float(over and accelerator.is_main_process)])
         shared = accelerator.reduce(torch.cat([losses, flags]), reduction="mean")
         loss, task_loss, signalled, over_time = shared.tolist()
@@ -267,6 +294,7 @@ class Run:
             trainer.ema.update(trainer.model, step=progress.step)
         took = time.perf_counter() - started
         progress.seconds += took
+        self.pace = took
         self.journal.advance(loss)
         if progress.step % self.config.log_every == 0 or progress.step == self.plan.total:
             self._log(loss, task_loss, float(norm), rates, temperature, took)
@@ -311,7 +339,9 @@ class Run:
             self.config,
             self.accelerator,
             look=self.journal.log is not None,
+            progress=self.journal.show,
         )
+        self.evaluation = max(self.evaluation, found.seconds)
         self.newest = (self.progress.step, found)
         return found
 
@@ -323,6 +353,7 @@ class Run:
         progress.last = found.metrics
         if first or (progress.best is not None and better(task, value, progress.best)):
             progress.best, progress.best_step, progress.stale = value, progress.step, 0
+            self.best = (progress.step, found) if math.isfinite(found.seconds) else None
             if self.config.keep == "best" and self.accelerator.is_main_process:
                 self.store.save_best(self.trainer.result.state_dict(), progress.step)
         else:
@@ -337,6 +368,7 @@ class Run:
 
     def save(self) -> None:
         """Save a checkpoint of the current state."""
+        self.progress.elapsed = self.elapsed
         if self.accelerator.is_main_process:
             self.store.save(self.trainer.state(), self.progress)
         self.accelerator.wait_for_everyone()
@@ -368,20 +400,10 @@ class Run:
 def _listening() -> Iterator[threading.Event]:
     """An event set by the first SIGINT, SIGTERM or SIGHUP; a second one has its usual effect."""
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in STOPS}
-    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}  # under nohup
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def ask(number: int, before: Any) -> None:
         asked.set()
-        signal.signal(number, before[number])
+        signal.signal(number, before)
 
-    for number in before:
-        signal.signal(number, ask)
-    try:
+    with caught([number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN], ask):  # under nohup
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,6 +1,5 @@
 """Optimizers by timm's names, tested before a run starts; and checks that a checkpoint's state fits a run."""
 
-import difflib
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import CheckpointError, ConfigError
 from surgeon.util.files import check_fields, told
+from surgeon.util.near import did_you_mean
 from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.state import storable
 
@@ -26,9 +26,7 @@ def make_optimizer(groups: Any, config: FinetuneConfig) -> torch.optim.Optimizer
 
     known = [str(name) for name in list_optimizers(with_description=False)]
     if config.opt not in known:
-        near = difflib.get_close_matches(config.opt, known, n=3)
-        hint = f" Did you mean {', '.join(near)}?" if near else ""
-        raise ConfigError(f"timm has no optimizer {config.opt!r}.{hint}")
+        raise ConfigError(f"timm has no optimizer {config.opt!r}.{did_you_mean(config.opt, known)}")
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum

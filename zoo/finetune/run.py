@@ -5,6 +5,7 @@ import logging
 import math
 import random
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,24 +15,27 @@ import numpy as np
 import torch
 from torch import nn
 
+from surgeon.costs import cost
 from surgeon.errors import ConfigError, ModelError, SurgeonError
+from surgeon.models.names import restore
 from surgeon.models.weights import state_sha256
 from surgeon.records.collapse_report import CollapseReport
-from surgeon.records.recipe import BaseModel, Recipe, get_recipe, set_recipe
+from surgeon.records.recipe import BaseModel, Recipe, Trained, get_recipe, set_recipe
 from surgeon.records.report import Report
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.util.copying import copy_model
 from surgeon.util.files import check_fields
+from surgeon.util.waiting import waiting
 from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.devices import make_accelerator, release
 from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, measures_statistics, recalibrate
 from surgeon.zoo.finetune.folder import RunFolder, record
-from surgeon.zoo.finetune.journal import Journal
+from surgeon.zoo.finetune.journal import TrainingJournal
 from surgeon.zoo.finetune.loop import Data, Run, Trainer, Watch
 from surgeon.zoo.finetune.optimizer import make_optimizer
 from surgeon.zoo.finetune.schedule import describe
-from surgeon.zoo.finetune.state import Progress, Store
-from surgeon.zoo.finetune.summary import Measured, Summary, measured
+from surgeon.zoo.finetune.state import Store, TrainingProgress
+from surgeon.zoo.finetune.summary import MeasuredNetwork, Summary, measured
 from surgeon.zoo.tasks import Task, better
 
 if TYPE_CHECKING:
@@ -79,6 +83,7 @@ def finetune(
     quiet: bool = True,
     watch: Watch | None = None,
     known_start: Mapping[str, float] | None = None,
+    began: float | None = None,
 ) -> FinetuneResult:
     """Train a copy of a model on a task; the caller's model does not change.
 
@@ -86,8 +91,9 @@ def finetune(
     conversion, for the comparison and for distillation; by default it is rebuilt from the model's recipe if possible.
     `resume` continues the run in `output`, which must have been started with the same model, task and options. Neither the random
     state nor the result depends on earlier draws. `watch` gets (step, metrics) of each evaluation in training; an exception from it
-    ends the run. `known_start`: the model's metrics before training, if they need not be measured. Raises `DataError`,
-    `ConfigError`, `TrainingError`, and `Interrupted` (a `KeyboardInterrupt`) when asked to stop.
+    ends the run. `known_start`: the model's metrics before training, if they need not be measured. `began`: when the time of
+    `max_time` began to run, by `time.monotonic()` (None: now). Raises `DataError`, `ConfigError`, `TrainingError`, and
+    `Interrupted` (a `KeyboardInterrupt`) when asked to stop.
     """
     config, source = config or FinetuneConfig(), source or Source()
     folder = None if output is None else RunFolder(Path(output))
@@ -95,7 +101,9 @@ def finetune(
         raise ConfigError("without an output there is nothing to resume or to replace")
     if folder is not None:
         folder.check(resume=resume, force=force)
-    task.check()
+    began = time.monotonic() if began is None else began
+    with waiting("looking through the data", quiet=quiet):
+        task.check()
     accelerator = make_accelerator(config)
     with _random_state_kept(), contextlib.ExitStack() as stack:
         work, start_hash = _bound(model, task)
@@ -106,7 +114,7 @@ def finetune(
             if folder is not None:
                 values = record(source.name, start_hash, task, config, accelerator.num_processes)
                 session.open(values, stack, resume=resume)
-            return session.run(work, original, place, watch, known_start)
+            return session.run(work, original, place, watch, known_start, began)
         finally:
             session.journal.stop()
 
@@ -128,7 +136,9 @@ class _Session:
         self.task, self.config, self.source, self.folder = task, config, source, folder
         self.accelerator, self.notes = accelerator, notes
         main = accelerator.is_main_process
-        self.journal = Journal(folder.training if folder is not None and main else None, quiet=quiet or not main)
+        self.journal = TrainingJournal(
+            folder.training if folder is not None and main else None, quiet=quiet or not main
+        )
         self.data = Data(task.dataset("train"), task.dataset("val"))
 
     def open(self, values: dict[str, Any], stack: contextlib.ExitStack, *, resume: bool) -> None:
@@ -152,6 +162,7 @@ class _Session:
         place: Path,
         watch: Watch | None,
         known: Mapping[str, float] | None,
+        began: float,
     ) -> FinetuneResult:
         config, teacher = self.config, original if self.config.distill else None
         trainer = Trainer(work, self.task, self.data, config, self.accelerator, teacher)
@@ -159,15 +170,16 @@ class _Session:
         if self.accelerator.is_main_process:
             store.create()
         self.accelerator.wait_for_everyone()
-        run = Run(trainer, store, self.journal, Progress(), watch)
+        run = Run(trainer, store, self.journal, TrainingProgress(), watch, began)
         self._begin(run, original, known)
         if run.progress.stopped is None:
             run.train()
         summary = self._end(run)
         release(self.accelerator, trainer.wrapped)
-        model = _with_classes(_with_recipe(trainer.result, work), self.task).eval()
+        model = _with_task(_with_recipe(trainer.result, work), self.task, self._input_size()).eval()
         if self.folder is not None and self.accelerator.is_main_process:
-            self.folder.finish(model, self.source.base, self.source.report, summary.to_json())
+            base = _at_size(self.source.base, self._input_size())
+            self.folder.finish(model, base, self.source.report, summary.to_json())
         self.accelerator.wait_for_everyone()
         output = None if self.folder is None else self.folder.output
         return FinetuneResult(model=model, summary=summary, output=output, main=self.accelerator.is_main_process)
@@ -179,6 +191,7 @@ class _Session:
         checkpoint = run.store.newest()
         if checkpoint is not None:
             state, run.progress = checkpoint
+            run.before = run.progress.elapsed
             where = str(run.store.path("step", run.progress.step))
             check_fields(run.progress.start, {"start": dict}, f"{where}: progress: start")
             run.trainer.check(state, where)
@@ -187,7 +200,7 @@ class _Session:
                 run.store.drop_after(run.progress.step)
             self.accelerator.wait_for_everyone()
             limit = self.config.max_time
-            if run.progress.stopped == "time" and (limit is None or run.progress.seconds < limit):
+            if run.progress.stopped == "time" and (limit is None or run.progress.elapsed < limit):
                 run.progress.stopped = None
             patience = self.config.patience
             if run.progress.stopped == "patience" and (patience is None or run.progress.stale < patience):
@@ -199,7 +212,8 @@ class _Session:
         size = self._input_size()
         if original is not None:
             placed = original.to(self.accelerator.device).eval()
-            before = evaluate(placed, self.task, self.data.val, self.config, self.accelerator)
+            before = self._evaluate(placed)
+            run.evaluation = before.seconds
             run.progress.start["original"] = asdict(measured(placed, before.metrics, before.seconds, size))
         start = run.evaluate() if known is None else Evaluation(dict(known), math.nan)
         run.progress.start["start"] = asdict(measured(run.trainer.model, start.metrics, start.seconds, size))
@@ -213,18 +227,16 @@ class _Session:
         if best is not None:
             trainer.result.load_state_dict(run.store.best(best))
         kept = progress.step if best is None else best
-        if run.newest is not None and run.newest[0] == kept:  # these weights were evaluated last
-            final = run.newest[1]
-        else:
-            final = evaluate(trainer.result, self.task, self.data.val, self.config, self.accelerator)
+        known = dict(found for found in (run.best, run.newest) if found is not None)  # evaluated in this session
+        final = known.get(kept) or self._evaluate(trainer.result)
         final, recalibrated = self._recalibrated(trainer, final)
         start = progress.start
         summary = Summary(
             task=self.task.name,
             primary=self.task.primary,
             higher_is_better=self.task.higher_is_better,
-            original=Measured(**start["original"]) if "original" in start else None,
-            start=Measured(**start["start"]),
+            original=MeasuredNetwork(**start["original"]) if "original" in start else None,
+            start=MeasuredNetwork(**start["start"]),
             result=measured(trainer.result, final.metrics, final.seconds, self._input_size()),
             steps=progress.step,
             epochs=run.plan.epoch(progress.step),
@@ -239,6 +251,9 @@ class _Session:
         self.journal.hparams(self.config.to_dict() | {"task": self.task.name}, final.metrics)
         return summary
 
+    def _evaluate(self, model: nn.Module) -> Evaluation:
+        return evaluate(model, self.task, self.data.val, self.config, self.accelerator, progress=self.journal.show)
+
     def _recalibrated(self, trainer: Trainer, before: Evaluation) -> tuple[Evaluation, bool]:
         """Recalibrated BatchNorm statistics, unless the network is worse with them."""
         config, model = self.config, trainer.result
@@ -251,7 +266,7 @@ class _Session:
                 self.task.forward(network, batch)
 
         recalibrate(model, self.task, trainer.batches(trainer.plan.total), config.recalibrate, forward)
-        after = evaluate(model, self.task, self.data.val, config, self.accelerator)
+        after = self._evaluate(model)
         if better(self.task, before.metrics[self.task.primary], after.metrics[self.task.primary]):
             model.load_state_dict(kept)
             return before, False
@@ -287,12 +302,18 @@ def _with_recipe(model: nn.Module, carrier: nn.Module) -> nn.Module:
     return model
 
 
-def _with_classes(model: nn.Module, task: Task) -> nn.Module:
-    """The model with the names of its outputs in its recipe."""
-    names = task.outputs()
-    if names is not None:
-        set_recipe(model, replace(get_recipe(model) or Recipe(rules=()), classes=names))
+def _with_task(model: nn.Module, task: Task, size: tuple[int, ...]) -> nn.Module:
+    """The model, with its task, training size and output names in its recipe."""
+    recipe = get_recipe(model) or Recipe(rules=())
+    trained = Trained(name=task.name, options=task.options())
+    classes = task.outputs() or recipe.classes
+    set_recipe(model, replace(recipe, base=_at_size(recipe.base, size), task=trained, classes=classes))
     return model
+
+
+def _at_size(base: BaseModel | None, size: tuple[int, ...]) -> BaseModel | None:
+    """The base model, with the size (C, H, W) of the training samples as its input size."""
+    return base if base is None or len(size) != 3 else replace(base, input_size=size)
 
 
 def _original(
@@ -314,8 +335,6 @@ def _original(
         if recipe is None or recipe.base is None:
             note = "the original network is not known: the model's recipe does not name it"
         else:
-            from surgeon.models.names import restore
-
             try:
                 original = restore(recipe.base)
             except ModelError as error:
@@ -379,7 +398,7 @@ def dry_run(
         teacher = original if config.distill else None
         trainer = Trainer(work, task, data, config, accelerator, teacher)
         store = Store(Path(place), trainer.plan.checkpoint_every)
-        run = Run(trainer, store, Journal(None, quiet=True), Progress())
+        run = Run(trainer, store, TrainingJournal(None, quiet=True), TrainingProgress())
         loss = run.once()
         groups = describe(trainer.optimizer, trainer.groups)
         release(accelerator, trainer.wrapped)
@@ -398,7 +417,6 @@ def dry_run(
 
 def _predicted(model: nn.Module, size: tuple[int, ...], config: FinetuneConfig) -> "tuple[Cost | None, list[str]]":
     """The cost of a training step for one process, or a note explaining why it is unknown."""
-    from surgeon.costs import cost
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
         return make_optimizer([{"params": list(parameters)}], config)

@@ -12,7 +12,7 @@ from surgeon.zoo.finetune.parameters import ROLES, Group, Role, dynamic_modules
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """Length and cadence of a run, in optimizer steps; counts start at 0 before the first step."""
 
     samples: int  # in an epoch
@@ -27,7 +27,7 @@ class Plan:
     milestones: tuple[int, ...] = ()  # for "multistep"
 
     @classmethod
-    def make(cls, config: FinetuneConfig, samples: int, groups: list[Group]) -> "Plan":
+    def make(cls, config: FinetuneConfig, samples: int, groups: list[Group]) -> "RunPlan":
         """Raises `ConfigError` for phases that need parameters the model lacks, or that leave nothing of the run."""
         per_step = config.batch_size * config.accumulate
         steps_per_epoch = samples / per_step
@@ -87,7 +87,7 @@ class Plan:
 class Rates:
     """The learning rates of an optimizer's groups at every step, following timm's schedules."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, config: FinetuneConfig, plan: Plan) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, config: FinetuneConfig, plan: RunPlan) -> None:
         from timm.scheduler import create_scheduler_v2
 
         self.optimizer, self.plan = optimizer, plan

@@ -31,11 +31,12 @@ _KEPT = 2  # newest checkpoints, and as many regular ones
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """Progress of a run; together with the tensors it makes up a checkpoint."""
 
     step: int = 0
     seconds: float = 0.0  # of training, over all sessions
+    elapsed: float = 0.0  # seconds of everything, evaluations included, over all sessions
     best: float | None = None
     best_step: int | None = None
     stale: int = 0  # evaluations since the best
@@ -50,7 +51,7 @@ class Progress:
 _NUMBER, _NONE = (int, float), type(None)
 _PROGRESS: dict[str, Any] = {
     **dict.fromkeys(("step", "stale", "rollbacks"), int),
-    **dict.fromkeys(("seconds", "lr_factor"), _NUMBER),
+    **dict.fromkeys(("seconds", "elapsed", "lr_factor"), _NUMBER),
     "best": (*_NUMBER, _NONE),
     "best_step": (int, _NONE),
     "stopped": (str, _NONE),
@@ -204,7 +205,7 @@ class Store:
         for left in self.folder.glob(".*.partial-*"):
             left.unlink(missing_ok=True)
 
-    def save(self, tree: dict[str, Any], progress: Progress) -> None:
+    def save(self, tree: dict[str, Any], progress: TrainingProgress) -> None:
         """Write the checkpoint of a step, and remove those no longer needed."""
         write_tree(self.path("step", progress.step), tree | {"progress": vars(progress)})
         steps = self.steps()
@@ -228,7 +229,7 @@ class Store:
         weights: dict[str, Tensor] = tree["weights"]
         return weights
 
-    def newest(self, regular: bool = False) -> tuple[dict[str, Any], Progress] | None:
+    def newest(self, regular: bool = False) -> tuple[dict[str, Any], TrainingProgress] | None:
         """The newest readable checkpoint; damaged ones are logged and skipped. None if there is none.
 
         Raises `CheckpointError` if there are checkpoints and all are damaged.
@@ -251,18 +252,19 @@ class Store:
             raise CheckpointError(f"every checkpoint in {self.folder} is damaged; start over with --force. {first}")
         return None
 
-    def _read(self, step: int) -> tuple[dict[str, Any], Progress]:
+    def _read(self, step: int) -> tuple[dict[str, Any], TrainingProgress]:
         """The checkpoint of a step; raises `CheckpointError` that names the field if no run can have written it."""
         file = self.path("step", step)
         tree = read_tree(file)
         check_fields(tree, {"progress": dict}, str(file))
         values = tree.pop("progress")
         where = f"{file}: progress"
-        unknown = sorted(str(key) for key in set(values) ^ set(vars(Progress())))
+        values.setdefault("elapsed", values.get("seconds"))  # of runs that did not count evaluations
+        unknown = sorted(str(key) for key in set(values) ^ set(vars(TrainingProgress())))
         if unknown:
             raise CheckpointError(f"{where} is missing, or should not have, {', '.join(unknown)}")
         check_fields(values, _PROGRESS, where)
-        for key in ("step", "best_step", "stale", "rollbacks", "seconds"):
+        for key in ("step", "best_step", "stale", "rollbacks", "seconds", "elapsed"):
             if values[key] is not None and not values[key] >= 0:
                 raise CheckpointError(f"{where}: {key} must not be negative, got {told(values[key])}")
         if values["step"] != step or (values["best_step"] or 0) > step:
@@ -275,7 +277,7 @@ class Store:
                 raise CheckpointError(
                     f"{where}: start: {name} must have {', '.join(_MEASURED)}, got {told(sorted(measures))}"
                 )
-        return tree, Progress(**values)
+        return tree, TrainingProgress(**values)
 
     def drop_after(self, step: int) -> None:
         """Remove what a run that was rolled back to `step` will redo."""

@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from surgeon.costs import cost
+from surgeon.errors import SurgeonError
 from surgeon.util.tables import count, paragraph, table
 from surgeon.zoo.finetune.state import finite
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class MeasuredNetwork:
     """One network on the task. FLOPs per input of the training size (1 MAC = 2 FLOPs), seconds for one evaluation."""
 
     metrics: dict[str, float]
@@ -27,9 +29,9 @@ class Summary:
     task: str
     primary: str
     higher_is_better: bool
-    original: Measured | None
-    start: Measured
-    result: Measured
+    original: MeasuredNetwork | None
+    start: MeasuredNetwork
+    result: MeasuredNetwork
     steps: int
     epochs: float
     stopped: str  # "steps", "time" or "patience"
@@ -74,9 +76,11 @@ class Summary:
         return "\n".join([table(header, rows, width=width), "", *lines]) + "\n"
 
 
-def measured(model: nn.Module, metrics: dict[str, float], seconds: float, input_size: tuple[int, ...]) -> Measured:
+def measured(
+    model: nn.Module, metrics: dict[str, float], seconds: float, input_size: tuple[int, ...]
+) -> MeasuredNetwork:
     """Metrics, and the network's cost."""
-    return Measured(
+    return MeasuredNetwork(
         metrics=metrics,
         parameters=sum(p.numel() for p in model.parameters()),
         flops=_flops(model, input_size),
@@ -86,9 +90,6 @@ def measured(model: nn.Module, metrics: dict[str, float], seconds: float, input_
 
 def _flops(model: nn.Module, input_size: tuple[int, ...]) -> float | None:
     """FLOPs of one input, None if the model cannot be traced with one image tensor."""
-    from surgeon.costs import cost
-    from surgeon.errors import SurgeonError
-
     if len(input_size) != 3:
         return None
     try:

@@ -111,7 +111,7 @@ _DIFFERENCE = {
     "s": "the published number is 0.63 M higher, 157 k for each of the 4 ACDA layers, see ad_resnet_l",
     "m": "the published number is 0.55 M higher, 137 k for each of the 4 ACDA layers, see ad_resnet_l",
     "l": "the published numbers of -m and -l differ by 8.36 M; without the static layers of these blocks, 197 k remain for what a "
-    "generator has beside its 1×1 convolution, that is a 3×3 convolution from 64 to 342 channels, where A.4 says 6·18 = 108. "
+    "generator has besides its 1×1 convolution, that is a 3×3 convolution from 64 to 342 channels, where A.4 says 6·18 = 108. "
     "None of these fits all three: other numbers of atoms (3-12), of outputs (6-700), hidden widths (32-256), up to three "
     "additional 64-channel layers, shortcuts with and without projection. A 3×3, a 5×5 and a 7×7 head of 36 outputs in each "
     "generator, which A.3 does not have, would give 3.74, 9.80 and 18.12 M; a 3×3 first convolution in the generator, as a public "

@@ -26,7 +26,7 @@ _SPREAD = 3.0  # standard deviation of the window in which the true noise is est
 RULES = (Rule(layers="re:denoiser\\.blocks\\..*\\.conv2$", type="acda", options=ACDA),)
 
 
-class Posterior(NamedTuple):
+class NoisePosterior(NamedTuple):
     """Parameters of the clean image: `mean`, `variance`; of the noise variance: `alpha`, `beta`. All (N, C, H, W)."""
 
     mean: Tensor
@@ -38,7 +38,7 @@ class Posterior(NamedTuple):
 class VDN(nn.Module):
     """Noisy image (N, C, H, W) in [0, 1] -> the mean of the clean image, same shape, not clipped. Starts at the identity.
 
-    With `posterior` it returns the loss's inputs, a `Posterior`; see the method of that name.
+    With `posterior` it returns the loss's inputs, a `NoisePosterior`; see the method of that name.
     """
 
     def __init__(self, channels: int = 3, width: int = WIDTH, inner: int = INNER, blocks: int = BLOCKS) -> None:
@@ -50,22 +50,22 @@ class VDN(nn.Module):
             layers += [nn.Conv2d(64, 64, 3, padding=1), nn.LeakyReLU(0.2)]
         self.noise = nn.Sequential(*layers, nn.Conv2d(64, 2 * channels, 3, padding=1))
 
-    def forward(self, x: Tensor, posterior: bool = False) -> Tensor | Posterior:
+    def forward(self, x: Tensor, posterior: bool = False) -> Tensor | NoisePosterior:
         if posterior:
             return self.posterior(x)
         correction: Tensor = self.denoiser(x)[:, : x.shape[1]]
         return x + correction
 
-    def posterior(self, x: Tensor) -> Posterior:
+    def posterior(self, x: Tensor) -> NoisePosterior:
         """Inputs of the loss."""
         correction, log_variance = self.denoiser(x).chunk(2, dim=1)
         log_alpha, log_beta = self.noise(x).clamp(*_LOG_RANGE).chunk(2, dim=1)
         variance = log_variance.clamp(*_LOG_RANGE).exp()
-        return Posterior(x + correction, variance, log_alpha.exp(), log_beta.exp())
+        return NoisePosterior(x + correction, variance, log_alpha.exp(), log_beta.exp())
 
 
 def variational_loss(
-    found: Posterior, noisy: Tensor, clean: Tensor, *, window: int = 7, prior_variance: float = 1e-6
+    found: NoisePosterior, noisy: Tensor, clean: Tensor, *, window: int = 7, prior_variance: float = 1e-6
 ) -> Tensor:
     """The negative evidence lower bound per element (Yue et al., Eq. 12-15), a scalar.
 

@@ -5,7 +5,6 @@ run, at the scale of the paper. Presets change some of them; several presets can
 Every recipe has the preset `small`: a smaller network on fewer samples, minutes on a CPU.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -13,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.errors import ConfigError, RecipeError
+from surgeon.layers.base import DynamicConv2d
+from surgeon.models.names import build_model
 from surgeon.records.recipe import parse_json, read_text
+from surgeon.util.near import did_you_mean
+from surgeon.zoo import entry
+from surgeon.zoo.finetune import FinetuneConfig
+from surgeon.zoo.tasks import create_task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,7 +75,8 @@ class TrainingRecipe:
         for name in names:
             if name not in self.presets:
                 raise ConfigError(
-                    f"recipe {self.name} has no preset {name!r}; it has {', '.join(self.presets)}{_near(name, self.presets)}"
+                    f"recipe {self.name} has no preset {name!r}; it has {', '.join(self.presets)}."
+                    f"{did_you_mean(name, self.presets)}"
                 )
             preset = self.presets[name]
             made = replace(
@@ -89,8 +95,6 @@ class TrainingRecipe:
         Giving `epochs` or `max_steps` replaces both; giving another schedule drops the recipe's decay.
         For a `model` without PAFU, such as a plain counterpart, the alternation with selectors is dropped unless it was given.
         """
-        from surgeon.zoo.finetune import FinetuneConfig
-
         options = dict(self.train)
         if len({"epochs", "max_steps"} & set(given)) == 1:
             options.pop("max_steps", None)
@@ -106,8 +110,6 @@ class TrainingRecipe:
 
     def make_task(self, data: str | Path | None = None, *, seed: int = 0, **given: Any) -> "Task":
         """The task, `given` options over the recipe's. Raises `ConfigError`."""
-        from surgeon.zoo.tasks import create_task
-
         options = {key: tuple(v) if isinstance(v, list) else v for key, v in (self.task_options | given).items()}
         return create_task(self.task, seed=seed, **(options if data is None else options | {"data": Path(data)}))
 
@@ -124,8 +126,6 @@ class TrainingRecipe:
         The recipe's factory options apply to its own networks, which start with random weights (from `seed`)
         unless `weights` says otherwise. Raises `ModelError`.
         """
-        from surgeon.models.names import build_model
-
         spec = f"zoo/{self.networks[0]}" if network is None else network
         own = spec.removeprefix("zoo/") in self.networks
         if own:
@@ -134,8 +134,6 @@ class TrainingRecipe:
         return build_model(spec, weights=weights, seed=seed, options=made | dict(options or {}))
 
     def _factory_options(self, network: str) -> dict[str, Any]:
-        from surgeon.zoo import entry
-
         by_surgery = self.layer_options and entry(network).rules
         return self.model | ({"layer_options": self.layer_options} if by_surgery else {})
 
@@ -159,7 +157,7 @@ def training_recipe(name: str | Path) -> TrainingRecipe:
     if str(name) not in known:
         raise RecipeError(
             f"there is no training recipe {str(name)!r}; there are {', '.join(known)}, and files by a name that ends in "
-            f".json{_near(str(name), known)}"
+            f".json.{did_you_mean(str(name), known)}"
         )
     return _shipped(str(name))
 
@@ -181,8 +179,6 @@ def recipes_for(network: str) -> list[tuple[TrainingRecipe, str | None]]:
 
 
 def _has_selectors(model: "nn.Module") -> bool:
-    from surgeon.layers.base import DynamicConv2d
-
     layers = (module for module in model.modules() if isinstance(module, DynamicConv2d))
     return any(True for layer in layers for _ in layer.selector_parameters())
 
@@ -250,8 +246,3 @@ def _check_keys(values: Iterable[str], known: Iterable[str], where: str) -> None
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise RecipeError(f"{where} has no key {', '.join(map(repr, unknown))}; it may have {', '.join(sorted(known))}")
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f". Did you mean {near[0]!r}?" if near else ""

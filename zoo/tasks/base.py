@@ -6,7 +6,7 @@ Samples are dictionaries of tensors without a batch dimension, batches the same 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -97,6 +97,15 @@ class Task(ABC):
         Returns the model, the same object if possible. Raises `InputError` if they cannot fit.
         """
         return model
+
+    def options(self) -> dict[str, Any]:
+        """The non-default options, except those that locate or limit the data.
+
+        `new_head` is excluded, too: it was needed only once.
+        """
+        left = ("data", "train", "val", "train_limit", "val_limit", "download", "new_head")
+        values = {field.name: (getattr(self.config, field.name), field.default) for field in fields(self.config)}
+        return {name: value for name, (value, default) in values.items() if value != default and name not in left}
 
     def outputs(self) -> tuple[str, ...] | None:
         """Names of a bound model's outputs, in order, for its recipe; None if they have no names."""

@@ -84,7 +84,7 @@ class Classification(Task):
     Data: the folder that torchvision downloads CIFAR into (`cifar-10-batches-py/`, `cifar-100-python/`), or `train/` and `val/`
     with one folder per class, or such folders without a split, with a stratified `val_fraction` for validation. Image size,
     normalization, interpolation and crop are those of a timm model; other models get ImageNet's normalization and the size of
-    the images (CIFAR) or 224. Metrics: top1, top5 (fractions), loss (cross-entropy).
+    the images (CIFAR) or 224. Metrics: top1, top5 (fractions; top5 from six classes on), loss (cross-entropy).
     """
 
     name: ClassVar[str] = "classification"
@@ -260,12 +260,14 @@ class Classification(Task):
             metric: Metric = MulticlassAccuracy(num_classes=count, top_k=min(k, count), average="micro")
             return metric
 
-        return {"top1": top(1), "top5": top(5), "loss": image_mean()}
+        fives = {"top5": top(5)} if count > 5 else {}  # among five all are
+        return {"top1": top(1), **fives, "loss": image_mean()}
 
     def update(self, metrics: "Mapping[str, Metric]", output: Any, batch: Batch) -> None:
         logits, target = _all_logits(output)[0].float(), batch["target"]
         metrics["top1"].update(logits, target)
-        metrics["top5"].update(logits, target)
+        if "top5" in metrics:
+            metrics["top5"].update(logits, target)
         metrics["loss"].update(F.cross_entropy(logits, target, reduction="none"))
 
     def picture(self, batch: Batch, output: Any) -> Image.Image:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError, DataError, InputError
-from surgeon.zoo.networks.vdn import Posterior, variational_loss
+from surgeon.zoo.networks.vdn import NoisePosterior, variational_loss
 from surgeon.zoo.tasks.base import Batch, Sample, TaskConfig
 from surgeon.zoo.tasks.data.draws import turned
 from surgeon.zoo.tasks.data.files import check_images, image_size, list_images, look_through, named
@@ -27,7 +27,7 @@ class RealDenoisingConfig(RestorationConfig):
     """`noisy` and `clean` define the pairs: the names of two folders (noisy/a.png, clean/a.png), or, if a pattern
     contains a `*`, the name endings of files in one folder: noisy="*_real" clean="*_mean" for a_real.JPG and a_mean.JPG.
 
-    `loss` may also be "variational", that of Yue et al. (2019), for networks whose forward gives a `Posterior` when called
+    `loss` may also be "variational", that of Yue et al. (2019), for networks whose forward gives a `NoisePosterior` when called
     with `posterior=True`. `luma`: compute PSNR and SSIM on Y (BT.601) of 8-bit images.
     """
 
@@ -120,13 +120,13 @@ class RealDenoising(RestorationTask):
         return super().forward(model, batch)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
-        if isinstance(output, Posterior):
-            return variational_loss(Posterior(*(part.float() for part in output)), batch["input"], batch["target"])
+        if isinstance(output, NoisePosterior):
+            return variational_loss(NoisePosterior(*(part.float() for part in output)), batch["input"], batch["target"])
         return super().loss(output, batch)
 
     def distillation_loss(self, output: Any, teacher: Any) -> Tensor:
         """Between the means, if there is a posterior."""
-        parts = [part.mean if isinstance(part, Posterior) else part for part in (output, teacher)]
+        parts = [part.mean if isinstance(part, NoisePosterior) else part for part in (output, teacher)]
         return super().distillation_loss(*parts)
 
     def measured(self, image: Tensor) -> Tensor:

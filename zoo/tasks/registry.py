@@ -1,13 +1,13 @@
 """Registry of the tasks. A task is one file in this folder with one `@register` line."""
 
 import dataclasses
-import difflib
 import pkgutil
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 from surgeon.errors import ConfigError
+from surgeon.util.near import did_you_mean
 from surgeon.zoo.tasks.base import Task
 
 _TASKS: dict[str, type[Task]] = {}
@@ -40,9 +40,7 @@ def task_class(name: str) -> type[Task]:
     """The class of a task; an unknown name raises a `ConfigError` that lists the known ones."""
     _load()
     if name not in _TASKS:
-        near = difflib.get_close_matches(name, _TASKS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown task {name!r}; there are {', '.join(task_names())}.{hint}")
+        raise ConfigError(f"unknown task {name!r}; there are {', '.join(task_names())}.{did_you_mean(name, _TASKS)}")
     return _TASKS[name]
 
 
@@ -52,7 +50,6 @@ def create_task(name: str, *, seed: int = 0, **options: Any) -> Task:
     known = [field.name for field in dataclasses.fields(cls.config_class)]
     for option in options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(option, known)
             raise ConfigError(f"task {name} has no option {option!r}; it has {', '.join(known)}.{hint}")
     return cls(cls.config_class(**options), seed=seed)

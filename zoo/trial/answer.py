@@ -28,7 +28,7 @@ def verdict(gains: Sequence[float]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class ArmCost:
     """Cost of one arm. FLOPs per image (1 MAC = 2 FLOPs; None: not countable), parameters, seconds per training step."""
 
     flops: int | None
@@ -54,7 +54,7 @@ class Answer:
     swept: dict[str, dict[str, float | None]]  # by arm: what the choosing images say, by rate
     seeds: list[int]
     scores: dict[str, list[float]]
-    costs: dict[str, Cost]
+    costs: dict[str, ArmCost]
     stopped: str  # "seeds" or "time"
     seconds: float
     layers: list[dict[str, Any]] = field(default_factory=list)  # how adaptive the converted network's layers became

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import CheckpointError, ConfigError, DataError
-from surgeon.models.checkpoint import fresh_folder
+from surgeon.models.folder import fresh_folder
 from surgeon.util.files import check_fields, read_object, write_text
+from surgeon.util.outputs import TRIAL, check_trial_output
 from surgeon.zoo.finetune.folder import held
 from surgeon.zoo.tasks.data.fingerprint import changes
 
@@ -24,7 +25,7 @@ class TryFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
-        self.record = self.path / "try.json"
+        self.record = self.path / TRIAL
         self.clock = self.path / "clock.json"
         self.scores = self.path / "scores"
         self.runs = self.path / "runs"
@@ -34,19 +35,7 @@ class TryFolder:
 
     def check(self, *, resume: bool, force: bool) -> None:
         """Raise unless a trial may start or resume here; called before any work."""
-        if resume and force:
-            raise ConfigError("--resume goes on with a trial, --force replaces it: give one of them")
-        if resume:
-            if not self.record.is_file():
-                raise CheckpointError(f"there is no trial to go on with in {self.path}: it has no try.json")
-        elif self.path.exists() or self.path.is_symlink():
-            if not force:
-                hint = (
-                    "go on with it (--resume), or replace it (--force)" if self.record.is_file() else "choose another"
-                )
-                raise CheckpointError(f"the output {self.path} exists; {hint}")
-            if self.path.is_symlink() or not self.record.is_file():
-                raise CheckpointError(f"the output {self.path} was not written by surgeon try: --force leaves it alone")
+        check_trial_output(self.path, resume=resume, force=force)
 
     def hold(self, *, begin: bool) -> AbstractContextManager[None]:
         """Lock the trial in this folder against other processes, or an empty folder created to start one.
@@ -57,7 +46,7 @@ class TryFolder:
             if begin:
                 self.path.mkdir(parents=True)
         except FileExistsError as error:
-            raise CheckpointError(f"another trial has begun in {self.path} meanwhile") from error
+            raise CheckpointError(f"another trial has started in {self.path} meanwhile") from error
         except OSError as error:
             raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}") from error
         return held(self.path, f"the trial in {self.path}")
@@ -79,9 +68,7 @@ class TryFolder:
         """The record. Raises `CheckpointError` if it is not one of this version."""
         values = read_object(self.record)
         if values.get("format") != FORMAT or values.get("version") != VERSION:
-            raise CheckpointError(
-                f"{self.record} is not the record of a trial that this version of surgeon can go on with"
-            )
+            raise CheckpointError(f"{self.record} is not the record of a trial that this version of surgeon can resume")
         check_fields(values, _FIELDS, str(self.record))
         check_fields(values["plan"], _PLAN, f"{self.record}: plan")
         return values
@@ -95,10 +82,12 @@ class TryFolder:
             if before.get(key) != identity.get(key)
         ]
         if changed:
-            raise ConfigError(f"a trial goes on with the options it began with, and {'; '.join(changed)}")
+            raise ConfigError(f"a trial must be resumed with the options it started with, but {'; '.join(changed)}")
         other = changes(old["data"], data)
         if other:
-            raise DataError(f"the data are not those that the trial in {self.path} began with: {'; '.join(other)}")
+            raise DataError(
+                f"the data differ from those that the trial in {self.path} started with: {'; '.join(other)}"
+            )
 
     def read_scores(self) -> dict[str, dict[str, Any]]:
         """Judged scores, by the name of the run."""

@@ -36,7 +36,7 @@ class Speed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrialPlan:
     """`rates` are tried with seed 0; `choose` and `judge` count validation samples (`choose` 0: the judging ones choose)."""
 
     steps: int
@@ -47,7 +47,7 @@ class Plan:
 
 def make_plan(
     seconds: float, speed: Speed, *, train: int, val: int, batch: int, rates: Sequence[float], steps: int | None = None
-) -> Plan:
+) -> TrialPlan:
     """The plan for `seconds` and three seeds. Raises `ConfigError` if that is too little for any comparison.
 
     `train` and `val` are the sizes of the splits, `batch` is samples per step, `steps` fixes the number of steps.
@@ -62,7 +62,7 @@ def make_plan(
         left = budget - speed.run - speed.sample * (max(choose, 1) + judge)
         found = steps or min(int(left / speed.step), most)
         if found >= LEAST_STEPS or steps:
-            return Plan(steps=found, rates=tried, choose=choose, judge=judge)
+            return TrialPlan(steps=found, rates=tried, choose=choose, judge=judge)
     needed = LEAST_SEEDS * (LEAST_STEPS * speed.step + speed.run) / _SPARE / (1 - _EVALUATION)
     raise ConfigError(
         f"--max-time leaves {max(seconds, 0):.0f} s for training, and {LEAST_SEEDS} seeds of {LEAST_STEPS} steps of both networks "

@@ -31,7 +31,7 @@ def write_report(answer: Answer, folder: Path, go_on: str) -> Path:
     if answer.notes:
         body.append(pages.section("Notes", "", "".join(pages.paragraph(note) for note in answer.notes)))
     if answer.scores["converted"]:
-        body.append(pages.section("To go on", "", f"<pre>{escape(go_on)}</pre>"))
+        body.append(pages.section("Next step", "", f"<pre>{escape(go_on)}</pre>"))
     with filling(folder, CheckpointError) as fresh:
         (fresh / "report.html").write_text(pages.page(title, body), encoding="utf-8")
     return folder / "report.html"

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from surgeon.costs import cost
 from surgeon.errors import ConfigError, SurgeonError, TrainingError
 from surgeon.models.weights import state_sha256
 from surgeon.records.recipe import BaseModel
@@ -24,16 +25,17 @@ from surgeon.zoo.finetune import FinetuneConfig, Source, finetune
 from surgeon.zoo.finetune.devices import make_accelerator
 from surgeon.zoo.tasks import Task, better
 from surgeon.zoo.tasks.data.fingerprint import fingerprint
-from surgeon.zoo.trial.answer import ARMS, Answer, Cost
+from surgeon.zoo.trial.answer import ARMS, Answer, ArmCost
 from surgeon.zoo.trial.folder import TryFolder
 from surgeon.zoo.trial.parts import part_of
-from surgeon.zoo.trial.plan import Plan, Speed, make_plan
+from surgeon.zoo.trial.plan import Speed, TrialPlan, make_plan
 from surgeon.zoo.trial.twins import TryConfig, Twins
 
 Tell = Callable[[str], None]
 MakeTask = Callable[[int], Task]  # by seed
 
 _PROBE = 5.0  # seconds of training steps for timing a network
+_END = 0.05  # part of the time for counting costs and writing the report
 _EPOCHS = 1e9  # only the number of steps limits the length
 
 
@@ -49,11 +51,13 @@ def try_conversion(
     force: bool = False,
     quiet: bool = True,
     tell: Tell | None = None,
+    began: float | None = None,
 ) -> Answer:
     """Train a model and its conversion alike, and report what the conversion gains and costs.
 
     `make_task` returns the task with a seed's random numbers. `output` becomes a folder with the answer, a report page and
     the best converted network; `resume` continues the trial there, with a longer `max_time` or more `seeds` if given.
+    `began`: when the time began to run, by `time.monotonic()` (None: now).
     Raises `ConfigError`, `DataError`, `CheckpointError`, and `Interrupted` (a `KeyboardInterrupt`) when asked to stop.
     """
     config, tell = config or TryConfig(), tell or (lambda text: None)
@@ -64,6 +68,7 @@ def try_conversion(
             "a trial starts from a plain model, and this one has dynamic layers: surgeon revert makes it one"
         )
     trial = _Trial(model, make_task, folder, config, name, base, quiet, tell)
+    trial.started = trial.started if began is None else began
     with ExitStack() as stack:
         if folder.path.exists():
             stack.enter_context(folder.hold(begin=False))
@@ -106,7 +111,7 @@ class _Trial:
     @property
     def left(self) -> float:
         """Seconds left."""
-        return self.config.max_time - self.spent
+        return self.config.max_time * (1 - _END) - self.spent
 
     def note_time(self) -> None:
         """Save for the next session: total seconds, and those of the unfinished run."""
@@ -131,7 +136,7 @@ class _Trial:
             old = self.folder.read()
             self.folder.compare(old, identity, data)
             (self.before, self.run_before), self.scores = self.folder.spent(), self.folder.read_scores()
-            self.plan = Plan(**{**old["plan"], "rates": tuple(map(float, old["plan"]["rates"]))})
+            self.plan = TrialPlan(**{**old["plan"], "rates": tuple(map(float, old["plan"]["rates"]))})
             self.speed = Speed(**old["speed"])
         else:
             self.tell("measuring a training step of both")
@@ -151,7 +156,7 @@ class _Trial:
             record = {"identity": identity, "data": data, "plan": plan, "speed": asdict(self.speed)}
             self.folder.create(record, new=new)
         self.ready = True
-        self.tell(f"plan: {self.plan.steps} steps a run, rates {', '.join(f'{rate:g}' for rate in self.plan.rates)}")
+        self.tell(f"plan: {self.plan.steps} steps per run, rates {', '.join(f'{rate:g}' for rate in self.plan.rates)}")
 
     def _identity(self) -> dict[str, Any]:
         """Settings that must be the same on resume."""
@@ -256,7 +261,8 @@ class _Trial:
         self.tell(f"run {len(self.scores) + 1}: {arm}, rate {rate:g}, seed {seed}; {left}")
         task = self.make_task(seed)
         chooser, judge = self._parts(task)
-        limit = max(self.left, 0.1) + self.run_before
+        left_to_train = self.left - self.speed.sample / 2 * self.plan.judge
+        limit = max(left_to_train, 0.1) + self.run_before
         config = self.training(rate=rate, seed=seed, steps=self.plan.steps, limit=limit)
         network = self.twins.network(arm, seed)
         source = Source(name=key, base=self.base, report=self.twins.report if arm == "converted" else None)
@@ -354,9 +360,7 @@ class _Trial:
         answer.notes = self._notes(answer)
         return answer
 
-    def _cost(self, arm: str, rows: dict[int, dict[str, Any]]) -> Cost:
-        from surgeon.costs import cost
-
+    def _cost(self, arm: str, rows: dict[int, dict[str, Any]]) -> ArmCost:
         network = self.twins.network(arm, 0)
         try:
             flops: int | None = cost(network, input_size=self.twins.size, mode="infer").flops
@@ -364,7 +368,7 @@ class _Trial:
             flops = None
         params = sum(parameter.numel() for parameter in network.parameters())
         times = [row["step_seconds"] for row in rows.values()]
-        return Cost(flops=flops, params=params, step_seconds=statistics.median(times) if times else math.nan)
+        return ArmCost(flops=flops, params=params, step_seconds=statistics.median(times) if times else math.nan)
 
     def _notes(self, answer: Answer) -> list[str]:
         notes = []
@@ -380,7 +384,7 @@ class _Trial:
         failed = [row for row in self.scores.values() if "failed" in row]
         notes += [f"{row['arm']} at rate {row['rate']:g}, seed {row['seed']}: {row['failed']}" for row in failed]
         if answer.verdict == "undecided" and answer.stopped == "time":
-            notes.append("the time is up: --resume with a longer --max-time trains further seeds")
+            notes.append("the time is up: --resume with a longer --max-time trains more seeds")
         if answer.epochs < 1:
             notes.append(f"{answer.epochs:.2g} epochs are a short training: what is seen so early need not hold later")
         return notes

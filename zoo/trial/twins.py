@@ -19,7 +19,7 @@ from surgeon.zoo.trial.plan import RATES, default_conversion
 
 @dataclass(frozen=True, kw_only=True)
 class TryConfig:
-    """What is compared, and for how long. Invalid values raise a `ConfigError`.
+    """Settings of the comparison. Invalid values raise a `ConfigError`.
 
     `type`, `layers`, `options` or `recipe` define the conversion (None: the task's default). `max_time` is in seconds for
     everything, over all sessions; at most `seeds` seeds are trained. `rates` are swept for both; one is used for both.

@@ -24,7 +24,7 @@ typedef struct {
     float *gx, *galpha, *gpsi, *gstatic, *gcoeff; /* null: not wanted; the last three are partial sums of the caller's */
 } AcdaTensors;
 
-enum { BAND_BYTES = 1 << 20, TILE_BYTES = 1 << 18, TILE_PIXELS = 160, LEAST_TASKS = 8, CHUNK = 16 };
+enum { TILE_BYTES = 1 << 18, TILE_PIXELS = 160, CHUNK = 16 };
 
 /* ---- one block of pixels ------------------------------------------------------------------------------------------------ */
 
@@ -65,9 +65,11 @@ INLINE void spread(const int channels, const int atoms, const Block *b, int64_t 
     for (int64_t t = v; t < b->taps; t += lw) {
         const float *d = b->d + (t * b->m_all + m0) * LANES;
         float *at = gx + c0 * plane + b->place[t];
+        vec atom[6];
+        UNROLLED for (int m = 0; m < atoms; m++) atom[m] = load(d + m * LANES);
         UNROLLED for (int c = 0; c < channels; c++) {
             vec sum = load(at + c * plane);
-            UNROLLED for (int m = 0; m < atoms; m++) sum += load(d + m * LANES) * gz[c][m];
+            UNROLLED for (int m = 0; m < atoms; m++) sum += atom[m] * gz[c][m];
             store(at + c * plane, sum);
         }
     }
@@ -164,10 +166,8 @@ static int64_t acda_layout(const Acda *a, float *at, int backward, AcdaScratch *
 
 /* Rows of pixels p0 to p0 + count of maps of `size` pixels, at distance `row`; zero behind. */
 static void load_tile(const float *from, int64_t maps, int64_t size, int64_t count, float *to, int64_t row) {
-    for (int64_t i = 0; i < maps; i++) {
-        memcpy(to + i * row, from + i * size, (size_t)count * 4);
-        memset(to + i * row + count, 0, (size_t)(row - count) * 4);
-    }
+    copy_rows(from, size, maps, count, to, row);
+    for (int64_t i = 0; i < maps; i++) memset(to + i * row + count, 0, (size_t)(row - count) * 4);
 }
 
 static void fill_static(const Acda *a, const float *atoms, float *d) {
@@ -192,7 +192,7 @@ static void acda_forward_band(const Acda *a, const AcdaTensors *t, float *scratc
     int64_t outputs = a->c_out / a->groups, depth = a->c_group * a->m_all;
     Padded p = padded(&a->s, i0, i1);
     tap_places(&a->s, p, w.place);
-    window_copy(&a->s, p, a->c, (float *)t->x + n * a->c * a->s.h * a->s.w, w.x, 0);
+    window_copy(&a->s, p, a->c, t->x + n * a->c * a->s.h * a->s.w, w.x);
     fill_static(a, t->static_atoms, w.d);
     for (int64_t first = i0; first < i1; first += a->tile) {
         int64_t end = least(first + a->tile, i1), count = (end - first) * a->s.ow, start = first * a->s.ow;
@@ -276,7 +276,7 @@ static void acda_backward_band(const Acda *a, const AcdaTensors *t, float *scrat
     int64_t outputs = a->c_out / a->groups, depth = a->c_group * a->m_all, image = a->c * a->s.h * a->s.w;
     Padded p = padded(&a->s, i0, i1);
     tap_places(&a->s, p, w.place);
-    window_copy(&a->s, p, a->c, (float *)t->x + n * image, w.x, 0);
+    window_copy(&a->s, p, a->c, t->x + n * image, w.x);
     if (t->gx) memset(w.gx, 0, (size_t)padded_floats(p, a->c) * 4);
     for (int64_t first = i0; first < i1; first += a->tile) {
         int64_t end = least(first + a->tile, i1), count = (end - first) * a->s.ow, start = first * a->s.ow;
@@ -289,11 +289,10 @@ static void acda_backward_band(const Acda *a, const AcdaTensors *t, float *scrat
             for (int64_t j = 0; j < a->s.ow; j += LANES)
                 backward_block(a, t, &w, block_at(a, &w, p, i - i0, j), (i - first) * a->s.ow + j, least(LANES, a->s.ow - j));
         if (t->galpha)
-            for (int64_t i = 0; i < a->m * a->k; i++)
-                memcpy(t->galpha + (n * a->m * a->k + i) * pixels + start, w.galpha + i * row, (size_t)count * 4);
+            copy_rows(w.galpha, row, a->m * a->k, count, t->galpha + n * a->m * a->k * pixels + start, pixels);
         if (t->gcoeff) coeff_gradient(a, &w, count, t->gcoeff);
     }
-    if (t->gx) window_copy(&a->s, p, a->c, t->gx + n * image, w.gx, 1);
+    if (t->gx) window_add(&a->s, p, a->c, w.gx, t->gx + n * image);
 }
 
 /* ---- what Python calls ---------------------------------------------------------------------------------------------------- */
@@ -302,16 +301,9 @@ static void acda_backward_band(const Acda *a, const AcdaTensors *t, float *scrat
 void acda_plan(Acda *a) {
     const Window *s = &a->s;
     AcdaScratch unused;
-    int64_t reach = ceil_div((s->lh - 1) * s->dh, s->sh) + 1; /* bands that are no neighbors share no row of x */
     a->taps = s->lh * s->lw;
     a->features = round_up(a->c_group * a->m_all);
-    Padded one = padded(s, 0, 1);
-    int64_t fits = (BAND_BYTES / (4 * a->c * one.row) - (s->lh - 1) * s->dh - 1) / s->sh + 1;
-    int64_t spread_over = ceil_div(s->oh, ceil_div(LEAST_TASKS, most(a->n, 1)));
-    a->band = least(s->oh, most(most(reach, 1), least(fits, spread_over)));
-    a->bands = ceil_div(s->oh, a->band);
-    a->band = ceil_div(s->oh, a->bands);
-    if (a->band < reach && a->bands > 1) a->band = least(s->oh, reach), a->bands = ceil_div(s->oh, a->band);
+    cut_bands(s, a->n, a->c, &a->band, &a->bands);
     int64_t rows = most(1, most(TILE_PIXELS / s->ow, TILE_BYTES / (4 * s->ow * (a->c * a->m_all + 1))));
     a->tile = even_part(a->band, rows);
     a->forward = acda_layout(a, NULL, 0, &unused);

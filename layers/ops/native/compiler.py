@@ -23,7 +23,7 @@ from threading import Lock
 from surgeon.errors import BackendError
 from surgeon.util.files import cache_folder, write_bytes
 
-SOURCES = ("lanes.h", "gemm.h", "window.h", "acda.h", "dconv.h", "pafu.h", "pafu_back.h", "native.c")
+SOURCES = ("lanes.h", "gemm.h", "window.h", "acda.h", "dconv.h", "dconv_layer.h", "pafu.h", "pafu_back.h", "native.c")
 MAIN = "native.c"
 ABI = 1  # what `surgeon_abi` of native.c returns
 TIME_LIMIT = 120.0  # seconds per compiler run
@@ -89,7 +89,7 @@ def sources() -> dict[str, bytes]:
 
 @cache
 def _cpu() -> str:
-    """What "native" depends on: the CPU's name and instruction sets."""
+    """Inputs of "native": the CPU's name and instruction sets."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.exists() else []
     wanted = ("model name", "flags", "Features", "CPU part")

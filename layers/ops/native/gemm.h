@@ -7,7 +7,7 @@
 
 #include "lanes.h"
 
-enum { DEPTH = 256 }; /* of k at a time: DEPTH rows of VECTORS vectors of B stay in the first-level cache, or near it */
+enum { DEPTH = 192 }; /* of k at a time: DEPTH rows of VECTORS vectors of B stay in the first-level cache, or near it */
 
 /* Rows of A (`rows` × `depth`, at distances row and k) in blocks of height even_part(rows, ROWS), in each k by k. */
 static void pack(const float *A, int64_t row, int64_t k_step, int64_t rows, int64_t depth, float *to) {
@@ -29,7 +29,7 @@ typedef struct {
 } Operands;
 
 INLINE void block(const int rows, const int vectors, int64_t depth, const float *A, Operands at, int64_t last, int add) {
-    vec sum[8][3];
+    vec sum[9][3];
     const float *b = at.b;
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = (vec){0};
     for (int64_t k = 0; k < depth; k++, A += rows, b += at.b_k) {
@@ -59,7 +59,7 @@ static void block_of(int64_t rows, int64_t vectors, int64_t depth, const float *
     switch (rows * 4 + vectors) {
         CASES(1) CASES(2) CASES(3) CASES(4)
 #if defined(__AVX512F__) || defined(__aarch64__)
-        CASES(5) CASES(6) CASES(7) CASES(8)
+        CASES(5) CASES(6) CASES(7) CASES(8) CASES(9)
 #endif
     }
 #undef CASES

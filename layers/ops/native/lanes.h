@@ -18,7 +18,7 @@
 
 /* How many sums a loop can hold in registers: rows and vectors of a matrix product, atoms and channels of an atom convolution. */
 #if defined(__AVX512F__) || defined(__aarch64__)
-enum { ROWS = 8, VECTORS = 3, ATOMS = 6, CHANNELS = 4 };
+enum { ROWS = 9, VECTORS = 3, ATOMS = 6, CHANNELS = 4 };
 #else
 enum { ROWS = 4, VECTORS = 3, ATOMS = 6, CHANNELS = 2 };
 #endif
@@ -66,6 +66,16 @@ INLINE int64_t round_up(int64_t a) { return ceil_div(a, 16) * 16; } /* floats: w
 
 /* Into how large parts to cut `n` so that they are at most `limit` and nearly equal. */
 INLINE int64_t even_part(int64_t n, int64_t limit) { return ceil_div(n, ceil_div(n, limit)); }
+
+/* Copies rows that lie far apart: too short for the hardware to foresee the next ones, so those are asked for here. */
+static void copy_rows(const float *from, int64_t from_row, int64_t rows, int64_t count, float *to, int64_t to_row) {
+    enum { ROWS_AHEAD = 3, LINE = 16 };
+    for (int64_t r = 0; r < rows; r++) {
+        const float *row = from + r * from_row, *next = row + ROWS_AHEAD * from_row;
+        for (int64_t q = 0; q < count && r + ROWS_AHEAD < rows; q += LINE) __builtin_prefetch(next + q);
+        memcpy(to + r * to_row, row, (size_t)count * 4);
+    }
+}
 
 /* Floats from a scratch buffer, one block after another, each from the start of a cache line. */
 INLINE float *take(float **scratch, int64_t floats) {

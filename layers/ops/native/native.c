@@ -4,6 +4,7 @@
 #include "window.h"
 #include "acda.h"
 #include "dconv.h"
+#include "dconv_layer.h"
 #include "pafu.h"
 #include "pafu_back.h"
 

@@ -17,7 +17,7 @@ enum { PAFU_PIXELS = 6, PAFU_VECTORS = 2 };
 #endif
 /* PAFU_DEPTH: numbers of a patch at a time, whose part of a packed kernel stays in the first-level cache.
  * AHEAD: floats by which rows that are turned are asked for before; the hardware does not foresee so many. */
-enum { PAFU_DEPTH = 128, AHEAD = 64 };
+enum { PAFU_DEPTH = 1152, AHEAD = 64 };
 
 typedef struct {
     int64_t h, w, c, outputs, groups, lh, lw, sh, sw, dh, dw;

@@ -1,1 +1,1 @@
-"""The commands that look for a placement."""
+"""The commands of the placement search."""

@@ -1,4 +1,4 @@
-"""`surgeon gains`: what every layer would gain from every option, printed and plotted. Imports torch when it runs."""
+"""`surgeon gains`: the expected gain of every layer and option, printed and plotted. Imports torch when it runs."""
 
 import argparse
 import sys
@@ -7,38 +7,54 @@ from typing import TYPE_CHECKING
 
 from surgeon.commands.arguments import print_json, whole
 from surgeon.commands.search.place import add_space_arguments, space_config
-from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments
+from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments, check_task
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
     from surgeon.search.gains.gain import GainTable
 
-DESCRIPTION = "estimate what every layer gains from every layer type, with errors"
+NEEDS = ("torch", "timm", "accelerate", "torchmetrics")  # libraries
+DESCRIPTION = "estimate the gain of every layer from every layer type, with errors"
 EXAMPLES = """  surgeon gains zoo/resnet20_cifar --task classification --data cifar/ -o gains.json
   surgeon gains zoo/resnet20_cifar --task classification --data cifar/ --method probe --steps 20 --seeds 3 -o gains.json
   surgeon place zoo/resnet20_cifar --max-flops +10% --gains gains.json -o recipe.json
 
-methods: gradient, fisher, snr, nqm (no training: gradients at birth; nqm foretells the training's own steps);
-probe (a few steps of one layer); halving (whole fine-tunes with one layer replaced, the worse half going after every round);
-ablation (all layers replaced and fine-tuned, then one at a time switched off)
+methods: gradient, fisher, snr, nqm (no training: gradients at initialization; nqm predicts the training's own steps);
+probe (a few steps of one layer); halving (fine-tuning with one layer replaced, the worse half dropped after every round);
+ablation (all layers replaced and fine-tuned, then switched off one at a time)
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon gains`, beside --json, --quiet and --debug."""
+    """Add the arguments of `surgeon gains`; --json, --quiet and --debug are common to all commands."""
     add_task_arguments(parser)
     add_space_arguments(parser)
     add_training_arguments(parser)
     group = parser.add_argument_group("estimate")
     group.add_argument("--method", default=GAINS, metavar="METHOD", help=f"default: {GAINS}")
-    group.add_argument("--batches", type=whole, default=16, metavar="N", help="of the gradient methods (default: 16)")
-    group.add_argument("--steps", type=whole, default=20, metavar="N", help="of a training (default: 20)")
-    group.add_argument("--seeds", type=whole, default=2, metavar="S", help="of every training (default: 2)")
-    group.add_argument("--fresh", action="store_true", help="estimate again what is in the cache")
+    group.add_argument(
+        "--batches", type=whole, default=16, metavar="N", help="batches for the gradient methods (default: 16)"
+    )
+    group.add_argument("--steps", type=whole, default=20, metavar="N", help="steps per training (default: 20)")
+    group.add_argument("--seeds", type=whole, default=2, metavar="S", help="seeds per training (default: 2)")
+    group.add_argument("--fresh", action="store_true", help="ignore the cache")
     group.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="write the table (JSON), and FILE's plot (PNG)"
     )
-    group.add_argument("--plot", type=Path, metavar="FILE", help="the plot, in another place")
+    group.add_argument("--plot", type=Path, metavar="FILE", help="path of the plot")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded; settles the task."""
+    plot = _plot(args)
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise ConfigError(f"a plot must be a .png file, got {plot.name!r}")
+    check_task(args)
+
+
+def _plot(args: argparse.Namespace) -> Path | None:
+    plot: Path | None = args.plot or (args.output.with_suffix(".png") if args.output else None)
+    return plot
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,9 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.method not in METHODS:
         raise ConfigError(f"there is no gain method {args.method!r}; there are {', '.join(METHODS)}")
-    plot = args.plot or (args.output.with_suffix(".png") if args.output else None)
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise ConfigError(f"a plot is written as .png, got {plot.name!r}")
+    plot = _plot(args)
     probe = ProbeConfig(steps=args.steps, seeds=args.seeds)
     setup = make_setup(args)
     sites = find_sites(setup.model, input_size=setup.size).convs
@@ -81,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def lines(gains: "GainTable") -> list[str]:
-    """The table for people: a row a layer, a column an option, `gain ± standard error`."""
+    """The table as text: a row per layer, a column per option, `gain ± standard error`."""
     from surgeon.commands.console import width
     from surgeon.util.tables import table
 

@@ -1,6 +1,6 @@
-"""Several workers of one search on this machine: processes of their own, each with the same arguments.
+"""Several workers of one search on this machine: separate processes with the same arguments.
 
-They share a study and nothing else. One that dies leaves its trial to the others; the search goes on while one of them lives.
+They share only a study. If one dies, the others resume its trial; the search continues while one of them lives.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-_PATIENCE = 5.0  # seconds for workers to end by themselves
+_PATIENCE = 5.0  # seconds for workers to end on their own
 
 
 def threads_of(jobs: int) -> int:
-    """How many threads one of several workers may have."""
+    """Number of threads for each of several workers."""
     return max(len(os.sched_getaffinity(0)) // jobs, 1) if hasattr(os, "sched_getaffinity") else 1
 
 
@@ -26,7 +26,7 @@ def threads_of(jobs: int) -> int:
 def helpers(
     args: argparse.Namespace, output: Path, join: str | None, tell: Callable[[str], None]
 ) -> Iterator[list[BaseProcess]]:
-    """Start --jobs - 1 further workers; at the end wait for them, after an error ask them to stop first.
+    """Start --jobs - 1 additional workers; wait for them at the end, or ask them to stop after an error.
 
     `output` is the search's folder, `join` the study's name in a database; None: it is in the folder.
     """
@@ -40,7 +40,15 @@ def helpers(
     torch.set_num_threads(min(before, threads_of(args.jobs)))
     context = multiprocessing.get_context("spawn")  # torch and CUDA cannot be forked
     for number in range(1, args.jobs):
-        changed = {"jobs": 1, "finals": 0, "output": output, "join": join, "resume": join is None, "handler": None}
+        changed = {
+            "jobs": 1,
+            "finals": 0,
+            "output": output,
+            "join": join,
+            "resume": join is None,
+            "handler": None,
+            "check": None,
+        }
         own = argparse.Namespace(**vars(args) | changed)
         process: BaseProcess = context.Process(target=_work, args=(own, number, args.jobs), name=f"worker {number + 1}")
         process.start()
@@ -61,7 +69,7 @@ def helpers(
 
 
 def interrupt(processes: list[BaseProcess]) -> None:
-    """Ask the workers to stop. Ctrl-C in a terminal has asked them already, and a second time would stop them at once."""
+    """Ask the workers to stop. Ctrl-C in a terminal has already asked them, and a second time would stop them at once."""
     deadline = time.monotonic() + _PATIENCE
     for process in processes:
         process.join(timeout=max(deadline - time.monotonic(), 0.0))
@@ -70,7 +78,7 @@ def interrupt(processes: list[BaseProcess]) -> None:
 
 
 def _work(args: argparse.Namespace, number: int, jobs: int) -> None:
-    """The further worker's process."""
+    """Main function of an additional worker's process."""
     _choose_device(number)
     import torch
 
@@ -88,12 +96,12 @@ def _work(args: argparse.Namespace, number: int, jobs: int) -> None:
 
 
 def _choose_device(number: int) -> None:
-    """Workers take the GPUs in turn. The process has touched none yet."""
+    """Assign the GPUs to the workers in turn, before a process has touched any."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         import torch
 
-        devices = [str(i) for i in range(torch.cuda.device_count())]  # counts without making a context
+        devices = [str(i) for i in range(torch.cuda.device_count())]  # counts without creating a context
     else:
         devices = [part for part in visible.split(",") if part]
     if len(devices) > 1:

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands.arguments import add_seed, positive, print_json, whole
+from surgeon.commands import checks
+from surgeon.commands.arguments import add_seed, input_size, positive, print_json, whole
 from surgeon.commands.cost import add_step_arguments
 from surgeon.errors import ConfigError
 from surgeon.util.files import told, write_text
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from surgeon.search.placement.problem import Ints, Problem
     from surgeon.search.space import SpaceConfig
 
-DESCRIPTION = "where to put dynamic layers under budgets, for given gains; no training"
+DESCRIPTION = "find the best placement of dynamic layers under budgets for given gains; no training"
 EXAMPLES = """  surgeon place resnet50 --max-flops +10% --max-memory 8GiB --batch-size 32 -o recipe.json
   surgeon place resnet50 --types acda,pafu --atoms 4,6 --group-sizes 4,8 --max-params +20% --gains gains.json
   surgeon place convnext_atto --max-flops +5% --max-layers 4 --count 3 --json
@@ -25,26 +26,32 @@ EXAMPLES = """  surgeon place resnet50 --max-flops +10% --max-memory 8GiB --batc
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon place`, beside --json, --quiet and --debug."""
-    parser.add_argument("model", metavar="MODEL", help="a model's name, or a folder that surgeon wrote; not converted")
+    """Add the arguments of `surgeon place`; --json, --quiet and --debug are common to all commands."""
+    parser.add_argument("model", metavar="MODEL", help="a model's name, or a folder written by surgeon; not converted")
     add_step_arguments(parser)
     weights = "default: random; a folder has its own"
     parser.add_argument("--weights", metavar="auto|pretrained|random|FILE", help=weights)
-    add_seed(parser, "of the recipe")
+    add_seed(parser, "for the recipe")
     add_space_arguments(parser)
     add_budget_arguments(parser)
-    group = parser.add_argument_group("what to do")
+    group = parser.add_argument_group("request")
     group.add_argument("--gains", default="uniform", metavar="FILE|uniform", help="a gain table (default: uniform)")
-    group.add_argument("--count", type=whole, default=1, metavar="K", help="so many different placements (default: 1)")
     group.add_argument(
-        "--distance", type=whole, default=1, metavar="D", help="layers in which they differ (default: 1)"
+        "--count", type=whole, default=1, metavar="K", help="number of different placements (default: 1)"
+    )
+    group.add_argument(
+        "--distance",
+        type=whole,
+        default=1,
+        metavar="D",
+        help="minimum number of layers in which they differ (default: 1)",
     )
     group.add_argument("-o", "--output", metavar="FILE", help="write the best as a recipe for surgeon convert --recipe")
     group.add_argument("--force", action="store_true", help="replace FILE")
 
 
 def add_space_arguments(parser: argparse.ArgumentParser) -> None:
-    """What layers may become; shared by everything that searches."""
+    """Options of the search space; shared by all commands that search."""
     group = parser.add_argument_group("space")
     group.add_argument("--space", metavar="FILE", help="a description in YAML or JSON, instead of these options")
     group.add_argument("--layers", metavar="SELECTION", help="which convolutions (default: all with k >= 2)")
@@ -53,22 +60,22 @@ def add_space_arguments(parser: argparse.ArgumentParser) -> None:
         ("--atoms", "acda: dynamic atoms"),
         ("--scales", "acda: scales of the basis"),
         ("--group-sizes", "pafu: kernels in a group"),
-        ("--kernel-groups", "sekg: generated kernels a pixel"),
+        ("--kernel-groups", "sekg: generated kernels per pixel"),
     ):
         group.add_argument(flag, type=_numbers, default=(), metavar="N,M", help=what)
 
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a placement may cost; shared by everything that searches."""
+    """Budget options; shared by all commands that search."""
     group = parser.add_argument_group("budgets, absolute or relative to the original")
-    group.add_argument("--max-flops", metavar="N|+P%", help="for one image (4.5G, +10%%; 1 MAC = 2 FLOPs)")
+    group.add_argument("--max-flops", metavar="N|+P%", help="per image (4.5G, +10%%; 1 MAC = 2 FLOPs)")
     group.add_argument("--max-params", metavar="N|+P%", help="parameters (30M, +20%%)")
     group.add_argument(
-        "--max-memory", metavar="N|+P%", help="device memory of a step, margin and reserve included (8GiB)"
+        "--max-memory", metavar="N|+P%", help="device memory of a step, including margin and reserve (8GiB)"
     )
     group.add_argument("--memory-mode", choices=("train", "infer"), default="train", help="which step (default: train)")
-    group.add_argument("--max-latency", metavar="T|+P%", help="of an inference, measured on this machine (20ms, +30%%)")
-    group.add_argument("--max-layers", type=whole, metavar="K", help="replace at most so many layers")
+    group.add_argument("--max-latency", metavar="T|+P%", help="per inference, measured on this machine (20ms, +30%%)")
+    group.add_argument("--max-layers", type=whole, metavar="K", help="maximum number of replaced layers")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -83,7 +90,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def read_budgets(args: argparse.Namespace) -> "Budgets":
-    """The budgets that the arguments give."""
+    """The budgets given by the arguments."""
     from surgeon.search.budget import Budgets
 
     return Budgets.parse(
@@ -97,7 +104,7 @@ def read_budgets(args: argparse.Namespace) -> "Budgets":
 
 
 def space_config(args: argparse.Namespace) -> "SpaceConfig":
-    """The description of the space that the arguments give."""
+    """The search space given by the arguments."""
     from surgeon.search.space import SpaceConfig
 
     if args.space is None:
@@ -110,30 +117,38 @@ def space_config(args: argparse.Namespace) -> "SpaceConfig":
             layers=args.layers,
         )
     if args.types or args.atoms or args.scales or args.group_sizes or args.kernel_groups or args.layers:
-        raise ConfigError("--space says the types, their options and the layers itself: leave the other options out")
+        raise ConfigError("--space defines types, options and layers: leave out the other options")
     return SpaceConfig.read(args.space)
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    checks.positives(args, ("count", "distance"))
+    if args.output and Path(args.output).exists() and not args.force:
+        raise ConfigError(f"{args.output} exists already; --force replaces it")
+    checks.model(args.model, args.weights)
+    for kind in args.types:
+        checks.layer_type(kind)
+    checks.file(args.space, "--space")
+    if args.gains != "uniform":
+        checks.file(args.gains, "--gains")
+
+
 def run(args: argparse.Namespace) -> int:
-    """Returns the exit code: 1 where no placement, or only that without replacements, is within the budgets."""
+    """Returns the exit code: 1 if no placement with replacements is within the budgets."""
     from surgeon.models.names import build_model
     from surgeon.search.gains.gain import read_gains
     from surgeon.search.gate import Gate
 
-    for name in ("count", "distance"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.output and Path(args.output).exists() and not args.force:
-        raise ConfigError(f"{args.output} exists already; --force replaces it")
     budgets = read_budgets(args)
     config = space_config(args)
     weights = args.weights or ("auto" if Path(args.model, "recipe.json").is_file() else "random")
-    model, _ = build_model(args.model, weights=weights, seed=args.seed, input_size=args.input_size)
+    model, base = build_model(args.model, weights=weights, seed=args.seed, input_size=args.input_size)
     gate = Gate(
         model,
         config,
         budgets,
-        input_size=args.input_size,
+        input_size=input_size(args, base),
         batch_size=args.batch_size,
         optimizer=args.optimizer,
         amp=args.amp,
@@ -155,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def choose(gate: "Gate", gains: "GainTable", count: int, distance: int) -> "list[tuple[Ints, Verdict]]":
-    """The best placements that the gate lets pass, with its verdicts; those it refuses are learned from and stayed away from."""
+    """The best placements accepted by the gate, with its verdicts; refused ones update the calibration and are avoided."""
     from surgeon.search.placement.place import Cut, gain_of, optimum
 
     found: list[tuple[Ints, Verdict]] = []
@@ -175,7 +190,7 @@ def choose(gate: "Gate", gains: "GainTable", count: int, distance: int) -> "list
 
 
 def _nothing(gate: "Gate", args: argparse.Namespace) -> int:
-    """The budgets leave room for the original only, or nothing gains."""
+    """Report that the budgets only allow the original, or that nothing gains."""
     from surgeon.search.budget import FLAGS, as_budget
     from surgeon.search.placement.place import nearest
     from surgeon.search.placement.problem import InfeasibleError
@@ -195,7 +210,7 @@ def _write(gate: "Gate", placement: "Ints", args: argparse.Namespace) -> None:
     write_text(args.output, gate.space.recipe(placement, seed=args.seed).to_json(), ConfigError)
 
 
-# --- what is printed ----------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------------
 
 
 def _document(
@@ -210,6 +225,7 @@ def _document(
         "budgets": gate.budgets.text,
         "estimator": gains.estimator,
         "space": {"hash": gate.space.hash, "layers": len(gate.space.layers), "options": list(gate.space.labels)},
+        "input_size": list(original.input_size),
         "original": {
             "flops": original.flops,
             "params": original.params,
@@ -256,5 +272,6 @@ def _lines(document: dict[str, Any]) -> list[str]:
     lines += ["", table(["layer", "becomes"], [[layer, label] for layer, label in best.items()], left=2)]
     if document["output"]:
         lines += ["", f"written to  {document['output']}"]
-    lines += ["", "FLOPs of one image (1 MAC = 2 FLOPs), memory of a step with margin and reserve"]
+    size = "x".join(map(str, document["input_size"]))
+    lines += ["", f"FLOPs (1 MAC = 2 FLOPs) at {size}; memory of a step with margin and reserve"]
     return lines

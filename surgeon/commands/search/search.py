@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands.arguments import print_json, whole
+from surgeon.commands import checks
+from surgeon.commands.arguments import model_name, print_json, tell, whole
 from surgeon.commands.search.place import add_budget_arguments, add_space_arguments, read_budgets, space_config
-from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments
+from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments, check_task
 from surgeon.errors import ConfigError
+from surgeon.util.parse import parse_time
 
 if TYPE_CHECKING:
     from surgeon.commands.search.setup import Setup
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from surgeon.search.study.study import Study
     from surgeon.zoo.tasks import Task
 
+NEEDS = ("torch", "timm", "accelerate", "torchmetrics", "optuna")  # libraries
 DESCRIPTION = "find the placement that trains best within budgets; crash-safe, resumable"
 EXAMPLES = """  surgeon search zoo/resnet20_cifar --task classification --data cifar/ --max-flops +10% --finals 3
   surgeon search resnet50 --task classification --data imagenet/ --max-memory 8GiB --types acda,pafu --trials 40
@@ -35,29 +38,33 @@ EXAMPLES = """  surgeon search zoo/resnet20_cifar --task classification --data c
   surgeon study report runs/resnet50-classification-search
   surgeon study export runs/resnet50-classification-search -o runs/resnet50-found
 
-The same command with --resume goes on with a search; in a second terminal it is a second worker of the same search.
-With --storage the study is in a database, under the name of the folder; --join NAME is a worker on another machine.
+The same command with --resume continues a search; in a second terminal it adds a worker to the same search.
+With --storage the study is in a database, under the name of the folder; --join NAME adds a worker on another machine.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon search`, beside --json, --quiet and --debug."""
+    """Add the arguments of `surgeon search`; --json, --quiet and --debug are common to all commands."""
     add_task_arguments(parser)
     add_budget_arguments(parser)
     add_space_arguments(parser)
     add_training_arguments(parser)
     group = parser.add_argument_group("search")
-    group.add_argument("--trials", type=whole, default=30, metavar="N", help="placements to train (default: 30)")
-    group.add_argument("--steps", type=whole, default=200, metavar="N", help="optimizer steps a trial (default: 200)")
-    group.add_argument("--rung", type=whole, default=0, metavar="R", help="trials of steps x 2^R (default: 0)")
-    group.add_argument("--evaluations", type=whole, default=4, metavar="N", help="values a trial reports (default: 4)")
+    group.add_argument(
+        "--trials", type=whole, default=30, metavar="N", help="number of placements to train (default: 30)"
+    )
+    group.add_argument("--steps", type=whole, default=200, metavar="N", help="optimizer steps per trial (default: 200)")
+    group.add_argument("--rung", type=whole, default=0, metavar="R", help="train trials for steps x 2^R (default: 0)")
+    group.add_argument(
+        "--evaluations", type=whole, default=4, metavar="N", help="values reported per trial (default: 4)"
+    )
     group.add_argument("--no-pruning", action="store_true", help="train every trial to its end")
     group.add_argument("--gains", default=GAINS, metavar="FILE|METHOD", help=f"see surgeon gains (default: {GAINS})")
     group.add_argument(
         "--sampler",
         default="posterior",
         metavar="NAME",
-        help="posterior (the default), decoder, tpe, nsga2, random, or any of Optuna's kind by module:Class",
+        help="posterior (the default), decoder, tpe, nsga2, random, or any Optuna sampler as module:Class",
     )
     group.add_argument(
         "--objective",
@@ -65,24 +72,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="metric (the default), or a Pareto front: metric,flops; also params, memory",
     )
-    group.add_argument("--max-time", metavar="TIME", help="of the trials: 90s, 30m, 1.5h")
+    group.add_argument("--max-time", metavar="TIME", help="time for the trials: 90s, 30m, 1.5h")
+    group.add_argument("--finals", type=whole, default=0, metavar="K", help="retrain the best K in full (default: 0)")
+    group.add_argument("--seeds", type=whole, default=3, metavar="S", help="seeds of the finals (default: 3)")
     group.add_argument(
-        "--finals", type=whole, default=0, metavar="K", help="train the best K again, in full (default: 0)"
+        "--final-rung", type=whole, default=2, metavar="R", help="train finals for steps x 2^R (default: 2)"
     )
-    group.add_argument("--seeds", type=whole, default=3, metavar="S", help="of the finals (default: 3)")
-    group.add_argument("--final-rung", type=whole, default=2, metavar="R", help="finals of steps x 2^R (default: 2)")
     group.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: runs/MODEL-TASK-search")
-    group.add_argument("--resume", action="store_true", help="go on with the search in FOLDER")
+    group.add_argument("--resume", action="store_true", help="resume the search in FOLDER")
     group.add_argument("--jobs", type=whole, default=1, metavar="N", help="workers on this machine (default: 1)")
-    group.add_argument("--storage", metavar="URL", help="keep the trials in a database: postgresql://me@host/db")
-    group.add_argument("--join", metavar="NAME", help="be one more worker of the study NAME in --storage")
+    group.add_argument("--storage", metavar="URL", help="store the trials in a database: postgresql://me@host/db")
+    group.add_argument("--join", metavar="NAME", help="add a worker to the study NAME in --storage")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded; settles the task."""
+    if args.join and not args.storage:
+        raise ConfigError("--join needs --storage, the database of the study; in a folder, --resume adds a worker")
+    _resources(args)
+    checks.positives(args, ("trials", "steps", "evaluations", "seeds", "jobs"))
+    checks.positives(args, ("rung", "finals", "final_rung"), least=0)
+    for name, most in (("rung", 20), ("final_rung", 20), ("jobs", 1024)):
+        if getattr(args, name) > most:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at most {most}, got {getattr(args, name)}")
+    if args.jobs > 1 and ":" in (args.device or ""):
+        raise ConfigError(
+            f"--device {args.device} names one GPU, but --jobs {args.jobs} workers share all of them: use cuda"
+        )
+    if args.max_time is not None:
+        parse_time(args.max_time, "--max-time")
+    check_task(args)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns the exit code: 1 for budgets that nothing meets, 130 when interrupted, with how to go on."""
+    """Returns the exit code: 1 for budgets that nothing meets, 130 when interrupted, with a hint on how to resume."""
+    from surgeon.search.sampling.tuners import check_name
     from surgeon.search.study.folder import SearchFolder
 
-    _check(args)
+    check_name(args.sampler)
     folder = SearchFolder(args.output or Path("runs", args.join or f"{model_name(args.model)}-{args.task}-search"))
     file = _study(args, folder)
     try:
@@ -101,15 +128,15 @@ def _search(args: argparse.Namespace, folder: "SearchFolder", file: "Study") -> 
     _begin(args, folder, search, setup)
     name = file.name if file.shared else None
     if name is not None:
-        _tell(args, f"the study is {file}; other machines join with --join {name}")
+        tell(args, f"the study is {file}; other machines join with --join {name}")
     try:
-        with helpers(args, folder.path, name, lambda text: _tell(args, text)) as processes:
+        with helpers(args, folder.path, name, lambda text: tell(args, text)) as processes:
             outcome = search.run()
             if outcome.stopped == "interrupted":
                 interrupt(processes)
-    except KeyboardInterrupt:  # the second one
+    except KeyboardInterrupt:  # the second Ctrl-C
         return _interrupted()
-    _tell(args, f"stopped ({outcome.stopped}) after {outcome.evaluated} evaluations here")
+    tell(args, f"stopped ({outcome.stopped}) after {outcome.evaluated} evaluations here")
     if outcome.stopped == "interrupted":
         return _interrupted()
     assert search.gate is not None
@@ -120,29 +147,6 @@ def _search(args: argparse.Namespace, folder: "SearchFolder", file: "Study") -> 
             return _interrupted()
     _print(args, folder, outcome, evaluator)
     return 0
-
-
-def _check(args: argparse.Namespace) -> None:
-    """What can be refused before anything is built."""
-    from surgeon.search.sampling.tuners import check_name
-
-    if args.join and not args.storage:
-        raise ConfigError("--join needs --storage, the database of the study; in a folder, --resume is one more worker")
-    check_name(args.sampler)
-    _resources(args)
-    for name, least in (("trials", 1), ("steps", 1), ("evaluations", 1), ("seeds", 1), ("batch_size", 1), ("jobs", 1)):
-        if getattr(args, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    for name in ("rung", "finals", "final_rung"):
-        if getattr(args, name) < 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
-    for name, most in (("rung", 20), ("final_rung", 20), ("jobs", 1024)):
-        if getattr(args, name) > most:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at most {most}, got {getattr(args, name)}")
-    if args.jobs > 1 and ":" in (args.device or ""):
-        raise ConfigError(
-            f"--device {args.device} names one GPU, and --jobs {args.jobs} workers share all: leave it at cuda"
-        )
 
 
 def _resources(args: argparse.Namespace) -> tuple[str, ...]:
@@ -158,7 +162,7 @@ def _resources(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def work(args: argparse.Namespace) -> int:
-    """Be one more worker of a search that was begun: trials, and nothing else. Returns the exit code."""
+    """Run one more worker of an existing search, for trials only. Returns the exit code."""
     from surgeon.commands.search.setup import make_setup
     from surgeon.search.study.folder import SearchFolder
 
@@ -173,13 +177,8 @@ def work(args: argparse.Namespace) -> int:
         file.close()
 
 
-def model_name(spec: str) -> str:
-    """The last part of how a model was named."""
-    return spec.rstrip("/").rpartition("/")[2].rpartition(":")[2]
-
-
 def _study(args: argparse.Namespace, folder: "SearchFolder") -> "Study":
-    """The study that is begun, or gone on with. What speaks against it is said before anything is built."""
+    """The study to start or resume. Conflicts are reported before anything is built."""
     from surgeon.search.study.journal import StudyError
     from surgeon.search.study.study_file import StudyFile
 
@@ -197,7 +196,7 @@ def _study(args: argparse.Namespace, folder: "SearchFolder") -> "Study":
         if going_on:
             file.read_notes()
         elif file.exists():
-            raise StudyError(f"the study {file} exists already; go on with it (--join {file.name}), or give another -o")
+            raise StudyError(f"the study {file} already exists; continue it (--join {file.name}) or choose another -o")
     except StudyError:
         file.close()
         raise
@@ -217,7 +216,6 @@ def _make(
     from surgeon.search.gate import Gate
     from surgeon.search.run import Search, SearchConfig
     from surgeon.search.study.board import Board
-    from surgeon.zoo.finetune.config import parse_time
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     budgets = read_budgets(args)
@@ -238,7 +236,7 @@ def _make(
     if not args.no_pruning:
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=short.interval(args.rung), reduction_factor=2)
     identity: dict[str, Any] = {"name": args.model, "rung": args.rung, "pruning": not args.no_pruning}
-    if file.shared:  # other machines have their data elsewhere: the numbers of samples must agree
+    if file.shared:  # data paths differ between machines: the numbers of samples must agree
         identity["samples"] = {"train": len(setup.task.dataset("train")), "val": len(setup.task.dataset("val"))}
     search = Search(
         file,
@@ -257,7 +255,7 @@ def _make(
 def _gains(
     args: argparse.Namespace, folder: "SearchFolder", file: "Study", gate: "Gate", evaluator: "TrainingEvaluator"
 ) -> "GainTable":
-    """The table that the search goes by; a resumed search, or one that is joined, keeps the one it began with."""
+    """The gain table of the search; a resumed or joined search keeps its original one."""
     from surgeon.commands.console import Progress
     from surgeon.search.gains.gain import GainTable
     from surgeon.search.gains.method import METHODS, gains_of
@@ -276,9 +274,9 @@ def _gains(
 
 
 def _begin(args: argparse.Namespace, folder: "SearchFolder", search: "Search", setup: "Setup") -> None:
-    """Write what is searched, then the study: a study without its record could not be read.
+    """Write the search's record, then the study: a study without its record could not be read.
 
-    Those who join a database's study copy the record from there, once it has let them in.
+    Workers that join a database's study copy the record from there once they are admitted.
     """
     from surgeon.search.study.database import StudyDatabase
     from surgeon.search.study.folder import FORMAT, VERSION, space_values, write_json
@@ -330,15 +328,15 @@ def _finals(args: argparse.Namespace, folder: "SearchFolder", search: "Search", 
         count=args.finals,
         seeds=args.seeds,
         rung=args.final_rung,
-        tell=lambda text: _tell(args, text),
+        tell=lambda text: tell(args, text),
     )
 
 
-# --- what is said -------------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------------
 
 
 class _Progress:
-    """For every trial a line on stderr (its value, the best so far, what of the budgets it uses), and the same for TensorBoard."""
+    """Prints a line per trial on stderr (its value, the best so far, the budgets used), and logs the same to TensorBoard."""
 
     def __init__(self, args: argparse.Namespace, gate: "Gate", task: "Task", board: "Board") -> None:
         self.args, self.gate, self.primary, self.board = args, gate, task.primary, board
@@ -353,16 +351,11 @@ class _Progress:
         used = ", ".join(f"{name} {share:.0%}" for name, share in self.gate.use(one.attributes.get("traced")).items())
         replaced = f"{len(one.placement)} layers" if one.placement else "original"
         told = f"trial {one.number}: {replaced} ({one.source}), {self.primary} {value}{known}"
-        _tell(self.args, told + (f"; of the budgets {used}" if used else ""))
-
-
-def _tell(args: argparse.Namespace, text: str) -> None:
-    if not args.quiet:
-        print(f"surgeon: {text}", file=sys.stderr, flush=True)
+        tell(self.args, told + (f"; of the budgets {used}" if used else ""))
 
 
 def _interrupted() -> int:
-    print("surgeon: interrupted; go on with the same command and --resume", file=sys.stderr)
+    print("surgeon: interrupted; resume with the same command and --resume", file=sys.stderr)
     return 130
 
 

@@ -1,11 +1,12 @@
-"""What `surgeon search` and `surgeon gains` share: their arguments, and the model, task and training that these give."""
+"""Shared by `surgeon search` and `surgeon gains`: their arguments, and the model, task and training defined by these."""
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands.arguments import add_amp, add_device, add_pairs, add_seed, amp, whole
+from surgeon.commands import checks
+from surgeon.commands.arguments import add_amp, add_batch_size, add_device, add_lr, add_seed, add_workers, amp
+from surgeon.commands.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,37 +18,44 @@ if TYPE_CHECKING:
 
 GAINS = "nqm"  # the default estimator: benchmarks/gain_methods.py
 
-# What the cost of a step knows by these names, as timm's optimizers with their momentum.
+# Optimizers known to the cost of a step under these names, as timm's optimizers with their momentum.
 OPTIMIZERS = {"sgd": ("sgd", 0.9), "sgd-plain": ("momentum", 0.0), "adam": ("adam", 0.9), "adamw": ("adamw", 0.9)}
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """The model and the task."""
-    parser.add_argument("model", metavar="MODEL", help="a model's name, or a folder that surgeon wrote; not converted")
-    group = parser.add_argument_group("what is trained on what")
-    group.add_argument("--task", required=True, metavar="TASK", help="classification, denoising, ...")
-    group.add_argument("--data", type=Path, metavar="DIR", help="the task's data")
+    parser.add_argument("model", metavar="MODEL", help="a model's name, or a folder written by surgeon; not converted")
+    group = parser.add_argument_group("model and task")
+    add_task(group)
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
-    add_pairs(group, "--task-option", "any option of the task", dest="task_options")
-    add_seed(group, "of everything random")
+    add_seed(group, "for everything random")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a trial is trained; the memory of such a step is what --max-memory limits."""
+    """Options of a trial's training; --max-memory limits the memory of such a step."""
     group = parser.add_argument_group("training")
-    group.add_argument("--batch-size", type=whole, default=32, metavar="N", help="samples a step (default: 32)")
-    group.add_argument("--lr", type=float, metavar="X", help="learning rate at its highest")
+    add_batch_size(group, "samples per step (default: 32)", 32)
+    add_lr(group)
     group.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="default: adamw")
-    group.add_argument("--weight-decay", type=float, metavar="X", help="not on norms and biases")
-    group.add_argument("--new-lr-scale", type=float, metavar="X", help="rate of new parameters, as a part of --lr")
+    group.add_argument("--weight-decay", type=float, metavar="X", help="weight decay, except on norms and biases")
+    group.add_argument("--new-lr-scale", type=float, metavar="X", help="rate of new parameters, as a multiple of --lr")
     add_amp(group, amp)
-    group.add_argument("--workers", type=whole, default=0, metavar="N", help="processes that load data (default: 0)")
     add_device(group)
+    add_workers(group)
+
+
+def check_task(args: argparse.Namespace) -> None:
+    """Refuse an invalid model, task or space before torch is loaded; settles the task."""
+    checks.model(args.model, args.weights)
+    settle(args)
+    for kind in args.types:
+        checks.layer_type(kind)
+    checks.file(args.space, "--space")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A model that fits its task, and how it is trained."""
+    """A model that fits its task, and its training options."""
 
     model: "nn.Module"
     base: "BaseModel | None"
@@ -56,7 +64,7 @@ class Setup:
     size: tuple[int, ...]
 
     def cost_settings(self, args: argparse.Namespace) -> dict[str, Any]:
-        """The step that the budget gate counts: that of the training."""
+        """The step whose cost the budget gate counts: that of the training."""
         return {
             "input_size": self.size,
             "batch_size": args.batch_size,
@@ -67,8 +75,7 @@ class Setup:
 
 
 def make_setup(args: argparse.Namespace) -> Setup:
-    """Build the model, look through the task's data, and make both fit. Raises `SurgeonError`s."""
-    from surgeon.commands.finetune import make_task
+    """Build the model, check the task's data, and fit them to each other. Raises `SurgeonError`s."""
     from surgeon.models.names import build_model
     from surgeon.search.evaluate.training import bound, sample_size
     from surgeon.zoo.finetune import FinetuneConfig

@@ -1,16 +1,19 @@
-"""`surgeon study`: look at a search, running or finished, and take its best out. Imports torch only to export."""
+"""`surgeon study`: inspect a search, running or finished, and extract its best model. Imports torch only to export."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon.commands import checks
 from surgeon.commands.arguments import print_json, whole
 from surgeon.errors import ConfigError
+from surgeon.util.outputs import check_output
 
 if TYPE_CHECKING:
     from surgeon.search.study.folder import Finished
 
+NEEDS = ("optuna", "torch")  # libraries
 DESCRIPTION = "status, best placements, report and export of a search"
 EXAMPLES = """  surgeon study status runs/resnet50-classification-search
   surgeon study best runs/resnet50-classification-search --count 3 --json
@@ -21,23 +24,33 @@ EXAMPLES = """  surgeon study status runs/resnet50-classification-search
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `surgeon study`, beside --json, --quiet and --debug."""
-    parser.add_argument("action", choices=tuple(_ACTIONS), help="what to do; searches may be running meanwhile")
-    parser.add_argument("folder", metavar="FOLDER", help="what surgeon search wrote")
-    parser.add_argument("--storage", metavar="URL", help="the search's database, where it is on a server")
-    parser.add_argument("--count", type=whole, default=5, metavar="K", help="status, best: so many (default: 5)")
+    """Add the arguments of `surgeon study`; --json, --quiet and --debug are common to all commands."""
+    parser.add_argument("action", choices=tuple(_ACTIONS), help="what to do; the search may still be running")
+    parser.add_argument("folder", metavar="FOLDER", help="a folder written by surgeon search")
+    parser.add_argument("--storage", metavar="URL", help="the search's database, if it is on a server")
+    parser.add_argument(
+        "--count", type=whole, default=5, metavar="K", help="status, best: number of trials (default: 5)"
+    )
     parser.add_argument("--against", metavar="FOLDER", help="report: another search (--sampler random) to compare with")
     parser.add_argument("--best", action="store_true", help="export: the best placement with replacements (always so)")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="report, export: folder to write")
     parser.add_argument("--force", action="store_true", help="export: replace OUT if surgeon wrote it")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse invalid arguments before torch is loaded."""
+    checks.positives(args, ("count",))
+    checks.search(args.folder)
+    if args.against:
+        checks.search(args.against)
+    if args.action == "export":
+        check_output(args.output or Path(args.folder, "export"), force=args.force)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Returns the exit code: 1 where there is nothing to show or to export yet."""
+    """Returns the exit code: 1 if there is nothing to show or to export yet."""
     from surgeon.search.study.folder import read_search
 
-    if args.count < 1:
-        raise ConfigError(f"--count must be at least 1, got {args.count}")
     return _ACTIONS[args.action](args, read_search(args.folder, args.storage))
 
 
@@ -83,10 +96,10 @@ def _report(args: argparse.Namespace, found: "Finished") -> int:
 
 
 def _export(args: argparse.Namespace, found: "Finished") -> int:
-    """The surgeon folder of the best: of the finals where there are any, else of the trials."""
+    """Export the surgeon folder of the best placement, from the finals if there are any, otherwise from the trials."""
     import shutil
 
-    from surgeon.models.checkpoint import check_output, fresh_folder
+    from surgeon.models.folder import fresh_folder
     from surgeon.util.files import check_plain
 
     source, about = _source(found)
@@ -114,7 +127,7 @@ def _export(args: argparse.Namespace, found: "Finished") -> int:
 
 
 def _source(found: "Finished") -> tuple[Path, dict[str, Any]]:
-    """The folder to copy, and what is in it."""
+    """The folder to copy, and a description of its model."""
     import statistics
 
     from surgeon.search.evaluate.finals import best_arm

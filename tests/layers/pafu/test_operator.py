@@ -12,7 +12,7 @@ from torch import Tensor
 from surgeon.errors import BackendError, GeometryError
 from surgeon.layers.pafu import frames as pafu_frames
 from surgeon.layers.pafu import grouped as pafu_grouped
-from surgeon.layers.pafu.frames import Problem, Window
+from surgeon.layers.pafu.frames import FrameProblem, Window
 from surgeon.layers.pafu.operator import METHODS, PAFU_CONV, pafu_conv
 from tests.support.layers.pafu import Case, make_case
 
@@ -209,7 +209,7 @@ def test_temporaries_stay_small() -> None:
     """Chunks hold at most 8 MiB of input and output, whatever the size of the image."""
     tensors, window = make_case(images=1, size=(300, 301), per_group=(64, 64), dtype=torch.float32)
     x, kernel, further, index, _ = tensors.values()
-    problem = Problem.of(x, kernel, further, index, window)
+    problem = FrameProblem.of(x, kernel, further, index, window)
     chunks = list(problem.chunks(pafu_grouped._pixel_bytes(problem, 2)))
     assert len(chunks) > 1
     assert [row for chunk in chunks for row in range(chunk.rows.start, chunk.rows.stop)] == list(range(300))

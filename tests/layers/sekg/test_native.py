@@ -176,7 +176,40 @@ def test_the_native_layer_is_the_reference(**options: Any) -> None:
 
 def test_the_layers_bits_do_not_depend_on_the_number_of_threads() -> None:
     tensors, options = layer(spare=(60, 30), channels=12, features=300)
-    check_threads(lambda: [dconv_layer(*tensors, **options, backend="native")], 2, 5)
+    check_threads(lambda: layer_results(tensors, options, "native"), 2, 5)
+
+
+def test_a_layer_that_is_cut_into_bands_and_chunks() -> None:
+    tensors, options = layer(spare=(70, 19), window=(5, 3), channels=40, multiplier=2, features=210, images=1)
+    exact = layer_results(doubled(tensors), options, "reference")
+    check_close(layer_results(tensors, options, "native"), exact)
+
+
+@pytest.mark.parametrize("wanted", range(5))
+def test_a_gradient_of_the_layer_alone_is_that_gradient(wanted: int) -> None:
+    tensors, options = layer()
+    expected = layer_results(tensors, options, "native")[1 + wanted]
+    alone = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
+    y = dconv_layer(*alone, **options, backend="native")
+    assert torch.equal(gradients(y, [alone[wanted]])[0], expected)
+
+
+def test_the_layer_saves_only_its_inputs() -> None:
+    tensors, options = layer()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        dconv_layer(*tensors, **options, backend="native")
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in tensors}
+
+
+def test_a_layers_pixel_that_is_no_number_spoils_only_what_sees_it() -> None:
+    tensors, options = layer(spare=(8, 3), channels=2)
+    tensors[1] = tensors[1].detach().clone()
+    tensors[1][0, :, 5, 2] = float("nan")  # the features of one pixel, whose rows share vectors with others
+    tensors[1].requires_grad_()
+    got, exact = (layer_results(tensors, options, backend) for backend in ("native", "reference"))
+    for a, b in zip(got[:3], exact[:3], strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite())
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 
 from surgeon.layers.acda import triton as acda
 from surgeon.layers.pafu import triton as pafu
-from surgeon.layers.pafu.frames import Grads, Problem, Window
+from surgeon.layers.pafu.frames import FrameProblem, Grads, Window
 from surgeon.layers.sekg import triton as dconv
 from surgeon.layers.sekg import triton_layer as dconv_layer
 from surgeon.layers.sekg.lean import LayerInputs
@@ -97,7 +97,7 @@ def calls(dtype: torch.dtype) -> Iterator[Any]:
     given = LayerInputs(x, maps, make(9 * 64, 64), make(64, 1, 3, 3), make(64), *same)
     yield lambda: dconv_layer.forward(given)
     index = torch.zeros(2, 14, 14, dtype=torch.int64)
-    problem = Problem(x, make(64, 64, 3, 3), make(7, 64, 64, 3, 3), index, Window((3, 3), *same, 1), [])
+    problem = FrameProblem(x, make(64, 64, 3, 3), make(7, 64, 64, 3, 3), index, Window((3, 3), *same, 1), [])
     sums = Grads(x.float(), [torch.zeros(64, 3, 3, 64)] * 8, torch.zeros(2, 14, 14, 8))
     yield lambda: pafu.forward(problem, torch.empty_like(x))
     yield lambda: pafu.backward(problem, maps, sums)
@@ -118,7 +118,9 @@ def smallest(dtype: torch.dtype) -> Iterator[Any]:
     yield lambda: dconv.backward(x, x, make(1, 1, 1, 1, 1), (1, 1), (True, True), *one)
     given = LayerInputs(x, x, make(1, 1), make(2, 1, 1, 1), None, *one)
     yield lambda: dconv_layer.backward(make(1, 2, 1, 1), given, [True] * 5)
-    problem = Problem(x, x, make(0, 1, 1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64), Window((1, 1), *one, 1), [])
+    problem = FrameProblem(
+        x, x, make(0, 1, 1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64), Window((1, 1), *one, 1), []
+    )
     sums = Grads(x.float(), [torch.zeros(1, 1, 1, 1)], torch.zeros(1, 1, 1, 1))
     yield lambda: pafu.forward(problem, torch.empty_like(x))
     yield lambda: pafu.backward(problem, x, sums)

@@ -5,7 +5,7 @@ from pathlib import Path
 import optuna
 from optuna.storages import JournalStorage
 
-from surgeon.search.study.journal import Journal
+from surgeon.search.study.journal import StudyJournal
 from surgeon.search.study.record import Record
 from surgeon.search.study.study_file import StudyFile
 
@@ -16,7 +16,7 @@ def proposals(records: list[Record]) -> list[tuple[int, str | None, tuple[float,
 
 def read(path: Path) -> list[Record]:
     """The records of a study that is being, or was, written by others."""
-    storage = JournalStorage(Journal(path))
+    storage = JournalStorage(StudyJournal(path))
     file = StudyFile(path)
     file.study = optuna.load_study(study_name="search", storage=storage)
     return file.records()

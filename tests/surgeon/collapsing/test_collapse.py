@@ -126,6 +126,19 @@ def test_a_layer_folded_at_its_mean_has_the_error_that_is_stated() -> None:
     folded, report = surgeon.collapse(model, calibration=x, tolerance=0.9)
     error = relative_error(output(folded, x), output(model, x))
     assert report.max_rel_error == pytest.approx(error, rel=1e-3)
+    assert report.params_after > report.params_before  # the 7x7 windows of three scales
+    (note,) = [note for note in report.notes if note.startswith("LARGER than before")]
+    assert f"x{report.params_after / report.params_before:.2f} parameters" in note
+    assert "7x7 convolutions" in note
+    assert "or no collapse at all" in note  # every layer grows
+    assert "--scales 1" in note
+
+
+def test_a_collapse_that_makes_smaller_has_no_such_note() -> None:
+    model = network("pafu")
+    _, report = surgeon.collapse(model, calibration=images(), tolerance=0.9)
+    assert report.params_after < report.params_before
+    assert not any(note.startswith("LARGER") for note in report.notes)
 
 
 def test_layers_can_be_chosen_and_the_others_are_reported() -> None:
@@ -135,7 +148,7 @@ def test_layers_can_be_chosen_and_the_others_are_reported() -> None:
     assert [layer.name for layer in report.layers] == names
     assert {layer.reason for layer in report.kept} == {"not selected"}
     assert list(dynamic_layers(folded)) == [name for name in names if not name.startswith("layer4")]
-    with pytest.raises(SelectionError, match="'layer9' is no dynamic layer"):
+    with pytest.raises(SelectionError, match="'layer9' is not a dynamic layer"):
         surgeon.collapse(model, layers="layer9", example_inputs=images())
 
 

@@ -69,7 +69,7 @@ def test_a_run_becomes_the_plain_network(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["collapse", "run", "-o", "plain", "--quiet"]) == 0
     out = capsys.readouterr().out
     assert "run: 3 of 3 dynamic layers folded into convolutions" in out
-    assert "proved from the parameters (3)" in out
+    assert "proven from the parameters (3)" in out
     assert "no dynamic layer remains" in out
     assert "written to  plain" in out
     assert max(map(len, out.splitlines())) <= 80
@@ -136,7 +136,7 @@ def test_a_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run"], "say where the result goes"),
+        (["run"], "give an output folder"),
         (["nowhere", "-o", "out"], "there is no surgeon folder nowhere"),
         (["run", "-o", "run"], "the output run exists"),
         (["run", "-o", "out", "--tolerance", "2"], "from 0 to less than 1, got 2"),
@@ -144,7 +144,7 @@ def test_a_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "-o", "out", "--tolerance", "0.1"], "needs --images"),
         (["run", "-o", "out", "--images", "nowhere"], "--images: there is no folder nowhere"),
         (["run", "-o", "out", "--images", "run", "--limit", "0"], "--limit must be at least 1"),
-        (["run", "-o", "out", "--layers", "layer9"], "'layer9' is no dynamic layer"),
+        (["run", "-o", "out", "--layers", "layer9"], "'layer9' is not a dynamic layer"),
         (["plain", "-o", "out"], "nothing to collapse"),
     ],
 )

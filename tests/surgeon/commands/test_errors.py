@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 
-import surgeon.models.checkpoint
 from surgeon.cli import main
 
 CONVERT = ["convert", "test_resnet", "--weights", "random", "--input-size", "64", "--quiet"]
@@ -104,7 +103,7 @@ def test_weights(capsys: pytest.CaptureFixture[str]) -> None:
     fails([*argv, "absent.pth"], 2, ["absent.pth", "auto, pretrained, random"], capsys)
     fails([*argv, "broken.pth"], 2, ["broken.pth"], capsys)
     fails([*argv, "other.pth"], 2, ["other.pth", "fc.weight has shape (3, 96), expected (1000, 96)"], capsys)
-    fails([*argv, "pretrained"], 2, ["pretrained weights of test_resnet cannot be had"], capsys)
+    fails([*argv, "pretrained"], 2, ["pretrained weights of test_resnet are unavailable"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +159,7 @@ def test_verify_and_revert_say_what_they_miss(run_folder: Path, capsys: pytest.C
     recipe = json.loads((run_folder / "recipe.json").read_text())
     recipe["base"]["weights"] = {"kind": "given", "sha256": recipe["base"]["weights"]["sha256"]}
     (run_folder / "recipe.json").write_text(json.dumps(recipe))
-    fails(["verify", "run", "--quiet"], 2, ["given as a model object", "--weights"], capsys)
+    fails(["verify", "run", "--quiet"], 2, ["came from a model object", "--weights"], capsys)
     torch.save(timm.create_model("test_resnet").state_dict(), "other.pth")
     fails(["verify", "run", "--quiet", "--weights", "other.pth"], 2, ["not those that were converted"], capsys)
     recipe["base"] = None
@@ -190,7 +189,7 @@ def test_a_full_disk_and_ctrl_c(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(surgeon.models.checkpoint, "sync", fail)
+    monkeypatch.setattr("surgeon.models.folder.sync", fail)
     assert main([*CONVERT, "--layers", "layer4.0.conv2", "--type", "pafu", "-o", "run"]) == code
     captured = capsys.readouterr()
     assert captured.err == message.format(tmp_path / "run") + "\n"

@@ -9,6 +9,7 @@ import pytest
 
 import surgeon
 from surgeon.cli import main
+from surgeon.records.recipe import Recipe, Trained
 from surgeon.zoo.finetune.loop import Trainer
 from surgeon.zoo.tasks import registry
 from tests.support.training.runs import interrupt_at
@@ -51,17 +52,27 @@ def test_a_run_from_the_command_line(finetune: Finetune, capsys: pytest.CaptureF
     assert document["steps"] == 4
     assert "step 3/4: mse" in error
     assert Path("tuned/report.json").is_file()
+    recipe = Recipe.read("tuned")
+    assert recipe.task == Trained(name="tiny-regression", options={"samples": 9, "noise": 0.05})
+
     model = surgeon.load("tuned", trust_factory=True)
     assert main(["finetune", "tuned", "--task", "tiny-regression", "--trust-factory", *SHORT, "--quiet"]) == 0
     out, error = capsys.readouterr()
     assert "written to  runs/tuned-tiny-regression" in out
     assert error == ""
+    assert main(["evaluate", "tuned", "--trust-factory", "--task-option", "samples=5", "--original", "none"]) == 0
+    out, error = capsys.readouterr()
+    assert "tuned: tiny-regression" in out
+    assert "as tuned was trained: tiny-regression with noise=0.05" in error
     assert not model.training
 
 
 def test_a_plain_model_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune", FACTORY, "--task", "tiny-regression", *SHORT, "-o", "plain"]) == 0
     assert "original" not in capsys.readouterr().out
+    base = Recipe.read("plain").base
+    assert base is not None
+    assert base.input_size == (3, 8, 8)  # that of the training samples; a factory says none
 
 
 def test_dry_run_writes_nothing(finetune: Finetune, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,10 +95,10 @@ def test_interrupt_then_resume(
     backward = Trainer.backward
     interrupt_at(monkeypatch, 2)
     assert finetune("-o", "tuned", "--quiet") == 130
-    assert "interrupted after step 3; go on with the same command and --resume" in capsys.readouterr().err
+    assert "interrupted after step 3; resume with the same command and --resume" in capsys.readouterr().err
     monkeypatch.setattr(Trainer, "backward", backward)
     assert finetune("-o", "tuned") == 2
-    assert "go on with it (--resume), or replace it (--force)" in capsys.readouterr().err
+    assert "continue it (--resume) or replace it (--force)" in capsys.readouterr().err
     assert finetune("-o", "tuned", "--resume", "--batch-size", "2") == 2
     assert "batch_size was 4 and is 2" in capsys.readouterr().err
     assert finetune("-o", "tuned", "--resume", "--json") == 0
@@ -101,17 +112,17 @@ def test_interrupt_then_resume(
         (["--task-option", "sample=3"], "has no option 'sample'.* Did you mean 'samples'"),
         (["--task-option", "samples=0"], "samples must be >= 1, got 0"),
         (["--task-option", "broken=true"], "image 3 of the training set cannot be read"),
-        (["--task-option", "data=/tmp"], "given with --data"),
+        (["--task-option", "data=/tmp"], "with --data, not as"),
         (["--task-option", "samples"], "expected KEY=VALUE, got 'samples'"),
-        (["--lr", "0"], "lr must be a number > 0, got 0.0"),
+        (["--lr", "0"], "--lr: expected a number above 0, such as 3e-4, got .0"),
         (["--opt", "adamv"], "timm has no optimizer 'adamv'"),
         (["--warmup", "soon"], r"warmup: expected steps \(200\)"),
         (["--max-time", "soon"], "--max-time: expected a time"),
-        (["--sched", "plateau"], "invalid choice: 'plateau'"),
+        (["--sched", "plateau"], "there is no choice 'plateau'; there are cosine"),
         (["--amp", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
         (["--checkpointing"], "has no set_grad_checkpointing"),
         (["--weights", "random"], "has its own weights"),
-        (["--resume"], "no run to take up again"),
+        (["--resume"], "no run to resume"),
         (["--alternate", "0"], "alternate must be an integer >= 1"),
     ],
 )
@@ -129,7 +140,7 @@ def test_bad_input(finetune: Finetune, arguments: list[str], told: str, capsys: 
 
 def test_nan_to_the_end_is_exit_code_1(finetune: Finetune, capsys: pytest.CaptureFixture[str]) -> None:
     assert finetune("-o", "tuned", "--lr", "1e30", "--clip", "0", "--opt", "sgd", "--max-rollbacks", "1") == 1
-    assert "after 1 returns to earlier checkpoints" in capsys.readouterr().err
+    assert "after 1 rollbacks to earlier checkpoints" in capsys.readouterr().err
 
 
 def test_defaults_are_left_to_the_config() -> None:

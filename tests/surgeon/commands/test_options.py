@@ -80,7 +80,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ConfigError, match="device cuda:2: this machine has 2 CUDA devices"):
         take_gpu("cuda:2")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="of several processes each takes its own GPU"):
+    with pytest.raises(ConfigError, match="with several processes each takes its own GPU"):
         take_gpu("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="this machine has no CUDA devices"):
@@ -90,9 +90,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_help_of_convert_is_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    places = [
-        lines.index(f"{head}:") for head in ("model", "what becomes what", "layer options (any other by --option)")
-    ]
+    places = [lines.index(f"{head}:") for head in ("model", "what to convert", "layer options (others with --option)")]
     assert places == sorted(places)
     assert lines.index("output:") > places[-1]
 
@@ -120,7 +118,7 @@ def test_without_the_library_completion_is_one_error(
     assert main(["--print-completion", "bash"]) == 2
     assert "pip install shtab" in capsys.readouterr().err
     assert main(["--print-completion", "fish"]) == 2
-    assert "invalid choice: 'fish'" in capsys.readouterr().err
+    assert "there is no choice 'fish'" in capsys.readouterr().err
 
 
 def test_models_say_what_fits(capsys: pytest.CaptureFixture[str]) -> None:

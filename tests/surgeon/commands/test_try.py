@@ -143,7 +143,7 @@ def test_a_trial_from_the_command_line(attempt: Try, capsys: pytest.CaptureFixtu
     assert any(type(module).__name__ == "PAFUConv2d" for module in model.modules())
     assert not Path("out/runs").exists() or not any(Path("out/runs").iterdir())
     assert main(["try", FACTORY, *QUICK, "-o", "out"]) == 2
-    assert "go on with it (--resume), or replace it (--force)" in capsys.readouterr().err
+    assert "continue it (--resume) or replace it (--force)" in capsys.readouterr().err
 
 
 def test_equal_seeds_give_equal_answers_and_more_seeds_are_added(
@@ -172,10 +172,10 @@ def test_an_interrupted_trial_goes_on_to_the_same_answer(
     interrupt_at(monkeypatch, 2)
     monkeypatch.setattr("surgeon.zoo.trial.run._Trial._measure", lambda trial: Speed(step=0.01, sample=0.001, run=0.1))
     assert attempt("--force", *more) == 130
-    assert "go on with the same command and --resume" in capsys.readouterr().err
+    assert "resume with the same command and --resume" in capsys.readouterr().err
     monkeypatch.setattr(Trainer, "backward", backward)
     assert attempt("--resume", "--batch-size", "2", *more) == 2
-    assert "a trial goes on with the options it began with" in capsys.readouterr().err
+    assert "a trial must be resumed with the options it started with" in capsys.readouterr().err
     assert attempt("--resume", *more) == 0
     assert answered(capsys)["scores"] == straight["scores"]
 
@@ -193,14 +193,14 @@ def test_the_time_is_honored(attempt: Try, monkeypatch: pytest.MonkeyPatch, caps
     ("more", "told"),
     [
         (["--max-time", "soon"], "--max-time: expected a time such as 90s, 30m or 1.5h, got 'soon'"),
-        (["--lr", "0"], "a learning rate must be a number > 0, got 0.0"),
+        (["--lr", "0"], "--lr: expected a number above 0, such as 3e-4, got '0'"),
         (["--lr", "0.1", "0.1"], "learning rates must be given, each once"),
         (["--seeds", "0"], "--seeds: expected a positive integer, got '0'"),
         (["--device", "gpu"], "--device: expected auto, cpu, cuda, cuda:N or mps, got 'gpu'"),
         (["--amp", "int8"], "--amp: expected no, fp16 (float16) or bf16 (bfloat16), got 'int8'"),
-        (["--recipe", "r.json"], "--recipe says layers, types and options itself"),
-        (["--resume"], "there is no trial to go on with"),
-        (["--resume", "--force"], "give one of them"),
+        (["--recipe", "r.json"], "--recipe defines layers, types and options"),
+        (["--resume"], "no trial to resume"),
+        (["--resume", "--force"], "give only one of them"),
         (["--task-option", "sample=3"], "has no option 'sample'"),
         (["--layers", "nowhere"], "nowhere"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import surgeon.zoo as zoo
 from surgeon.cli import main
 from surgeon.zoo.recipes import recipe_names
-from surgeon.zoo.table import Row, make_row
+from surgeon.zoo.table import ZooRow, make_row
 from tests.support.places import ROOT
 
 
@@ -70,7 +70,7 @@ def test_a_difference_without_a_reason_is_an_error(
 def test_macs_are_counted_by_hand() -> None:
     """SRCNN 9-5-5 at 48×48."""
     row = make_row("srcnn")
-    assert isinstance(row, Row)
+    assert isinstance(row, ZooRow)
     assert row.macs == 48 * 48 * (81 * 3 * 64 + 25 * 64 * 32 + 25 * 32 * 3)
 
 

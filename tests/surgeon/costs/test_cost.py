@@ -247,7 +247,7 @@ def test_models_that_need_values_are_estimated_and_say_so() -> None:
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
-        ({"optimizer": "lion"}, "unknown optimizer 'lion'; there are sgd"),
+        ({"optimizer": "lion"}, "unknown optimizer 'lion'; expected sgd"),
         ({"mode": "test"}, "mode must be 'train' or 'infer'"),
         ({"amp": "int4"}, "amp must be"),
         ({"input_size": "big"}, "input size: expected"),

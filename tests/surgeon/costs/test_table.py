@@ -122,7 +122,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str, module: Any = cost_comm
 def test_cost_prints_and_compares(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = run(capsys, "resnet18", "--batch-size", "8", "--amp", "--compare", "resnet34")
     assert code == 0
-    assert "FLOPs an image, forward" in out
+    assert "FLOPs per image, forward" in out
     assert "resnet34" in out
     code, out = run(capsys, "resnet18", "--json", "--infer", "--table", "--layers", "layer4.1")
     document = json.loads(out)

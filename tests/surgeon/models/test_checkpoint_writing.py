@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-import surgeon.models.checkpoint as checkpoint
 from surgeon.errors import CheckpointError
 from surgeon.models.checkpoint import load, save
 from surgeon.records.recipe import Recipe, Rule
@@ -55,7 +54,7 @@ def test_force_leaves_alone_what_surgeon_did_not_write(tmp_path: Path) -> None:
     load(tmp_path / "empty")
 
 
-STEPS = ["save_file", "_write", "sync", "_take_place"]
+STEPS = ["checkpoint.save_file", "checkpoint.write", "folder.sync", "folder._take_place"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -77,7 +76,7 @@ def test_whatever_stops_the_writing_leaves_things_as_they_were(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(checkpoint, step, fail)
+    monkeypatch.setattr(f"surgeon.models.{step}", fail)
     with pytest.raises(seen) as caught:
         save(tiny(num_classes=3), tmp_path / "run", force=True)
     if seen is CheckpointError:
@@ -160,12 +159,12 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
 
 
 SLOW_SAVE = """
-import signal, sys, time, timm, surgeon, surgeon.models.checkpoint as checkpoint
+import signal, sys, time, timm, surgeon, surgeon.models.folder as folder
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
 def slow(path):
     print('writing', flush=True)
     time.sleep(60)
-checkpoint.sync = slow
+folder.sync = slow
 try:
     surgeon.save(timm.create_model('test_resnet'), sys.argv[1], force=True)
 except KeyboardInterrupt:

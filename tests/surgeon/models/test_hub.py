@@ -263,7 +263,7 @@ def test_no_token_is_said_before_anything_goes_out(
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     assert main(["push", "run", "me/net", "--quiet"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "takes a token: log in (`hf auth login`), set HF_TOKEN, or give token=" in line
+    assert "requires a token: log in (`hf auth login`), set HF_TOKEN, or give token=" in line
     assert hub.made == []
     surgeon.push_to_hub(saved, "me/net", token="hf_given")
     assert hub.made
@@ -275,20 +275,20 @@ def test_what_is_no_whole_folder_is_not_pushed(hub: Hub, saved: Path, tmp_path: 
     (saved / "model.safetensors").write_bytes(b"short")
     with pytest.raises(CheckpointError, match="is damaged"):
         surgeon.push_to_hub(saved, "me/net")
-    with pytest.raises(ConfigError, match="belong to a model"):
+    with pytest.raises(ConfigError, match="apply to a model"):
         surgeon.push_to_hub(saved, "me/net", report=Report(replaced=[], skipped=[]))
     assert hub.made == []
 
 
 def test_other_repositories_are_refused(hub: Hub, tmp_path: Path) -> None:
     hub.put("me/other", {"recipe.json": b'{"cake": 1}', "model.bin": b"x"})
-    with pytest.raises(CheckpointError, match="me/other is no surgeon repository: its recipe"):
+    with pytest.raises(CheckpointError, match="me/other is not a surgeon repository: its recipe"):
         surgeon.from_pretrained("me/other")
-    with pytest.raises(CheckpointError, match="me/absent: it is not in the cache, and the Hub does not answer"):
+    with pytest.raises(CheckpointError, match="me/absent: it is not in the cache, and the Hub cannot be reached"):
         surgeon.from_pretrained("me/absent")
     with pytest.raises(CheckpointError, match="a repository on the Hub is named ORG/NAME"):
         surgeon.from_pretrained("absent")
-    with pytest.raises(CheckpointError, match="a repository is named ORG/NAME"):
+    with pytest.raises(CheckpointError, match="expected a repository ORG/NAME"):
         surgeon.from_pretrained("hf-hub:a/b/c")
     with pytest.raises(ConfigError, match="has no revision"):
         surgeon.from_pretrained(tmp_path, revision="main")
@@ -302,10 +302,10 @@ def test_damage_on_the_way_is_found(hub: Hub, saved: Path) -> None:
 
 def test_a_repository_of_timm_stays_one(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "hf-hub:timm/resnet18.a1_in1k"]) == 2
-    assert "hf-hub:timm/resnet18.a1_in1k cannot be had" in capsys.readouterr().err
+    assert "hf-hub:timm/resnet18.a1_in1k is unavailable" in capsys.readouterr().err
     assert main(["verify", "hf-hub:timm/resnet18.a1_in1k", "--quiet"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "it is not in the cache, and the Hub does not answer" in line
+    assert "it is not in the cache, and the Hub cannot be reached" in line
 
 
 def answer(kind: type[Exception], status: int) -> Exception:
@@ -316,10 +316,10 @@ def answer(kind: type[Exception], status: int) -> Exception:
     ("kind", "told"),
     [
         (errors.RepositoryNotFoundError, "there is no such repository on the Hub, or it is private"),
-        (errors.GatedRepoError, "access must be asked for on its page"),
+        (errors.GatedRepoError, "request access on its page"),
         (errors.RevisionNotFoundError, "no such revision"),
-        (errors.RemoteEntryNotFoundError, "is no surgeon repository: it has no recipe.json"),
-        (errors.HfHubHTTPError, "the Hub answers 403: the server's words; the token may not do that"),
+        (errors.RemoteEntryNotFoundError, "is not a surgeon repository: it has no recipe.json"),
+        (errors.HfHubHTTPError, "the Hub answers 403: the server's words; the token lacks permission"),
         (OSError, "OSError: no space left"),
     ],
 )

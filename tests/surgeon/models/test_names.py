@@ -175,7 +175,7 @@ def test_auto_goes_on_loudly_without_pretrained_weights(caplog: pytest.LogCaptur
         _, base = build_model(TINY, weights="auto", seed=4)
     assert base is not None
     assert base.weights.kind == "random"
-    assert "RANDOM WEIGHTS of seed 4" in caplog.text
+    assert "RANDOM WEIGHTS from seed 4" in caplog.text
     assert time.monotonic() - started < 10
 
 
@@ -185,7 +185,7 @@ def test_pretrained_fails_where_there_are_none(spec: str, monkeypatch: pytest.Mo
         raise OSError("no network in tests")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
-    with pytest.raises(ModelError, match=r"pretrained weights of .* cannot be had"):
+    with pytest.raises(ModelError, match=r"pretrained weights of .* are unavailable"):
         build_model(spec, weights="pretrained")
 
 
@@ -301,7 +301,7 @@ def test_restored_weights_must_be_the_recorded_ones(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not those that were converted: SHA-256"):
         restore(base)
     given = BaseModel(source="timm", name=TINY, weights=Weights(kind="given", sha256=state_sha256(source)))
-    with pytest.raises(ModelError, match="given as a model object"):
+    with pytest.raises(ModelError, match="came from a model object"):
         restore(given)
 
 

@@ -62,7 +62,7 @@ def test_a_folder_needs_its_program_whole_and_in_its_place(program: Path, tmp_pa
     assert torch.equal(surgeon.load(run)(images), converted(images))
     recipe = json.loads((run / "recipe.json").read_text())
     (run / "recipe.json").write_text(json.dumps(recipe | {"base": recipe["base"] | {"name": str(program)}}))
-    with pytest.raises(RecipeError, match="not the name of something in this folder"):
+    with pytest.raises(RecipeError, match="not the name of an entry of this folder"):
         surgeon.load(run)
     (run / "recipe.json").write_text(json.dumps(recipe))
     (run / "program.pt2").write_bytes((run / "program.pt2").read_bytes()[:-1])
@@ -86,7 +86,7 @@ def test_what_would_run_code_is_not_loaded(program: Path, tmp_path: Path) -> Non
 
     cases = {
         "more than arithmetic": ("model.json", lambda c: c.replace(b"positive=True", b"positive=open('boom')")),
-        "none of PyTorch's own operators": (
+        "not one of PyTorch's own operators": (
             "model.json",
             lambda c: c.replace(b"torch.ops.aten.relu_.default", b"torch.load"),
         ),
@@ -95,7 +95,7 @@ def test_what_would_run_code_is_not_loaded(program: Path, tmp_path: Path) -> Non
             lambda c: c.replace(b'"use_pickle": false', b'"use_pickle": true', 1),
         ),
         "sample inputs are pickled": ("sample_inputs/model.pt", lambda _: pickle.dumps(Bomb())),
-        "no part of a plain program": ("data/constants/opaque_obj_0", pickle.dumps(Bomb())),
+        "not part of a plain program": ("data/constants/opaque_obj_0", pickle.dumps(Bomb())),
     }
     for match, (member, change) in cases.items():
         with pytest.raises(ModelError, match=match):
@@ -107,7 +107,7 @@ def test_a_file_that_is_none_is_one_clear_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], program: Path
 ) -> None:
     (tmp_path / "text.pt2").write_text("no archive")
-    with pytest.raises(ModelError, match="no program that torch"):
+    with pytest.raises(ModelError, match="not a program written by"):
         read_program(tmp_path / "text.pt2")
     assert main(["inspect", str(tmp_path / "none.pt2"), "--quiet"]) == 2
     assert "there is no file" in capsys.readouterr().err

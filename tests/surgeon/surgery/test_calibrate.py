@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.errors import InputError
 from surgeon.sites.inputs import Inputs
-from surgeon.surgery.verify import halves_agree
+from surgeon.surgery.running import halves_agree
 
 
 class Chain(nn.Module):

@@ -43,7 +43,7 @@ def test_static_disables_the_dynamic_part_and_comes_back() -> None:
         raise KeyError([layer.adaptive for layer in dynamic_layers(converted).values()])
     assert all(layer.adaptive for layer in dynamic_layers(converted).values())
     with (
-        pytest.raises(SelectionError, match="'9' is no dynamic layer of this model; there are: 0, 2"),
+        pytest.raises(SelectionError, match="'9' is not a dynamic layer of this model; there are: 0, 2"),
         surgeon.static(converted, "9"),
     ):
         pass

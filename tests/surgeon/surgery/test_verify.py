@@ -20,7 +20,8 @@ from surgeon.sites.observe import observe
 from surgeon.surgery.compare import Difference, compare, compare_tensors
 from surgeon.surgery.gradients import check_gradients, without_gradient
 from surgeon.surgery.rewrite import build_layer, dynamic_layers
-from surgeon.surgery.verify import Settled, judge, measure, run
+from surgeon.surgery.running import run
+from surgeon.surgery.verify import Settled, judge, measure
 from tests.support.fake_layer import FakeConfig, FakeConv2d
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))

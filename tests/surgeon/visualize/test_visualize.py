@@ -22,7 +22,7 @@ from surgeon.errors import InputError
 from surgeon.layers import ACDAConv2d, DynamicConv2d, PAFUConfig, PAFUConv2d, SEKGConv2d
 from surgeon.layers.acda.bases import basis_elements
 from surgeon.surgery.rewrite import dynamic_layers
-from surgeon.visualize.capture import Seen, capture
+from surgeon.visualize.capture import Captured, capture
 from surgeon.visualize.measures import FROM_WEIGHTS, alpha_by_scale, cosine_distance, kernel_energy, numbers
 from surgeon.visualize.pictures import bases, pictures
 from surgeon.visualize.sheet import Panel, limits, pixels, sheet
@@ -45,7 +45,7 @@ def alive(kind: str, **options: Any) -> DynamicConv2d:
     return layer
 
 
-def see(layer: nn.Module, size: tuple[int, int] = (16, 20)) -> tuple[Seen, Tensor]:
+def see(layer: nn.Module, size: tuple[int, int] = (16, 20)) -> tuple[Captured, Tensor]:
     """What is captured of a layer that is a whole model, and its input."""
     model = nn.Sequential(nn.Identity(), layer)
     x = torch.randn(6, *size, generator=torch.Generator().manual_seed(1))
@@ -374,7 +374,7 @@ def test_file_names_are_safe() -> None:
         (["nowhere", "a.png", "-o", "out"], "there is no surgeon folder nowhere"),
         (["run", "a.png", "-o", "a.png"], "a.png exists and is not a folder"),
         (["run", "a.png", "-o", "run"], "the output run is not empty"),
-        (["run", "a.png", "-o", "out", "--layers", "layer9"], "'layer9' is no dynamic layer"),
+        (["run", "a.png", "-o", "out", "--layers", "layer9"], "'layer9' is not a dynamic layer"),
         (["run", "a.png", "-o", "out", "--input-size", "big"], "expected SIZE, HxW or CxHxW"),
         (["run", "a.png", "-o", "out", "--against", "test_vit"], "it is not the original of this model"),
         (["plain", "a.png", "-o", "out"], "plain has no dynamic layer"),

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor
 
 from surgeon.errors import CheckpointError, ConfigError, DataError, TrainingError
-from surgeon.zoo.finetune import finetune
+from surgeon.zoo.finetune import finetune, loop, run
+from surgeon.zoo.finetune.evaluation import Evaluation, evaluate
 from surgeon.zoo.finetune.loop import Interrupted, Run
 from surgeon.zoo.tasks import Batch
 from tests.support.training.runs import QUICK, Watch, equal, interrupt_at, rows, weights, with_
@@ -53,11 +56,26 @@ def test_out_of_time_and_then_more_time(tmp_path: Path) -> None:
     short = with_(max_time=1e-6)
     result = finetune(converted("pafu"), regression(), short, tmp_path / "run")
     assert result.summary.stopped == "time"
-    assert result.summary.steps == 2
+    assert result.summary.steps == 1
     more = finetune(converted("pafu"), regression(), QUICK, tmp_path / "run", resume=True)
     assert more.summary.stopped == "steps"
     whole = finetune(converted("pafu"), regression(), QUICK, tmp_path / "whole")
     assert equal(weights(more.model), weights(whole.model))
+
+
+def test_the_time_is_for_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was spent before the run counts, and the evaluation at the end is left its time."""
+    late = finetune(converted("pafu"), regression(), with_(max_time=3600), began=time.monotonic() - 3600)
+    assert (late.summary.stopped, late.summary.steps) == ("time", 1)
+
+    def slow(*args: Any, **options: Any) -> Evaluation:
+        return replace(evaluate(*args, **options), seconds=1800.0)
+
+    monkeypatch.setattr(loop, "evaluate", slow)
+    monkeypatch.setattr(run, "evaluate", slow)
+    assert finetune(make_restorer(), regression(), with_(max_time=3600)).summary.stopped == "time"  # two, for BatchNorm
+    enough = finetune(make_restorer(), regression(), with_(max_time=3600, recalibrate=0))
+    assert enough.summary.stopped == "steps"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -145,7 +163,7 @@ def test_nan_sets_the_run_back_with_lower_rates(tmp_path: Path) -> None:
 def test_nan_at_every_turn_is_an_error(tmp_path: Path) -> None:
     task = Poisoned(regression().config)
     task.times = 100
-    with pytest.raises(TrainingError, match=r"step 6: the loss is nan, after 2 returns .* Lower --lr"):
+    with pytest.raises(TrainingError, match=r"step 6: the loss is nan, after 2 rollbacks .* Lower --lr"):
         finetune(converted("pafu"), task, with_(max_rollbacks=2), tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.json").exists()
 
@@ -188,14 +206,14 @@ def test_changed_options_are_named(tmp_path: Path) -> None:
     other = converted("pafu")
     with torch.no_grad():
         other.get_parameter("first.bias").add_(1)
-    with pytest.raises(ConfigError, match=r"the weights of model are not those that the run in .* began with"):
+    with pytest.raises(ConfigError, match=r"the weights of model differ from those that the run in .* started with"):
         finetune(other, regression(), QUICK, tmp_path / "run", resume=True)
     finetune(converted("pafu"), regression(), with_(log_every=7, workers=1), tmp_path / "run", resume=True)
 
 
 def test_outputs_that_may_not_be_touched(tmp_path: Path) -> None:
     model, task = converted("pafu"), regression()
-    with pytest.raises(CheckpointError, match="no run to take up again in"):
+    with pytest.raises(CheckpointError, match="no run to resume in"):
         finetune(model, task, QUICK, tmp_path / "none", resume=True)
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -205,7 +223,7 @@ def test_outputs_that_may_not_be_touched(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not written by surgeon: --force leaves it alone"):
         finetune(model, task, QUICK, mine, force=True)
     assert [file.name for file in mine.iterdir()] == ["thesis.tex"]
-    with pytest.raises(ConfigError, match="give one of them"):
+    with pytest.raises(ConfigError, match="give only one of them"):
         finetune(model, task, QUICK, mine, force=True, resume=True)
     with pytest.raises(ConfigError, match="without an output"):
         finetune(model, task, QUICK, force=True)

@@ -17,14 +17,15 @@ import surgeon
 from surgeon.errors import CheckpointError, ConfigError, TrainingError
 from surgeon.layers import layer_types
 from surgeon.layers.base import DynamicConv2d
+from surgeon.util.parse import parse_span, parse_time
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.finetune.batches import Draws, seed_everything
-from surgeon.zoo.finetune.config import parse_span, parse_time, span_steps
+from surgeon.zoo.finetune.config import span_steps
 from surgeon.zoo.finetune.guard import Guard, NotFiniteError
 from surgeon.zoo.finetune.optimizer import make_optimizer
 from surgeon.zoo.finetune.parameters import ROLES, group_parameters, optimizer_groups
-from surgeon.zoo.finetune.schedule import Plan, Rates, Temperature
-from surgeon.zoo.finetune.state import Log, Progress, Store, read_log, read_tree, write_tree
+from surgeon.zoo.finetune.schedule import Rates, RunPlan, Temperature
+from surgeon.zoo.finetune.state import Log, Store, TrainingProgress, read_log, read_tree, write_tree
 from tests.support.training.tasks import SIZE, converted, make_restorer
 
 # --- options ------------------------------------------------------------------------------------------------------
@@ -45,13 +46,16 @@ from tests.support.training.tasks import SIZE, converted, make_restorer
         ({"warmup": "2.5"}, "warmup: expected steps"),
         ({"eval_every": "0"}, "eval_every must be more than 0"),
         ({"alternate": 0}, "alternate must be an integer >= 1, got 0"),
-        ({"epochs": None}, "epochs or max_steps must say how long the run is"),
-        ({"sched": "multistep"}, "milestones go with the schedule multistep.* sched='multistep', milestones=\\(\\)"),
-        ({"milestones": ["50%"]}, "milestones go with the schedule multistep, and it with them; got sched='cosine'"),
+        ({"epochs": None}, "set epochs or max_steps to define the length of the run"),
+        (
+            {"sched": "multistep"},
+            "milestones and the schedule multistep need each other.* sched='multistep', milestones=\\(\\)",
+        ),
+        ({"milestones": ["50%"]}, "milestones and the schedule multistep need each other, got sched='cosine'"),
         ({"sched": "multistep", "milestones": ["0"]}, "milestones must be more than 0"),
         ({"sched": "step", "decay_every": "often"}, "decay_every: expected steps"),
-        ({"decay_every": "10"}, "decay_every goes with the schedule step, got sched='cosine'"),
-        ({"decay_rate": 0.5}, "decay_rate goes with the schedules step, multistep and poly, got sched='cosine'"),
+        ({"decay_every": "10"}, "decay_every requires the schedule step, got sched='cosine'"),
+        ({"decay_rate": 0.5}, "decay_rate requires the schedule step, multistep or poly, got sched='cosine'"),
         ({"sched": "step", "decay_rate": 0}, "decay_rate must be a number > 0, got 0"),
         ({"rollback_factor": 1.0}, "rollback_factor must be between 0 and 1, got 1.0"),
     ],
@@ -157,9 +161,9 @@ def test_groups_tell_the_optimizer() -> None:
 # --- schedule -----------------------------------------------------------------------------------------------------
 
 
-def _rates(config: FinetuneConfig, samples: int = 100) -> tuple[Plan, list[dict[str, float]]]:
+def _rates(config: FinetuneConfig, samples: int = 100) -> tuple[RunPlan, list[dict[str, float]]]:
     groups = group_parameters(converted("pafu"))
-    plan = Plan.make(config, samples, groups)
+    plan = RunPlan.make(config, samples, groups)
     rates = Rates(make_optimizer(optimizer_groups(groups, config), config), config, plan)
     return plan, [rates.set(step) for step in range(plan.total)]
 
@@ -228,7 +232,7 @@ def test_others_warm_up_after_a_first_phase() -> None:
 
 
 def test_alternate_one_to_three() -> None:
-    plan = Plan.make(FinetuneConfig(alternate=3), 100, group_parameters(converted("pafu")))
+    plan = RunPlan.make(FinetuneConfig(alternate=3), 100, group_parameters(converted("pafu")))
     assert [plan.active(step) == {"selector"} for step in range(8)] == [True, False, False, False] * 2
     assert plan.active(1) == {"new", "other"}
 
@@ -236,18 +240,18 @@ def test_alternate_one_to_three() -> None:
 def test_phases_that_cannot_be() -> None:
     plain, acda = group_parameters(make_restorer()), group_parameters(converted("acda"))
     with pytest.raises(ConfigError, match="new_first trains new parameters first, and the model has none"):
-        Plan.make(FinetuneConfig(new_first="5"), 100, plain)
+        RunPlan.make(FinetuneConfig(new_first="5"), 100, plain)
     with pytest.raises(ConfigError, match=r"new_first \(64 steps\) leaves nothing of the run \(31 steps\)"):
-        Plan.make(FinetuneConfig(new_first="64"), 100, acda)
+        RunPlan.make(FinetuneConfig(new_first="64"), 100, acda)
     with pytest.raises(ConfigError, match="takes turns with selectors"):
-        Plan.make(FinetuneConfig(alternate=3), 100, acda)
+        RunPlan.make(FinetuneConfig(alternate=3), 100, acda)
 
 
 def test_the_shorter_of_two_lengths() -> None:
     groups = group_parameters(make_restorer())
-    assert Plan.make(FinetuneConfig(epochs=3, batch_size=10, accumulate=2), 100, groups).total == 15
-    assert Plan.make(FinetuneConfig(epochs=3, batch_size=10, max_steps=4), 100, groups).total == 4
-    assert Plan.make(FinetuneConfig(epochs=0.001), 100, groups).total == 1
+    assert RunPlan.make(FinetuneConfig(epochs=3, batch_size=10, accumulate=2), 100, groups).total == 15
+    assert RunPlan.make(FinetuneConfig(epochs=3, batch_size=10, max_steps=4), 100, groups).total == 4
+    assert RunPlan.make(FinetuneConfig(epochs=0.001), 100, groups).total == 1
 
 
 def test_temperature_falls_to_its_end() -> None:
@@ -348,7 +352,7 @@ def test_the_store_keeps_what_is_needed(tmp_path: Path) -> None:
     for step, best in ((0, 0), (10, 0), (20, 15), (23, 15), (27, 25)):
         if best not in store.steps("best"):
             store.save_best({"w": torch.tensor(float(best))}, best)
-        store.save({"model": {}}, Progress(step=step, best=1.0, best_step=best))
+        store.save({"model": {}}, TrainingProgress(step=step, best=1.0, best_step=best))
     assert store.steps() == [10, 20, 23, 27]  # the newest two, and the newest two to which a run is set back
     assert store.steps("best") == [0, 15, 25]  # those that they name
     newest = store.newest()
@@ -363,7 +367,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogC
     store.create()
     store.save_best({"w": torch.zeros(1)}, 0)
     for step in (10, 20):
-        store.save({"model": {"w": torch.ones(50)}}, Progress(step=step, best=1.0, best_step=0))
+        store.save({"model": {"w": torch.ones(50)}}, TrainingProgress(step=step, best=1.0, best_step=0))
     file = store.path("step", 20)
     file.write_bytes(file.read_bytes()[:-20])
     with caplog.at_level(logging.WARNING, "surgeon"):
@@ -415,12 +419,12 @@ def test_a_loss_scaler_may_search_for_its_scale() -> None:
 
 def test_returns_are_counted() -> None:
     guard = Guard(most=2, factor=0.5)
-    progress = Progress(step=7)
+    progress = TrainingProgress(step=7)
     for count in (1, 2):
-        progress = guard.rolled_back(NotFiniteError("bad"), 8, progress, Progress(step=5))
+        progress = guard.rolled_back(NotFiniteError("bad"), 8, progress, TrainingProgress(step=5))
         assert (progress.step, progress.rollbacks, progress.lr_factor) == (5, count, 0.5**count)
-    with pytest.raises(TrainingError, match=r"step 8: bad, after 2 returns .* times 0.25"):
-        guard.rolled_back(NotFiniteError("bad"), 8, progress, Progress(step=5))
+    with pytest.raises(TrainingError, match=r"step 8: bad, after 2 rollbacks .* times 0.25"):
+        guard.rolled_back(NotFiniteError("bad"), 8, progress, TrainingProgress(step=5))
 
 
 def test_the_tiny_images_fit() -> None:

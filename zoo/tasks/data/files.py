@@ -18,7 +18,7 @@ from surgeon.zoo.tasks.data.options import check_types
 if TYPE_CHECKING:
     from PIL import Image
 
-MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"})  # 8 bits a channel or less
+MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"})  # 8 bits per channel or less
 DECODED = 20_000  # files that a check decodes; in a larger set it only opens the rest
 VAL_STREAM = 0x5EED
 _DIV2K = {"train": "DIV2K_train_HR", "val": "DIV2K_valid_HR"}
@@ -100,7 +100,9 @@ def find_roots(task: str, config: FolderConfig) -> Roots:
                 f"with train={train} instead of data"
             )
     if train is None and val is None:
-        raise DataError(f"task {task} needs a folder: data=FOLDER with train/ and val/, or train=FOLDER and val=FOLDER")
+        raise DataError(
+            f"task {task} needs a folder: --data DIR (in Python data=) with train/ and val/, or the options train and val"
+        )
     return Roots(train, val if val is not None else train)
 
 
@@ -175,7 +177,7 @@ def open_image(path: Path) -> "Image.Image":
         except Exception as error:  # PIL's decoders raise arbitrary errors on broken files
             raise DataError(f"cannot read the image {path}: {error}") from error
         if image.mode not in MODES:
-            raise DataError(f"{path} has mode {image.mode!r}; images must have 8 bits a channel")
+            raise DataError(f"{path} has mode {image.mode!r}; images must have 8 bits per channel")
         return image.copy()
 
 

@@ -39,6 +39,9 @@ def test_a_folder_that_surgeon_wrote(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["place", "plain", *PAFU[2:], "--max-layers", "2", "--json"]) == 0
     [best] = json.loads(capsys.readouterr().out)["placements"]
     assert len(best["replaced"]) == 2
+    assert main(["place", "plain", *PAFU[4:], "--max-layers", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "FLOPs (1 MAC = 2 FLOPs) at 3x160x160; " in out  # the model's own size
     assert main(["place", "plain", *PAFU[2:], "--weights", "random"]) == 2
     assert "has its own weights; --weights random cannot apply" in capsys.readouterr().err
 

@@ -23,7 +23,7 @@ from surgeon.commands.search import jobs
 from surgeon.search.gains.gain import GainTable
 from surgeon.search.study.database import StudyDatabase
 from surgeon.search.study.folder import read_search
-from surgeon.search.study.journal import Journal
+from surgeon.search.study.journal import StudyJournal
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.finetune.loop import Interrupted, Run
 from tests.support import forks
@@ -58,7 +58,7 @@ def test_a_search_from_beginning_to_end(capsys: Capture) -> None:
     for one in found.records:
         if one.counts:
             assert one.attributes["traced"]["flops"] <= 4 * found.about["original"]["flops"]
-    study = optuna.load_study(study_name="search", storage=JournalStorage(Journal(found.folder.study)))
+    study = optuna.load_study(study_name="search", storage=JournalStorage(StudyJournal(found.folder.study)))
     assert len(study.trials) == len(found.records)
     assert study.direction == optuna.study.StudyDirection.MINIMIZE
     assert found.finals is not None
@@ -145,7 +145,11 @@ def test_budgets_that_nothing_meets_end_at_once_with_the_nearest(
 
 @pytest.mark.parametrize(
     ("data", "said"),
-    [([], "needs a folder"), (["--data", "nowhere"], "there is no folder nowhere"), (["--data", "."], "no folders")],
+    [
+        ([], "classification needs data"),
+        (["--data", "nowhere"], "there is no folder nowhere"),
+        (["--data", "."], "no folders"),
+    ],
 )
 def test_a_task_without_data_is_one_error(data: list[str], said: str, capsys: Capture) -> None:
     arguments = ["search", "zoo/resnet20_cifar", "--task", "classification", "--weights", "random", *data]
@@ -160,7 +164,7 @@ def test_a_task_without_data_is_one_error(data: list[str], said: str, capsys: Ca
 def test_another_model_space_or_budget_is_refused_with_the_difference(capsys: Capture) -> None:
     assert main(search_arguments("s", "--trials", "1", "--quiet")) == 0
     assert main(search_arguments("s", "--trials", "1")) == 2
-    assert "there is a search in s already" in capsys.readouterr().err
+    assert "there is already a search in s" in capsys.readouterr().err
     assert main(search_arguments("s", "--trials", "1", "--max-flops", "+300%", "--resume")) == 2
     assert "budgets.flops" in capsys.readouterr().err
     other = search_arguments("s", "--trials", "1", "--resume")
@@ -169,7 +173,7 @@ def test_another_model_space_or_budget_is_refused_with_the_difference(capsys: Ca
     assert re.search(r"is a study of something else: model.*; name is .*make_plain.*Restorer", capsys.readouterr().err)
     assert main(search_arguments("s", "--trials", "2", "--resume", "--quiet")) == 0  # more trials are no difference
     assert main(search_arguments("nowhere", "--resume")) == 2
-    assert "leave out --resume" in capsys.readouterr().err
+    assert "omit --resume" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_how_to_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +181,7 @@ def test_ctrl_c_says_how_to_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPat
         patch.setattr(Run, "train", failing(Interrupted(2), 1))
         assert main(search_arguments("s", "--trials", "3", "--no-pruning")) == 130
     out, error = capsys.readouterr()
-    assert "go on with the same command and --resume" in error
+    assert "resume with the same command and --resume" in error
     assert out == ""
     assert main(search_arguments("s", "--trials", "3", "--no-pruning", "--resume", "--json")) == 0
     assert document(capsys)["trials"]["complete"] == 3
@@ -209,20 +213,23 @@ def test_interrupted_finals_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPat
         (["--storage", "sqlite://"], "in memory is lost"),
         (["--join", "study"], "--join needs --storage"),
         (["--jobs", "0"], "--jobs must be at least 1"),
-        (["--jobs", "2", "--device", "cuda:1"], "--device cuda:1 names one GPU, and --jobs 2 workers share all"),
+        (
+            ["--jobs", "2", "--device", "cuda:1"],
+            "--device cuda:1 names one GPU, but --jobs 2 workers share all of them",
+        ),
         (["--layers", "k<=1"], "the selection 'k<=1' matches nothing"),
         (["--layers", "nowhere"], "nowhere"),
         (["--max-flops", "10%"], "has a sign"),
         (["--sampler", "guess"], "expected posterior, decoder, tpe, nsga2, random or module:Class, got 'guess'"),
         (["--sampler", "no.such.module:X"], "cannot import 'no.such.module': ModuleNotFoundError"),
         (["--sampler", "optuna.samplers:NoSampler"], "optuna.samplers has no 'NoSampler'"),
-        (["--sampler", "collections:Counter"], "the class Counter of collections is no Optuna sampler"),
-        (["--sampler", "tests.support.search.tasks:make_plain"], "is no Optuna sampler: it makes a"),
+        (["--sampler", "collections:Counter"], "the class Counter of collections is not an Optuna sampler"),
+        (["--sampler", "tests.support.search.tasks:make_plain"], "is not an Optuna sampler: it creates a"),
         (
             ["--sampler", "tests.support.search.tasks:Forgetful"],
             "the sampler tests.support.search.tasks:Forgetful leaves first out: got None",
         ),
-        (["--sampler", "optuna.samplers:GridSampler"], "cannot be made: TypeError"),
+        (["--sampler", "optuna.samplers:GridSampler"], "cannot be created: TypeError"),
         (["--objective", "flops"], "expected metric, alone or with some of flops, params, memory after it"),
         (["--objective", "metric,speed"], "expected metric, alone or with"),
         (["--trials", "0"], "--trials must be at least 1"),
@@ -282,12 +289,12 @@ def test_a_search_in_a_database_is_begun_joined_and_read(database: str, capsys: 
     assert "other machines join with --join r50" in capsys.readouterr().err
     assert not Path("r50/study.jsonl").exists()
     assert main(search_arguments("r50", "--trials", "3", *shared)) == 2  # it exists
-    assert "go on with it (--join r50)" in capsys.readouterr().err
+    assert "continue it (--join r50)" in capsys.readouterr().err
     join = ["search", FACTORY, "--task", "tiny-regression", *SPACE, *SHORT, "--trials", "4", *shared]
     (tmp_path / "elsewhere").mkdir()
     os.chdir(tmp_path / "elsewhere")  # as if on another machine
     assert main([*join, "--join", "nobody"]) == 2
-    assert "Studies there: r50" in capsys.readouterr().err
+    assert "Existing studies: r50" in capsys.readouterr().err
     assert not Path("runs").exists()
     assert main([*join, "--join", "r50", "--max-flops", "+300%"]) == 2
     assert "budgets.flops" in capsys.readouterr().err
@@ -303,7 +310,7 @@ def test_a_search_in_a_database_is_begun_joined_and_read(database: str, capsys: 
     assert main(["study", "best", "r50", "--json"]) == 0  # the first machine sees all trials
     assert document(capsys)[0]["value"] == min(found.value(one) or 1e9 for one in found.ranked())
     assert main(search_arguments("r50", "--trials", "4", "--resume")) == 2
-    assert "give its --storage" in capsys.readouterr().err
+    assert "pass its --storage" in capsys.readouterr().err
     assert main(search_arguments("r50", "--trials", "5", *shared, "--resume", "--quiet")) == 0
     assert "tester" not in Path("r50/search.json").read_text()
 

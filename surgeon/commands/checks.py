@@ -1,0 +1,123 @@
+"""Checks made before heavy libraries are loaded, which takes seconds: names, paths, conflicting options.
+
+Every command module may have a `check(args)`, which `main` calls first and which uses these.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from surgeon import declared
+from surgeon.errors import ConfigError, DataError, InputError, RecipeError
+from surgeon.models.places import HUB, check_folder, check_model_name, check_search, check_weights
+from surgeon.util.files import read_json
+from surgeon.util.kinds import fits
+from surgeon.util.outputs import RECIPE
+from surgeon.util.parse import parse_input_size
+
+
+def model(name: str, weights: str | None = None) -> None:
+    """Check a model's name and its `--weights`."""
+    check_model_name(name)
+    check_weights(weights)
+
+
+def run_folder(name: str) -> None:
+    """Check a folder written by surgeon, or a name on the Hub."""
+    if HUB.fullmatch(name) is None:
+        check_folder(name)
+
+
+def search(path: str | Path) -> None:
+    """Check the folder of a search."""
+    check_search(path)
+
+
+def folder(path: str | Path | None, option: str, error: type[DataError] | type[InputError] = DataError) -> None:
+    """Check that a folder of data or images exists, if given."""
+    if path is not None and not Path(path).is_dir():
+        raise error(f"{option}: there is no folder {path}")
+
+
+def file(path: str | Path | None, option: str) -> None:
+    """Check that an input file exists, if given."""
+    if path is not None and not Path(path).is_file():
+        raise ConfigError(f"{option}: there is no file {path}")
+
+
+def recipe(path: str | None) -> None:
+    """Check a conversion recipe: a recipe file, a folder, or zoo/NAME."""
+    if path is None or (path.startswith("zoo/") and not Path(path).exists()):
+        return
+    place = Path(path, RECIPE) if Path(path).is_dir() else Path(path)
+    read_json(place, RecipeError, "the recipe")
+
+
+def layer_type(kind: str | None, options: dict[str, Any] | None = None) -> None:
+    """Check a layer type and its options, unless torch is loaded: then the registries themselves will."""
+    if kind is not None and not _loaded():
+        declared.check_layer_options(kind, options or {})
+
+
+def compression(kind: str | None) -> None:
+    """Check that `--compress` supports a layer type."""
+    if not _loaded() and (kind is None or not declared.layer_types()[kind].compressed):
+        raise no_compression(kind)
+
+
+def no_compression(kind: str | None) -> ConfigError:
+    """The error for `--compress` with an unsupported type, or none."""
+    return ConfigError(f"--compress drops the static atoms of acda layers and does not apply to {kind}")
+
+
+def task(name: str | None, options: dict[str, Any], data: str | Path | None = None) -> None:
+    """Check a task, its options, and the folder of its data."""
+    if "data" in options:
+        raise ConfigError("give the task's data with --data, not as a --task-option")
+    folder(data, "--data")
+    if name is not None and not _loaded():
+        declared.check_task_options(name, options)
+
+
+def positives(args: argparse.Namespace, names: Iterable[str], least: int = 1) -> None:
+    """Check that these counts are at least `least`."""
+    for name in names:
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+
+
+def layer_options(kind: str | None, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The --option pairs with values of the layer type's option types; lists may be written a,b,c."""
+    return typed(declared.layer_types().get(kind or ""), pairs)
+
+
+def typed(known: declared.Declared | None, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """KEY=VALUE pairs with values of the options' types; lists may be written a,b,c, sizes as for --input-size."""
+    return {key: _as(value, known.options.get(key) if known else None, key) for key, value in pairs}
+
+
+def _as(value: Any, hint: Any, key: str) -> Any:
+    value = tuple(value) if isinstance(value, list) else value
+    if hint is None or fits(value, hint):
+        return value
+    if key == "input_size":
+        size = parse_input_size(value)
+        return size if len(size) == 3 else (3, size[0], size[-1])
+    parts = tuple(_number(part) for part in str(value).split(","))
+    return parts if fits(parts, hint) else value
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text.strip()
+
+
+def _loaded() -> bool:
+    """Whether torch is already loaded, so that the registries themselves answer as fast."""
+    return "torch" in sys.modules

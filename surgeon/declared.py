@@ -1,0 +1,142 @@
+"""Names and options of layer types and tasks, read from their source, because importing them loads torch, which takes seconds.
+
+The registries (`surgeon.layers.registry`, `surgeon.zoo.tasks.registry`) are authoritative. This only serves to
+reject a misspelled option at once, using each class's name, its config class, and that class's annotated fields.
+"""
+
+import ast
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from surgeon.errors import ConfigError
+from surgeon.util.kinds import did_you_mean, fits, readable
+
+_TYPES = {"Any": Any, "Literal": Literal, "Path": Path}
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A layer type or a task: the name of its config class, the type of each option, whether it declares `compressed` options."""
+
+    config: str
+    options: dict[str, Any]
+    compressed: bool = False
+
+
+@cache
+def layer_types() -> dict[str, Declared]:
+    """The layer types by name; empty if their source is unavailable."""
+    return _declared("surgeon.layers", "", "type_name", "Config")
+
+
+@cache
+def tasks() -> dict[str, Declared]:
+    """The tasks by name; empty if their source is unavailable."""
+    return _declared("surgeon.zoo", "tasks", "name", "config_class")
+
+
+def check_layer_options(kind: str, options: dict[str, Any]) -> None:
+    """Raise `ConfigError` for an unknown layer type, and for options that it does not have or of the wrong type."""
+    known = layer_types()
+    if known and kind not in known:
+        raise unknown_layer_type(kind, sorted(known))
+    if kind in known:
+        found = known[kind]
+        unknown = sorted(set(options) - set(found.options))
+        if unknown:
+            names = ", ".join(map(repr, unknown))
+            near = did_you_mean(unknown[0], found.options)
+            raise ConfigError(f"{found.config} has no option {names}; it has {', '.join(found.options)}.{near}")
+        _check_kinds(f"{found.config}: ", found, options)
+
+
+def check_task_options(name: str, options: dict[str, Any]) -> None:
+    """Raise `ConfigError` for an unknown task, and for options that it does not have or of the wrong type."""
+    known = tasks()
+    if known and name not in known:
+        raise unknown_task(name, sorted(known))
+    if name in known:
+        for option in options:
+            if option not in known[name].options:
+                raise unknown_option(name, option, known[name].options)
+        _check_kinds("", known[name], options)
+
+
+def unknown_layer_type(name: str, known: Iterable[str]) -> ConfigError:
+    """The error for an unknown layer type."""
+    return ConfigError(f"unknown layer type {name!r}; there are {', '.join(known)}.{did_you_mean(str(name), known)}")
+
+
+def unknown_task(name: str, known: Iterable[str]) -> ConfigError:
+    """The error for an unknown task."""
+    return ConfigError(f"unknown task {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}")
+
+
+def unknown_option(task: str, option: str, known: Iterable[str]) -> ConfigError:
+    """The error for an unknown task option."""
+    names = ", ".join(known)
+    return ConfigError(f"task {task} has no option {option!r}; it has {names}.{did_you_mean(option, known)}")
+
+
+def _check_kinds(where: str, found: Declared, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if not fits(value, found.options[name]):
+            raise ConfigError(f"{where}{name} must be {readable(found.options[name])}, got {value!r}")
+
+
+# --- reading the source -------------------------------------------------------------------------------------------
+
+
+def _declared(package: str, below: str, name: str, config: str) -> dict[str, Declared]:
+    spec = find_spec(package)
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    classes = {one.name: one for place in places for one in _classes(Path(place, below))}
+    found = {}
+    for one in classes.values():
+        values = {key: node for key, _, node in _assigned(one)}
+        if isinstance(called := values.get(name), ast.Constant) and isinstance(made := values.get(config), ast.Name):
+            compressed = made.id in classes and "compressed" in (key for key, _, _ in _assigned(classes[made.id]))
+            found[str(called.value)] = Declared(made.id, _fields(made.id, classes), compressed)
+    return found
+
+
+def _classes(folder: Path) -> Iterator[ast.ClassDef]:
+    """Top-level classes in the files below a folder that are configs or refer to one."""
+    for file in sorted(folder.rglob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        if "Config" in text:
+            yield from (node for node in ast.parse(text).body if isinstance(node, ast.ClassDef))
+
+
+def _assigned(one: ast.ClassDef) -> Iterator[tuple[str, ast.expr | None, ast.expr | None]]:
+    """(name, annotation, value) of the plain assignments in a class."""
+    for node in one.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id, node.annotation, node.value
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            yield node.targets[0].id, None, node.value
+
+
+def _fields(name: str, classes: dict[str, ast.ClassDef]) -> dict[str, Any]:
+    """The fields of a config and its base classes, with their types; types that are not plain become `Any`."""
+    if name not in classes:
+        return {}
+    found: dict[str, Any] = {}
+    for base in classes[name].bases:
+        if isinstance(base, ast.Name):
+            found |= _fields(base.id, classes)
+    for field, annotation, _ in _assigned(classes[name]):
+        if annotation is not None and not ast.unparse(annotation).startswith("ClassVar"):
+            found[field] = _type(annotation)
+    return found
+
+
+def _type(annotation: ast.expr) -> Any:
+    try:
+        return eval(ast.unparse(annotation), dict(_TYPES))
+    except NameError:
+        return Any

@@ -1,0 +1,85 @@
+"""Checks of model locations, without building a model or loading heavy libraries."""
+
+import re
+from pathlib import Path
+
+from surgeon.errors import CheckpointError, ModelError
+from surgeon.util.kinds import did_you_mean
+from surgeon.util.outputs import RECIPE, RUN, TRIAL
+
+HUB = re.compile(r"(hf-hub|hf_hub|local-dir):(?P<id>.+)")
+LIBRARIES = ("timm", "torchvision", "zoo")  # prefixes before the / of a model's name
+WEIGHTS = ("auto", "pretrained", "random")  # values of --weights other than a file
+
+SEARCH = "search.json"  # marks the folder of a search
+
+
+def check_folder(path: str | Path) -> None:
+    """Raise `CheckpointError`, with a hint, unless the folder was written by surgeon."""
+    path = Path(path)
+    if not path.is_dir():
+        near = near_folders(path) or " `surgeon convert`, `finetune` and others write such folders"
+        raise CheckpointError(f"there is no surgeon folder {path}.{near}")
+    if not (path / RECIPE).is_file():
+        raise CheckpointError(f"{path} is not a surgeon folder: it has no {RECIPE}{_instead(path)}")
+
+
+def check_model_name(spec: str) -> None:
+    """Raise `ModelError` if a model's name is a path that does not exist or was not written by surgeon."""
+    path = Path(spec)
+    if HUB.fullmatch(spec) or ":" in spec or (path / RECIPE).is_file():
+        return
+    if spec.endswith(".pt2"):
+        if not path.is_file():
+            raise ModelError(f"there is no file {spec}")
+    elif "/" in spec and spec.rpartition("/")[0] not in LIBRARIES:
+        raise no_folder(spec)
+
+
+def no_folder(spec: str) -> ModelError:
+    """The error for a path that is not a model."""
+    path = Path(spec)
+    if path.is_dir():
+        return ModelError(f"{spec} is a folder, but surgeon did not write it: it has no {RECIPE}{_instead(path)}")
+    told = "was not written by surgeon" if path.exists() else "does not exist"
+    return ModelError(f"there is no model {spec!r}: this folder {told}.{near_folders(path)}".rstrip("."))
+
+
+def check_search(path: str | Path) -> None:
+    """Raise `CheckpointError`, with a hint, unless the folder contains a search."""
+    path = Path(path)
+    if (path / SEARCH).is_file():
+        return
+    others = sorted(str(one.parent) for one in path.parent.glob(f"*/{SEARCH}"))
+    hint = f"; there are {', '.join(others[:5])}" if others else "; `surgeon search MODEL ... -o FOLDER` starts one"
+    told = f"it has no {SEARCH}" if path.is_dir() else "there is no such folder"
+    raise CheckpointError(f"there is no search in {path}: {told}{hint}")
+
+
+def check_weights(weights: str | Path | None) -> None:
+    """Raise `ModelError` if a weights file does not exist."""
+    if weights is not None and str(weights) not in WEIGHTS and not Path(weights).is_file():
+        raise ModelError(f"there is no weights file {weights}; --weights takes {', '.join(WEIGHTS)} or a file")
+
+
+def near_folders(path: Path) -> str:
+    """The sibling surgeon folder with the closest name, or all of them, formatted as the end of a message."""
+    try:
+        names = sorted(str(one.parent) for one in path.parent.glob(f"*/{RECIPE}"))
+    except OSError:
+        return ""
+    found = did_you_mean(str(path), names)
+    return found or (f" There are {', '.join(names[:5])}{', ...' if names[5:] else ''}" if names else "")
+
+
+def _instead(path: Path) -> str:
+    """The kind of surgeon folder that it is instead, if any."""
+    if (path / "model" / RECIPE).is_file():
+        return f"; its model is in {path / 'model'}"
+    if (path / RUN).is_file():
+        return "; its fine-tuning is incomplete: resume it (surgeon finetune ... --resume)"
+    if (path / TRIAL).is_file():
+        return "; it is an incomplete trial: resume it (surgeon try ... --resume)"
+    if (path / SEARCH).is_file():
+        return f"; it is a search: surgeon study export {path} -o FOLDER extracts the best model"
+    return ""

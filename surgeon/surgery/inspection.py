@@ -1,0 +1,68 @@
+"""The list that `surgeon.inspect` returns: every convolution, and what it can become."""
+
+import math
+
+from surgeon.records.report import flops, geometry_text, name_list
+from surgeon.sites.sites import ConvSite
+from surgeon.surgery.plan import can_become
+from surgeon.util import pages
+from surgeon.util.tables import count, paragraph
+
+INSPECTED = ("layer", "stage", "geometry", "output", "FLOPs", "params", "memory", "can become")
+
+
+class Inspection(list[ConvSite]):
+    """What `surgeon.inspect` found: a list, which notebooks show as a table."""
+
+    def _repr_html_(self) -> str:
+        rows, against = inspected(self)
+        table_ = pages.rows(INSPECTED, rows) if rows else ""
+        more = [("why not", why_not_text(against, 100))] if against else []
+        return pages.snippet(summary(self), table_, UNITS, more)
+
+
+UNITS = "FLOPs (1 MAC = 2 FLOPs) and memory (of the output, float32) are for one image."
+
+
+def activation_bytes(site: ConvSite) -> int | None:
+    """Memory of the outputs for one image in float32, over all calls; None where the forward pass does not reach it."""
+    if not site.calls:
+        return None
+    return sum(4 * math.prod(call.output[-3:]) for call in site.calls)
+
+
+def inspected(sites: list[ConvSite]) -> tuple[list[tuple[str, ...]], dict[str, list[str]]]:
+    """A row for each convolution, and the names behind each reason why something cannot become something."""
+    rows: list[tuple[str, ...]] = []
+    against: dict[str, list[str]] = {}
+    for site in sites:
+        possible = can_become(site)
+        fits = [kind for kind, reasons in possible.items() if not reasons]
+        for kind, reasons in possible.items():
+            for reason in reasons:
+                told = reason if not fits else f"not {kind}: {reason}"
+                names = against.setdefault(told, [])
+                if site.name not in names:
+                    names.append(site.name)
+        out = "x".join(map(str, site.calls[0].output[-2:])) if site.calls else "-"
+        geometry = geometry_text(None if site.geometry is None else site.geometry.to_dict())
+        memory = count(activation_bytes(site), "B")
+        cells = (site.name, site.stage or "-", geometry, out, flops(site.macs), count(site.params), memory)
+        fitting = "any type" if len(fits) == len(possible) else " ".join(fits)
+        rows.append((*cells, site.dynamic or fitting or "nothing"))
+    return rows, against
+
+
+def summary(sites: list[ConvSite]) -> str:
+    """Count, FLOPs and parameters of the convolutions in one line."""
+    total = [flops(sum(site.macs or 0 for site in sites)), count(sum(site.params for site in sites))]
+    return f"{len(sites)} convolutions, {total[0]} FLOPs, {total[1]} parameters in them"
+
+
+def why_not_text(against: dict[str, list[str]], width: int) -> str:
+    """The reasons, each with the convolutions that it concerns."""
+    lines = []
+    for reason, names in against.items():
+        lines.append(paragraph(f"{reason} ({len(names)}):", width=width, indent="  ", hang="    "))
+        lines.append(paragraph(name_list(names), width=width, indent="    "))
+    return "\n".join(lines)

@@ -1,0 +1,76 @@
+"""Checks of output paths, made before any work and before heavy libraries are loaded."""
+
+from pathlib import Path
+
+from surgeon.errors import CheckpointError, ConfigError
+
+RECIPE = "recipe.json"  # marks a surgeon folder
+RUN = Path("training", "run.json")  # the record of a run of fine-tuning in its folder
+TRIAL = "try.json"  # the record of `surgeon try`
+
+
+def check_output(path: str | Path, *, force: bool = False) -> None:
+    """Raise `CheckpointError` unless a surgeon folder may be written at `path`."""
+    path = Path(path)
+    if not path.exists() and not path.is_symlink():
+        return
+    if not force:
+        raise CheckpointError(
+            f"the output {path} exists; choose another with -o, or replace it with --force (in Python force=True)"
+        )
+    if not path.is_dir() or path.is_symlink():
+        raise CheckpointError(f"the output {path} exists and is not a folder: --force replaces only folders")
+    if any(path.iterdir()) and not (path / RECIPE).is_file():
+        raise CheckpointError(
+            f"the output {path} was not written by surgeon (it has no {RECIPE}): --force leaves it alone"
+        )
+
+
+def check_run_output(output: Path, *, resume: bool, force: bool) -> None:
+    """Raise unless a fine-tuning run may be started or resumed in a folder.
+
+    `ConfigError` for both flags at once, `CheckpointError` for an existing or missing run.
+    """
+    if resume and force:
+        raise ConfigError("resume continues a run, force replaces it: give only one of them")
+    there = (output / RUN).is_file()
+    if resume:
+        if not there:
+            raise CheckpointError(f"no run to resume in {output}: it has no {RUN}")
+        return
+    if not output.exists() and not output.is_symlink():
+        return
+    if not force:
+        hint = "continue it (--resume) or replace it (--force)" if there else "or use --force"
+        raise CheckpointError(f"the output {output} exists; choose another with -o, {hint}")
+    if not output.is_dir() or output.is_symlink():
+        raise CheckpointError(f"the output {output} exists and is not a folder: --force replaces only folders")
+    if any(output.iterdir()) and not ((output / RECIPE).is_file() or there):
+        raise CheckpointError(f"the output {output} was not written by surgeon: --force leaves it alone")
+
+
+def check_trial_output(output: Path, *, resume: bool, force: bool) -> None:
+    """Like `check_run_output`, for `surgeon try`."""
+    if resume and force:
+        raise ConfigError("--resume continues a trial, --force replaces it: give only one of them")
+    there = (output / TRIAL).is_file()
+    if resume:
+        if not there:
+            raise CheckpointError(f"no trial to resume in {output}: it has no {TRIAL}")
+    elif output.exists() or output.is_symlink():
+        if not force:
+            hint = "continue it (--resume) or replace it (--force)" if there else "choose another"
+            raise CheckpointError(f"the output {output} exists; {hint}")
+        if output.is_symlink() or not there:
+            raise CheckpointError(f"the output {output} was not written by surgeon try: --force leaves it alone")
+
+
+def check_file_output(path: str | Path, *, force: bool = False) -> None:
+    """Raise `ConfigError` unless a file may be written at `path`."""
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file")
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists; choose another with -o, or replace it with --force (in Python force=True)")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"there is no folder {path.absolute().parent} to write {path.name} to")

@@ -1,0 +1,52 @@
+"""What is waited for is said: on a terminal by one line that goes away, in a pipe by lines that get rarer."""
+
+import io
+import time
+
+import pytest
+
+from surgeon.commands import console
+from surgeon.util.waiting import waiting
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_short_wait_is_silent() -> None:
+    for file in (Terminal(), io.StringIO()):
+        with waiting("loading torch", file=file, after=5.0):
+            pass
+        assert file.getvalue() == ""
+
+
+def test_a_long_wait_is_told() -> None:
+    terminal, pipe, unasked, quiet = Terminal(), io.StringIO(), io.StringIO(), Terminal()
+    with (
+        waiting("loading torch", file=terminal, after=0.01),
+        waiting("loading torch", file=pipe, after=0.01),
+        waiting("loading torch", file=unasked, after=0.01, terminal_only=True),
+        waiting("loading torch", file=quiet, after=0.01, quiet=True),
+    ):
+        time.sleep(0.2)
+    assert terminal.getvalue() == "\r\x1b[2Ksurgeon: loading torch ... 0 s\r\x1b[2K"
+    assert pipe.getvalue() == "surgeon: loading torch ... 0 s\n"
+    assert unasked.getvalue() == quiet.getvalue() == ""
+
+
+def test_a_stage_that_takes_long_is_told_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_EVERY", 0.1)
+    with console.Progress() as progress:
+        progress("trace", 0, 1)
+        time.sleep(0.8)
+        progress("check", 0, 4)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "surgeon: trace, 0 s"
+    assert lines[-1] == "surgeon: check 0/4"
+    with console.Progress(enabled=False) as progress:
+        progress("trace", 0, 1)
+        time.sleep(0.4)
+    assert capsys.readouterr().err == ""
