@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from surgeon.commands import console, export
+from surgeon.commands import export
+from surgeon.commands.common import console
 from surgeon.util.waiting import waiting
 
 
