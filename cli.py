@@ -33,7 +33,7 @@ from surgeon.commands import (
     visualize,
     zoo,
 )
-from surgeon.commands.arguments import one_document
+from surgeon.commands.common.arguments import one_document
 from surgeon.commands.search import (
     gains,
     place,
@@ -41,7 +41,7 @@ from surgeon.commands.search import (
     study,
 )
 from surgeon.errors import SurgeonError
-from surgeon.util.kinds import did_you_mean
+from surgeon.util.near import did_you_mean
 from surgeon.util.waiting import waiting
 
 EPILOG = """examples:

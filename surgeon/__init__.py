@@ -77,7 +77,7 @@ _EXPORTS = {
     "verify": "surgeon.surgery.verify",
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = sorted(["__version__", *_EXPORTS])
 
 
 def __getattr__(name: str) -> Any:

@@ -90,7 +90,7 @@ def backward(
 
 
 class Layer:
-    """One call of `dconv_layer` where every output channel has a generated kernel: the plan, and the operands as C takes them."""
+    """One call of `dconv_layer` if every output channel has a generated kernel: the plan, and the operands in C's layout."""
 
     def __init__(
         self, x: Tensor, features: Tensor, weight: Tensor, static: Tensor, bias: Tensor | None, *geometry: Sequence[int]
@@ -105,7 +105,7 @@ class Layer:
         self.library.dconv_layer_plan(ctypes.byref(self.plan))
 
     def packed(self, *, back: bool) -> Tensor:
-        """The weight in the order in which it is multiplied."""
+        """The weight in the order of multiplication."""
         own, others = torch.empty_like(self.weight), None
         order = (others, own) if back else (own, others)
         self.library.dconv_layer_pack(ctypes.byref(self.plan), *map(pointer, (self.weight, *order)))
@@ -129,7 +129,7 @@ class Layer:
         return y
 
     def backward(self, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of x, features, weight, static and bias, empty where `needs` says no."""
+        """Gradients of x, features, weight, static and bias; empty if not in `needs`."""
         plan, run, tasks = self.plan, self.library.dconv_layer_backward, self.plan.n * self.plan.bands
         rows = self.weight.shape[0]
         shapes = [(rows, plan.wide), (rows, self.library.surgeon_lanes())]

@@ -3,8 +3,8 @@
 import argparse
 from typing import Any
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import add_device, print_json, whole
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import add_device, print_json, whole
 from surgeon.commands.cost import add_step_arguments, build, original_of
 from surgeon.errors import ConfigError
 

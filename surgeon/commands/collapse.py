@@ -4,8 +4,8 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import add_run, print_json, whole
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import add_run, print_json, whole
 from surgeon.errors import ConfigError, InputError, NothingFoldedError
 from surgeon.util.outputs import check_output
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code; raises `NothingFoldedError` after the report was printed."""
     import surgeon
-    from surgeon.commands.console import Progress
+    from surgeon.commands.common.console import Progress
     from surgeon.models.checkpoint import load, save
     from surgeon.models.hub import folder
     from surgeon.records.recipe import get_recipe
@@ -110,7 +110,7 @@ def _is_layer(model: "nn.Module") -> bool:
 
 
 def _print(args: argparse.Namespace, report: "CollapseReport | Any", written: str | None) -> None:
-    from surgeon.commands.console import width
+    from surgeon.commands.common.console import width
 
     report.model = args.run
     if args.json:

@@ -3,8 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import (
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import (
     add_model,
     add_output,
     add_pairs,
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     from torch import fx
 
     import surgeon
-    from surgeon.commands.console import Progress, width
+    from surgeon.commands.common.console import Progress, width
     from surgeon.models.checkpoint import save
     from surgeon.models.programs import described
     from surgeon.records.recipe import Recipe

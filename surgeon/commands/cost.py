@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import add_amp, add_batch_size, print_json, size, whole
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import add_amp, add_batch_size, print_json, size, whole
 from surgeon.errors import ConfigError, InputError
 from surgeon.util.parse import parse_quantity
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from surgeon.commands.arguments import print_json
+from surgeon.commands.common.arguments import print_json
 
 if TYPE_CHECKING:
     from surgeon.doctor import Diagnosis, Finding
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text(found: "Diagnosis") -> str:
-    from surgeon.commands.console import width
+    from surgeon.commands.common.console import width
     from surgeon.util.tables import count, paragraph, table
 
     columns = width()

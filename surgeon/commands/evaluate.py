@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import (
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import (
     add_amp,
     add_batch_size,
     add_device,
@@ -14,8 +14,9 @@ from surgeon.commands.arguments import (
     positive,
     print_json,
 )
-from surgeon.commands.tasks import add_task, make_task, settle
+from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError, ModelError, SurgeonError
+from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,14 +72,15 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from surgeon.commands.console import Progress, width
+    from surgeon.commands.common.console import Progress, width
     from surgeon.records.report import jsonable
 
     task = _task(args)
     model, base = _model(args)
     notes: list[str] = []
     original, name = _original(args, base, notes)
-    task.check()
+    with waiting("looking through the data", quiet=args.quiet):
+        task.check()
     device = _default_device() if args.device in (None, "auto") else args.device
     with Progress(enabled=not args.quiet) as progress:
         found = _measure(model, args.model, task, args, device, progress, notes)

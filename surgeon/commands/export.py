@@ -5,15 +5,15 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import add_seed, print_json, size, tell, whole
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import add_seed, print_json, size, tell, whole
 from surgeon.errors import ConfigError
 from surgeon.util.outputs import check_file_output
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from surgeon.commands.console import Progress
+    from surgeon.commands.common.console import Progress
     from surgeon.exporting.export import Exported
 
 DESCRIPTION = "write a model to one ONNX or torch.export file, verified against the model"
@@ -27,7 +27,7 @@ second file, FILE.data, which must stay next to it. Exit code 1: torch.export or
 model, or the file is not equivalent; then nothing is written.
 """
 
-_SLOW = 20.0  # seconds of tracing and writing after which what is faster is named
+_SLOW = 20.0  # seconds of tracing and writing after which a faster option is suggested
 SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
 
 
@@ -66,7 +66,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from surgeon.commands.console import Progress
+    from surgeon.commands.common.console import Progress
     from surgeon.exporting.export import check_target, export
 
     path = Path(args.output)
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Patience:
-    """Passes progress on, and says once what is faster where free sizes make an export slow."""
+    """Passes progress on, and suggests a faster option once if dynamic sizes make an export slow."""
 
     def __init__(self, args: argparse.Namespace, progress: "Progress") -> None:
         hint = "free sizes are traced with symbols, which is slow here: --free none exports one size much faster"
@@ -111,7 +111,7 @@ class _Patience:
         if stage.startswith("trace") and self.asked:
             self.asked = False
             self.timer.start()
-        elif not stage.startswith(("trace", "write")):
+        elif stage.startswith(("read", "check")):
             self.timer.cancel()
         self.progress(stage, done, total)
 
@@ -146,7 +146,7 @@ def _model(args: argparse.Namespace) -> "tuple[nn.Module, tuple[int, ...] | None
 
 
 def _text(run: str, result: "Exported") -> str:
-    from surgeon.commands.console import width
+    from surgeon.commands.common.console import width
     from surgeon.util.tables import count, error, paragraph
 
     def line(name: str, text: str) -> str:

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import (
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import (
     add_amp,
     add_device,
     add_lr,
@@ -18,7 +18,7 @@ from surgeon.commands.arguments import (
     print_json,
     whole,
 )
-from surgeon.commands.tasks import add_task, make_task, settle
+from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
 from surgeon.util.outputs import check_run_output
 from surgeon.util.parse import parse_span, parse_time
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from surgeon.zoo.finetune import FinetuneConfig
-    from surgeon.zoo.finetune.run import DryRun
+    from surgeon.zoo.finetune.dry import DryRun
     from surgeon.zoo.recipes import TrainingRecipe
     from surgeon.zoo.tasks import Task
 
@@ -226,7 +226,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         _leave_group()
     if result.main:
-        from surgeon.commands.console import width
+        from surgeon.commands.common.console import width
 
         if args.json:
             print_json({"output": str(output), **result.summary.to_dict()})

@@ -2,8 +2,8 @@
 
 import argparse
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import add_model, build, input_size, print_json
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import add_model, build, input_size, print_json
 
 DESCRIPTION = "list every convolution: stage, shapes, FLOPs, memory, possible layer types and reasons against others"
 EXAMPLES = "  surgeon inspect resnet50\n  surgeon inspect torchvision/densenet121 --json\n"
@@ -22,7 +22,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     import surgeon
-    from surgeon.commands.console import Progress, inspection_text, inspection_values, width
+    from surgeon.commands.common.console import Progress, inspection_text, inspection_values, width
 
     with Progress(enabled=not args.quiet) as progress:
         progress("build", 0, 2)

@@ -3,8 +3,8 @@
 import argparse
 from typing import Any
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import print_json
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import print_json
 from surgeon.errors import ConfigError
 
 DESCRIPTION = "list the known model names"
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 def _print_fitting(args: argparse.Namespace, names: list[str]) -> None:
     """Print a line for each model as soon as it is known; nothing is downloaded, and models have no weights."""
     import surgeon
-    from surgeon.commands.console import Progress
+    from surgeon.commands.common.console import Progress
     from surgeon.errors import SurgeonError
     from surgeon.models.names import shapes_of
     from surgeon.surgery.plan import can_become

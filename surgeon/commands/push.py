@@ -2,8 +2,8 @@
 
 import argparse
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import print_json
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import print_json
 
 DESCRIPTION = "push a folder written by surgeon to the Hugging Face Hub"
 EXAMPLES = """  surgeon push runs/resnet50-acda me/resnet50-acda --private
@@ -31,7 +31,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from surgeon.commands.console import Progress
+    from surgeon.commands.common.console import Progress
     from surgeon.models.hub import push_to_hub
 
     with Progress(enabled=not args.quiet) as progress:

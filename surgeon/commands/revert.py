@@ -2,8 +2,8 @@
 
 import argparse
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import add_output, add_run, print_json
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import add_output, add_run, print_json
 from surgeon.util.outputs import check_output
 
 DESCRIPTION = "turn dynamic layers back into plain convolutions"

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import (
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import (
     add_amp,
     add_batch_size,
     add_device,
@@ -19,7 +19,7 @@ from surgeon.commands.arguments import (
     print_json,
     tell,
 )
-from surgeon.commands.tasks import add_task, make_task, settle
+from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
 from surgeon.util.outputs import check_trial_output
 from surgeon.util.parse import parse_time
@@ -144,7 +144,7 @@ def _config(args: argparse.Namespace) -> "TryConfig":
 
 
 def _print(args: argparse.Namespace, answer: "Answer", output: Path) -> None:
-    from surgeon.commands.console import width
+    from surgeon.commands.common.console import width
     from surgeon.zoo.trial.folder import TryFolder
     from surgeon.zoo.trial.report import write_report
 

@@ -2,8 +2,8 @@
 
 import argparse
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import add_run, print_json, size
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import add_run, print_json, size
 from surgeon.errors import CheckpointError, VerificationError
 
 DESCRIPTION = "compare a converted model with its original, layer by layer"
@@ -26,7 +26,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     import surgeon
-    from surgeon.commands.console import Progress, verification_text, verification_values, width
+    from surgeon.commands.common.console import Progress, verification_text, verification_values, width
     from surgeon.models.checkpoint import load
     from surgeon.models.hub import folder
     from surgeon.models.names import restore

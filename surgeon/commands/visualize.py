@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import print_json, size
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import print_json, size
 from surgeon.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code. Everything is read before anything is written."""
-    from surgeon.commands.console import Progress, width
+    from surgeon.commands.common.console import Progress, width
     from surgeon.models.checkpoint import load
     from surgeon.models.hub import folder
     from surgeon.records.recipe import get_recipe

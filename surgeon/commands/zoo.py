@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands.arguments import print_json
+from surgeon.commands.common.arguments import print_json
 
 if TYPE_CHECKING:
     from surgeon.zoo.table import ZooRow
@@ -64,7 +64,7 @@ def _matching(pattern: str | None, names: list[str]) -> list[str]:
 
 
 def _one(args: argparse.Namespace, name: str) -> int:
-    from surgeon.commands.console import width
+    from surgeon.commands.common.console import width
     from surgeon.util.tables import paragraph
     from surgeon.zoo import entry
     from surgeon.zoo.table import describe, make_row
@@ -107,7 +107,7 @@ def _published(row: "ZooRow") -> str:
 
 
 def _table(args: argparse.Namespace, names: list[str]) -> int:
-    from surgeon.commands.console import Progress, width
+    from surgeon.commands.common.console import Progress, width
     from surgeon.util.tables import paragraph, table
     from surgeon.zoo.table import make_table, markdown, percent
 

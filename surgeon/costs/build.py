@@ -46,7 +46,7 @@ class _Base:
     backward_flops: float
     params: int
     windows: list[_Window]
-    calls: list[OperatorCall] = field(default_factory=list)  # of every site, its first
+    calls: list[OperatorCall] = field(default_factory=list)  # first call of every site
 
 
 def default_options() -> list[Option]:

@@ -127,7 +127,7 @@ def shapes_of(spec: str) -> nn.Module:
 
 
 def size_of(spec: str) -> tuple[int, ...] | None:
-    """(C, H, W) at which a model is run by its folder or its library, None if neither says. Raises `ModelError`."""
+    """(C, H, W) of a model's inputs according to its folder or library, None if neither knows. Raises `ModelError`."""
     from surgeon.models.hub import folder_if_any
 
     folder = folder_if_any(spec)

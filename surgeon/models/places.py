@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from surgeon.errors import CheckpointError, ModelError
-from surgeon.util.kinds import did_you_mean
+from surgeon.util.near import did_you_mean
 from surgeon.util.outputs import RECIPE, RUN, TRIAL
 
 HUB = re.compile(r"(hf-hub|hf_hub|local-dir):(?P<id>.+)")

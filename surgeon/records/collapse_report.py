@@ -111,7 +111,7 @@ class CollapseReport:
 
 
 def growth_notes(report: CollapseReport) -> list[str]:
-    """A note if the folded model has more parameters or FLOPs than before: which layers grow, and what to do about it."""
+    """A note if the folded model has more parameters or FLOPs than before: the layers that grow, and a remedy."""
     more = []
     for what, before, after in (
         ("parameters", report.params_before, report.params_after),

@@ -1,4 +1,4 @@
-"""The list that `surgeon.inspect` returns: every convolution, and what it can become."""
+"""The result of `surgeon.inspect`: every convolution, and its possible replacements."""
 
 import math
 
@@ -12,7 +12,7 @@ INSPECTED = ("layer", "stage", "geometry", "output", "FLOPs", "params", "memory"
 
 
 class Inspection(list[ConvSite]):
-    """What `surgeon.inspect` found: a list, which notebooks show as a table."""
+    """The result of `surgeon.inspect`: a list that notebooks show as a table."""
 
     def _repr_html_(self) -> str:
         rows, against = inspected(self)
@@ -25,14 +25,14 @@ UNITS = "FLOPs (1 MAC = 2 FLOPs) and memory (of the output, float32) are for one
 
 
 def activation_bytes(site: ConvSite) -> int | None:
-    """Memory of the outputs for one image in float32, over all calls; None where the forward pass does not reach it."""
+    """Memory of the outputs for one image in float32, over all calls; None if the forward pass does not reach it."""
     if not site.calls:
         return None
     return sum(4 * math.prod(call.output[-3:]) for call in site.calls)
 
 
 def inspected(sites: list[ConvSite]) -> tuple[list[tuple[str, ...]], dict[str, list[str]]]:
-    """A row for each convolution, and the names behind each reason why something cannot become something."""
+    """A row for each convolution, and the names for each reason against a replacement."""
     rows: list[tuple[str, ...]] = []
     against: dict[str, list[str]] = {}
     for site in sites:
@@ -60,7 +60,7 @@ def summary(sites: list[ConvSite]) -> str:
 
 
 def why_not_text(against: dict[str, list[str]], width: int) -> str:
-    """The reasons, each with the convolutions that it concerns."""
+    """The reasons, each with its convolutions."""
     lines = []
     for reason, names in against.items():
         lines.append(paragraph(f"{reason} ({len(names)}):", width=width, indent="  ", hang="    "))

@@ -1,4 +1,4 @@
-"""A model run for its outputs: in eval mode, seeded, without gradients, in full float32."""
+"""Runs a model for its outputs: in eval mode, seeded, without gradients, in full float32."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Signals caught for a while."""
+"""Temporary signal handlers."""
 
 import signal
 import threading
@@ -10,7 +10,7 @@ from typing import Any
 
 @contextmanager
 def caught(numbers: Iterable[int], handle: Callable[[int, Any], None]) -> Iterator[None]:
-    """Call `handle(number, before)` for each of these signals, `before` being its earlier handler, which returns at the end.
+    """Call `handle(number, before)` for each of these signals, `before` being its earlier handler, which is restored at the end.
 
     Only the main thread can catch signals; in another one nothing is caught.
     """

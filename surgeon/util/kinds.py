@@ -1,9 +1,7 @@
 """Checks whether a value has an annotated type, and readable names of types."""
 
-import difflib
 import types
 import typing
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +52,3 @@ def _readable_list(hint: Any) -> str:
     if parts[-1] is Ellipsis:
         return f"a list such as [{','.join(example)}]"
     return f"a list of {len(parts)}, such as [{','.join(example[: len(parts)])}]"
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The closest known name, formatted as the end of a message; empty if none is close."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""

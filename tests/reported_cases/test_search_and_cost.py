@@ -168,7 +168,7 @@ def test_sizes_are_read_by_one_parser(text: str) -> None:
     import argparse
 
     from surgeon.cli import __dict__ as cli
-    from surgeon.commands.arguments import size
+    from surgeon.commands.common.arguments import size
 
     commands = next(a for a in cli["_parser"]()._actions if isinstance(a, argparse._SubParsersAction)).choices
     options = [a for command in commands.values() for a in command._actions if "--input-size" in a.option_strings]

@@ -185,7 +185,7 @@ def names(module: str) -> set[str]:
 
 
 def test_only_their_own_rooms_name_the_layer_types() -> None:
-    """What the others need to know of a type is an attribute or a method of its class or config: `tests/test_fourth_layer.py`."""
+    """What the others need to know of a type is an attribute or a method of its class or config."""
     rooms = ("surgeon.layers", "surgeon.visualize", "surgeon.zoo.networks")
     others = [module for module in files() if not f"{module}.".startswith(tuple(f"{room}." for room in rooms))]
     assert {module: named for module in others if (named := constants(module) & TYPES)} == {}

@@ -52,11 +52,11 @@ WRONG = {
     "convert resnet18 --layes x": "there is no option --layes. Did you mean '--layers'",
     "convert resnet18 --type pafo": "unknown layer type 'pafo'; there are acda, pafu, sekg. Did you mean 'pafu'",
     "convert resnet18 --type pafu --option group_sise=3": "no option 'group_sise'.* Did you mean 'group_size'",
-    "convert resnet18 --type pafu --compress": "--compress .* no meaning for pafu",
-    "convert resnet18 --type pafu --recipe x.json": "--recipe says layers, types and options itself",
+    "convert resnet18 --type pafu --compress": "--compress .* does not apply to pafu",
+    "convert resnet18 --type pafu --recipe x.json": "--recipe defines layers, types and options",
     "convert runs/absent --type pafu": "there is no model 'runs/absent'.* does not exist",
     "verify runs/absent": "there is no surgeon folder runs/absent",
-    "evaluate resnet18": "--task must be given: resnet18 does not say",
+    "evaluate resnet18": "--task must be given: resnet18 does not record a task",
     "evaluate resnet18 --task clasification": "unknown task 'clasification'; .* Did you mean 'classification'",
     "finetune resnet18 --task classification": "task classification needs data: --data DIR",
     "finetune resnet18 --task denoising --data nowhere": "--data: there is no folder nowhere",
@@ -96,8 +96,8 @@ print("torch" in sys.modules, sorted(os.listdir()))
 
 def test_what_is_declared_is_what_is_registered() -> None:
     """The options read from the source are those of the classes, with their types."""
-    from surgeon import declared
     from surgeon.layers.registry import layer_class, layer_types
+    from surgeon.util import declared
     from surgeon.zoo.tasks import task_class, task_names
 
     for found, names, config in (

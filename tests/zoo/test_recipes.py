@@ -279,7 +279,7 @@ def test_further_options_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixt
     ("arguments", "told"),
     [
         ([], "RUN|MODEL must be given, and --task; or --recipe NAME"),
-        (["zoo/lenet"], "--task must be given: zoo/lenet does not say"),
+        (["zoo/lenet"], "--task must be given: zoo/lenet does not record a task"),
         (["zoo/lenet", "--task", "classification", "--preset", "small"], "--preset small is a preset of a recipe"),
         (["--recipe", "lenet", "--task", "denoising"], "is for the task classification, got --task denoising"),
         (["--recipe", "lenet", "--preset", "tiny"], "has no preset 'tiny'"),

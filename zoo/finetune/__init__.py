@@ -1,6 +1,7 @@
 """Fine-tuning a converted (or plain) network on a task: `finetune(model, task, FinetuneConfig(epochs=10), "runs/mine")`."""
 
 from surgeon.zoo.finetune.config import FinetuneConfig
-from surgeon.zoo.finetune.run import FinetuneResult, Source, dry_run, finetune
+from surgeon.zoo.finetune.dry import dry_run
+from surgeon.zoo.finetune.run import FinetuneResult, Source, finetune
 
 __all__ = ["FinetuneConfig", "FinetuneResult", "Source", "dry_run", "finetune"]

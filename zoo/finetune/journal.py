@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_EVERY = 10.0  # seconds between two lines of progress in a pipe
+_EVERY = 10.0  # seconds between lines of progress in a pipe
 
 
 def _told_elsewhere(before: Any, error: Any) -> None:
@@ -87,7 +87,7 @@ class TrainingJournal:
             self.bar.update()
 
     def show(self, stage: str, done: int, total: int) -> None:
-        """Show the progress of work between the steps: a bar of its own on a terminal, otherwise a line now and then."""
+        """Show the progress of work between the steps: a separate bar on a terminal, otherwise an occasional line."""
         if self.quiet or total < 2:
             return
         if not sys.stderr.isatty():
@@ -102,7 +102,7 @@ class TrainingJournal:
             self.inner = None
 
     def _line(self, text: str) -> None:
-        """Print a line where there are no bars, at most every ten seconds."""
+        """Print a line if there are no bars, at most every ten seconds."""
         if not sys.stderr.isatty() and time.monotonic() - self.last >= _EVERY:
             self.last = time.monotonic()
             self.tell(text)

@@ -235,11 +235,11 @@ class Run:
 
     @property
     def elapsed(self) -> float:
-        """Seconds of everything, over all sessions."""
+        """Total seconds, over all sessions."""
         return self.before + time.monotonic() - self.began
 
     def rest(self) -> float:
-        """Estimated seconds of the end: an evaluation, and a second one after BatchNorm statistics are recomputed."""
+        """Estimated seconds for the end of the run: an evaluation, and a second one after BatchNorm statistics are recomputed."""
         config = self.config
         if not config.recalibrate or config.freeze_bn or not measures_statistics(self.trainer.result):
             return self.evaluation

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from surgeon.costs import cost
-from surgeon.errors import ConfigError, ModelError, SurgeonError
+from surgeon.errors import ConfigError, ModelError
 from surgeon.models.names import restore
 from surgeon.models.weights import state_sha256
 from surgeon.records.collapse_report import CollapseReport
@@ -32,7 +31,6 @@ from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, measures_stati
 from surgeon.zoo.finetune.folder import RunFolder, record
 from surgeon.zoo.finetune.journal import TrainingJournal
 from surgeon.zoo.finetune.loop import Data, Run, Trainer, Watch
-from surgeon.zoo.finetune.optimizer import make_optimizer
 from surgeon.zoo.finetune.schedule import describe
 from surgeon.zoo.finetune.state import Store, TrainingProgress
 from surgeon.zoo.finetune.summary import MeasuredNetwork, Summary, measured
@@ -41,7 +39,6 @@ from surgeon.zoo.tasks import Task, better
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from surgeon.costs import Cost
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +102,9 @@ def finetune(
     with waiting("looking through the data", quiet=quiet):
         task.check()
     accelerator = make_accelerator(config)
-    with _random_state_kept(), contextlib.ExitStack() as stack:
-        work, start_hash = _bound(model, task)
-        original, notes = _original(work, task, original, config)
+    with random_state_kept(), contextlib.ExitStack() as stack:
+        work, start_hash = bound_to(model, task)
+        original, notes = original_of(work, task, original, config)
         place = folder.training if folder is not None else _shared_place(stack)
         session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet)
         try:
@@ -230,6 +227,10 @@ class _Session:
         known = dict(found for found in (run.best, run.newest) if found is not None)  # evaluated in this session
         final = known.get(kept) or self._evaluate(trainer.result)
         final, recalibrated = self._recalibrated(trainer, final)
+        limit = self.config.max_time
+        if progress.stopped == "time" and limit is not None and progress.seconds < limit / 2:
+            told = f"only {progress.seconds:.1f} s of the {limit:.0f} s were training"
+            self.notes.append(f"{told}: loading, looking through the data and evaluations took the rest")
         start = progress.start
         summary = Summary(
             task=self.task.name,
@@ -279,7 +280,7 @@ class _Session:
 # --- helpers ------------------------------------------------------------------------------------------------------
 
 
-def _bound(model: nn.Module, task: Task) -> tuple[nn.Module, str]:
+def bound_to(model: nn.Module, task: Task) -> tuple[nn.Module, str]:
     """A copy that fits the task, and the hash of its weights."""
     work = copy_model(model)
     torch.manual_seed(task.seed)  # of a new head
@@ -316,7 +317,7 @@ def _at_size(base: BaseModel | None, size: tuple[int, ...]) -> BaseModel | None:
     return base if base is None or len(size) != 3 else replace(base, input_size=size)
 
 
-def _original(
+def original_of(
     work: nn.Module, task: Task, given: nn.Module | None, config: FinetuneConfig
 ) -> tuple[nn.Module | None, list[str]]:
     """The network before its conversion, bound to the task, and a note if it is unavailable.
@@ -348,7 +349,7 @@ def _original(
 
 
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
     """Context that restores the global generators of Python, numpy and torch."""
     python, legacy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
@@ -358,83 +359,3 @@ def _random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(legacy)
-
-
-# --- without training ---------------------------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True)
-class DryRun:
-    """Preview of a run: its length, its parameter groups, one step tried on a copy, the cost of a step."""
-
-    steps: int
-    epochs: float
-    train_samples: int
-    val_samples: int
-    loss: float
-    seconds: float
-    groups: list[dict[str, Any]]
-    cost: "Cost | None"
-    notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        values = {key: value for key, value in vars(self).items() if key != "cost"}
-        return values | {"cost": None if self.cost is None else self.cost.to_dict()}
-
-
-def dry_run(
-    model: nn.Module, task: Task, config: FinetuneConfig | None = None, *, original: nn.Module | None = None
-) -> DryRun:
-    """Check the data, try one step on a copy, and predict the cost of a step on a GPU; nothing is written."""
-    config = config or FinetuneConfig()
-    task.check()
-    accelerator = make_accelerator(config)
-    with _random_state_kept(), tempfile.TemporaryDirectory() as place:
-        work, _ = _bound(model, task)
-        original, notes = _original(work, task, original, config)
-        data = Data(task.dataset("train"), task.dataset("val"))
-        found, note = _predicted(work, tuple(data.train[0]["input"].shape), config)
-        teacher = original if config.distill else None
-        trainer = Trainer(work, task, data, config, accelerator, teacher)
-        store = Store(Path(place), trainer.plan.checkpoint_every)
-        run = Run(trainer, store, TrainingJournal(None, quiet=True), TrainingProgress())
-        loss = run.once()
-        groups = describe(trainer.optimizer, trainer.groups)
-        release(accelerator, trainer.wrapped)
-    return DryRun(
-        steps=trainer.plan.total,
-        epochs=trainer.plan.epoch(trainer.plan.total),
-        train_samples=len(data.train),
-        val_samples=len(data.val),
-        loss=loss,
-        seconds=run.progress.seconds,
-        groups=groups,
-        cost=found,
-        notes=[*notes, *note],
-    )
-
-
-def _predicted(model: nn.Module, size: tuple[int, ...], config: FinetuneConfig) -> "tuple[Cost | None, list[str]]":
-    """The cost of a training step for one process, or a note explaining why it is unknown."""
-
-    def optimizer(parameters: Any) -> torch.optim.Optimizer:
-        return make_optimizer([{"params": list(parameters)}], config)
-
-    optimizer.__name__ = config.opt
-    try:
-        found = cost(
-            model,
-            input_size=size,
-            batch_size=config.batch_size,
-            optimizer=optimizer,
-            amp=config.amp_dtype or False,
-            channels_last=config.channels_last,
-            weight_decay=config.weight_decay,
-            accumulate=config.accumulate,
-            checkpointing=config.checkpointing,
-        )
-    except SurgeonError as error:
-        return None, [f"the cost of a step cannot be predicted: {error}"]
-    notes = ["the predicted memory covers the model and the optimizer; averages (ema) and a teacher are extra"]
-    return found, notes if config.ema or config.distill else []

@@ -36,7 +36,7 @@ class TrainingProgress:
 
     step: int = 0
     seconds: float = 0.0  # of training, over all sessions
-    elapsed: float = 0.0  # seconds of everything, evaluations included, over all sessions
+    elapsed: float = 0.0  # total seconds, including evaluations, over all sessions
     best: float | None = None
     best_step: int | None = None
     stale: int = 0  # evaluations since the best

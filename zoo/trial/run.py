@@ -35,7 +35,7 @@ Tell = Callable[[str], None]
 MakeTask = Callable[[int], Task]  # by seed
 
 _PROBE = 5.0  # seconds of training steps for timing a network
-_END = 0.05  # part of the time for counting costs and writing the report
+_END = 0.05  # share of the time for counting costs and writing the report
 _EPOCHS = 1e9  # only the number of steps limits the length
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from surgeon.layers.ops.inputs import floating
 from surgeon.layers.ops.native.compiler import forget_lock, why_no_library
 
-MOST_PARTIAL_BYTES = 32 << 20  # of partial sums of gradients
-PARTS = 8  # into which a batch is cut for them, whatever the number of threads
+MOST_PARTIAL_BYTES = 32 << 20  # for partial sums of gradients
+PARTS = 8  # parts of a batch for these sums, for any number of threads
 
 Work = Callable[[int, Tensor], None]
 
@@ -105,7 +105,7 @@ def in_parallel(work: Work, parts: int, floats: int) -> None:
 
 
 def partial_sums(tasks: int, floats: int) -> int:
-    """How many partial sums of gradients to take, each of `floats` floats: of the shapes only, not of the number of threads."""
+    """Number of partial sums of gradients, each of `floats` floats; depends only on the shapes, not on the number of threads."""
     return max(1, min(PARTS, tasks, max(2, MOST_PARTIAL_BYTES // max(4 * floats, 1))))
 
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgeon.commands.arguments import print_json, whole
+from surgeon.commands.common.arguments import print_json, whole
 from surgeon.commands.search.place import add_space_arguments, space_config
 from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments, check_task
 from surgeon.errors import ConfigError
@@ -59,7 +59,7 @@ def _plot(args: argparse.Namespace) -> Path | None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from surgeon.commands.console import Progress
+    from surgeon.commands.common.console import Progress
     from surgeon.commands.search.setup import make_setup
     from surgeon.search.evaluate.training import ShortConfig, TrainingEvaluator
     from surgeon.search.gains.method import METHODS, make_gains
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 def lines(gains: "GainTable") -> list[str]:
     """The table as text: a row per layer, a column per option, `gain ± standard error`."""
-    from surgeon.commands.console import width
+    from surgeon.commands.common.console import width
     from surgeon.util.tables import table
 
     facts = gains.facts

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import add_seed, input_size, positive, print_json, whole
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import add_seed, input_size, positive, print_json, whole
 from surgeon.commands.cost import add_step_arguments
 from surgeon.errors import ConfigError
 from surgeon.util.files import told, write_text

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import model_name, print_json, tell, whole
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import model_name, print_json, tell, whole
 from surgeon.commands.search.place import add_budget_arguments, add_space_arguments, read_budgets, space_config
 from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments, check_task
 from surgeon.errors import ConfigError
@@ -256,7 +256,7 @@ def _gains(
     args: argparse.Namespace, folder: "SearchFolder", file: "Study", gate: "Gate", evaluator: "TrainingEvaluator"
 ) -> "GainTable":
     """The gain table of the search; a resumed or joined search keeps its original one."""
-    from surgeon.commands.console import Progress
+    from surgeon.commands.common.console import Progress
     from surgeon.search.gains.gain import GainTable
     from surgeon.search.gains.method import METHODS, gains_of
     from surgeon.search.study.database import StudyDatabase

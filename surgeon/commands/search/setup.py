@@ -4,10 +4,11 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import add_amp, add_batch_size, add_device, add_lr, add_seed, add_workers, amp
-from surgeon.commands.tasks import add_task, make_task, settle
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import add_amp, add_batch_size, add_device, add_lr, add_seed, add_workers, amp
+from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
+from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,7 +94,8 @@ def make_setup(args: argparse.Namespace) -> Setup:
         **{key: value for key, value in given.items() if value is not None},
     )
     task = make_task(args, args.seed)
-    size = sample_size(task)
+    with waiting("looking through the data", quiet=args.quiet):
+        size = sample_size(task)
     if len(size) != 3:
         raise ConfigError(f"a search needs images (C, H, W), and task {task.name} has inputs {size}")
     model, base = build_model(args.model, weights=args.weights, seed=args.seed)

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.commands import checks
-from surgeon.commands.arguments import print_json, whole
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import print_json, whole
 from surgeon.errors import ConfigError
 from surgeon.util.outputs import check_output
 

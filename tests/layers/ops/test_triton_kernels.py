@@ -70,7 +70,9 @@ BUILDS = [("80", "float32"), ("90", "bfloat16"), ("80", "bfloat16"), ("90", "flo
 
 
 @needs_triton
-@pytest.mark.parametrize(("capability", "dtype"), BUILDS[:2])
+@pytest.mark.parametrize(
+    ("capability", "dtype"), BUILDS[:1]
+)  # the one with the least shared memory and the widest numbers
 def test_kernels_compile_without_spills(capability: str, dtype: str, tmp_path: Path) -> None:
     rows = run_module("tests.support.layers.triton_ahead", capability, dtype, TRITON_CACHE_DIR=str(tmp_path))
     assert_fit(rows, 12, SHARED[capability])

@@ -226,7 +226,7 @@ def test_weights_files_and_model_options(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_progress_goes_to_stderr_and_quiet_stops_it(capsys: pytest.CaptureFixture[str]) -> None:
-    from surgeon.commands.console import Progress
+    from surgeon.commands.common.console import Progress
 
     with Progress() as progress:
         progress._last = float("-inf")

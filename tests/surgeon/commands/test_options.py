@@ -9,7 +9,7 @@ import pytest
 
 import surgeon.cli
 from surgeon.cli import main
-from surgeon.commands.arguments import amp, amp_dtype, device
+from surgeon.commands.common.arguments import amp, amp_dtype, device
 from surgeon.errors import ConfigError
 from surgeon.util.machine import take_gpu
 from surgeon.zoo.finetune import FinetuneConfig

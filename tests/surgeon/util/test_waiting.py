@@ -1,11 +1,13 @@
 """What is waited for is said: on a terminal by one line that goes away, in a pipe by lines that get rarer."""
 
+import argparse
 import io
 import time
 
 import pytest
 
-from surgeon.commands import console
+from surgeon.commands import export
+from surgeon.commands.common import console
 from surgeon.util.waiting import waiting
 
 
@@ -50,3 +52,21 @@ def test_a_stage_that_takes_long_is_told_in_a_pipe(
         progress("trace", 0, 1)
         time.sleep(0.4)
     assert capsys.readouterr().err == ""
+
+
+def test_a_slow_export_names_what_is_faster(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(export, "_SLOW", 0.1)
+
+    def told(free: str, *stages: str) -> str:
+        args = argparse.Namespace(free=free, quiet=False)
+        with console.Progress(enabled=False) as bars, export._Patience(args, bars) as progress:
+            for stage in stages:
+                progress(stage, 0, 1)
+            time.sleep(0.3)
+        return capsys.readouterr().err
+
+    assert told("auto", "load", "trace with free batch", "write onnx").count("--free none") == 1
+    assert told("auto", "trace with free batch", "check against the model") == ""
+    assert told("none", "trace at one size") == ""

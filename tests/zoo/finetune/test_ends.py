@@ -67,6 +67,7 @@ def test_the_time_is_for_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was spent before the run counts, and the evaluation at the end is left its time."""
     late = finetune(converted("pafu"), regression(), with_(max_time=3600), began=time.monotonic() - 3600)
     assert (late.summary.stopped, late.summary.steps) == ("time", 1)
+    assert "s of the 3600 s were training" in late.summary.notes[-1]
 
     def slow(*args: Any, **options: Any) -> Evaluation:
         return replace(evaluate(*args, **options), seconds=1800.0)

@@ -241,9 +241,9 @@ def test_phases_that_cannot_be() -> None:
     plain, acda = group_parameters(make_restorer()), group_parameters(converted("acda"))
     with pytest.raises(ConfigError, match="new_first trains new parameters first, and the model has none"):
         RunPlan.make(FinetuneConfig(new_first="5"), 100, plain)
-    with pytest.raises(ConfigError, match=r"new_first \(64 steps\) leaves nothing of the run \(31 steps\)"):
+    with pytest.raises(ConfigError, match=r"new_first \(64 steps\) takes up the whole run \(31 steps\)"):
         RunPlan.make(FinetuneConfig(new_first="64"), 100, acda)
-    with pytest.raises(ConfigError, match="takes turns with selectors"):
+    with pytest.raises(ConfigError, match="alternate trains selectors in turn"):
         RunPlan.make(FinetuneConfig(alternate=3), 100, acda)
 
 

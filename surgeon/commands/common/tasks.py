@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon import declared
-from surgeon.commands import checks
-from surgeon.commands.arguments import add_pairs, tell
+from surgeon.commands.common import checks
+from surgeon.commands.common.arguments import add_pairs, tell
 from surgeon.errors import ConfigError, DataError, RecipeError
 from surgeon.records.recipe import FILE, Trained, trained
+from surgeon.util import declared
 from surgeon.util.files import read_object
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from surgeon import declared
 from surgeon.errors import ConfigError, DataError, InputError, RecipeError
 from surgeon.models.places import HUB, check_folder, check_model_name, check_search, check_weights
+from surgeon.util import declared
 from surgeon.util.files import read_json
 from surgeon.util.kinds import fits
 from surgeon.util.outputs import RECIPE

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from surgeon.errors import ConfigError
-from surgeon.util.kinds import did_you_mean, fits, readable
+from surgeon.util.kinds import fits, readable
+from surgeon.util.near import did_you_mean
 
 _TYPES = {"Any": Any, "Literal": Literal, "Path": Path}
 

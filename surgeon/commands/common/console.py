@@ -34,7 +34,7 @@ class Progress:
         self._bar: RichProgress | None = None
         self._tasks: dict[str, Any] = {}
         self._last = time.monotonic()
-        self._stage = ""  # as it was last reported, where stderr is no terminal
+        self._stage = ""  # last one reported, if stderr is not a terminal
         self._ended = threading.Event()
         self._beat: threading.Thread | None = None
 
@@ -63,7 +63,7 @@ class Progress:
             self._beat.join()
 
     def _tell_of_waits(self) -> None:
-        """A line for a stage that takes long: after two seconds, then after ten, and twice as late each time, up to a minute."""
+        """A line for a long stage: after two seconds, then after ten, doubling each time, up to a minute."""
         stage, began, pause = "", time.monotonic(), _EVERY
         while not self._ended.wait(0.25):
             now = time.monotonic()
@@ -76,7 +76,7 @@ class Progress:
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self._bar is not None:
             if stage not in self._tasks:
-                for earlier in self._tasks.values():  # each stage begins when the one before has ended
+                for earlier in self._tasks.values():  # each stage starts when the previous one has ended
                     self._bar.stop_task(earlier)
                 self._tasks[stage] = self._bar.add_task(stage, total=total)
             self._bar.update(self._tasks[stage], completed=done, total=total)
@@ -91,7 +91,7 @@ class Progress:
 
 
 def inspection_values(sites: "list[ConvSite]") -> list[dict[str, Any]]:
-    """Every convolution as JSON values, with what it can become: for each type the reasons against it."""
+    """Every convolution as JSON values, with its possible types: for each type the reasons against it."""
     from surgeon.surgery.inspection import activation_bytes
     from surgeon.surgery.plan import can_become
 
