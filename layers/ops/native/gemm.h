@@ -7,7 +7,7 @@
 
 #include "lanes.h"
 
-enum { DEPTH = 192 }; /* of k at a time: DEPTH rows of VECTORS vectors of B stay in the first-level cache, or near it */
+enum { DEPTH = 224 }; /* of k at a time: DEPTH rows of VECTORS vectors of B stay in the first-level cache, or near it */
 
 /* Rows of A (`rows` × `depth`, at distances row and k) in blocks of height even_part(rows, ROWS), in each k by k. */
 static void pack(const float *A, int64_t row, int64_t k_step, int64_t rows, int64_t depth, float *to) {
@@ -68,9 +68,9 @@ static void block_of(int64_t rows, int64_t vectors, int64_t depth, const float *
 
 /* `count` vectors of a row, of the last only `last` lanes. */
 static void product(int64_t rows, int64_t count, int64_t depth, const float *packed, Operands at, int64_t last, int add) {
-    int64_t height = even_part(rows, ROWS), width = even_part(count, VECTORS);
-    for (int64_t k = 0; k < depth; k += DEPTH) {
-        int64_t deep = least(DEPTH, depth - k);
+    int64_t height = even_part(rows, ROWS), width = even_part(count, VECTORS), thick = even_part(depth, DEPTH);
+    for (int64_t k = 0; k < depth; k += thick) {
+        int64_t deep = least(thick, depth - k);
         for (int64_t v = 0; v < count; v += width) {
             int64_t wide = least(width, count - v);
             for (int64_t r = 0; r < rows; r += height) {
