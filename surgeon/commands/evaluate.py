@@ -64,9 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuse invalid arguments before torch is loaded; settles the task."""
     checks.model(args.model, args.weights)
-    if args.original not in ("auto", "none"):
+    named = args.original not in ("auto", "none")
+    if named:
         checks.model(args.original)
-    checks.file(args.original_weights, "--original-weights")
+    checks.other_weights(args.original_weights, "--original-weights", named=named)
     settle(args)
 
 

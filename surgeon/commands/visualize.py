@@ -57,9 +57,10 @@ def check(args: argparse.Namespace) -> None:
     for picture in args.images:
         if not Path(picture).is_file():
             raise InputError(f"IMAGE: there is no picture {picture}")
-    if args.against not in (None, "auto"):
+    named = args.against not in (None, "auto")
+    if named:
         checks.model(args.against)
-    checks.file(args.against_weights, "--against-weights")
+    checks.other_weights(args.against_weights, "--against-weights", named=named)
 
 
 def run(args: argparse.Namespace) -> int:

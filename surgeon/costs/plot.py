@@ -2,10 +2,12 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 
 from surgeon.costs.estimate import Cost
 from surgeon.costs.memory import KINDS, Timeline
@@ -13,10 +15,8 @@ from surgeon.errors import ConfigError
 from surgeon.util.files import writing
 from surgeon.util.tables import shorten
 
-SCALE = 2  # drawn larger, then downscaled for smooth lines
-WIDTH, CHART, BARS = 1000, 360, 14
-LEFT, RIGHT, TOP = 80, 20, 70
-COLOURS = {
+COLUMNS, BARS = 1000, 14  # points of the memory curve, layers
+COLORS = {
     "weights": "#4c72b0",
     "gradients": "#dd8452",
     "optimizer": "#8172b3",
@@ -24,7 +24,6 @@ COLOURS = {
     "saved activations": "#55a868",
     "transient": "#c44e52",
 }
-INK, GRID = "#222222", "#dddddd"
 
 
 def draw(cost: Cost, path: str | Path, *, title: str = "") -> None:
@@ -37,74 +36,52 @@ def draw(cost: Cost, path: str | Path, *, title: str = "") -> None:
     if cost.timeline is None or cost.estimated:
         raise ConfigError("an estimated cost has no timeline to draw")
     layers = _largest(cost)
-    height = TOP + CHART + 70 + 24 * (len(layers) + 1) + 20
-    canvas = _Canvas(WIDTH, height)
+    height = 5.0 + 0.26 * len(layers)
+    figure = Figure(figsize=(10, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
     step = "inference" if cost.mode == "infer" else f"training step ({cost.optimizer})"
     size = "x".join(map(str, cost.input_size))
-    canvas.text(LEFT, 12, f"{title}: {step}, {cost.amp or 'float32'}, batch {cost.batch_size} of {size}", size=17)
-    canvas.text(LEFT, 36, f"peak {cost.peak_bytes / 2**20:,.0f} MiB of tensors, {cost.flops / 1e9:.3f} GFLOP an image")
-    _areas(canvas, cost.timeline)
-    _bars(canvas, layers, TOP + CHART + 70)
-    canvas.save(path)
+    peak = f"peak {cost.peak_bytes / 2**20:,.0f} MiB of tensors, {cost.flops / 1e9:.3f} GFLOPs per image"
+    figure.suptitle(f"{title}: {step}, {cost.amp or 'float32'}, batch {cost.batch_size} of {size}\n{peak}", fontsize=11)
+    memory, shares = figure.subplots(2, 1, height_ratios=(3.8, height - 4.2))
+    _draw_memory(memory, cost.timeline)
+    _draw_shares(shares, layers)
+    with writing(path, ConfigError) as fresh:
+        figure.savefig(fresh, format="png")
 
 
-class _Canvas:
-    def __init__(self, width: int, height: int) -> None:
-        self.size = (width, height)
-        self.image = Image.new("RGB", (width * SCALE, height * SCALE), "white")
-        self.pen = ImageDraw.Draw(self.image)
-
-    def text(self, x: float, y: float, text: str, *, size: int = 13, anchor: str = "la", fill: str = INK) -> None:
-        font = ImageFont.load_default(size * SCALE)
-        self.pen.text((x * SCALE, y * SCALE), text, fill=fill, font=font, anchor=anchor)
-
-    def line(self, points: list[tuple[float, float]], fill: str = INK, width: int = 1) -> None:
-        self.pen.line([(x * SCALE, y * SCALE) for x, y in points], fill=fill, width=width * SCALE)
-
-    def area(self, points: list[tuple[float, float]], fill: str) -> None:
-        self.pen.polygon([(x * SCALE, y * SCALE) for x, y in points], fill=fill)
-
-    def box(self, x: float, y: float, width: float, height: float, fill: str) -> None:
-        self.pen.rectangle((x * SCALE, y * SCALE, (x + width) * SCALE, (y + height) * SCALE), fill=fill)
-
-    def save(self, path: Path) -> None:
-        with writing(path, ConfigError) as fresh:
-            self.image.resize(self.size, Image.Resampling.LANCZOS).save(fresh, format="PNG")
-
-
-def _areas(canvas: _Canvas, times: Timeline) -> None:
-    right, bottom = WIDTH - RIGHT, TOP + CHART
-    columns = _columns(times, right - LEFT)
-    top = max(times.peak / 2**20, 1e-9)
-    unit = _nice(top / 5)
-    limit = unit * np.ceil(top / unit)
-
-    def y(mib: float) -> float:
-        return float(bottom - CHART * mib / limit)
-
-    for i in range(round(limit / unit) + 1):
-        canvas.line([(LEFT, y(i * unit)), (right, y(i * unit))], GRID)
-        canvas.text(LEFT - 8, y(i * unit), f"{i * unit:,.4g}", anchor="rm")
-    canvas.text(LEFT - 8, TOP - 14, "MiB", anchor="rm")
-    xs = np.linspace(LEFT, right, columns.shape[1])
-    floor = np.zeros(columns.shape[1])
-    for kind, values in zip(KINDS, columns, strict=True):
-        ceiling = floor + values / 2**20
-        upper = [(float(a), y(b)) for a, b in zip(xs, ceiling, strict=True)]
-        lower = [(float(a), y(b)) for a, b in zip(xs, floor, strict=True)]
-        canvas.area([*upper, *reversed(lower)], COLOURS[kind])
-        floor = ceiling
+def _draw_memory(axes: Any, times: Timeline) -> None:
+    """Stacked memory by kind over the step, with its phases."""
+    columns = _columns(times, COLUMNS) / 2**20
     n = len(times.levels)
+    axes.stackplot(
+        np.linspace(0, n, columns.shape[1]), columns, labels=KINDS, colors=[COLORS[kind] for kind in KINDS], linewidth=0
+    )
     for phase, first in times.phases:
-        x = LEFT + (right - LEFT) * first / n
-        canvas.line([(x, TOP), (x, bottom)], "#888888")
+        axes.axvline(first, color="#888888", linewidth=0.8)
         if phase != "loss":
-            canvas.text(x + 4, TOP + 4, phase)
-    x = float(LEFT)
-    for kind in KINDS:
-        canvas.box(x, bottom + 14, 12, 12, COLOURS[kind])
-        canvas.text(x + 18, bottom + 12, kind)
-        x += 48 + 8 * len(kind)
+            axes.annotate(f" {phase}", (first, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)
+    axes.set(xlim=(0, n), xticks=[], ylabel="MiB")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(KINDS), fontsize=8, frameon=False)
+
+
+def _draw_shares(axes: Any, rows: list[tuple[str, float, float]]) -> None:
+    """A pair of bars for each of the largest layers."""
+    places = np.arange(len(rows))
+    names, saved, flops = zip(*rows, strict=True) if rows else ((), (), ())
+    for offset, values, color, label in (
+        (-0.2, saved, COLORS["saved activations"], "saved activations"),
+        (0.2, flops, COLORS["weights"], "forward FLOPs"),
+    ):
+        if not any(values):  # inference saves nothing
+            continue
+        bars = axes.barh(places + offset, values, 0.4, color=color, label=label)
+        axes.bar_label(bars, labels=[f"{value:.1%}" for value in values], fontsize=6, padding=2)
+    axes.set_yticks(places, [shorten(name, 40) for name in names], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xticks([])
+    axes.set_title("largest layers: share of the model's total", fontsize=9, loc="left")
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
 
 
 def _columns(times: Timeline, width: int) -> NDArray[np.float64]:
@@ -115,29 +92,9 @@ def _columns(times: Timeline, width: int) -> NDArray[np.float64]:
     return np.stack([times.parts[kind][at] for kind in KINDS]).astype(np.float64)
 
 
-def _nice(step: float) -> float:
-    power = 10.0 ** np.floor(np.log10(step))
-    return float(power * min((f for f in (1, 2, 5, 10) if f * power >= step), default=10))
-
-
 def _largest(cost: Cost) -> list[tuple[str, float, float]]:
-    """Name, share of saved activations (for inference, of FLOPs), share of forward FLOPs."""
+    """Name, share of saved activations, share of forward FLOPs."""
     saved = max(sum(layer.saved_bytes for layer in cost.layers), 1)
     flops = max(cost.flops, 1)
     rows = [(layer.name or "(model)", layer.saved_bytes / saved, layer.flops / flops) for layer in cost.layers]
     return sorted(rows, key=lambda row: -max(row[1], row[2]))[:BARS]
-
-
-def _bars(canvas: _Canvas, rows: list[tuple[str, float, float]], top: int) -> None:
-    name_width = 220
-    room = WIDTH - RIGHT - LEFT - name_width - 60
-    longest = max((max(a, b) for _, a, b in rows), default=1.0) or 1.0
-    canvas.text(LEFT, top, "largest layers: share of saved activations (green) and of forward FLOPs (blue)")
-    for i, (name, saved, flops) in enumerate(rows):
-        y = top + 24 * (i + 1)
-        canvas.text(LEFT + name_width - 10, y + 9, shorten(name, 28), anchor="rm")
-        for row, (value, color) in enumerate(((saved, COLOURS["saved activations"]), (flops, COLOURS["weights"]))):
-            canvas.box(LEFT + name_width, y + 9 * row, room * value / longest, 8, color)
-            canvas.text(
-                LEFT + name_width + room * value / longest + 5, y + 9 * row + 4, f"{value:.1%}", size=10, anchor="lm"
-            )

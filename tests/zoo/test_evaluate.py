@@ -101,7 +101,7 @@ def test_what_cannot_be_evaluated_is_one_clear_error() -> None:
         evaluate(model, task, amp="half")
     with pytest.raises(ConfigError, match="batch_size must be at least 1"):
         evaluate(model, task, batch_size=0)
-    with pytest.raises(ConfigError, match="no device 'gpu'"):
+    with pytest.raises(ConfigError, match="unknown device 'gpu'"):
         evaluate(model, task, device="gpu")
     with pytest.raises(ConfigError, match="cuda:99 not found"):
         evaluate(model, task, device="cuda:99")

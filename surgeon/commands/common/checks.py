@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import ConfigError, DataError, InputError, RecipeError
-from surgeon.models.places import HUB, check_folder, check_model_name, check_search, check_weights
+from surgeon.models.places import HUB, WEIGHTS, check_folder, check_model_name, check_search, check_weights
 from surgeon.util import declared
 from surgeon.util.files import read_json
 from surgeon.util.kinds import fits
@@ -45,6 +45,12 @@ def file(path: str | Path | None, option: str) -> None:
     """Check that an input file exists, if given."""
     if path is not None and not Path(path).is_file():
         raise ConfigError(f"{option}: there is no file {path}")
+
+
+def other_weights(weights: str | None, option: str, *, named: bool) -> None:
+    """Check the weights of the network to compare with: a file, or a word of `--weights` if that network was named."""
+    if not (named and weights in WEIGHTS):
+        file(weights, option)
 
 
 def recipe(path: str | None) -> None:

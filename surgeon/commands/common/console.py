@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, Self
 from surgeon.util.tables import error, paragraph, table
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
-
     from surgeon.sites.sites import ConvSite
     from surgeon.surgery.verify import Verification
 
@@ -31,36 +29,36 @@ class Progress:
 
     def __init__(self, *, enabled: bool = True) -> None:
         self.enabled = enabled
-        self._bar: RichProgress | None = None
-        self._tasks: dict[str, Any] = {}
+        self._terminal = False
+        self._bar: Any = None  # of the stage on a terminal
+        self._drawing = threading.Lock()
         self._last = time.monotonic()
         self._stage = ""  # last one reported, if stderr is not a terminal
         self._ended = threading.Event()
         self._beat: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        if self.enabled and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as RichProgress
-
-            columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.start()
-        elif self.enabled:
+        if self.enabled:
+            self._terminal = sys.stderr.isatty()
             self._last = time.monotonic()
-            self._beat = threading.Thread(target=self._tell_of_waits, daemon=True)
+            self._beat = threading.Thread(target=self._tick if self._terminal else self._tell_of_waits, daemon=True)
             self._beat.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
         if self._beat is not None:
             self._ended.set()
             self._beat.join()
+        self._close()
+
+    def _tick(self) -> None:
+        """Keep the clock of the bar running."""
+        while not self._ended.wait(0.5):
+            with self._drawing:
+                if self._bar is not None:
+                    self._bar.refresh()
 
     def _tell_of_waits(self) -> None:
         """A line for a long stage: after two seconds, then after ten, doubling each time, up to a minute."""
@@ -74,17 +72,30 @@ class Progress:
                 print(f"surgeon: {stage}, {now - began:.0f} s", file=sys.stderr, flush=True)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if self._bar is not None:
-            if stage not in self._tasks:
-                for earlier in self._tasks.values():  # each stage starts when the previous one has ended
-                    self._bar.stop_task(earlier)
-                self._tasks[stage] = self._bar.add_task(stage, total=total)
-            self._bar.update(self._tasks[stage], completed=done, total=total)
+        if self._terminal:
+            self._show(stage, done, total)
             return
         self._stage = f"{stage} {done}/{total}" if total > 1 else stage
         if self.enabled and time.monotonic() - self._last >= _EVERY:
             self._last = time.monotonic()
             print(f"surgeon: {self._stage}", file=sys.stderr, flush=True)
+
+    def _show(self, stage: str, done: int, total: int) -> None:
+        """Advance the bar, or replace that of an earlier stage."""
+        from tqdm import tqdm
+
+        with self._drawing:
+            if self._bar is None or self._bar.desc != stage:
+                self._close()
+                shape = "{desc:>8} |{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
+                self._bar = tqdm(desc=stage, total=total, file=sys.stderr, leave=False, bar_format=shape)
+            self._bar.total, self._bar.n = total, done
+            self._bar.refresh()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 # --- inspect ------------------------------------------------------------------------------------------------------

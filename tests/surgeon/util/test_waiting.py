@@ -70,3 +70,17 @@ def test_a_slow_export_names_what_is_faster(
     assert told("auto", "load", "trace with free batch", "write onnx").count("--free none") == 1
     assert told("auto", "trace with free batch", "check against the model") == ""
     assert told("none", "trace at one size") == ""
+
+
+def test_a_terminal_gets_one_bar_per_stage_and_it_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Terminal()
+    monkeypatch.setattr("sys.stderr", shown)
+    monkeypatch.setenv("COLUMNS", "60")
+    with console.Progress() as progress:
+        progress("trace", 0, 1)
+        progress("build", 1, 4)
+        progress("build", 4, 4)
+    drawn = shown.getvalue().split("\r")
+    assert [line.split("|")[0].split()[0] for line in drawn if "|" in line][:2] == ["trace", "trace"]
+    assert any("build" in line and "4/4" in line for line in drawn)
+    assert drawn[-1].strip() == ""
