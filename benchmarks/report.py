@@ -78,7 +78,18 @@ def operators(content: dict[str, Any]) -> str:
     musts = [not row["met"] for row in content["targets"] if row["must"]]
     aims = [row["aim_met"] for row in content["targets"] if row["aim"]]
     counted = f"Musts missed: {sum(musts)} of {len(musts)}. Aims reached: {sum(aims)} of {len(aims)}.\n"
-    return f"{markdown(['operator', 'ratio', *'ABCD', 'must', 'aim'], lines)}\n{counted}"
+    return f"{markdown(['operator', 'ratio', *'ABCD', 'must', 'aim'], lines)}\n{counted}{_shares(content.get('shares', []))}"
+
+
+def _shares(rows: list[dict[str, Any]]) -> str:
+    """The share of the machine's rate that each step of an operator reaches, a column a shape; empty where none was taken."""
+    cells: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in rows:
+        operator, variant, shape = row["case"].split("/")
+        key = (f"{operator} {variant}", f"{row['step']}, {row['measure']}", row["of"])
+        cells.setdefault(key, {})[shape] = f"{row['share']:.2f}"
+    lines = [[*key, *(found.get(shape, "") for shape in "ABCD")] for key, found in cells.items()]
+    return "\n" + markdown(["operator", "step", "share of", *"ABCD"], lines) if lines else ""
 
 
 def _ratio(row: dict[str, Any]) -> str:
@@ -272,6 +283,13 @@ def compiled(content: dict[str, Any]) -> str:
     return markdown(*lines(content["rows"]))
 
 
+def native_models(content: dict[str, Any]) -> str:
+    """Layers and networks with compiled operators and with torch's."""
+    from benchmarks.native_models import lines
+
+    return markdown(*lines(content["rows"]))
+
+
 def large_image(content: dict[str, Any]) -> str:
     """Growth of memory by layer."""
     from benchmarks.large_image import lines
@@ -337,6 +355,7 @@ TABLES: dict[str, Table] = {
     "toys": toys,
     "operators": operators,
     "operators_threads": operators,
+    "native_models": native_models,
     "trained": trained,
     "compress": compress,
     "memory_accuracy": memory_accuracy,

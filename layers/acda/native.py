@@ -10,7 +10,7 @@ from torch import Tensor
 from surgeon.layers.ops.native.compiler import library
 from surgeon.layers.ops.native.support import in_parallel, partial_sums, pointer
 
-MOST_COEFFICIENTS = 1 << 20  # per group: beyond that the product is memory-bound and slower than torch's
+MOST_COEFFICIENTS = 1 << 19  # per group: beyond that the product is memory-bound and slower than torch's
 
 _SIZES = ("h", "w", "oh", "ow", "lh", "lw", "sh", "sw", "ph", "pw", "dh", "dw")
 _COUNTS = ("n", "c", "k", "c_out", "c_group", "m", "m_all", "groups", "taps")

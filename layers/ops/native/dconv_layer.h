@@ -125,7 +125,8 @@ void dconv_layer_forward(const DconvLayer *d, const DconvLayerTensors *t, float 
     LayerScratch w;
     layer_layout(d, scratch, 0, &w);
     int64_t n = task / d->bands, i0 = task % d->bands * d->band, i1 = least(i0 + d->band, s->oh), row = layer_row(d);
-    int64_t pixels = s->oh * s->ow, taps = s->lh * s->lw, depth = d->features + 1;
+    int64_t pixels = s->oh * s->ow, taps = s->lh * s->lw, depth = d->features + 1, multiplier = d->outputs / d->c;
+    const int64_t thick = even_part(depth, DEPTH);
     Padded p = padded(s, i0, i1);
     tap_places(s, p, w.place);
     window_copy(s, p, d->c, t->x + n * d->c * s->h * s->w, w.x);
@@ -138,10 +139,15 @@ void dconv_layer_forward(const DconvLayer *d, const DconvLayerTensors *t, float 
             Pixels at[VECTORS];
             Operands by = {w.features + v * LANES, row, LANES, w.kernels, vectors * LANES, LANES};
             for (int64_t i = 0; i < vectors; i++) pixels_from(s, p, (first - i0) * s->ow + (v + i) * LANES, at + i);
-            for (int64_t o = 0; o < d->outputs; o++) {
-                product(taps, vectors, depth, t->weight + o * taps * depth, by, LANES, 0);
-                layer_filter(taps, vectors, w.place, w.x + o / (d->outputs / d->c) * p.plane, at, w.kernels, t->bias ? t->bias[o] : 0,
-                             t->y + (n * d->outputs + o) * pixels + start + v * LANES, count - v * LANES);
+            const float *weight = t->weight, *x = w.x;
+            float *y = t->y + n * d->outputs * pixels + start + v * LANES;
+            for (int64_t o = 0, more = multiplier; o < d->outputs; o++, weight += taps * depth, y += pixels) {
+                Operands part = by;
+                if (taps > ROWS) product(taps, vectors, depth, weight, by, LANES, 0);
+                for (int64_t k = 0; k < depth && taps <= ROWS; k += thick, part.b += thick * row) /* what `product` does, undivided */
+                    block_of(taps, vectors, least(thick, depth - k), weight + k * taps, &part, LANES, k > 0);
+                layer_filter(taps, vectors, w.place, x, at, w.kernels, t->bias ? t->bias[o] : 0, y, count - v * LANES);
+                if (--more == 0) more = multiplier, x += p.plane;
             }
         }
     }

@@ -7,7 +7,7 @@
 
 #include "lanes.h"
 
-enum { DEPTH = 192 }; /* of k at a time: DEPTH rows of VECTORS vectors of B stay in the first-level cache, or near it */
+enum { DEPTH = 224 }; /* of k at a time: DEPTH rows of VECTORS vectors of B stay in the first-level cache, or near it */
 
 /* Rows of A (`rows` × `depth`, at distances row and k) in blocks of height even_part(rows, ROWS), in each k by k. */
 static void pack(const float *A, int64_t row, int64_t k_step, int64_t rows, int64_t depth, float *to) {
@@ -26,33 +26,42 @@ typedef struct {
     int64_t b_k, b_vector; /* distances between rows, and between vectors of a row */
     float *c;
     int64_t c_row, c_vector;
-} Operands;
+} Operands; /* handed on by address: a copy as a whole would wait for what was just written to a part of it */
 
-INLINE void block(const int rows, const int vectors, int64_t depth, const float *A, Operands at, int64_t last, int add) {
+/* The sums of a block whose last vectors have fewer lanes. Apart, because sums do not stay in registers where a function is called. */
+static __attribute__((noinline)) void keep_some(int rows, int vectors, const vec *sums, const Operands *at, int64_t last, int add) {
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++, sums++) {
+            float *c = at->c + r * at->c_row + v * at->c_vector;
+            int64_t lanes = v == vectors - 1 ? last : LANES;
+            store_first(c, add ? *sums + load_first(c, lanes) : *sums, lanes);
+        }
+}
+
+INLINE void block(const int rows, const int vectors, int64_t depth, const float *A, const Operands *at, int64_t last, int add) {
     vec sum[9][3];
-    const float *b = at.b;
+    const float *b = at->b;
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = (vec){0};
-    for (int64_t k = 0; k < depth; k++, A += rows, b += at.b_k) {
+    for (int64_t k = 0; k < depth; k++, A += rows, b += at->b_k) {
         vec x[3];
-        UNROLLED for (int v = 0; v < vectors; v++) x[v] = load(b + v * at.b_vector);
+        UNROLLED for (int v = 0; v < vectors; v++) x[v] = load(b + v * at->b_vector);
         UNROLLED for (int r = 0; r < rows; r++) {
             vec a = splat(A[r]);
             UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] += a * x[v];
         }
     }
-    UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) {
-        float *c = at.c + r * at.c_row + v * at.c_vector;
-        int64_t lanes = v == vectors - 1 ? last : LANES;
-        vec old = {0};
-        if (add && lanes >= LANES)
-            old = load(c);
-        else if (add)
-            memcpy(&old, c, (size_t)lanes * 4);
-        store_first(c, sum[r][v] + old, lanes);
-    }
+    if (last < LANES) {
+        vec sums[9 * 3];
+        UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sums[r * vectors + v] = sum[r][v];
+        keep_some(rows, vectors, sums, at, last, add);
+    } else
+        UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) {
+            float *c = at->c + r * at->c_row + v * at->c_vector;
+            store(c, add ? sum[r][v] + load(c) : sum[r][v]);
+        }
 }
 
-static void block_of(int64_t rows, int64_t vectors, int64_t depth, const float *A, Operands at, int64_t last, int add) {
+static void block_of(int64_t rows, int64_t vectors, int64_t depth, const float *A, const Operands *at, int64_t last, int add) {
 #define CASE(R, V) \
     case R * 4 + V: block(R, V, depth, A, at, last, add); return;
 #define CASES(R) CASE(R, 1) CASE(R, 2) CASE(R, 3)
@@ -68,9 +77,9 @@ static void block_of(int64_t rows, int64_t vectors, int64_t depth, const float *
 
 /* `count` vectors of a row, of the last only `last` lanes. */
 static void product(int64_t rows, int64_t count, int64_t depth, const float *packed, Operands at, int64_t last, int add) {
-    int64_t height = even_part(rows, ROWS), width = even_part(count, VECTORS);
-    for (int64_t k = 0; k < depth; k += DEPTH) {
-        int64_t deep = least(DEPTH, depth - k);
+    int64_t height = even_part(rows, ROWS), width = even_part(count, VECTORS), thick = even_part(depth, DEPTH);
+    for (int64_t k = 0; k < depth; k += thick) {
+        int64_t deep = least(thick, depth - k);
         for (int64_t v = 0; v < count; v += width) {
             int64_t wide = least(width, count - v);
             for (int64_t r = 0; r < rows; r += height) {
@@ -78,7 +87,7 @@ static void product(int64_t rows, int64_t count, int64_t depth, const float *pac
                 Operands part = at;
                 part.b += k * at.b_k + v * at.b_vector;
                 part.c += r * at.c_row + v * at.c_vector;
-                block_of(high, wide, deep, packed + r * depth + k * high, part, v + wide == count ? last : LANES, add || k);
+                block_of(high, wide, deep, packed + r * depth + k * high, &part, v + wide == count ? last : LANES, add || k);
             }
         }
     }

@@ -67,13 +67,30 @@ INLINE int64_t round_up(int64_t a) { return ceil_div(a, 16) * 16; } /* floats: w
 /* Into how large parts to cut `n` so that they are at most `limit` and nearly equal. */
 INLINE int64_t even_part(int64_t n, int64_t limit) { return ceil_div(n, ceil_div(n, limit)); }
 
+/* Copies a row: calls of memcpy would take longer than short ones do. */
+INLINE void copy_floats(float *to, const float *from, int64_t n) {
+    for (int64_t j = 0; j < n && n >= LANES; j += LANES) {
+        j = least(j, n - LANES); /* the last vector overlaps the one before */
+        store(to + j, load(from + j));
+    }
+    if (n >= LANES) return;
+    if (n >= 8) {
+        memcpy(to, from, 8 * 4);
+        memcpy(to + n - 8, from + n - 8, 8 * 4);
+    } else if (n >= 4) {
+        memcpy(to, from, 4 * 4);
+        memcpy(to + n - 4, from + n - 4, 4 * 4);
+    } else
+        for (int64_t j = 0; j < n; j++) to[j] = from[j];
+}
+
 /* Copies rows that lie far apart: too short for the hardware to foresee the next ones, so those are asked for here. */
 static void copy_rows(const float *from, int64_t from_row, int64_t rows, int64_t count, float *to, int64_t to_row) {
     enum { ROWS_AHEAD = 3, LINE = 16 };
     for (int64_t r = 0; r < rows; r++) {
         const float *row = from + r * from_row, *next = row + ROWS_AHEAD * from_row;
         for (int64_t q = 0; q < count && r + ROWS_AHEAD < rows; q += LINE) __builtin_prefetch(next + q);
-        memcpy(to + r * to_row, row, (size_t)count * 4);
+        copy_floats(to + r * to_row, row, count);
     }
 }
 

@@ -15,7 +15,8 @@ enum { PAFU_PIXELS = 6, PAFU_VECTORS = 4 };
 #else
 enum { PAFU_PIXELS = 6, PAFU_VECTORS = 2 };
 #endif
-/* PAFU_DEPTH: numbers of a patch at a time, whose part of a packed kernel stays in the first-level cache.
+/* PAFU_DEPTH: numbers of a patch at a time, whose part of a packed kernel is read, vector after vector, from the second-level cache:
+ * that costs less than to add up more pieces, each of which reads and writes the output at the pixels' scattered places.
  * AHEAD: floats by which rows that are turned are asked for before; the hardware does not foresee so many. */
 enum { PAFU_DEPTH = 1152, AHEAD = 64 };
 

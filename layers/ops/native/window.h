@@ -57,25 +57,19 @@ static void window_copy(const Window *s, Padded p, int64_t channels, const float
     int64_t first = least(p.rows, most(0, -p.top)), end = most(first, least(p.rows, s->h - p.top)); /* rows of p inside x */
     for (int64_t c = 0; c < channels; c++, inner += p.plane) {
         const float *in = x + (c * s->h + p.top + first) * s->w, *ahead = in + s->h * s->w;
-        int64_t used = first * p.row; /* floats of the plane that are written so far */
-        memset(inner, 0, (size_t)used * 4);
+        memset(inner, 0, (size_t)p.plane * 4);
         for (int64_t r = first; r < end; r++, in += s->w, ahead += s->w) {
             float *row = inner + r * p.row;
             for (int64_t j = 0; j < width && c + 1 < channels; j += 16) __builtin_prefetch(ahead + j);
             if (s->sw == 1) {
-                memset(inner + used, 0, (size_t)(row + s->pw - (inner + used)) * 4);
-                memcpy(row + s->pw, in, (size_t)width * 4);
-                used = r * p.row + s->pw + width;
+                copy_floats(row + s->pw, in, width);
                 continue;
             }
-            memset(row, 0, (size_t)p.row * 4);
-            used = (r + 1) * p.row;
             for (int64_t q = 0; q < s->sw; q++) { /* columns j of x, padded columns j + pw = q mod sw */
                 int64_t j = ((q - s->pw) % s->sw + s->sw) % s->sw;
                 for (float *at = row + q * p.part + (j + s->pw) / s->sw; j < width; j += s->sw) *at++ = in[j];
             }
         }
-        memset(inner + used, 0, (size_t)(p.plane - used) * 4);
     }
     memset(inner, 0, LANES * 4);
 }
