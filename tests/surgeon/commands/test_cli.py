@@ -261,7 +261,7 @@ def test_a_closed_pipe_is_no_error() -> None:
 
 def test_ctrl_c_ends_with_one_line_and_nothing_written(tmp_path: Path) -> None:
     code = (
-        "import signal, sys, surgeon.models.checkpoint as c, surgeon.cli, time\n"
+        "import signal, sys, surgeon.models.folder as c, surgeon.cli, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job of a shell starts with it ignored
         "def slow(path): print('writing', flush=True); time.sleep(60)\n"
         "c.sync = slow\n"
