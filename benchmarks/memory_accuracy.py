@@ -156,31 +156,34 @@ class _LikeCuda(TorchFunctionMode):
 
 
 def _tracked(name: str, placement: Placement, batch: int, kind: dict[str, Any], size: tuple[int, ...]) -> int:
-    """Peak of two steps by torch's MemTracker, bytes; no tensor is real."""
-    train, amp = kind["mode"] == "train", bool(kind.get("amp"))
-    real = _build(name, placement).train(train)
+    real = _build(name, placement)
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         model = copy.deepcopy(real)
     with mode:
-        x = torch.randn(batch, *size)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, foreach=True)
-        tracker = MemTracker()
-        tracker.track_external(model, optimizer, x)
-        with tracker:
-            for _ in range(2 if train else 1):
-                like_cuda = _LikeCuda() if amp else nullcontext()
-                with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16, enabled=amp), like_cuda:
-                    out = model(x)
-                    loss = F.cross_entropy(out, torch.zeros(batch, dtype=torch.long)) if train else None
-                    del out
-                if loss is not None:
-                    loss.backward()
-                    del loss
-                    optimizer.step()
-                    optimizer.zero_grad()
-                tracker.reset_mod_stats()
-        return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
+        return tracked(model, torch.randn(batch, *size), train=kind["mode"] == "train", amp=bool(kind.get("amp")))
+
+
+def tracked(model: nn.Module, x: Tensor, *, train: bool, amp: bool = False) -> int:
+    """Peak of two training steps, or of one inference, by torch's MemTracker, bytes; model and input are fake tensors."""
+    model.train(train)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, foreach=True)
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer, x)
+    with tracker:
+        for _ in range(2 if train else 1):
+            like_cuda = _LikeCuda() if amp else nullcontext()
+            with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16, enabled=amp), like_cuda:
+                out = model(x)
+                loss = F.cross_entropy(out, torch.zeros(len(x), dtype=torch.long)) if train else None
+                del out
+            if loss is not None:
+                loss.backward()
+                del loss
+                optimizer.step()
+                optimizer.zero_grad()
+            tracker.reset_mod_stats()
+    return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 
 
 def _summary(rows: list[dict[str, Any]], how: str, results: Path) -> None:

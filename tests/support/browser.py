@@ -115,12 +115,10 @@ def installed() -> str | None:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A fresh browser; skips where the system has none, as no Python package brings one."""
+    """A fresh browser; skips the test on a system without Chromium."""
     program = installed()
     if program is None:
-        pytest.skip(
-            "looking at a page takes a browser, which pip cannot bring: install Chromium (apt install chromium)"
-        )
+        pytest.skip("no Chromium on the PATH: a system package, which pip cannot install (apt install chromium)")
     read_theirs, write_ours = os.pipe()
     read_ours, write_theirs = os.pipe()
     with tempfile.TemporaryDirectory(prefix="surgeon-chromium-", ignore_cleanup_errors=True) as profile:

@@ -20,6 +20,9 @@ import pytest
 
 from tests.support.places import ROOT
 
+# What forks would otherwise import themselves, each for seconds.
+PRELOADED = ["tests.support.search.toys", "tests.support.training.driver", "tests.support.forked"]
+
 Main = Callable[[Sequence[str]], int | None]
 
 
@@ -60,7 +63,7 @@ class Fork:
 def context() -> ForkServerContext:
     """That of the server, which is started here, once."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["tests.support.forked"])
+    found.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
         forkserver.ensure_running()

@@ -14,6 +14,7 @@ from surgeon.layers.acda import lean as acda_lean
 from surgeon.layers.acda.operator import ACDA_CONV, acda_conv
 from surgeon.layers.acda.reference import acda_macs
 from tests.support.layers.acda import problem
+from tests.support.layers.native import pairs
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -30,10 +31,6 @@ def check_against_reference(operands: tuple[Tensor, ...], geometry: tuple[Any, .
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b)
-
-
-def pairs(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
-    return st.tuples(st.integers(low, high), st.integers(low, high))
 
 
 @PROPERTY

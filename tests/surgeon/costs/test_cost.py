@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.memory_accuracy import tracked
 from surgeon.costs import cost, parse_input_size, parse_quantity
 from surgeon.costs.allocator import CachingAllocator, round_block
 from surgeon.costs.emulate import cuda_dispatch, meta_copy
@@ -32,32 +33,6 @@ def small() -> nn.Module:
         nn.Flatten(),
         nn.Linear(8, 10),
     )
-
-
-def mem_tracker(name: str, batch: int, *, train: bool, amp: bool = False) -> float:
-    """Peak by torch's own tracker over fake CPU tensors, MiB."""
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    with warnings.catch_warnings(), FakeTensorMode():
-        warnings.simplefilter("ignore")
-        model = timm.create_model(name).train(train)
-        x = torch.randn(batch, 3, 224, 224)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, foreach=True)
-        tracker = MemTracker()
-        tracker.track_external(model, optimizer, x)
-        with tracker:
-            for _ in range(2 if train else 1):
-                with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                    out = model(x)
-                    loss = F.cross_entropy(out, torch.zeros(batch, dtype=torch.long)) if train else None
-                    del out
-                if loss is not None:
-                    loss.backward()
-                    del loss
-                    optimizer.step()
-                    optimizer.zero_grad()
-                tracker.reset_mod_stats()
-        return float(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]) / MIB
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -79,7 +54,10 @@ def test_resnet50_has_its_known_numbers() -> None:
 @pytest.mark.parametrize(("train", "amp"), [(True, False), (True, True), (False, False), (False, True)])
 def test_agrees_with_an_independent_tracker(train: bool, amp: bool) -> None:
     mine = cost(timm.create_model("resnet18"), batch_size=4, mode="train" if train else "infer", amp=amp)
-    assert mine.peak_bytes / MIB == pytest.approx(mem_tracker("resnet18", 4, train=train, amp=amp), rel=0.005)
+    with warnings.catch_warnings(), FakeTensorMode():
+        warnings.simplefilter("ignore")
+        peak = tracked(timm.create_model("resnet18"), torch.randn(4, 3, 224, 224), train=train, amp=amp)
+    assert mine.peak_bytes == pytest.approx(peak, rel=0.005)
 
 
 def test_nothing_real_is_allocated_and_the_model_stays_as_it_is() -> None:
