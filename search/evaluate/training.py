@@ -28,6 +28,7 @@ from surgeon.search.study.journal import file_lock
 from surgeon.surgery.convert import convert
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.util.copying import copy_model
+from surgeon.util.outputs import RUN
 from surgeon.zoo.finetune import FinetuneConfig, FinetuneResult, Source, finetune
 from surgeon.zoo.finetune.loop import Interrupted
 from surgeon.zoo.tasks import Task, better
@@ -162,7 +163,7 @@ class TrainingEvaluator(Evaluator):
         self, placement: Ints, config: FinetuneConfig, source: "Source", output: Path | None, watch: Any
     ) -> FinetuneResult:
         model = self.converted(placement, seed=config.seed)
-        resume = output is not None and (output / "training" / "run.json").is_file()
+        resume = output is not None and (output / RUN).is_file()
         known = self._start if output is None else None
         result = finetune(
             model, self.task, config, output, source=source, resume=resume, watch=watch, known_start=known

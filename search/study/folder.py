@@ -25,6 +25,7 @@ from surgeon.search.study.record import Record
 from surgeon.search.study.study import Study
 from surgeon.search.study.study_file import StudyFile
 from surgeon.util.files import check_fields, inside, read_object, write_text
+from surgeon.util.outputs import SEARCH
 
 FORMAT = "surgeon-search"
 VERSION = 1
@@ -37,7 +38,7 @@ class SearchFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.study = self.path / "study.jsonl"
-        self.about = self.path / "search.json"
+        self.about = self.path / SEARCH
         self.gains = self.path / "gains.json"
         self.best = self.path / "best"
         self.finals = self.path / "finals"

@@ -2,12 +2,12 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import add_amp, add_batch_size, print_json, size, whole
 from surgeon.errors import ConfigError, InputError
+from surgeon.util.outputs import is_surgeon_folder
 from surgeon.util.parse import parse_quantity
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _cost_of(spec: str, args: argparse.Namespace, **settings: Any) -> "tuple[nn.
     from surgeon.models.names import shapes_of
 
     spec = folder_if_any(spec)
-    if not args.measure and not Path(spec, "recipe.json").is_file():
+    if not args.measure and not is_surgeon_folder(spec):
         model = shapes_of(spec)
         try:
             return model, cost(model, **settings)
@@ -128,7 +128,7 @@ def build(spec: str, *, trust_factory: bool = False) -> "nn.Module":
     from surgeon.models.hub import folder_if_any
 
     folder = folder_if_any(spec)
-    if Path(folder, "recipe.json").is_file():
+    if is_surgeon_folder(folder):
         from surgeon.models.checkpoint import load
 
         return load(folder, trust_factory=trust_factory)
@@ -144,7 +144,7 @@ def original_of(args: argparse.Namespace) -> "nn.Module":
     from surgeon.records.recipe import Recipe
 
     folder = folder_if_any(getattr(args, "run", None) or args.model)
-    if not Path(folder, "recipe.json").is_file():
+    if not is_surgeon_folder(folder):
         raise ConfigError(f"{folder} was not written by surgeon; name the model to compare with: --compare ORIGINAL")
     base = Recipe.read(folder).base
     if base is None:

@@ -1,7 +1,6 @@
 """`surgeon evaluate`: a model's metrics on a task, compared with its original's. Imports torch when it runs."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
@@ -16,6 +15,7 @@ from surgeon.commands.common.arguments import (
 )
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError, ModelError, SurgeonError
+from surgeon.util.outputs import is_surgeon_folder
 from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _model(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
     from surgeon.models.hub import folder_if_any
 
     folder = folder_if_any(args.model)
-    if Path(folder, "recipe.json").is_file():
+    if is_surgeon_folder(folder):
         from surgeon.models.checkpoint import load
         from surgeon.records.recipe import get_recipe
 

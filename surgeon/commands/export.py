@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import add_seed, print_json, size, tell, whole
 from surgeon.errors import ConfigError
-from surgeon.util.outputs import check_file_output
+from surgeon.util.outputs import check_file_output, is_surgeon_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -131,7 +131,7 @@ def _model(args: argparse.Namespace) -> "tuple[nn.Module, tuple[int, ...] | None
     from surgeon.models.hub import folder_if_any
 
     folder = folder_if_any(args.run)
-    if Path(folder, "recipe.json").is_file():
+    if is_surgeon_folder(folder):
         from surgeon.models.checkpoint import load
         from surgeon.records.recipe import get_recipe
 

@@ -20,7 +20,7 @@ from surgeon.commands.common.arguments import (
 )
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
-from surgeon.util.outputs import check_run_output
+from surgeon.util.outputs import check_run_output, is_surgeon_folder
 from surgeon.util.parse import parse_span, parse_time
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ def _source(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None"
     from surgeon.zoo.finetune import Source
 
     folder = folder_if_any(args.model)
-    if not Path(folder, "recipe.json").is_file():
+    if not is_surgeon_folder(folder):
         options = dict(args.model_args)
         if recipe is None:
             model, base = build_model(args.model, weights=args.weights, options=options)

@@ -46,14 +46,13 @@ from surgeon.records.recipe import (
     unquoted,
     versions,
 )
-from surgeon.records.recipe import FILE as RECIPE
 from surgeon.records.report import Report
 from surgeon.surgery.raised import Raised
 from surgeon.surgery.rewrite import Rewrite, convolution_rule, dynamic_layers, folded_from, folded_windows
 from surgeon.surgery.sizes import check_layers
 from surgeon.util.copying import copy_model
 from surgeon.util.files import check_fields, parse_json, read_json, read_object, told
-from surgeon.util.outputs import check_output
+from surgeon.util.outputs import RECIPE, check_output
 
 logger = logging.getLogger(__name__)
 

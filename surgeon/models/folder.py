@@ -11,9 +11,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from surgeon.errors import CheckpointError, RecipeError, SurgeonError
-from surgeon.records.recipe import FILE as RECIPE
 from surgeon.util.files import check_fields, sync
-from surgeon.util.outputs import check_output
+from surgeon.util.outputs import RECIPE, check_output
 from surgeon.util.unfinished import unfinished
 
 

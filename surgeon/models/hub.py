@@ -21,10 +21,10 @@ from surgeon.models.weights import bounded_network
 from surgeon.records.card import FILE as CARD
 from surgeon.records.card import PLACE
 from surgeon.records.collapse_report import CollapseReport
-from surgeon.records.recipe import FILE as RECIPE
 from surgeon.records.recipe import FORMAT, BaseModel
 from surgeon.records.report import Report
 from surgeon.util.files import read_json, read_text, told
+from surgeon.util.outputs import RECIPE
 
 FILES = (RECIPE, WEIGHTS, PROGRAM, CARD, REPORT, TEXT)
 

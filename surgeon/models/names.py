@@ -24,6 +24,7 @@ from surgeon.models.sources import construct, pretrained, resolve_hub
 from surgeon.models.weights import load_weights, read_weights, state_sha256
 from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
+from surgeon.util.outputs import is_surgeon_folder
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def build_model(
     from surgeon.models.hub import folder_if_any
 
     found = folder_if_any(spec)
-    if (Path(found) / "recipe.json").is_file():
+    if is_surgeon_folder(found):
         return _from_folder(found, weights, spec)
     if is_program(spec):
         given = {
@@ -131,7 +132,7 @@ def size_of(spec: str) -> tuple[int, ...] | None:
     from surgeon.models.hub import folder_if_any
 
     folder = folder_if_any(spec)
-    if (Path(folder) / "recipe.json").is_file():
+    if is_surgeon_folder(folder):
         base = Recipe.read(folder).base
         return (base.input_size or None) if base is not None else None
     return None if is_program(spec) else _parse(spec).input_size or None

@@ -5,13 +5,11 @@ from pathlib import Path
 
 from surgeon.errors import CheckpointError, ModelError
 from surgeon.util.near import did_you_mean
-from surgeon.util.outputs import RECIPE, RUN, TRIAL
+from surgeon.util.outputs import RECIPE, RUN, SEARCH, TRIAL, is_surgeon_folder
 
 HUB = re.compile(r"(hf-hub|hf_hub|local-dir):(?P<id>.+)")
 LIBRARIES = ("timm", "torchvision", "zoo")  # prefixes before the / of a model's name
 WEIGHTS = ("auto", "pretrained", "random")  # values of --weights other than a file
-
-SEARCH = "search.json"  # marks the folder of a search
 
 
 def check_folder(path: str | Path) -> None:
@@ -20,14 +18,14 @@ def check_folder(path: str | Path) -> None:
     if not path.is_dir():
         near = near_folders(path) or " `surgeon convert`, `finetune` and others write such folders"
         raise CheckpointError(f"there is no surgeon folder {path}.{near}")
-    if not (path / RECIPE).is_file():
+    if not is_surgeon_folder(path):
         raise CheckpointError(f"{path} is not a surgeon folder: it has no {RECIPE}{_instead(path)}")
 
 
 def check_model_name(spec: str) -> None:
     """Raise `ModelError` if a model's name is a path that does not exist or was not written by surgeon."""
     path = Path(spec)
-    if HUB.fullmatch(spec) or ":" in spec or (path / RECIPE).is_file():
+    if HUB.fullmatch(spec) or ":" in spec or is_surgeon_folder(path):
         return
     if spec.endswith(".pt2"):
         if not path.is_file():
@@ -74,7 +72,7 @@ def near_folders(path: Path) -> str:
 
 def _instead(path: Path) -> str:
     """The kind of surgeon folder that it is instead, if any."""
-    if (path / "model" / RECIPE).is_file():
+    if is_surgeon_folder(path / "model"):
         return f"; its model is in {path / 'model'}"
     if (path / RUN).is_file():
         return "; its fine-tuning is incomplete: resume it (surgeon finetune ... --resume)"

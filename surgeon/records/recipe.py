@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from surgeon.errors import ConfigError, RecipeError, SelectionError
 from surgeon.records.providers import providers
 from surgeon.util import files
+from surgeon.util.outputs import RECIPE
 
 if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = "surgeon-recipe"
 VERSION = 2  # 1: options that a rule leaves out are those of the layer's paper
-FILE = "recipe.json"
 
 CONVOLUTION = "conv"  # rule type for a plain convolution with another window, left by `revert` or `collapse`
 
@@ -182,7 +182,7 @@ class Recipe:
             return cls(rules=tuple(as_published(rule) for rule in rules))
         path = Path(path)
         if path.is_dir():
-            return cls.from_json(read_text(path / FILE), str(path / FILE)).located(path)
+            return cls.from_json(read_text(path / RECIPE), str(path / RECIPE)).located(path)
         return cls.from_json(read_text(path), str(path))
 
     def located(self, folder: Path) -> "Recipe":

@@ -7,6 +7,12 @@ from surgeon.errors import CheckpointError, ConfigError
 RECIPE = "recipe.json"  # marks a surgeon folder
 RUN = Path("training", "run.json")  # the record of a run of fine-tuning in its folder
 TRIAL = "try.json"  # the record of `surgeon try`
+SEARCH = "search.json"  # marks the folder of a search
+
+
+def is_surgeon_folder(path: str | Path) -> bool:
+    """Whether a path is a folder that contains a model written by surgeon."""
+    return Path(path, RECIPE).is_file()
 
 
 def check_output(path: str | Path, *, force: bool = False) -> None:
@@ -20,7 +26,7 @@ def check_output(path: str | Path, *, force: bool = False) -> None:
         )
     if not path.is_dir() or path.is_symlink():
         raise CheckpointError(f"the output {path} exists and is not a folder: --force replaces only folders")
-    if any(path.iterdir()) and not (path / RECIPE).is_file():
+    if any(path.iterdir()) and not is_surgeon_folder(path):
         raise CheckpointError(
             f"the output {path} was not written by surgeon (it has no {RECIPE}): --force leaves it alone"
         )
@@ -45,7 +51,7 @@ def check_run_output(output: Path, *, resume: bool, force: bool) -> None:
         raise CheckpointError(f"the output {output} exists; choose another with -o, {hint}")
     if not output.is_dir() or output.is_symlink():
         raise CheckpointError(f"the output {output} exists and is not a folder: --force replaces only folders")
-    if any(output.iterdir()) and not ((output / RECIPE).is_file() or there):
+    if any(output.iterdir()) and not (is_surgeon_folder(output) or there):
         raise CheckpointError(f"the output {output} was not written by surgeon: --force leaves it alone")
 
 

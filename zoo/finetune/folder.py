@@ -18,11 +18,10 @@ from torch import nn
 from surgeon.errors import CheckpointError, ConfigError, DataError
 from surgeon.models.checkpoint import save
 from surgeon.records.collapse_report import CollapseReport
-from surgeon.records.recipe import FILE as RECIPE
 from surgeon.records.recipe import BaseModel, versions
 from surgeon.records.report import Report
 from surgeon.util.files import check_fields, read_object, sync
-from surgeon.util.outputs import RUN, check_run_output
+from surgeon.util.outputs import RECIPE, RUN, check_run_output
 from surgeon.zoo.finetune.config import FREE, TOLD, FinetuneConfig
 from surgeon.zoo.finetune.state import read_log, write_text
 from surgeon.zoo.tasks import Task
@@ -111,7 +110,7 @@ class RunFolder:
         try:
             shutil.rmtree(fresh, ignore_errors=True)
             (fresh / "training").mkdir(parents=True)
-            write_text(fresh / "training" / "run.json", json.dumps(record, indent=2) + "\n")
+            write_text(fresh / RUN, json.dumps(record, indent=2) + "\n")
             if self.output.exists():
                 self.output.rename(old)
             fresh.rename(self.output)

@@ -19,6 +19,7 @@ from surgeon.models.weights import state_sha256
 from surgeon.records.recipe import BaseModel
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.util.copying import copy_model
+from surgeon.util.outputs import RUN
 from surgeon.visualize.adaptivity import Adaptivity
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune import FinetuneConfig, Source, finetune
@@ -256,7 +257,7 @@ class _Trial:
         key, began = _key(arm, rate, seed), time.monotonic()
         self.run_started = began
         place = self.folder.runs / key
-        going_on = (place / "training" / "run.json").is_file()
+        going_on = (place / RUN).is_file()
         left = f"{self.left / 60:.1f} min left"
         self.tell(f"run {len(self.scores) + 1}: {arm}, rate {rate:g}, seed {seed}; {left}")
         task = self.make_task(seed)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import add_pairs, tell
 from surgeon.errors import ConfigError, DataError, RecipeError
-from surgeon.records.recipe import FILE, Trained, trained
+from surgeon.records.recipe import Trained, trained
 from surgeon.util import declared
 from surgeon.util.files import read_object
+from surgeon.util.outputs import RECIPE
 
 if TYPE_CHECKING:
     from surgeon.zoo.recipes import TrainingRecipe
@@ -55,7 +56,7 @@ def settle(args: argparse.Namespace) -> None:
 
 def recorded(model: str | None) -> Trained | None:
     """The task recorded in a fine-tuned folder on this machine."""
-    file = Path(model or "", FILE)
+    file = Path(model or "", RECIPE)
     if model is None or not file.is_file():
         return None
     return trained(read_object(file, RecipeError).get("task"), f"{file}: task")

@@ -9,6 +9,7 @@ from surgeon.commands.common.arguments import add_seed, input_size, positive, pr
 from surgeon.commands.cost import add_step_arguments
 from surgeon.errors import ConfigError
 from surgeon.util.files import told, write_text
+from surgeon.util.outputs import is_surgeon_folder
 
 if TYPE_CHECKING:
     from surgeon.search.budget import Budgets
@@ -142,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
 
     budgets = read_budgets(args)
     config = space_config(args)
-    weights = args.weights or ("auto" if Path(args.model, "recipe.json").is_file() else "random")
+    weights = args.weights or ("auto" if is_surgeon_folder(args.model) else "random")
     model, base = build_model(args.model, weights=weights, seed=args.seed, input_size=args.input_size)
     gate = Gate(
         model,
