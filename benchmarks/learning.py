@@ -206,12 +206,20 @@ def summary(name: str, study: Study, rows: Rows) -> list[dict[str, Any]]:
                 facts
                 | {
                     "against": other or "",
-                    "difference": "; ".join(f"{what} {signed(values)}" for what, values in gaps.items()),
+                    "difference": "; ".join(
+                        f"{what} {signed(values)}{_ahead(values, study.lower)}" for what, values in gaps.items()
+                    ),
                     "verdict": "; ".join(f"{what} {outcome(values, study.lower)}" for what, values in gaps.items()),
                     "verdicts": {what: outcome(values, study.lower) for what, values in gaps.items()},
                 }
             )
     return lines
+
+
+def _ahead(values: Sequence[float], lower: bool) -> str:
+    """How many of several seeds are ahead."""
+    better = sum((value < 0) if lower else (value > 0) for value in values)
+    return f" ({better} of {len(values)} ahead)" if len(values) > 1 else ""
 
 
 def _settled(name: str, study: Study, arm: str, rows: Rows) -> dict[int, dict[str, Any]]:

@@ -61,7 +61,7 @@ def test_a_study_runs_and_is_not_run_again(
     rows = content["rows"]
     assert {row["arm"] for row in rows} == {"plain", "ours"}
     line = content["studies"]["toy"]["lines"][1]
-    assert line["difference"] == "sum +0.00 ± 0.00", "equal networks of equal seeds differ by nothing"
+    assert line["difference"] == "sum +0.00 ± 0.00 (0 of 2 ahead)", "equal networks of equal seeds differ by nothing"
     assert line["verdicts"] == {"sum": "undecided"}
     assert "of 1 comparisons: 0 won, 0 lost, 1 undecided" in capsys.readouterr().out
     assert "**toy**" in report.learning(content)
