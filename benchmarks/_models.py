@@ -130,9 +130,8 @@ def _torchvision_options(case: Case) -> dict[str, Any]:
         return {"weights_backbone": None} | ({} if case.family == "lraspp" else {"aux_loss": True})
     if case.kind == "detection":
         sized = {} if case.name.startswith("ssd") else {"min_size": 128, "max_size": 192}
-        few = (
-            {f"rpn_post_nms_top_n_{mode}": 50 for mode in ("train", "test")} if "rcnn" in case.name else {}
-        )  # of 1000, 2000
+        # of 1000, 2000
+        few = {f"rpn_post_nms_top_n_{mode}": 50 for mode in ("train", "test")} if "rcnn" in case.name else {}
         return {"weights_backbone": None} | sized | few
     return {"init_weights": False} if case.family in ("googlenet", "inception") else {}
 

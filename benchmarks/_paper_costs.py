@@ -39,9 +39,8 @@ def _layers() -> list[dict[str, Any]]:
         conv = nn.Conv2d(_CHANNELS, _CHANNELS, k, padding=k // 2)
         config = ACDAConfig(**(ACDA | {"scales": (k - 1) // 2}))
         layer = ACDAConv2d.from_conv(conv, config)
-        generator = (
-            layer.generator.macs(_SIDE, _SIDE) + layer.psi.numel() * config.atoms * _SIDE**2
-        )  # Φ, and atoms of the basis
+        # Φ, and atoms of the basis
+        generator = layer.generator.macs(_SIDE, _SIDE) + layer.psi.numel() * config.atoms * _SIDE**2
         own = sum(p.numel() for p in layer.generator.parameters())
         whole = layer.macs(_SIDE, _SIDE)
         params = sum(p.numel() for p in layer.parameters())

@@ -94,9 +94,7 @@ class DynamicConv2d(nn.Module):
     type_name: ClassVar[str]
     fewer_parameters: ClassVar[str] = ""  # the option that makes the layer smaller, for hints
     tasks: ClassVar[tuple[str, ...]] = ()  # the tasks of the layer's paper, on which `surgeon try` tries it first
-    patterns: ClassVar[
-        Mapping[str, Mapping[str, Any]]
-    ] = {}  # block patterns (surgeon.surgery.blocks) and their options
+    patterns: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # block patterns (surgery/blocks.py) and their options
     selects: ClassVar[bool] = False  # whether the largest of several numbers decides: rounding breaks ties
     Config: ClassVar[type[LayerConfig]]
 

@@ -17,9 +17,8 @@ from torch.overrides import TorchFunctionMode
 from surgeon.errors import UnsupportedLayerError
 from surgeon.layers.geometry import ConvGeometry, Quad
 
-CONV_ATTRIBUTES = frozenset(
-    vars(nn.Conv2d(1, 1, 1, device="meta"))
-)  # of a new convolution, without drawing random numbers
+# of a new convolution, without drawing random numbers
+CONV_ATTRIBUTES = frozenset(vars(nn.Conv2d(1, 1, 1, device="meta")))
 
 
 @dataclass(frozen=True, kw_only=True)

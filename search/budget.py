@@ -158,9 +158,8 @@ class Budgets:
         limit = self.memory_limit(original, calibration)
         memory = None if limit is None else calibration.room(limit, reserve)
         if memory is not None and calibration.needed(original.peak_bytes, own) <= (limit or 0):
-            memory = max(
-                memory, original.peak_bytes
-            )  # calibration from other placements never rules out the original model
+            # calibration from other placements never rules out the original model
+            memory = max(memory, original.peak_bytes)
         return {
             "flops": None if self.flops is None else int(self.flops.of(original.flops)),
             "params": None if self.params is None else int(self.params.of(original.params)),

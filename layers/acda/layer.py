@@ -80,11 +80,8 @@ class ACDAConfig(LayerConfig):
     def may_compress(self, geometry: ConvGeometry) -> bool:
         if self.static_atoms is None:
             return False
-        taps, filters = (
-            geometry.kernel_size[0] * geometry.kernel_size[1],
-            geometry.weight_shape[0] * geometry.weight_shape[1],
-        )
-        return self.atoms + self.static_atoms < min(taps, filters)
+        filters, inputs, height, width = geometry.weight_shape
+        return self.atoms + self.static_atoms < min(height * width, filters * inputs)
 
 
 @register

@@ -171,9 +171,8 @@ class PAFUConv2d(CodedConv2d):
     @torch.no_grad()
     def _fill_further_kernels(self, weight: Tensor) -> None:
         """In place, because the kernels of a large layer take gigabytes."""
-        kernels = self.further_kernels.copy_(
-            torch.randn(self.further_kernels.shape)
-        )  # CPU draws: equal on every device
+        drawn = torch.randn(self.further_kernels.shape)  # on the CPU: equal on every device
+        kernels = self.further_kernels.copy_(drawn)
         rms = weight.double().square().mean().sqrt().to(weight.dtype)
         centered = F.pad(weight, _margins((weight.shape[-2], weight.shape[-1]), self.window)).movedim(1, -1)
         kernels.mul_(self.config.perturbation * rms).add_(centered.flatten(1))

@@ -179,9 +179,8 @@ class BudgetedSampler(BaseSampler):
             else:
                 proposal = self._choose(study, trial)
                 partly = not self.parameters.distributions.keys() <= search_space.keys()  # from PartialFixedSampler
-                if partly or trial.system_attrs.get(
-                    "fixed_params"
-                ):  # from `study.enqueue_trial`: the rest is filled in
+                # from `study.enqueue_trial`: the rest is filled in
+                if partly or trial.system_attrs.get("fixed_params"):
                     proposal = Proposal(proposal.placement, "enqueued")
             self._proposals[study.study_name, trial.number] = proposal
             for old in list(self._proposals)[:-_KEPT]:

@@ -183,9 +183,8 @@ class StudyDatabase(Study):
         """Create the row that is locked. Two workers may create it at the same time."""
         if self.on_disk is not None:
             return
-        with contextlib.suppress(
-            IntegrityError, sql.exc.ProgrammingError
-        ):  # another worker created the table meanwhile
+        # another worker created the table meanwhile
+        with contextlib.suppress(IntegrityError, sql.exc.ProgrammingError):
             _LOCKS.create(self._engine, checkfirst=True)
         with self._engine.connect() as connection:
             known = connection.execute(sql.select(_LOCKS.c.name).where(_LOCKS.c.name == self.name)).first()

@@ -126,9 +126,8 @@ def run(args: argparse.Namespace) -> int:
             **options,
         )
         report.model = args.model
-        report.notes = read + [
-            note for note in report.notes if not note.startswith(OPTIMIZER_NOTE)
-        ]  # there is none here
+        # there is none here
+        report.notes = read + [note for note in report.notes if not note.startswith(OPTIMIZER_NOTE)]
         if not args.dry_run:
             progress("save", 0, 1)
             save(model, output, report=report, base=base, force=args.force)

@@ -50,10 +50,11 @@ class CachingAllocator:
         self.pinned = 0
         self.peak_allocated = 0
         self.peak_pinned = 0
+        # small, large: (size, address, block), sorted
         self._pools: tuple[list[tuple[int, int, _Block]], ...] = (
             [],
             [],
-        )  # small, large: (size, address, block), sorted
+        )
         self._next_address = 0
         self._used: dict[int, tuple[_Block, int]] = {}
 

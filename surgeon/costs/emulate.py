@@ -136,9 +136,8 @@ def _kernel(qualified: str) -> Callable[..., Any]:
     packet, _, overload = name.partition(".")
     op = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
     run = _INSTEAD.get(qualified, op)
-    cast = (
-        _policy(packet) if namespace == "aten" else _policy("linear")
-    )  # custom operators: as `register_autocast` does
+    # custom operators: as `register_autocast` does
+    cast = _policy(packet) if namespace == "aten" else _policy("linear")
     has_policy = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "AutocastCUDA")
 
     def kernel(*args: Any, **kwargs: Any) -> Any:

@@ -127,9 +127,8 @@ class Tracker(TorchDispatchMode):
             return 0
         node = torch._C._current_autograd_node()
         number = None if node is None else node._sequence_nr()
-        if (
-            number is None or number > 2**60 or not self._borders
-        ):  # AccumulateGrad belongs to the layer that ran just before
+        # AccumulateGrad belongs to the layer that ran just before
+        if number is None or number > 2**60 or not self._borders:
             return self._last_layer
         self._last_layer = self._owners[max(bisect_right(self._borders, number) - 1, 0)]
         return self._last_layer

@@ -30,9 +30,8 @@ def construct(base: BaseModel) -> nn.Module:
         warnings.catch_warnings(),
         _bounded(base),
     ):
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # torchvision's googlenet and inception warn about their own defaults
+        # torchvision's googlenet and inception warn about their own defaults
+        warnings.simplefilter("ignore", FutureWarning)
         return _bare(base)
 
 

@@ -257,9 +257,8 @@ def call_arguments(model: nn.Module, images: Tensor, *, train: bool) -> tuple[An
     n, _, height, width = images.shape
     mask = torch.zeros(1, height, width, dtype=torch.uint8, device=images.device)
     mask[:, height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 1
-    points = torch.tensor([width / 2, height / 2, 1.0], device=images.device).expand(
-        1, 17, 3
-    )  # COCO's number of keypoints
+    # COCO's number of keypoints
+    points = torch.tensor([width / 2, height / 2, 1.0], device=images.device).expand(1, 17, 3)
     target = {
         "boxes": torch.tensor([[width / 4, height / 4, 3 * width / 4, 3 * height / 4]], device=images.device),
         "labels": torch.ones(1, dtype=torch.long, device=images.device),

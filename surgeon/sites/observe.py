@@ -37,9 +37,8 @@ class Observation:
     ended: dict[str, list[int]] = field(default_factory=dict)  # end times of any module's calls
     arguments: dict[str, list[str]] = field(default_factory=dict)  # a convolution's arguments other than its input
     readers: dict[str, list[str]] = field(default_factory=dict)  # outside readers of a convolution's parameters
-    functional: dict[str, str] = field(
-        default_factory=dict
-    )  # weights passed to `conv2d` outside convolutions, and in which module
+    # weights passed to `conv2d` outside convolutions, and in which module
+    functional: dict[str, str] = field(default_factory=dict)
 
 
 def observe(

@@ -142,9 +142,8 @@ def _searched(cls: Any) -> dict[str, tuple[str, Any]]:
     """Methods of a class that may run when it computes: all but maintenance methods, plus those of them that these call."""
     methods: dict[str, tuple[str, Any]] = {}
     for base in cls.__mro__:
-        if base in (object, fx.GraphModule) or base.__module__.startswith(
-            "torch.nn."
-        ):  # a graph's own forward is in a subclass
+        # a graph's own forward is in a subclass
+        if base in (object, fx.GraphModule) or base.__module__.startswith("torch.nn."):
             continue
         for name, value in vars(base).items():
             function = inspect.unwrap(value.fget if isinstance(value, property) and value.fget else value)

@@ -69,9 +69,8 @@ def outside_references(model: nn.Module, names: Iterable[str]) -> dict[str, list
     """By the name of a module: attributes that hold it outside the module tree, where a replacement would not reach it."""
     found: dict[str, list[str]] = {}
     tree = {id(module) for module in model.modules()}
-    by_name = {
-        name.replace("_orig_mod.", ""): module for name, module in model.named_modules()
-    }  # torch.compile's prefix
+    # torch.compile's prefix
+    by_name = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
     targets = {id(by_name[name]): name for name in names if name in by_name}
     for prefix, owner in model.named_modules():
         for key, value in own_attributes(owner).items():

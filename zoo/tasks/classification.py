@@ -235,9 +235,8 @@ class Classification(Task):
 
     def _cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
         target = batch["target"]
-        smoothing = (
-            0.0 if target.is_floating_point() else self.config.label_smoothing
-        )  # mixed labels are already smoothed
+        # mixed labels are already smoothed
+        smoothing = 0.0 if target.is_floating_point() else self.config.label_smoothing
         weight = checked_weights(self.name, self.config.class_weights, len(self.classes), logits.device)
         if weight is not None:  # a plain mean of weighted values: equal parts of a batch average to it
             return F.cross_entropy(logits.float(), target, weight, reduction="none", label_smoothing=smoothing).mean()

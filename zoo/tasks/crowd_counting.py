@@ -212,9 +212,8 @@ class CrowdCounting(Task):
             )
         self.stride = found
         odd = trial(self.name, model, model, channels, side + 1, side + 1)
-        self._multiple = (
-            1 if odd.shape[-1] == -(-(side + 1) // found) else found
-        )  # models that round down lose a border
+        # models that round down lose a border
+        self._multiple = 1 if odd.shape[-1] == -(-(side + 1) // found) else found
         return model
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
