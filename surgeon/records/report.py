@@ -245,7 +245,7 @@ def _error(report: Report) -> str:
     kind = report.precision + ("" if report.exact else ", not exact by choice")
     worst = max((r.max_rel_error for r in report.replaced if r.max_rel_error is not None), default=None)
     if report.max_abs_error == 0 and worst:
-        return f"worst layer {error(worst)} ({kind}); the outputs do not show the layers' errors (difference 0)"
+        return f"worst layer {error(worst)} ({kind}); the outputs do not show it (0)"
     outputs = f"{error(report.max_rel_error)} relative, {error(report.max_abs_error)} absolute"
     return f"{outputs} ({kind}), worst layer {error(worst)}"
 
