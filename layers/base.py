@@ -163,6 +163,10 @@ class DynamicConv2d(nn.Module):
         """Local names of parameters to exclude from weight decay in addition to biases and norms (timm's convention)."""
         return set()
 
+    def output_weights(self) -> set[str]:
+        """Local names of weights with which a generator of values ends; fine-tuning slows them in proportion to their inputs."""
+        return set()
+
     @abstractmethod
     def macs(self, height: int, width: int) -> int:
         """Multiply-accumulates for one image of this input size, including the generator (1 MAC = 2 FLOPs)."""

@@ -54,4 +54,9 @@ STUDIES: dict[str, Callable[[], Study]] = {
     "small-demosaicking": small.demosaicking,
     "small-real-noise": small.camera_noise,
     "small-classification": small.classification,
+    "espcn-sr": small.espcn,
+    "linear-sr": small.linear_super_resolution,
+    "linear-demosaicking": small.linear_demosaicking,
+    "linear-denoising": small.linear_denoising,
+    "linear-real-noise": small.linear_camera_noise,
 }

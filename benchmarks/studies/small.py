@@ -15,8 +15,6 @@ from torch import nn
 
 from benchmarks._tasks import TASKS
 from benchmarks.studies.study import (
-    FAST,
-    GENTLE,
     SCRATCH,
     Scores,
     Study,
@@ -24,6 +22,7 @@ from benchmarks.studies.study import (
     cifar_judge,
     cifar_task,
     denoise_judge,
+    denoise_task,
     split,
     sr_judge,
     sr_task,
@@ -65,6 +64,14 @@ def _lenet() -> nn.Module:
     return create("lenet")
 
 
+def _wide_lenet() -> nn.Module:
+    """44 channels in place of 16: as many parameters as with ACDA in conv2."""
+    model = create("lenet")
+    model.conv2 = nn.Conv2d(6, 44, 5)
+    model.fc1 = nn.Linear(44 * 5 * 5, 120)
+    return model
+
+
 def _continued(
     title: str,
     build: Callable[[], nn.Module],
@@ -76,42 +83,50 @@ def _continued(
     batch: int = 4,
     unit: str = "dB",
     first_rate: float = 2e-3,
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3),
+    steps: int = 2000,
+    kernels: int = 4,
+    wide: Callable[[], nn.Module] | None = None,
 ) -> Study:
-    """A network trained here goes on for as many steps, as it is or converted."""
+    """A network trained here goes on, as it is or converted; `wide` is trained and goes on alike."""
 
-    def start(material: Path) -> nn.Module:
+    def start(build: Callable[[], nn.Module], material: Path) -> nn.Module:
         return copy.deepcopy(_trained_here(build, task, batch, first_rate, material))
 
     found = {
         "ACDA": Rule(layers=layers, type="acda"),
-        "ACDA, new rate × 1": Rule(layers=layers, type="acda"),
         "SEKG": Rule(layers=layers, type="sekg"),
-        "PAFU": Rule(layers=layers, type="pafu", options={"group_size": 4}),
+        "PAFU": Rule(layers=layers, type="pafu", options={"group_size": kernels}),
     }
+    networks = arms(partial(start, build), size, found)
     return Study(
-        title=f"{title}, trained for 2,000 steps, converted, and trained on",
-        arms=arms(start, size, found),
+        title=f"{title}, trained for 2,000 steps, converted, and trained on for {steps:,}",
+        arms=networks if wide is None else networks | {WIDE: partial(start, wide)},
         task=task,
         judge=judge,
         needs=needs,
-        changes=SCRATCH | GENTLE,
-        ours={"ACDA, new rate × 1": FAST},
-        rates=(5e-4, 1e-3, 2e-3),
-        steps=2000,
+        changes=SCRATCH,
+        rates=rates,
+        steps=steps,
         batch=batch,
         unit=unit,
+        wide=None if wide is None else WIDE,
     )
 
 
+WIDE = "original, as many parameters as with ACDA"
+SR_SETS = ("sr/T91", "sr/Set5", "sr/Set14")
 BLOCKS = "trunk.blocks.*.conv2"  # where the ACDA paper has its layers
+
+
+# --- restorers of two blocks ------------------------------------------------------------------------------------------
 
 
 def super_resolution() -> Study:
     options = {"scale": 3, "input": "bicubic", "patch": 48, "loss": "mse"}
-    sets = ("sr/T91", "sr/Set5", "sr/Set14")
     task, judge = partial(sr_task, options), partial(sr_judge, options)
     return _continued(
-        "×3 super-resolution, restorer of two blocks", _restorer_network, task, judge, sets, BLOCKS, (3, 48, 48)
+        "×3 super-resolution, restorer of two blocks", _restorer_network, task, judge, SR_SETS, BLOCKS, (3, 48, 48)
     )
 
 
@@ -136,24 +151,26 @@ def denoising() -> Study:
     return _continued(title, _restorer_network, task, judge, COLOR_SETS, BLOCKS, (3, 48, 48))
 
 
+MOSAIC: dict[str, Any] = {"pattern": "GRBG", "patch": 48, "patches_per_image": 8, "loss": "mse"}
+
+
+def _mosaic_task(material: Path, work: Path, seed: int) -> Task:
+    train, choose = split(material / "denoise/BSDS500train_color", work)
+    return create_task("demosaicking", seed=seed, train=train, val=choose, **MOSAIC)
+
+
+def _mosaic_judge(model: nn.Module, material: Path) -> Scores:
+    scores = {}
+    for name in ("Kodak24", "McMaster"):
+        root = material / "denoise" / name
+        own = create_task("demosaicking", seed=0, train=root, val=root, **MOSAIC)
+        scores[name] = evaluate(own.bind(model), own, batch_size=1)["psnr"]
+    return scores
+
+
 def demosaicking() -> Study:
-    options: dict[str, Any] = {"pattern": "GRBG", "patch": 48, "patches_per_image": 8, "loss": "mse"}
-
-    def task(material: Path, work: Path, seed: int) -> Task:
-        train, choose = split(material / "denoise/BSDS500train_color", work)
-        return create_task("demosaicking", seed=seed, train=train, val=choose, **options)
-
-    def judge(model: nn.Module, material: Path) -> Scores:
-        scores = {}
-        for name in ("Kodak24", "McMaster"):
-            root = material / "denoise" / name
-            own = create_task("demosaicking", seed=0, train=root, val=root, **options)
-            scores[name] = evaluate(own.bind(model), own, batch_size=1)["psnr"]
-        return scores
-
-    return _continued(
-        "demosaicking, restorer of two blocks", _restorer_network, task, judge, COLOR_SETS, BLOCKS, (3, 48, 48)
-    )
+    title = "demosaicking, restorer of two blocks"
+    return _continued(title, _restorer_network, _mosaic_task, _mosaic_judge, COLOR_SETS, BLOCKS, (3, 48, 48))
 
 
 def camera_noise() -> Study:
@@ -166,6 +183,7 @@ def camera_noise() -> Study:
         big.needs,
         BLOCKS,
         (3, 40, 40),
+        rates=(2.5e-4, 5e-4, 1e-3),
         first_rate=5e-4,  # a higher one leaves dead units: the noise is weak, the start at the identity is nearly right
     )
 
@@ -181,4 +199,103 @@ def classification() -> Study:
         (3, 32, 32),
         batch=64,
         unit="% top-1",
+        wide=_wide_lenet,
+    )
+
+
+# --- one convolution, and few -----------------------------------------------------------------------------------------
+
+
+SMALL_IMAGES: dict[str, Any] = {"scale": 3, "patch": 72, "loss": "mse"}  # not enlarged beforehand
+SHORT = 1000  # steps
+FAST_RATES = (2e-3, 4e-3, 8e-3)
+
+
+def _wide_espcn() -> nn.Module:
+    """Twice as wide: as many parameters as with ACDA in the last convolution."""
+    model = create("espcnn")
+    model.conv1 = nn.Conv2d(3, 138, 5, padding=2)
+    model.conv2 = nn.Conv2d(138, 64, 3, padding=1)
+    model.output = nn.Conv2d(64, 27, 3, padding=1)
+    return model
+
+
+def espcn() -> Study:
+    return _continued(
+        "×3 super-resolution, ESPCN, its last convolution",
+        partial(create, "espcnn"),
+        partial(sr_task, SMALL_IMAGES),
+        partial(sr_judge, SMALL_IMAGES),
+        SR_SETS,
+        "output",
+        (3, 24, 24),
+        rates=FAST_RATES,
+        steps=SHORT,
+        wide=_wide_espcn,
+    )
+
+
+def linear_super_resolution() -> Study:
+    return _continued(
+        "×3 super-resolution, one 5×5 convolution (linear_sr, PAFU §4.2)",
+        partial(create, "linear_sr_x3"),
+        partial(sr_task, SMALL_IMAGES),
+        partial(sr_judge, SMALL_IMAGES),
+        SR_SETS,
+        "output",
+        (3, 24, 24),
+        rates=FAST_RATES,
+        steps=SHORT,
+        kernels=16,
+    )
+
+
+def linear_demosaicking() -> Study:
+    return _continued(
+        "demosaicking, one 5×5 convolution (linear_demosaic, PAFU §5.2)",
+        partial(create, "linear_demosaic"),
+        _mosaic_task,
+        _mosaic_judge,
+        COLOR_SETS,
+        "output",
+        (3, 48, 48),
+        rates=FAST_RATES,
+        steps=SHORT,
+        kernels=16,
+    )
+
+
+def _one_filter() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 3, 5, padding=2))
+
+
+def linear_denoising() -> Study:
+    options = {"sigma": 25.0, "val_sigma": 25.0, "color": True, "patch": 48, "patches_per_image": 8, "loss": "mse"}
+    return _continued(
+        "color denoising, σ 25, one 5×5 convolution",
+        _one_filter,
+        partial(denoise_task, options, "BSDS500train_color"),
+        partial(denoise_judge, options),
+        COLOR_SETS,
+        "0",
+        (3, 48, 48),
+        rates=FAST_RATES,
+        steps=SHORT,
+        kernels=16,
+    )
+
+
+def linear_camera_noise() -> Study:
+    big = real_noise()
+    return _continued(
+        "a camera's noise (PolyU), one 5×5 convolution",
+        _one_filter,
+        big.task,
+        big.judge,
+        big.needs,
+        "0",
+        (3, 40, 40),
+        rates=(5e-4, 1e-3, 2e-3),
+        steps=SHORT,
+        kernels=16,
     )

@@ -20,6 +20,7 @@ Scores = dict[str, float]
 
 # changes of the fine-tuning's options
 SCRATCH: dict[str, Any] = {"opt": "adam", "weight_decay": 0.0, "new_lr_scale": 1.0, "warmup": "5%"}
+PUBLISHED: dict[str, Any] = {"fan_in_lr": False, "regularization": 1e-3}  # the defaults before `fan_in_lr`
 GENTLE: dict[str, Any] = {"new_lr_scale": 0.1}  # the default: new parameters beside trained ones
 FAST: dict[str, Any] = {"new_lr_scale": 1.0}
 

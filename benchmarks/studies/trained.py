@@ -11,7 +11,19 @@ from torch import nn
 from benchmarks import _data as data
 from benchmarks._experiments import EXPERIMENTS, lraspp
 from benchmarks._tasks import TASKS
-from benchmarks.studies.study import FAST, GENTLE, Scores, Study, arms, cifar_judge, cifar_task, place, rules, split
+from benchmarks.studies.study import (
+    FAST,
+    GENTLE,
+    PUBLISHED,
+    Scores,
+    Study,
+    arms,
+    cifar_judge,
+    cifar_task,
+    place,
+    rules,
+    split,
+)
 from surgeon.records.recipe import Rule
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.networks.demosaicnet import grbg_mosaic
@@ -77,7 +89,7 @@ def blind_denoiser(name: str, folder: str, spread: str, mode: str, extra: Mappin
         rates=(1e-4, 3e-4, 1e-3),
         steps=200,
         batch=4,
-        changes=GENTLE,
+        changes=GENTLE | PUBLISHED,
         ours=dict.fromkeys(extra, FAST),
     )
 
@@ -119,7 +131,7 @@ def real_noise() -> Study:
         rates=(3e-5, 1e-4, 3e-4),
         steps=200,
         batch=4,
-        changes=GENTLE,
+        changes=GENTLE | PUBLISHED,
     )
 
 
@@ -158,7 +170,7 @@ def noisy_demosaicking() -> Study:
         rates=(1e-4, 3e-4, 1e-3),
         steps=200,
         batch=4,
-        changes=GENTLE,
+        changes=GENTLE | PUBLISHED,
     )
 
 
@@ -193,5 +205,5 @@ def segmenter() -> Study:
         steps=150,
         batch=8,
         unit="% mIoU",
-        changes=GENTLE,
+        changes=GENTLE | PUBLISHED,
     )

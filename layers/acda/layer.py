@@ -273,6 +273,9 @@ class ACDAConv2d(CodedConv2d):
         """The generator's parameters; `coeff` and `static_atoms` are the factorized old weight."""
         yield from self.generator.named_parameters(prefix="generator")
 
+    def output_weights(self) -> set[str]:
+        return {"generator.expand.weight"}
+
     def macs(self, height: int, width: int) -> int:
         """Generator, atom synthesis, atom and coefficient convolution; folded static atoms as one plain convolution.
 

@@ -53,6 +53,10 @@ class SEKG(nn.Module):
         """The generated kernels, (N, maps, H', W')."""
         return F.conv2d(self.features(x), self.weight[:, :, None, None])
 
+    def output_weights(self) -> set[str]:
+        """Local name of the last weight, which fine-tuning slows in proportion to its inputs."""
+        return {"weight"}
+
     def macs(self, height: int, width: int) -> int:
         """Multiply-accumulates for one image of this input size."""
         out_h, out_w = self.geometry.output_size(height, width)

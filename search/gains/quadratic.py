@@ -27,13 +27,15 @@ _DIVERGED = 1e9  # displacement per unit of gradient from which no training reco
 class Walk:
     """Steps of the new parameters in a training: learning rates by step, momentum, batches per step.
 
-    `adaptive`: steps are scaled by the size of each parameter's gradients.
+    `adaptive`: steps are scaled by the size of each parameter's gradients. `fan_in`: the weights with which generators end
+    are slowed (`group_parameters`).
     """
 
     rates: tuple[float, ...]
     momentum: float = 0.0
     accumulate: int = 1
     adaptive: bool = False
+    fan_in: bool = False
 
 
 def walk_of(config: FinetuneConfig, samples: int) -> Walk:
@@ -46,7 +48,13 @@ def walk_of(config: FinetuneConfig, samples: int) -> Walk:
     adaptive = config.opt not in _LINEAR
     # Adam's average is normalized: it delays a gradient's step but does not lengthen it
     momentum = 0.0 if adaptive else config.momentum
-    return Walk(rates=tuple(moves), momentum=momentum, accumulate=config.accumulate, adaptive=adaptive)
+    return Walk(
+        rates=tuple(moves),
+        momentum=momentum,
+        accumulate=config.accumulate,
+        adaptive=adaptive,
+        fan_in=config.fan_in_lr,
+    )
 
 
 def scaled(gradients: Floats) -> Floats:

@@ -126,6 +126,12 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
 def _add_layers(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("dynamic layers")
     _option(group, "--new-lr-scale", float, "X", "rate of new parameters, as a multiple of --lr")
+    group.add_argument(
+        "--fan-in-lr",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="slow the last weight of a generator in proportion to its inputs",
+    )
     _option(group, "--new-first", str, "SPAN", "train only new parameters for SPAN first")
     _option(group, "--regularization", float, "X", "weight of the layers' own loss (PAFU: decorrelation)")
     _option(group, "--temperature-end", float, "X", "PAFU: final temperature, as a fraction of the initial one")

@@ -1,5 +1,6 @@
 """Training that goes on: with classes by name, with other data, with the same data elsewhere."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from surgeon.errors import DataError, InputError
+from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.models.checkpoint import load, save
 from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe
 from surgeon.zoo.evaluate import evaluate
@@ -184,6 +185,23 @@ def test_a_run_goes_on_with_its_data_elsewhere(tmp_path: Path, monkeypatch: pyte
     result = finetune(make_restorer(), denoising(tmp_path / "moved"), other, tmp_path / "run", resume=True)
     assert equal(weights(result.model), weights(whole))
     assert "resumed with another option: eval_every was '4' and is '3'" in result.summary.notes
+
+
+def test_a_run_from_before_an_option_goes_on_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record without `fan_in_lr` means False: with today's default the run would change its rates halfway."""
+    root = pictures(tmp_path / "data")
+    config = with_(SHORT, fan_in_lr=False)
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 3)
+        with pytest.raises(Interrupted):
+            finetune(make_restorer(), denoising(root), config, tmp_path / "run")
+    path = tmp_path / "run/training/run.json"
+    record = json.loads(path.read_text())
+    del record["config"]["fan_in_lr"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="fan_in_lr was False and is True"):
+        finetune(make_restorer(), denoising(root), with_(SHORT, fan_in_lr=True), tmp_path / "run", resume=True)
+    finetune(make_restorer(), denoising(root), config, tmp_path / "run", resume=True)
 
 
 def test_a_search_does_not_go_on_with_other_data(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ KEEP = ("best", "last")
 FREE = ("max_time", "workers", "log_every")
 # Neither do these, but they change what is kept or when the run ends: a note reports that.
 TOLD = ("eval_batch_size", "eval_every", "patience", "checkpoint_every", "max_rollbacks", "device")
+BEFORE = {"fan_in_lr": False}  # what options that came later amount to in runs that do not record them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class FinetuneConfig:
     Batches: `batch_size` samples per micro-step over all processes, `accumulate` micro-steps per optimizer step; evaluation uses
     `eval_batch_size` (None: the same).
     Optimizer: a timm name; `lr` at the peak of the schedule `sched`, times `new_lr_scale` for new parameters (those that
-    the replaced convolutions did not have); `warmup` is a span; no weight decay on norms and biases; `clip` bounds the norm
+    the replaced convolutions did not have); `fan_in_lr` slows the weight with which a generator ends, in proportion to its inputs;
+    `warmup` is a span; no weight decay on norms and biases; `clip` bounds the norm
     of the gradient (None: off). Schedules start where the warm-up ends: "step" multiplies the rate by `decay_rate` (None: 0.1)
     after every span `decay_every` (None: a third of the rest of the run), "multistep" at each span of `milestones`;
     the power of "poly" is `decay_rate` (None: 1).
@@ -66,9 +68,10 @@ class FinetuneConfig:
     decay_every: str | None = None
     milestones: tuple[str, ...] = ()
     new_lr_scale: float = 0.1
+    fan_in_lr: bool = True
     new_first: str = "0"
     clip: float | None = 5.0
-    regularization: float = 1e-3
+    regularization: float = 0.0
     temperature_end: float = 0.5
     alternate: int | None = None
     distill: float = 0.0

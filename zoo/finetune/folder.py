@@ -22,7 +22,7 @@ from surgeon.records.recipe import BaseModel, versions
 from surgeon.records.report import Report
 from surgeon.util.files import check_fields, read_object, sync
 from surgeon.util.outputs import RECIPE, RUN, check_run_output
-from surgeon.zoo.finetune.config import FREE, TOLD, FinetuneConfig
+from surgeon.zoo.finetune.config import BEFORE, FREE, TOLD, FinetuneConfig
 from surgeon.zoo.finetune.state import read_log, write_text
 from surgeon.zoo.tasks import Task
 from surgeon.zoo.tasks.data.fingerprint import changes, fingerprint
@@ -146,6 +146,8 @@ class RunFolder:
         moved = _PLACES if "data" in old else ()  # the data themselves say more than their path
         for part, free in (("options", moved), ("config", FREE)):
             before, now = old[part], record[part]
+            if part == "config":
+                before = BEFORE | before
             for key in [key for key in {**before, **now} if key not in free and before.get(key) != now.get(key)]:
                 told = f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
                 if part == "config" and key in TOLD:

@@ -12,6 +12,7 @@ from surgeon.layers.base import DynamicConv2d
 from surgeon.zoo.finetune.config import FinetuneConfig
 
 Role = Literal["selector", "new", "other"]
+BASE_FAN_IN = 16  # inputs up to which the last weight of a generator learns at the rate of other new parameters
 ROLES: tuple[Role, ...] = ("selector", "new", "other")  # selectors are new parameters, too
 NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -24,36 +25,38 @@ NORMS = (
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters by name that share a role and whether they decay."""
+    """Parameters by name that share a role, whether they decay, and the number by which their rate is divided."""
 
     role: Role
     decays: bool
     parameters: dict[str, nn.Parameter]
+    slowed: float = 1.0
 
 
-def group_parameters(model: nn.Module) -> list[Group]:
+def group_parameters(model: nn.Module, *, by_fan_in: bool = True) -> list[Group]:
     """Every parameter that requires a gradient, in exactly one group; empty groups are omitted.
 
     No decay for biases and other vectors, norms, and names in a module's `no_weight_decay()` (timm's convention).
+    Weights with which a generator ends (`output_weights()`) are slowed, unless not `by_fan_in`, if they have more than
+    `BASE_FAN_IN` inputs, in proportion to these: Adam moves each by the rate, and the code by the sum (Yang et al.,
+    arXiv 2203.03466, table 8).
     Raises `ConfigError` if there is nothing to train.
     """
-    roles = _roles(model)
-    spared = _spared(model)
-    groups = []
-    for role in ROLES:
-        for decays in (True, False):
-            members = {
-                name: parameter
-                for name, parameter in model.named_parameters()
-                if parameter.requires_grad
-                and roles.get(id(parameter), "other") == role
-                and (parameter.ndim > 1 and not name.endswith(".bias") and id(parameter) not in spared) == decays
-            }
-            if members:
-                groups.append(Group(role, decays, members))
-    if not groups:
+    roles, spared, slowed = (
+        _roles(model),
+        _named(model, "no_weight_decay") | _norms(model),
+        slowdowns(model) if by_fan_in else {},
+    )
+    members: dict[tuple[Role, bool, float], dict[str, nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith(".bias") and id(parameter) not in spared
+            key = (roles.get(id(parameter), "other"), decays, slowed.get(id(parameter), 1.0))
+            members.setdefault(key, {})[name] = parameter
+    if not members:
         raise ConfigError("the model has no parameter that requires a gradient: there is nothing to train")
-    return groups
+    ordered = sorted(members, key=lambda key: (ROLES.index(key[0]), not key[1], key[2]))
+    return [Group(role, decays, members[role, decays, slow], slow) for role, decays, slow in ordered]
 
 
 def optimizer_groups(groups: list[Group], config: FinetuneConfig) -> list[dict[str, Any]]:
@@ -62,7 +65,7 @@ def optimizer_groups(groups: list[Group], config: FinetuneConfig) -> list[dict[s
         {
             "params": list(group.parameters.values()),
             "weight_decay": config.weight_decay if group.decays else 0.0,
-            "lr_scale": 1.0 if group.role == "other" else config.new_lr_scale,
+            "lr_scale": (1.0 if group.role == "other" else config.new_lr_scale) / group.slowed,
             "role": group.role,
         }
         for group in groups
@@ -84,18 +87,29 @@ def _roles(model: nn.Module) -> dict[int, Role]:
     return roles
 
 
-def _spared(model: nn.Module) -> set[int]:
-    """Parameters of norms, and those that modules exclude from weight decay, by id."""
-    spared: set[int] = set()
+def _norms(model: nn.Module) -> set[int]:
+    """Parameters of norms, by id."""
+    norms = (module for module in model.modules() if isinstance(module, NORMS))
+    return {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
+
+
+def _named(model: nn.Module, method: str) -> set[int]:
+    """Parameters that modules name, perhaps as patterns, in a method of this name, by id."""
+    found: set[int] = set()
     for module in model.modules():
-        if isinstance(module, NORMS):
-            spared |= {id(parameter) for parameter in module.parameters(recurse=False)}
-        named = getattr(module, "no_weight_decay", None)
+        named = getattr(module, method, None)
         patterns: Collection[str] = named() if callable(named) else ()
         if patterns:
-            spared |= {
+            found |= {
                 id(parameter)
                 for name, parameter in module.named_parameters()
                 if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
             }
-    return spared
+    return found
+
+
+def slowdowns(model: nn.Module) -> dict[int, float]:
+    """The numbers by which the rates of the weights with which generators end are divided, by id."""
+    ends = _named(model, "output_weights")
+    fan_ins = {id(p): p[0].numel() for p in model.parameters() if id(p) in ends}
+    return {key: fan_in / BASE_FAN_IN for key, fan_in in fan_ins.items() if fan_in > BASE_FAN_IN}

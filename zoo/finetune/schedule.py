@@ -110,12 +110,12 @@ class Rates:
         )
 
     def set(self, step: int, factor: float = 1.0) -> dict[str, float]:
-        """Set the rates for the step with this number, counted from 0, all times `factor`; returns them by role."""
+        """Set the rates for the step with this number, counted from 0, all times `factor`; returns each role's highest."""
         self.schedule.step_update(step)
         rates: dict[str, float] = {}
         for group in self.optimizer.param_groups:
             group["lr"] *= factor * (self.plan.warm(step) if group["role"] == "other" else 1.0)
-            rates[group["role"]] = group["lr"]
+            rates[group["role"]] = max(rates.get(group["role"], 0.0), group["lr"])
         return rates
 
 

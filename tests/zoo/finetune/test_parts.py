@@ -23,7 +23,7 @@ from surgeon.zoo.finetune.batches import Draws, seed_everything
 from surgeon.zoo.finetune.config import span_steps
 from surgeon.zoo.finetune.guard import Guard, NotFiniteError
 from surgeon.zoo.finetune.optimizer import make_optimizer
-from surgeon.zoo.finetune.parameters import ROLES, group_parameters, optimizer_groups
+from surgeon.zoo.finetune.parameters import BASE_FAN_IN, ROLES, group_parameters, optimizer_groups
 from surgeon.zoo.finetune.schedule import Rates, RunPlan, Temperature
 from surgeon.zoo.finetune.state import Log, Store, TrainingProgress, read_log, read_tree, write_tree
 from tests.support.training.tasks import SIZE, converted, make_restorer
@@ -152,10 +152,22 @@ def test_groups_tell_the_optimizer() -> None:
     config = FinetuneConfig(new_lr_scale=0.2, weight_decay=0.3, opt="sgd")
     optimizer = make_optimizer(optimizer_groups(groups, config), config)
     for group, setting in zip(groups, optimizer.param_groups, strict=True):
-        assert setting["lr_scale"] == (1.0 if group.role == "other" else 0.2)
+        assert setting["lr_scale"] == pytest.approx((1.0 if group.role == "other" else 0.2) / group.slowed)
         assert setting["weight_decay"] == (0.3 if group.decays else 0.0)
     with pytest.raises(ConfigError, match=r"no optimizer 'adamv'\. Did you mean"):
         make_optimizer(optimizer_groups(groups, config), FinetuneConfig(opt="adamv"))
+
+
+def test_the_last_weight_of_a_generator_is_slowed_by_its_inputs() -> None:
+    """Adam moves each of its weights by the rate, and with them the code by the rate times their number."""
+    assert all(group.slowed == 1 for kind in ("pafu", "sekg") for group in group_parameters(converted(kind)))
+    model = converted("acda", hidden=32)
+    groups = {name: group for group in group_parameters(model) for name in group.parameters}
+    slowed = {name: group.slowed for name, group in groups.items() if group.slowed != 1}
+    assert slowed == {"middle.generator.expand.weight": 32 * 9 / BASE_FAN_IN}
+    setting = optimizer_groups([groups["middle.generator.expand.weight"]], FinetuneConfig(new_lr_scale=0.2))[0]
+    assert setting["lr_scale"] == pytest.approx(0.2 * BASE_FAN_IN / (32 * 9))
+    assert {group.slowed for group in group_parameters(model, by_fan_in=False)} == {1}
 
 
 # --- schedule -----------------------------------------------------------------------------------------------------
