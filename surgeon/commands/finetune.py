@@ -320,12 +320,16 @@ def _dry_run(
     return 0
 
 
+def _role(group: dict[str, Any]) -> str:
+    return group["role"] if group["slowed"] == 1 else f"{group['role']}, last weights"
+
+
 def _dry_run_lines(model: str, task: str, found: "DryRun") -> list[str]:
     from surgeon.commands.cost import cost_lines
     from surgeon.util.tables import count, table
 
     rows = [
-        (g["role"], count(g["parameters"]), str(g["tensors"]), f"{g['lr_scale']:g}", f"{g['weight_decay']:g}")
+        (_role(g), count(g["parameters"]), str(g["tensors"]), f"{g['lr_scale']:.3g}", f"{g['weight_decay']:g}")
         for g in found.groups
     ]
     lines = [

@@ -134,10 +134,11 @@ class Temperature:
 
 
 def describe(optimizer: torch.optim.Optimizer, groups: list[Group]) -> list[dict[str, Any]]:
-    """Description of the optimizer's groups: role, decay, number of tensors and parameters, rate scale."""
+    """Description of the optimizer's groups: role, slowdown, decay, number of tensors and parameters, rate scale."""
     return [
         {
             "role": group.role,
+            "slowed": group.slowed,
             "weight_decay": setting["weight_decay"],
             "lr_scale": setting["lr_scale"],
             "tensors": len(group.parameters),
