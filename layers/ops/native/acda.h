@@ -221,20 +221,21 @@ static void coeff_gradient(const Acda *a, const AcdaScratch *w, int64_t count, f
     }
 }
 
-/* What the gradient of a block's atoms gives to psi and to the static atoms, lane by lane. */
+/* What the gradient of a block's atoms gives to psi and to the static atoms, lane by lane: of the first `lanes`, since the others'
+ * inputs and coefficients, which may be NaN, are of no pixel here. */
 static void basis_gradients(const Acda *a, const AcdaTensors *t, const float *alpha, int64_t row, const float *gd, int64_t lanes) {
     for (int64_t k = 0; t->gpsi && k < a->k; k++)
         for (int64_t tap = 0; tap < a->taps; tap++) {
             float *at = t->gpsi + (k * a->taps + tap) * LANES;
-            vec sum = load(at);
+            vec sum = {0};
             for (int64_t m = 0; m < a->m; m++)
-                sum += first_lanes(load(alpha + (m * a->k + k) * row), lanes) * load(gd + (tap * a->m_all + m) * LANES);
-            store(at, sum);
+                sum += load(alpha + (m * a->k + k) * row) * load(gd + (tap * a->m_all + m) * LANES);
+            store(at, load(at) + first_lanes(sum, lanes));
         }
     for (int64_t r = 0; t->gstatic && r < a->m_all - a->m; r++)
         for (int64_t tap = 0; tap < a->taps; tap++) {
             float *at = t->gstatic + (r * a->taps + tap) * LANES;
-            store(at, load(at) + load(gd + (tap * a->m_all + a->m + r) * LANES));
+            store(at, load(at) + first_lanes(load(gd + (tap * a->m_all + a->m + r) * LANES), lanes));
         }
 }
 

@@ -132,8 +132,10 @@ static void score(int64_t pixels, int64_t vectors, const Patches *b, const int64
     multiply(pixels, vectors, b, sums);
     for (int64_t r = 0; r < pixels; r++) {
         vec dot = (vec){0};
-        for (int64_t v = 0; v < vectors; v++)
-            dot += load(sums + (r * vectors + v) * LANES) * load_first(g + order[r] + v * LANES, v == vectors - 1 ? last : LANES);
+        for (int64_t v = 0; v < vectors; v++) {
+            int64_t lanes = v == vectors - 1 ? last : LANES; /* the others' sums are zero times the input, which may be infinite */
+            dot += first_lanes(load(sums + (r * vectors + v) * LANES), lanes) * load_first(g + order[r] + v * LANES, lanes);
+        }
         to[r] += total(dot);
     }
 }

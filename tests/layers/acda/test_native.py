@@ -14,10 +14,12 @@ from surgeon.errors import BackendError
 from surgeon.layers.acda.operator import ACDA_CONV, acda_conv
 from surgeon.layers.ops.native import compiler, support
 from tests.support.layers.native import (
+    FEW,
     NEEDS_LIBRARY,
     PROPERTY,
     Pair,
     check_close,
+    check_spread,
     check_threads,
     doubled,
     gradients,
@@ -212,16 +214,23 @@ def test_any_layout_is_the_same_numbers() -> None:
     assert torch.equal(acda_conv(last, *detached[1:], *geometry, backend="native"), expected)
 
 
-def test_a_pixel_that_is_no_number_spoils_only_what_sees_it() -> None:
-    operands, geometry = problem(spare=(8, 20), window=(3, 3), stride=(1, 1))
-    for value in (float("nan"), float("inf")):
-        spoiled = [t.detach().clone() for t in operands]
-        spoiled[1][0, :, 5, 3] = value  # the coefficients of one pixel's atoms
-        spoiled = [t.requires_grad_() for t in spoiled]
-        got = results(tuple(spoiled), geometry, "native")
-        exact = results(tuple(spoiled), geometry, "reference")
-        for a, b in zip(got[:3], exact[:3], strict=True):
-            assert torch.equal(a.isfinite(), b.isfinite())
+@FEW
+@given(
+    window=pairs(1, 4),
+    stride=pairs(1, 3),
+    padding=pairs(0, 2),
+    dilation=pairs(1, 2),
+    spare=pairs(0, 20),
+    where=st.floats(0, 1),
+    groups=st.integers(1, 2),
+    group=st.integers(1, 4),
+    atoms=st.integers(1, 3),
+    static=st.integers(0, 2),
+)
+def test_what_is_no_number_spoils_only_what_sees_it(where: float, **options: Any) -> None:
+    operands, geometry = problem(**options)
+    backends = ("reference", "native", "torch")
+    check_spread(lambda given, backend: results(tuple(given), geometry, backend), operands, backends, where)
 
 
 def test_it_says_why_not() -> None:

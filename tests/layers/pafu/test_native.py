@@ -12,10 +12,12 @@ from surgeon.errors import GeometryError
 from surgeon.layers.pafu import native
 from surgeon.layers.pafu.operator import PAFU_CONV, pafu_conv
 from tests.support.layers.native import (
+    FEW,
     NEEDS_LIBRARY,
     PROPERTY,
     Pair,
     check_close,
+    check_spread,
     check_threads,
     gradients,
     pairs,
@@ -155,13 +157,30 @@ def test_the_memory_format_of_the_input_is_kept() -> None:
         assert gradients(y, given[0][:1])[0].is_contiguous(memory_format=kept)
 
 
-def test_a_pixel_that_is_no_number_spoils_only_what_sees_it() -> None:
-    tensors, index, options = problem(group=(5, 3), spare=(9, 9))
-    spoiled = tensors[0].detach().clone()
-    spoiled[0, 3, 4, 4] = float("nan")
-    given = ([spoiled.requires_grad_(), *tensors[1:]], index, options)
-    for found, expected in zip(results(given)[:2], results(given, "reference")[:2], strict=True):
-        assert torch.equal(found.isfinite(), expected.isfinite())
+@FEW
+@given(
+    window=pairs(1, 4),
+    stride=pairs(1, 3),
+    padding=pairs(0, 2),
+    dilation=pairs(1, 2),
+    spare=pairs(0, 20),
+    where=st.floats(0, 1),
+    group=st.sampled_from([(4, 5), (5, 3), (6, 20)]),
+    groups=st.integers(1, 2),
+    last=st.booleans(),
+)
+def test_what_is_no_number_spoils_only_what_sees_it(where: float, **options: Any) -> None:
+    """As in torch; the reference multiplies what was not selected by zero."""
+    tensors, index, geometry = problem(**options)
+    *tensors, _ = tensors  # the scores have no part in outputs and gradients
+    soft = torch.randn(index.shape[0], 3, *index.shape[1:])
+
+    def call(given: list[Tensor], backend: str) -> list[Tensor]:
+        scores = soft.requires_grad_()
+        y = pafu_conv(*given, index, scores, **geometry, backend=backend)
+        return [y, *gradients(y, [*given, scores])]
+
+    check_spread(call, tensors, ("torch", "native"), where)
 
 
 def test_it_is_the_default_in_float32_and_says_why_not() -> None:

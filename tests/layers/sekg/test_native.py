@@ -10,10 +10,12 @@ from torch import Tensor
 
 from surgeon.layers.sekg.operator import DCONV, DCONV_LAYER, dconv, dconv_layer
 from tests.support.layers.native import (
+    FEW,
     NEEDS_LIBRARY,
     PROPERTY,
     Pair,
     check_close,
+    check_spread,
     check_threads,
     doubled,
     gradients,
@@ -92,6 +94,22 @@ def test_a_gradient_alone_is_that_gradient(missing: int) -> None:
     alone = tuple(t.detach().requires_grad_(i != missing) for i, t in enumerate(tensors))
     y = dconv(*alone, **options, backend="native")
     assert torch.equal(gradients(y, [alone[1 - missing]])[0], expected)
+
+
+@FEW
+@given(
+    window=pairs(1, 4),
+    stride=pairs(1, 3),
+    padding=pairs(0, 2),
+    dilation=pairs(1, 2),
+    spare=pairs(0, 20),
+    where=st.floats(0, 1),
+    kernels=st.sampled_from([1, 2, 4, 8]),
+)
+def test_what_is_no_number_spoils_only_what_sees_it(where: float, **options: Any) -> None:
+    tensors, geometry = problem(**options)
+    backends = ("reference", "native", "torch")
+    check_spread(lambda given, backend: results((given[0], given[1]), geometry, backend), tensors, backends, where)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
@@ -202,14 +220,21 @@ def test_the_layer_saves_only_its_inputs() -> None:
     assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in tensors}
 
 
-def test_a_layers_pixel_that_is_no_number_spoils_only_what_sees_it() -> None:
-    tensors, options = layer(spare=(8, 3), channels=2)
-    tensors[1] = tensors[1].detach().clone()
-    tensors[1][0, :, 5, 2] = float("nan")  # the features of one pixel, whose rows share vectors with others
-    tensors[1].requires_grad_()
-    got, exact = (layer_results(tensors, options, backend) for backend in ("native", "reference"))
-    for a, b in zip(got[:3], exact[:3], strict=True):
-        assert torch.equal(a.isfinite(), b.isfinite())
+@FEW
+@given(
+    window=pairs(1, 4),
+    stride=pairs(1, 3),
+    padding=pairs(0, 2),
+    dilation=pairs(1, 2),
+    spare=pairs(0, 20),
+    where=st.floats(0, 1),
+    multiplier=st.integers(1, 2),
+    features=st.integers(1, 5),
+)
+def test_what_is_no_number_spoils_only_what_sees_it_in_the_layer(where: float, **options: Any) -> None:
+    tensors, geometry = layer(**options)
+    backends = ("reference", "native", "torch")
+    check_spread(lambda given, backend: layer_results(given, geometry, backend), tensors, backends, where)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own

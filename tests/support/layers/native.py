@@ -1,4 +1,4 @@
-"""What the tests of the compiled operators share: windows to draw, gradients, closeness, and numbers of threads."""
+"""What the tests of the compiled operators share: windows to draw, gradients, closeness, NaN, and numbers of threads."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -12,6 +12,7 @@ from surgeon.layers.ops.native.compiler import why_no_library
 
 NEEDS_LIBRARY = pytest.mark.skipif(bool(why_no_library()), reason="needs the compiled library")
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=80)
+FEW = settings(deadline=None, derandomize=True, max_examples=25)
 Pair = tuple[int, int]
 
 
@@ -41,6 +42,25 @@ def check_close(found: Iterable[Tensor], exact: Iterable[Tensor], least: float =
         assert a.shape == b.shape
         assert a.dtype == torch.float32
         assert not b.numel() or (a - b).abs().max() <= 1e-5 * max(b.abs().max(), least)
+
+
+def check_spread(
+    call: Callable[[list[Tensor], str], Sequence[Tensor]],
+    tensors: Sequence[Tensor],
+    backends: Sequence[str],
+    where: float,
+) -> None:
+    """A NaN or infinity at `where` (0 to 1) of a tensor reaches on all backends the same outputs and gradients, as the same."""
+    for i, t in enumerate(tensors):
+        for value in (float("nan"), float("inf")) if t.numel() else ():
+            spoiled = [other.detach().clone() for other in tensors]
+            place = torch.unravel_index(torch.tensor(int(where * (t.numel() - 1))), t.shape)
+            spoiled[i][tuple(place)] = value
+            found, *others = [call([s.requires_grad_() for s in spoiled], backend) for backend in backends]
+            for other in others:
+                for a, b in zip(found, other, strict=True):
+                    assert torch.equal(a.isnan(), b.isnan())
+                    assert torch.equal(a.isinf(), b.isinf())
 
 
 def check_threads(call: Callable[[], Sequence[Tensor]], *counts: int) -> None:
