@@ -141,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"surgeon {__version__}")
     shells = ("bash", "zsh", "tcsh")
     completion = 'print the shell completion script for commands and options: eval "$(surgeon --print-completion bash)"'
-    parser.add_argument("--print-completion", action=_Completion, choices=shells, metavar="bash|zsh", help=completion)
+    parser.add_argument(
+        "--print-completion", action=_Completion, choices=shells, metavar="|".join(shells), help=completion
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     modules = {
         "models": models,

@@ -229,11 +229,12 @@ def check_feasible(problem: Problem, original: Mapping[str, int], *, translate: 
     if optimum(problem, np.zeros(problem.shape)) is not None:
         return
     least = {name: smallest(problem, name) for name in limited}
+    alone = f"; each alone could go down to {amounts(least)}" if len(limited) > 1 else ""
     wanted = {name: problem.limit(name) or 0 for name in limited}
     original_costs = {name: original[name] for name in limited}
     raise InfeasibleError(
         f"no placement is within {amounts(wanted)}; the nearest budgets that one placement meets are "
-        f"{amounts(nearest(problem))}; each alone could go down to {amounts(least)} "
+        f"{amounts(nearest(problem))}{alone} "
         f"(the original: {amounts(original_costs)}){_macs(original_costs, wanted)}"
     )
 

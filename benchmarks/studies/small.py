@@ -5,7 +5,7 @@ The large networks of `trained` lack steps, not capacity; these lack capacity.
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from torch import nn
 
 from benchmarks._tasks import TASKS
 from benchmarks.studies.study import (
+    GENTLE,
+    PUBLISHED,
     SCRATCH,
     Scores,
     Study,
@@ -87,8 +89,9 @@ def _continued(
     steps: int = 2000,
     kernels: int = 4,
     wide: Callable[[], nn.Module] | None = None,
+    more: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Study:
-    """A network trained here goes on, as it is or converted; `wide` is trained and goes on alike."""
+    """A network trained here goes on, as it is or converted; `wide` does alike. `more`: ACDA with other options of fine-tuning."""
 
     def start(build: Callable[[], nn.Module], material: Path) -> nn.Module:
         return copy.deepcopy(_trained_here(build, task, batch, first_rate, material))
@@ -98,6 +101,7 @@ def _continued(
         "SEKG": Rule(layers=layers, type="sekg"),
         "PAFU": Rule(layers=layers, type="pafu", options={"group_size": kernels}),
     }
+    found |= dict.fromkeys(more or {}, found["ACDA"])
     networks = arms(partial(start, build), size, found)
     return Study(
         title=f"{title}, trained for 2,000 steps, converted, and trained on for {steps:,}",
@@ -110,6 +114,7 @@ def _continued(
         steps=steps,
         batch=batch,
         unit=unit,
+        ours=more or {},
         wide=None if wide is None else WIDE,
     )
 
@@ -200,6 +205,7 @@ def classification() -> Study:
         batch=64,
         unit="% top-1",
         wide=_wide_lenet,
+        more={"ACDA, new rate × 0.1": GENTLE | PUBLISHED},
     )
 
 

@@ -21,7 +21,7 @@ from surgeon.util.waiting import waiting
 if TYPE_CHECKING:
     from torch import nn
 
-    from surgeon.records.recipe import BaseModel
+    from surgeon.records.recipe import Recipe
     from surgeon.visualize.adaptivity import Adaptivity
     from surgeon.zoo.tasks import Task
 
@@ -77,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.records.report import jsonable
 
     task = _task(args)
-    model, base = _model(args)
+    model, recipe = _model(args)
     notes: list[str] = []
-    original, name = _original(args, base, notes)
+    original, name = _original(args, recipe, notes)
     with waiting("looking through the data", quiet=args.quiet):
         task.check()
     device = _default_device() if args.device in (None, "auto") else args.device
@@ -116,7 +116,7 @@ def _task(args: argparse.Namespace) -> "Task":
         raise ConfigError(f"task {args.task} cannot be created with these options: {error}") from error
 
 
-def _model(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
+def _model(args: argparse.Namespace) -> "tuple[nn.Module, Recipe | None]":
     from surgeon.models.hub import folder_if_any
 
     folder = folder_if_any(args.model)
@@ -125,16 +125,16 @@ def _model(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
         from surgeon.records.recipe import get_recipe
 
         model = load(folder, trust_factory=args.trust_factory)
-        recipe = get_recipe(model)
-        return model, None if recipe is None else recipe.base
+        return model, get_recipe(model)
     from surgeon.models.names import build_model
 
     if args.original == "auto":
         args.original = "none"  # a model given by name is an original
-    return build_model(args.model, weights=args.weights, seed=args.seed, num_classes=args.num_classes)
+    model, _ = build_model(args.model, weights=args.weights, seed=args.seed, num_classes=args.num_classes)
+    return model, None
 
 
-def _original(args: argparse.Namespace, base: "BaseModel | None", notes: list[str]) -> "tuple[nn.Module | None, str]":
+def _original(args: argparse.Namespace, recipe: "Recipe | None", notes: list[str]) -> "tuple[nn.Module | None, str]":
     from surgeon.models.names import build_model, restore
 
     if args.original == "none":
@@ -142,16 +142,23 @@ def _original(args: argparse.Namespace, base: "BaseModel | None", notes: list[st
     if args.original != "auto":
         weights = args.original_weights or "auto"
         return build_model(args.original, weights=weights, seed=args.seed)[0], args.original
-    if base is None:
+    base = None if recipe is None else recipe.base
+    if recipe is None or base is None:
         notes.append("no original: the run does not record its base model (name one with --original MODEL)")
         return None, ""
     try:
-        return restore(base, weights=args.original_weights, trust_factory=args.trust_factory), base.name
+        original = restore(base, weights=args.original_weights, trust_factory=args.trust_factory)
     except ModelError as error:
         if args.original_weights:
             raise
         notes.append(f"no original: {error} (--original RUN names another, --original-weights FILE its weights)")
         return None, ""
+    if recipe.task is not None:
+        notes.append(
+            f"{args.model} was fine-tuned and {base.name} was not: only --original with a plain run that was trained as long "
+            f"shows what the conversion brings"
+        )
+    return original, base.name
 
 
 def _default_device() -> str:

@@ -20,9 +20,12 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def verdict(gains: Sequence[float]) -> str:
-    """ "won" or "lost" beyond two standard errors of at least three seeds, otherwise "undecided"; gains: more is better."""
+    """ "won" or "lost" beyond two standard errors of at least three seeds, otherwise "undecided"; gains: more is better.
+
+    Equal differences have a standard error of 0 that measures nothing: a count of few samples is too coarse.
+    """
     error = standard_error(gains)
-    if error is None or len(gains) < LEAST_SEEDS or abs(statistics.fmean(gains)) <= 2 * error:
+    if not error or len(gains) < LEAST_SEEDS or abs(statistics.fmean(gains)) <= 2 * error:
         return "undecided"
     return "won" if statistics.fmean(gains) > 0 else "lost"
 
@@ -116,6 +119,11 @@ class Answer:
             return f"loss {found} {self.unit} ({seeds})"
         if error is None or count_ < LEAST_SEEDS:
             return f"undecided: {found} {self.unit} with {seeds}, an answer takes {LEAST_SEEDS}"
+        if not error:
+            return (
+                f"undecided: {self.gain:+.3g} {self.unit} with each of {seeds}; {self.samples['judge']} judging samples "
+                f"are too few to tell"
+            )
         return f"no gain seen beyond ± {2 * error:.2g} {self.unit} ({found}, {seeds})"
 
     def to_dict(self) -> dict[str, Any]:

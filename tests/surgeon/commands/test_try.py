@@ -74,6 +74,10 @@ def test_the_answer_in_a_sentence() -> None:
         "undecided: +1 ± 0 points of top-1 with 2 seeds, an answer takes 3"
         in make_answer([0.5] * 2, [0.51] * 2).sentence()
     )
+    tied = make_answer([0.5] * 3, [0.51] * 3)
+    assert tied.verdict == "undecided"
+    assert "undecided: +1 points of top-1 with each of 3 seeds" in tied.sentence()
+    assert "judging samples are too few to tell" in tied.sentence()
     assert make_answer([], []).sentence().startswith("no answer: not one pair")
 
 
