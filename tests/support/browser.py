@@ -118,7 +118,9 @@ def chromium() -> Iterator[Browser]:
     """A fresh browser; skips the test on a system without Chromium."""
     program = installed()
     if program is None:
-        pytest.skip("no Chromium on the PATH: a system package, which pip cannot install (apt install chromium)")
+        pytest.skip(
+            "the test opens a report in a browser, and neither chromium nor google-chrome is on the PATH (apt install chromium)"
+        )
     read_theirs, write_ours = os.pipe()
     read_ours, write_theirs = os.pipe()
     with tempfile.TemporaryDirectory(prefix="surgeon-chromium-", ignore_cleanup_errors=True) as profile:

@@ -19,13 +19,18 @@ def standard_error(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
+def tied(gains: Sequence[float]) -> bool:
+    """Whether all are equal but for rounding: counts of few samples are too coarse, and a standard error of 0 measures nothing."""
+    return max(gains) - min(gains) <= 1e-9
+
+
 def verdict(gains: Sequence[float]) -> str:
     """ "won" or "lost" beyond two standard errors of at least three seeds, otherwise "undecided"; gains: more is better.
 
-    Equal differences have a standard error of 0 that measures nothing: a count of few samples is too coarse.
+    Undecided, too, if they are `tied`.
     """
     error = standard_error(gains)
-    if not error or len(gains) < LEAST_SEEDS or abs(statistics.fmean(gains)) <= 2 * error:
+    if error is None or len(gains) < LEAST_SEEDS or tied(gains) or abs(statistics.fmean(gains)) <= 2 * error:
         return "undecided"
     return "won" if statistics.fmean(gains) > 0 else "lost"
 
@@ -119,7 +124,7 @@ class Answer:
             return f"loss {found} {self.unit} ({seeds})"
         if error is None or count_ < LEAST_SEEDS:
             return f"undecided: {found} {self.unit} with {seeds}, an answer takes {LEAST_SEEDS}"
-        if not error:
+        if tied(self.gains):
             return (
                 f"undecided: {self.gain:+.3g} {self.unit} with each of {seeds}; {self.samples['judge']} judging samples "
                 f"are too few to tell"

@@ -17,6 +17,7 @@ from tests.support.layers.native import (
     FEW,
     NEEDS_LIBRARY,
     PROPERTY,
+    SPOILED,
     Pair,
     check_close,
     check_spread,
@@ -216,12 +217,7 @@ def test_any_layout_is_the_same_numbers() -> None:
 
 @FEW
 @given(
-    window=pairs(1, 4),
-    stride=pairs(1, 3),
-    padding=pairs(0, 2),
-    dilation=pairs(1, 2),
-    spare=pairs(0, 20),
-    where=st.floats(0, 1),
+    **SPOILED,
     groups=st.integers(1, 2),
     group=st.integers(1, 4),
     atoms=st.integers(1, 3),

@@ -15,6 +15,7 @@ from tests.support.layers.native import (
     FEW,
     NEEDS_LIBRARY,
     PROPERTY,
+    SPOILED,
     Pair,
     check_close,
     check_spread,
@@ -159,12 +160,7 @@ def test_the_memory_format_of_the_input_is_kept() -> None:
 
 @FEW
 @given(
-    window=pairs(1, 4),
-    stride=pairs(1, 3),
-    padding=pairs(0, 2),
-    dilation=pairs(1, 2),
-    spare=pairs(0, 20),
-    where=st.floats(0, 1),
+    **SPOILED,
     group=st.sampled_from([(4, 5), (5, 3), (6, 20)]),
     groups=st.integers(1, 2),
     last=st.booleans(),

@@ -13,6 +13,7 @@ from tests.support.layers.native import (
     FEW,
     NEEDS_LIBRARY,
     PROPERTY,
+    SPOILED,
     Pair,
     check_close,
     check_spread,
@@ -98,12 +99,7 @@ def test_a_gradient_alone_is_that_gradient(missing: int) -> None:
 
 @FEW
 @given(
-    window=pairs(1, 4),
-    stride=pairs(1, 3),
-    padding=pairs(0, 2),
-    dilation=pairs(1, 2),
-    spare=pairs(0, 20),
-    where=st.floats(0, 1),
+    **SPOILED,
     kernels=st.sampled_from([1, 2, 4, 8]),
 )
 def test_what_is_no_number_spoils_only_what_sees_it(where: float, **options: Any) -> None:
@@ -222,12 +218,7 @@ def test_the_layer_saves_only_its_inputs() -> None:
 
 @FEW
 @given(
-    window=pairs(1, 4),
-    stride=pairs(1, 3),
-    padding=pairs(0, 2),
-    dilation=pairs(1, 2),
-    spare=pairs(0, 20),
-    where=st.floats(0, 1),
+    **SPOILED,
     multiplier=st.integers(1, 2),
     features=st.integers(1, 5),
 )

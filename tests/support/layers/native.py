@@ -1,6 +1,7 @@
 """What the tests of the compiled operators share: windows to draw, gradients, closeness, NaN, and numbers of threads."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,16 @@ Pair = tuple[int, int]
 
 def pairs(low: int, high: int) -> st.SearchStrategy[Pair]:
     return st.tuples(st.integers(low, high), st.integers(low, high))
+
+
+SPOILED: dict[str, st.SearchStrategy[Any]] = {
+    "window": pairs(1, 4),
+    "stride": pairs(1, 3),
+    "padding": pairs(0, 2),
+    "dilation": pairs(1, 2),
+    "spare": pairs(0, 20),
+    "where": st.floats(0, 1),
+}  # geometries, and where in a tensor, for `check_spread`
 
 
 def sizes(spare: Pair, window: Pair, stride: Pair, padding: Pair, dilation: Pair) -> tuple[list[int], list[int]]:

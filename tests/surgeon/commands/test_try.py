@@ -74,9 +74,12 @@ def test_the_answer_in_a_sentence() -> None:
         "undecided: +1 ± 0 points of top-1 with 2 seeds, an answer takes 3"
         in make_answer([0.5] * 2, [0.51] * 2).sentence()
     )
-    tied = make_answer([0.5] * 3, [0.51] * 3)
+    tied = make_answer(
+        [56 / 92, 57 / 92, 59 / 92], [57 / 92, 58 / 92, 60 / 92]
+    )  # one more of 92, unequal in the last bit
+    assert 0 < (tied.error or 0.0) < 1e-12
     assert tied.verdict == "undecided"
-    assert "undecided: +1 points of top-1 with each of 3 seeds" in tied.sentence()
+    assert "undecided: +1.09 points of top-1 with each of 3 seeds" in tied.sentence()
     assert "judging samples are too few to tell" in tied.sentence()
     assert make_answer([], []).sentence().startswith("no answer: not one pair")
 
