@@ -98,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def settle(name: str, study: Study, arm: str, rows: Rows, material: Path, work: Path, seeds: int) -> None:
     """Sweep the arm's rate, go on beyond an edge, and train the other seeds at the best."""
+    if not list(study.arms[arm](material).parameters()):  # nothing to train
+        _ensure(name, study, arm, 0.0, 0, rows, material, work)
+        return
     rates = sorted(study.rates)
     for _ in range(EXTENSIONS + 1):
         for rate in rates:
@@ -124,6 +127,9 @@ def run(study: Study, arm: str, rate: float, seed: int, material: Path, work: Pa
     """Train one network: what chooses its rate, its scores, what it costs, and how adaptive its layers are."""
     torch.manual_seed(seed)
     model, task = study.arms[arm](material), study.task(material, work, seed)
+    if not list(model.parameters()):
+        none: dict[str, Any] = {"steps": 0, "flops": 0, "parameters": 0, "cpu_seconds": 0.0, "chooses": 0.0}
+        return none | {"higher_chooses": True, "scores": study.judge(model, material), "layers": []}
     options = {**study.changes, **study.ours.get(arm, {})}
     config = FinetuneConfig(
         max_steps=study.steps,
@@ -194,7 +200,7 @@ def summary(name: str, study: Study, rows: Rows) -> list[dict[str, Any]]:
             "seconds": statistics.mean(row["cpu_seconds"] for row in by_seed.values()),
             "rate": first["rate"],
             "swept": rates,
-            "at edge": first["rate"] in (rates[0], rates[-1]),
+            "at edge": first["rate"] > 0 and first["rate"] in (rates[0], rates[-1]),
             "seeds": len(by_seed),
             "scores": "; ".join(f"{what} {_mean(by_seed, what):.2f}" for what in first["scores"]),
             "distance": _distance(by_seed.values()),

@@ -5,7 +5,9 @@ The large networks of `trained` lack steps, not capacity; these lack capacity.
 
 import copy
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -226,82 +228,66 @@ def _wide_espcn() -> nn.Module:
     return model
 
 
+_last_layer = partial(_continued, layers="output", rates=FAST_RATES, steps=SHORT)
+_super_resolved = partial(
+    _last_layer,
+    task=partial(sr_task, SMALL_IMAGES),
+    judge=partial(sr_judge, SMALL_IMAGES),
+    needs=SR_SETS,
+    size=(3, 24, 24),
+)
+
+
 def espcn() -> Study:
-    return _continued(
-        "×3 super-resolution, ESPCN, its last convolution",
-        partial(create, "espcnn"),
-        partial(sr_task, SMALL_IMAGES),
-        partial(sr_judge, SMALL_IMAGES),
-        SR_SETS,
-        "output",
-        (3, 24, 24),
-        rates=FAST_RATES,
-        steps=SHORT,
-        wide=_wide_espcn,
+    return _super_resolved(
+        "×3 super-resolution, ESPCN, its last convolution", partial(create, "espcnn"), wide=_wide_espcn
     )
 
 
 def linear_super_resolution() -> Study:
-    return _continued(
-        "×3 super-resolution, one 5×5 convolution (linear_sr, PAFU §4.2)",
-        partial(create, "linear_sr_x3"),
-        partial(sr_task, SMALL_IMAGES),
-        partial(sr_judge, SMALL_IMAGES),
-        SR_SETS,
-        "output",
-        (3, 24, 24),
-        rates=FAST_RATES,
-        steps=SHORT,
-        kernels=16,
-    )
+    title = "×3 super-resolution, one 5×5 convolution (linear_sr, PAFU §4.2)"
+    return _super_resolved(title, partial(create, "linear_sr_x3"), kernels=16)
 
 
 def linear_demosaicking() -> Study:
-    return _continued(
+    return _last_layer(
         "demosaicking, one 5×5 convolution (linear_demosaic, PAFU §5.2)",
         partial(create, "linear_demosaic"),
-        _mosaic_task,
-        _mosaic_judge,
-        COLOR_SETS,
-        "output",
-        (3, 48, 48),
-        rates=FAST_RATES,
-        steps=SHORT,
+        task=_mosaic_task,
+        judge=_mosaic_judge,
+        needs=COLOR_SETS,
+        size=(3, 48, 48),
         kernels=16,
     )
 
 
 def _one_filter() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 3, 5, padding=2))
+    return nn.Sequential(OrderedDict(output=nn.Conv2d(3, 3, 5, padding=2)))
 
 
 def linear_denoising() -> Study:
     options = {"sigma": 25.0, "val_sigma": 25.0, "color": True, "patch": 48, "patches_per_image": 8, "loss": "mse"}
-    return _continued(
+    return _last_layer(
         "color denoising, σ 25, one 5×5 convolution",
         _one_filter,
-        partial(denoise_task, options, "BSDS500train_color"),
-        partial(denoise_judge, options),
-        COLOR_SETS,
-        "0",
-        (3, 48, 48),
-        rates=FAST_RATES,
-        steps=SHORT,
+        task=partial(denoise_task, options, "BSDS500train_color"),
+        judge=partial(denoise_judge, options),
+        needs=COLOR_SETS,
+        size=(3, 48, 48),
         kernels=16,
     )
 
 
 def linear_camera_noise() -> Study:
     big = real_noise()
-    return _continued(
+    study = _last_layer(
         "a camera's noise (PolyU), one 5×5 convolution",
         _one_filter,
-        big.task,
-        big.judge,
-        big.needs,
-        "0",
-        (3, 40, 40),
+        task=big.task,
+        judge=big.judge,
+        needs=big.needs,
+        size=(3, 40, 40),
         rates=(5e-4, 1e-3, 2e-3),
-        steps=SHORT,
         kernels=16,
     )
+    return replace(study, arms={**study.arms, "no network: the noisy images": lambda material: nn.Identity()})
