@@ -208,6 +208,22 @@ def test_noise_alone_has_no_gain() -> None:
         assert table.gain[i, 1] < 0
 
 
+def test_the_walk_slows_the_last_weight_of_a_generator() -> None:
+    """As training does: ACDA's has 576 inputs, SEKG's as many as the layer has channels, too few to be slowed."""
+    torch.manual_seed(0)
+    model = Two()
+    space = make_space_of(model, SpaceConfig(types=("acda", "sekg")))
+    plain, slowed = (
+        gradient_gains(
+            model, space, loss, data(8), estimators=["nqm"], walk=Walk(rates=(1e-3,), fan_in=on), input_size=10
+        )["nqm"].gain[space.layers.index("used")]
+        for on in (False, True)
+    )
+    for label, before, after in zip(space.labels[1:], plain[1:], slowed[1:], strict=True):
+        assert before > 0
+        assert (0 < after < before) if label.startswith("acda") else (after == before), label
+
+
 def test_what_estimators_refuse() -> None:
     model = Two()
     space = make_space_of(model, SpaceConfig(types=("sekg",)))

@@ -55,6 +55,10 @@ def test_a_run_from_the_command_line(finetune: Finetune, capsys: pytest.CaptureF
     recipe = Recipe.read("tuned")
     assert recipe.task == Trained(name="tiny-regression", options={"samples": 9, "noise": 0.05})
 
+    assert main(["evaluate", "tuned", "--trust-factory", "--json", "--quiet"]) == 0
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert "tuned was fine-tuned and" in note
+
     model = surgeon.load("tuned", trust_factory=True)
     assert main(["finetune", "tuned", "--task", "tiny-regression", "--trust-factory", *SHORT, "--quiet"]) == 0
     out, error = capsys.readouterr()
