@@ -1,4 +1,4 @@
-"""The PAFU operator in C (pafu.h): float32 on the CPU, bit-identical for any number of threads."""
+"""The PAFU operator in C (pafu.h), for the CPU: computed in float32, bit-identical for any number of threads."""
 
 import ctypes
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from surgeon.layers.ops.library import memory_format_of
 from surgeon.layers.ops.native.compiler import library
+from surgeon.layers.ops.native.half import all_float32, image_blocks
 from surgeon.layers.ops.native.support import borrowed, in_parallel, pointer
 from surgeon.layers.pafu.frames import FrameChunk, FrameProblem, Grads
 
@@ -140,7 +141,28 @@ class _Call:
 
 
 def forward(problem: FrameProblem, out: Tensor) -> None:
-    """Fill out (N, O, P, Q), which has the memory format of x."""
+    """Fill out (N, O, P, Q), which has the memory format and dtype of x."""
+    for block, part in _in_float32(problem):
+        if part is problem:
+            _forward(part, out)
+        else:
+            y = torch.empty_like(out[block], dtype=torch.float32)
+            _forward(part, y)
+            out[block] = y
+
+
+def _in_float32(problem: FrameProblem) -> Iterator[tuple[slice, FrameProblem]]:
+    """The problem in float32, of half precision for a few images at a time, and which images."""
+    x, kernel, further, index = problem.x, problem.kernel, problem.further, problem.index
+    if all_float32(x, kernel, further):
+        yield slice(None), problem
+        return
+    kernels = {"kernel": kernel.float(), "further": further.float()}
+    for block in image_blocks(x):
+        yield block, replace(problem, x=x[block].float(), index=index[block], **kernels)
+
+
+def _forward(problem: FrameProblem, out: Tensor) -> None:
     for work in _Call(problem).chunks(1):
         work.tensors.out, work.tensors.y = work.output(out)
         blocks = work.call.library.pafu_blocks(ctypes.byref(work.plan))
@@ -153,7 +175,14 @@ def forward(problem: FrameProblem, out: Tensor) -> None:
 def backward(problem: FrameProblem, grad: Tensor, grads: Grads) -> None:
     """Add to the requested gradients (that of x in its memory format); grad is the gradient of the output, (N, O, P, Q)."""
     kernel, further = (k.movedim(-3, -1).contiguous().movedim(-1, -3) for k in (problem.kernel, problem.further))
-    call = _Call(replace(problem, kernel=kernel, further=further))
+    for block, part in _in_float32(replace(problem, kernel=kernel, further=further)):
+        own = [None if sums is None else sums[block] for sums in (grads.x, grads.scores)]
+        _backward(part, grad[block].float(), Grads(own[0], grads.kernels, own[1]))
+
+
+def _backward(problem: FrameProblem, grad: Tensor, grads: Grads) -> None:
+    """For kernels that have their channels last in memory."""
+    call = _Call(problem)
     grad = call.laid_out(grad)
     blocks = call.library.pafu_input_blocks(ctypes.byref(_Plan(*call.sizes)))
     taps = problem.window.size[0] * problem.window.size[1]
