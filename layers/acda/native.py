@@ -138,16 +138,20 @@ class NativeProblem:
 
 def forward(x: Tensor, alpha: Tensor, psi: Tensor, static: Tensor, coeff: Tensor, *geometry: Any) -> Tensor:
     """The result in the dtype of x, computed in float32; `geometry` is stride, padding, dilation, groups."""
-    shared = [t.float() for t in (psi, static, coeff)]
-    return by_images(lambda *images: NativeProblem(*images, *shared, *geometry).forward(), x.dtype, x, alpha)
+    psi, static, coeff = (t.float() for t in (psi, static, coeff))
+
+    def run(x: Tensor, alpha: Tensor) -> Tensor:
+        return NativeProblem(x, alpha, psi, static, coeff, *geometry).forward()
+
+    return by_images(run, x.dtype, x, alpha)
 
 
 def backward(grad: Tensor, *args: Any) -> list[Tensor]:
     """Gradients of x, alpha, psi, static and coeff for the arguments of `forward` and, last, `needs`; empty if not needed."""
-    *inputs, stride, padding, dilation, groups, needs = args
-    shared = [t.float() for t in inputs[2:]]
+    inputs, geometry, needs = args[:5], args[5:-1], args[-1]
+    psi, static, coeff = (t.float() for t in inputs[2:])
 
     def run(grad: Tensor, x: Tensor, alpha: Tensor) -> list[Tensor]:
-        return NativeProblem(x, alpha, *shared, stride, padding, dilation, groups).backward(grad, needs)
+        return NativeProblem(x, alpha, psi, static, coeff, *geometry).backward(grad, needs)
 
     return gradients_by_images(run, [grad, *inputs[:2]], inputs, needs)

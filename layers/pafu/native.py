@@ -157,9 +157,9 @@ def _in_float32(problem: FrameProblem) -> Iterator[tuple[slice, FrameProblem]]:
     if all_float32(x, kernel, further):
         yield slice(None), problem
         return
-    kernels = {"kernel": kernel.float(), "further": further.float()}
+    kernel, further = kernel.float(), further.float()
     for block in image_blocks(x):
-        yield block, replace(problem, x=x[block].float(), index=index[block], **kernels)
+        yield block, replace(problem, x=x[block].float(), kernel=kernel, further=further, index=index[block])
 
 
 def _forward(problem: FrameProblem, out: Tensor) -> None:

@@ -184,8 +184,8 @@ def layer_forward(
     x: Tensor, features: Tensor, weight: Tensor, static: Tensor, bias: Tensor | None, *geometry: Sequence[int]
 ) -> Tensor:
     """Forward of `dconv_layer`; `geometry` is stride, padding, dilation."""
-    shared = (weight.float(), static.float(), None if bias is None else bias.float())
-    return by_images(lambda *images: Layer(*images, *shared, *geometry).forward(), x.dtype, x, features)
+    w, s, b = weight.float(), static.float(), None if bias is None else bias.float()
+    return by_images(lambda x, features: Layer(x, features, w, s, b, *geometry).forward(), x.dtype, x, features)
 
 
 def layer_backward(
@@ -199,11 +199,11 @@ def layer_backward(
     *geometry: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `dconv_layer` for its first five inputs; empty if not in `needs`."""
-    shared = (weight.float(), static.float(), None if bias is None else bias.float())
+    w, s, b = weight.float(), static.float(), None if bias is None else bias.float()
 
     def run(grad: Tensor, x: Tensor, features: Tensor) -> Sequence[Tensor]:
-        return Layer(x, features, *shared, *geometry).backward(grad, needs)
+        return Layer(x, features, w, s, b, *geometry).backward(grad, needs)
 
     inputs = (x, features, weight, static, x.new_empty(0) if bias is None else bias)
-    a, b, c, d, e = gradients_by_images(run, (grad, x, features), inputs, needs)
-    return a, b, c, d, e
+    gx, gfeatures, gweight, gstatic, gbias = gradients_by_images(run, (grad, x, features), inputs, needs)
+    return gx, gfeatures, gweight, gstatic, gbias
