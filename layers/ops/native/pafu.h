@@ -109,10 +109,17 @@ static void from_last(const float *from, Places s, int64_t rows, int64_t pixels,
 
 /* ---- what Python calls before: the frame, the order of the pixels ----------------------------------------------------------- */
 
+typedef void PafuWork(const Pafu *, const PafuTensors *, float *scratch, const int64_t *task);
+
+/* Some tasks, each of `width` numbers, one after another: a call from Python takes as long as a small one. */
+void pafu_tasks(const Pafu *a, const PafuTensors *t, float *scratch, PafuWork *work, const int64_t *tasks, int64_t width, int64_t count) {
+    for (int64_t i = 0; i < count; i++) work(a, t, scratch, tasks + i * width);
+}
+
 /* The frame of one image of the chunk. */
-void pafu_frame(const Pafu *a, const PafuTensors *t, float *scratch, int64_t image) {
+void pafu_frame(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
     (void)scratch;
-    const int64_t c = a->c, size = a->h * a->w, row = a->width * c;
+    const int64_t image = task[0], c = a->c, size = a->h * a->w, row = a->width * c;
     float *frame = t->frame + image * a->height * row;
     const float *x = t->x + image * c * size;
     memset(frame, 0, (size_t)(a->top * row) * 4);
@@ -309,9 +316,10 @@ static void multiply_run(const Pafu *a, const PafuTensors *t, Outputs o, const i
     }
 }
 
-/* Sorted pixels from `first` to `end`, all of kernel i, and one block of output channels. */
-void pafu_forward(const Pafu *a, const PafuTensors *t, float *scratch, int64_t i, int64_t first, int64_t end, int64_t block) {
-    int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw), part = even_part(end - first, PAFU_PIXELS);
+/* Kernel i, sorted pixels from `first` to `end`, all of that kernel, and one block of output channels. */
+void pafu_forward(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
+    int64_t i = task[0], first = task[1], end = task[2], block = task[3], part = even_part(end - first, PAFU_PIXELS);
+    int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw);
     float sums[PAFU_RUN * PAFU_VECTORS * LANES] __attribute__((aligned(64)));
     Outputs o = outputs_of(a, block);
     pafu_places(a, place);
@@ -324,8 +332,8 @@ void pafu_forward(const Pafu *a, const PafuTensors *t, float *scratch, int64_t i
 }
 
 /* The chunk's output of one image, from channels last to (O, P, Q). */
-void pafu_output(const Pafu *a, const PafuTensors *t, float *scratch, int64_t image) {
-    int64_t pixels = a->rows * a->columns;
+void pafu_output(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
+    int64_t pixels = a->rows * a->columns, image = task[0];
     (void)scratch;
     from_last(t->y + image * pixels * a->outputs, (Places){pixels, 0, a->outputs}, a->outputs, pixels,
               t->out + image * a->outputs * a->plane, a->plane, 0);
