@@ -10,7 +10,7 @@ from surgeon.layers.ops.native.compiler import library
 from surgeon.layers.ops.native.half import by_images, gradients_by_images
 from surgeon.layers.ops.native.support import in_parallel, partial_sums, pointer
 
-PARTS = 64  # maximum number of parts per call
+PARTS = 64  # maximum number of parts per call, for several threads
 
 _SIZES = ("h", "w", "oh", "ow", "lh", "lw", "sh", "sw", "ph", "pw", "dh", "dw")
 _COUNTS = ("n", "units", "channels", "kernels", "band", "scratch")
@@ -55,7 +55,7 @@ def _plan(x: Tensor, kernels: Tensor, kernel_size: Sequence[int], geometry: Sequ
 def _run(plan: _Plan, *, back: bool, **given: Tensor | None) -> None:
     tensors = _Tensors(**{name: pointer(t) for name, t in given.items()})
     units = plan.n * plan.units
-    parts, run = min(PARTS, units), library().dconv_run
+    parts, run = min(PARTS if torch.get_num_threads() > 1 else 1, units), library().dconv_run
 
     def work(part: int, scratch: Tensor) -> None:
         ends = [ctypes.c_int64(units * p // parts) for p in (part, part + 1)]

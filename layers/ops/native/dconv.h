@@ -21,7 +21,9 @@ typedef struct {
     float *gx, *gkernels; /* null: not wanted */
 } DconvTensors;
 
-enum { DCONV_BAND_BYTES = 1 << 14 }; /* it and its sums stay in the first-level cache */
+/* DCONV_BAND_BYTES: it and its sums stay in the first-level cache. DCONV_AHEAD: floats by which kernels are asked for before: the
+ * hardware foresees nothing beyond a page, nor a jump from tap to tap. */
+enum { DCONV_BAND_BYTES = 1 << 14, DCONV_AHEAD = 1024 };
 
 /* Some rows of one output channel, `many` taps of it: kernels are read from end to end, as the hardware foresees. `k` the kernels of
  * the first of these taps, `size` apart; x the padded pixel under the window's first tap, of rows `step` apart. The sum of the taps
@@ -33,6 +35,7 @@ INLINE void dconv_taps(const int many, int64_t rows, int64_t width, const int64_
         for (int64_t j = 0; j < width; j += LANES, sums += LANES) {
             int64_t lanes = k + (many - 1) * size + j + LANES <= k_end ? LANES : width - j;
             vec sum = first ? (vec){0} : load(sums);
+            UNROLLED for (int t = 0; t < many; t++) __builtin_prefetch(k + t * size + j + DCONV_AHEAD);
             UNROLLED for (int t = 0; t < many; t++) sum += load_first(k + t * size + j, lanes) * load(x + place[t] + j);
             if (!y)
                 store(sums, sum);
@@ -95,6 +98,7 @@ static void dconv_unit(const Dconv *d, const DconvTensors *t, float *scratch, in
         for (int64_t c = 0; c < d->channels; c++) {
             int64_t channel = unit * d->channels + c, plane = channel * s->h * s->w;
             if (!backward || t->gkernels) window_copy(s, p, 1, t->x + plane, x);
+            for (int64_t q = 0; q < s->h * s->w && q < DCONV_AHEAD; q += 16) __builtin_prefetch(t->x + plane + s->h * s->w + q);
             if (backward && t->gx) memset(gx, 0, (size_t)padded_floats(p, 1) * 4);
             for (int64_t r = 0; r < d->kernels; r++) {
                 int64_t o = (unit * many + c * d->kernels + r) * pixels + i0 * s->ow, own = r * taps * pixels + i0 * s->ow;
