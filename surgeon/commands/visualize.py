@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
-from surgeon.commands.common.arguments import print_json, size
+from surgeon.commands.common.arguments import print_json, size, tell
 from surgeon.errors import ConfigError, InputError
+from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.util.files import filling
 
     output = Path(args.output)
-    model = load(folder(args.run), trust_factory=args.trust_factory)
+    with waiting(f"loading {args.run}", quiet=args.quiet):
+        model = load(folder(args.run), trust_factory=args.trust_factory)
     layers = dynamic_layers(model, args.layers)
     if not layers:
         raise InputError(f"{args.run} has no dynamic layer: there is nothing to draw")
@@ -126,7 +128,20 @@ def _read(args: argparse.Namespace, model: "nn.Module", base: "BaseModel") -> "d
             name = f"{stem}-{number}"
         picture = read_image(file, transform, base, option="IMAGE")
         found[name] = (picture, _photo(picture, transform))
+        _tell_change(args, file, picture)
     return found
+
+
+def _tell_change(args: argparse.Namespace, file: Path, picture: "Tensor") -> None:
+    """A line if the model sees another size than the picture has."""
+    from surgeon.util.picture_files import opened
+
+    with opened(file) as image:
+        width, height = image.size
+    if (height, width) != tuple(picture.shape[-2:]):
+        seen = "x".join(map(str, picture.shape[-2:]))
+        told = f"{file.name} is {height}x{width} (HxW), and the model sees it resized and cropped to {seen}"
+        tell(args, f"{told}; --input-size {height}x{width} draws all of it")
 
 
 def _sensed(

@@ -69,6 +69,9 @@ def test_what_people_see(capsys: pytest.CaptureFixture[str]) -> None:
     assert "memory (train) <= +50%" in captured.out
     assert "placement 1" in captured.out
     assert "pafu(group_size=" in captured.out
+    told = " ".join(captured.out.split())
+    assert "note: uniform gains mean as many replacements as the budgets allow" in told
+    assert "surgeon gains test_resnet --task TASK --data DIR -o gains.json" in told
     assert max(map(len, captured.out.splitlines())) <= 80
 
 
