@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,36 +196,28 @@ class Trial:
         }
 
     def _measure(self) -> Speed:
-        """Seconds per step and evaluation, and the overhead of a run, on this machine. Raises `ConfigError` as soon as it is clear
-        that the time is too short.
-        """
+        """The speed of both on this machine. Raises `ConfigError` as soon as it is clear that the time is too short."""
         batch = min(self.config.base.batch_size, max(len(self.task.dataset("val")), 1))
-        task, speeds, samples = part_of(self.task, 0, 1, batch), [], []
+        task, speeds = part_of(self.task, 0, 1, batch), list[Speed]()
 
         def seen(first: float) -> None:
             if not speeds and self.config.steps is None:
                 check_first_step(first, self.left, self._levers())
 
         for arm in ARMS:
-            network = self.twins.network(arm, 0)
-
-            def probe(steps: int, network: nn.Module = network) -> tuple[float, float]:
-                training, evaluation, rest = self._probe(network, task, steps)
-                samples.append(evaluation / len(task.dataset("val")))
-                return training, rest
-
-            speeds.append(timed(probe, seen, _PROBE))
+            speeds.append(timed(partial(self._probe, self.twins.network(arm, 0), task), seen, _PROBE))
             self.tell(f"a step of the {arm} network takes about {duration(speeds[-1].step)}")
-        sample = samples[-1] + min(samples)
-        return Speed(step=sum(one.step for one in speeds), sample=sample, run=sum(one.run for one in speeds))
+        first, second = speeds
+        return Speed(step=first.step + second.step, sample=first.sample + second.sample, run=first.run + second.run)
 
-    def _probe(self, network: nn.Module, task: Task, steps: int) -> tuple[float, float, float]:
-        """Seconds of so many training steps, of the evaluation after them, and of the rest of such a run."""
+    def _probe(self, network: nn.Module, task: Task, steps: int) -> Speed:
+        """The speed of one network, from a run of so many steps."""
         config = self.training(rate=min(self.config.rates), seed=0, steps=steps, limit=None)
         began = time.monotonic()
         summary = finetune(network, task, config, known_start={task.primary: math.nan}).summary
         training, evaluation = summary.seconds, summary.result.seconds
-        return training, evaluation, max(time.monotonic() - began - training - evaluation, 0.0)
+        rest = max(time.monotonic() - began - training - evaluation, 0.0)
+        return Speed(step=training / steps, sample=evaluation / len(task.dataset("val")), run=rest)
 
     def training(self, *, rate: float, seed: int, steps: int, limit: float | None) -> FinetuneConfig:
         """Options of a run, the same for both networks."""

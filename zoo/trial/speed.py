@@ -12,7 +12,7 @@ _LEAST_BATCH = 2  # a BatchNorm needs two samples
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Seconds, for both arms together: per training step, per evaluated sample, and the overhead of a run."""
+    """Seconds, of one network or for both arms together: per training step, per evaluated sample, and the overhead of a run."""
 
     step: float
     sample: float
@@ -75,15 +75,13 @@ def too_little(left: float, needed: float, steps: int, seeds: int, levers: Lever
     )
 
 
-def timed(probe: Callable[[int], tuple[float, float]], first_done: Callable[[float], None], most: float) -> Speed:
-    """The speed of one network: `probe(steps)` trains so many, and returns their seconds and those of everything else.
+def timed(probe: Callable[[int], Speed], first_done: Callable[[float], None], most: float) -> Speed:
+    """The speed of one network: `probe(steps)` trains so many.
 
     The first step warms up and is not counted, unless it alone takes more than `most` seconds; `first_done` gets its seconds.
     """
-    first, rest = probe(1)
-    first_done(first)
-    if first > most:
-        return Speed(step=first, sample=0.0, run=rest)
-    steps = max(min(int(most / max(first, 1e-3)), 10), 1)
-    seconds, rest = probe(steps)
-    return Speed(step=seconds / steps, sample=0.0, run=rest)
+    first = probe(1)
+    first_done(first.step)
+    if first.step > most:
+        return first
+    return probe(max(min(int(most / max(first.step, 1e-3)), 10), 1))

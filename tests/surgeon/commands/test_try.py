@@ -143,7 +143,8 @@ def test_a_time_that_is_too_short_is_said_after_the_first_step(
     tiny_tasks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps: list[int] = []
-    monkeypatch.setattr(Trial, "_probe", lambda trial, network, task, count: (steps.append(count), (60.0, 0.0, 0.0))[1])
+    slow = Speed(step=60.0, sample=0.0, run=0.0)
+    monkeypatch.setattr(Trial, "_probe", lambda trial, network, task, count: (steps.append(count), slow)[1])
     assert main(["try", FACTORY, *SHORT, "--batch-size", "4", "--quiet", "--max-time", "5m", "-o", "out"]) == 2
     error = capsys.readouterr().err
     assert re.search("3 seeds of 8 steps of both networks take about 4000 s: give --max-time 6[78]m", error), error
