@@ -128,20 +128,12 @@ def _read(args: argparse.Namespace, model: "nn.Module", base: "BaseModel") -> "d
             name = f"{stem}-{number}"
         picture = read_image(file, transform, base, option="IMAGE")
         found[name] = (picture, _photo(picture, transform))
-        _tell_change(args, file, picture)
+    sizes = sorted({"x".join(map(str, picture.shape[-2:])) for picture, _ in found.values()})
+    tell(
+        args,
+        f"pictures are resized and center-cropped to {', '.join(sizes)} (HxW), as for evaluation: --input-size sets another size",
+    )
     return found
-
-
-def _tell_change(args: argparse.Namespace, file: Path, picture: "Tensor") -> None:
-    """A line if the model sees another size than the picture has."""
-    from surgeon.util.picture_files import opened
-
-    with opened(file) as image:
-        width, height = image.size
-    if (height, width) != tuple(picture.shape[-2:]):
-        seen = "x".join(map(str, picture.shape[-2:]))
-        told = f"{file.name} is {height}x{width} (HxW), and the model sees it resized and cropped to {seen}"
-        tell(args, f"{told}; --input-size {height}x{width} draws all of it")
 
 
 def _sensed(

@@ -248,7 +248,7 @@ def build(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
 
 def building(args: argparse.Namespace) -> str:
     """What is being waited for while the model is built: published weights may be downloaded."""
-    own = ":" in args.model or Path(args.model).exists()
+    own = ":" in args.model or args.model.startswith("zoo/") or Path(args.model).exists()
     published = args.weights in ("auto", "pretrained") and not own
     return f"building {args.model}{' with its published weights (--weights random: without)' if published else ''}"
 

@@ -256,7 +256,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    command = f"{sys.executable} -m surgeon models | head -1"
+    command = f"{sys.executable} -m surgeon models --quiet | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, env=environment())
     assert done.stderr == ""
     assert done.returncode == 0

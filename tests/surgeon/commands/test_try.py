@@ -239,7 +239,7 @@ def test_the_time_is_honored(attempt: Try, monkeypatch: pytest.MonkeyPatch, caps
     assert (found["stopped"], found["seeds"]) == ("time", [0])
     (note,) = [note for note in found["notes"] if "the time is up" in note]
     assert re.search(
-        r"\(another pair takes about 1,000,000 s, and .* were left\): --resume --max-time 556h trains more", note
+        r"\(another pair takes about 1,000,000 s, and .* were left\): --resume --max-time 585h trains more", note
     )
 
 
