@@ -26,7 +26,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fails(argv: list[str], words: str, capsys: Capture, code: int = 2) -> None:
     """The command fails with one line that has these words, and leaves no file."""
-    assert main(argv) == code
+    assert main([argv[0], "--quiet", *argv[1:]]) == code
     out, error = capsys.readouterr()
     lines = [line for line in error.splitlines() if line and not line.startswith(("usage:", " "))]
     assert len(lines) == 1, error

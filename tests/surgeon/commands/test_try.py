@@ -89,7 +89,7 @@ def test_the_answer_in_a_sentence() -> None:
 
 def test_what_ends_below_its_start_is_seen() -> None:
     assert make_answer([0.5, 0.6], [0.5, 0.55], start=0.7).ends_below_start()
-    assert "untrained     0.7" in make_answer([0.5], [0.5], start=0.7).to_text()
+    assert re.search(r"^untrained +0\.7 ", make_answer([0.5], [0.5], start=0.7).to_text(), re.MULTILINE)
     assert not make_answer([0.5, 0.6], [0.5, 0.95], start=0.7).ends_below_start()
     assert make_answer([2.0], [3.0], start=1.0, primary="mae", higher_is_better=False).ends_below_start()
     assert not make_answer([0.5], [0.5]).ends_below_start()
@@ -204,11 +204,11 @@ def test_equal_seeds_give_equal_answers_and_more_seeds_are_added(
     assert attempt("--seeds", "1", *more) == 0
     first = answered(capsys)
     assert "an answer takes 3" in first["answer"]
-    assert attempt("--seeds", "3", "--resume", *more) == 0
+    assert attempt("--seeds", "2", "--resume", *more) == 0
     second = answered(capsys)
     assert second["scores"]["converted"][:1] == first["scores"]["converted"]
-    assert len(second["seeds"]) == 3
-    assert attempt("--seeds", "3", "--force", *more) == 0
+    assert len(second["seeds"]) == 2
+    assert attempt("--seeds", "2", "--force", *more) == 0
     again = answered(capsys)
     assert again["scores"] == second["scores"]
 

@@ -101,7 +101,7 @@ def test_what_people_see(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     ],
 )
 def test_bad_input(more: list[str], code: int, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*PLACE, *more]) == code
+    assert main([*PLACE, "--quiet", *more]) == code
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line and not line.startswith(("usage:", " "))]
     assert len(lines) == 1, captured.err

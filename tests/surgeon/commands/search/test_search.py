@@ -159,7 +159,7 @@ def test_budgets_that_nothing_meets_end_at_once_with_the_nearest(
     budgets: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Run, "train", lambda self: pytest.fail("something was trained"))
-    assert main(search_arguments("s", *budgets)) == 1
+    assert main(search_arguments("s", "--quiet", *budgets)) == 1
     error = capsys.readouterr().err
     nearest = re.search(
         r"the nearest budgets that one placement meets are .*" + budgets[-1].split("=")[0] + r" (\S+)", error
@@ -180,7 +180,7 @@ def test_budgets_that_nothing_meets_end_at_once_with_the_nearest(
 )
 def test_a_task_without_data_is_one_error(data: list[str], said: str, capsys: Capture) -> None:
     arguments = ["search", "zoo/resnet20_cifar", "--task", "classification", "--weights", "random", *data]
-    assert main([*arguments, "-o", "s"]) == 2
+    assert main([*arguments, "-o", "s", "--quiet"]) == 2
     out, error = capsys.readouterr()
     assert said in error
     assert error.count("\n") == 1
@@ -267,7 +267,7 @@ def test_interrupted_finals_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_wrong_usage_is_one_clear_message(more: list[str], said: str, capsys: Capture) -> None:
-    assert main(search_arguments("s", *more)) == 2
+    assert main(search_arguments("s", "--quiet", *more)) == 2
     out, error = capsys.readouterr()
     assert said in error
     assert error.count("\n") == 1
@@ -353,7 +353,7 @@ def test_a_database_that_cannot_be_reached_is_one_error(capsys: Capture) -> None
     pytest.importorskip("psycopg")
     url = f"postgresql://me:secret@127.0.0.1:{free_port()}/x"
     for more in ([], ["--join", "x"]):
-        assert main(search_arguments("s", "--storage", url, *more)) == 2
+        assert main(search_arguments("s", "--quiet", "--storage", url, *more)) == 2
         out, error = capsys.readouterr()
         assert "cannot reach the database postgresql+psycopg://me:***@127.0.0.1" in error
         assert error.count("\n") == 1
