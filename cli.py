@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(args: argparse.Namespace) -> None:
     """The libraries that a command needs, with a line where that takes long."""
     names = [name for name in args.needs if name not in sys.modules]
-    told = f"loading {' and '.join(dict.fromkeys(name.partition('.')[0] for name in names))}"
+    told = f"loading {', '.join(dict.fromkeys(name.partition('.')[0] for name in names))}"
     with waiting(told, quiet=args.quiet or not names, after=1.0 if sys.stderr.isatty() else 2.0), suppress(ImportError):
         for name in names:
             import_module(name)
