@@ -148,7 +148,7 @@ def _config(args: argparse.Namespace) -> "TryConfig":
 
 
 def _resumed(args: argparse.Namespace, spent: float) -> str:
-    """The command that resumes the trial, for twice the time spent and at least so many seeds as there would be without end."""
+    """The command that resumes the trial with twice the time."""
     from surgeon.zoo.trial.speed import minutes
 
     words = list(args.argv)

@@ -75,7 +75,7 @@ def needed(speed: Speed) -> float:
 def check_first_step(first: float, left: float, levers: Levers) -> None:
     """Raise `ConfigError` if the first training step of the original shows that the time is too short.
 
-    It warms up, so half of it is taken for a step of each network; what is told counts it in full.
+    It includes the warm-up: half of it is taken for a step of each network, but the message counts it in full.
     """
     if needed(Speed(step=first, sample=0.0, run=0.0)) > left:
         raise too_little(left, needed(Speed(step=2 * first, sample=0.0, run=0.0)), FEWEST_STEPS, LEAST_SEEDS, levers)

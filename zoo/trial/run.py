@@ -172,7 +172,7 @@ class Trial:
         return f"plan: {plan.steps} steps per run, {rates}; a pair takes about {duration(pair)} of the {duration(self.left)} left"
 
     def _levers(self) -> Levers:
-        """What would make the trial shorter."""
+        """Options that would make the trial shorter."""
         options = {field.name for field in dataclasses.fields(self.task.config)}
         option = "patch" if "patch" in options else "input_size" if "val" in options else None
         return Levers(
@@ -211,7 +211,7 @@ class Trial:
         return Speed(step=first.step + second.step, sample=first.sample + second.sample, run=first.run + second.run)
 
     def _probe(self, network: nn.Module, task: Task, steps: int) -> Speed:
-        """The speed of one network, from a run of so many steps."""
+        """The speed of one network, from a run of this number of steps."""
         config = self.training(rate=min(self.config.rates), seed=0, steps=steps, limit=None)
         began = time.monotonic()
         summary = finetune(network, task, config, known_start={task.primary: math.nan}).summary

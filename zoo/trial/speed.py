@@ -21,7 +21,7 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Levers:
-    """What makes a trial shorter: samples per step, the size (C, H, W) of one, the task's option for it (None: it has none).
+    """Options that make a trial shorter: samples per step, the size (C, H, W) of one, the task's option for it (None: it has none).
 
     `spent` are the seconds before training, which more time has to cover, too.
     """
@@ -60,7 +60,7 @@ class Levers:
 
 
 def minutes(seconds: float) -> str:
-    """A time for --max-time that covers so many seconds: whole minutes, from two hours on half hours."""
+    """A time for --max-time that covers these seconds: whole minutes, from two hours on half hours."""
     if seconds > 7200:
         return f"{math.ceil(seconds / 1800) / 2:g}h"
     return f"{max(math.ceil(seconds / 60), 1)}m"
@@ -76,7 +76,7 @@ def too_little(left: float, needed: float, steps: int, seeds: int, levers: Lever
 
 
 def timed(probe: Callable[[int], Speed], first_done: Callable[[float], None], most: float) -> Speed:
-    """The speed of one network: `probe(steps)` trains so many.
+    """The speed of one network; `probe(steps)` trains it for that number of steps and returns theirs.
 
     The first step warms up and is not counted, unless it alone takes more than `most` seconds; `first_done` gets its seconds.
     """

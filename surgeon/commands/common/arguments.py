@@ -247,7 +247,7 @@ def build(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
 
 
 def building(args: argparse.Namespace) -> str:
-    """What is being waited for while the model is built: published weights may be downloaded."""
+    """The message while the model is built; it names published weights, which may have to be downloaded."""
     own = ":" in args.model or args.model.startswith("zoo/") or Path(args.model).exists()
     published = args.weights in ("auto", "pretrained") and not own
     return f"building {args.model}{' with its published weights (--weights random: without)' if published else ''}"
