@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from surgeon.commands.common import checks
-from surgeon.commands.common.arguments import add_seed, print_json, size, tell, whole
+from surgeon.commands.common.arguments import add_seed, positive, print_json, size, tell
 from surgeon.errors import ConfigError
 from surgeon.util.outputs import check_file_output, is_surgeon_folder
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="dynamic dimensions: batch and image size, batch, none, or as many as the model allows (default: auto)",
     )
-    parser.add_argument("--opset", type=whole, metavar="N", help="ONNX opset (default: that of torch.onnx)")
+    parser.add_argument("--opset", type=positive, metavar="N", help="ONNX opset (default: that of torch.onnx)")
     parser.add_argument(
         "--weights", default="auto", metavar="auto|pretrained|random|FILE", help="weights of a MODEL by name"
     )
