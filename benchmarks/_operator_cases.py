@@ -111,7 +111,7 @@ def dconv_cases() -> Iterator[Case]:
     for variant, build in (("apply", _apply_steps), ("layer", _layer_steps)):
         for shape in SHAPES:
             n, c, size = SHAPES[shape]
-            flops, moved = 2 * 9 * n * c * size**2, 4 * 11 * n * c * size**2
+            flops, moved = 2 * 9 * n * c * size**2, torch.get_default_dtype().itemsize * 11 * n * c * size**2
             if variant == "layer":
                 flops, moved = flops * (c + 1), 0
             yield Case("dconv", shape, variant, partial(build, shape), flops, moved)
@@ -181,7 +181,7 @@ def _train_steps(shape: str, n: int) -> dict[str, Step]:
     kernels = torch.cat([kernel[None], further]).detach().flatten(0, 1).requires_grad_()
 
     def one_hot() -> Tensor:
-        return F.one_hot(index, n).movedim(-1, 1).float() + soft - soft.detach()
+        return F.one_hot(index, n).movedim(-1, 1).to(soft.dtype) + soft - soft.detach()
 
     def stacked() -> Tensor:
         return (F.conv2d(x, kernels, padding=1).unflatten(1, (n, -1)) * one_hot()[:, :, None]).sum(1)
@@ -263,3 +263,14 @@ def _targets() -> Iterator[Target]:
 
 
 TARGETS = list(_targets())
+
+
+def half_targets() -> list[Target]:
+    """In half precision the compiled operators should be faster than torch's; nothing else is asked of them."""
+    cases = [case for make in OPERATORS.values() for case in make()]
+    variants = dict.fromkeys((case.operator, case.variant) for case in cases)
+    return [
+        Target(operator=operator, variant=variant, measure=measure, a="torch", b="ours", sign=">=", aim=_for("ABCD", 1))
+        for operator, variant in variants
+        for measure in ("forward", "both")
+    ]

@@ -4,6 +4,8 @@
     python -m benchmarks.operators --runs 3             # three times over: medians, and their scatter on this machine
     python -m benchmarks.operators --threads 2          # on several cores, compared by wall time
     python -m benchmarks.operators --op acda --quick    # fewer repeats, in one process, no memory measurement
+    python -m benchmarks.operators --dtype bfloat16     # in half precision, against torch's operators
+    SURGEON_LANES=8 python -m benchmarks.operators      # compiled for AVX2 on a machine with AVX-512
 
 The cases and targets are in `_operator_cases.py`.
 """
@@ -22,8 +24,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from benchmarks._bench import in_subprocess, interleaved, peak_rss, saved_bytes
-from benchmarks._operator_cases import OPERATORS, SHAPES, TARGETS, Case, Step, Target
+from benchmarks._operator_cases import OPERATORS, SHAPES, TARGETS, Case, Step, Target, half_targets
 from benchmarks._results import write_json
+from surgeon.layers.ops.native.compiler import library, why_no_library
 
 PROBE = 512  # rows and columns of the matrix product whose rate is taken for the machine's
 ALL = ", all threads"
@@ -86,9 +89,9 @@ def _on_all_threads(runs: dict[str, Callable[[], object]], repeats: int) -> dict
 
 
 def _probes() -> dict[str, Callable[[], object]]:
-    """What the machine can do: a matrix product, and a copy."""
-    a, b, product = (torch.randn(PROBE, PROBE) for _ in range(3))
-    source = torch.randn(COPIED)
+    """What the machine can do in float32, in which all operators compute: a matrix product, and a copy."""
+    a, b, product = (torch.randn(PROBE, PROBE, dtype=torch.float32) for _ in range(3))
+    source = torch.randn(COPIED, dtype=torch.float32)
     target = torch.empty_like(source)
     return {"mm": lambda: torch.mm(a, b, out=product), "copy": lambda: target.copy_(source)}
 
@@ -139,10 +142,12 @@ def peak_of(case: Case, name: str) -> int:
     return peak_rss() - before
 
 
-def compare(results: dict[str, list[dict[str, Any]]], clock: str) -> list[dict[str, Any]]:
+def compare(
+    results: dict[str, list[dict[str, Any]]], clock: str, targets: Iterable[Target] = TARGETS
+) -> list[dict[str, Any]]:
     """Every target with the ratio that was measured, of a case's runs the median; `met` is None where there is only an aim."""
     rows = []
-    for target in TARGETS:
+    for target in targets:
         for shape in sorted(target.must | target.aim):
             runs = results.get(f"{target.operator}/{target.variant}/{shape}", [])
             ratios = [ratio for run in runs if (ratio := _ratio(target, shape, run, clock)) is not None]
@@ -221,12 +226,28 @@ def main(argv: list[str] | None = None) -> int:
         metavar="FILE.json",
         help="write the ratios to FILE.json, and what was timed to FILE.raw.json",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of all tensors (default float32); the product and the copy whose rates are shared stay float32",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--runs", type=int, default=1, help="how often everything is measured (default 1)")
     parser.add_argument("--quick", action="store_true", help="few repeats, no memory measurement")
     parser.add_argument("--case", metavar="NAME", help="measure one case here, and print its JSON")
     parser.add_argument("--peak-of", nargs=2, metavar=("CASE", "STEP"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    try:
+        return _run(args)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _run(args: argparse.Namespace) -> int:
+    half = args.dtype != "float32"
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     cases = [case for name, make in OPERATORS.items() if args.op in (None, name) for case in make()]
@@ -237,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     repeats = 3 if args.quick else 7
     if args.case:
         case = next(case for case in cases if case.name == args.case)
-        print(json.dumps(measure(case, repeats, memory=not args.quick, threads=args.threads)))
+        print(json.dumps(measure(case, repeats, memory=not (args.quick or half), threads=args.threads)))
         return 0
     results: dict[str, list[dict[str, Any]]] = {case.name: [] for case in cases}
     for case in tqdm(cases * args.runs, desc="operators", unit="case", disable=None):
@@ -245,13 +266,16 @@ def main(argv: list[str] | None = None) -> int:
             found = measure(case, repeats, memory=False, threads=args.threads)
         else:  # in a process of its own: what the allocator has kept from an earlier case decides about page faults
             found = in_subprocess(
-                "benchmarks.operators", ["--case", case.name, "--threads", str(args.threads)], args.threads
+                "benchmarks.operators",
+                ["--case", case.name, "--threads", str(args.threads), "--dtype", args.dtype],
+                args.threads,
             )
         results[case.name].append(found)
     # One thread: its CPU time, which other work on the machine does not touch. Several: what they are for is wall time.
     clock, said = ("cpu_ms", "CPU ms of the process") if args.threads == 1 else ("wall_ms", "wall ms")
-    rows = compare(results, clock)
-    print(f"{said}, {args.threads} thread(s), interleaved medians\n")
+    rows = compare(results, clock, half_targets() if half else TARGETS)
+    lanes = "no compiled operators" if why_no_library() else f"vectors of {library().surgeon_lanes()} floats"
+    print(f"{said}, {args.threads} thread(s), {args.dtype}, {lanes}, interleaved medians\n")
     of_rate = shares(cases, results, clock)
     print(table(results, clock), comparison_table(rows), shares_table(of_rate), sep="\n\n")
     if args.json:
@@ -259,6 +283,8 @@ def main(argv: list[str] | None = None) -> int:
             args.json,
             {
                 "threads": args.threads,
+                "dtype": args.dtype,
+                "lanes": lanes,
                 "runs": args.runs,
                 "shapes": SHAPES,
                 "targets": rows,

@@ -1,4 +1,4 @@
-"""The ACDA operator in C (acda.h): float32 on the CPU, forward and backward, bit-identical for any number of threads."""
+"""The ACDA operator in C (acda.h), for the CPU: computed in float32, bit-identical for any number of threads."""
 
 import ctypes
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from surgeon.layers.ops.native.compiler import library
+from surgeon.layers.ops.native.half import by_images, gradients_by_images
 from surgeon.layers.ops.native.support import in_parallel, partial_sums, pointer
 
 MOST_COEFFICIENTS = 1 << 19  # per group: beyond that the product is memory-bound and slower than torch's
@@ -135,12 +136,22 @@ class NativeProblem:
         ]
 
 
-def forward(*args: Any) -> Tensor:
-    """`NativeProblem.forward` with the operator's arguments."""
-    return NativeProblem(*args).forward()
+def forward(x: Tensor, alpha: Tensor, psi: Tensor, static: Tensor, coeff: Tensor, *geometry: Any) -> Tensor:
+    """The result in the dtype of x, computed in float32; `geometry` is stride, padding, dilation, groups."""
+    psi, static, coeff = (t.float() for t in (psi, static, coeff))
+
+    def run(x: Tensor, alpha: Tensor) -> Tensor:
+        return NativeProblem(x, alpha, psi, static, coeff, *geometry).forward()
+
+    return by_images(run, x.dtype, x, alpha)
 
 
 def backward(grad: Tensor, *args: Any) -> list[Tensor]:
-    """`NativeProblem.backward` with the operator's arguments; the last one is `needs`."""
-    *operands, needs = args
-    return NativeProblem(*operands).backward(grad, needs)
+    """Gradients of x, alpha, psi, static and coeff for the arguments of `forward` and, last, `needs`; empty if not needed."""
+    inputs, geometry, needs = args[:5], args[5:-1], args[-1]
+    psi, static, coeff = (t.float() for t in inputs[2:])
+
+    def run(grad: Tensor, x: Tensor, alpha: Tensor) -> list[Tensor]:
+        return NativeProblem(x, alpha, psi, static, coeff, *geometry).backward(grad, needs)
+
+    return gradients_by_images(run, [grad, *inputs[:2]], inputs, needs)

@@ -1,22 +1,24 @@
-"""The PAFU operator in C (pafu.h): float32 on the CPU, bit-identical for any number of threads."""
+"""The PAFU operator in C (pafu.h), for the CPU: computed in float32, bit-identical for any number of threads."""
 
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 
 from surgeon.layers.ops.library import memory_format_of
 from surgeon.layers.ops.native.compiler import library
+from surgeon.layers.ops.native.half import all_float32, image_blocks
 from surgeon.layers.ops.native.support import borrowed, in_parallel, pointer
 from surgeon.layers.pafu.frames import FrameChunk, FrameProblem, Grads
 
 FEWEST = 4  # channels per group: with fewer, vectors are mostly empty and torch is faster
 CHUNK_BYTES = 4 << 20  # of input and output at a time, to stay in the L2 cache
 SEGMENT = 1024  # maximum pixels per task; a task packs its kernel once
+CALLS = 4  # into C for each thread, so that none waits long for the last one
 PARTS = 4  # minimum tasks for the gradient of the input, if there are as many images
 SPARE = 8  # padding after the sorted pixels, which is read but not used
 SPARE_FLOATS = 16  # padding after buffers, which are read in whole vectors
@@ -73,7 +75,8 @@ class _Work:
         self.plan = _Plan(*call.sizes, plane, images, rows, columns, *frame, call.last, min(parts, images))
         self.pixels, self.keys = images * rows * columns, self.plan.parts * self.plan.n
         index = call.index[chunk.images, chunk.rows]
-        self.sorted = [index.new_empty(size) for size in (self.keys + 1, self.pixels + SPARE, self.pixels + SPARE)]
+        sizes = [self.keys + 1, self.pixels + SPARE, self.pixels + SPARE]
+        self.sorted = self.borrow(2 * sum(sizes))[: 2 * sum(sizes)].view(torch.int64).split(sizes)
         given = (call.x[chunk.images], call.kernel, call.further, None, index, *self.sorted)
         self.tensors = _Tensors(*map(pointer, given))
         self.tensors.frame = pointer(self.frame())
@@ -103,13 +106,22 @@ class _Work:
                 yield key % self.plan.n, *(start + (stop - start) * p // pieces for p in (piece, piece + 1))
 
     def run(self, name: str, tasks: Sequence[tuple[int, ...]]) -> None:
-        """Call a C function for every task; the tasks write to disjoint memory."""
-        function, operands = getattr(self.call.library, name), (ctypes.byref(self.plan), ctypes.byref(self.tensors))
+        """Call a C function for every task, several in one call from Python; the tasks write to disjoint memory."""
+        if not tasks:
+            return
+        library, width, threads = self.call.library, len(tasks[0]), torch.get_num_threads()
+        function = ctypes.cast(getattr(library, name), ctypes.c_void_p)
+        operands = ctypes.byref(self.plan), ctypes.byref(self.tensors)
+        numbers = (ctypes.c_int64 * (width * len(tasks)))(*chain.from_iterable(tasks))
+        calls = min(len(tasks), CALLS * threads) if threads > 1 else 1
 
-        def work(task: int, scratch: Tensor) -> None:
-            function(*operands, pointer(scratch), *map(ctypes.c_int64, tasks[task]))
+        def work(part: int, scratch: Tensor) -> None:
+            first, end = (len(tasks) * p // calls for p in (part, part + 1))
+            own = ctypes.byref(numbers, first * width * ctypes.sizeof(ctypes.c_int64))
+            count = ctypes.c_int64(end - first)
+            library.pafu_tasks(*operands, pointer(scratch), function, own, ctypes.c_int64(width), count)
 
-        in_parallel(work, len(tasks), self.call.scratch)
+        in_parallel(work, calls, self.call.scratch)
 
 
 class _Call:
@@ -140,7 +152,28 @@ class _Call:
 
 
 def forward(problem: FrameProblem, out: Tensor) -> None:
-    """Fill out (N, O, P, Q), which has the memory format of x."""
+    """Fill out (N, O, P, Q), which has the memory format and dtype of x."""
+    for block, part in _in_float32(problem):
+        if part is problem:
+            _forward(part, out)
+        else:
+            y = torch.empty_like(out[block], dtype=torch.float32)
+            _forward(part, y)
+            out[block] = y
+
+
+def _in_float32(problem: FrameProblem) -> Iterator[tuple[slice, FrameProblem]]:
+    """The problem in float32, of half precision for a few images at a time, and which images."""
+    x, kernel, further, index = problem.x, problem.kernel, problem.further, problem.index
+    if all_float32(x, kernel, further):
+        yield slice(None), problem
+        return
+    kernel, further = kernel.float(), further.float()
+    for block in image_blocks(x):
+        yield block, replace(problem, x=x[block].float(), kernel=kernel, further=further, index=index[block])
+
+
+def _forward(problem: FrameProblem, out: Tensor) -> None:
     for work in _Call(problem).chunks(1):
         work.tensors.out, work.tensors.y = work.output(out)
         blocks = work.call.library.pafu_blocks(ctypes.byref(work.plan))
@@ -153,7 +186,14 @@ def forward(problem: FrameProblem, out: Tensor) -> None:
 def backward(problem: FrameProblem, grad: Tensor, grads: Grads) -> None:
     """Add to the requested gradients (that of x in its memory format); grad is the gradient of the output, (N, O, P, Q)."""
     kernel, further = (k.movedim(-3, -1).contiguous().movedim(-1, -3) for k in (problem.kernel, problem.further))
-    call = _Call(replace(problem, kernel=kernel, further=further))
+    for block, part in _in_float32(replace(problem, kernel=kernel, further=further)):
+        own = [None if sums is None else sums[block] for sums in (grads.x, grads.scores)]
+        _backward(part, grad[block].float(), Grads(own[0], grads.kernels, own[1]))
+
+
+def _backward(problem: FrameProblem, grad: Tensor, grads: Grads) -> None:
+    """For kernels that have their channels last in memory."""
+    call = _Call(problem)
     grad = call.laid_out(grad)
     blocks = call.library.pafu_input_blocks(ctypes.byref(_Plan(*call.sizes)))
     taps = problem.window.size[0] * problem.window.size[1]

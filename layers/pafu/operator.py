@@ -263,7 +263,7 @@ def _run_triton(*args: Any) -> Tensor:
 def _why_not_native(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *rest: Any) -> list[str]:
     if rest[-1] > 1 and kernel.shape[1] < native.FEWEST:
         return [f"torch is faster with fewer than {native.FEWEST} channels per group"]
-    return native_reasons_against([x, kernel, further])
+    return one_dtype(x, kernel, further) or native_reasons_against([x, kernel, further])
 
 
 @PAFU_CONV.backend(NATIVE, why_not=_why_not_native)

@@ -1,4 +1,4 @@
-"""DConv in C (dconv.h, dconv_layer.h): float32 on the CPU, bit-identical for any number of threads."""
+"""DConv in C (dconv.h, dconv_layer.h), for the CPU: computed in float32, bit-identical for any number of threads."""
 
 import ctypes
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from surgeon.layers.ops.native.compiler import library
+from surgeon.layers.ops.native.half import by_images, gradients_by_images
 from surgeon.layers.ops.native.support import in_parallel, partial_sums, pointer
 
 PARTS = 64  # maximum number of parts per call
@@ -63,13 +64,24 @@ def _run(plan: _Plan, *, back: bool, **given: Tensor | None) -> None:
     in_parallel(work, parts, plan.scratch)
 
 
+def _by_unit(x: Tensor, kernels: Tensor, *grad: Tensor) -> list[Tensor]:
+    """The tensors with every unit as an image of its own: units share nothing."""
+    units = min(x.shape[1], kernels.shape[1])
+    shapes = [(t.shape[0] * units, t.shape[1] // units, *t.shape[2:]) for t in (x, kernels, *grad)]
+    return [t.contiguous().view(shape) for t, shape in zip((x, kernels, *grad), shapes, strict=True)]
+
+
 def forward(x: Tensor, kernels: Tensor, kernel_size: Sequence[int], *geometry: Sequence[int]) -> Tensor:
     """Forward of `dconv`; `geometry` is stride, padding, dilation."""
-    x, kernels = x.contiguous(), kernels.contiguous()
-    plan = _plan(x, kernels, kernel_size, geometry)
-    y = x.new_empty(x.shape[0], max(x.shape[1], kernels.shape[1]), *kernels.shape[3:])
-    _run(plan, back=False, x=x, kernels=kernels, y=y)
-    return y
+
+    def run(x: Tensor, kernels: Tensor) -> Tensor:
+        plan = _plan(x, kernels, kernel_size, geometry)
+        y = x.new_empty(x.shape[0], max(x.shape[1], kernels.shape[1]), *kernels.shape[3:])
+        _run(plan, back=False, x=x, kernels=kernels, y=y)
+        return y
+
+    y = by_images(run, x.dtype, *_by_unit(x, kernels))
+    return y.view(x.shape[0], max(x.shape[1], kernels.shape[1]), *kernels.shape[3:])
 
 
 def backward(
@@ -81,12 +93,18 @@ def backward(
     *geometry: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `dconv` for x and the kernels; empty if not in `needs`."""
-    grad, x, kernels = grad.contiguous(), x.contiguous(), kernels.contiguous()
-    plan = _plan(x, kernels, kernel_size, geometry)
-    gx = torch.zeros_like(x) if needs[0] else None
-    gkernels = torch.empty_like(kernels) if needs[1] else None
-    _run(plan, back=True, x=x, kernels=kernels, grad=grad, gx=gx, gkernels=gkernels)
-    return x.new_empty(0) if gx is None else gx, x.new_empty(0) if gkernels is None else gkernels
+
+    def run(x: Tensor, kernels: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        plan = _plan(x, kernels, kernel_size, geometry)
+        gx = torch.zeros_like(x) if needs[0] else None
+        gkernels = torch.empty_like(kernels) if needs[1] else None
+        _run(plan, back=True, x=x, kernels=kernels, grad=grad, gx=gx, gkernels=gkernels)
+        return x.new_empty(0) if gx is None else gx, x.new_empty(0) if gkernels is None else gkernels
+
+    batched = _by_unit(x, kernels, grad)
+    found = gradients_by_images(run, batched, batched[:2], needs)
+    gx, gkernels = (g.view(t.shape) if need else g for g, t, need in zip(found, (x, kernels), needs, strict=True))
+    return gx, gkernels
 
 
 class Layer:
@@ -160,3 +178,32 @@ class Layer:
         )
         a, b, c, d, e = (self.x.new_empty(0) if f is None else f for f in found)
         return a, b, c, d, e
+
+
+def layer_forward(
+    x: Tensor, features: Tensor, weight: Tensor, static: Tensor, bias: Tensor | None, *geometry: Sequence[int]
+) -> Tensor:
+    """Forward of `dconv_layer`; `geometry` is stride, padding, dilation."""
+    w, s, b = weight.float(), static.float(), None if bias is None else bias.float()
+    return by_images(lambda x, features: Layer(x, features, w, s, b, *geometry).forward(), x.dtype, x, features)
+
+
+def layer_backward(
+    grad: Tensor,
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    static: Tensor,
+    bias: Tensor | None,
+    needs: Sequence[bool],
+    *geometry: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `dconv_layer` for its first five inputs; empty if not in `needs`."""
+    w, s, b = weight.float(), static.float(), None if bias is None else bias.float()
+
+    def run(grad: Tensor, x: Tensor, features: Tensor) -> Sequence[Tensor]:
+        return Layer(x, features, w, s, b, *geometry).backward(grad, needs)
+
+    inputs = (x, features, weight, static, x.new_empty(0) if bias is None else bias)
+    gx, gfeatures, gweight, gstatic, gbias = gradients_by_images(run, (grad, x, features), inputs, needs)
+    return gx, gfeatures, gweight, gstatic, gbias

@@ -144,7 +144,7 @@ def _triton_apply(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, p
 
 
 def _why_not_native(x: Tensor, kernels: Tensor, *geometry: Any) -> list[str]:
-    return native_reasons_against([x, kernels])
+    return one_dtype(x, kernels) or native_reasons_against([x, kernels])
 
 
 @DCONV.backend(NATIVE, why_not=_why_not_native)
@@ -162,7 +162,8 @@ def _triton_layer(*args: Any) -> Tensor:
 def _why_not_native_layer(
     x: Tensor, features: Tensor, weight: Tensor, static: Tensor, bias: Tensor | None, *geometry: Any
 ) -> list[str]:
-    reasons = native_reasons_against([x, features, weight, static, bias])
+    operands = (x, features, weight, static, bias)
+    reasons = one_dtype(*operands) or native_reasons_against(operands)
     if weight.shape[0] != static.numel():
         reasons.append("several output channels share a generated kernel")
     if memory_format_of(x) != torch.contiguous_format:
@@ -315,7 +316,7 @@ def _dconv_layer(
 
         return on_cuda.forward(given)
     if backend == NATIVE:
-        return native.Layer(x, features, weight, static, bias, stride, padding, dilation).forward()
+        return native.layer_forward(x, features, weight, static, bias, stride, padding, dilation)
     return lean.layer_forward(given)
 
 
@@ -354,7 +355,7 @@ def _dconv_layer_backward(
 
         return on_cuda.backward(grad, given, needs)
     if backend == NATIVE:
-        return native.Layer(x, features, weight, static, bias, stride, padding, dilation).backward(grad, needs)
+        return native.layer_backward(grad, x, features, weight, static, bias, needs, stride, padding, dilation)
     return lean.layer_backward(grad, given, needs)
 
 

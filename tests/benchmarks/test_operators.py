@@ -22,6 +22,13 @@ def test_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert all(row["ratio"] == 0 and row["met"] for row in saved)
     printed = capsys.readouterr().out
     assert all(row["what"] in printed for row in rows)
+    first = next(OPERATORS["dconv"]())
+    monkeypatch.setattr(operators, "OPERATORS", {"dconv": lambda: [first]})
+    assert operators.main(["--quick", "--dtype", "bfloat16", "--json", str(tmp_path / "half.json")]) == 0
+    half = json.loads((tmp_path / "half.json").read_text())
+    assert half["dtype"] == "bfloat16"
+    told = {row["what"] for row in half["targets"]}
+    assert told == {f"dconv apply A: {measure}, torch / ours" for measure in ("forward", "both")}
 
 
 @pytest.mark.parametrize(("clock", "ratio"), [("cpu_ms", 4.0), ("wall_ms", 3.0)])

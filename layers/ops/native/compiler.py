@@ -15,7 +15,9 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -28,6 +30,9 @@ MAIN = "native.c"
 ABI = 1  # what `surgeon_abi` of native.c returns
 TIME_LIMIT = 120.0  # seconds per compiler run
 COMPILERS = ("cc", "gcc", "clang")
+LANES = "SURGEON_LANES"  # environment variable: floats in a vector, if not as many as this CPU has
+NARROWER = {"16": (), "8": ("-mno-avx512f",), "4": ("-mno-avx",)}  # flags for x86-64
+UNUSED_DAYS = 60  # after which a library is removed when another is compiled
 INSTALL = "install gcc or clang (Debian and Ubuntu: apt install gcc; macOS: xcode-select --install), or name one in CC"
 
 
@@ -48,9 +53,15 @@ def compiler() -> list[str]:
 
 
 def flags() -> list[str]:
-    """Flags for this machine's CPU; on ARM, GCC and Clang take "native" as a CPU."""
-    own = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    return ["-std=gnu11", "-O3", own, "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
+    """Flags for this machine's CPU, with `LANES` of them; on ARM, GCC and Clang take "native" as a CPU.
+
+    Raises `BackendError` for a number of lanes that no CPU has.
+    """
+    lanes, arm = os.environ.get(LANES, ""), platform.machine() in ("arm64", "aarch64")
+    if lanes and lanes not in NARROWER:
+        raise BackendError(f"{LANES} must be {', '.join(NARROWER)} or unset, got {lanes!r}")
+    own = ["-mcpu=native"] if arm else ["-march=native", *NARROWER.get(lanes, ())]
+    return ["-std=gnu11", "-O3", *own, "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 
 
 def _run(command: Sequence[str]) -> str:
@@ -146,7 +157,18 @@ def _cached(pattern: str) -> Path | None:
     check_own(path)
     if path.stem.rpartition("-")[2] != _digest(path.read_bytes())[:20]:
         raise BackendError(f"compiled library {path} is damaged; delete it to have it recompiled")
+    with suppress(OSError):  # a cache that cannot be written to keeps its times
+        os.utime(path)
     return path
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove libraries that were last loaded more than `UNUSED_DAYS` ago; a process that has one loaded keeps it."""
+    oldest = time.time() - UNUSED_DAYS * 86_400
+    for path in folder.glob("*.so"):
+        with suppress(OSError):  # another process was faster
+            if path.stat().st_mtime < oldest:
+                path.unlink()
 
 
 # --- compiling and loading ----------------------------------------------------------------------------------------
@@ -169,6 +191,7 @@ def _compile(command: list[str], key: str) -> Path:
     path = folder / f"{key}-{_digest(content)[:20]}.so"
     write_bytes(path, content, BackendError)
     path.chmod(0o700)
+    _remove_unused(folder)
     return path
 
 
@@ -180,6 +203,9 @@ def _open(path: Path) -> ctypes.CDLL:
         raise BackendError(f"cannot load the compiled library: {str(problem)[:200]}") from problem
     if version != ABI:
         raise BackendError(f"compiled library {path} has ABI version {version}, expected {ABI}")
+    wanted = os.environ.get(LANES)
+    if wanted and int(library.surgeon_lanes()) != int(wanted):
+        raise BackendError(f"this CPU has vectors of {library.surgeon_lanes()} floats, not of {wanted} ({LANES})")
     return library
 
 
@@ -249,7 +275,8 @@ def told_library() -> str:
     """Status line for `surgeon doctor`: the library in use, or why there is none and what one would gain."""
     reasons = why_no_library()
     if not reasons:
-        return str(library()._name)
+        sizes = [path.stat().st_size for path in library_folder().glob("*.so")]
+        return f"{library()._name} ({len(sizes)} in its folder, {sum(sizes) / 1e6:.1f} MB)"
     return f"none: {reasons[0]}. With it, ACDA, PAFU and DConv run about 1.2 to 4 times as fast on the CPU"
 
 

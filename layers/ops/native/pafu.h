@@ -3,8 +3,8 @@
  * Work is done in chunks of output rows. The input under a chunk is copied once into a zero-padded frame, channels last, in which
  * the patch of a pixel is a run of channels for every tap. Pixels are sorted by kernel; lanes are output channels, and a few pixels
  * of one kernel are summed up together, their patches read where they lie. A piece of the kernel (some taps, or some channels of
- * one) is packed, and multiplied with all of its pixels, before the next. The sum of a pixel runs over pieces, taps and channels
- * in the same order wherever the pixel falls: results do not depend on chunks, tasks and threads. */
+ * one) stays in the first-level cache while it multiplies a run of pixels, before the next. The sum of a pixel runs over pieces,
+ * taps and channels in the same order wherever the pixel falls: results do not depend on chunks, tasks and threads. */
 #ifndef SURGEON_PAFU_H
 #define SURGEON_PAFU_H
 
@@ -15,10 +15,10 @@ enum { PAFU_PIXELS = 6, PAFU_VECTORS = 4 };
 #else
 enum { PAFU_PIXELS = 6, PAFU_VECTORS = 2 };
 #endif
-/* PAFU_DEPTH: numbers of a patch at a time, whose part of a packed kernel is read, vector after vector, from the second-level cache:
- * that costs less than to add up more pieces, each of which reads and writes the output at the pixels' scattered places.
- * AHEAD: floats by which rows that are turned are asked for before; the hardware does not foresee so many. */
-enum { PAFU_DEPTH = 1152, AHEAD = 64 };
+/* PAFU_DEPTH: numbers of a patch at a time, whose part of a packed kernel takes 16 KiB of the first-level cache. PAFU_RUN: pixels that
+ * it multiplies there, whose sums take another 12 KiB at most. AHEAD: floats by which rows that are turned are asked for before; the
+ * hardware does not foresee so many. */
+enum { PAFU_DEPTH = 4096 / (PAFU_VECTORS * LANES), PAFU_RUN = 8 * PAFU_PIXELS, AHEAD = 64 };
 
 typedef struct {
     int64_t h, w, c, outputs, groups, lh, lw, sh, sw, dh, dw;
@@ -109,10 +109,17 @@ static void from_last(const float *from, Places s, int64_t rows, int64_t pixels,
 
 /* ---- what Python calls before: the frame, the order of the pixels ----------------------------------------------------------- */
 
+typedef void PafuWork(const Pafu *, const PafuTensors *, float *scratch, const int64_t *task);
+
+/* Some tasks, each of `width` numbers, one after another: a call from Python takes as long as a small one. */
+void pafu_tasks(const Pafu *a, const PafuTensors *t, float *scratch, PafuWork *work, const int64_t *tasks, int64_t width, int64_t count) {
+    for (int64_t i = 0; i < count; i++) work(a, t, scratch, tasks + i * width);
+}
+
 /* The frame of one image of the chunk. */
-void pafu_frame(const Pafu *a, const PafuTensors *t, float *scratch, int64_t image) {
+void pafu_frame(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
     (void)scratch;
-    const int64_t c = a->c, size = a->h * a->w, row = a->width * c;
+    const int64_t image = task[0], c = a->c, size = a->h * a->w, row = a->width * c;
     float *frame = t->frame + image * a->height * row;
     const float *x = t->x + image * c * size;
     memset(frame, 0, (size_t)(a->top * row) * 4);
@@ -189,16 +196,19 @@ typedef struct {
     const int64_t *place;   /* of the piece's taps */
     int64_t taps, channels;
     const float *packed;
+    const float *next;      /* where the next patches to be multiplied are, seen as `frame` and `start` */
+    const int64_t *next_start;
 } Patches;
 
-INLINE void multiply_block(const int pixels, const int vectors, const Patches *b, float *sums) {
+INLINE void multiply_block(const int pixels, const int vectors, const Patches *b, float *sums, int first) {
     const float *packed = b->packed;
     vec sum[PAFU_PIXELS][PAFU_VECTORS];
-    UNROLLED for (int r = 0; r < pixels; r++) UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = (vec){0};
+    UNROLLED for (int r = 0; r < pixels; r++) UNROLLED for (int v = 0; v < vectors; v++)
+        sum[r][v] = first ? (vec){0} : load(sums + (r * vectors + v) * LANES);
     for (int64_t u = 0; u < b->taps; u++) {
         const float *x[PAFU_PIXELS], *next[PAFU_PIXELS];
         UNROLLED for (int r = 0; r < pixels; r++) x[r] = b->frame + b->start[r] + b->place[u];
-        UNROLLED for (int r = 0; r < pixels; r++) next[r] = b->frame + b->start[pixels + r] + b->place[u];
+        UNROLLED for (int r = 0; r < pixels; r++) next[r] = b->next + b->next_start[r] + b->place[u];
         for (int64_t c0 = 0; c0 < b->channels; c0 += 16) {
             const int64_t c1 = least(c0 + 16, b->channels);
             UNROLLED for (int r = 0; r < pixels; r++) __builtin_prefetch(next[r] + c0); /* unforeseen: the pixels are sorted */
@@ -225,27 +235,22 @@ INLINE void multiply_block(const int pixels, const int vectors, const Patches *b
 #define EACH_BLOCK(CALL) \
     EACH_WIDTH(1, CALL) EACH_WIDTH(2, CALL) EACH_WIDTH(3, CALL) EACH_WIDTH(4, CALL) EACH_WIDTH(5, CALL) EACH_WIDTH(6, CALL)
 
-/* Rows of `vectors` vectors, one a pixel. */
-static void multiply(int64_t pixels, int64_t vectors, const Patches *b, float *sums) {
+/* Rows of `vectors` vectors, one a pixel: the first piece's, or more onto them. */
+static void multiply(int64_t pixels, int64_t vectors, const Patches *b, float *sums, int first) {
     switch (pixels * 8 + vectors) {
-#define CALL(R, V) case R * 8 + V: multiply_block(R, V, b, sums); return;
+#define CALL(R, V) case R * 8 + V: multiply_block(R, V, b, sums, first); return;
         EACH_BLOCK(CALL)
 #undef CALL
     }
 }
 
-/* The sums of the pixels, to or, if `add`, onto the rows of `to` that begin at `at`; of the last vector only `last` lanes. */
-static void multiply_into(int64_t pixels, int64_t vectors, const Patches *b, float *to, const int64_t *at, int64_t last, int add) {
-    float sums[PAFU_PIXELS * PAFU_VECTORS * LANES] __attribute__((aligned(64)));
+/* The sums of pixels, to or, if `add`, onto the rows of `to` that begin at `at`; of the last vector only `last` lanes. */
+static void keep_sums(const float *sums, int64_t pixels, int64_t vectors, float *to, const int64_t *at, int64_t last, int add) {
     for (int64_t r = 0; r < pixels; r++)
-        for (int64_t v = 0; v < vectors; v++) __builtin_prefetch(to + at[r] + v * LANES, 1);
-    multiply(pixels, vectors, b, sums);
-    for (int64_t r = 0; r < pixels; r++)
-        for (int64_t v = 0; v < vectors; v++) {
+        for (int64_t v = 0; v < vectors; v++, sums += LANES) {
             float *row = to + at[r] + v * LANES;
             int64_t lanes = v == vectors - 1 ? last : LANES;
-            vec sum = load(sums + (r * vectors + v) * LANES);
-            store_first(row, add ? sum + load_first(row, lanes) : sum, lanes);
+            store_first(row, add ? load(sums) + load_first(row, lanes) : load(sums), lanes);
         }
 }
 
@@ -272,10 +277,13 @@ int64_t pafu_blocks(const Pafu *a) {
     return a->groups * ceil_div(count, even_part(count, PAFU_VECTORS));
 }
 
-static Patches patches_of(const Pafu *a, const PafuTensors *t, Outputs o, Piece p, const int64_t *place, const float *packed) {
+/* The patches of pixels that start at `start`, for a piece of the packed kernel. */
+static Patches patches_of(const Pafu *a, const PafuTensors *t, Outputs o, Piece p, const int64_t *place, const float *packed,
+                          const int64_t *start) {
     int64_t inputs = a->c / a->groups;
-    return (Patches){t->frame + o.group * inputs + p.channel, t->start, place + p.tap, p.taps, p.channels,
-                     packed + (p.tap * inputs + p.channel) * o.vectors * LANES};
+    const float *frame = t->frame + o.group * inputs + p.channel;
+    return (Patches){frame, start, place + p.tap, p.taps, p.channels, packed + (p.tap * inputs + p.channel) * o.vectors * LANES,
+                     frame, NULL};
 }
 
 /* Floats of scratch, for what multiplies and for the gradients, if a task takes at most so many pixels. */
@@ -284,25 +292,48 @@ int64_t pafu_scratch(const Pafu *a, int64_t pixels) {
     return round_up(2 * taps) + round_up(pixels) + most_rows * PAFU_VECTORS * LANES + 64;
 }
 
-/* Sorted pixels from `first` to `end`, all of kernel i, and one block of output channels. */
-void pafu_forward(const Pafu *a, const PafuTensors *t, float *scratch, int64_t i, int64_t first, int64_t end, int64_t block) {
-    int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw), part = even_part(end - first, PAFU_PIXELS);
-    Outputs o = outputs_of(a, block);
-    pafu_places(a, place);
-    pack_kernel(a, t, i, o.first, o.many, o.vectors * LANES, scratch);
-    int add = 0;
-    for (Piece p = next_piece(a, (Piece){0}); p.taps > 0; p = next_piece(a, p), add = 1) {
-        Patches b = patches_of(a, t, o, p, place, scratch);
-        for (int64_t q = first; q < end; q += part) {
-            b.start = t->start + q;
-            multiply_into(least(part, end - q), o.vectors, &b, t->y + o.first, t->order + q, o.last, add);
+/* The whole sums of sorted pixels, `count` of them from `first` on and in blocks of `part`, for one block of output channels. The rows
+ * that they are for are asked for in time: those of `rows` that begin at the pixels' outputs. */
+static void multiply_run(const Pafu *a, const PafuTensors *t, Outputs o, const int64_t *place, const float *packed, int64_t first,
+                         int64_t count, int64_t part, float *sums, const float *rows) {
+    const int64_t *start = t->start + first, *order = t->order + first;
+    Piece p = next_piece(a, (Piece){0}), next;
+    for (int begin = 1; p.taps > 0; p = next, begin = 0) {
+        Patches b = patches_of(a, t, o, p, place, packed, start);
+        next = next_piece(a, p);
+        const int last = next.taps == 0;
+        for (int64_t q = 0; q < count; q += part, b.start += part) {
+            int64_t here = least(part, count - q);
+            b.next_start = b.start + here;
+            if (q + here == count) { /* the same pixels' next piece, or the next pixels' first */
+                b.next += place[last ? 0 : next.tap] - place[p.tap] + (last ? 0 : next.channel) - p.channel;
+                if (!last) b.next_start = start;
+            }
+            for (int64_t r = 0; r < here && last; r++)
+                for (int64_t v = 0; v < o.vectors; v++) __builtin_prefetch(rows + order[q + r] + v * LANES);
+            multiply(here, o.vectors, &b, sums + q * o.vectors * LANES, begin);
         }
     }
 }
 
+/* Kernel i, sorted pixels from `first` to `end`, all of that kernel, and one block of output channels. */
+void pafu_forward(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
+    int64_t i = task[0], first = task[1], end = task[2], block = task[3], part = even_part(end - first, PAFU_PIXELS);
+    int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw);
+    float sums[PAFU_RUN * PAFU_VECTORS * LANES] __attribute__((aligned(64)));
+    Outputs o = outputs_of(a, block);
+    pafu_places(a, place);
+    pack_kernel(a, t, i, o.first, o.many, o.vectors * LANES, scratch);
+    for (int64_t q = first, run = PAFU_RUN / PAFU_PIXELS * part; q < end; q += run) {
+        int64_t count = least(run, end - q);
+        multiply_run(a, t, o, place, scratch, q, count, part, sums, t->y + o.first);
+        keep_sums(sums, count, o.vectors, t->y + o.first, t->order + q, o.last, 0);
+    }
+}
+
 /* The chunk's output of one image, from channels last to (O, P, Q). */
-void pafu_output(const Pafu *a, const PafuTensors *t, float *scratch, int64_t image) {
-    int64_t pixels = a->rows * a->columns;
+void pafu_output(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
+    int64_t pixels = a->rows * a->columns, image = task[0];
     (void)scratch;
     from_last(t->y + image * pixels * a->outputs, (Places){pixels, 0, a->outputs}, a->outputs, pixels,
               t->out + image * a->outputs * a->plane, a->plane, 0);

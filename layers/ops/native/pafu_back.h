@@ -5,11 +5,11 @@
 
 #include "pafu.h"
 
-enum { PAFU_RUN = 128 }; /* pixels at a time whose patches, of one tap and some channels, stay in the first-level cache */
+enum { PAFU_PATCHES = 128 }; /* pixels at a time whose patches, of one tap and some channels, stay in the first-level cache */
 
 /* The gradient of the output of one image, from (O, P, Q) to channels last. */
-void pafu_gradient(const Pafu *a, const PafuTensors *t, float *scratch, int64_t image) {
-    int64_t pixels = a->rows * a->columns;
+void pafu_gradient(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
+    int64_t pixels = a->rows * a->columns, image = task[0];
     (void)scratch;
     to_last(t->grad + image * a->outputs * a->plane, a->plane, a->outputs, pixels, t->g + image * pixels * a->outputs,
             (Places){pixels, 0, a->outputs});
@@ -46,8 +46,9 @@ static void kernel_block_of(int64_t outputs, int64_t vectors, const PafuTensors 
     }
 }
 
-/* One tap of kernel i, all channels. */
-void pafu_kernel_gradient(const Pafu *a, const PafuTensors *t, float *scratch, int64_t i, int64_t tap) {
+/* Kernel i and a tap of it, all channels. */
+void pafu_kernel_gradient(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
+    int64_t i = task[0], tap = task[1];
     int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw), inputs = a->c / a->groups, outputs = a->outputs / a->groups;
     int64_t taps = a->lh * a->lw, count = ceil_div(inputs, LANES), width = even_part(count, PAFU_VECTORS);
     int64_t row = taps * inputs, high = even_part(outputs, PAFU_PIXELS);
@@ -55,7 +56,7 @@ void pafu_kernel_gradient(const Pafu *a, const PafuTensors *t, float *scratch, i
     pafu_places(a, place);
     for (int64_t part = 0; part < a->parts; part++) {
         int64_t begin = t->bounds[part * a->n + i], end = t->bounds[part * a->n + i + 1];
-        int64_t run = even_part(most(1, end - begin), PAFU_RUN);
+        int64_t run = even_part(most(1, end - begin), PAFU_PATCHES);
         for (int64_t g = 0; g < a->groups; g++)
             for (int64_t v = 0; v < count; v += width)
                 for (int64_t p = begin; p < end; p += run)
@@ -76,8 +77,9 @@ int64_t pafu_input_blocks(const Pafu *a) {
     return a->groups * ceil_div(count, even_part(count, PAFU_VECTORS));
 }
 
-/* One block of channels, of the images of one part: two of them share nothing. Kernels have their channels last. */
-void pafu_input_gradient(const Pafu *a, const PafuTensors *t, float *scratch, int64_t part, int64_t block) {
+/* The images of one part, and one block of channels: two of them share nothing. Kernels have their channels last. */
+void pafu_input_gradient(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
+    int64_t part = task[0], block = task[1];
     int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw), inputs = a->c / a->groups, outputs = a->outputs / a->groups;
     int64_t taps = a->lh * a->lw, count = ceil_div(inputs, LANES), width = even_part(count, PAFU_VECTORS);
     int64_t blocks = ceil_div(count, width), group = block / blocks, v = block % blocks * width, vectors = least(width, count - v);
@@ -94,16 +96,22 @@ void pafu_input_gradient(const Pafu *a, const PafuTensors *t, float *scratch, in
             for (int64_t o = 0; o < outputs; o++) memcpy(scratch + o * row, k + o * taps * inputs, (size_t)many * 4);
             for (int64_t o = 0, deep = even_part(outputs, DEPTH); o < outputs; o += deep)
                 for (int64_t q = begin; q < end; q += pixels) {
-                    Patches b = {t->g + group * outputs + o, t->order + q, &none, 1, least(deep, outputs - o), scratch + o * row};
-                    multiply_into(least(pixels, end - q), vectors, &b, gx, t->start + q, last, 1);
+                    float sums[PAFU_PIXELS * PAFU_VECTORS * LANES] __attribute__((aligned(64)));
+                    const float *g = t->g + group * outputs + o;
+                    Patches b = {g, t->order + q, &none, 1, least(deep, outputs - o), scratch + o * row, g, t->order + q + pixels};
+                    int64_t here = least(pixels, end - q);
+                    for (int64_t r = 0; r < here; r++)
+                        for (int64_t u = 0; u < vectors; u++) __builtin_prefetch(gx + t->start[q + r] + u * LANES, 1);
+                    multiply(here, vectors, &b, sums, 1);
+                    keep_sums(sums, here, vectors, gx, t->start + q, last, 1);
                 }
         }
     }
 }
 
 /* Add the gradient of the frame of one image to that of x. */
-void pafu_input_add(const Pafu *a, const PafuTensors *t, float *scratch, int64_t image) {
-    int64_t row = a->width * a->c, size = a->h * a->w;
+void pafu_input_add(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
+    int64_t row = a->width * a->c, size = a->h * a->w, image = task[0];
     const float *inner = t->gframe + (image * a->height + a->top) * row + a->left * a->c;
     float *gx = t->gx + image * a->c * size;
     (void)scratch;
@@ -125,39 +133,34 @@ INLINE float total(vec v) {
     return sum;
 }
 
-/* to[r] += <g, the sums of pixel r>. */
-static void score(int64_t pixels, int64_t vectors, const Patches *b, const int64_t *order, const float *g, int64_t last,
-                  float *to) {
-    float sums[PAFU_PIXELS * PAFU_VECTORS * LANES] __attribute__((aligned(64)));
-    multiply(pixels, vectors, b, sums);
-    for (int64_t r = 0; r < pixels; r++) {
-        vec dot = (vec){0};
-        for (int64_t v = 0; v < vectors; v++) {
-            int64_t lanes = v == vectors - 1 ? last : LANES; /* the others' sums are zero times the input, which may be infinite */
-            dot += first_lanes(load(sums + (r * vectors + v) * LANES), lanes) * load_first(g + order[r] + v * LANES, lanes);
-        }
-        to[r] += total(dot);
+/* <g, sums> of one pixel. */
+INLINE float score(int64_t vectors, const float *sums, const float *g, int64_t last) {
+    vec dot = (vec){0};
+    for (int64_t v = 0; v < vectors; v++) {
+        int64_t lanes = v == vectors - 1 ? last : LANES; /* the others' sums are zero times the input, which may be infinite */
+        dot += first_lanes(load(sums + v * LANES), lanes) * load_first(g + v * LANES, lanes);
     }
+    return total(dot);
 }
 
-/* Of kernel i, for sorted pixels from `first` to `end`, whatever was selected there. */
-void pafu_score_gradient(const Pafu *a, const PafuTensors *t, float *scratch, int64_t i, int64_t first, int64_t end) {
-    int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw), part = even_part(end - first, PAFU_PIXELS);
-    float *sums = take(&scratch, end - first);
+/* Kernel i, and sorted pixels from `first` to `end`, whatever was selected there. */
+void pafu_score_gradient(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
+    int64_t i = task[0], first = task[1], end = task[2], part = even_part(end - first, PAFU_PIXELS);
+    int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw);
+    float *scores = take(&scratch, end - first), sums[PAFU_RUN * PAFU_VECTORS * LANES] __attribute__((aligned(64)));
     pafu_places(a, place);
-    memset(sums, 0, (size_t)(end - first) * 4);
+    memset(scores, 0, (size_t)(end - first) * 4);
     for (int64_t block = 0; block < pafu_blocks(a); block++) {
         Outputs o = outputs_of(a, block);
         pack_kernel(a, t, i, o.first, o.many, o.vectors * LANES, scratch);
-        for (Piece p = next_piece(a, (Piece){0}); p.taps > 0; p = next_piece(a, p)) {
-            Patches b = patches_of(a, t, o, p, place, scratch);
-            for (int64_t q = first; q < end; q += part) {
-                b.start = t->start + q;
-                score(least(part, end - q), o.vectors, &b, t->order + q, t->g + o.first, o.last, sums + q - first);
-            }
+        for (int64_t q = first, run = PAFU_RUN / PAFU_PIXELS * part; q < end; q += run) {
+            int64_t count = least(run, end - q);
+            multiply_run(a, t, o, place, scratch, q, count, part, sums, t->g + o.first);
+            for (int64_t r = 0; r < count; r++)
+                scores[q - first + r] += score(o.vectors, sums + r * o.vectors * LANES, t->g + o.first + t->order[q + r], o.last);
         }
     }
-    for (int64_t q = first; q < end; q++) t->gscores[t->order[q] / a->outputs * a->n + i] = sums[q - first];
+    for (int64_t q = first; q < end; q++) t->gscores[t->order[q] / a->outputs * a->n + i] = scores[q - first];
 }
 
 #endif

@@ -15,6 +15,8 @@ from surgeon.layers.ops.native.compiler import forget_lock, why_no_library
 MOST_PARTIAL_BYTES = 32 << 20  # for partial sums of gradients
 PARTS = 8  # parts of a batch for these sums, for any number of threads
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 Work = Callable[[int, Tensor], None]
 
 
@@ -26,7 +28,7 @@ def reasons_against(tensors: Sequence[Tensor | None]) -> list[str]:
         return [f"it runs on the CPU; the tensors are on {' and '.join(kinds)}"]
     if integers := floating(*given):
         return integers
-    dtypes = sorted({str(t.dtype) for t in given if t.dtype != torch.float32})
+    dtypes = sorted({str(t.dtype) for t in given if t.dtype not in DTYPES})
     if dtypes:
         return [f"it computes in float32, not in {', '.join(dtypes)}"]
     return list(why_no_library())

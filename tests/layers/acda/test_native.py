@@ -15,11 +15,13 @@ from surgeon.layers.acda.operator import ACDA_CONV, acda_conv
 from surgeon.layers.ops.native import compiler, support
 from tests.support.layers.native import (
     FEW,
+    HALF,
     NEEDS_LIBRARY,
     PROPERTY,
     SPOILED,
     Pair,
     check_close,
+    check_half,
     check_spread,
     check_threads,
     doubled,
@@ -216,6 +218,28 @@ def test_any_layout_is_the_same_numbers() -> None:
     assert torch.equal(acda_conv(last, *detached[1:], *geometry, backend="native"), expected)
 
 
+@HALF
+@pytest.mark.parametrize("options", [{"images": 3}, {"groups": 2, "stride": (2, 1), "static": 0}])
+def test_half_precision_is_computed_in_float32(options: dict[str, Any], dtype: torch.dtype) -> None:
+    operands, geometry = problem(**options)
+    check_half(lambda given, backend: results(tuple(given), geometry, backend), operands, dtype)
+
+
+@HALF
+def test_half_precision_beside_float32_and_under_autocast(dtype: torch.dtype) -> None:
+    (x, *others), geometry = problem()
+    mixed = (x.detach().to(dtype).requires_grad_(), *others)
+    found = results(mixed, geometry, "native")
+    exact = results(tuple(doubled(mixed)), geometry, "reference")
+    for a, b, t in zip(found, exact, (x.to(dtype), *mixed), strict=True):
+        assert a.dtype == t.dtype
+        assert (a - b).abs().max() <= torch.finfo(a.dtype).eps * b.abs().max() + 1e-5 * b.abs().max()
+    with torch.autocast("cpu", dtype):
+        y = acda_conv(x, *others, *geometry)
+    assert ACDA_CONV.choose(*mixed, *geometry).name == "native"
+    assert torch.equal(y, found[0])
+
+
 @FEW
 @given(
     **SPOILED,
@@ -236,6 +260,6 @@ def test_it_says_why_not() -> None:
     assert ACDA_CONV.why_not("native", *double, *geometry) == ["it computes in float32, not in torch.float64"]
     meta = [t.to("meta") for t in operands]
     assert ACDA_CONV.why_not("native", *meta, *geometry) == ["it runs on the CPU; the tensors are on meta"]
-    with pytest.raises(BackendError, match=r"it computes in float32, not in torch\.bfloat16"):
-        acda_conv(operands[0].bfloat16(), *operands[1:], *geometry, backend="native")
+    with pytest.raises(BackendError, match=r"it computes in float32, not in torch\.float64"):
+        acda_conv(double[0], *operands[1:], *geometry, backend="native")
     assert ACDA_CONV.choose(*operands, *geometry).name == "native"

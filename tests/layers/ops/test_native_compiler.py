@@ -1,6 +1,7 @@
 """Compiling the CPU operators: the cache, whom it trusts, and what is said when there is no library."""
 
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -119,6 +120,56 @@ def test_other_sources_are_another_library(
     assert compiler.why_no_library() == ()
     assert len(list((tmp_path / "cache" / "native").iterdir())) == 2
     assert capsys.readouterr().err.count("compiling") == 2
+
+
+@needs_compiler
+@pytest.mark.usefixtures("at_once")
+def test_a_library_that_was_not_loaded_for_long_is_removed_by_the_next(fresh: Fresh, tmp_path: Path) -> None:
+    assert compiler.why_no_library() == ()
+    (used,) = (tmp_path / "cache" / "native").iterdir()
+    long_ago, lately = (time.time() - days * 86_400 for days in (compiler.UNUSED_DAYS + 1, compiler.UNUSED_DAYS - 1))
+    other, unused = used.with_name("other.so"), used.with_name("unused.so")
+    for path, when in ((other, lately), (unused, long_ago), (used, long_ago)):
+        path.touch()
+        os.utime(path, (when, when))
+    fresh()
+    assert compiler.why_no_library() == ()
+    assert used.stat().st_mtime > lately
+    compiler._compile(compiler.compiler(), "another")
+    assert other.exists()
+    assert used.exists()
+    assert not unused.exists()
+
+
+@needs_compiler
+@pytest.mark.usefixtures("at_once")
+def test_lanes_are_chosen_and_checked(fresh: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = compiler.library().surgeon_lanes()
+    other = 4 if own != 4 else 8
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for lanes, said in (
+        (other, f"has vectors of {own} floats, not of {other}"),
+        (3, "must be 16, 8, 4 or unset, got '3'"),
+    ):
+        fresh()
+        monkeypatch.setenv("SURGEON_LANES", str(lanes))
+        (reason,) = compiler.why_no_library()
+        assert said in reason
+    monkeypatch.setenv("SURGEON_LANES", "8")
+    assert "-mno-avx512f" in compiler.flags()
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("lanes", [8, 4])
+def test_narrower_vectors_are_the_reference(lanes: int, tmp_path: Path) -> None:
+    if lanes >= compiler.library().surgeon_lanes():
+        pytest.skip("this CPU has no wider vectors")
+    environment = os.environ | {"SURGEON_LANES": str(lanes), "SURGEON_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    files = [f"tests/layers/{method}/test_native.py" for method in ("acda", "pafu", "sekg")]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_no_compiler(

@@ -13,11 +13,13 @@ from surgeon.layers.pafu import native
 from surgeon.layers.pafu.operator import PAFU_CONV, pafu_conv
 from tests.support.layers.native import (
     FEW,
+    HALF,
     NEEDS_LIBRARY,
     PROPERTY,
     SPOILED,
     Pair,
     check_close,
+    check_half,
     check_spread,
     check_threads,
     gradients,
@@ -156,6 +158,18 @@ def test_the_memory_format_of_the_input_is_kept() -> None:
         y = run(given, "native")
         assert y.is_contiguous(memory_format=kept)
         assert gradients(y, given[0][:1])[0].is_contiguous(memory_format=kept)
+
+
+@HALF
+@pytest.mark.parametrize("options", [{"images": 3}, {"groups": 2, "stride": (2, 1), "last": True, "group": (5, 20)}])
+def test_half_precision_is_computed_in_float32(options: dict[str, Any], dtype: torch.dtype) -> None:
+    tensors, index, geometry = problem(**options)
+    check_half(lambda given, backend: results((given, index, geometry), backend), tensors, dtype)
+    half = [t.detach().to(dtype) for t in tensors[:3]]
+    assert PAFU_CONV.choose(*half, index, None, *geometry.values()).name == "native"
+    assert PAFU_CONV.why_not("native", half[0], *tensors[1:3], index, None, *geometry.values()) == [
+        f"its tensors are of different dtypes ({dtype}, torch.float32)"
+    ]
 
 
 @FEW

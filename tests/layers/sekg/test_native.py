@@ -11,11 +11,13 @@ from torch import Tensor
 from surgeon.layers.sekg.operator import DCONV, DCONV_LAYER, dconv, dconv_layer
 from tests.support.layers.native import (
     FEW,
+    HALF,
     NEEDS_LIBRARY,
     PROPERTY,
     SPOILED,
     Pair,
     check_close,
+    check_half,
     check_spread,
     check_threads,
     doubled,
@@ -95,6 +97,18 @@ def test_a_gradient_alone_is_that_gradient(missing: int) -> None:
     alone = tuple(t.detach().requires_grad_(i != missing) for i, t in enumerate(tensors))
     y = dconv(*alone, **options, backend="native")
     assert torch.equal(gradients(y, [alone[1 - missing]])[0], expected)
+
+
+@HALF
+@pytest.mark.parametrize("kernels", [2, 4, 8])
+def test_half_precision_is_computed_in_float32(kernels: int, dtype: torch.dtype) -> None:
+    tensors, geometry = problem(kernels=kernels, stride=(2, 1))
+    check_half(lambda given, backend: results((given[0], given[1]), geometry, backend), tensors, dtype)
+    x, given = (t.detach().to(dtype) for t in tensors)
+    assert DCONV.choose(x, given, *geometry.values()).name == "native"
+    assert DCONV.why_not("native", x, tensors[1], *geometry.values()) == [
+        f"its tensors are of different dtypes ({dtype}, torch.float32)"
+    ]
 
 
 @FEW
@@ -214,6 +228,13 @@ def test_the_layer_saves_only_its_inputs() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         dconv_layer(*tensors, **options, backend="native")
     assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in tensors}
+
+
+@HALF
+@pytest.mark.parametrize("bias", [False, True])
+def test_half_precision_of_the_layer_is_computed_in_float32(bias: bool, dtype: torch.dtype) -> None:
+    tensors, geometry = layer(images=3, multiplier=2, bias=bias)
+    check_half(lambda given, backend: layer_results(given, geometry, backend), tensors, dtype)
 
 
 @FEW

@@ -1,4 +1,4 @@
-"""What the tests of the compiled operators share: windows to draw, gradients, closeness, NaN, and numbers of threads."""
+"""What the tests of the compiled operators share: windows to draw, gradients, closeness, NaN, half precision, threads."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from surgeon.layers.ops.native import half
 from surgeon.layers.ops.native.compiler import why_no_library
 
 NEEDS_LIBRARY = pytest.mark.skipif(bool(why_no_library()), reason="needs the compiled library")
@@ -39,7 +40,7 @@ def sizes(spare: Pair, window: Pair, stride: Pair, padding: Pair, dilation: Pair
 
 def gradients(y: Tensor, of: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """For one fixed gradient of the output."""
-    weight = ((torch.arange(y.numel()) % 7 - 3) / 3).view(y.shape).to(y.dtype)
+    weight = ((torch.arange(y.numel()) % 7 - 3) / 4).view(y.shape).to(y.dtype)
     return torch.autograd.grad((y * weight).sum(), of)
 
 
@@ -72,6 +73,26 @@ def check_spread(
                 for a, b in zip(found, other, strict=True):
                     assert torch.equal(a.isnan(), b.isnan())
                     assert torch.equal(a.isinf(), b.isinf())
+
+
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+def check_half(
+    call: Callable[[list[Tensor], str], Sequence[Tensor]], tensors: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """For inputs of that dtype: the reference's results in float64 rounded once, images converted at once and one by one."""
+    given = [t.detach().to(dtype) for t in tensors]
+    exact = call([t.double().requires_grad_() for t in given], "reference")
+    for block in (half.BLOCK_BYTES, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(half, "BLOCK_BYTES", block)
+            found = call([t.requires_grad_() for t in given], "native")
+        for a, b in zip(found, exact, strict=True):
+            assert a.dtype == dtype
+            assert a.shape == b.shape
+            rounding = torch.finfo(dtype).eps / 2 * b.abs() + torch.finfo(dtype).smallest_normal
+            assert not b.numel() or ((a - b).abs() <= rounding + 1e-5 * max(b.abs().max(), 1)).all()
 
 
 def check_threads(call: Callable[[], Sequence[Tensor]], *counts: int) -> None:
