@@ -221,6 +221,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=sorted(OPERATORS), help="only this operator")
     parser.add_argument(
+        "--match", default="", metavar="TEXT", help='only cases with TEXT in their name, as "eval n=8/B"'
+    )
+    parser.add_argument(
         "--json",
         type=Path,
         metavar="FILE.json",
@@ -250,7 +253,14 @@ def _run(args: argparse.Namespace) -> int:
     half = args.dtype != "float32"
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    cases = [case for name, make in OPERATORS.items() if args.op in (None, name) for case in make()]
+    made = [case for name, make in OPERATORS.items() if args.op in (None, name) for case in make()]
+    cases = [case for case in made if args.match in case.name]
+    if not cases:
+        print(
+            f"no case with {args.match!r} in its name; there are {', '.join(case.name for case in made)}",
+            file=sys.stderr,
+        )
+        return 2
     if args.peak_of:
         case = next(case for case in cases if case.name == args.peak_of[0])
         print(json.dumps(peak_of(case, args.peak_of[1])))

@@ -27,6 +27,8 @@ def test_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert operators.main(["--quick", "--dtype", "bfloat16", "--json", str(tmp_path / "half.json")]) == 0
     half = json.loads((tmp_path / "half.json").read_text())
     assert half["dtype"] == "bfloat16"
+    assert operators.main(["--quick", "--match", "eval n=5"]) == 2
+    assert "no case with 'eval n=5' in its name; there are dconv/apply/A" in capsys.readouterr().err
     told = {row["what"] for row in half["targets"]}
     assert told == {f"dconv apply A: {measure}, torch / ours" for measure in ("forward", "both")}
 

@@ -65,10 +65,12 @@ static void dconv_kernel_row(int64_t width, int64_t taps, const int64_t *place, 
     for (int64_t t = 0; t < taps; t++) {
         const float *in = x + place[t];
         float *restrict out = gk + t * size;
-        if (add)
-            for (int64_t j = 0; j < width; j++) out[j] += in[j] * g[j];
-        else
-            for (int64_t j = 0; j < width; j++) out[j] = in[j] * g[j];
+        int64_t j = 0;
+        for (; j + LANES <= width; j += LANES) {
+            vec product = load(in + j) * load(g + j);
+            store(out + j, add ? load(out + j) + product : product);
+        }
+        for (; j < width; j++) out[j] = add ? out[j] + in[j] * g[j] : in[j] * g[j];
     }
 }
 
@@ -79,7 +81,9 @@ static void dconv_input_row(int64_t width, int64_t lw, int64_t taps, const int64
         for (int64_t t = v; t < taps; t += lw) {
             const float *by = k + t * size;
             float *restrict out = gx + place[t];
-            for (int64_t j = 0; j < width; j++) out[j] += by[j] * g[j];
+            int64_t j = 0;
+            for (; j + LANES <= width; j += LANES) store(out + j, load(out + j) + load(by + j) * load(g + j));
+            for (; j < width; j++) out[j] += by[j] * g[j];
         }
 }
 

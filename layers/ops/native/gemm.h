@@ -9,15 +9,60 @@
 
 enum { DEPTH = 224 }; /* of k at a time: DEPTH rows of VECTORS vectors of B stay in the first-level cache, or near it */
 
+/* Of a pair of vectors, the lanes of both that come together: those where lane bit s is 0, and where it is 1. Written out, because
+ * GCC makes a vector that it computes lane by lane anew at every use. */
+#define LOW(i, s) ((i) & (s) ? (i) - (s) + LANES : (i))
+#define HIGH(i, s) ((i) & (s) ? (i) + LANES : (i) + (s))
+#define FOUR(F, i, s) F(i, s), F(i + 1, s), F(i + 2, s), F(i + 3, s)
+#if LANES == 16
+#define EVERY_LANE(F, s) {FOUR(F, 0, s), FOUR(F, 4, s), FOUR(F, 8, s), FOUR(F, 12, s)}
+#elif LANES == 8
+#define EVERY_LANE(F, s) {FOUR(F, 0, s), FOUR(F, 4, s)}
+#else
+#define EVERY_LANE(F, s) {FOUR(F, 0, s)}
+#endif
+static const ivec LOWS[4] = {EVERY_LANE(LOW, 1), EVERY_LANE(LOW, 2), EVERY_LANE(LOW, 4), EVERY_LANE(LOW, 8)};
+static const ivec HIGHS[4] = {EVERY_LANE(HIGH, 1), EVERY_LANE(HIGH, 2), EVERY_LANE(HIGH, 4), EVERY_LANE(HIGH, 8)};
+
+/* v[i][j] = v[j][i]. */
+INLINE void turn(vec *v) {
+    UNROLLED for (int bit = 0; 1 << bit < LANES; bit++) UNROLLED for (int i = 0; i < LANES; i++) if (!(i >> bit & 1)) {
+        vec a = v[i], b = v[i + (1 << bit)];
+#if defined(__clang__)
+        for (int j = 0; j < LANES; j++) {
+            int low = LOW(j, 1 << bit), high = HIGH(j, 1 << bit);
+            v[i][j] = low < LANES ? a[low] : b[low - LANES];
+            v[i + (1 << bit)][j] = high < LANES ? a[high] : b[high - LANES];
+        }
+#else
+        v[i] = __builtin_shuffle(a, b, LOWS[bit]);
+        v[i + (1 << bit)] = __builtin_shuffle(a, b, HIGHS[bit]);
+#endif
+    }
+}
+
+/* `h` rows of A from k = 0 on, k by k, as far as whole blocks of LANES × LANES may be read and written; returns how far. A vector has
+ * more lanes than there are rows: the next one writes over the rest. */
+static int64_t pack_blocks(const float *A, int64_t row, int64_t h, int64_t depth, float *to, const float *end) {
+    int64_t k = 0;
+    for (; k + LANES <= depth && to + (k + LANES - 1) * h + LANES <= end; k += LANES) {
+        vec v[LANES];
+        UNROLLED for (int i = 0; i < LANES; i++) v[i] = i < h ? load(A + i * row + k) : (vec){0};
+        turn(v);
+        UNROLLED for (int i = 0; i < LANES; i++) store(to + (k + i) * h, v[i]);
+    }
+    return k;
+}
+
 /* Rows of A (`rows` × `depth`, at distances row and k) in blocks of height even_part(rows, ROWS), in each k by k. */
 static void pack(const float *A, int64_t row, int64_t k_step, int64_t rows, int64_t depth, float *to) {
     int64_t height = even_part(rows, ROWS);
-    for (int64_t r0 = 0; r0 < rows; r0 += height) {
-        int64_t h = least(height, rows - r0);
-        for (int64_t r = 0; r < h; r++) {
-            const float *from = A + (r0 + r) * row;
-            for (int64_t k = 0; k < depth; k++) to[r0 * depth + k * h + r] = from[k * k_step];
-        }
+    const float *end = to + rows * depth;
+    for (int64_t r0 = 0; r0 < rows; r0 += height, A += height * row) {
+        int64_t h = least(height, rows - r0), done = k_step == 1 && h <= LANES ? pack_blocks(A, row, h, depth, to, end) : 0;
+        for (int64_t r = 0; r < h; r++)
+            for (int64_t k = done; k < depth; k++) to[k * h + r] = A[r * row + k * k_step];
+        to += h * depth;
     }
 }
 
@@ -99,38 +144,6 @@ static void gemm(int64_t rows, int64_t columns, int64_t depth, const float *pack
     int64_t count = ceil_div(columns, LANES);
     Operands at = {b, b_row, LANES, c, c_row, LANES};
     product(rows, count, depth, packed, at, columns - (count - 1) * LANES, add);
-}
-
-/* Of a pair of vectors, the lanes of both that come together: those where lane bit s is 0, and where it is 1. Written out, because
- * GCC makes a vector that it computes lane by lane anew at every use. */
-#define LOW(i, s) ((i) & (s) ? (i) - (s) + LANES : (i))
-#define HIGH(i, s) ((i) & (s) ? (i) + LANES : (i) + (s))
-#define FOUR(F, i, s) F(i, s), F(i + 1, s), F(i + 2, s), F(i + 3, s)
-#if LANES == 16
-#define EVERY_LANE(F, s) {FOUR(F, 0, s), FOUR(F, 4, s), FOUR(F, 8, s), FOUR(F, 12, s)}
-#elif LANES == 8
-#define EVERY_LANE(F, s) {FOUR(F, 0, s), FOUR(F, 4, s)}
-#else
-#define EVERY_LANE(F, s) {FOUR(F, 0, s)}
-#endif
-static const ivec LOWS[4] = {EVERY_LANE(LOW, 1), EVERY_LANE(LOW, 2), EVERY_LANE(LOW, 4), EVERY_LANE(LOW, 8)};
-static const ivec HIGHS[4] = {EVERY_LANE(HIGH, 1), EVERY_LANE(HIGH, 2), EVERY_LANE(HIGH, 4), EVERY_LANE(HIGH, 8)};
-
-/* v[i][j] = v[j][i]. */
-INLINE void turn(vec *v) {
-    UNROLLED for (int bit = 0; 1 << bit < LANES; bit++) UNROLLED for (int i = 0; i < LANES; i++) if (!(i >> bit & 1)) {
-        vec a = v[i], b = v[i + (1 << bit)];
-#if defined(__clang__)
-        for (int j = 0; j < LANES; j++) {
-            int low = LOW(j, 1 << bit), high = HIGH(j, 1 << bit);
-            v[i][j] = low < LANES ? a[low] : b[low - LANES];
-            v[i + (1 << bit)][j] = high < LANES ? a[high] : b[high - LANES];
-        }
-#else
-        v[i] = __builtin_shuffle(a, b, LOWS[bit]);
-        v[i + (1 << bit)] = __builtin_shuffle(a, b, HIGHS[bit]);
-#endif
-    }
 }
 
 /* to[p][f] = from[f][p], LANES × LANES at a time; reads and writes whole blocks. */
