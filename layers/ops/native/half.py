@@ -23,7 +23,7 @@ def image_blocks(*batched: Tensor) -> Iterator[slice]:
 
 
 def by_images(run: Callable[..., Tensor], dtype: torch.dtype, *batched: Tensor) -> Tensor:
-    """What `run` returns in float32, (N, …), for tensors (N, …) of any dtype, rounded once to `dtype`."""
+    """The result of `run` in float32, (N, …), for tensors (N, …) of any dtype, rounded once to `dtype`."""
     if dtype == torch.float32 and all_float32(*batched):
         return run(*batched)
     result: Tensor | None = None
@@ -39,7 +39,7 @@ def by_images(run: Callable[..., Tensor], dtype: torch.dtype, *batched: Tensor) 
 def gradients_by_images(
     run: Callable[..., Sequence[Tensor]], batched: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor]:
-    """What `run` returns in float32 for the batched tensors: gradients of `inputs`, of which the first two are (N, …).
+    """The results of `run` in float32 for the batched tensors: gradients of `inputs`, of which the first two are (N, …).
 
     Those of the others are summed over the blocks in float32. Each is rounded once, to the dtype of its input; those not in
     `needs` are empty.
