@@ -261,6 +261,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 ) -> None:
     """R6: cost --plot, place -o, export and convert; the caches of costs, which are not kept then, say nothing."""
     monkeypatch.setenv("SURGEON_CACHE", "cache")
+    monkeypatch.setenv("SURGEON_BACKEND", "torch")  # no line about compiling, whatever ran before
     argv = [*argv, "--weights", "random"] if argv[0] == "export" else argv
     assert main([argv[0], "--quiet", *argv[1:]]) in (1, 2)
     out, error = capsys.readouterr()
