@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed why
         return stop.code if isinstance(stop.code, int) else 2
     handler: Callable[[argparse.Namespace], int] = args.handler
-    args.began = began
+    args.began, args.argv = began, list(sys.argv[1:] if argv is None else argv)
     try:
         _start_logging(args)
         if args.check is not None:
@@ -93,10 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load(args: argparse.Namespace) -> None:
-    """The libraries that a command needs, with a line on a terminal where that takes long."""
+    """The libraries that a command needs, with a line where that takes long."""
     names = [name for name in args.needs if name not in sys.modules]
-    told = f"loading {' and '.join(dict.fromkeys(name.partition('.')[0] for name in names))}"
-    with waiting(told, quiet=args.quiet or not names, after=1.0, terminal_only=True), suppress(ImportError):
+    told = f"loading {', '.join(dict.fromkeys(name.partition('.')[0] for name in names))}"
+    with waiting(told, quiet=args.quiet or not names, after=1.0 if sys.stderr.isatty() else 2.0), suppress(ImportError):
         for name in names:
             import_module(name)
 

@@ -98,7 +98,10 @@ def search_cifar(content: dict[str, Any]) -> str:
     ]
     headers = ["arm", "replaced", "FLOPs", "memory", "within the budgets", "seeds", "loss", "top-1, %"]
     told = f"{search['trials']} trials in {search['seconds'] / 60:.1f} minutes, gains {search['gains']}, sampler {search['mode']}."
-    return f"{told}\n\n" + markdown(headers, lines)
+    compared = ["against", "loss difference", "loss verdict", "top1 difference", "top1 verdict"]
+    gaps = [[gap[name] for name in compared] for gap in content.get("differences", [])]
+    shown = f"\n\nThe found placement against each other arm:\n\n{markdown(['against', 'loss', '', 'top-1, points', ''], gaps)}"
+    return f"{told}\n\n" + markdown(headers, lines) + (shown if gaps else "")
 
 
 def _yes(value: bool) -> str:

@@ -2,12 +2,13 @@
 
     python -m benchmarks.search_cifar [--network resnet20_cifar] [--trials 16] [--seeds 3] [--quick] [--fresh]
 
-Arms, all trained equally with every seed: the network without conversion, the placement that the search found, a random
-feasible one, PAFU in the first convolution of every stage and ACDA in the last stage, as the papers place them. The search sees
-one half of the JPEG test images, the arms are evaluated on the other half. An arm over the budgets is marked but still
-trained, so that the search does not look good because others were left out. ResNet-56 (search_cifar-resnet56_cifar) takes arms
-half as long. Writes benchmarks/results/search_cifar.json; resumes if interrupted (the search is in
-results/search_cifar.study).
+Arms, all trained equally with every seed: the network without conversion, the placement that the search found, a random feasible
+one, PAFU in the first convolution of every stage and ACDA in the last stage, as the papers place them. The search sees one half
+of the JPEG test images, the arms are evaluated on the other half; the found placement is compared with each other arm by paired
+differences over the seeds. The rate is that which `benchmarks.learning --only resnet20` found best for the original and for PAFU.
+An arm over the budgets is marked but still trained, so that the search does not look good because others were left out. ResNet-56
+(search_cifar-resnet56_cifar) takes arms half as long. Writes benchmarks/results/search_cifar.json; resumes if interrupted (the
+search is in results/search_cifar.study).
 """
 
 import argparse
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from benchmarks import _data as data
 from benchmarks._cifar import TEST_SET, Cifar, CifarTask
+from benchmarks._paired import differences, outcome, signed
 from benchmarks._results import RESULTS, Rows, table, write_json
 from benchmarks.finetune_defaults import NEEDS, NETWORK, WEIGHTS, network
 from surgeon.commands.search.setup import GAINS
@@ -49,16 +51,16 @@ from surgeon.zoo.tasks import TaskConfig
 BUDGETS = {"flops": "+30%", "memory": "+50%"}
 ACDA, PAFU = Option("acda", {"atoms": 4, "scales": 1}), Option("pafu", {"group_size": 8})
 OPTIONS = (ACDA, Option("pafu", {"group_size": 4}), PAFU, Option("sekg", {}))
-BATCH = 32
+BATCH, RATE = 64, 1e-3
 
 
 @dataclass(frozen=True)
 class Size:
     """How long a trial trains, how much longer an arm (2^rung), and how many images each half has."""
 
-    steps: int = 60
+    steps: int = 80
     rung: int = 2
-    images: int = 1500
+    images: int = 2500
 
 
 SIZES = {"resnet20_cifar": Size(), "resnet56_cifar": Size(rung=1, images=1000)}
@@ -111,7 +113,7 @@ def prepare(folder: Path, name: str, size: Size) -> tuple[TrainingEvaluator, Gat
     """The evaluator of trials and the budgets."""
     task = Half(TaskConfig(data=folder), 0, size.images)
     model = bound(network(folder, name), task)
-    config = FinetuneConfig(batch_size=BATCH, eval_batch_size=100, recalibrate=0, device="cpu")
+    config = FinetuneConfig(lr=RATE, batch_size=BATCH, eval_batch_size=100, recalibrate=0, device="cpu")
     gate = Gate(
         model,
         SpaceConfig(options=OPTIONS),
@@ -215,12 +217,16 @@ def finish(rows: Rows, gate: Gate, placements: dict[str, Ints], name: str, size:
                 "top1_sd": stdev(top1) if len(top1) > 1 else None,
             }
         )
+    gaps = differences_of_found(rows)
     table(list(lines[0]), [list(line.values()) for line in lines])
+    print("\nthe found placement against")
+    table(list(gaps[0]), [list(gap.values()) for gap in gaps])
     settings = {
         "network": name,
         "images": size.images,
         "budgets": BUDGETS,
         "batch": BATCH,
+        "rate": RATE,
         "trial_steps": size.steps,
         "arm_steps": size.steps << size.rung,
     }
@@ -229,9 +235,37 @@ def finish(rows: Rows, gate: Gate, placements: dict[str, Ints], name: str, size:
     print(f"\nsearch: {search_facts['trials']} trials in {search_facts['seconds'] / 60:.1f} minutes")
     write_json(
         path,
-        {"settings": settings, "search": search_facts, "arms": lines, "placements": named, "rows": rows.values()},
+        {
+            "settings": settings,
+            "search": search_facts,
+            "arms": lines,
+            "differences": gaps,
+            "placements": named,
+            "rows": rows.values(),
+        },
     )
     print(f"written: {path}")
+
+
+def differences_of_found(rows: Rows) -> list[dict[str, Any]]:
+    """The found placement minus each other arm, over the seeds that both have."""
+    scores: dict[str, dict[int, dict[str, float]]] = {}
+    for row in rows.values():
+        if "arm" in row:
+            scores.setdefault(row["arm"], {})[row["seed"]] = {"loss": row["loss"], "top1": row["top1"]}
+    found = scores.pop("found")
+    lines = []
+    for arm, other in scores.items():
+        gaps = differences(found, other)
+        lines.append(
+            {"against": arm}
+            | {f"{what} {name}": value for what in gaps for name, value in _told(gaps[what], what == "loss").items()}
+        )
+    return lines
+
+
+def _told(values: list[float], lower: bool) -> dict[str, str]:
+    return {"difference": signed(values, 3 if lower else 2), "verdict": outcome(values, lower)}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class LayerConfig:
     search_defaults: the options with which a search tries the type, one mapping per try.
     search_axes: the options whose values a search combines.
     compressed: the options that make the layer smaller than exactness allows; empty if there are none.
+    least: the least values of options that are integers, or may be None by default; read from the source, too.
     """
 
     paper: ClassVar[Mapping[str, Any]] = {}
@@ -34,6 +35,14 @@ class LayerConfig:
     search_defaults: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     search_axes: ClassVar[tuple[str, ...]] = ()
     compressed: ClassVar[Mapping[str, Any]] = {}
+    least: ClassVar[Mapping[str, int]] = {}
+
+    def check_least(self) -> None:
+        """Raise `ConfigError` for an option that is smaller than its least value, or beyond its upper limit."""
+        optional = {field.name for field in fields(self) if field.default is None}
+        for name, least in self.least.items():
+            if name not in optional or getattr(self, name) is not None:
+                check_at_least(self, name, least)
 
     def may_compress(self, geometry: ConvGeometry) -> bool:
         """Whether these options allow a layer to be smaller than exactness needs; its errors are then stated, not judged."""

@@ -6,7 +6,6 @@ ran out of memory although they should have fitted.
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,49 +15,14 @@ import numpy as np
 from surgeon.errors import ConfigError
 from surgeon.search.placement.place import nearest, optimum, smallest
 from surgeon.search.placement.problem import InfeasibleError, Problem
-from surgeon.util.parse import mebibytes, parse_quantity
+from surgeon.util.bounds import FLAGS, Bound, parse_bound
+from surgeon.util.parse import mebibytes
 from surgeon.util.tables import count
 
 if TYPE_CHECKING:
     from surgeon.costs import Cost
 
-FLAGS = {"flops": "--max-flops", "params": "--max-params", "memory": "--max-memory", "latency": "--max-latency"}
 Translate = Callable[[str, float], float]  # resource, value of its row -> value in the unit of the user's budget
-_RELATIVE = re.compile(r"\s*([+-])\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*%\s*")
-_TIME = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(us|ms|s)\s*", re.IGNORECASE)
-_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-
-
-@dataclass(frozen=True)
-class Bound:
-    """One budget: `value` in units (FLOPs per image, parameters, bytes, seconds), or as a factor of the original's."""
-
-    text: str
-    value: float
-    relative: bool
-
-    def of(self, original: float) -> float:
-        """The limit, given the unmodified model's cost."""
-        return original * self.value if self.relative else self.value
-
-
-def parse_bound(text: str, resource: str) -> Bound:
-    """A budget: `4.5G`, `8GiB`, `20ms`, or relative to the original, `+10%`, `-5%`. Raises `ConfigError`."""
-    flag = FLAGS[resource]
-    match = _RELATIVE.fullmatch(text)
-    if match is not None:
-        share = float(match[2]) / 100
-        if match[1] == "-" and share >= 1:
-            raise ConfigError(f"{flag}: {text!r} leaves nothing of the original; expected less than -100%")
-        return Bound(text.strip(), 1 + share if match[1] == "+" else 1 - share, True)
-    if "%" in text:
-        raise ConfigError(f"{flag}: a budget relative to the original has a sign: +10% or -5%, got {text!r}")
-    if resource == "latency":
-        match = _TIME.fullmatch(text)
-        if match is None or float(match[1]) <= 0:
-            raise ConfigError(f"{flag}: expected a time such as 20ms, 1.5s or +10%, got {text!r}")
-        return Bound(text.strip(), float(match[1]) * _UNITS[match[2].lower()], False)
-    return Bound(text.strip(), float(parse_quantity(text, flag)), False)
 
 
 @dataclass(frozen=True, kw_only=True)

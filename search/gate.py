@@ -21,11 +21,12 @@ from surgeon.costs.settings import make_settings
 from surgeon.errors import ConfigError
 from surgeon.layers.base import LayerConfig
 from surgeon.layers.geometry import ConvGeometry
-from surgeon.search.budget import FLAGS, Budgets, Calibration, check_feasible, told
+from surgeon.search.budget import Budgets, Calibration, check_feasible, told
 from surgeon.search.placement.problem import Ints, Problem, of_table
 from surgeon.search.space import Space, SpaceConfig, make_space
 from surgeon.sites.sites import find_sites
 from surgeon.surgery.convert import convert
+from surgeon.util.bounds import FLAGS
 
 _ROUNDS = 7  # interleaved timings of a placement and the original
 

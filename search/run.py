@@ -282,7 +282,10 @@ class Search:
             values += [float(costs[name]) for name in self.config.resources]
         if values is not None and not np.isfinite(values).all():
             raise TrainingError(f"trial {claim.trial.number} has no finite value: {values}")
-        return self._tell(claim, values, state, {"seconds": time.perf_counter() - started})
+        told = {"seconds": time.perf_counter() - started}
+        if self.evaluator.start is not None:
+            told["start"] = self.evaluator.start
+        return self._tell(claim, values, state, told)
 
     def _report(self, claim: _Claim, stop: Stop) -> Callable[[int, float], None]:
         single = len(self.objectives) == 1  # with several objectives Optuna accepts no reports

@@ -19,7 +19,7 @@ from surgeon.layers.acda.bases import basis_elements, centered, fitting_elements
 from surgeon.layers.acda.decompose import Decomposition, decompose, expand_in_basis, truncate_for_inputs
 from surgeon.layers.acda.operator import acda_conv
 from surgeon.layers.acda.reference import acda_macs
-from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, scaled_bias
+from surgeon.layers.base import CodedConv2d, LayerConfig, scaled_bias
 from surgeon.layers.generator import FORMS, RANK, WINDOW, PixelGenerator
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.norm import batch_statistics, check_norm
@@ -50,6 +50,15 @@ class ACDAConfig(LayerConfig):
     )
     search_axes: ClassVar[tuple[str, ...]] = ("atoms", "scales")
     compressed: ClassVar[Mapping[str, Any]] = {"static_atoms": 0}
+    least: ClassVar[Mapping[str, int]] = {
+        "atoms": 1,
+        "scales": 1,
+        "basis_size": 1,
+        "hidden": 1,
+        "static_atoms": 0,
+        "extra_elements": 0,
+        "generator_rank": 1,
+    }
 
     atoms: int = 6
     scales: int = 3
@@ -63,19 +72,13 @@ class ACDAConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         check_norm("ACDAConfig", self.norm)
-        for name in ("atoms", "scales", "basis_size", "hidden"):
-            check_at_least(self, name, 1)
-        for name in ("static_atoms", "extra_elements"):
-            if getattr(self, name) is not None:
-                check_at_least(self, name, 0)
+        self.check_least()
         if self.generator not in FORMS:
             raise ConfigError(f"ACDAConfig: generator must be one of {', '.join(FORMS)}, got {self.generator!r}")
-        if self.generator_rank is not None:
-            check_at_least(self, "generator_rank", 1)
-            if self.generator != "lowrank":
-                raise ConfigError(
-                    f"ACDAConfig: generator_rank belongs to generator 'lowrank', got generator {self.generator!r}"
-                )
+        if self.generator_rank is not None and self.generator != "lowrank":
+            raise ConfigError(
+                f"ACDAConfig: generator_rank belongs to generator 'lowrank', got generator {self.generator!r}"
+            )
 
     def may_compress(self, geometry: ConvGeometry) -> bool:
         if self.static_atoms is None:

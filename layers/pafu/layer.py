@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
-from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, check_at_most, scaled_bias
+from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_most, scaled_bias
 from surgeon.layers.generator import PixelGenerator
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.norm import check_norm
@@ -48,6 +48,7 @@ class PAFUConfig(LayerConfig):
     symbols: ClassVar[Mapping[str, str]] = {"group_size": "n"}
     search_defaults: ClassVar[tuple[Mapping[str, Any], ...]] = ({"group_size": 4}, {"group_size": 8})  # 8: of the paper
     search_axes: ClassVar[tuple[str, ...]] = ("group_size",)
+    least: ClassVar[Mapping[str, int]] = {"group_size": 2, "hidden": 1, "selector_depth": 1}
 
     group_size: int = 8
     hidden: int = 32
@@ -60,14 +61,12 @@ class PAFUConfig(LayerConfig):
     norm: str | None = "batch"
 
     def __post_init__(self) -> None:
-        check_at_least(self, "group_size", 2)
+        self.check_least()
         check_norm("PAFUConfig", self.norm)
         if self.selection not in SELECTIONS:
             raise ConfigError(f"PAFUConfig: selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
         if not isinstance(self.shared, bool):
             raise ConfigError(f"PAFUConfig: shared must be true or false, got {self.shared!r}")
-        check_at_least(self, "hidden", 1)
-        check_at_least(self, "selector_depth", 1)
         for name in ("temperature", "perturbation"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError, UnsupportedLayerError
-from surgeon.layers.base import CodedConv2d, LayerConfig, check_at_least, scaled_bias
+from surgeon.layers.base import CodedConv2d, LayerConfig, scaled_bias
 from surgeon.layers.geometry import ConvGeometry, pad_for_window
 from surgeon.layers.norm import check_norm
 from surgeon.layers.registry import register
@@ -36,6 +36,7 @@ class SEKGConfig(LayerConfig):
     paper: ClassVar[Mapping[str, Any]] = {"norm": None}
     symbols: ClassVar[Mapping[str, str]] = {"kernel_size": "k", "kernel_groups": "g"}
     search_axes: ClassVar[tuple[str, ...]] = ("kernel_groups",)
+    least: ClassVar[Mapping[str, int]] = {"kernel_size": 1, "kernel_groups": 1, "multiplier": 1}
 
     kernel_size: int = 3
     kernel_groups: int | None = None
@@ -45,10 +46,7 @@ class SEKGConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         check_norm("SEKGConfig", self.norm)
-        check_at_least(self, "kernel_size", 1)
-        for name in ("kernel_groups", "multiplier"):
-            if getattr(self, name) is not None:
-                check_at_least(self, name, 1)
+        self.check_least()
         if self.mode not in MODES:
             raise ConfigError(f"SEKGConfig: mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         if self.multiplier is not None and self.mode != "factorised":

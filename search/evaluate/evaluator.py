@@ -34,6 +34,11 @@ class Evaluator(ABC):
 
     directions: tuple[str, ...] = ("maximize",)
 
+    @property
+    def start(self) -> float | None:
+        """The first value of the unmodified network before any training; None if there is none or it is not known yet."""
+        return None
+
     @abstractmethod
     def identity(self) -> Mapping[str, Any]:
         """JSON values that identify this evaluator: task, data, training settings. A study is bound to them."""

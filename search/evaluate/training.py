@@ -102,6 +102,10 @@ class TrainingEvaluator(Evaluator):
         self.base = base if base is None else replace(base, input_size=self._size)  # at which it is trained
         self._start: dict[str, float] | None = None  # metrics before training, which conversion preserves
 
+    @property
+    def start(self) -> float | None:
+        return None if self._start is None else float(self._start[self.task.primary])
+
     def identity(self) -> Mapping[str, Any]:
         options = {key: _plain(value) for key, value in asdict(self.task.config).items()}
         training = {key: value for key, value in self.config.at(0).to_dict().items() if key not in _FREE}

@@ -10,7 +10,7 @@ from surgeon.errors import ConfigError
 from surgeon.search.evaluate.finals import best_arm
 from surgeon.search.gains.gain import GainTable
 from surgeon.search.results import figures, report_figures
-from surgeon.search.results.summary import mean_and_spread, relative, status_values
+from surgeon.search.results.summary import mean_and_spread, relative, status_values, worse_than_start
 from surgeon.search.study.folder import Finished
 from surgeon.search.study.record import Record
 from surgeon.util import pages
@@ -67,12 +67,13 @@ def _page(found: Finished, gains: GainTable | None, other: Other) -> str:
 
 
 def _facts(found: Finished, values: Mapping[str, Any]) -> list[list[str]]:
-    task, rank = values["task"], values["rank_correlation"]
+    task, rank, start = values["task"], values["rank_correlation"], values["start"]
     arrow = "higher" if task["higher_is_better"] else "lower"
     return [
         ["budgets", str(values["budgets"])],
         ["trials", ", ".join(f"{count} {state}" for state, count in values["trials"].items())],
         ["steps per trial", str(found.about["steps"])],
+        [f"{task['primary']} before any step", "not recorded" if start is None else f"{start:.5g}"],
         ["sampler, seed", f"{found.about['sampler']}, {found.about['seed']}"],
         ["gains", str(found.about["gains"])],
         ["rank correlation of the gains with the values", "-" if rank is None else f"{rank:.2f}"],
@@ -86,6 +87,8 @@ def _facts(found: Finished, values: Mapping[str, Any]) -> list[list[str]]:
 def sentences(found: Finished) -> list[str]:
     """The findings: whether it is better than no conversion, by how much with which error, and what it costs."""
     told = _of_finals(found) or _of_trials(found)
+    if (worse := worse_than_start(found)) is not None:
+        told.append(f"{worse[0].upper()}{worse[1:]}.")
     values = [value for one in found.ranked() if (value := found.value(one)) is not None]
     if len(values) > 1 and max(values) == min(values):
         told.append(
@@ -150,7 +153,10 @@ def _best(found: Finished, count: int = 10) -> str:
     original = found.original()
     shown = best if original is None or original in best else [*best, original]
     header = ["trial", "from", found.about["task"]["primary"], "FLOPs", "parameters", "placement"]
-    return pages.rows(header, [_cells(found, one) for one in shown])
+    cells, start = [_cells(found, one) for one in shown], found.start()
+    if start is not None:
+        cells.append(["-", "untrained", f"{start:.5g}", "+0.0%", "+0.0%", report_figures.placed({})])
+    return pages.rows(header, cells)
 
 
 def _cells(found: Finished, one: Record) -> Sequence[str]:

@@ -10,7 +10,7 @@ from scipy.stats import rankdata
 
 from surgeon.search.study.folder import Finished
 from surgeon.search.study.record import Record
-from surgeon.util.tables import table
+from surgeon.util.tables import paragraph, table
 
 
 def status_values(found: Finished, count: int = 5) -> dict[str, Any]:
@@ -23,6 +23,7 @@ def status_values(found: Finished, count: int = 5) -> dict[str, Any]:
         "trials": dict(Counter("repeated" if one.duplicate_of is not None else one.state for one in found.records)),
         "workers": len(found.alive),
         "rank_correlation": rank_correlation(found),
+        "start": found.start(),
         "original": None if original is None else record_values(found, original),
         "best": [record_values(found, one) for one in found.ranked()[:count]],
         "objectives": found.about["objectives"],
@@ -58,6 +59,20 @@ def rank_correlation(found: Finished) -> float | None:
     return value if found.higher_is_better else -value
 
 
+def worse_than_start(found: Finished) -> str | None:
+    """A sentence if even the best training, of the finals if there are any, ends worse than the network was before it."""
+    start = found.start()
+    arms = [] if found.finals is None else [arm["values"] for arm in found.finals["arms"] if arm["values"]]
+    ends = [statistics.fmean(arm) for arm in arms] or [one.values[0] for one in found.ranked() if one.values]
+    sign, way = (1, "below") if found.higher_is_better else (-1, "above")
+    if start is None or not ends or any(sign * (value - start) >= 0 for value in ends):
+        return None
+    return (
+        f"all {'finals' if arms else 'trials'} end {way} the network as it was ({found.about['task']['primary']} {start:.5g}): "
+        "this training makes it worse, so their order says little about what a conversion brings. Longer --steps, a smaller --lr"
+    )
+
+
 def status_lines(found: Finished, count: int = 5) -> list[str]:
     """The summary as lines of text."""
     values = status_values(found, count)
@@ -73,9 +88,13 @@ def status_lines(found: Finished, count: int = 5) -> list[str]:
     original = found.original()
     if original is not None and original not in found.ranked()[:count]:
         rows.append(_row(found, original))
-    primary = found.about["task"]["primary"]
+    primary, start = found.about["task"]["primary"], found.start()
+    if rows and start is not None:
+        rows.append(["-", "untrained", f"{start:.5g}", "0", "+0.0%", "+0.0%"])
     if rows:
         lines += ["", table(["trial", "from", primary, "replaced", "FLOPs", "params"], rows, left=2)]
+    if (told := worse_than_start(found)) is not None:
+        lines.append(paragraph(f"note: {told}", hang="  "))
     if found.front:
         front = [_row(found, one) for one in found.records if one.number in found.front]
         what = ", ".join([primary, *found.about["objectives"][1:]])

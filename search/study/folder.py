@@ -131,6 +131,11 @@ class Finished:
         """The unmodified model, trained equally."""
         return next((one for one in self.ranked() if not one.placement), None)
 
+    def start(self) -> float | None:
+        """The value of the unmodified model before any training; None in searches of older versions."""
+        found = (one.attributes["start"] for one in self.records if "start" in one.attributes)
+        return next((float(value) for value in found), None)
+
 
 def study_of(folder: SearchFolder, known: Mapping[str, str] | None, url: str | None = None) -> Study:
     """The study of a search: its file, or the `known` database; `url` replaces the known URL, for its password."""

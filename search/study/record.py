@@ -1,7 +1,8 @@
 """A trial as a record: the attributes in use, with type checks if they may be untrusted.
 
 User attributes: `placement` (layer → option), `hash`, `source`, `gain` (expected by the table), `predicted`, `worker`,
-`attempts`, and if applicable `refused`, `error`, `traced`, `seconds`; in studies of older versions `duplicate_of`.
+`attempts`, and if applicable `refused`, `error`, `traced`, `seconds`, `start` (value of the network before any training; not in
+studies of older versions); in studies of older versions `duplicate_of`.
 """
 
 from collections.abc import Mapping
@@ -47,6 +48,7 @@ _ATTRIBUTES: dict[str, Any] = {  # schema of a trial's attributes
     "predicted": {"*": (int, float)},
     "traced": {"*": (int, float)},
     "seconds": (int, float),
+    "start": (int, float),
 }
 
 

@@ -7,6 +7,7 @@ from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import add_device, print_json, whole
 from surgeon.commands.cost import add_step_arguments, build, original_of
 from surgeon.errors import ConfigError
+from surgeon.util.waiting import waiting
 
 DESCRIPTION = "measure a converted model against its original: latency, throughput, memory"
 EXAMPLES = """  surgeon bench runs/resnet50-acda --batch-size 8
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
         "channels_last": args.channels_last,
     }
     settings = make_settings(original, **step)
-    timings = interleaved([original, converted], settings, rounds=args.rounds, device=device)
+    with waiting("measuring", quiet=args.quiet):
+        timings = interleaved([original, converted], settings, rounds=args.rounds, device=device)
     rows: list[dict[str, Any]] = []
     for name, model, timing in zip(("original", "converted"), (original, converted), timings, strict=True):
         memory, how = _memory(model, settings, step, device)

@@ -8,6 +8,7 @@ from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import add_run, print_json, whole
 from surgeon.errors import ConfigError, InputError, NothingFoldedError
 from surgeon.util.outputs import check_output
+from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.models.hub import folder
     from surgeon.records.recipe import get_recipe
 
-    model = load(folder(args.run), trust_factory=args.trust_factory)
+    with waiting(f"loading {args.run}", quiet=args.quiet):
+        model = load(folder(args.run), trust_factory=args.trust_factory)
     recipe = get_recipe(model)
     base = recipe.base if recipe is not None else None
     images = _images(args, model, base)

@@ -9,6 +9,7 @@ from surgeon.commands.common.arguments import (
     add_output,
     add_pairs,
     build,
+    building,
     input_size,
     model_name,
     print_json,
@@ -16,6 +17,7 @@ from surgeon.commands.common.arguments import (
 )
 from surgeon.errors import ConfigError, InputError
 from surgeon.util.outputs import check_output
+from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,6 +42,14 @@ EXAMPLES = (
     "  surgeon convert exported.pt2 --layers stage3 --type acda\n"
     f"  surgeon convert zoo/sidd_conv --recipe zoo/acda_sidd\n\n{LAYERS_HELP}"
 )
+
+FLAGS = {  # of layer options
+    "atoms": "--atoms (-m)",
+    "scales": "--scales (-S)",
+    "basis_size": "--basis-size",
+    "group_size": "--group-size (-n)",
+    "kernel_groups": "--kernel-groups",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +93,9 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--pattern determines the type: leave out --type")
     if not args.recipe and not args.type and not args.pattern:
         raise ConfigError("choose a layer type: --type acda, pafu or sekg (or --recipe FILE)")
-    checks.layer_type(args.type, options)
+    checks.layer_type(
+        args.type, options, {name: flag for name, flag in FLAGS.items() if getattr(args, name) is not None}
+    )
     if args.compress:
         checks.compression(args.type)
     checks.recipe(args.recipe)
@@ -108,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
     options = _compressed(args, _layer_options(args))
     output = _output(args)
     _check_options(args.type, options)
-    model, base = build(args)
+    with waiting(building(args), quiet=args.quiet):
+        model, base = build(args)
     read = [f"read {args.model}: {described(model)}"] if isinstance(model, fx.GraphModule) else []
     calibration = _calibration(args, model, base)
     with Progress(enabled=not args.quiet) as progress:
@@ -141,8 +154,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _layer_options(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("atoms", "scales", "basis_size", "group_size", "kernel_groups")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     for key, value in checks.layer_options(args.type, args.options).items():
         if options.setdefault(key, value) != value:
             raise ConfigError(f"{key} is given twice: {options[key]!r}, and {value!r} with --option; give it once")

@@ -5,10 +5,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
-from surgeon.commands.common.arguments import add_amp, add_batch_size, print_json, size, whole
+from surgeon.commands.common.arguments import add_amp, add_batch_size, not_negative, print_json, size, whole
 from surgeon.errors import ConfigError, InputError
 from surgeon.util.outputs import is_surgeon_folder
 from surgeon.util.parse import parse_quantity
+from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--accumulate", type=whole, default=1, metavar="N", help="micro-steps per optimizer step (default: 1)"
     )
     parser.add_argument("--checkpointing", action="store_true", help="use gradient checkpointing (timm models)")
-    parser.add_argument("--weight-decay", type=float, default=1e-4, metavar="X", help="default: 1e-4")
+    parser.add_argument("--weight-decay", type=not_negative, default=1e-4, metavar="X", help="default: 1e-4")
     parser.add_argument("--strict", action="store_true", help="fail on an operator without a FLOP formula")
     parser.add_argument("--max-flops", metavar="N", help="exit 1 if an image costs more (4.5G; 1 MAC = 2 FLOPs)")
     parser.add_argument("--max-memory", metavar="N", help="exit 1 if a step needs more, including the reserve (8GiB)")
@@ -81,17 +82,18 @@ def run(args: argparse.Namespace) -> int:
     }
     settings = _settings(args, args.input_size or size_of(args.model))
     _check_device(args)
-    model, found = _cost_of(args.model, args, strict=args.strict, **settings)
     other = None
-    if args.compare:
-        other = _cost_of(args.compare, args, **settings)[1]
-    elif args.compare is not None:
-        other = cost(original_of(args), **settings)
-    document: dict[str, Any] = {"model": args.model, **found.to_dict()}
-    if other is not None:
-        document["compared_with"] = {"model": args.compare or "base model", **other.to_dict()}
-    if args.table:
-        document["table"] = _table(model, args, settings)
+    with waiting("counting", quiet=args.quiet):
+        model, found = _cost_of(args.model, args, strict=args.strict, **settings)
+        if args.compare:
+            other = _cost_of(args.compare, args, **settings)[1]
+        elif args.compare is not None:
+            other = cost(original_of(args), **settings)
+        document: dict[str, Any] = {"model": args.model, **found.to_dict()}
+        if other is not None:
+            document["compared_with"] = {"model": args.compare or "base model", **other.to_dict()}
+        if args.table:
+            document["table"] = _table(model, args, settings)
     if args.plot:
         from surgeon.costs.plot import draw
 
@@ -248,7 +250,8 @@ def cost_lines(name: str, found: "Cost", other: "Cost | None" = None, other_name
     text = table(header, [[n, *values] for n, *values in zip(names, *columns, strict=True)])
     notes = [f"note: {note}" for note in found.notes]
     parts = ", ".join(f"{key} {value / 2**20:,.0f}" for key, value in found.reserve.items())
-    return [head, "", text, "", f"reserve, MiB: {parts} (stated, not measured)", *notes]
+    peak = "the indented rows are what is held at the moment of the peak; at other moments each may be more"
+    return [head, "", text, "", peak, f"reserve, MiB: {parts} (stated, not measured)", *notes]
 
 
 def _table_text(rows: list[dict[str, Any]] | None) -> list[str]:

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from surgeon.commands.common.arguments import print_json
+from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
     from surgeon.doctor import Diagnosis, Finding
@@ -25,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from surgeon.doctor import diagnose
 
-    found = diagnose()
+    with waiting("running every operator", quiet=args.quiet):
+        found = diagnose()
     if args.json:
         print_json(found.to_dict())
     else:
@@ -93,4 +95,10 @@ def _reasons(found: "Diagnosis") -> dict[str, list[str]]:
             place = f"{finding.operator} on {finding.device}"
             if place not in where:
                 where.append(place)
+    pairs = list(dict.fromkeys((finding.operator, finding.device) for finding in found.findings))
+    whole = {device: [f"{name} on {one}" for name, one in pairs if one == device] for _, device in pairs}
+    for reason, where in told.items():
+        for device, places in whole.items():
+            if len(places) > 1 and set(places) <= set(where):
+                told[reason] = [f"all on {device}", *(place for place in told[reason] if place not in places)]
     return told

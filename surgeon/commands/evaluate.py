@@ -10,6 +10,7 @@ from surgeon.commands.common.arguments import (
     add_device,
     add_seed,
     add_workers,
+    building,
     positive,
     print_json,
 )
@@ -77,9 +78,10 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.records.report import jsonable
 
     task = _task(args)
-    model, recipe = _model(args)
     notes: list[str] = []
-    original, name = _original(args, recipe, notes)
+    with waiting(building(args), quiet=args.quiet):
+        model, recipe = _model(args)
+        original, name = _original(args, recipe, notes)
     with waiting("looking through the data", quiet=args.quiet):
         task.check()
     device = _default_device() if args.device in (None, "auto") else args.device

@@ -7,21 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import (
+    above_zero,
     add_amp,
     add_device,
     add_lr,
     add_pairs,
     amp,
+    building,
+    decay,
     model_name,
     natural,
+    not_negative,
     positive,
     print_json,
-    whole,
+    seed,
 )
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
 from surgeon.util.outputs import check_run_output, is_surgeon_folder
 from surgeon.util.parse import parse_span, parse_time
+from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,15 +97,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_length(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("length and batches")
-    _option(group, "--epochs", float, "N", "passes over the training data")
-    _option(group, "--max-steps", int, "N", "maximum number of optimizer steps")
+    _option(group, "--epochs", above_zero, "N", "passes over the training data")
+    _option(group, "--max-steps", positive, "N", "maximum number of optimizer steps")
     _option(group, "--max-time", str, "TIME", "maximum time, including evaluations and data loading: 90s, 30m, 1.5h")
     _option(group, "--batch-size", positive, "N", "samples per micro-step, over all processes")
-    _option(group, "--accumulate", int, "N", "micro-steps per optimizer step")
-    _option(group, "--eval-batch-size", int, "N", "samples per batch in evaluation")
+    _option(group, "--accumulate", positive, "N", "micro-steps per optimizer step")
+    _option(group, "--eval-batch-size", positive, "N", "samples per batch in evaluation")
     _option(group, "--workers", natural, "N", "data-loading processes; 0 loads in the training process")
     _option(group, "--eval-every", str, "SPAN", "between evaluations")
-    _option(group, "--patience", int, "N", "stop after N evaluations without a better one")
+    _option(group, "--patience", positive, "N", "stop after N evaluations without a better one")
     group.add_argument("--keep", choices=("best", "last"), help="which weights to keep as the result")
 
 
@@ -108,24 +113,24 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer")
     _option(group, "--opt", str, "NAME", "any of timm's optimizers")
     add_lr(group)
-    _option(group, "--weight-decay", float, "X", "weight decay, except on norms and biases")
-    _option(group, "--momentum", float, "X", "momentum, for optimizers that have one")
+    _option(group, "--weight-decay", not_negative, "X", "weight decay, except on norms and biases")
+    _option(group, "--momentum", not_negative, "X", "momentum, for optimizers that have one")
     schedules = ("cosine", "poly", "step", "multistep", "tanh", "constant")
     group.add_argument("--sched", choices=schedules, help="one of timm's schedules")
-    _option(group, "--decay-rate", float, "X", "step, multistep: factor on the rate; poly: the power")
+    _option(group, "--decay-rate", above_zero, "X", "step, multistep: factor on the rate; poly: the power")
     _option(group, "--decay-every", str, "SPAN", "step: span between decays")
     group.add_argument(
         "--milestones", nargs="+", action="extend", metavar="SPAN", help="multistep: when the rate decays"
     )
     _option(group, "--warmup", str, "SPAN", "linear warm-up")
-    _option(group, "--min-lr", float, "X", "final learning rate of the schedule")
-    _option(group, "--clip", float, "X", "maximum gradient norm; 0: no limit")
-    _option(group, "--ema", float, "DECAY", "keep an average of the weights")
+    _option(group, "--min-lr", not_negative, "X", "final learning rate of the schedule")
+    _option(group, "--clip", not_negative, "X", "maximum gradient norm; 0: no limit")
+    _option(group, "--ema", decay, "DECAY", "keep an average of the weights")
 
 
 def _add_layers(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("dynamic layers")
-    _option(group, "--new-lr-scale", float, "X", "rate of new parameters, as a multiple of --lr")
+    _option(group, "--new-lr-scale", above_zero, "X", "rate of new parameters, as a multiple of --lr")
     group.add_argument(
         "--fan-in-lr",
         action=argparse.BooleanOptionalAction,
@@ -133,19 +138,19 @@ def _add_layers(parser: argparse.ArgumentParser) -> None:
         help="slow the last weight of a generator in proportion to its inputs",
     )
     _option(group, "--new-first", str, "SPAN", "train only new parameters for SPAN first")
-    _option(group, "--regularization", float, "X", "weight of the layers' own loss (PAFU: decorrelation)")
-    _option(group, "--temperature-end", float, "X", "PAFU: final temperature, as a fraction of the initial one")
+    _option(group, "--regularization", not_negative, "X", "weight of the layers' own loss (PAFU: decorrelation)")
+    _option(group, "--temperature-end", above_zero, "X", "PAFU: final temperature, as a fraction of the initial one")
     group.add_argument(
         "--alternate",
-        type=whole,
+        type=positive,
         nargs="?",
         const=3,
         metavar="K",
         help="PAFU: alternate one selector step with K others (3)",
     )
-    _option(group, "--distill", float, "X", "weight of the distance to the original network's outputs")
+    _option(group, "--distill", not_negative, "X", "weight of the distance to the original network's outputs")
     group.add_argument("--freeze-bn", action="store_true", default=None, help="keep the BatchNorm statistics")
-    _option(group, "--recalibrate", int, "N", "training batches for recalibrating BatchNorm at the end")
+    _option(group, "--recalibrate", natural, "N", "training batches for recalibrating BatchNorm at the end")
 
 
 def _add_operation(parser: argparse.ArgumentParser) -> None:
@@ -157,9 +162,9 @@ def _add_operation(parser: argparse.ArgumentParser) -> None:
         "--checkpointing", action="store_true", default=None, help="gradient checkpointing (timm models)"
     )
     _option(group, "--checkpoint-every", str, "SPAN", "between checkpoints")
-    _option(group, "--max-rollbacks", int, "N", "maximum rollbacks after NaN or infinity")
-    _option(group, "--log-every", int, "N", "steps between rows of the log")
-    _option(group, "--seed", int, "N", "seed for order, augmentation and the layers' noise")
+    _option(group, "--max-rollbacks", natural, "N", "maximum rollbacks after NaN or infinity")
+    _option(group, "--log-every", positive, "N", "steps between rows of the log")
+    _option(group, "--seed", seed, "N", "seed for order, augmentation and the layers' noise")
 
 
 def _option(group: Any, flag: str, kind: Any, metavar: str, told: str) -> None:
@@ -170,9 +175,11 @@ def check(args: argparse.Namespace) -> None:
     """Refuse invalid arguments before torch is loaded; settles the task unless a recipe does."""
     if args.max_time is not None:
         parse_time(args.max_time, "--max-time")
-    for name in ("eval_every", "decay_every", "warmup", "new_first", "checkpoint_every"):
-        if getattr(args, name) is not None:
-            parse_span(getattr(args, name), f"--{name.replace('_', '-')}")
+    for name in ("eval_every", "decay_every", "warmup", "new_first", "checkpoint_every", "milestones"):
+        given, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        for span in given if isinstance(given, list) else [given] if given is not None else []:
+            if parse_span(span, flag)[0] == 0 and (name.endswith("_every") or name == "milestones"):
+                raise ConfigError(f"{flag} must be more than 0, got {span!r}")
     if args.recipe is None:
         if args.model is None:
             raise ConfigError(
@@ -209,7 +216,8 @@ def run(args: argparse.Namespace) -> int:
     output = _output(args, task.name if recipe is None else Path(recipe.name).stem)
     if not args.dry_run:
         RunFolder(output).check(resume=args.resume, force=args.force)  # before a model is built
-    model, original, source = _source(args, config.seed, recipe)
+    with waiting(building(args), quiet=args.quiet):
+        model, original, source = _source(args, config.seed, recipe)
     config = read_config(args, recipe, model)
     if args.dry_run:
         return _dry_run(args, model, original, task, config)
@@ -311,7 +319,8 @@ def _dry_run(
 ) -> int:
     from surgeon.zoo.finetune import dry_run
 
-    found = dry_run(model, task, config, original=original)
+    with waiting("trying a step", quiet=args.quiet):
+        found = dry_run(model, task, config, original=original)
     _leave_group()
     if args.json:
         print_json({"model": args.model, "task": task.name, **found.to_dict()})
@@ -320,13 +329,20 @@ def _dry_run(
     return 0
 
 
+_RATES = (
+    "New parameters learn at --new-lr-scale times it; the weight with which a generator ends, in proportion to its inputs, slower "
+    "still (--no-fan-in-lr: not)"
+)
+
+
 def _role(group: dict[str, Any]) -> str:
     return group["role"] if group["slowed"] == 1 else f"{group['role']}, last weights"
 
 
 def _dry_run_lines(model: str, task: str, found: "DryRun") -> list[str]:
+    from surgeon.commands.common.console import width
     from surgeon.commands.cost import cost_lines
-    from surgeon.util.tables import count, table
+    from surgeon.util.tables import count, paragraph, table
 
     rows = [
         (_role(g), count(g["parameters"]), str(g["tensors"]), f"{g['lr_scale']:.3g}", f"{g['weight_decay']:g}")
@@ -337,6 +353,7 @@ def _dry_run_lines(model: str, task: str, found: "DryRun") -> list[str]:
         f"{found.steps} steps, {found.epochs:.2f} epochs; one step on this machine: {found.seconds:.2f} s, loss {found.loss:.5g}",
         "",
         table(("parameters", "count", "tensors", "rate x", "decay"), rows),
+        paragraph(f"rate x: factor on --lr. {_RATES}", width=width(), hang="  "),
         "",
     ]
     if found.cost is not None:

@@ -3,7 +3,7 @@
 import argparse
 
 from surgeon.commands.common import checks
-from surgeon.commands.common.arguments import add_model, build, input_size, print_json
+from surgeon.commands.common.arguments import add_model, build, input_size, print_json, weights_for_shapes
 
 DESCRIPTION = "list every convolution: stage, shapes, FLOPs, memory, possible layer types and reasons against others"
 EXAMPLES = "  surgeon inspect resnet50\n  surgeon inspect torchvision/densenet121 --json\n"
@@ -11,7 +11,7 @@ EXAMPLES = "  surgeon inspect resnet50\n  surgeon inspect torchvision/densenet12
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `surgeon inspect`; --json, --quiet and --debug are common to all commands."""
-    add_model(parser)
+    add_model(parser, "random: only shapes matter; a folder has its own")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
     import surgeon
     from surgeon.commands.common.console import Progress, inspection_text, inspection_values, width
 
+    args.weights = weights_for_shapes(args)
     with Progress(enabled=not args.quiet) as progress:
         progress("build", 0, 2)
         model, base = build(args)

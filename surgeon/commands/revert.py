@@ -5,6 +5,7 @@ import argparse
 from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import add_output, add_run, print_json
 from surgeon.util.outputs import check_output
+from surgeon.util.waiting import waiting
 
 DESCRIPTION = "turn dynamic layers back into plain convolutions"
 EXAMPLES = (
@@ -33,11 +34,12 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.models.hub import folder
     from surgeon.surgery.rewrite import dynamic_layers
 
-    model = load(folder(args.run), trust_factory=args.trust_factory)
-    names = list(dynamic_layers(model, args.layers))
-    model = surgeon.revert(model, args.layers)
-    left = len(dynamic_layers(model))
-    save(model, args.output, force=args.force)
+    with waiting(f"reverting {args.run}", quiet=args.quiet):
+        model = load(folder(args.run), trust_factory=args.trust_factory)
+        names = list(dynamic_layers(model, args.layers))
+        model = surgeon.revert(model, args.layers)
+        left = len(dynamic_layers(model))
+        save(model, args.output, force=args.force)
     if args.json:
         print_json({"output": args.output, "reverted": names, "remaining": left})
         return 0

@@ -1,6 +1,7 @@
 """`surgeon try`: does a conversion pay off on these data? Imports torch when it runs."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from surgeon.commands.common.arguments import (
     add_pairs,
     add_workers,
     amp,
+    building,
     model_name,
     positive,
     print_json,
@@ -23,6 +25,7 @@ from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
 from surgeon.util.outputs import check_trial_output
 from surgeon.util.parse import parse_time
+from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
     from surgeon.zoo.trial import Answer, TryConfig
@@ -99,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
     output = _output(args)
     config = _config(args)
     make_task(args, 0)  # report invalid options before a model is built
-    model, base = build_model(args.model, weights=args.weights, options=dict(args.model_args))
+    with waiting(building(args), quiet=args.quiet):
+        model, base = build_model(args.model, weights=args.weights, options=dict(args.model_args))
     try:
         answer = try_conversion(
             model,
@@ -143,6 +147,17 @@ def _config(args: argparse.Namespace) -> "TryConfig":
     )
 
 
+def _resumed(args: argparse.Namespace, spent: float) -> str:
+    """The command that resumes the trial with twice the time."""
+    from surgeon.zoo.trial.speed import minutes
+
+    words = list(args.argv)
+    for flag in ("--max-time", "--resume", "--force"):
+        for place in [place for place, word in enumerate(words) if word.partition("=")[0] == flag][::-1]:
+            del words[place : place + (2 if flag == "--max-time" and "=" not in words[place] else 1)]
+    return shlex.join(["surgeon", *words, "--resume", "--max-time", minutes(2 * max(spent, parse_time(args.max_time)))])
+
+
 def _print(args: argparse.Namespace, answer: "Answer", output: Path) -> None:
     from surgeon.commands.common.console import width
     from surgeon.zoo.trial.folder import TryFolder
@@ -150,7 +165,8 @@ def _print(args: argparse.Namespace, answer: "Answer", output: Path) -> None:
 
     folder = TryFolder(output)
     data = "" if args.data is None else f" --data {args.data}"
-    page = write_report(answer, folder.report, f"surgeon finetune {output}/model --task {args.task}{data} --epochs 10")
+    go_on = f"surgeon finetune {output}/model --task {args.task}{data} --epochs 10"
+    page = write_report(answer, folder.report, go_on, _resumed(args, answer.seconds))
     model = str(output / "model") if folder.model.is_dir() else None
     values = {"output": str(output), "model_folder": model, "report": str(page), **answer.to_dict()}
     folder.write(folder.answer, values)

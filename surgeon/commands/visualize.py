@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
-from surgeon.commands.common.arguments import print_json, size
+from surgeon.commands.common.arguments import print_json, size, tell
 from surgeon.errors import ConfigError, InputError
+from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.util.files import filling
 
     output = Path(args.output)
-    model = load(folder(args.run), trust_factory=args.trust_factory)
+    with waiting(f"loading {args.run}", quiet=args.quiet):
+        model = load(folder(args.run), trust_factory=args.trust_factory)
     layers = dynamic_layers(model, args.layers)
     if not layers:
         raise InputError(f"{args.run} has no dynamic layer: there is nothing to draw")
@@ -126,6 +128,11 @@ def _read(args: argparse.Namespace, model: "nn.Module", base: "BaseModel") -> "d
             name = f"{stem}-{number}"
         picture = read_image(file, transform, base, option="IMAGE")
         found[name] = (picture, _photo(picture, transform))
+    sizes = sorted({"x".join(map(str, picture.shape[-2:])) for picture, _ in found.values()})
+    tell(
+        args,
+        f"pictures are resized and center-cropped to {', '.join(sizes)} (HxW), as for evaluation: --input-size sets another size",
+    )
     return found
 
 

@@ -118,6 +118,7 @@ def export(
     tell("run the model at two sizes", 0, 1)
     shapes = Shapes.of(model, input_size, example_inputs, free)
     output = _settled_output(model, shapes.example)
+    alone = "output" if format == "onnx" else None  # archives have no names
     model = prepared(model, output, format)
     # Attention by its formula: fused kernels arrange their result so that a later reshape is traced as a view, which
     # their replacement in ONNX does not allow.
@@ -125,7 +126,8 @@ def export(
         reasons: dict[str, str] = {}
         for names in shapes.tries():
             try:
-                result = _attempt(model, partial, format, opset, shapes, names, output_names(model, output), tell)
+                outputs = output_names(model, output, alone)
+                result = _attempt(model, partial, format, opset, shapes, names, outputs, tell)
                 break
             except ExportError as error:
                 if free == "size" or not names:

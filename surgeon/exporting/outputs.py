@@ -29,17 +29,18 @@ def prepared(model: nn.Module, output: Any, format: str) -> nn.Module:
     return _AsDictionaries(model) if format == "torch" and _has_named_tuple(output) else model
 
 
-def output_names(model: nn.Module, output: Any) -> list[str] | None:
-    """Names of the tensors in order, from keys, fields and positions (`aux.0`); None if there are no keys or fields.
+def output_names(model: nn.Module, output: Any, alone: str | None = None) -> list[str] | None:
+    """Names of the tensors in order, from keys, fields and positions (`aux.0`), or `alone` for one without any.
 
-    An underscore is appended to a name that a parameter or a buffer already has.
+    None if there are no keys or fields. An underscore is appended to a name that a parameter or a buffer already has.
     """
     paths = [path for path, leaf in tree_flatten_with_path(output)[0] if isinstance(leaf, Tensor)]
-    if not any(isinstance(key, MappingKey | GetAttrKey) for path in paths for key in path):
+    named = any(isinstance(key, MappingKey | GetAttrKey) for path in paths for key in path)
+    if not named and (alone is None or len(paths) > 1):
         return None
     names: list[str] = []
     for path in paths:
-        name = _name(path)
+        name = _name(path) if named else str(alone)
         while name in names or name in _held(model):
             name += "_"
         names.append(name)

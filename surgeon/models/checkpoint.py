@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,14 @@ def save(
     report: Report | CollapseReport | None = None,
     base: BaseModel | None = None,
     force: bool = False,
+    scores: Mapping[str, float] | None = None,
 ) -> None:
     """Write a model, converted or not, to the folder `path`.
 
     `base` describes how to build the base model; by default the model's recipe or else the model itself knows. If it is
     unknown (a custom class), a warning is logged, and `load` will need `base=`. An existing folder is an error unless `force`,
-    which replaces it only if surgeon wrote it, and only once the new one is complete. Raises `CheckpointError`.
+    which replaces it only if surgeon wrote it, and only once the new one is complete. `scores`, metrics on the task that the model
+    was fine-tuned on, go into its card. Raises `CheckpointError`.
     """
     path = Path(path).absolute()
     check_output(path, force=force)
@@ -91,7 +93,7 @@ def save(
         values = recipe.to_dict() | {"artefact": artefact}
         write(folder / RECIPE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         (folder / WEIGHTS).chmod((folder / RECIPE).stat().st_mode)
-        write(folder / CARD, model_card(recipe, report))
+        write(folder / CARD, model_card(recipe, report, scores))
         if report is not None:
             write(folder / REPORT, report.to_json())
             write(folder / TEXT, report.to_text())

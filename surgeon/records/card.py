@@ -1,5 +1,6 @@
 """The model card of a surgeon folder: README.md for the Hugging Face Hub, metadata first, then usage and facts."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from surgeon.records.collapse_report import CollapseReport
@@ -8,6 +9,7 @@ from surgeon.records.report import Replaced, Report, flops, geometry_text, optio
 from surgeon.util.tables import count, error
 
 FILE = "README.md"
+_CLASSES = 20  # named in a card
 PLACE = "path/of/this/folder"  # placeholder in a card until it is published under a name
 
 # License identifiers of the Hub; any other is `other`, with its name.
@@ -24,13 +26,16 @@ _LICENSES = (
 )
 
 
-def model_card(recipe: Recipe, report: Report | CollapseReport | None = None) -> str:
+def model_card(
+    recipe: Recipe, report: Report | CollapseReport | None = None, scores: Mapping[str, float] | None = None
+) -> str:
     """Markdown with a YAML header, for a model that `recipe` describes layer by layer.
 
     Contains only known facts: costs come from the report, the license is that of the base model's published
-    weights.
+    weights. `scores`: metrics on the validation samples of the task that it was fine-tuned on.
     """
-    parts = [_title(recipe, report), _use(recipe), _replacements(recipe, report), _cost(report), _origin(recipe)]
+    parts = [_title(recipe, report), _use(recipe), _trained(recipe, scores or {}), _replacements(recipe, report)]
+    parts += [_cost(report), _origin(recipe)]
     return f"---\n{_metadata(recipe)}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -99,6 +104,21 @@ def _use(recipe: Recipe) -> str:
     return (
         f"## Use\n\n{first}```python\n{code}\n```\n\nNothing in the folder is executed, and there are no pickles in it."
     )
+
+
+def _trained(recipe: Recipe, scores: Mapping[str, float]) -> str:
+    """The task, the scores on it, and the classes."""
+    lines, task = [], recipe.task
+    if task is not None:
+        options = ", ".join(f"{key}={value}" for key, value in task.options.items())
+        lines.append(f"- fine-tuned on {_code(task.name)}{f' with {_code(options)}' if options else ''}")
+    if scores:
+        lines.append(f"- on its validation samples: {', '.join(f'{_plain(k)} {v:.5g}' for k, v in scores.items())}")
+    if recipe.classes is not None:
+        named, more = recipe.classes[:_CLASSES], len(recipe.classes) - _CLASSES
+        rest = f" and {more} more, in `recipe.json`" if more > 0 else ""
+        lines.append(f"- {len(recipe.classes)} outputs, in this order: {_plain(', '.join(named))}{rest}")
+    return "\n".join(["## What it was trained for", "", *lines]) if lines else ""
 
 
 def _replacements(recipe: Recipe, report: Report | CollapseReport | None) -> str:

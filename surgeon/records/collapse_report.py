@@ -196,5 +196,18 @@ def _totals(report: CollapseReport, width: int) -> str:
     count = f"{report.images} image{'s' * (report.images != 1)}"
     given = f"{count}, tolerance {report.tolerance or 0:g}" if report.images else "none given"
     lines += [f"images      {given}", took(report.seconds)]
-    lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in report.notes]
+    notes = [*report.notes, *_beyond(report)]
+    lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in notes]
     return "\n".join(lines)
+
+
+def _beyond(report: CollapseReport) -> list[str]:
+    """An explanation if a layer's error is larger than its variation."""
+    found = [x.name for x in report.folded if x.variation and (x.max_rel_error or 0.0) > x.variation]
+    if not found:
+        return []
+    return [
+        f"the error of {name_list(found, 6)} is larger than what varies: that is the distance of the filters, relative to the "
+        "filter and on average over the pixels, and the error is of the layer's output, which is small where taps cancel, at the "
+        "worst pixel. surgeon evaluate shows what it costs"
+    ]

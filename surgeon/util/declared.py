@@ -5,7 +5,7 @@ reject a misspelled option at once, using each class's name, its config class, a
 """
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -21,10 +21,10 @@ _TYPES = {"Any": Any, "Literal": Literal, "Path": Path}
 
 @dataclass(frozen=True)
 class Declared:
-    """A layer type or a task: the name of its config class, the type of each option, whether it declares `compressed` options."""
+    """A layer type or a task: the type of each option, the least values, whether it declares `compressed` options."""
 
-    config: str
     options: dict[str, Any]
+    least: dict[str, float]
     compressed: bool = False
 
 
@@ -40,8 +40,11 @@ def tasks() -> dict[str, Declared]:
     return _declared("surgeon.zoo", "tasks", "name", "config_class")
 
 
-def check_layer_options(kind: str, options: dict[str, Any]) -> None:
-    """Raise `ConfigError` for an unknown layer type, and for options that it does not have or of the wrong type."""
+def check_layer_options(kind: str, options: dict[str, Any], flags: Mapping[str, str]) -> None:
+    """Raise `ConfigError` for an unknown layer type, and for options that it does not have, of the wrong type or too small.
+
+    `flags` are the flags with which options were given, if they have their own.
+    """
     known = layer_types()
     if known and kind not in known:
         raise unknown_layer_type(kind, sorted(known))
@@ -49,10 +52,14 @@ def check_layer_options(kind: str, options: dict[str, Any]) -> None:
         found = known[kind]
         unknown = sorted(set(options) - set(found.options))
         if unknown:
-            names = ", ".join(map(repr, unknown))
+            names = ", ".join(flags.get(name, repr(name)) for name in unknown)
             near = did_you_mean(unknown[0], found.options)
-            raise ConfigError(f"{found.config} has no option {names}; it has {', '.join(found.options)}.{near}")
-        _check_kinds(f"{found.config}: ", found, options)
+            others = [other for other, its in known.items() if unknown[0] in its.options]
+            owned = f" but of {' and '.join(others)}" if others else ""
+            raise ConfigError(
+                f"{names} is no option of {kind} layers{owned}; {kind} has {', '.join(found.options)}.{near}"
+            )
+        _check_kinds(f"{kind}: ", found, options, flags)
 
 
 def check_task_options(name: str, options: dict[str, Any]) -> None:
@@ -64,7 +71,7 @@ def check_task_options(name: str, options: dict[str, Any]) -> None:
         for option in options:
             if option not in known[name].options:
                 raise unknown_option(name, option, known[name].options)
-        _check_kinds("", known[name], options)
+        _check_kinds("", known[name], options, {})
 
 
 def unknown_layer_type(name: str, known: Iterable[str]) -> ConfigError:
@@ -83,10 +90,13 @@ def unknown_option(task: str, option: str, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"task {task} has no option {option!r}; it has {names}.{did_you_mean(option, known)}")
 
 
-def _check_kinds(where: str, found: Declared, options: dict[str, Any]) -> None:
+def _check_kinds(where: str, found: Declared, options: dict[str, Any], flags: Mapping[str, str]) -> None:
     for name, value in options.items():
+        shown = f"{where}{flags.get(name, name)}"
         if not fits(value, found.options[name]):
-            raise ConfigError(f"{where}{name} must be {readable(found.options[name])}, got {value!r}")
+            raise ConfigError(f"{shown} must be {readable(found.options[name])}, got {value!r}")
+        if name in found.least and isinstance(value, int | float) and value < found.least[name]:
+            raise ConfigError(f"{shown} must be at least {found.least[name]}, got {value!r}")
 
 
 # --- reading the source -------------------------------------------------------------------------------------------
@@ -101,7 +111,7 @@ def _declared(package: str, below: str, name: str, config: str) -> dict[str, Dec
         values = {key: node for key, _, node in _assigned(one)}
         if isinstance(called := values.get(name), ast.Constant) and isinstance(made := values.get(config), ast.Name):
             compressed = made.id in classes and "compressed" in (key for key, _, _ in _assigned(classes[made.id]))
-            found[str(called.value)] = Declared(made.id, _fields(made.id, classes), compressed)
+            found[str(called.value)] = Declared(_fields(made.id, classes), _least(made.id, classes), compressed)
     return found
 
 
@@ -133,6 +143,20 @@ def _fields(name: str, classes: dict[str, ast.ClassDef]) -> dict[str, Any]:
     for field, annotation, _ in _assigned(classes[name]):
         if annotation is not None and not ast.unparse(annotation).startswith("ClassVar"):
             found[field] = _type(annotation)
+    return found
+
+
+def _least(name: str, classes: dict[str, ast.ClassDef]) -> dict[str, float]:
+    """The least values that a config and its base classes declare as `least`."""
+    if name not in classes:
+        return {}
+    found: dict[str, float] = {}
+    for base in classes[name].bases:
+        if isinstance(base, ast.Name):
+            found |= _least(base.id, classes)
+    for field, _, value in _assigned(classes[name]):
+        if field == "least" and value is not None:
+            found |= ast.literal_eval(value)
     return found
 
 

@@ -16,20 +16,20 @@ _QUANTITY = re.compile(
 )
 
 
-def parse_quantity(value: str | int | float, what: str = "quantity") -> int:
+def parse_quantity(value: str | int | float, what: str = "quantity", such: str = "4.5G or 8GiB") -> int:
     """A count or a number of bytes: `4.5G` is 4.5e9, `8GiB` 8·2³⁰, `512MB` 512e6; plain numbers are unchanged.
 
     A letter alone and `…B` count in powers of ten, `…i` and `…iB` in powers of two. Raises `ConfigError` for anything else,
-    for negative numbers and for zero.
+    for negative numbers and for zero, with `such` as an example of what is expected.
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ConfigError(f"{what}: expected a number such as 4.5G or 8GiB, got {value!r}")
+        raise ConfigError(f"{what}: expected a number such as {such}, got {value!r}")
     match = _QUANTITY.fullmatch(str(value))
     if match is None:
-        raise ConfigError(f"{what}: cannot read {value!r} as a number; expected e.g. 4.5G or 8GiB{_hint(str(value))}")
+        raise ConfigError(f"{what}: cannot read {value!r} as a number; expected e.g. {such}{_hint(str(value))}")
     number, prefix = float(match[1]), match[2].lower()
     if prefix == "i":
-        raise ConfigError(f"{what}: cannot read {value!r} as a number; expected e.g. 4.5G or 8GiB")
+        raise ConfigError(f"{what}: cannot read {value!r} as a number; expected e.g. {such}")
     if number > _MOST:
         raise ConfigError(f"{what}: {value!r} is more than any machine has")
     result = round(number * (_BINARY | _DECIMAL)[prefix])

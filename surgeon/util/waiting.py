@@ -14,17 +14,14 @@ _CLEAR = "\r\x1b[2K"
 
 
 @contextmanager
-def waiting(
-    what: str, *, quiet: bool = False, after: float = _PATIENCE, terminal_only: bool = False, file: TextIO | None = None
-) -> Iterator[None]:
+def waiting(what: str, *, quiet: bool = False, after: float = _PATIENCE, file: TextIO | None = None) -> Iterator[None]:
     """Show what is being waited for and for how long, once it takes more than `after` seconds.
 
-    On a terminal, one line counts the seconds and disappears at the end; elsewhere, lines are printed at growing intervals, or
-    none with `terminal_only`.
+    On a terminal, one line counts the seconds and disappears at the end; elsewhere, lines are printed at growing intervals.
     """
     stream = file or sys.stderr
     terminal = stream.isatty()
-    if quiet or (terminal_only and not terminal):
+    if quiet:
         yield
         return
     done = threading.Event()

@@ -173,6 +173,11 @@ def test_a_search_and_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["placements"]["no conversion"] == {}
     assert found["placements"]["ACDA, last stage"] == {"layer3.0": search_cifar.ACDA.label}
     assert found["search"]["trials"] == 3
+    gaps = {gap["against"]: gap for gap in found["differences"]}
+    assert list(gaps) == ["no conversion", "random feasible", "PAFU, first of stage", "ACDA, last stage"]
+    loss = {(row["arm"], row["seed"]): row["loss"] for row in found["rows"] if "arm" in row}
+    mean = sum(loss["found", seed] - loss["no conversion", seed] for seed in (0, 1)) / 2
+    assert gaps["no conversion"]["loss difference"].startswith(f"{mean:+.3f} ± ")
     assert "| no conversion | 0 |" in _search_tables.search_cifar(found)
     monkeypatch.setattr(search_cifar, "train", lambda *_: pytest.fail("this row was there"))
     assert search_cifar.main(command) == 0

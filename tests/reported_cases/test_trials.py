@@ -9,8 +9,8 @@ from PIL import Image
 from surgeon.cli import main
 from surgeon.errors import CheckpointError
 from surgeon.zoo.trial.folder import TryFolder
-from surgeon.zoo.trial.plan import Speed
-from surgeon.zoo.trial.run import _Trial
+from surgeon.zoo.trial.run import Trial
+from surgeon.zoo.trial.speed import Speed
 from tests.support.search.tasks import FACTORY
 
 WHAT = ["--task", "tiny-regression", "--type", "pafu", "--layers", "all", "--option", "group_size=2", "--lr", "0.01"]
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("tiny_tasks")
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Trial, "_measure", lambda trial: Speed(step=0.01, sample=0.001, run=0.1))
+    monkeypatch.setattr(Trial, "_measure", lambda trial: Speed(step=0.01, sample=0.001, run=0.1))
 
 
 def interrupted(*args: object, **options: object) -> None:
@@ -32,14 +32,14 @@ def interrupted(*args: object, **options: object) -> None:
 @pytest.mark.usefixtures("at_once")
 def test_an_interrupt_between_two_runs_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: Told) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(_Trial, "judge", interrupted)
+        patch.setattr(Trial, "judge", interrupted)
         assert main([*QUICK, "-o", "out"]) == 130
     assert "resume with the same command and --resume" in capsys.readouterr().err
     assert main([*QUICK, "-o", "out", "--resume"]) in (0, 1)
 
 
 def test_an_interrupt_before_the_plan_leaves_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Told) -> None:
-    monkeypatch.setattr(_Trial, "_measure", interrupted)
+    monkeypatch.setattr(Trial, "_measure", interrupted)
     assert main([*QUICK, "-o", "out"]) == 130
     assert "interrupted, nothing was written" in capsys.readouterr().err
     assert not Path("out").exists()
@@ -58,11 +58,11 @@ def test_one_folder_is_of_one_process(capsys: Told, monkeypatch: pytest.MonkeyPa
     assert folder.answer.read_text() == before
     late = TryFolder(Path("late"))
 
-    def measure(trial: _Trial) -> Speed:
+    def measure(trial: Trial) -> Speed:
         late.path.mkdir()
         return Speed(step=0.01, sample=0.001, run=0.1)
 
-    monkeypatch.setattr(_Trial, "_measure", measure)
+    monkeypatch.setattr(Trial, "_measure", measure)
     assert main([*QUICK, "-o", "late"]) == 2
     assert "another trial has started" in capsys.readouterr().err
     assert not any(late.path.iterdir())

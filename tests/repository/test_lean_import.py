@@ -51,7 +51,10 @@ WRONG = {
     "evalute": "there is no command 'evalute'; .* Did you mean 'evaluate'",
     "convert resnet18 --layes x": "there is no option --layes. Did you mean '--layers'",
     "convert resnet18 --type pafo": "unknown layer type 'pafo'; there are acda, pafu, sekg. Did you mean 'pafu'",
-    "convert resnet18 --type pafu --option group_sise=3": "no option 'group_sise'.* Did you mean 'group_size'",
+    "convert resnet18 --type pafu --option group_sise=3": "'group_sise' is no option of pafu .* Did you mean 'group_size'",
+    "convert resnet18 --type acda -n 4": r"--group-size \(-n\) is no option of acda layers but of pafu; acda has atoms",
+    "convert resnet18 --type acda -m -3": r"acda: --atoms \(-m\) must be at least 1, got -3",
+    "convert resnet18 --type pafu --option group_size=1": "pafu: group_size must be at least 2, got 1",
     "convert resnet18 --type pafu --compress": "--compress .* does not apply to pafu",
     "convert resnet18 --type pafu --recipe x.json": "--recipe defines layers, types and options",
     "convert runs/absent --type pafu": "there is no model 'runs/absent'.* does not exist",
@@ -64,9 +67,21 @@ WRONG = {
     "finetune resnet18 --task denoising --data . --task-option patch=1.5": "patch must be an integer or none, got 1.5",
     "finetune resnet18 --task denoising --data . --task-option input_size=a": "input size: expected",
     "finetune resnet18 --task sad --warmup soon": "--warmup: expected steps",
+    "finetune resnet18 --task sad --eval-every 0": "--eval-every must be more than 0, got '0'",
+    "finetune resnet18 --task sad --epochs 0": "--epochs: expected a number above 0, got '0'",
+    "finetune resnet18 --task sad --max-steps -1": "--max-steps: expected a positive integer, got '-1'",
+    "finetune resnet18 --task sad --ema 1": "--ema: expected a number between 0 and 1, such as 0.999, got '1'",
+    "finetune resnet18 --task sad --clip nan": "--clip: expected a number of at least 0, got 'nan'",
+    "finetune resnet18 --task denoising --data . --task-option sigma=-5": "sigma must be at least 0, got -5",
+    "evaluate resnet18 --task denoising --data . --task-option train_limit=0": "train_limit must be at least 1, got 0",
     "finetune resnet18 --task sad --sched cosin": "argument --sched: .* Did you mean 'cosine'",
     "try resnet18 --task sad --max-time soon": "--max-time: expected a time",
     "search runs/absent --task sad": "there is no model 'runs/absent'",
+    "search resnet18 --task sad --max-flops +ten": "--max-flops: cannot read '.ten' as a number; .* 4.5G or .10%",
+    "place resnet18 --max-params 10%": "--max-params: a budget relative to the original has a sign: .10%",
+    "place resnet18 --max-layers 0": "--max-layers: expected a positive integer, got '0'",
+    "cost resnet18 --weight-decay -1": "--weight-decay: expected a number of at least 0, got '-1'",
+    "gains resnet18 --task sad --steps 0": "--steps must be at least 1, got 0",
     "study status runs/absent": "there is no search in runs/absent: there is no such folder",
     "export resnet18 -o there.onnx": "there.onnx exists",
     "collapse runs/absent --tolerance 0.1 -o x": "--tolerance needs --images",
@@ -108,8 +123,9 @@ def test_what_is_declared_is_what_is_registered() -> None:
         for name, one in found.items():
             kind: Any = config(name)
             hints = typing.get_type_hints(kind)
-            assert one.config == kind.__name__
             assert one.options == {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+            least = [vars(base).get("least", {}) for base in reversed(kind.__mro__)]
+            assert one.least == {key: value for some in least for key, value in some.items()}
             assert one.compressed == bool(getattr(kind, "compressed", None))
 
 

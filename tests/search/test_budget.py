@@ -8,12 +8,13 @@ import timm
 
 from surgeon.costs import cost
 from surgeon.errors import ConfigError
-from surgeon.search.budget import Bound, Budgets, Calibration, as_budget, parse_bound
+from surgeon.search.budget import Budgets, Calibration, as_budget
 from surgeon.search.gate import Gate
 from surgeon.search.placement.draw import random_placement
 from surgeon.search.placement.place import optimum
 from surgeon.search.placement.problem import InfeasibleError
 from surgeon.search.space import SpaceConfig
+from surgeon.util.bounds import Bound, parse_bound
 
 CONFIG = SpaceConfig(types=("acda", "pafu", "sekg"), atoms=(4,), scales=(1,), group_sizes=(4,))
 STEP: dict[str, Any] = {"batch_size": 4, "input_size": 64}

@@ -21,6 +21,7 @@ from surgeon.search.space import Space, SpaceConfig, make_space
 from surgeon.search.study.folder import read_kept
 from surgeon.search.study.record import Record
 from surgeon.search.study.study_file import StudyFile
+from surgeon.zoo.evaluate import evaluate as measure
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.finetune.loop import Interrupted, Run
 from tests.support.search.tasks import make_plain
@@ -66,12 +67,15 @@ def test_a_value_is_that_of_a_fine_tune_and_always_the_same() -> None:
     evaluator = evaluator_of()
     placement = single(evaluator.space, 1, 1)
     reports: list[tuple[int, float]] = []
+    assert evaluator.start is None  # not measured yet
     value = evaluator.evaluate(placement, lambda step, value: reports.append((step, value)), 0)
     torch.manual_seed(99)  # what was drawn before does not matter
     assert evaluator_of().evaluate(placement, no_report, 0) == value
     assert [step for step, _ in reports] == [1, 2, 3]  # the fourth is the result
     assert value == evaluator.train(placement).metrics["mse"]
     assert value < evaluator.train(placement).summary.start.metrics["mse"]
+    untrained = measure(evaluator.model, evaluator.task)["mse"]
+    assert evaluator.start == pytest.approx(untrained, rel=1e-5)
     assert evaluator.evaluate(single(evaluator.space, 1, 0), no_report, 0) != value
 
 

@@ -24,6 +24,7 @@ from surgeon.util.files import check_fields, read_object, sync
 from surgeon.util.outputs import RECIPE, RUN, check_run_output
 from surgeon.zoo.finetune.config import BEFORE, FREE, TOLD, FinetuneConfig
 from surgeon.zoo.finetune.state import read_log, write_text
+from surgeon.zoo.finetune.summary import Summary
 from surgeon.zoo.tasks import Task
 from surgeon.zoo.tasks.data.fingerprint import changes, fingerprint
 
@@ -174,11 +175,11 @@ class RunFolder:
         return notes
 
     def finish(
-        self, model: nn.Module, base: BaseModel | None, report: Report | CollapseReport | None, summary: str
+        self, model: nn.Module, base: BaseModel | None, report: Report | CollapseReport | None, summary: Summary
     ) -> None:
         """Make the folder a surgeon folder: the recipe is written last and completes it."""
         fresh = self.training / ".model"
-        save(model, fresh, base=base, report=report, force=True)
+        save(model, fresh, base=base, report=report, force=True, scores=summary.result.metrics)
         try:
             (self.output / RECIPE).unlink(missing_ok=True)
             for file in sorted(fresh.iterdir(), key=lambda file: file.name == RECIPE):
@@ -187,7 +188,7 @@ class RunFolder:
             fresh.rmdir()
         except OSError as error:
             raise CheckpointError(f"cannot write {self.output}: {error.strerror or error}") from error
-        write_text(self.summary, summary)
+        write_text(self.summary, summary.to_json())
 
 
 def record(name: str, weights: str, task: Task, config: FinetuneConfig, processes: int) -> dict[str, Any]:

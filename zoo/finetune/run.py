@@ -176,7 +176,7 @@ class _Session:
         model = _with_task(_with_recipe(trainer.result, work), self.task, self._input_size()).eval()
         if self.folder is not None and self.accelerator.is_main_process:
             base = _at_size(self.source.base, self._input_size())
-            self.folder.finish(model, base, self.source.report, summary.to_json())
+            self.folder.finish(model, base, self.source.report, summary)
         self.accelerator.wait_for_everyone()
         output = None if self.folder is None else self.folder.output
         return FinetuneResult(model=model, summary=summary, output=output, main=self.accelerator.is_main_process)

@@ -71,9 +71,18 @@ class Summary:
             lines.append("BatchNorm statistics were recalibrated at the end")
         if self.rollbacks:
             lines.append(f"rolled back {self.rollbacks} times after NaN or infinity; see training/log.jsonl")
-        lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in self.notes]
+        lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in [*self.notes, *self._worse()]]
         header = ("", *names, "params", "FLOPs", "eval s")
         return "\n".join([table(header, rows, width=width), "", *lines]) + "\n"
+
+    def _worse(self) -> list[str]:
+        """A note if the training made the network worse."""
+        before, after = (found.metrics[self.primary] for found in (self.start, self.result))
+        if not (after < before if self.higher_is_better else after > before):
+            return []
+        return [
+            f"worse than at the start ({self.primary} {after:.5g}, was {before:.5g}): longer training, or a smaller --lr"
+        ]
 
 
 def measured(

@@ -31,8 +31,11 @@ class TaskConfig:
     """Options that every task has; a task's config adds its own. Invalid values raise a `ConfigError`.
 
     `data` is a folder whose layout the task's docstring describes (None only for tasks that generate their data).
-    `input_size`, `mean` and `std` default to the model's, if it has its own.
+    `input_size`, `mean` and `std` default to the model's, if it has its own. `least` holds the least values of numbers, read from
+    the source, too; a subclass adds its own.
     """
+
+    least: ClassVar[Mapping[str, float]] = {"train_limit": 1, "val_limit": 1}
 
     data: Path | None = None
     input_size: tuple[int, int, int] | None = None  # (C, H, W) of a training sample
@@ -42,10 +45,11 @@ class TaskConfig:
     val_limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("train_limit", "val_limit"):
+        declared = [vars(kind).get("least", {}) for kind in reversed(type(self).__mro__)]
+        for name, least in (one for some in declared for one in some.items()):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be a positive number of samples, got {value!r}")
+            if isinstance(value, int | float) and value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value!r}")
 
 
 class TaskDataset(Dataset[Sample]):

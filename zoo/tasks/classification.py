@@ -47,6 +47,14 @@ class ClassificationConfig(FolderConfig):
     the samples of each class.
     """
 
+    least: ClassVar[Mapping[str, float]] = {
+        "mixup": 0,
+        "cutmix": 0,
+        "color_jitter": 0,
+        "mix_probability": 0,
+        "erase": 0,
+    }
+
     dataset: str = "auto"
     download: bool = False
     augment: bool = True
@@ -69,9 +77,6 @@ class ClassificationConfig(FolderConfig):
             raise ConfigError(f"dataset must be one of auto, {', '.join(DATASETS)}, got {self.dataset!r}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ConfigError(f"crop_scale must be two shares of the area in order, got {self.crop_scale!r}")
-        for name in ("mixup", "cutmix", "color_jitter"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)!r}")
         for name in ("mix_probability", "erase", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)!r}")

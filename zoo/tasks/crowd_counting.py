@@ -52,6 +52,8 @@ class CrowdConfig(FolderConfig):
     `density_scale`: the model outputs the density times this number.
     """
 
+    least: ClassVar[Mapping[str, float]] = {"stride": 1, "patch": 1}
+
     sigma: float | str = 4.0
     stride: int | None = None
     patch: int | None = None
@@ -74,10 +76,6 @@ class CrowdConfig(FolderConfig):
             raise ConfigError(f"outside must be error, clip or drop, got {self.outside!r}")
         if self.density_scale <= 0:
             raise ConfigError(f"density_scale must be positive, got {self.density_scale!r}")
-        for name in ("stride", "patch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
 
 
 @register

@@ -1,5 +1,6 @@
 """Demosaicking: a full-color image from the one color that a Bayer sensor measures per pixel, with or without sensor noise."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -41,6 +42,8 @@ class DemosaickingConfig(RestorationConfig):
     `border`: pixels on each side that the metrics ignore.
     """
 
+    least: ClassVar[Mapping[str, float]] = {"shot": 0, "read": 0, "border": 0}
+
     pattern: str = "RGGB"
     input: str = "mosaic3"
     shot: float | str = 0.0
@@ -58,8 +61,6 @@ class DemosaickingConfig(RestorationConfig):
         number_range("read", self.read)
         if self.color is False:
             raise ConfigError("demosaicking produces color images; color=false does not apply")
-        if self.border < 0:
-            raise ConfigError(f"border must not be negative, got {self.border!r}")
         if self.patch is not None and self.patch % 2:
             raise ConfigError(f"patch must be even, got {self.patch!r}")
 

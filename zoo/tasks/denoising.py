@@ -1,5 +1,6 @@
 """Gaussian denoising, gray and color, with a fixed or an unknown noise level."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,8 @@ class DenoisingConfig(RestorationConfig):
     `val_sigma` is the level for validation; by default `sigma`, or for a range 25 if it contains 25, otherwise its middle.
     `predicts`: whether the model outputs the image or the noise.
     """
+
+    least: ClassVar[Mapping[str, float]] = {"sigma": 0, "val_sigma": 0}
 
     sigma: float | str = 25.0
     val_sigma: float | None = None

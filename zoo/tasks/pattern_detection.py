@@ -31,6 +31,8 @@ class PatternConfig(TaskConfig):
     `noise`: standard deviation of the background. `shift`: pixels by which validation images are moved down and right.
     """
 
+    least: ClassVar[Mapping[str, float]] = {"images": 1, "repeats": 1, "noise": 0, "shift": 0}
+
     images: int = 1
     repeats: int = 100
     noise: float = 0.1
@@ -39,12 +41,8 @@ class PatternConfig(TaskConfig):
     def __post_init__(self) -> None:
         check_types(self)
         super().__post_init__()
-        if min(self.images, self.repeats) < 1:
-            raise ConfigError(f"images={self.images!r} and repeats={self.repeats!r} must be positive")
         if not 0 <= self.shift <= 40:
             raise ConfigError(f"shift must be between 0 and 40 to leave room for the patterns, got {self.shift!r}")
-        if self.noise < 0:
-            raise ConfigError(f"noise must not be negative, got {self.noise!r}")
         if self.data is not None:
             raise ConfigError(f"task pattern-detection generates its images; remove data={self.data}")
 

@@ -32,6 +32,8 @@ class SadConfig(TaskConfig):
     as large as one that is wrong, and the selection does not settle (docs/gains.md).
     """
 
+    least: ClassVar[Mapping[str, float]] = {"images": 1, "val_images": 1, "share": 0, "beta": 0}
+
     images: int = 1000
     val_images: int = 100
     share: float = 0.2
@@ -40,8 +42,6 @@ class SadConfig(TaskConfig):
     def __post_init__(self) -> None:
         check_types(self)
         super().__post_init__()
-        if min(self.images, self.val_images) < 1:
-            raise ConfigError(f"images={self.images!r} and val_images={self.val_images!r} must be positive")
         if not 0 <= self.share <= 1:
             raise ConfigError(f"share must be between 0 and 1, got {self.share!r}")
         if not (math.isfinite(self.beta) and self.beta >= 0):

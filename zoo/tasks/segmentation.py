@@ -41,6 +41,8 @@ class SegmentationConfig(FolderConfig):
     image at each of `test_scales` (multi-scale testing).
     """
 
+    least: ClassVar[Mapping[str, float]] = {"classes": 2, "multiple": 1}
+
     classes: int | None = None
     ignore_index: int = 255
     augment: bool = True
@@ -52,14 +54,10 @@ class SegmentationConfig(FolderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.classes is not None and self.classes < 2:
-            raise ConfigError(f"classes must be at least 2, got {self.classes!r}")
         if not 0 < self.scale_min <= self.scale_max:
             raise ConfigError(
                 f"scale_min={self.scale_min!r} and scale_max={self.scale_max!r} must be positive, in this order"
             )
-        if self.multiple < 1:
-            raise ConfigError(f"multiple must be a positive integer, got {self.multiple!r}")
         if not self.test_scales or not all(scale > 0 for scale in self.test_scales):
             raise ConfigError(f"test_scales must be positive factors, as 0.75,1,1.25, got {self.test_scales!r}")
         if self.input_size is not None and self.input_size[0] != 3:

@@ -66,7 +66,14 @@ class Answer:
     stopped: str  # "seeds" or "time"
     seconds: float
     layers: list[dict[str, Any]] = field(default_factory=list)  # how adaptive the converted network's layers became
+    start: float | None = None  # of the network before any training; None: there was no time to measure it
     notes: list[str] = field(default_factory=list)
+
+    def ends_below_start(self) -> bool:
+        """Whether both networks are worse after training than the network was before, on average over the seeds."""
+        sign = 1.0 if self.higher_is_better else -1.0
+        ends = [statistics.fmean(scores) for scores in self.scores.values() if scores]
+        return self.start is not None and bool(ends) and all(sign * (end - self.start) < 0 for end in ends)
 
     @property
     def unit(self) -> str:
@@ -148,6 +155,8 @@ class Answer:
             shown = f"{statistics.fmean(scores):.5g}" if scores else "-"
             rate = f"{self.rates[arm]:.3g}" if arm in self.rates else "-"
             rows.append((arm, shown, rate, count(cost.params), count(cost.flops), duration(cost.step_seconds)))
+        if self.start is not None:
+            rows.append(("untrained", f"{self.start:.5g}", "-", "", "", ""))
         head = paragraph(f"{self.model} on {self.task}: {self.sentence()}", width=width, hang="  ")
         body = table(("", self.primary, "rate", "params", "FLOPs", "a step"), rows, width=width)
         lines = [paragraph(line, width=width, hang="  ") for line in (*how(self), *(f"note: {n}" for n in self.notes))]

@@ -4,13 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from surgeon.errors import ConfigError
 from surgeon.layers.registry import layer_class, layer_types
 from surgeon.zoo.trial.answer import LEAST_SEEDS
+from surgeon.zoo.trial.speed import Levers, Speed, too_little
 
 RATES = (1e-4, 3e-4, 1e-3)  # a third and three times the default of fine-tuning
-LEAST_STEPS = 20  # fewer say nothing
+LEAST_STEPS = 20  # fewer say little
+FEWEST_STEPS = 8  # fewer say nothing
 MOST_EPOCHS = 10.0
+END = 0.05  # share of the time for counting costs and writing the report
 _SPARE = 0.9  # share of the time that is planned; step times vary
 _EVALUATION = 0.2  # largest share of the time for evaluations
 
@@ -27,15 +29,6 @@ def default_conversion(task: str) -> tuple[str, tuple[str, ...]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Seconds, for both arms together: per training step, per evaluated sample, and the overhead of a run."""
-
-    step: float
-    sample: float
-    run: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrialPlan:
     """`rates` are tried with seed 0; `choose` and `judge` count validation samples (`choose` 0: the judging ones choose)."""
 
@@ -46,25 +39,43 @@ class TrialPlan:
 
 
 def make_plan(
-    seconds: float, speed: Speed, *, train: int, val: int, batch: int, rates: Sequence[float], steps: int | None = None
+    seconds: float,
+    speed: Speed,
+    *,
+    train: int,
+    val: int,
+    batch: int,
+    rates: Sequence[float],
+    steps: int | None = None,
+    levers: Levers | None = None,
 ) -> TrialPlan:
-    """The plan for `seconds` and three seeds. Raises `ConfigError` if that is too little for any comparison.
+    """The plan for `seconds` and three seeds. Raises `ConfigError`, with the `levers`, if that is too little for any comparison.
 
     `train` and `val` are the sizes of the splits, `batch` is samples per step, `steps` fixes the number of steps.
     """
     halves = (val // 2, val - val // 2) if val > 1 and len(rates) > 1 else (0, val)
     most = max(math.ceil(MOST_EPOCHS * train / batch), LEAST_STEPS)
-    for tried in (tuple(rates), tuple(rates)[len(rates) // 2 :][:1]):
+    for tried, least in ((tuple(rates), LEAST_STEPS), (tuple(rates)[len(rates) // 2 :][:1], FEWEST_STEPS)):
         pairs = len(tried) + LEAST_SEEDS - 1
         budget = _SPARE * seconds / pairs
         each = max(int(_EVALUATION * budget / speed.sample / 2), 1) if speed.sample > 0 else val
         choose, judge = (min(half, each) for half in (halves if len(tried) > 1 else (0, val)))
         left = budget - speed.run - speed.sample * (max(choose, 1) + judge)
         found = steps or min(int(left / speed.step), most)
-        if found >= LEAST_STEPS or steps:
+        if found >= least or steps:
             return TrialPlan(steps=found, rates=tried, choose=choose, judge=judge)
-    needed = LEAST_SEEDS * (LEAST_STEPS * speed.step + speed.run) / _SPARE / (1 - _EVALUATION)
-    raise ConfigError(
-        f"--max-time leaves {max(seconds, 0):.0f} s for training, and {LEAST_SEEDS} seeds of {LEAST_STEPS} steps of both networks "
-        f"take about {math.ceil(needed)} s: give more time, or a smaller --batch-size"
-    )
+    raise too_little(seconds, needed(speed), FEWEST_STEPS, LEAST_SEEDS, levers)
+
+
+def needed(speed: Speed) -> float:
+    """Seconds that the shortest comparison takes."""
+    return LEAST_SEEDS * (FEWEST_STEPS * speed.step + speed.run) / _SPARE / (1 - _EVALUATION)
+
+
+def check_first_step(first: float, left: float, levers: Levers) -> None:
+    """Raise `ConfigError` if the first training step of the original shows that the time is too short.
+
+    It includes the warm-up: half of it is taken for a step of each network, but the message counts it in full.
+    """
+    if needed(Speed(step=first, sample=0.0, run=0.0)) > left:
+        raise too_little(left, needed(Speed(step=2 * first, sample=0.0, run=0.0)), FEWEST_STEPS, LEAST_SEEDS, levers)

@@ -17,24 +17,40 @@ _MEANS = {
 }
 
 
-def write_report(answer: Answer, folder: Path, go_on: str) -> Path:
-    """Write `report.html` into the folder; returns its path. `go_on` is the command to run next. Raises `CheckpointError`."""
+def write_report(answer: Answer, folder: Path, go_on: str, resume: str) -> Path:
+    """Write `report.html` into the folder; returns its path. Raises `CheckpointError`.
+
+    `go_on` is the command that trains the converted network further, `resume` the one that trains more seeds.
+    """
     title = f"{answer.model} on {answer.task}: does the conversion pay?"
     body = [
         f"<h1>{escape(title)}</h1>",
         pages.paragraph(_upper(answer.sentence()) + ".", "lead"),
         pages.paragraph(_MEANS[answer.verdict]),
         pages.section("What it costs", "FLOPs are for one image; time is the median of all runs.", _costs(answer)),
-        pages.grid([_differences(answer), _rates(answer), *([_adaptive(answer)] if answer.layers else [])]),
+        pages.grid(_figures(answer)),
         pages.section("How it was compared", "", "".join(pages.paragraph(line) for line in how(answer))),
     ]
     if answer.notes:
         body.append(pages.section("Notes", "", "".join(pages.paragraph(note) for note in answer.notes)))
+    steps = [("More seeds, which take more time:", resume)]
     if answer.scores["converted"]:
-        body.append(pages.section("Next step", "", f"<pre>{escape(go_on)}</pre>"))
+        steps.append(("Or train the converted network further:", go_on))
+    told = "".join(pages.paragraph(what) + f"<pre>{escape(command)}</pre>" for what, command in steps)
+    body.append(pages.section("Next step", "", told))
     with filling(folder, CheckpointError) as fresh:
         (fresh / "report.html").write_text(pages.page(title, body), encoding="utf-8")
     return folder / "report.html"
+
+
+def _figures(answer: Answer) -> list[str]:
+    """Those that show something: there is nothing to compare in one rate."""
+    several = len({rate for swept in answer.swept.values() for rate in swept}) > 1
+    return [
+        _differences(answer),
+        *([_rates(answer)] if several else []),
+        *([_adaptive(answer)] if answer.layers else []),
+    ]
 
 
 def _upper(text: str) -> str:

@@ -8,35 +8,37 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from surgeon.costs import cost
-from surgeon.errors import ConfigError, SurgeonError, TrainingError
+from surgeon.errors import ConfigError, TrainingError
 from surgeon.models.weights import state_sha256
 from surgeon.records.recipe import BaseModel
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.util.copying import copy_model
 from surgeon.util.outputs import RUN
+from surgeon.util.tables import duration
 from surgeon.visualize.adaptivity import Adaptivity
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune import FinetuneConfig, Source, finetune
 from surgeon.zoo.finetune.devices import make_accelerator
 from surgeon.zoo.tasks import Task, better
 from surgeon.zoo.tasks.data.fingerprint import fingerprint
-from surgeon.zoo.trial.answer import ARMS, Answer, ArmCost
+from surgeon.zoo.trial.answer import ARMS, Answer
 from surgeon.zoo.trial.folder import TryFolder
 from surgeon.zoo.trial.parts import part_of
-from surgeon.zoo.trial.plan import Speed, TrialPlan, make_plan
+from surgeon.zoo.trial.plan import END, TrialPlan, check_first_step, make_plan
+from surgeon.zoo.trial.results import sum_up
+from surgeon.zoo.trial.speed import Levers, Speed, timed
 from surgeon.zoo.trial.twins import TryConfig, Twins
 
 Tell = Callable[[str], None]
 MakeTask = Callable[[int], Task]  # by seed
 
 _PROBE = 5.0  # seconds of training steps for timing a network
-_END = 0.05  # share of the time for counting costs and writing the report
 _EPOCHS = 1e9  # only the number of steps limits the length
 
 
@@ -68,7 +70,7 @@ def try_conversion(
         raise ConfigError(
             "a trial starts from a plain model, and this one has dynamic layers: surgeon revert makes it one"
         )
-    trial = _Trial(model, make_task, folder, config, name, base, quiet, tell)
+    trial = Trial(model, make_task, folder, config, name, base, quiet, tell)
     trial.started = trial.started if began is None else began
     with ExitStack() as stack:
         if folder.path.exists():
@@ -80,7 +82,7 @@ def try_conversion(
             trial.note_time()
 
 
-class _Trial:
+class Trial:
     """One session of a trial."""
 
     def __init__(
@@ -102,6 +104,9 @@ class _Trial:
         self.device = make_accelerator(config.base).device
         self.task = make_task(0)
         self.ready = False
+        self.short: tuple[float, float] | None = (
+            None  # seconds left, and what a pair takes, where no further one fitted
+        )
         self.scores: dict[str, dict[str, Any]] = {}
 
     @property
@@ -112,7 +117,7 @@ class _Trial:
     @property
     def left(self) -> float:
         """Seconds left."""
-        return self.config.max_time * (1 - _END) - self.spent
+        return self.config.max_time * (1 - END) - self.spent
 
     def note_time(self) -> None:
         """Save for the next session: total seconds, and those of the unfinished run."""
@@ -150,6 +155,7 @@ class _Trial:
                 batch=self.config.base.batch_size * self.config.base.accumulate,
                 rates=self.config.rates,
                 steps=self.config.steps,
+                levers=self._levers(),
             )
             if new:
                 stack.enter_context(self.folder.hold(begin=True))
@@ -157,7 +163,21 @@ class _Trial:
             record = {"identity": identity, "data": data, "plan": plan, "speed": asdict(self.speed)}
             self.folder.create(record, new=new)
         self.ready = True
-        self.tell(f"plan: {self.plan.steps} steps per run, rates {', '.join(f'{rate:g}' for rate in self.plan.rates)}")
+        self.tell(self._planned())
+
+    def _planned(self) -> str:
+        plan, speed = self.plan, self.speed
+        rates = f"rate{'s' * (len(plan.rates) > 1)} {', '.join(f'{rate:g}' for rate in plan.rates)}"
+        pair = plan.steps * speed.step + speed.run + speed.sample * (plan.choose + plan.judge)
+        return f"plan: {plan.steps} steps per run, {rates}; a pair takes about {duration(pair)} of the {duration(self.left)} left"
+
+    def _levers(self) -> Levers:
+        """Options that would make the trial shorter."""
+        options = {field.name for field in dataclasses.fields(self.task.config)}
+        option = "patch" if "patch" in options else "input_size" if "val" in options else None
+        return Levers(
+            batch=self.config.base.batch_size, size=self.twins.size, option=option, spent=self.spent / (1 - END)
+        )
 
     def _identity(self) -> dict[str, Any]:
         """Settings that must be the same on resume."""
@@ -176,27 +196,28 @@ class _Trial:
         }
 
     def _measure(self) -> Speed:
-        """Seconds per step and evaluation, and the overhead of a run, on this machine."""
-        step = sample = run = 0.0
+        """The speed of both on this machine. Raises `ConfigError` as soon as it is clear that the time is too short."""
         batch = min(self.config.base.batch_size, max(len(self.task.dataset("val")), 1))
-        probe = part_of(self.task, 0, 1, batch)
-        for arm in ARMS:
-            network = self.twins.network(arm, 0)
-            first = self._probe(network, probe, 1)
-            steps = max(min(int(_PROBE / max(first, 1e-3)), 10), 1)
-            began = time.monotonic()
-            seconds = self._probe(network, probe, steps)
-            run += time.monotonic() - began - seconds
-            step += seconds / steps
-            began = time.monotonic()
-            self.judge(network, probe)
-            sample += (time.monotonic() - began) / len(probe.dataset("val"))
-        return Speed(step=step, sample=sample, run=run)
+        task, speeds = part_of(self.task, 0, 1, batch), list[Speed]()
 
-    def _probe(self, network: nn.Module, task: Task, steps: int) -> float:
+        def seen(first: float) -> None:
+            if not speeds and self.config.steps is None:
+                check_first_step(first, self.left, self._levers())
+
+        for arm in ARMS:
+            speeds.append(timed(partial(self._probe, self.twins.network(arm, 0), task), seen, _PROBE))
+            self.tell(f"a step of the {arm} network takes about {duration(speeds[-1].step)}")
+        first, second = speeds
+        return Speed(step=first.step + second.step, sample=first.sample + second.sample, run=first.run + second.run)
+
+    def _probe(self, network: nn.Module, task: Task, steps: int) -> Speed:
+        """The speed of one network, from a run of this number of steps."""
         config = self.training(rate=min(self.config.rates), seed=0, steps=steps, limit=None)
-        known = {task.primary: math.nan}
-        return finetune(network, task, config, known_start=known).summary.seconds
+        began = time.monotonic()
+        summary = finetune(network, task, config, known_start={task.primary: math.nan}).summary
+        training, evaluation = summary.seconds, summary.result.seconds
+        rest = max(time.monotonic() - began - training - evaluation, 0.0)
+        return Speed(step=training / steps, sample=evaluation / len(task.dataset("val")), run=rest)
 
     def training(self, *, rate: float, seed: int, steps: int, limit: float | None) -> FinetuneConfig:
         """Options of a run, the same for both networks."""
@@ -227,26 +248,26 @@ class _Trial:
             lacking = [one for one in pair if _key(*one) not in self.scores]
             if not lacking:
                 continue
-            if number and self.left < self._expected(lacking):
-                stopped = "time"
+            if number and self.left < self.expected(lacking):
+                stopped, self.short = "time", (max(self.left, 0.0), self.expected(lacking))
                 break
             if not all(self._one(*one) for one in lacking):
                 stopped = "time"
                 break
         self.note_time()
-        return self._sum_up(stopped)
+        return sum_up(self, stopped)
 
     def _pairs(self) -> Iterator[list[tuple[str, float, int]]]:
         """(arm, rate, seed) of each pair's runs: first the sweep with seed 0, then more seeds at the best rates."""
         for rate in self.plan.rates:
             yield [(arm, rate, 0) for arm in ARMS]
         for seed in range(1, self.config.seeds):
-            best = {arm: self._best_rate(arm) for arm in ARMS}
+            best = {arm: self.best_rate(arm) for arm in ARMS}
             if any(rate is None for rate in best.values()):
                 return
             yield [(arm, rate, seed) for arm, rate in best.items() if rate is not None]
 
-    def _expected(self, runs: list[tuple[str, float, int]]) -> float:
+    def expected(self, runs: list[tuple[str, float, int]]) -> float:
         """Expected seconds, from the completed runs."""
         by_arm = {arm: [row["seconds"] for row in self.scores.values() if row["arm"] == arm] for arm in ARMS}
         guess = (self.speed.step * self.plan.steps + self.speed.run) / 2
@@ -261,7 +282,7 @@ class _Trial:
         left = f"{self.left / 60:.1f} min left"
         self.tell(f"run {len(self.scores) + 1}: {arm}, rate {rate:g}, seed {seed}; {left}")
         task = self.make_task(seed)
-        chooser, judge = self._parts(task)
+        chooser, judge = self.parts(task)
         left_to_train = self.left - self.speed.sample / 2 * self.plan.judge
         limit = max(left_to_train, 0.1) + self.run_before
         config = self.training(rate=rate, seed=seed, steps=self.plan.steps, limit=limit)
@@ -300,7 +321,7 @@ class _Trial:
         self.note_time()
         return True
 
-    def _parts(self, task: Task) -> tuple[Task, Task]:
+    def parts(self, task: Task) -> tuple[Task, Task]:
         """The selecting and the judging task: every second validation sample each, or both all of them."""
         plan, parts = self.plan, []
         for first, stride, count in ((0, 2, plan.choose), (1, 2, plan.judge)) if plan.choose else ((0, 1, plan.judge),):
@@ -313,82 +334,15 @@ class _Trial:
         others = [r["chooses"] for r in self.scores.values() if r["arm"] == "converted" and r["chooses"] is not None]
         return math.isfinite(value) and not any(better(self.task, other, value) for other in others)
 
-    def _swept(self, arm: str) -> dict[float, float | None]:
+    def swept(self, arm: str) -> dict[float, float | None]:
         rows = [row for row in self.scores.values() if (row["arm"], row["seed"]) == (arm, 0)]
         return {row["rate"]: row["chooses"] for row in sorted(rows, key=lambda row: row["rate"])}
 
-    def _best_rate(self, arm: str) -> float | None:
+    def best_rate(self, arm: str) -> float | None:
         """The rate preferred by the selecting samples, at seed 0."""
-        known = {rate: value for rate, value in self._swept(arm).items() if value is not None}
+        known = {rate: value for rate, value in self.swept(arm).items() if value is not None}
         sign = 1.0 if self.task.higher_is_better else -1.0
         return max(known, key=lambda rate: sign * known[rate], default=None)
-
-    # --- results --------------------------------------------------------------------------------------------------
-
-    def _sum_up(self, stopped: str) -> Answer:
-        rates = {arm: rate for arm in ARMS if (rate := self._best_rate(arm)) is not None}
-        rows = {
-            arm: {
-                row["seed"]: row
-                for row in self.scores.values()
-                if row["arm"] == arm and row["rate"] == rates.get(arm) and row["judged"] is not None
-            }
-            for arm in ARMS
-        }
-        seeds = sorted(set(rows["original"]) & set(rows["converted"]))
-        done = [row for by_seed in rows.values() for row in by_seed.values()]
-        converted = rows["converted"].get(seeds[0], {}) if seeds else {}
-        answer = Answer(
-            model=self.name,
-            task=self.task.name,
-            primary=self.task.primary,
-            higher_is_better=self.task.higher_is_better,
-            becomes=self.twins.becomes,
-            replaced=len(self.twins.report.replaced),
-            steps=self.plan.steps,
-            epochs=done[0]["epochs"] if done else 0.0,
-            batch_size=self.config.base.batch_size * self.config.base.accumulate,
-            samples={"train": len(self.task.dataset("train")), "choose": self.plan.choose, "judge": self.plan.judge},
-            rates=rates,
-            swept={arm: {f"{rate:g}": value for rate, value in self._swept(arm).items()} for arm in ARMS},
-            seeds=seeds,
-            scores={arm: [rows[arm][seed]["judged"] for seed in seeds] for arm in ARMS},
-            costs={arm: self._cost(arm, rows[arm]) for arm in ARMS},
-            stopped=stopped,
-            seconds=self.spent,
-            layers=converted.get("layers", []),
-        )
-        answer.notes = self._notes(answer)
-        return answer
-
-    def _cost(self, arm: str, rows: dict[int, dict[str, Any]]) -> ArmCost:
-        network = self.twins.network(arm, 0)
-        try:
-            flops: int | None = cost(network, input_size=self.twins.size, mode="infer").flops
-        except SurgeonError:
-            flops = None
-        params = sum(parameter.numel() for parameter in network.parameters())
-        times = [row["step_seconds"] for row in rows.values()]
-        return ArmCost(flops=flops, params=params, step_seconds=statistics.median(times) if times else math.nan)
-
-    def _notes(self, answer: Answer) -> list[str]:
-        notes = []
-        if self.plan.rates != self.config.rates:
-            notes.append(
-                "the time is too short to sweep the learning rate: one for both, which may suit one of them better"
-            )
-        for arm, rate in answer.rates.items():
-            if len(self.plan.rates) > 1 and rate in (min(self.plan.rates), max(self.plan.rates)):
-                notes.append(f"the best rate of {arm}, {rate:g}, is at the edge of those tried: --lr takes others")
-        if len(self.plan.rates) > 1 and not self.plan.choose:
-            notes.append("there are too few validation samples to split: those that chose the rates judge, too")
-        failed = [row for row in self.scores.values() if "failed" in row]
-        notes += [f"{row['arm']} at rate {row['rate']:g}, seed {row['seed']}: {row['failed']}" for row in failed]
-        if answer.verdict == "undecided" and answer.stopped == "time":
-            notes.append("the time is up: --resume with a longer --max-time trains more seeds")
-        if answer.epochs < 1:
-            notes.append(f"{answer.epochs:.2g} epochs are a short training: what is seen so early need not hold later")
-        return notes
 
 
 def _key(arm: str, rate: float, seed: int) -> str:

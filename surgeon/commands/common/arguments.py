@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from surgeon.errors import ConfigError
@@ -105,15 +106,16 @@ def add_seed(parser: Any, of: str) -> None:
 # --- groups of arguments ---------------------------------------------------------------------------------------------
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """A model by name, for `build`."""
+def add_model(parser: argparse.ArgumentParser, weights: str | None = None) -> None:
+    """A model by name, for `build`; `weights` is the help on a default other than auto."""
     parser.add_argument(
         "model",
         metavar="MODEL",
         help="a timm name, torchvision/NAME, zoo/NAME, hf-hub:ID, a surgeon folder, a .pt2 file, or package.module:factory",
     )
     group = parser.add_argument_group("model")
-    group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
+    default, told_ = ("auto", "auto") if weights is None else (None, weights)
+    group.add_argument("--weights", default=default, metavar="auto|pretrained|random|FILE", help=f"default: {told_}")
     add_seed(group, "for random weights and the conversion")
     group.add_argument("--num-classes", type=positive, metavar="N", help="classes of the model's head")
     group.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
@@ -160,14 +162,41 @@ def natural(text: str) -> int:
     return value
 
 
-def rate(text: str) -> float:
-    """A learning rate: a finite number above 0; an argparse type."""
+def _number(text: str) -> float:
+    """A finite number, or NaN."""
     try:
         value = float(text)
     except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, such as 3e-4, got {told(text)}")
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def above_zero(text: str, such: str = "") -> float:
+    """A finite number above 0; an argparse type. `such` is an example for the message."""
+    value = _number(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0{such}, got {told(text)}")
+    return value
+
+
+def rate(text: str) -> float:
+    """A learning rate; an argparse type."""
+    return above_zero(text, ", such as 3e-4")
+
+
+def not_negative(text: str) -> float:
+    """A finite number of at least 0; an argparse type."""
+    value = _number(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {told(text)}")
+    return value
+
+
+def decay(text: str) -> float:
+    """A number between 0 and 1, without both; an argparse type."""
+    value = _number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, such as 0.999, got {told(text)}")
     return value
 
 
@@ -215,6 +244,24 @@ def build(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
         input_size=args.input_size,
         options=dict(args.model_args),
     )
+
+
+def building(args: argparse.Namespace) -> str:
+    """The message while the model is built; it names published weights, which may have to be downloaded."""
+    own = ":" in args.model or args.model.startswith("zoo/") or Path(args.model).exists()
+    published = args.weights in ("auto", "pretrained") and not own
+    return f"building {args.model}{' with its published weights (--weights random: without)' if published else ''}"
+
+
+def weights_for_shapes(args: argparse.Namespace) -> str:
+    """As given, otherwise random ones: where only shapes matter, nothing is downloaded. Folders and programs have their own."""
+    if args.weights is not None:
+        return str(args.weights)
+    from surgeon.models.hub import folder_if_any
+    from surgeon.models.programs import is_program
+    from surgeon.util.outputs import is_surgeon_folder
+
+    return "auto" if is_surgeon_folder(folder_if_any(args.model)) or is_program(args.model) else "random"
 
 
 def model_name(spec: str) -> str:

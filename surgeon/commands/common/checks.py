@@ -5,13 +5,14 @@ Every command module may have a `check(args)`, which `main` calls first and whic
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from surgeon.errors import ConfigError, DataError, InputError, RecipeError
 from surgeon.models.places import HUB, WEIGHTS, check_folder, check_model_name, check_search, check_weights
 from surgeon.util import declared
+from surgeon.util.bounds import FLAGS, parse_bound
 from surgeon.util.files import read_json
 from surgeon.util.kinds import fits
 from surgeon.util.outputs import RECIPE
@@ -61,10 +62,13 @@ def recipe(path: str | None) -> None:
     read_json(place, RecipeError, "the recipe")
 
 
-def layer_type(kind: str | None, options: dict[str, Any] | None = None) -> None:
-    """Check a layer type and its options, unless torch is loaded: then the registries themselves will."""
-    if kind is not None and not _loaded():
-        declared.check_layer_options(kind, options or {})
+def layer_type(kind: str | None, options: dict[str, Any] | None = None, flags: Mapping[str, str] | None = None) -> None:
+    """Check a layer type and its options; `flags` are those that were given as flags of their own.
+
+    A type that is registered at run time is left to the registry.
+    """
+    if kind is not None and (kind in declared.layer_types() or not _loaded()):
+        declared.check_layer_options(kind, options or {}, flags or {})
 
 
 def compression(kind: str | None) -> None:
@@ -85,6 +89,14 @@ def task(name: str | None, options: dict[str, Any], data: str | Path | None = No
     folder(data, "--data")
     if name is not None and not _loaded():
         declared.check_task_options(name, options)
+
+
+def budgets(args: argparse.Namespace) -> None:
+    """Check that the budgets can be read."""
+    for name in FLAGS:
+        text = getattr(args, f"max_{name}")
+        if text is not None:
+            parse_bound(text, name)
 
 
 def positives(args: argparse.Namespace, names: Iterable[str], least: int = 1) -> None:

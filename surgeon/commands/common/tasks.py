@@ -51,7 +51,7 @@ def settle(args: argparse.Namespace) -> None:
     args.task_options = list((options | given).items())
     if options and not set(options) <= set(given):
         taken = ", ".join(f"{key}={_shown(value)}" for key, value in options.items() if key not in given)
-        tell(args, f"as {args.model} was trained: {args.task} with {taken}")
+        tell(args, f"as recorded in {args.model}: {args.task} with {taken}")
 
 
 def recorded(model: str | None) -> Trained | None:

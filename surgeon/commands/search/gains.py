@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import print_json, whole
 from surgeon.commands.search.place import add_space_arguments, space_config
 from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments, check_task
@@ -49,6 +50,7 @@ def check(args: argparse.Namespace) -> None:
     plot = _plot(args)
     if plot is not None and plot.suffix.lower() != ".png":
         raise ConfigError(f"a plot must be a .png file, got {plot.name!r}")
+    checks.positives(args, ("batches", "steps", "seeds"))
     check_task(args)
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
-from surgeon.commands.common.arguments import add_seed, input_size, positive, print_json, whole
+from surgeon.commands.common.arguments import add_seed, input_size, positive, print_json, weights_for_shapes, whole
 from surgeon.commands.cost import add_step_arguments
 from surgeon.errors import ConfigError
+from surgeon.util.bounds import FLAGS
 from surgeon.util.files import told, write_text
-from surgeon.util.outputs import is_surgeon_folder
+from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
     from surgeon.search.budget import Budgets
@@ -76,7 +77,7 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--memory-mode", choices=("train", "infer"), default="train", help="which step (default: train)")
     group.add_argument("--max-latency", metavar="T|+P%", help="per inference, measured on this machine (20ms, +30%%)")
-    group.add_argument("--max-layers", type=whole, metavar="K", help="maximum number of replaced layers")
+    group.add_argument("--max-layers", type=positive, metavar="K", help="maximum number of replaced layers")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -125,6 +126,7 @@ def space_config(args: argparse.Namespace) -> "SpaceConfig":
 def check(args: argparse.Namespace) -> None:
     """Refuse invalid arguments before torch is loaded."""
     checks.positives(args, ("count", "distance"))
+    checks.budgets(args)
     if args.output and Path(args.output).exists() and not args.force:
         raise ConfigError(f"{args.output} exists already; --force replaces it")
     checks.model(args.model, args.weights)
@@ -143,21 +145,24 @@ def run(args: argparse.Namespace) -> int:
 
     budgets = read_budgets(args)
     config = space_config(args)
-    weights = args.weights or ("auto" if is_surgeon_folder(args.model) else "random")
-    model, base = build_model(args.model, weights=weights, seed=args.seed, input_size=args.input_size)
-    gate = Gate(
-        model,
-        config,
-        budgets,
-        input_size=input_size(args, base),
-        batch_size=args.batch_size,
-        optimizer=args.optimizer,
-        amp=args.amp,
-        channels_last=args.channels_last,
-    )
+    weights = weights_for_shapes(args)
+    with waiting(f"building {args.model}", quiet=args.quiet):
+        model, base = build_model(args.model, weights=weights, seed=args.seed, input_size=args.input_size)
+    with waiting("counting the costs of every replacement", quiet=args.quiet):
+        gate = Gate(
+            model,
+            config,
+            budgets,
+            input_size=input_size(args, base),
+            batch_size=args.batch_size,
+            optimizer=args.optimizer,
+            amp=args.amp,
+            channels_last=args.channels_last,
+        )
     gains = read_gains(args.gains, gate.space)
     gate.check_feasible()
-    chosen = choose(gate, gains, args.count, args.distance)
+    with waiting("placing", quiet=args.quiet):
+        chosen = choose(gate, gains, args.count, args.distance)
     if not chosen:
         return _nothing(gate, args)
     if args.output:
@@ -192,7 +197,7 @@ def choose(gate: "Gate", gains: "GainTable", count: int, distance: int) -> "list
 
 def _nothing(gate: "Gate", args: argparse.Namespace) -> int:
     """Report that the budgets only allow the original, or that nothing gains."""
-    from surgeon.search.budget import FLAGS, as_budget
+    from surgeon.search.budget import as_budget
     from surgeon.search.placement.place import nearest
     from surgeon.search.placement.problem import InfeasibleError
 
@@ -248,8 +253,9 @@ def _document(
 
 
 def _lines(document: dict[str, Any]) -> list[str]:
-    from surgeon.search.budget import told
-    from surgeon.util.tables import table
+    from surgeon.commands.common.console import width
+    from surgeon.search.budget import told as amount
+    from surgeon.util.tables import paragraph, table
 
     space, before = document["space"], document["original"]
     lines = [
@@ -264,8 +270,8 @@ def _lines(document: dict[str, Any]) -> list[str]:
                 "original" if not number else f"placement {number}",
                 str(len(one["replaced"])),
                 f"{one['gain']:.4g}",
-                *(f"{told(kind, found[key])}" for kind, key in (("flops", "flops"), ("params", "params"))),
-                told("memory", found["needed"]),
+                *(amount(kind, found[key]) for kind, key in (("flops", "flops"), ("params", "params"))),
+                amount("memory", found["needed"]),
             ]
         )
     lines += ["", table(["", "replaced", "gain", "FLOPs", "parameters", "memory needed"], rows)]
@@ -273,6 +279,12 @@ def _lines(document: dict[str, Any]) -> list[str]:
     lines += ["", table(["layer", "becomes"], [[layer, label] for layer, label in best.items()], left=2)]
     if document["output"]:
         lines += ["", f"written to  {document['output']}"]
+    if document["estimator"] == "uniform":
+        told = (
+            "note: uniform gains mean as many replacements as the budgets allow, whatever each brings. surgeon gains "
+            f"{document['model']} --task TASK --data DIR -o gains.json measures what they bring, for --gains gains.json"
+        )
+        lines += ["", paragraph(told, width=width(), hang="  ")]
     size = "x".join(map(str, document["input_size"]))
     lines += ["", f"FLOPs (1 MAC = 2 FLOPs) at {size}; memory of a step with margin and reserve"]
     return lines

@@ -11,6 +11,7 @@ from surgeon.commands.search.place import add_budget_arguments, add_space_argume
 from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments, check_task
 from surgeon.errors import ConfigError
 from surgeon.util.parse import parse_time
+from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
     from surgeon.commands.search.setup import Setup
@@ -101,6 +102,7 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.max_time is not None:
         parse_time(args.max_time, "--max-time")
+    checks.budgets(args)
     check_task(args)
 
 
@@ -220,7 +222,8 @@ def _make(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     budgets = read_budgets(args)
     short = ShortConfig(steps=args.steps, evaluations=args.evaluations, base=setup.config)
-    gate = Gate(setup.model, space_config(args), budgets, **setup.cost_settings(args))
+    with waiting("counting the costs of every replacement", quiet=args.quiet):
+        gate = Gate(setup.model, space_config(args), budgets, **setup.cost_settings(args))
     gate.check_feasible()
     evaluator = TrainingEvaluator(setup.model, setup.task, gate.space, short, base=setup.base, keep=folder.best)
     gains = _gains(args, folder, file, gate, evaluator)
@@ -347,6 +350,8 @@ class _Progress:
         if one.state in ("refused", "failed"):
             why = one.attributes.get("refused") or [one.attributes.get("error", "")]
             value += f" ({'; '.join(why)})"
+        if not one.placement and "start" in one.attributes:
+            value += f" ({one.attributes['start']:.5g} before training)"
         known = f", best {best.values[0]:.5g} (trial {best.number})" if best is not None and best.values else ""
         used = ", ".join(f"{name} {share:.0%}" for name, share in self.gate.use(one.attributes.get("traced")).items())
         replaced = f"{len(one.placement)} layers" if one.placement else "original"

@@ -5,7 +5,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
-from surgeon.commands.common.arguments import add_amp, add_batch_size, add_device, add_lr, add_seed, add_workers, amp
+from surgeon.commands.common.arguments import (
+    above_zero,
+    add_amp,
+    add_batch_size,
+    add_device,
+    add_lr,
+    add_seed,
+    add_workers,
+    amp,
+    building,
+    not_negative,
+)
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
 from surgeon.util.waiting import waiting
@@ -38,8 +49,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add_batch_size(group, "samples per step (default: 32)", 32)
     add_lr(group)
     group.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="default: adamw")
-    group.add_argument("--weight-decay", type=float, metavar="X", help="weight decay, except on norms and biases")
-    group.add_argument("--new-lr-scale", type=float, metavar="X", help="rate of new parameters, as a multiple of --lr")
+    group.add_argument(
+        "--weight-decay", type=not_negative, metavar="X", help="weight decay, except on norms and biases"
+    )
+    group.add_argument(
+        "--new-lr-scale", type=above_zero, metavar="X", help="rate of new parameters, as a multiple of --lr"
+    )
     add_amp(group, amp)
     add_device(group)
     add_workers(group)
@@ -98,5 +113,6 @@ def make_setup(args: argparse.Namespace) -> Setup:
         size = sample_size(task)
     if len(size) != 3:
         raise ConfigError(f"a search needs images (C, H, W), and task {task.name} has inputs {size}")
-    model, base = build_model(args.model, weights=args.weights, seed=args.seed)
+    with waiting(building(args), quiet=args.quiet):
+        model, base = build_model(args.model, weights=args.weights, seed=args.seed)
     return Setup(model=bound(model, task), base=base, task=task, config=config, size=size)

@@ -9,6 +9,7 @@ from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import print_json, whole
 from surgeon.errors import ConfigError
 from surgeon.util.outputs import check_output
+from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
     from surgeon.search.study.folder import Finished
@@ -87,7 +88,8 @@ def _report(args: argparse.Namespace, found: "Finished") -> int:
     from surgeon.search.study.folder import read_search
 
     other = read_search(args.against, args.storage) if args.against else None
-    page = write_report(found, args.output or found.folder.report, other)
+    with waiting("drawing", quiet=args.quiet):
+        page = write_report(found, args.output or found.folder.report, other)
     if args.json:
         print_json({"report": str(page)})
     else:

@@ -12,6 +12,7 @@ from PIL import Image
 
 import surgeon
 from surgeon.cli import main
+from surgeon.records.collapse_report import Collapsed, CollapseReport
 from surgeon.surgery.rewrite import dynamic_layers
 from tests.support.layers.contract import awaken
 
@@ -123,6 +124,17 @@ def test_nothing_to_fold_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> N
     assert not Path("out").exists()
     assert main(["collapse", "run", "-o", "out", "--images", "photos", "--tolerance", "0.99", "--quiet"]) == 0
     assert "not exact by choice" in capsys.readouterr().out
+
+
+def test_an_error_beyond_the_variation_is_explained() -> None:
+    known: dict[str, Any] = {"type": "pafu", "folded": True, "geometry": {}, "params_before": 9, "params_after": 3}
+    layers = [
+        Collapsed(name="body.2", variation=0.011, max_rel_error=0.14, **known),
+        Collapsed(name="body.8", variation=0.2, max_rel_error=0.1, **known),
+    ]
+    told = " ".join(CollapseReport(layers=layers).to_text().split())
+    assert "note: the error of body.2 is larger than what varies: that is the distance of the filters" in told
+    assert "larger than what varies" not in CollapseReport(layers=layers[1:]).to_text()
 
 
 def test_a_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:

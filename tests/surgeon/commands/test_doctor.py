@@ -20,6 +20,7 @@ def test_it_prints_versions_devices_and_the_backend_of_every_operator(capsys: Ca
     for part in ("torch ", "triton", "threads", "cpu", "OMP_NUM_THREADS", *(o.name for o in operators())):
         assert part in told
     assert "why not the others" in told
+    assert " ".join(told.split()).count("(all on cpu)") >= 2, "the operators are listed once, in the table"
     assert "every operator computes what its reference computes" in told
 
 

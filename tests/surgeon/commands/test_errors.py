@@ -23,7 +23,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def fails(argv: list[str], code: int, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """The command fails with this code and one message that holds these words; the folder is as it was."""
     before = _files()
-    assert main(argv) == code
+    assert main([argv[0], "--quiet", *argv[1:]]) == code
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line and not line.startswith(("usage:", " "))]
     assert len(lines) == 1, captured.err
@@ -48,8 +48,12 @@ def _files() -> dict[Path, int]:
         (["--layers", "stage4"], 2, ["--type"]),
         (["--layers", "stage4", "--type", "acda", "-m", "0"], 2, ["atoms", "got 0"]),
         (["--layers", "stage4", "--type", "acda", "-S", "0"], 2, ["scales", "got 0"]),
-        (["--layers", "stage4", "--type", "pafu", "-n", "1"], 2, ["group_size", "got 1"]),
-        (["--layers", "stage4", "--type", "pafu", "-m", "4"], 2, ["atoms", "group_size"]),
+        (["--layers", "stage4", "--type", "pafu", "-n", "1"], 2, ["pafu: --group-size (-n)", "got 1"]),
+        (
+            ["--layers", "stage4", "--type", "pafu", "-m", "4"],
+            2,
+            ["--atoms (-m) is no option of pafu layers but of acda", "group_size"],
+        ),
         (["--layers", "stage4", "--type", "pafu", "--compress"], 2, ["--compress", "pafu"]),
         (["--layers", "stage4", "--type", "acda", "--option", "hiden=3"], 2, ["hiden", "hidden"]),
         (["--layers", "stage4", "--type", "acda", "--option", "hidden"], 2, ["KEY=VALUE", "'hidden'"]),

@@ -54,6 +54,9 @@ def test_a_run_from_the_command_line(finetune: Finetune, capsys: pytest.CaptureF
     assert Path("tuned/report.json").is_file()
     recipe = Recipe.read("tuned")
     assert recipe.task == Trained(name="tiny-regression", options={"samples": 9, "noise": 0.05})
+    card = Path("tuned/README.md").read_text()
+    assert "- fine-tuned on `tiny-regression` with `samples=9, noise=0.05`" in card
+    assert f"- on its validation samples: mse {document['result']['metrics']['mse']:.5g}" in card
 
     assert main(["evaluate", "tuned", "--trust-factory", "--json", "--quiet"]) == 0
     (note,) = json.loads(capsys.readouterr().out)["notes"]
@@ -67,7 +70,7 @@ def test_a_run_from_the_command_line(finetune: Finetune, capsys: pytest.CaptureF
     assert main(["evaluate", "tuned", "--trust-factory", "--task-option", "samples=5", "--original", "none"]) == 0
     out, error = capsys.readouterr()
     assert "tuned: tiny-regression" in out
-    assert "as tuned was trained: tiny-regression with noise=0.05" in error
+    assert "as recorded in tuned: tiny-regression with noise=0.05" in error
     assert not model.training
 
 
@@ -85,6 +88,8 @@ def test_dry_run_writes_nothing(finetune: Finetune, capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert "12 training and 5 validation samples" in out
     assert "needed in total" in out
+    assert "rate x: factor on --lr. New parameters learn at --new-lr-scale times it" in out
+    assert "the indented rows are what is held at the moment of the peak" in out
     assert "dry run: nothing was written" in out
     assert finetune("--dry-run", "--json") == 0
     document = json.loads(capsys.readouterr().out)
@@ -127,7 +132,7 @@ def test_interrupt_then_resume(
         (["--checkpointing"], "has no set_grad_checkpointing"),
         (["--weights", "random"], "has its own weights"),
         (["--resume"], "no run to resume"),
-        (["--alternate", "0"], "alternate must be an integer >= 1"),
+        (["--alternate", "0"], "--alternate: expected a positive integer, got '0'"),
     ],
 )
 def test_bad_input(finetune: Finetune, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

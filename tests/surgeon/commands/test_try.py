@@ -1,6 +1,7 @@
 """`surgeon try`: equal training of original and converted, paired statistics, budgets of time, going on, and its page."""
 
 import json
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,10 @@ from surgeon.errors import ConfigError
 from surgeon.zoo.finetune.loop import Trainer
 from surgeon.zoo.trial import standard_error, verdict
 from surgeon.zoo.trial.parts import part_of, spread
-from surgeon.zoo.trial.plan import Speed, make_plan
+from surgeon.zoo.trial.plan import make_plan
 from surgeon.zoo.trial.report import write_report
+from surgeon.zoo.trial.run import Trial
+from surgeon.zoo.trial.speed import Levers, Speed
 from tests.support.answers import make_answer
 from tests.support.search.tasks import FACTORY
 from tests.support.training.runs import interrupt_at
@@ -84,6 +87,14 @@ def test_the_answer_in_a_sentence() -> None:
     assert make_answer([], []).sentence().startswith("no answer: not one pair")
 
 
+def test_what_ends_below_its_start_is_seen() -> None:
+    assert make_answer([0.5, 0.6], [0.5, 0.55], start=0.7).ends_below_start()
+    assert re.search(r"^untrained +0\.7 ", make_answer([0.5], [0.5], start=0.7).to_text(), re.MULTILINE)
+    assert not make_answer([0.5, 0.6], [0.5, 0.95], start=0.7).ends_below_start()
+    assert make_answer([2.0], [3.0], start=1.0, primary="mae", higher_is_better=False).ends_below_start()
+    assert not make_answer([0.5], [0.5]).ends_below_start()
+
+
 def test_a_gain_is_positive_where_lower_is_better() -> None:
     answer = make_answer([3.0, 3.1, 3.2], [2.0, 2.2, 2.1], primary="mae", higher_is_better=False)
     assert answer.gains == pytest.approx([1.0, 0.9, 1.1])
@@ -110,8 +121,35 @@ def test_a_plan_is_no_longer_than_ten_epochs() -> None:
 def test_a_short_time_takes_the_sweep_first_and_then_the_answer() -> None:
     plan = make_plan(100, Speed(step=1.0, sample=0.0, run=1.0), **LENGTHS, rates=(1e-4, 3e-4, 1e-3))
     assert (plan.rates, plan.choose, plan.judge) == ((3e-4,), 0, 100)
-    with pytest.raises(ConfigError, match=r"leaves 20 s for training, and 3 seeds of 20 steps .* take about 88 s"):
-        make_plan(20, Speed(step=1.0, sample=0.0, run=1.0), **LENGTHS, rates=(1e-3,))
+    short = make_plan(60, Speed(step=1.0, sample=0.0, run=1.0), **LENGTHS, rates=(1e-4, 3e-4, 1e-3))
+    assert (short.rates, short.steps) == ((3e-4,), 17)  # fewer than asked for rather than none
+    levers = Levers(batch=32, size=(3, 224, 224), option="input_size", spent=100.0)
+    given = "give --max-time 3m, or --batch-size 16, or --task-option input_size=3,160,160"
+    with pytest.raises(
+        ConfigError, match=rf"leaves 20 s for training, and 3 seeds of 8 steps .* take about 38 s: {given}$"
+    ):
+        make_plan(20, Speed(step=1.0, sample=0.0, run=1.0), **LENGTHS, rates=(1e-3,), levers=levers)
+
+
+def test_levers_are_values_that_suffice() -> None:
+    levers = Levers(batch=8, size=(3, 96, 96), option="patch", spent=0.0)
+    assert levers.told(100.0, 200.0) == "--max-time 4m, or --batch-size 4, or --task-option patch=64"
+    assert levers.told(10.0, 9000.0) == "--max-time 2.5h"
+    assert levers.told(10.0, 85.0) == "--max-time 2m, or --task-option patch=32"
+    assert levers.told(10.0, 100.0) == "--max-time 2m, or --batch-size 2 with --task-option patch=56"
+
+
+def test_a_time_that_is_too_short_is_said_after_the_first_step(
+    tiny_tasks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps: list[int] = []
+    slow = Speed(step=60.0, sample=0.0, run=0.0)
+    monkeypatch.setattr(Trial, "_probe", lambda trial, network, task, count: (steps.append(count), slow)[1])
+    assert main(["try", FACTORY, *SHORT, "--batch-size", "4", "--quiet", "--max-time", "5m", "-o", "out"]) == 2
+    error = capsys.readouterr().err
+    assert re.search("3 seeds of 8 steps of both networks take about 4000 s: give --max-time 6[78]m", error), error
+    assert steps == [1]
+    assert not Path("out").exists()
 
 
 def test_slow_evaluations_are_of_fewer_samples() -> None:
@@ -145,6 +183,12 @@ def test_a_trial_from_the_command_line(attempt: Try, capsys: pytest.CaptureFixtu
     for arm, rate in found["rates"].items():
         assert found["swept"][arm][f"{rate:g}"] == min(found["swept"][arm].values())
     assert found["factors"]["flops"] > 1 < found["factors"]["params"]
+    assert found["start"] > max(
+        *found["scores"]["original"], *found["scores"]["converted"]
+    )  # of the untrained; an error
+    page = Path("out/report/report.html").read_text()
+    resumed = page[page.index("<pre>surgeon try") :].partition("</pre>")[0]
+    assert re.search(r"--seeds 3 --lr 0.001 0.01 --json --resume --max-time 60m$", resumed), resumed
     assert found["answer"] in json.loads(Path("out/answer.json").read_text())["answer"]
     model = surgeon.load("out/model", trust_factory=True)
     assert any(type(module).__name__ == "PAFUConv2d" for module in model.modules())
@@ -160,11 +204,11 @@ def test_equal_seeds_give_equal_answers_and_more_seeds_are_added(
     assert attempt("--seeds", "1", *more) == 0
     first = answered(capsys)
     assert "an answer takes 3" in first["answer"]
-    assert attempt("--seeds", "3", "--resume", *more) == 0
+    assert attempt("--seeds", "2", "--resume", *more) == 0
     second = answered(capsys)
     assert second["scores"]["converted"][:1] == first["scores"]["converted"]
-    assert len(second["seeds"]) == 3
-    assert attempt("--seeds", "3", "--force", *more) == 0
+    assert len(second["seeds"]) == 2
+    assert attempt("--seeds", "2", "--force", *more) == 0
     again = answered(capsys)
     assert again["scores"] == second["scores"]
 
@@ -177,7 +221,7 @@ def test_an_interrupted_trial_goes_on_to_the_same_answer(
     straight = answered(capsys)
     backward = Trainer.backward
     interrupt_at(monkeypatch, 2)
-    monkeypatch.setattr("surgeon.zoo.trial.run._Trial._measure", lambda trial: Speed(step=0.01, sample=0.001, run=0.1))
+    monkeypatch.setattr("surgeon.zoo.trial.run.Trial._measure", lambda trial: Speed(step=0.01, sample=0.001, run=0.1))
     assert attempt("--force", *more) == 130
     assert "resume with the same command and --resume" in capsys.readouterr().err
     monkeypatch.setattr(Trainer, "backward", backward)
@@ -189,11 +233,14 @@ def test_an_interrupted_trial_goes_on_to_the_same_answer(
 
 def test_the_time_is_honored(attempt: Try, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """No pair is begun that would end too late, and what is there is answered."""
-    monkeypatch.setattr("surgeon.zoo.trial.run._Trial._expected", lambda trial, runs: 1e6)
+    monkeypatch.setattr("surgeon.zoo.trial.run.Trial.expected", lambda trial, runs: 1e6)
     assert attempt("--seeds", "3", "--lr", "0.01", "--json") == 0
     found = answered(capsys)
     assert (found["stopped"], found["seeds"]) == ("time", [0])
-    assert any("--resume with a longer --max-time" in note for note in found["notes"])
+    (note,) = [note for note in found["notes"] if "the time is up" in note]
+    assert re.search(
+        r"\(another pair takes about 1,000,000 s, and .* were left\): --resume --max-time 585h trains more", note
+    )
 
 
 @pytest.mark.parametrize(
@@ -232,7 +279,12 @@ def test_a_folder_of_others_is_left_alone(attempt: Try, capsys: pytest.CaptureFi
 
 def test_the_page_says_the_answer_and_is_whole(tmp_path: Path) -> None:
     answer = make_answer([0.5, 0.51, 0.52], [0.504, 0.5145, 0.525], notes=["a <note>"])
-    text = write_report(answer, tmp_path, "surgeon finetune out/model").read_text()
+    text = write_report(answer, tmp_path, "surgeon finetune out/model", "surgeon try net --resume").read_text()
+    assert "<pre>surgeon try net --resume</pre>" in text
+    assert "Learning rates that were tried" not in text, "there was one"
+    swept = {arm: {"0.001": 0.5, "0.01": 0.4} for arm in ("original", "converted")}
+    several = write_report(make_answer([0.5], [0.6], swept=swept), tmp_path / "more", "", "")
+    assert "Learning rates that were tried" in several.read_text()
     assert "Gain +0.45 ± 0.029 points of top-1 (3 seeds)" in text
     assert "a &lt;note&gt;" in text
     assert text.count('data-tip="seed ') == 3

@@ -29,7 +29,9 @@ def test_the_page_of_a_trial(tmp_path: Path, browser: Browser) -> None:
         "converted": {"0.0003": 0.47, "0.001": 0.5, "0.003": 0.51},
     }
     answer = make_answer([0.5, 0.51, 0.52], [0.504, 0.5145, 0.525], layers=layers, swept=swept, notes=["a note"])
-    page = write_report(answer, tmp_path / "report", "surgeon evaluate runs/" + 4 * "a-long-name-" + " --task x")
+    page = write_report(
+        answer, tmp_path / "report", "surgeon evaluate runs/" + 4 * "a-long-name-" + " --task x", "surgeon try --resume"
+    )
     check(browser, page)
     (both,) = {tip for told in tips(browser) for tip in told if tip.startswith("original, rate 0.001")}
     assert "converted, rate 0.001: top1 0.5" in both, "of two marks at one place, each tells of both"

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from surgeon import cli
 from surgeon.commands import export
 from surgeon.commands.common import console
 from surgeon.util.waiting import waiting
@@ -24,17 +25,26 @@ def test_a_short_wait_is_silent() -> None:
 
 
 def test_a_long_wait_is_told() -> None:
-    terminal, pipe, unasked, quiet = Terminal(), io.StringIO(), io.StringIO(), Terminal()
+    terminal, pipe, quiet = Terminal(), io.StringIO(), Terminal()
     with (
         waiting("loading torch", file=terminal, after=0.01),
         waiting("loading torch", file=pipe, after=0.01),
-        waiting("loading torch", file=unasked, after=0.01, terminal_only=True),
         waiting("loading torch", file=quiet, after=0.01, quiet=True),
     ):
         time.sleep(0.2)
     assert terminal.getvalue() == "\r\x1b[2Ksurgeon: loading torch ... 0 s\r\x1b[2K"
     assert pipe.getvalue() == "surgeon: loading torch ... 0 s\n"
-    assert unasked.getvalue() == quiet.getvalue() == ""
+    assert quiet.getvalue() == ""
+
+
+def test_loading_libraries_is_told_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "waiting", lambda what, *, quiet, after: waiting(what, quiet=quiet, after=0.01))
+    monkeypatch.setattr(cli, "import_module", lambda name: time.sleep(0.2))
+    for quiet, told in ((False, "surgeon: loading slowly ... 0 s\n"), (True, "")):
+        cli._load(argparse.Namespace(needs=("slowly", "slowly.part"), quiet=quiet))
+        assert capsys.readouterr().err == told
 
 
 def test_a_stage_that_takes_long_is_told_in_a_pipe(

@@ -352,11 +352,13 @@ def test_a_gray_model_gets_gray_pictures(capsys: pytest.CaptureFixture[str]) -> 
     assert [layer["type"] for layer in json.loads(capsys.readouterr().out)["images"][0]["layers"]] == ["sekg"]
 
 
-def test_pictures_of_one_name_are_kept_apart() -> None:
+def test_pictures_of_one_name_are_kept_apart(capsys: pytest.CaptureFixture[str]) -> None:
     saved("pafu")
     Path("other").mkdir()
     Image.new("L", (64, 64), 128).save("other/a.png")
-    assert main(["visualize", "run", "a.png", "other/a.png", "-o", "out", "--quiet"]) == 0
+    assert main(["visualize", "run", "a.png", "other/a.png", "-o", "out"]) == 0
+    error = capsys.readouterr().err
+    assert "pictures are resized and center-cropped to 64x64 (HxW), as for evaluation: --input-size" in error
     assert sorted(path.name for path in Path("out").iterdir()) == ["a", "a-2", "numbers.json"]
 
 

@@ -79,6 +79,9 @@ def test_zoo_denoisers_fit_and_choose_gray_or_color(folders: Path) -> None:
         assert task.dataset("train")[0]["input"].shape == (channels, 16, 16)
     with pytest.raises(InputError, match="color"):
         create_task("denoising", data=folders, patch=16, color=True).bind(zoo.create("dncnn", depth=3))
+    classifier = nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(InputError, match=r"returns \(2, 5\) .* this is no image: .* not classifiers$"):
+        create_task("denoising", data=folders, patch=16).bind(classifier)
 
 
 def test_binding_leaves_no_trace_in_the_model(folders: Path) -> None:

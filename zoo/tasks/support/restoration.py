@@ -47,6 +47,7 @@ class RestorationConfig(FolderConfig):
     """
 
     losses: ClassVar[tuple[str, ...]] = PIXEL_LOSSES
+    least: ClassVar[Mapping[str, float]] = {"patch": 1, "patches_per_image": 1, "multiple": 1, "tile_overlap": 0}
 
     patch: int | None = None
     patches_per_image: int = 1
@@ -60,11 +61,7 @@ class RestorationConfig(FolderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_square()
-        for name in ("patch", "patches_per_image", "multiple"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-        if self.tile_overlap < 0 or self.tile_overlap % 8 or (self.tile or 0) % 8:
+        if self.tile_overlap % 8 or (self.tile or 0) % 8:
             raise ConfigError(
                 f"tile and tile_overlap must be multiples of 8, got {self.tile!r} and {self.tile_overlap!r}"
             )
@@ -175,9 +172,13 @@ class RestorationTask(Task):
         wanted = (2, self.target_channels(), out, out)
         fits = isinstance(output, Tensor) and output.dim() == 4 and output.shape[:2] == wanted[:2]
         if not fits or output.shape[2] != output.shape[3] or output.shape[2] > out or (out - output.shape[2]) % 2:
+            image = isinstance(output, Tensor) and output.dim() == 4
+            hint = (
+                self.hint() if image else "; this is no image: the task takes networks that return one, not classifiers"
+            )
             raise InputError(
                 f"task {self.name}: the model returns {describe(output)} for an input of {(2, *size)}, "
-                f"but the task needs {wanted} (or a frame less on all four sides){self.hint()}"
+                f"but the task needs {wanted} (or a frame less on all four sides){hint}"
             )
         return out - int(output.shape[2])
 

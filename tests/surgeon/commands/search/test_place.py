@@ -1,6 +1,7 @@
 """`surgeon place`: a recipe that convert takes, numbers, and one clear error for bad input."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import timm
 
 import surgeon
 from surgeon.cli import main
+from surgeon.commands.search import place
 from surgeon.search.gains.gain import GainTable
 
 PLACE = ["place", "test_resnet", "--input-size", "64", "--batch-size", "4"]
@@ -63,12 +65,18 @@ def test_gains_decide_and_several_differ(capsys: pytest.CaptureFixture[str]) -> 
     assert len({one["hash"] for one in document["placements"]}) == 3
 
 
-def test_what_people_see(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_people_see(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[str] = []
+    monkeypatch.setattr(place, "waiting", lambda what, *, quiet: (waited.append(what), nullcontext())[1])
     assert main([*PAFU, "--max-memory", "+50%", "--layers", "stage4"]) == 0
     captured = capsys.readouterr()
+    assert waited == ["building test_resnet", "counting the costs of every replacement", "placing"]
     assert "memory (train) <= +50%" in captured.out
     assert "placement 1" in captured.out
     assert "pafu(group_size=" in captured.out
+    told = " ".join(captured.out.split())
+    assert "note: uniform gains mean as many replacements as the budgets allow" in told
+    assert "surgeon gains test_resnet --task TASK --data DIR -o gains.json" in told
     assert max(map(len, captured.out.splitlines())) <= 80
 
 
@@ -93,7 +101,7 @@ def test_what_people_see(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_bad_input(more: list[str], code: int, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*PLACE, *more]) == code
+    assert main([*PLACE, "--quiet", *more]) == code
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line and not line.startswith(("usage:", " "))]
     assert len(lines) == 1, captured.err

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,10 @@ import surgeon
 from surgeon.cli import main
 from surgeon.commands.search import jobs
 from surgeon.search.gains.gain import GainTable
+from surgeon.search.results.report import sentences
+from surgeon.search.results.summary import status_lines, worse_than_start
 from surgeon.search.study.database import StudyDatabase
-from surgeon.search.study.folder import read_search
+from surgeon.search.study.folder import Finished, read_search
 from surgeon.search.study.journal import StudyJournal
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.finetune.loop import Interrupted, Run
@@ -49,7 +52,7 @@ def document(capsys: Capture) -> Any:
 def test_a_search_from_beginning_to_end(capsys: Capture) -> None:
     assert main(search_arguments("s", "--trials", "5", "--max-flops", "+300%", "--finals", "1", "--seeds", "2")) == 0
     out, error = capsys.readouterr()
-    assert "trial 0: original (original), mse 0." in error
+    assert re.search(r"trial 0: original \(original\), mse 0\.\d+ \(0\.\d+ before training\)", error)
     assert re.search(r"best 0\.\d+ \(trial \d\); of the budgets flops \d+%", error)
     assert re.search("finals 1/[23]: original", error)
     assert "written to  s" in out
@@ -73,6 +76,7 @@ def test_a_search_from_beginning_to_end(capsys: Capture) -> None:
     assert status["trials"]["complete"] + status["trials"].get("pruned", 0) >= 5
     assert status["original"]["placement"] == {}
     assert status["workers"] == 0
+    _check_start(found, status["start"])
 
     assert main(["study", "best", "s", "--count", "2", "--json"]) == 0
     best = document(capsys)
@@ -80,6 +84,27 @@ def test_a_search_from_beginning_to_end(capsys: Capture) -> None:
 
     _check_report(capsys)
     _check_export(found.finals, capsys)
+
+
+def _check_start(found: Finished, start: float) -> None:
+    """What the network was before any training is told, and whether all trainings made it worse."""
+    assert re.search(rf"^-      untrained +{start:.5g} +0 +\+0\.0%", "\n".join(status_lines(found)), re.MULTILINE)
+    assert "note:" not in "\n".join(status_lines(found)), "some got better"
+
+    def started_at(start: dict[str, float]) -> Finished:
+        rest = [{key: value for key, value in one.attributes.items() if key != "start"} for one in found.records]
+        records = [replace(one, attributes=old | start) for one, old in zip(found.records, rest, strict=True)]
+        return replace(found, records=records, finals=None)
+
+    worse = started_at({"start": 1e-6})
+    told = " ".join("\n".join(status_lines(worse)).split())
+    assert "note: all trials end above the network as it was (mse 1e-06)" in told
+    assert "Longer --steps, a smaller --lr" in told
+    assert "All trials end above the network as it was (mse 1e-06)" in " ".join(sentences(worse))
+    assert "all finals end above" in " ".join(worse_than_start(replace(worse, finals=found.finals)).split()[:4])
+    older = started_at({})
+    assert older.start() is None
+    assert "untrained" not in "\n".join(status_lines(older))
 
 
 def _check_report(capsys: Capture) -> None:
@@ -91,6 +116,7 @@ def _check_report(capsys: Capture) -> None:
     assert text.count("<figure") == len(names)
     assert not re.search(r'(src|href)="|https?:', text)  # nothing beside it is needed
     assert "than the unmodified model trained equally: gain " in text
+    assert re.search(r"mse before any step</td><td[^>]*>0\.\d+<", text)
     assert "not settled to be better or worse" in text  # two seeds settle nothing
     found = read_search("s")
     for one in found.ranked():
@@ -133,7 +159,7 @@ def test_budgets_that_nothing_meets_end_at_once_with_the_nearest(
     budgets: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Run, "train", lambda self: pytest.fail("something was trained"))
-    assert main(search_arguments("s", *budgets)) == 1
+    assert main(search_arguments("s", "--quiet", *budgets)) == 1
     error = capsys.readouterr().err
     nearest = re.search(
         r"the nearest budgets that one placement meets are .*" + budgets[-1].split("=")[0] + r" (\S+)", error
@@ -154,7 +180,7 @@ def test_budgets_that_nothing_meets_end_at_once_with_the_nearest(
 )
 def test_a_task_without_data_is_one_error(data: list[str], said: str, capsys: Capture) -> None:
     arguments = ["search", "zoo/resnet20_cifar", "--task", "classification", "--weights", "random", *data]
-    assert main([*arguments, "-o", "s"]) == 2
+    assert main([*arguments, "-o", "s", "--quiet"]) == 2
     out, error = capsys.readouterr()
     assert said in error
     assert error.count("\n") == 1
@@ -241,7 +267,7 @@ def test_interrupted_finals_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_wrong_usage_is_one_clear_message(more: list[str], said: str, capsys: Capture) -> None:
-    assert main(search_arguments("s", *more)) == 2
+    assert main(search_arguments("s", "--quiet", *more)) == 2
     out, error = capsys.readouterr()
     assert said in error
     assert error.count("\n") == 1
@@ -327,7 +353,7 @@ def test_a_database_that_cannot_be_reached_is_one_error(capsys: Capture) -> None
     pytest.importorskip("psycopg")
     url = f"postgresql://me:secret@127.0.0.1:{free_port()}/x"
     for more in ([], ["--join", "x"]):
-        assert main(search_arguments("s", "--storage", url, *more)) == 2
+        assert main(search_arguments("s", "--quiet", "--storage", url, *more)) == 2
         out, error = capsys.readouterr()
         assert "cannot reach the database postgresql+psycopg://me:***@127.0.0.1" in error
         assert error.count("\n") == 1

@@ -1,0 +1,114 @@
+"""The results of a trial: its answer, what it cost, and notes on what limits it."""
+
+import math
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from surgeon.costs import cost
+from surgeon.errors import SurgeonError
+from surgeon.util.tables import duration
+from surgeon.zoo.trial.answer import ARMS, LEAST_SEEDS, Answer, ArmCost
+from surgeon.zoo.trial.plan import END, LEAST_STEPS
+from surgeon.zoo.trial.speed import minutes
+
+if TYPE_CHECKING:
+    from surgeon.zoo.trial.run import Trial
+
+
+def sum_up(trial: "Trial", stopped: str) -> Answer:
+    """The answer from what was judged."""
+    rates = {arm: rate for arm in ARMS if (rate := trial.best_rate(arm)) is not None}
+    rows = {
+        arm: {
+            row["seed"]: row
+            for row in trial.scores.values()
+            if row["arm"] == arm and row["rate"] == rates.get(arm) and row["judged"] is not None
+        }
+        for arm in ARMS
+    }
+    seeds = sorted(set(rows["original"]) & set(rows["converted"]))
+    done = [row for by_seed in rows.values() for row in by_seed.values()]
+    converted = rows["converted"].get(seeds[0], {}) if seeds else {}
+    answer = Answer(
+        model=trial.name,
+        task=trial.task.name,
+        primary=trial.task.primary,
+        higher_is_better=trial.task.higher_is_better,
+        becomes=trial.twins.becomes,
+        replaced=len(trial.twins.report.replaced),
+        steps=trial.plan.steps,
+        epochs=done[0]["epochs"] if done else 0.0,
+        batch_size=trial.config.base.batch_size * trial.config.base.accumulate,
+        samples={"train": len(trial.task.dataset("train")), "choose": trial.plan.choose, "judge": trial.plan.judge},
+        rates=rates,
+        swept={arm: {f"{rate:g}": value for rate, value in trial.swept(arm).items()} for arm in ARMS},
+        seeds=seeds,
+        scores={arm: [rows[arm][seed]["judged"] for seed in seeds] for arm in ARMS},
+        costs={arm: _cost(trial, arm, rows[arm]) for arm in ARMS},
+        stopped=stopped,
+        seconds=trial.spent,
+        layers=converted.get("layers", []),
+        start=_start(trial) if seeds else None,
+    )
+    answer.notes = _notes(trial, answer)
+    return answer
+
+
+def _cost(trial: "Trial", arm: str, rows: dict[int, dict[str, Any]]) -> ArmCost:
+    network = trial.twins.network(arm, 0)
+    try:
+        flops: int | None = cost(network, input_size=trial.twins.size, mode="infer").flops
+    except SurgeonError:
+        flops = None
+    params = sum(parameter.numel() for parameter in network.parameters())
+    times = [row["step_seconds"] for row in rows.values()]
+    return ArmCost(flops=flops, params=params, step_seconds=statistics.median(times) if times else math.nan)
+
+
+def _notes(trial: "Trial", answer: Answer) -> list[str]:
+    notes = []
+    if trial.plan.rates != trial.config.rates:
+        notes.append(
+            "the time is too short to sweep the learning rate: one for both, which may suit one of them better"
+        )
+    for arm, rate in answer.rates.items():
+        if len(trial.plan.rates) > 1 and rate in (min(trial.plan.rates), max(trial.plan.rates)):
+            notes.append(f"the best rate of {arm}, {rate:g}, is at the edge of those tried: --lr takes others")
+    if len(trial.plan.rates) > 1 and not trial.plan.choose:
+        notes.append("there are too few validation samples to split: those that chose the rates judge, too")
+    failed = [row for row in trial.scores.values() if "failed" in row]
+    notes += [f"{row['arm']} at rate {row['rate']:g}, seed {row['seed']}: {row['failed']}" for row in failed]
+    if trial.plan.steps < LEAST_STEPS and trial.config.steps is None:
+        notes.append(
+            f"only {trial.plan.steps} steps fit into the time, which say little: a longer --max-time trains more"
+        )
+    if answer.verdict == "undecided" and answer.stopped == "time":
+        notes.append(_time_is_up(trial, len(answer.seeds)))
+    if answer.start is not None and answer.ends_below_start():
+        way = "below" if answer.higher_is_better else "above"
+        notes.append(
+            f"both end {way} the network as it was ({answer.primary} {answer.start:.5g}): longer --max-time, smaller --lr"
+        )
+    if answer.epochs < 1:
+        notes.append(f"{answer.epochs:.2g} epochs are a short training: what is seen so early need not hold later")
+    return notes
+
+
+def _time_is_up(trial: "Trial", seeds: int) -> str:
+    """Why there is no further pair, and the time that takes one."""
+    left, pair = trial.short or (0.0, trial.expected([(arm, 0.0, 0) for arm in ARMS]))
+    why = (
+        f"another pair takes about {duration(pair)}, and {duration(left)} were left"
+        if trial.short
+        else "a run was cut short"
+    )
+    longer = (trial.spent + max(LEAST_SEEDS - seeds, 1) * pair) / (1 - END)
+    return f"the time is up ({why}): --resume --max-time {minutes(longer)} trains more seeds"
+
+
+def _start(trial: "Trial") -> float | None:
+    """The metric of the network before any training on the judging samples, if there is time for that."""
+    if trial.left < trial.speed.sample * trial.plan.judge:
+        return None
+    found = trial.judge(trial.twins.network("original", 0), trial.parts(trial.task)[1])
+    return found if math.isfinite(found) else None

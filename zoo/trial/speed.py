@@ -1,0 +1,87 @@
+"""How long the training steps of both networks take on this machine, and what to change where the time is too short for them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from surgeon.errors import ConfigError
+
+_LEAST_SIDE = 32  # pixels; smaller images are another task
+_LEAST_BATCH = 2  # a BatchNorm needs two samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Seconds, of one network or for both arms together: per training step, per evaluated sample, and the overhead of a run."""
+
+    step: float
+    sample: float
+    run: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levers:
+    """Options that make a trial shorter: samples per step, the size (C, H, W) of one, the task's option for it (None: it has none).
+
+    `spent` are the seconds before training, which more time has to cover, too.
+    """
+
+    batch: int
+    size: tuple[int, ...]
+    option: str | None
+    spent: float = 0.0
+
+    def told(self, left: float, needed: float) -> str:
+        """Options with which `needed` seconds of training fit into the `left` ones, each alone; both together if neither does."""
+        share = max(left, 1.0) / needed
+        found = [f"--max-time {minutes(self.spent + needed)}"]
+        batch, image = self._batch(share), self._image(share)
+        found += [one for one in (batch, image) if one is not None]
+        if len(found) == 1 and self.batch > _LEAST_BATCH:
+            image = self._image(share * self.batch / _LEAST_BATCH)
+            found += [] if image is None else [f"--batch-size {_LEAST_BATCH} with {image}"]
+        return ", or ".join(found)
+
+    def _batch(self, share: float) -> str | None:
+        """The time of a step is proportional to its samples."""
+        fits = self.batch * share
+        return f"--batch-size {2 ** int(math.log2(fits))}" if fits >= _LEAST_BATCH else None
+
+    def _image(self, share: float) -> str | None:
+        """The time of a step is proportional to its pixels."""
+        if self.option is None or len(self.size) != 3:
+            return None
+        side = int(min(self.size[1:]) * math.sqrt(share))
+        side -= side % (32 if side >= 64 else 8)
+        if side < _LEAST_SIDE:
+            return None
+        value = str(side) if self.option == "patch" else f"{self.size[0]},{side},{side}"
+        return f"--task-option {self.option}={value}"
+
+
+def minutes(seconds: float) -> str:
+    """A time for --max-time that covers these seconds: whole minutes, from two hours on half hours."""
+    if seconds > 7200:
+        return f"{math.ceil(seconds / 1800) / 2:g}h"
+    return f"{max(math.ceil(seconds / 60), 1)}m"
+
+
+def too_little(left: float, needed: float, steps: int, seeds: int, levers: Levers | None) -> ConfigError:
+    """The error for a time in which no comparison is possible."""
+    what = "more time, or a smaller --batch-size" if levers is None else levers.told(left, needed)
+    return ConfigError(
+        f"--max-time leaves {max(left, 0):.0f} s for training, and {seeds} seeds of {steps} steps of both networks take about "
+        f"{math.ceil(needed)} s: give {what}"
+    )
+
+
+def timed(probe: Callable[[int], Speed], first_done: Callable[[float], None], most: float) -> Speed:
+    """The speed of one network; `probe(steps)` trains it for that number of steps and returns theirs.
+
+    The first step warms up and is not counted, unless it alone takes more than `most` seconds; `first_done` gets its seconds.
+    """
+    first = probe(1)
+    first_done(first.step)
+    if first.step > most:
+        return first
+    return probe(max(min(int(most / max(first.step, 1e-3)), 10), 1))
