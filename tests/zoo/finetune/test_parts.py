@@ -26,6 +26,7 @@ from surgeon.zoo.finetune.optimizer import make_optimizer
 from surgeon.zoo.finetune.parameters import BASE_FAN_IN, ROLES, group_parameters, optimizer_groups
 from surgeon.zoo.finetune.schedule import Rates, RunPlan, Temperature
 from surgeon.zoo.finetune.state import Log, Store, TrainingProgress, read_log, read_tree, write_tree
+from surgeon.zoo.finetune.summary import MeasuredNetwork, Summary
 from tests.support.training.tasks import SIZE, converted, make_restorer
 
 # --- options ------------------------------------------------------------------------------------------------------
@@ -441,3 +442,36 @@ def test_returns_are_counted() -> None:
 
 def test_the_tiny_images_fit() -> None:
     assert make_restorer()(torch.rand(1, 3, SIZE, SIZE)).shape == (1, 3, SIZE, SIZE)
+
+
+# --- the summary ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("higher", "start", "end", "worse"),
+    [(True, 25.0, 24.5, True), (True, 25.0, 25.0, False), (False, 0.5, 0.7, True), (False, 0.5, 0.4, False)],
+)
+def test_a_training_that_makes_it_worse_is_told(higher: bool, start: float, end: float, worse: bool) -> None:
+    before, after = (
+        MeasuredNetwork(metrics={"m": value}, parameters=1, flops=None, seconds=0.0) for value in (start, end)
+    )
+    facts: dict[str, Any] = {
+        "steps": 1,
+        "epochs": 1.0,
+        "stopped": "steps",
+        "kept_step": 1,
+        "recalibrated": False,
+        "rollbacks": 0,
+    }
+    summary = Summary(
+        task="t",
+        primary="m",
+        higher_is_better=higher,
+        original=None,
+        start=before,
+        result=after,
+        seconds=1.0,
+        groups=[],
+        **facts,
+    )
+    assert (f"worse than at the start (m {end:g}, was {start:g})" in summary.to_text()) is worse
