@@ -64,7 +64,7 @@ def _telling(what: str) -> Iterator[None]:
     except Exception as error:  # the libraries' factories and hubs raise arbitrary errors
         told = " ".join(str(error).split()) or type(error).__name__
         if type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "URLError", "ConnectError"):
-            told = "they are not in the cache, and the network cannot be reached"
+            told = "not in the cache, and the network cannot be reached"
         raise ModelError(f"{what}: {told[:300].rstrip('.')}") from error
 
 

@@ -227,7 +227,7 @@ def _export(form: str, path: Path, **options: Any) -> Exported:
 @pytest.mark.parametrize(
     ("form", "given", "outputs"),
     [
-        ("parameter", "input", ["mul"]),
+        ("parameter", "input", ["output"]),
         ("named tuple", "images", ["first", "second"]),
         ("dictionary", "images", ["out", "aux.0", "aux.1.deep"]),
         ("names that are taken", "input", ["mul", "conv2d", "images", "conv.weight_"]),

@@ -114,7 +114,8 @@ def test_tables_are_kept_by_what_they_depend_on(monkeypatch: pytest.MonkeyPatch,
 def run(capsys: pytest.CaptureFixture[str], *words: str, module: Any = cost_command) -> tuple[int, str]:
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
-    parser.add_argument("--json", action="store_true")
+    for flag in ("--json", "--quiet"):
+        parser.add_argument(flag, action="store_true")
     code = module.run(parser.parse_args(words))
     return code, capsys.readouterr().out
 

@@ -302,7 +302,7 @@ def test_damage_on_the_way_is_found(hub: Hub, saved: Path) -> None:
 
 def test_a_repository_of_timm_stays_one(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "hf-hub:timm/resnet18.a1_in1k"]) == 2
-    assert "hf-hub:timm/resnet18.a1_in1k are unavailable" in capsys.readouterr().err
+    assert "hf-hub:timm/resnet18.a1_in1k is unavailable: not in the cache" in capsys.readouterr().err
     assert main(["verify", "hf-hub:timm/resnet18.a1_in1k", "--quiet"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "it is not in the cache, and the Hub cannot be reached" in line
