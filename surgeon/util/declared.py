@@ -111,7 +111,7 @@ def _declared(package: str, below: str, name: str, config: str) -> dict[str, Dec
         values = {key: node for key, _, node in _assigned(one)}
         if isinstance(called := values.get(name), ast.Constant) and isinstance(made := values.get(config), ast.Name):
             compressed = made.id in classes and "compressed" in (key for key, _, _ in _assigned(classes[made.id]))
-            found[str(called.value)] = Declared(_fields(made.id, classes), _least(made.id, classes), compressed)
+            found[str(called.value)] = Declared(*_config(made.id, classes), compressed)
     return found
 
 
@@ -132,32 +132,22 @@ def _assigned(one: ast.ClassDef) -> Iterator[tuple[str, ast.expr | None, ast.exp
             yield node.targets[0].id, None, node.value
 
 
-def _fields(name: str, classes: dict[str, ast.ClassDef]) -> dict[str, Any]:
-    """The fields of a config and its base classes, with their types; types that are not plain become `Any`."""
+def _config(name: str, classes: dict[str, ast.ClassDef]) -> tuple[dict[str, Any], dict[str, float]]:
+    """(fields, least) of a config and its base classes: the types of its fields, `Any` where not plain, and its least values."""
+    fields: dict[str, Any] = {}
+    least: dict[str, float] = {}
     if name not in classes:
-        return {}
-    found: dict[str, Any] = {}
+        return fields, least
     for base in classes[name].bases:
         if isinstance(base, ast.Name):
-            found |= _fields(base.id, classes)
-    for field, annotation, _ in _assigned(classes[name]):
-        if annotation is not None and not ast.unparse(annotation).startswith("ClassVar"):
-            found[field] = _type(annotation)
-    return found
-
-
-def _least(name: str, classes: dict[str, ast.ClassDef]) -> dict[str, float]:
-    """The least values that a config and its base classes declare as `least`."""
-    if name not in classes:
-        return {}
-    found: dict[str, float] = {}
-    for base in classes[name].bases:
-        if isinstance(base, ast.Name):
-            found |= _least(base.id, classes)
-    for field, _, value in _assigned(classes[name]):
+            more, lower = _config(base.id, classes)
+            fields, least = fields | more, least | lower
+    for field, annotation, value in _assigned(classes[name]):
         if field == "least" and value is not None:
-            found |= ast.literal_eval(value)
-    return found
+            least |= ast.literal_eval(value)
+        elif annotation is not None and not ast.unparse(annotation).startswith("ClassVar"):
+            fields[field] = _type(annotation)
+    return fields, least
 
 
 def _type(annotation: ast.expr) -> Any:

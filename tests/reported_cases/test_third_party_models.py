@@ -15,5 +15,5 @@ pytestmark = [
 def test_a_model_of_another_library_converts_exactly(entry: third_party.Model, kind: str) -> None:
     """All spatial convolutions, outputs compared on other inputs, every convolution in the report, a training step."""
     if why := third_party.missing(entry.library):
-        pytest.skip(f"the test converts a network of that library, and {why}")
+        pytest.skip(f"the test converts a network of a library that surgeon itself does not use, and {why}")
     assert third_party.check(entry, kind)["failures"] == []

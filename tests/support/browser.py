@@ -119,7 +119,8 @@ def chromium() -> Iterator[Browser]:
     program = installed()
     if program is None:
         pytest.skip(
-            "the test opens a report in a browser, and neither chromium nor google-chrome is on the PATH (apt install chromium)"
+            "the test opens a page in a browser, which pip cannot install, and neither chromium nor google-chrome is on the PATH "
+            "(Debian and Ubuntu: apt install chromium)"
         )
     read_theirs, write_ours = os.pipe()
     read_ours, write_theirs = os.pipe()
