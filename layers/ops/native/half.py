@@ -48,7 +48,9 @@ def gradients_by_images(
         return list(run(*batched))
     results = [
         torch.zeros_like(t, dtype=t.dtype if i < 2 else torch.float32, memory_format=torch.contiguous_format)
-        for i, t in enumerate(inputs)
+        if need
+        else t.new_empty(0)
+        for i, (t, need) in enumerate(zip(inputs, needs, strict=True))
     ]
     for block in image_blocks(*batched):
         found = run(*(t[block].float() for t in batched))
@@ -57,4 +59,4 @@ def gradients_by_images(
                 result[block] = part
             elif need:
                 result += part
-    return [r.to(t.dtype) if need else t.new_empty(0) for r, t, need in zip(results, inputs, needs, strict=True)]
+    return [result.to(t.dtype) for result, t in zip(results, inputs, strict=True)]
