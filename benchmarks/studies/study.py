@@ -21,7 +21,8 @@ Scores = dict[str, float]
 # changes of the fine-tuning's options
 SCRATCH: dict[str, Any] = {"opt": "adam", "weight_decay": 0.0, "new_lr_scale": 1.0, "warmup": "5%"}
 PUBLISHED: dict[str, Any] = {"fan_in_lr": False, "regularization": 1e-3}  # the defaults before `fan_in_lr`
-GENTLE: dict[str, Any] = {"new_lr_scale": 0.1}  # the default: new parameters beside trained ones
+TODAY: dict[str, Any] = {"fan_in_lr": True, "regularization": 0.0}  # the defaults since
+GENTLE: dict[str, Any] = {"new_lr_scale": 0.1}  # new parameters beside trained ones
 FAST: dict[str, Any] = {"new_lr_scale": 1.0}
 
 
@@ -150,6 +151,12 @@ def arms(
 ) -> dict[str, Callable[[Path], nn.Module]]:
     arms = {"original": partial(converted, build, None, size)}
     return arms | {name: partial(converted, build, rule, size) for name, rule in rules.items()}
+
+
+def slow_and_fast(found: Mapping[str, Rule]) -> tuple[dict[str, Rule], dict[str, dict[str, Any]]]:
+    """ACDA at today's defaults with both rates of new parameters: the rules with that added, and each arm's own options."""
+    fast = "ACDA, new rate × 1"
+    return {**found, fast: found["ACDA"]}, {"ACDA": GENTLE | TODAY, fast: FAST | TODAY}
 
 
 def rules(where: Mapping[str, str], group_size: int = 4) -> dict[str, Rule]:

@@ -22,6 +22,7 @@ from benchmarks.studies.study import (
     cifar_task,
     place,
     rules,
+    slow_and_fast,
     split,
 )
 from surgeon.records.recipe import Rule
@@ -34,11 +35,12 @@ CROP = 128  # pixels of a side of the images that judge
 
 def classifier(name: str, where: Mapping[str, str], steps: int) -> Study:
     """With PAFU and ACDA where the papers place them; ACDA also at the full rate for new parameters."""
-    found = rules(where)
-    fast = {f"{arm}, new rate × 1": rule for arm, rule in found.items() if arm == "ACDA"}
+    found, ours = rules(where), {}
+    if "ACDA" in found:
+        found, ours = slow_and_fast(found)
     return Study(
         title=f"{name} converted and fine-tuned on CIFAR-10 (JPEG)",
-        arms=arms(TASKS[name].build, (3, 32, 32), found | fast),
+        arms=arms(TASKS[name].build, (3, 32, 32), found),
         task=cifar_task,
         judge=cifar_judge,
         needs=TASKS[name].needs,
@@ -47,7 +49,7 @@ def classifier(name: str, where: Mapping[str, str], steps: int) -> Study:
         batch=64,
         unit="% top-1",
         changes=GENTLE,
-        ours=dict.fromkeys(fast, FAST),
+        ours=ours,
     )
 
 
@@ -83,7 +85,7 @@ def blind_denoiser(name: str, folder: str, spread: str, mode: str, extra: Mappin
         train, choose = split(material / "denoise" / folder, work, CROP)
         return create_task("denoising", seed=seed, train=train, val=choose, val_limit=10, loss="mse", **options)
 
-    made = rules(dict.fromkeys(("sekg", "acda", "pafu"), spread))
+    made, ours = slow_and_fast(rules(dict.fromkeys(("sekg", "acda", "pafu"), spread)))
     return Study(
         title=f"{name}, trained for σ 25, converted and fine-tuned for any σ from 0 to 55",
         arms=arms(TASKS[name].build, (channels, 40, 40), made | extra),
@@ -94,7 +96,7 @@ def blind_denoiser(name: str, folder: str, spread: str, mode: str, extra: Mappin
         steps=200,
         batch=4,
         changes=GENTLE | PUBLISHED,
-        ours=dict.fromkeys(extra, FAST),
+        ours=ours | dict.fromkeys(extra, FAST),
     )
 
 
@@ -126,9 +128,10 @@ def real_noise() -> Study:
         return {"PolyU": _mean_psnr(shown)}
 
     spread = "body.8,body.16,body.24,body.32"
+    found, ours = slow_and_fast(rules(dict.fromkeys(("sekg", "acda", "pafu"), spread)))
     return Study(
         title="dncnn_color, trained for Gaussian noise, converted and fine-tuned for a camera's noise (PolyU)",
-        arms=arms(TASKS["dncnn_color"].build, (3, 40, 40), rules(dict.fromkeys(("sekg", "acda", "pafu"), spread))),
+        arms=arms(TASKS["dncnn_color"].build, (3, 40, 40), found),
         task=task,
         judge=judge,
         needs=("weights/CDnCNN-S-25_color.pth", "denoise/PolyU_real"),
@@ -136,6 +139,7 @@ def real_noise() -> Study:
         steps=200,
         batch=4,
         changes=GENTLE | PUBLISHED,
+        ours=ours,
     )
 
 
@@ -165,9 +169,10 @@ def noisy_demosaicking() -> Study:
         return scores
 
     spread = "chain.3,chain.7,chain.11"
+    found, ours = slow_and_fast(rules(dict.fromkeys(("sekg", "acda", "pafu"), spread)))
     return Study(
         title="demosaicnet, trained for clean mosaics, converted and fine-tuned for read noise up to 0.15",
-        arms=arms(TASKS["demosaicnet"].build, (3, 80, 80), rules(dict.fromkeys(("sekg", "acda", "pafu"), spread))),
+        arms=arms(TASKS["demosaicnet"].build, (3, 80, 80), found),
         task=task,
         judge=judge,
         needs=(*TASKS["demosaicnet"].needs, "denoise/BSDS500train_color"),
@@ -175,6 +180,7 @@ def noisy_demosaicking() -> Study:
         steps=200,
         batch=4,
         changes=GENTLE | PUBLISHED,
+        ours=ours,
     )
 
 
@@ -199,9 +205,10 @@ def segmenter() -> Study:
         return lraspp(material)
 
     last = "backbone.body.blocks.4.*.conv_dw"
+    found, ours = slow_and_fast(rules({"acda": last, "sekg": last}))
     return Study(
         title="LR-ASPP over MobileNetV2 converted and fine-tuned on CamVid",
-        arms=arms(build, (3, 192, 256), rules({"acda": last, "sekg": last})),
+        arms=arms(build, (3, 192, 256), found),
         task=task,
         judge=judge,
         needs=experiment.needs,
@@ -210,4 +217,5 @@ def segmenter() -> Study:
         batch=8,
         unit="% mIoU",
         changes=GENTLE | PUBLISHED,
+        ours=ours,
     )
