@@ -48,9 +48,10 @@ from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.tasks import TaskConfig
 
-BUDGETS = {"flops": "+30%", "memory": "+50%"}
-ACDA, PAFU = Option("acda", {"atoms": 4, "scales": 1}), Option("pafu", {"group_size": 8})
-OPTIONS = (ACDA, Option("pafu", {"group_size": 4}), PAFU, Option("sekg", {}))
+BUDGETS = {"flops": "+110%", "memory": "+50%"}  # at which the papers' own placements fit
+ACDA, PAFU = Option("acda", {}), Option("pafu", {"group_size": 8})
+FEWER_ATOMS = Option("acda", {"atoms": 4, "scales": 1})
+OPTIONS = (ACDA, FEWER_ATOMS, Option("pafu", {"group_size": 4}), PAFU, Option("sekg", {}))
 BATCH, RATE = 64, 1e-3
 
 

@@ -104,6 +104,9 @@ class DynamicConv2d(nn.Module):
     fewer_parameters: ClassVar[str] = ""  # the option that makes the layer smaller, for hints
     tasks: ClassVar[tuple[str, ...]] = ()  # the tasks of the layer's paper, on which `surgeon try` tries it first
     patterns: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # block patterns (surgery/blocks.py) and their options
+    new_lr_scale: ClassVar[float] = (
+        0.1  # rate of its new parameters in fine-tuning, as a multiple of that of trained ones
+    )
     selects: ClassVar[bool] = False  # whether the largest of several numbers decides: rounding breaks ties
     Config: ClassVar[type[LayerConfig]]
 

@@ -29,7 +29,6 @@ from surgeon.search.placement.problem import Floats, Ints
 from surgeon.search.space import Space
 from surgeon.surgery.convert import convert
 from surgeon.util.progress import OnProgress
-from surgeon.zoo.finetune.parameters import slowdowns
 
 LossCallback = Callable[[nn.Module, Any], Tensor]  # loss(model, batch) -> mean loss of the batch, a scalar
 ESTIMATORS = ("gradient", "fisher", "snr", "nqm")
@@ -72,12 +71,12 @@ def gradient_gains(
     gain = {name: np.zeros(space.allowed.shape) for name in estimators}
     error = {name: np.zeros(space.allowed.shape) for name in estimators}
     for j in range(1, len(space.labels)):
-        found = _gradients(model, space, j, loss, batches, seed, input_size, progress)
-        for layer, (gradients, slowed) in found.items():
+        found = _gradients(model, space, j, loss, batches, walk, seed, input_size, progress)
+        for layer, (gradients, scales) in found.items():
             i = space.layers.index(layer)
             for name in estimators:
                 gain[name][i, j], error[name][i, j] = _jackknife(
-                    _statistic(name, gradients, slowed, samples, damping, walk), len(batches)
+                    _statistic(name, gradients, scales, samples, damping, walk), len(batches)
                 )
     facts = {"seconds": time.perf_counter() - started, "batches": len(batches), "samples": samples, "seed": seed}
     return {
@@ -110,12 +109,13 @@ def _gradients(
     option: int,
     loss: LossCallback,
     batches: Sequence[Any],
+    walk: Walk | None,
     seed: int,
     input_size: Any,
     progress: OnProgress | None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """For every layer that may have this option, the gradients of its new parameters, (B, P), float32 on the CPU, and the numbers
-    by which `fan_in_lr` divides their rates, (P,).
+    """For every layer that may have this option, the gradients of its new parameters, (B, P), float32 on the CPU, and the multiples
+    of the walk's rates at which they learn, (P,).
     """
     placement = np.where(space.allowed[:, option], option, 0)
     if not placement.any():
@@ -142,9 +142,9 @@ def _gradients(
             loss(work, batch).backward()
             for layer, parameters in layers.items():
                 kept[layer][number] = torch.cat([_gradient(parameter).flatten() for parameter in parameters])
-    divisors = slowdowns(work)
+    scales = walk.scales(work) if walk else {}
     return {
-        layer: (kept[layer], torch.cat([torch.full((p.numel(),), divisors.get(id(p), 1.0)) for p in parameters]))
+        layer: (kept[layer], torch.cat([torch.full((p.numel(),), scales.get(id(p), 1.0)) for p in parameters]))
         for layer, parameters in layers.items()
     }
 
@@ -162,15 +162,14 @@ def _jackknife(statistic: Callable[[Ints], float], count: int) -> tuple[float, f
 
 
 def _statistic(
-    estimator: str, gradients: Tensor, slowed: Tensor, samples: int, damping: float, walk: Walk | None
+    estimator: str, gradients: Tensor, scales: Tensor, samples: int, damping: float, walk: Walk | None
 ) -> Callable[[Ints], float]:
     """A function from the numbers of some batches to the gain estimated from their gradients (B, P)."""
     gradients = gradients.double()
     if estimator == "nqm":
         assert walk is not None
         own = scaled(gradients.numpy()) if walk.adaptive else gradients.numpy()
-        if walk.fan_in:
-            own = own / slowed.sqrt().numpy()  # in these coordinates one rate holds for all
+        own = own * scales.sqrt().numpy()  # in these coordinates one rate holds for all
         gram = own @ own.T
         return lambda chosen: decrease(gram[np.ix_(chosen, chosen)], walk, samples)
     return lambda chosen: _of_moments(estimator, gradients[chosen], samples, damping)

@@ -150,7 +150,7 @@ def _probe(evaluator: TrainingEvaluator, placement: Ints, layer: int, batches: _
     model = evaluator.converted(placement, seed=batches.seed).to(device).eval().requires_grad_(False)
     module = model.get_submodule(evaluator.space.layers[layer])
     module.requires_grad_(True).train()  # a selector (PAFU's) learns only in training mode
-    optimizer = make_optimizer(optimizer_groups(group_parameters(model, by_fan_in=base.fan_in_lr), base), base)
+    optimizer = make_optimizer(optimizer_groups(group_parameters(model, base), base), base)
     for group in optimizer.param_groups:
         group["lr"] *= group["lr_scale"]
     # a probe must not change even the global generators

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from surgeon.search.placement.problem import Floats
 from surgeon.zoo.finetune import FinetuneConfig
-from surgeon.zoo.finetune.parameters import ROLES, Group
+from surgeon.zoo.finetune.parameters import ROLES, Group, new_lr_scales, slowdowns
 from surgeon.zoo.finetune.schedule import Rates, RunPlan
 
 _LINEAR = ("sgd", "momentum", "nesterov")  # timm optimizers whose steps are sums of gradients
@@ -27,22 +28,28 @@ _DIVERGED = 1e9  # displacement per unit of gradient from which no training reco
 class Walk:
     """Steps of the new parameters in a training: learning rates by step, momentum, batches per step.
 
-    `adaptive`: steps are scaled by the size of each parameter's gradients. `fan_in`: the weights with which generators end
-    are slowed (`group_parameters`).
+    `adaptive`: steps are scaled by the size of each parameter's gradients. The rates are multiplied by `scale`, or if None, by
+    that of each layer's type; `fan_in`: the weights with which generators end are slowed (`group_parameters`).
     """
 
     rates: tuple[float, ...]
     momentum: float = 0.0
     accumulate: int = 1
     adaptive: bool = False
+    scale: float | None = 1.0
     fan_in: bool = False
+
+    def scales(self, model: nn.Module) -> dict[int, float]:
+        """The multiples of the rates at which new parameters learn, by id."""
+        slowed = slowdowns(model) if self.fan_in else {}
+        return {key: scale / slowed.get(key, 1.0) for key, scale in new_lr_scales(model, self.scale).items()}
 
 
 def walk_of(config: FinetuneConfig, samples: int) -> Walk:
     """The steps of a training on this many samples. Clipping, weight decay and Nesterov's correction are ignored."""
     # no parameters: only the plan's lengths are needed
     plan = RunPlan.make(config, samples, [Group(role, True, {}) for role in ROLES])
-    group = {"params": [torch.zeros(1)], "lr_scale": config.new_lr_scale, "role": "new"}
+    group = {"params": [torch.zeros(1)], "role": "new"}
     rates = Rates(torch.optim.SGD([group], lr=config.lr), config, plan)
     moves = [rates.set(step)["new"] if "new" in plan.active(step) else 0.0 for step in range(plan.total)]
     adaptive = config.opt not in _LINEAR
@@ -53,6 +60,7 @@ def walk_of(config: FinetuneConfig, samples: int) -> Walk:
         momentum=momentum,
         accumulate=config.accumulate,
         adaptive=adaptive,
+        scale=config.new_lr_scale,
         fan_in=config.fan_in_lr,
     )
 

@@ -308,7 +308,7 @@ def test_a_walk_is_what_the_optimizer_does_with_a_constant_gradient(opt: str) ->
     speed = place = 0.0
     for rate in walk.rates:
         speed = walk.momentum * speed + 1.0
-        place += rate * speed
+        place += config.new_lr_scale * rate * speed
     assert place == pytest.approx(-float(weight.detach()), rel=1e-3)
 
 

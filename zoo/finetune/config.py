@@ -31,11 +31,12 @@ class FinetuneConfig:
     Batches: `batch_size` samples per micro-step over all processes, `accumulate` micro-steps per optimizer step; evaluation uses
     `eval_batch_size` (None: the same).
     Optimizer: a timm name; `lr` at the peak of the schedule `sched`, times `new_lr_scale` for new parameters (those that
-    the replaced convolutions did not have); `fan_in_lr` slows the weight with which a generator ends, in proportion to its inputs;
-    `warmup` is a span; no weight decay on norms and biases; `clip` bounds the norm
-    of the gradient (None: off). Schedules start where the warm-up ends: "step" multiplies the rate by `decay_rate` (None: 0.1)
-    after every span `decay_every` (None: a third of the rest of the run), "multistep" at each span of `milestones`;
-    the power of "poly" is `decay_rate` (None: 1).
+    the replaced convolutions did not have; None: each layer type's own, 1 for ACDA and 0.1 for the others); `fan_in_lr` slows
+    the weight with which a generator ends, in proportion to its inputs; `warmup` is a span; no weight decay on norms and
+    biases; `clip` bounds the norm of the gradient (None: off).
+    Schedules start where the warm-up ends: "step" multiplies the rate by `decay_rate` (None: 0.1) after every span
+    `decay_every` (None: a third of the rest of the run), "multistep" at each span of `milestones`; the power of "poly" is
+    `decay_rate` (None: 1).
     New layers: `new_first` is an initial span in which only new parameters are trained; `regularization` weights the layers' own
     loss terms; PAFU's temperature decays exponentially from each layer's own to `temperature_end` times it; `alternate` k trains,
     in turn, the selectors for one step and everything else for k (PAFU, §4.1: 3).
@@ -67,7 +68,7 @@ class FinetuneConfig:
     decay_rate: float | None = None
     decay_every: str | None = None
     milestones: tuple[str, ...] = ()
-    new_lr_scale: float = 0.1
+    new_lr_scale: float | None = None
     fan_in_lr: bool = True
     new_first: str = "0"
     clip: float | None = 5.0
@@ -99,11 +100,11 @@ class FinetuneConfig:
         for name in ("max_steps", "eval_batch_size", "alternate", "patience"):
             if getattr(self, name) is not None:
                 self._check_integer(name, 1)
-        for name in ("lr", "new_lr_scale", "temperature_end"):
+        for name in ("lr", "temperature_end"):
             self._check_number(name, above=True)
         if self.epochs is None and self.max_steps is None:
             raise ConfigError("set epochs or max_steps to define the length of the run, got neither")
-        for name in ("epochs", "max_time", "clip", "decay_rate"):
+        for name in ("epochs", "max_time", "new_lr_scale", "clip", "decay_rate"):
             if getattr(self, name) is not None:
                 self._check_number(name, above=True)
         for name in ("weight_decay", "momentum", "min_lr", "regularization", "distill"):

@@ -69,7 +69,7 @@ class Trainer:
         self.teacher = None if teacher is None else _placed(teacher, config, accelerator.device).eval()
         if config.checkpointing:
             checkpoint_gradients(self.model)
-        self.groups = group_parameters(self.model, by_fan_in=config.fan_in_lr)
+        self.groups = group_parameters(self.model, config)
         self.plan = RunPlan.make(config, len(data.train), self.groups)
         self.ema = _average(self.model, config)
         self.train_mode()

@@ -25,38 +25,43 @@ NORMS = (
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters by name that share a role, whether they decay, and the number by which their rate is divided."""
+    """Parameters by name that share a role, whether they decay, and their rate as a multiple of `lr`.
+
+    `slowed` is the number by which that rate is divided because of the fan-in; 1 for parameters that are not slowed.
+    """
 
     role: Role
     decays: bool
     parameters: dict[str, nn.Parameter]
+    lr_scale: float = 1.0
     slowed: float = 1.0
 
 
-def group_parameters(model: nn.Module, *, by_fan_in: bool = True) -> list[Group]:
+def group_parameters(model: nn.Module, config: FinetuneConfig | None = None) -> list[Group]:
     """Every parameter that requires a gradient, in exactly one group; empty groups are omitted.
 
     No decay for biases and other vectors, norms, and names in a module's `no_weight_decay()` (timm's convention).
-    Weights with which a generator ends (`output_weights()`) are slowed, unless not `by_fan_in`, if they have more than
-    `BASE_FAN_IN` inputs, in proportion to these: Adam moves each by the rate, and the code by the sum (Yang et al.,
-    arXiv 2203.03466, table 8).
+    `config` (None: the defaults) sets the rates of new parameters (`new_lr_scales`).
     Raises `ConfigError` if there is nothing to train.
     """
-    roles, spared, slowed = (
-        _roles(model),
-        _named(model, "no_weight_decay") | _norms(model),
-        slowdowns(model) if by_fan_in else {},
-    )
-    members: dict[tuple[Role, bool, float], dict[str, nn.Parameter]] = {}
+    config = config or FinetuneConfig()
+    roles, spared = _roles(model), _named(model, "no_weight_decay") | _norms(model)
+    scales = new_lr_scales(model, config.new_lr_scale)
+    slowed = slowdowns(model) if config.fan_in_lr else {}
+    members: dict[tuple[Role, bool, float, float], dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.endswith(".bias") and id(parameter) not in spared
-            key = (roles.get(id(parameter), "other"), decays, slowed.get(id(parameter), 1.0))
+            role, slow = roles.get(id(parameter), "other"), slowed.get(id(parameter), 1.0)
+            key = (role, decays, scales.get(id(parameter), 1.0), slow)
             members.setdefault(key, {})[name] = parameter
     if not members:
         raise ConfigError("the model has no parameter that requires a gradient: there is nothing to train")
-    ordered = sorted(members, key=lambda key: (ROLES.index(key[0]), not key[1], key[2]))
-    return [Group(role, decays, members[role, decays, slow], slow) for role, decays, slow in ordered]
+    ordered = sorted(members, key=lambda key: (ROLES.index(key[0]), not key[1], -key[2], key[3]))
+    return [
+        Group(role, decays, members[role, decays, scale, slow], scale / slow, slow)
+        for role, decays, scale, slow in ordered
+    ]
 
 
 def optimizer_groups(groups: list[Group], config: FinetuneConfig) -> list[dict[str, Any]]:
@@ -65,7 +70,7 @@ def optimizer_groups(groups: list[Group], config: FinetuneConfig) -> list[dict[s
         {
             "params": list(group.parameters.values()),
             "weight_decay": config.weight_decay if group.decays else 0.0,
-            "lr_scale": (1.0 if group.role == "other" else config.new_lr_scale) / group.slowed,
+            "lr_scale": group.lr_scale,
             "role": group.role,
         }
         for group in groups
@@ -108,8 +113,22 @@ def _named(model: nn.Module, method: str) -> set[int]:
     return found
 
 
+def new_lr_scales(model: nn.Module, scale: float | None = None) -> dict[int, float]:
+    """The rates of new parameters as multiples of `lr`, by id: `scale`, or if None, that of the layer's type."""
+    return {
+        id(parameter): type(layer).new_lr_scale if scale is None else scale
+        for _, layer in dynamic_modules(model)
+        for parameters in (layer.new_parameters(), layer.selector_parameters())
+        for _, parameter in parameters
+    }
+
+
 def slowdowns(model: nn.Module) -> dict[int, float]:
-    """The numbers by which the rates of the weights with which generators end are divided, by id."""
+    """The numbers by which the rates of the weights with which generators end are divided, by id.
+
+    A weight with more than `BASE_FAN_IN` inputs is slowed in proportion to these: Adam moves each by the rate, and the
+    code by the sum (Yang et al., arXiv 2203.03466, table 8).
+    """
     ends = _named(model, "output_weights")
     fan_ins = {id(p): p[0].numel() for p in model.parameters() if id(p) in ends}
     return {key: fan_in / BASE_FAN_IN for key, fan_in in fan_ins.items() if fan_in > BASE_FAN_IN}

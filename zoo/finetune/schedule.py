@@ -140,7 +140,7 @@ def describe(optimizer: torch.optim.Optimizer, groups: list[Group]) -> list[dict
             "role": group.role,
             "slowed": group.slowed,
             "weight_decay": setting["weight_decay"],
-            "lr_scale": setting["lr_scale"],
+            "lr_scale": group.lr_scale,
             "tensors": len(group.parameters),
             "parameters": sum(p.numel() for p in group.parameters.values()),
         }

@@ -15,6 +15,7 @@ import surgeon
 from surgeon.errors import ConfigError
 from surgeon.layers import layer_types
 from surgeon.layers.base import DynamicConv2d
+from surgeon.records.recipe import Recipe, Rule
 from surgeon.util.parse import parse_span, parse_time
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.finetune.batches import Draws, seed_everything
@@ -145,8 +146,8 @@ def test_frozen_parameters_stay_out_and_nothing_is_an_error() -> None:
 
 
 def test_groups_tell_the_optimizer() -> None:
-    groups = group_parameters(converted("pafu"))
     config = FinetuneConfig(new_lr_scale=0.2, weight_decay=0.3, opt="sgd")
+    groups = group_parameters(converted("pafu"), config)
     optimizer = make_optimizer(optimizer_groups(groups, config), config)
     for group, setting in zip(groups, optimizer.param_groups, strict=True):
         assert setting["lr_scale"] == pytest.approx((1.0 if group.role == "other" else 0.2) / group.slowed)
@@ -159,19 +160,33 @@ def test_the_last_weight_of_a_generator_is_slowed_by_its_inputs() -> None:
     """Adam moves each of its weights by the rate, and with them the code by the rate times their number."""
     assert all(group.slowed == 1 for kind in ("pafu", "sekg") for group in group_parameters(converted(kind)))
     model = converted("acda", hidden=32)
-    groups = {name: group for group in group_parameters(model) for name in group.parameters}
+    config = FinetuneConfig(new_lr_scale=0.2)
+    groups = {name: group for group in group_parameters(model, config) for name in group.parameters}
     slowed = {name: group.slowed for name, group in groups.items() if group.slowed != 1}
     assert slowed == {"middle.generator.expand.weight": 32 * 9 / BASE_FAN_IN}
-    setting = optimizer_groups([groups["middle.generator.expand.weight"]], FinetuneConfig(new_lr_scale=0.2))[0]
+    setting = optimizer_groups([groups["middle.generator.expand.weight"]], config)[0]
     assert setting["lr_scale"] == pytest.approx(0.2 * BASE_FAN_IN / (32 * 9))
-    assert {group.slowed for group in group_parameters(model, by_fan_in=False)} == {1}
+    assert {group.slowed for group in group_parameters(model, FinetuneConfig(fan_in_lr=False))} == {1}
+
+
+def test_new_parameters_learn_at_the_rate_of_their_layer_type() -> None:
+    """ACDA at the full rate, the others at a tenth, in one model; a number holds for all."""
+    rules = (Rule(layers="first", type="pafu"), Rule(layers="middle", type="acda"))
+    model, _ = surgeon.convert(make_restorer(), recipe=Recipe(rules=rules))
+    own = {name: group for group in group_parameters(model) for name in group.parameters}
+    assert {name: group.lr_scale * group.slowed for name, group in own.items() if group.role != "other"} == {
+        name: 1.0 if name.startswith("middle") else 0.1 for name, group in own.items() if group.role != "other"
+    }
+    assert all(group.lr_scale == 1 for group in own.values() if group.role == "other")
+    given = group_parameters(model, FinetuneConfig(new_lr_scale=0.3))
+    assert {group.lr_scale * group.slowed for group in given if group.role != "other"} == {0.3}
 
 
 # --- schedule -----------------------------------------------------------------------------------------------------
 
 
 def _rates(config: FinetuneConfig, samples: int = 100) -> tuple[RunPlan, list[dict[str, float]]]:
-    groups = group_parameters(converted("pafu"))
+    groups = group_parameters(converted("pafu"), config)
     plan = RunPlan.make(config, samples, groups)
     rates = Rates(make_optimizer(optimizer_groups(groups, config), config), config, plan)
     return plan, [rates.set(step) for step in range(plan.total)]
