@@ -185,36 +185,6 @@ def toys(content: dict[str, Any]) -> str:
     return markdown(names, [[row.get(name) for name in names] for row in content["rows"]])
 
 
-def finetuned(content: dict[str, Any]) -> str:
-    """A row an experiment, data set and arm: before, and mean ± spread over the seeds after."""
-    from benchmarks.finetuned import means
-
-    headers = [
-        "network",
-        "data or metric",
-        "arm",
-        "parameters",
-        "seeds",
-        "steps",
-        "before",
-        "after",
-        "gain on original",
-    ]
-    lines = [
-        [
-            *(r["experiment"], f"{r['what']}, {r['unit']}", r["arm"], f"{r['parameters']:,}", r["seeds"], r["steps"]),
-            *(f"{r['before']:.2f}", _plus_minus(r["after"], r["spread"])),
-            "" if r["gain"] is None else f"{_plus_minus(r['gain'], r['gain_error'], sign='+')}: {r['verdict']}",
-        ]
-        for r in sorted(means(content["rows"]), key=lambda r: (r["experiment"], r["what"]))
-    ]
-    return markdown(headers, lines)
-
-
-def _plus_minus(value: float, spread: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.2f}" + ("" if spread is None else f" ± {spread:.2f}")
-
-
 def finetune_defaults(content: dict[str, Any]) -> str:
     """Loss and accuracy by type, warm-up and rate of the new parameters."""
     from benchmarks.finetune_defaults import lines
@@ -343,7 +313,6 @@ TABLES: dict[str, Table] = {
     "gain_methods-new": _search_tables.gain_methods,
     "search_cifar": _search_tables.search_cifar,
     "search_cifar-resnet56_cifar": _search_tables.search_cifar,
-    "finetuned": finetuned,
     "finetune_defaults": finetune_defaults,
     "collapsed": collapsed,
     "adfnet": adfnet,
