@@ -6,6 +6,7 @@ could be replaced, 2 wrong usage or input, 130 interrupted. Nothing here imports
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -173,7 +174,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """As argparse's own, but an error is one line with the nearest name and where help is, and each command tells its own."""
+    """As argparse's own, but an error is one line with the nearest name and where help is, and each command tells its own.
+
+    `-10%` is a value, like `-10`.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)%?$")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"surgeon: error: {message} ({self.prog} --help)\n")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from surgeon.errors import ConfigError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.search.gains.gain import GainTable
+from surgeon.search.gains.names import ESTIMATORS
 from surgeon.search.gains.quadratic import Walk, decrease, scaled
 from surgeon.search.placement.problem import Floats, Ints
 from surgeon.search.space import Space
@@ -31,7 +32,6 @@ from surgeon.surgery.convert import convert
 from surgeon.util.progress import OnProgress
 
 LossCallback = Callable[[nn.Module, Any], Tensor]  # loss(model, batch) -> mean loss of the batch, a scalar
-ESTIMATORS = ("gradient", "fisher", "snr", "nqm")
 DAMPING = 0.1  # relative to the mean of a layer's Fisher diagonal
 _GROUPS = 8
 
@@ -42,7 +42,7 @@ def gradient_gains(
     loss: LossCallback,
     batches: Sequence[Any],
     *,
-    estimators: Sequence[str] = ESTIMATORS,
+    estimators: Sequence[str] = tuple(ESTIMATORS),
     damping: float = DAMPING,
     walk: Walk | None = None,
     seed: int = 0,
@@ -86,7 +86,7 @@ def gradient_gains(
             gain=gain[name],
             error=error[name],
             estimator=name,
-            facts=facts,
+            facts=facts | {"unit": ESTIMATORS[name]},
         )
         for name in estimators
     }

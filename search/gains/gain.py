@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,14 @@ class GainTable:
         if self.gain[:, 0].any() or self.error[:, 0].any():
             raise ConfigError("the gain of keeping a layer is 0 by definition")
 
-    def for_space(self, space: Space) -> "GainTable":
-        """The entries of a space, in its order. Raises `ConfigError` if an allowed one is missing."""
+    def for_space(self, space: Space, where: str = "") -> "GainTable":
+        """The entries of a space, in its order. Raises `ConfigError`, with `where` the table is, if an allowed one is missing."""
         rows = {name: i for i, name in enumerate(self.layers)}
+        if space.layers and not rows.keys() & set(space.layers):
+            raise ConfigError(
+                f"{where or 'the gain table'} is of another network: it has none of the layers, such as {space.layers[0]}, but "
+                f"{', '.join(self.layers[:3])}"
+            )
         columns = {label: j for j, label in enumerate(self.options)}
         gain, error = np.zeros(space.allowed.shape), np.zeros(space.allowed.shape)
         for i, layer in enumerate(space.layers):
@@ -61,7 +66,10 @@ class GainTable:
                 if not j or not space.allowed[i, j]:
                     continue
                 if layer not in rows or label not in columns:
-                    raise ConfigError(f"the gain table ({self.estimator}) has no entry for {layer} as {label}")
+                    raise ConfigError(
+                        f"{where or 'the gain table'} ({self.estimator}) has no entry for {layer} as {label}: surgeon gains "
+                        "with the same --layers, --types and options estimates it"
+                    )
                 gain[i, j], error[i, j] = (
                     self.gain[rows[layer], columns[label]],
                     self.error[rows[layer], columns[label]],
@@ -147,7 +155,7 @@ def uniform_gains(space: Space) -> GainTable:
 
 def read_gains(what: str, space: Space) -> GainTable:
     """A gain table for a space: "uniform", or a file."""
-    return uniform_gains(space) if what == "uniform" else GainTable.read(what).for_space(space)
+    return uniform_gains(space) if what == "uniform" else GainTable.read(what).for_space(space, what)
 
 
 # --- cache on disk ------------------------------------------------------------------------------------------------
@@ -164,7 +172,8 @@ def cached(key: str, make: Callable[[], GainTable]) -> GainTable:
     path = cache_folder() / "gains" / f"{key}.json"
     if path.is_file():
         try:
-            return GainTable.read(path)
+            found = GainTable.read(path)
+            return replace(found, facts={**found.facts, "cached": True})
         except ConfigError:
             path.unlink(missing_ok=True)  # damaged: recreated
     table = make()

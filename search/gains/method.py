@@ -1,13 +1,13 @@
 """Gain tables by method name, cached on disk by the hash of all their inputs."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from surgeon.errors import ConfigError, DataError
+from surgeon.errors import DataError
 from surgeon.search.evaluate.training import TrainingEvaluator, sample_size
-from surgeon.search.gains.estimate import ESTIMATORS, gradient_gains
+from surgeon.search.gains.estimate import gradient_gains
 from surgeon.search.gains.gain import GainTable, cache_key, cached, uniform_gains
+from surgeon.search.gains.names import METHODS, check_gains, check_method
 from surgeon.search.gains.probe import ProbeConfig, ablation_gains, halving_gains, probe_gains, training_batches
 from surgeon.search.gains.quadratic import walk_of
 from surgeon.util.progress import OnProgress
@@ -17,7 +17,6 @@ TRAINED: dict[str, Callable[..., GainTable]] = {
     "halving": halving_gains,
     "ablation": ablation_gains,
 }
-METHODS = (*ESTIMATORS, *TRAINED)
 GRADIENT_BATCHES = 16
 
 
@@ -35,8 +34,7 @@ def make_gains(
     `config` is for the methods that train, `batches` for those that use gradients. An existing table is taken from the cache
     unless `fresh`.
     """
-    if method not in METHODS:
-        raise ConfigError(f"there is no gain method {method!r}; there are {', '.join(METHODS)}")
+    check_method(method)
     config = config or ProbeConfig()
 
     def make() -> GainTable:
@@ -75,6 +73,5 @@ def gains_of(what: str, evaluator: TrainingEvaluator, **options: Any) -> GainTab
         return uniform_gains(evaluator.space)
     if what in METHODS:
         return make_gains(what, evaluator, **options)
-    if not Path(what).is_file():
-        raise ConfigError(f"--gains: {what!r} is neither a file nor one of {', '.join(('uniform', *METHODS))}")
-    return GainTable.read(what).for_space(evaluator.space)
+    check_gains(what)
+    return GainTable.read(what).for_space(evaluator.space, what)

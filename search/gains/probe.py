@@ -24,6 +24,7 @@ from surgeon.errors import ConfigError
 from surgeon.layers.regularizer import regularization
 from surgeon.search.evaluate.training import ShortConfig, TrainingEvaluator
 from surgeon.search.gains.gain import GainTable
+from surgeon.search.gains.names import LEAST_SEEDS
 from surgeon.search.placement.problem import Floats, Ints
 from surgeon.search.space import Space
 from surgeon.surgery.rewrite import static
@@ -44,7 +45,7 @@ class ProbeConfig:
     batches: int = 4
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("seeds", 2), ("batches", 1)):
+        for name, least in (("steps", 1), ("seeds", LEAST_SEEDS), ("batches", 1)):
             if getattr(self, name) < least:
                 why = ": the standard error is over seeds" if name == "seeds" else ""
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}{why}")
@@ -118,7 +119,7 @@ def probe_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: OnP
         found = [_probe(evaluator, single(space, layer, option), layer, own) for own in batches]
         values.trainings += config.seeds
         values.set(layer, option, [before - after for before, after in zip(plain[layer], found, strict=True)])
-    return values.table(unit="loss")
+    return values.table(unit="decrease of the loss")
 
 
 class _Batches:

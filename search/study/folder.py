@@ -25,7 +25,7 @@ from surgeon.search.study.record import Record
 from surgeon.search.study.study import Study
 from surgeon.search.study.study_file import StudyFile
 from surgeon.util.files import check_fields, inside, read_object, write_text
-from surgeon.util.outputs import SEARCH
+from surgeon.util.outputs import SEARCH, STUDY, check_no_search
 
 FORMAT = "surgeon-search"
 VERSION = 1
@@ -37,7 +37,7 @@ class SearchFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.study = self.path / "study.jsonl"
+        self.study = self.path / STUDY
         self.about = self.path / SEARCH
         self.gains = self.path / "gains.json"
         self.best = self.path / "best"
@@ -47,7 +47,10 @@ class SearchFolder:
         self.tensorboard = self.path / "tensorboard"
 
     def check(self, *, resume: bool, storage: Mapping[str, str] | None = None) -> None:
-        """Raise `StudyError` unless a search may start or resume here; `storage` locates the study if it is in a database."""
+        """Raise an error unless a search may start or resume here; `storage` locates the study if it is in a database.
+
+        `CheckpointError` if there is a search already, `StudyError` for anything else.
+        """
         if storage is not None:
             known = _storage(self.about) if self.about.is_file() else storage
             if known != storage:
@@ -60,9 +63,9 @@ class SearchFolder:
         if resume and storage is None:
             if not self.study.is_file():
                 raise StudyError(f"there is no search in {self.path} to resume; omit --resume to start one")
-        elif self.study.is_file():
-            raise StudyError(f"there is already a search in {self.path}: continue it (--resume) or choose another -o")
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())) and not self.about.is_file():
+            return
+        check_no_search(self.path)
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())) and not self.about.is_file():
             raise StudyError(f"{self.path} exists and is not the folder of a search: choose another -o")
 
     @property

@@ -14,8 +14,12 @@ def as_stored(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """Differences between two JSON values, in words."""
+    """Differences between two JSON values, in words. What a user wrote ("text") stands for what was read from it."""
     if isinstance(old, dict) and isinstance(new, dict):
+        if "text" in old and "text" in new and old["text"] != new["text"]:
+            old, new = old["text"], new["text"]
+            yield f"{where} is {_short(old)} in the study and {_short(new)} here"
+            return
         for key in [*old, *(key for key in new if key not in old)]:
             inner = f"{where}.{key}" if where else str(key)
             if key not in old or key not in new:

@@ -204,8 +204,9 @@ def _check_base(base: BaseModel, *, trust_factory: bool) -> None:
     """Raise `ModelError` for what an untrusted recipe must not do: third-party code, downloads, pickles."""
     if base.source == "factory" and not trust_factory:
         raise ModelError(
-            f"the base model is built by the factory {base.name}, which is code: load the folder with base=MODEL, "
-            "or with trust_factory=True (--trust-factory) if you trust it"
+            f"the base model is built by the factory {base.name}, which is code. If you trust it, load the folder with "
+            "base=MODEL or trust_factory=True; on the command line with --trust-factory, or where a command has no such option, "
+            f"give {base.name} itself as the model"
         )
     bad = sorted(
         key for key in base.kwargs if _FORBIDDEN.search(key) and (base.source, key) != ("torchvision", "weights")

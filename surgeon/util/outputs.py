@@ -10,6 +10,15 @@ TRIAL = "try.json"  # the record of `surgeon try`
 SEARCH = "search.json"  # marks the folder of a search
 
 
+STUDY = "study.jsonl"  # the trials of a search in its folder
+
+
+def check_no_search(path: str | Path) -> None:
+    """Raise `CheckpointError` if there is a search in a folder already."""
+    if Path(path, STUDY).is_file():
+        raise CheckpointError(f"there is already a search in {path}: continue it (--resume) or choose another -o")
+
+
 def is_surgeon_folder(path: str | Path) -> bool:
     """Whether a path is a folder that contains a model written by surgeon."""
     return Path(path, RECIPE).is_file()

@@ -10,9 +10,11 @@ from surgeon.commands.common.arguments import print_json, whole
 from surgeon.commands.search.place import add_space_arguments, space_config
 from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments, check_task
 from surgeon.errors import ConfigError
+from surgeon.search.gains.names import LEAST_SEEDS, TRAINED, check_method
 
 if TYPE_CHECKING:
     from surgeon.search.gains.gain import GainTable
+    from surgeon.search.space import Space
 
 NEEDS = ("torch", "timm", "accelerate", "torchmetrics")  # libraries
 DESCRIPTION = "estimate the gain of every layer from every layer type, with errors"
@@ -51,6 +53,9 @@ def check(args: argparse.Namespace) -> None:
     if plot is not None and plot.suffix.lower() != ".png":
         raise ConfigError(f"a plot must be a .png file, got {plot.name!r}")
     checks.positives(args, ("batches", "steps", "seeds"))
+    check_method(args.method)
+    if args.method in TRAINED and args.seeds < LEAST_SEEDS:
+        raise ConfigError(f"--seeds must be at least {LEAST_SEEDS}, got {args.seeds}: the standard error is over seeds")
     check_task(args)
 
 
@@ -64,13 +69,11 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.commands.common.console import Progress
     from surgeon.commands.search.setup import make_setup
     from surgeon.search.evaluate.training import ShortConfig, TrainingEvaluator
-    from surgeon.search.gains.method import METHODS, make_gains
+    from surgeon.search.gains.method import make_gains
     from surgeon.search.gains.probe import ProbeConfig
     from surgeon.search.space import make_space
     from surgeon.sites.sites import find_sites
 
-    if args.method not in METHODS:
-        raise ConfigError(f"there is no gain method {args.method!r}; there are {', '.join(METHODS)}")
     plot = _plot(args)
     probe = ProbeConfig(steps=args.steps, seeds=args.seeds)
     setup = make_setup(args)
@@ -89,29 +92,43 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(gains.to_dict())
         return 0
-    print("\n".join(lines(gains)))
+    print("\n".join(lines(gains, space)))
     for path in (args.output, plot):
         if path is not None:
             print(f"written to  {path}", file=sys.stderr if args.json else sys.stdout)
     return 0
 
 
-def lines(gains: "GainTable") -> list[str]:
-    """The table as text: a row per layer, a column per option, `gain ± standard error`."""
+def lines(gains: "GainTable", space: "Space") -> list[str]:
+    """The table as text: a row per layer, a column per option, `gain ± standard error`; what it leaves to say below it."""
     from surgeon.commands.common.console import width
-    from surgeon.util.tables import table
+    from surgeon.util.tables import paragraph, table
 
     facts = gains.facts
     about = [f"{facts['seconds']:.1f} s"] if "seconds" in facts else []
     about += [f"{facts[name]} {name}" for name in ("batches", "trainings", "steps", "seeds") if name in facts]
     if "unit" in facts:
-        about.append(f"in {facts['unit']}, higher is better")
+        about.append(f"gain = {facts['unit']}, higher is better")
     rows = [
-        [layer, *(_entry(gains.gain[i, j], gains.error[i, j]) for j in range(1, len(gains.options)))]
+        [
+            layer,
+            *(
+                f"{gains.gain[i, j]:.3g} ± {gains.error[i, j]:.1g}" if space.allowed[i, j] else "-"
+                for j in range(1, len(gains.options))
+            ),
+        ]
         for i, layer in enumerate(gains.layers)
     ]
-    return [f"{gains.estimator}: {', '.join(about)}", table(["layer", *gains.options[1:]], rows, width=width())]
-
-
-def _entry(gain: float, error: float) -> str:
-    return "-" if gain == 0 and error == 0 else f"{gain:.3g} ± {error:.1g}"
+    notes = []
+    if not space.allowed.all():
+        notes.append("-: the layer cannot become this")
+    if not gains.gain.any():
+        notes.append(
+            "note: no replacement changed the metric. It is too coarse for so short a training: more --steps, more validation "
+            "samples, or --method nqm, which reads gradients of the loss"
+        )
+    if facts.get("cached"):
+        notes.append("note: estimated earlier for the same model, data and options; --fresh estimates anew")
+    text = table(["layer", *gains.options[1:]], rows, width=width())
+    told = [paragraph(note, width=width(), hang="  ") for note in notes]
+    return [f"{gains.estimator}: {', '.join(about)}", text, *told]

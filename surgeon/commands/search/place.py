@@ -142,29 +142,32 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.models.names import build_model
     from surgeon.search.gains.gain import read_gains
     from surgeon.search.gate import Gate
+    from surgeon.search.space import make_space
+    from surgeon.sites.sites import find_sites
 
     budgets = read_budgets(args)
     config = space_config(args)
     weights = weights_for_shapes(args)
     with waiting(f"building {args.model}", quiet=args.quiet):
         model, base = build_model(args.model, weights=weights, seed=args.seed, input_size=args.input_size)
+    size = input_size(args, base)
+    gains = read_gains(args.gains, make_space(model, config, sites=find_sites(model, input_size=size).convs))
     with waiting("counting the costs of every replacement", quiet=args.quiet):
         gate = Gate(
             model,
             config,
             budgets,
-            input_size=input_size(args, base),
+            input_size=size,
             batch_size=args.batch_size,
             optimizer=args.optimizer,
             amp=args.amp,
             channels_last=args.channels_last,
         )
-    gains = read_gains(args.gains, gate.space)
     gate.check_feasible()
     with waiting("placing", quiet=args.quiet):
         chosen = choose(gate, gains, args.count, args.distance)
     if not chosen:
-        return _nothing(gate, args)
+        raise _nothing(gate, gains, args)
     if args.output:
         _write(gate, chosen[0][0], args)
     document = _document(gate, gains, chosen, args)
@@ -195,18 +198,22 @@ def choose(gate: "Gate", gains: "GainTable", count: int, distance: int) -> "list
     return found
 
 
-def _nothing(gate: "Gate", args: argparse.Namespace) -> int:
-    """Report that the budgets only allow the original, or that nothing gains."""
+def _nothing(gate: "Gate", gains: "GainTable", args: argparse.Namespace) -> Exception:
+    """The error for budgets that only allow the original, or gains of which none is above 0."""
     from surgeon.search.budget import as_budget
     from surgeon.search.placement.place import nearest
     from surgeon.search.placement.problem import InfeasibleError
 
+    if not (gains.gain > 0).any():
+        return InfeasibleError(
+            f"nothing was placed in {args.model}: no replacement has a gain above 0 in {args.gains} ({gains.estimator})"
+        )
     problem: Problem = gate.problem
     numbers = nearest(problem, at_least=1)
     if "memory" in numbers:
         numbers["memory"] = gate.calibration.needed(numbers["memory"], sum(gate.original.reserve.values()))
     needed = ", ".join(f"{FLAGS[name]} {as_budget(name, value)}" for name, value in numbers.items())
-    raise InfeasibleError(
+    return InfeasibleError(
         f"nothing was placed in {args.model}: within {gate.budgets.text} there is no replacement that gains anything"
         + (f"; the cheapest one needs {needed}" if needed else "")
     )

@@ -10,6 +10,9 @@ from surgeon.commands.common.arguments import model_name, print_json, tell, whol
 from surgeon.commands.search.place import add_budget_arguments, add_space_arguments, read_budgets, space_config
 from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments, check_task
 from surgeon.errors import ConfigError
+from surgeon.search.gains.names import METHODS, check_gains
+from surgeon.util.bounds import FLAGS
+from surgeon.util.outputs import check_no_search
 from surgeon.util.parse import parse_time
 from surgeon.util.waiting import waiting
 
@@ -103,6 +106,9 @@ def check(args: argparse.Namespace) -> None:
     if args.max_time is not None:
         parse_time(args.max_time, "--max-time")
     checks.budgets(args)
+    check_gains(args.gains)
+    if not (_going_on(args) or args.storage):
+        check_no_search(_folder(args))
     check_task(args)
 
 
@@ -112,12 +118,16 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.search.study.folder import SearchFolder
 
     check_name(args.sampler)
-    folder = SearchFolder(args.output or Path("runs", args.join or f"{model_name(args.model)}-{args.task}-search"))
+    folder = SearchFolder(_folder(args))
     file = _study(args, folder)
     try:
         return _search(args, folder, file)
     finally:
         file.close()
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    return args.output or Path("runs", args.join or f"{model_name(args.model)}-{args.task}-search")
 
 
 def _search(args: argparse.Namespace, folder: "SearchFolder", file: "Study") -> int:
@@ -138,7 +148,7 @@ def _search(args: argparse.Namespace, folder: "SearchFolder", file: "Study") -> 
                 interrupt(processes)
     except KeyboardInterrupt:  # the second Ctrl-C
         return _interrupted()
-    tell(args, f"stopped ({outcome.stopped}) after {outcome.evaluated} evaluations here")
+    tell(args, f"{_ENDS[outcome.stopped]}; trained here: {outcome.evaluated}")
     if outcome.stopped == "interrupted":
         return _interrupted()
     assert search.gate is not None
@@ -261,7 +271,7 @@ def _gains(
     """The gain table of the search; a resumed or joined search keeps its original one."""
     from surgeon.commands.common.console import Progress
     from surgeon.search.gains.gain import GainTable
-    from surgeon.search.gains.method import METHODS, gains_of
+    from surgeon.search.gains.method import gains_of
     from surgeon.search.study.database import StudyDatabase
 
     if isinstance(file, StudyDatabase):
@@ -335,6 +345,14 @@ def _finals(args: argparse.Namespace, folder: "SearchFolder", search: "Search", 
     )
 
 
+_ENDS = {  # why a worker stops
+    "trials": "all trials are done",
+    "time": "--max-time is over",
+    "exhausted": "there is no other placement within the budgets",
+    "interrupted": "interrupted",
+}
+
+
 # --- output -------------------------------------------------------------------------------------------------------
 
 
@@ -352,11 +370,12 @@ class _Progress:
             value += f" ({'; '.join(why)})"
         if not one.placement and "start" in one.attributes:
             value += f" ({one.attributes['start']:.5g} before training)"
-        known = f", best {best.values[0]:.5g} (trial {best.number})" if best is not None and best.values else ""
-        used = ", ".join(f"{name} {share:.0%}" for name, share in self.gate.use(one.attributes.get("traced")).items())
+        known = f"; best so far {best.values[0]:.5g}, trial {best.number}" if best is not None and best.values else ""
+        shares = self.gate.use(one.attributes.get("traced")).items()
+        used = ", ".join(f"{share:.0%} of {FLAGS[name]}" for name, share in shares)
         replaced = f"{len(one.placement)} layers" if one.placement else "original"
         told = f"trial {one.number}: {replaced} ({one.source}), {self.primary} {value}{known}"
-        tell(self.args, told + (f"; of the budgets {used}" if used else ""))
+        tell(self.args, told + (f"; uses {used}" if used else ""))
 
 
 def _interrupted() -> int:

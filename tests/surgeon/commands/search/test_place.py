@@ -65,6 +65,22 @@ def test_gains_decide_and_several_differ(capsys: pytest.CaptureFixture[str]) -> 
     assert len({one["hash"] for one in document["placements"]}) == 3
 
 
+def test_a_table_that_gains_nothing_or_is_of_another_network_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"format": "surgeon-gains", "version": 1, "estimator": "mine", "options": ["sekg"]}
+    GainTable.from_dict(values | {"gains": {"body.0": {"sekg": [1.0, 0.1]}}}).write("other.json")
+    with monkeypatch.context() as patch:
+        patch.setattr("surgeon.search.gate.Gate.__init__", lambda *_, **__: pytest.fail("costs were counted"))
+        assert main([*PLACE, "--quiet", "--types", "sekg", "--gains", "other.json"]) == 2
+    assert "other.json is of another network: it has none of the layers" in capsys.readouterr().err
+    assert main([*PLACE, "--quiet", "--types", "sekg", "--layers", "stage4", "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["placements"][0]["replaced"]
+    GainTable.from_dict(values | {"gains": {layer: {"sekg": [-0.1, 0.1]} for layer in layers}}).write("g.json")
+    assert main([*PLACE, "--quiet", "--types", "sekg", "--layers", "stage4", "--gains", "g.json"]) == 1
+    assert "no replacement has a gain above 0 in g.json (mine)" in capsys.readouterr().err
+
+
 def test_what_people_see(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[str] = []
     monkeypatch.setattr(place, "waiting", lambda what, *, quiet: (waited.append(what), nullcontext())[1])
@@ -95,6 +111,7 @@ def test_what_people_see(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         (["--space", "nowhere.yaml"], 2, ["nowhere.yaml"]),
         (["--space", "a.yaml", "--types", "acda"], 2, ["--space"]),
         (["--gains", "nowhere.json"], 2, ["nowhere.json"]),
+        (["--max-flops", "-10%"], 1, ["--max-flops", "nearest"]),
         (["--count", "0"], 2, ["--count"]),
         (["--max-layers", "0"], 2, ["--max-layers"]),
         (["-o", "."], 2, ["exists"]),

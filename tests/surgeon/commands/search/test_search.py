@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from optuna.storages import JournalStorage
@@ -13,10 +14,14 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import surgeon
 from surgeon.cli import main
+from surgeon.commands.search.gains import lines
+from surgeon.costs.table import Option
 from surgeon.search.gains.gain import GainTable
 from surgeon.search.results.report import sentences
 from surgeon.search.results.summary import status_lines, worse_than_start
+from surgeon.search.space import Space
 from surgeon.search.study.folder import Finished, read_search
+from surgeon.search.study.identity import differences
 from surgeon.search.study.journal import StudyJournal
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.finetune.loop import Interrupted, Run
@@ -34,7 +39,7 @@ def test_a_search_from_beginning_to_end(capsys: Capture) -> None:
     assert main(search_arguments("s", "--trials", "5", "--max-flops", "+300%", "--finals", "1", "--seeds", "2")) == 0
     out, error = capsys.readouterr()
     assert re.search(r"trial 0: original \(original\), mse 0\.\d+ \(0\.\d+ before training\)", error)
-    assert re.search(r"best 0\.\d+ \(trial \d\); of the budgets flops \d+%", error)
+    assert re.search(r"best so far 0\.\d+, trial \d; uses \d+% of --max-flops", error)
     assert re.search("finals 1/[23]: original", error)
     assert "written to  s" in out
     found = read_search("s")
@@ -256,6 +261,11 @@ def test_wrong_usage_is_one_clear_message(more: list[str], said: str, capsys: Ca
     assert not Path("s").exists()
 
 
+def test_what_a_user_wrote_stands_for_what_was_read_from_it() -> None:
+    old, new = ({"flops": {"text": text, "value": value}} for text, value in (("+60%", 1.6), ("+10%", 1.1)))
+    assert list(differences(old, new)) == ['flops is "+60%" in the study and "+10%" here']
+
+
 def test_what_is_no_search(capsys: Capture) -> None:
     Path("empty").mkdir()
     for action in ("status", "best", "report", "export"):
@@ -280,7 +290,41 @@ def test_gains_round_trip(capsys: Capture) -> None:
     assert (
         main(["place", FACTORY, "--input-size", "8", *SPACE, "--gains", "g.json", "--max-layers", "1", "--json"]) == 0
     )
-    assert main(["gains", *arguments, "--method", "guess"]) == 2
+    capsys.readouterr()
+    assert main(["gains", *arguments, "--method", "probe", "--steps", "2"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "gain = decrease of the loss, higher is better" in told
+    assert "note: estimated earlier for the same model, data and options; --fresh estimates anew" in told
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--method", "prob"], "there is no gain method 'prob'; there are gradient, fisher, .*Did you mean 'probe'?"),
+        (["--method", "probe", "--seeds", "1"], "--seeds must be at least 2, got 1: the standard error is over seeds"),
+    ],
+)
+def test_methods_and_seeds_are_checked_first(
+    more: list[str], told: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("surgeon.commands.search.gains.run", lambda *_: pytest.fail("the command began"))
+    assert main(["gains", FACTORY, "--task", "tiny-regression", *more]) == 2
+    assert re.search(told, capsys.readouterr().err)
+
+
+def test_a_table_says_what_is_impossible_and_what_gains_nothing() -> None:
+    space = Space(
+        layers=("a", "b"),
+        stages=(None, None),
+        options=(Option("acda", {}), Option("sekg", {})),
+        allowed=np.array([[True, True, False], [True, True, True]]),
+    )
+    none = np.zeros((2, 3))
+    table = GainTable(layers=("a", "b"), options=space.labels, gain=none, error=none, estimator="halving")
+    told = " ".join("\n".join(lines(table, space)).split())
+    assert "a 0 ± 0 - b 0 ± 0 0 ± 0" in told
+    assert "-: the layer cannot become this" in told
+    assert "note: no replacement changed the metric" in told
 
 
 # --- TensorBoard, plots -------------------------------------------------------------------------------------------
