@@ -1,6 +1,6 @@
 """A whole search on a trained CIFAR ResNet under two budgets, and its result against the papers' own placements.
 
-    python -m benchmarks.search_cifar [--network resnet20_cifar] [--trials 16] [--seeds 3] [--quick] [--fresh]
+    python -m benchmarks.search_cifar [--network resnet20_cifar] [--trials 16] [--seeds 3] [--quick] [--report] [--fresh]
 
 Arms, all trained equally with every seed: the network without conversion, the placement that the search found, a random feasible
 one, PAFU in the first convolution of every stage and ACDA in the last stage, as the papers place them. The search sees one half
@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of every arm (default: %(default)s)")
     parser.add_argument("--sampler", default="posterior", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="few steps and images")
+    parser.add_argument("--report", action="store_true", help="search, but train no arm: only print those there are")
     parser.add_argument("--fresh", action="store_true", help="forget an interrupted run")
     parser.add_argument("--data", type=Path, default=data.data_folder(), help="default: %(default)s")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = search(evaluator, gate, study, args.trials, args.sampler, rows)
     for arm, placement in arms(gate, found).items():
         for seed in tqdm(range(args.seeds), desc=arm, disable=None):
-            if f"{arm}/{seed}" not in rows:
+            if f"{arm}/{seed}" not in rows and not args.report:
                 rows.add(f"{arm}/{seed}", train(evaluator, arm, placement, seed, args.data, size))
     finish(rows, gate, arms(gate, found), args.network, size, args.results / f"{name}.json")
     return 0
@@ -200,6 +201,8 @@ def finish(rows: Rows, gate: Gate, placements: dict[str, Ints], name: str, size:
     lines = []
     for arm, placement in placements.items():
         own = [row for row in rows.values() if row.get("arm") == arm]
+        if not own:
+            continue
         costs, verdict = gate.trace(placement), gate.check(placement)
         loss, top1 = [row["loss"] for row in own], [row["top1"] for row in own]
         lines.append(
