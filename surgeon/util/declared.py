@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from surgeon.errors import ConfigError
 from surgeon.util.kinds import fits, readable
+from surgeon.util.limits import WORDS, Limits, check_limits, merged
 from surgeon.util.near import did_you_mean
 
 _TYPES = {"Any": Any, "Literal": Literal, "Path": Path}
@@ -21,10 +22,10 @@ _TYPES = {"Any": Any, "Literal": Literal, "Path": Path}
 
 @dataclass(frozen=True)
 class Declared:
-    """A layer type or a task: the type of each option, the least values, whether it declares `compressed` options."""
+    """A layer type or a task: the type of each option, the limits of numbers, whether it declares `compressed` options."""
 
     options: dict[str, Any]
-    least: dict[str, float]
+    limits: Limits
     compressed: bool = False
 
 
@@ -41,7 +42,7 @@ def tasks() -> dict[str, Declared]:
 
 
 def check_layer_options(kind: str, options: dict[str, Any], flags: Mapping[str, str]) -> None:
-    """Raise `ConfigError` for an unknown layer type, and for options that it does not have, of the wrong type or too small.
+    """Raise `ConfigError` for an unknown layer type, and for options that are unknown, of the wrong type or beyond their limits.
 
     `flags` are the flags with which options were given, if they have their own.
     """
@@ -63,7 +64,7 @@ def check_layer_options(kind: str, options: dict[str, Any], flags: Mapping[str, 
 
 
 def check_task_options(name: str, options: dict[str, Any]) -> None:
-    """Raise `ConfigError` for an unknown task, and for options that it does not have or of the wrong type."""
+    """Raise `ConfigError` for an unknown task, and for options that it does not have, of the wrong type or beyond their limits."""
     known = tasks()
     if known and name not in known:
         raise unknown_task(name, sorted(known))
@@ -95,8 +96,7 @@ def _check_kinds(where: str, found: Declared, options: dict[str, Any], flags: Ma
         shown = f"{where}{flags.get(name, name)}"
         if not fits(value, found.options[name]):
             raise ConfigError(f"{shown} must be {readable(found.options[name])}, got {value!r}")
-        if name in found.least and isinstance(value, int | float) and value < found.least[name]:
-            raise ConfigError(f"{shown} must be at least {found.least[name]}, got {value!r}")
+        check_limits(shown, value, found.limits.get(name, {}))
 
 
 # --- reading the source -------------------------------------------------------------------------------------------
@@ -132,22 +132,22 @@ def _assigned(one: ast.ClassDef) -> Iterator[tuple[str, ast.expr | None, ast.exp
             yield node.targets[0].id, None, node.value
 
 
-def _config(name: str, classes: dict[str, ast.ClassDef]) -> tuple[dict[str, Any], dict[str, float]]:
-    """(fields, least) of a config and its base classes: the types of its fields, `Any` where not plain, and its least values."""
+def _config(name: str, classes: dict[str, ast.ClassDef]) -> tuple[dict[str, Any], Limits]:
+    """(fields, limits) of a config and its base classes: the types of its fields, `Any` where not plain, and their limits."""
     fields: dict[str, Any] = {}
-    least: dict[str, float] = {}
+    limits: Limits = {}
     if name not in classes:
-        return fields, least
+        return fields, limits
     for base in classes[name].bases:
         if isinstance(base, ast.Name):
-            more, lower = _config(base.id, classes)
-            fields, least = fields | more, least | lower
+            more, inherited = _config(base.id, classes)
+            fields, limits = fields | more, limits | inherited
     for field, annotation, value in _assigned(classes[name]):
-        if field == "least" and value is not None:
-            least |= ast.literal_eval(value)
+        if field in WORDS and value is not None:
+            limits = merged(limits, field, ast.literal_eval(value))
         elif annotation is not None and not ast.unparse(annotation).startswith("ClassVar"):
             fields[field] = _type(annotation)
-    return fields, least
+    return fields, limits
 
 
 def _type(annotation: ast.expr) -> Any:

@@ -73,6 +73,8 @@ WRONG = {
     "finetune resnet18 --task sad --ema 1": "--ema: expected a number between 0 and 1, such as 0.999, got '1'",
     "finetune resnet18 --task sad --clip nan": "--clip: expected a number of at least 0, got 'nan'",
     "finetune resnet18 --task denoising --data . --task-option sigma=-5": "sigma must be at least 0, got -5",
+    "finetune resnet18 --task denoising --data . --task-option val_fraction=1": "must be above 0 and below 1, got 1",
+    "finetune resnet18 --task sad --task-option share=1.5": "share must be at least 0 and at most 1, got 1.5",
     "evaluate resnet18 --task denoising --data . --task-option train_limit=0": "train_limit must be at least 1, got 0",
     "finetune resnet18 --task sad --sched cosin": "argument --sched: .* Did you mean 'cosine'",
     "try resnet18 --task sad --max-time soon": "--max-time: expected a time",
@@ -123,9 +125,9 @@ def test_what_is_declared_is_what_is_registered() -> None:
         for name, one in found.items():
             kind: Any = config(name)
             hints = typing.get_type_hints(kind)
+    from surgeon.util.limits import limits_of
             assert one.options == {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-            least = [vars(base).get("least", {}) for base in reversed(kind.__mro__)]
-            assert one.least == {key: value for some in least for key, value in some.items()}
+            assert one.limits == limits_of(kind)
             assert one.compressed == bool(getattr(kind, "compressed", None))
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from surgeon.errors import ConfigError
+from surgeon.util.limits import check_limits, limits_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,8 +31,8 @@ class TaskConfig:
     """Options that every task has; a task's config adds its own. Invalid values raise a `ConfigError`.
 
     `data` is a folder whose layout the task's docstring describes (None only for tasks that generate their data).
-    `input_size`, `mean` and `std` default to the model's, if it has its own. `least` holds the least values of numbers, read from
-    the source, too; a subclass adds its own.
+    `input_size`, `mean` and `std` default to the model's, if it has its own. `least`, `above`, `most` and `below` hold limits of
+    numbers (`surgeon.util.limits`), read from the source, too; a subclass adds its own.
     """
 
     least: ClassVar[Mapping[str, float]] = {"train_limit": 1, "val_limit": 1}
@@ -45,11 +45,8 @@ class TaskConfig:
     val_limit: int | None = None
 
     def __post_init__(self) -> None:
-        declared = [vars(kind).get("least", {}) for kind in reversed(type(self).__mro__)]
-        for name, least in (one for some in declared for one in some.items()):
-            value = getattr(self, name)
-            if isinstance(value, int | float) and value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value!r}")
+        for name, limits in limits_of(type(self)).items():
+            check_limits(name, getattr(self, name), limits)
 
 
 class TaskDataset(Dataset[Sample]):

@@ -57,7 +57,9 @@ class ClassificationConfig(FolderConfig):
 
     dataset: str = "auto"
     download: bool = False
+        "label_smoothing": 0,
     augment: bool = True
+    most: ClassVar[Mapping[str, float]] = {"mix_probability": 1, "erase": 1, "label_smoothing": 1}
     crop_scale: tuple[float, float] = (0.08, 1.0)
     color_jitter: float = 0.0
     auto_augment: str | None = None
@@ -77,9 +79,6 @@ class ClassificationConfig(FolderConfig):
             raise ConfigError(f"dataset must be one of auto, {', '.join(DATASETS)}, got {self.dataset!r}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ConfigError(f"crop_scale must be two shares of the area in order, got {self.crop_scale!r}")
-        for name in ("mix_probability", "erase", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)!r}")
 
 
 @register

@@ -53,6 +53,7 @@ class CrowdConfig(FolderConfig):
     """
 
     least: ClassVar[Mapping[str, float]] = {"stride": 1, "patch": 1}
+    above: ClassVar[Mapping[str, float]] = {"sigma": 0, "density_scale": 0}
 
     sigma: float | str = 4.0
     stride: int | None = None
@@ -63,19 +64,15 @@ class CrowdConfig(FolderConfig):
     density_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_square()
         if isinstance(self.sigma, str) and self.sigma != "adaptive":
             try:
                 object.__setattr__(self, "sigma", float(self.sigma))
             except ValueError:
                 raise ConfigError(f"sigma must be a number of pixels or adaptive, got {self.sigma!r}") from None
-        if not isinstance(self.sigma, str) and self.sigma <= 0:
-            raise ConfigError(f"sigma must be positive, got {self.sigma!r}")
+        super().__post_init__()
+        self.check_square()
         if self.outside not in ("error", "clip", "drop"):
             raise ConfigError(f"outside must be error, clip or drop, got {self.outside!r}")
-        if self.density_scale <= 0:
-            raise ConfigError(f"density_scale must be positive, got {self.density_scale!r}")
 
 
 @register

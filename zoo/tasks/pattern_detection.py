@@ -32,6 +32,7 @@ class PatternConfig(TaskConfig):
     """
 
     least: ClassVar[Mapping[str, float]] = {"images": 1, "repeats": 1, "noise": 0, "shift": 0}
+    most: ClassVar[Mapping[str, float]] = {"shift": 40}  # leaves room for the patterns
 
     images: int = 1
     repeats: int = 100
@@ -41,8 +42,6 @@ class PatternConfig(TaskConfig):
     def __post_init__(self) -> None:
         check_types(self)
         super().__post_init__()
-        if not 0 <= self.shift <= 40:
-            raise ConfigError(f"shift must be between 0 and 40 to leave room for the patterns, got {self.shift!r}")
         if self.data is not None:
             raise ConfigError(f"task pattern-detection generates its images; remove data={self.data}")
 

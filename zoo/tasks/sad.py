@@ -33,6 +33,7 @@ class SadConfig(TaskConfig):
     """
 
     least: ClassVar[Mapping[str, float]] = {"images": 1, "val_images": 1, "share": 0, "beta": 0}
+    most: ClassVar[Mapping[str, float]] = {"share": 1}
 
     images: int = 1000
     val_images: int = 100
@@ -42,10 +43,8 @@ class SadConfig(TaskConfig):
     def __post_init__(self) -> None:
         check_types(self)
         super().__post_init__()
-        if not 0 <= self.share <= 1:
-            raise ConfigError(f"share must be between 0 and 1, got {self.share!r}")
-        if not (math.isfinite(self.beta) and self.beta >= 0):
-            raise ConfigError(f"beta must be a finite number >= 0, got {self.beta!r}")
+        if not math.isfinite(self.beta):
+            raise ConfigError(f"beta must be a finite number, got {self.beta!r}")
         if self.data is not None:
             raise ConfigError(f"task sad generates its images; remove data={self.data}")
 

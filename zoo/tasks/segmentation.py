@@ -42,6 +42,7 @@ class SegmentationConfig(FolderConfig):
     """
 
     least: ClassVar[Mapping[str, float]] = {"classes": 2, "multiple": 1}
+    above: ClassVar[Mapping[str, float]] = {"scale_min": 0, "scale_max": 0}
 
     classes: int | None = None
     ignore_index: int = 255
@@ -54,10 +55,8 @@ class SegmentationConfig(FolderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.scale_min <= self.scale_max:
-            raise ConfigError(
-                f"scale_min={self.scale_min!r} and scale_max={self.scale_max!r} must be positive, in this order"
-            )
+        if self.scale_min > self.scale_max:
+            raise ConfigError(f"scale_min={self.scale_min!r} must not be above scale_max={self.scale_max!r}")
         if not self.test_scales or not all(scale > 0 for scale in self.test_scales):
             raise ConfigError(f"test_scales must be positive factors, as 0.75,1,1.25, got {self.test_scales!r}")
         if self.input_size is not None and self.input_size[0] != 3:

@@ -3,10 +3,10 @@
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 
@@ -37,6 +37,9 @@ class FolderConfig(TaskConfig):
     validation images: it is not the seed of a run, so runs with different seeds are evaluated on the same samples.
     """
 
+    above: ClassVar[Mapping[str, float]] = {"val_fraction": 0}
+    below: ClassVar[Mapping[str, float]] = {"val_fraction": 1}
+
     train: Path | None = None
     val: Path | None = None
     val_fraction: float = 0.1
@@ -49,8 +52,6 @@ class FolderConfig(TaskConfig):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, Path(value))
-        if not 0 < self.val_fraction < 1:
-            raise ConfigError(f"val_fraction must be between 0 and 1, got {self.val_fraction!r}")
 
     def check_square(self) -> None:
         """Raise `ConfigError` unless training samples are square; for tasks that rotate them or crop them to squares."""

@@ -1,0 +1,42 @@
+"""Limits of options that are numbers, as classes declare them: `least` and `most` are allowed themselves, `above` and `below` not.
+
+least: ClassVar[Mapping[str, float]] = {"patch": 1}
+above: ClassVar[Mapping[str, float]] = {"val_fraction": 0}
+"""
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from surgeon.errors import ConfigError
+
+Limits = dict[str, dict[str, float]]  # by option, then by word
+
+WORDS = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+
+
+def merged(limits: Limits, word: str, more: Mapping[str, float]) -> Limits:
+    """The limits with those declared under one word."""
+    return limits | {name: limits.get(name, {}) | {word: limit} for name, limit in more.items()}
+
+
+def limits_of(kind: type) -> Limits:
+    """The limits declared by a class and its bases; a subclass overrides."""
+    found: Limits = {}
+    for base in reversed(kind.__mro__):
+        for word in WORDS:
+            found = merged(found, word, vars(base).get(word, {}))
+    return found
+
+
+def check_limits(shown: str, value: Any, limits: Mapping[str, float]) -> None:
+    """Raise `ConfigError` for a number beyond a limit of its option (by word); `shown` is the option's name in the message."""
+    if not isinstance(value, int | float) or all(WORDS[word][1](value, limit) for word, limit in limits.items()):
+        return
+    told = " and ".join(f"{told} {limits[word]}" for word, (told, _) in WORDS.items() if word in limits)
+    raise ConfigError(f"{shown} must be {told}, got {value!r}")
