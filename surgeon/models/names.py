@@ -20,7 +20,7 @@ from torch import nn
 from surgeon.errors import ModelError
 from surgeon.models.places import HUB, LIBRARIES, no_folder
 from surgeon.models.programs import SUFFIX, is_program
-from surgeon.models.sources import construct, pretrained, resolve_hub
+from surgeon.models.sources import as_published, construct, pretrained, resolve_hub
 from surgeon.models.weights import load_weights, read_weights, state_sha256
 from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
@@ -45,8 +45,9 @@ def build_model(
 ) -> tuple[nn.Module, BaseModel | None]:
     """Build the model named by `spec`, in eval mode, and return how it was built.
 
-    `weights` is auto (pretrained if available, otherwise random, with a logged warning), pretrained, random, or a
-    file. Random weights depend on `seed`. `input_size` is (C, H, W) or (H, W). `options` go to the model's own factory.
+    `weights` is auto (pretrained if available, otherwise random, with a logged warning), pretrained, random, shapes (random,
+    in the structure of the pretrained ones), or a file. Random weights depend on `seed`. `input_size` is (C, H, W) or (H, W).
+    `options` go to the model's own factory. `trust_factory` lets a surgeon folder run the factory that its recipe names.
     The second result is None only for a surgeon folder whose base model is unknown. Raises `ModelError`.
     """
     from surgeon.models.hub import folder_if_any
@@ -121,7 +122,9 @@ def build_shapes(base: BaseModel, *, trust_factory: bool = False) -> nn.Module:
 
 def shapes_of(spec: str) -> nn.Module:
     """A model by its name, in eval mode, with shapes only; nothing is fetched. Raises `ModelError`."""
-    base = _parse(spec)
+    if is_program(spec):
+        return build_model(spec)[0]
+    base = as_published(_parse(spec))
     if base.source == "factory" or HUB.fullmatch(base.name):
         return build_model(spec, weights="random")[0]
     return build_shapes(base).eval()
@@ -296,6 +299,8 @@ def torchvision_size(name: str) -> tuple[int, ...]:
 def _with_weights(base: BaseModel, weights: str, seed: int) -> tuple[nn.Module, BaseModel]:
     """The model with the requested weights, and the record of both."""
     if base.source == "program":
+    if weights == "shapes":
+        base, weights = as_published(base), "random"
         model = construct(base)
         return model, _recorded(base, model, base.weights)
     if base.source == "factory" and weights == "auto":

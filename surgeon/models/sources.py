@@ -129,6 +129,18 @@ def _plain(base: BaseModel) -> dict[str, Any]:
     return {key: value for key, value in base.kwargs.items() if (base.source, key) != ("torchvision", "weights")}
 
 
+def as_published(base: BaseModel) -> BaseModel:
+    """With the structure of its published weights, where it differs: torchvision's have no auxiliary classifiers, for example.
+
+    Options of the caller's decide instead, if there are any.
+    """
+    from torchvision import models
+
+    if base.source != "torchvision" or base.kwargs or not len(models.get_model_weights(base.name)):
+        return base
+    return replace(base, kwargs={"weights": "DEFAULT"})
+
+
 def pretrained(base: BaseModel) -> tuple[nn.Module, BaseModel]:
     """The model with its published weights; raises `ModelError` if they are unavailable."""
     failed = f"pretrained weights of {base.name} are unavailable"

@@ -253,15 +253,15 @@ def building(args: argparse.Namespace) -> str:
     return f"building {args.model}{' with its published weights (--weights random: without)' if published else ''}"
 
 
-def weights_for_shapes(args: argparse.Namespace) -> str:
-    """As given, otherwise random ones: where only shapes matter, nothing is downloaded. Folders and programs have their own."""
-    if args.weights is not None:
-        return str(args.weights)
+def weights_for_shapes(spec: str, given: str | None = None) -> str:
+    """As given, otherwise `shapes`: where only these matter, nothing is downloaded. Folders and programs have their own."""
+    if given is not None:
+        return given
     from surgeon.models.hub import folder_if_any
     from surgeon.models.programs import is_program
     from surgeon.util.outputs import is_surgeon_folder
 
-    return "auto" if is_surgeon_folder(folder_if_any(args.model)) or is_program(args.model) else "random"
+    return "auto" if is_surgeon_folder(folder_if_any(spec)) or is_program(spec) else "shapes"
 
 
 def model_name(spec: str) -> str:

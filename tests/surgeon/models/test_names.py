@@ -17,7 +17,8 @@ from torch import nn
 import surgeon
 from surgeon.errors import ModelError
 from surgeon.models.identify import identify
-from surgeon.models.names import build_model, build_structure, model_names, restore
+from surgeon.models.names import build_model, build_structure, model_names, restore, shapes_of
+from surgeon.models.sources import as_published
 from surgeon.models.weights import reachable, read_weights, state_sha256
 from surgeon.records.recipe import BaseModel, Weights, get_recipe
 
@@ -315,6 +316,17 @@ def test_an_original_with_a_new_classifier_says_what_to_compare_with() -> None:
 
 
 # --- factories and foreign recipes --------------------------------------------------------------------------------
+
+def test_shapes_are_those_of_published_weights() -> None:
+    """GoogLeNet has two auxiliary classifiers only without its weights."""
+    assert not {"aux1.conv.conv", "aux2.conv.conv"} & {
+        name for name, _ in shapes_of("torchvision/googlenet").named_modules()
+    }
+    base = BaseModel(source="torchvision", name="googlenet", weights=Weights(kind="random"))
+    assert as_published(base).kwargs == {"weights": "DEFAULT"}
+    options = dataclasses.replace(base, kwargs={"num_classes": 3})
+    assert as_published(options) == options
+
 
 
 @pytest.fixture
