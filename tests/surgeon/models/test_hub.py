@@ -22,7 +22,7 @@ from surgeon.errors import CheckpointError, ConfigError
 from surgeon.models.checkpoint import save
 from surgeon.models.hub import FILES, fetch
 from surgeon.records.card import PLACE, license_of, model_card
-from surgeon.records.recipe import BaseModel, Recipe, Rule, Weights, get_recipe
+from surgeon.records.recipe import BaseModel, Recipe, Rule, Weights, get_recipe, set_recipe
 from surgeon.records.report import Report
 from surgeon.util.files import inside
 from tests.support.tiny_runs import X, contents, tiny
@@ -159,6 +159,19 @@ def test_names_of_strangers_are_no_markup() -> None:
     assert "| `a\\|b'<script> # c` |" in text
     assert "\\<b\\>" in text
     assert "trust_factory=True" in text
+
+
+def test_a_card_lists_the_classes(tmp_path: Path) -> None:
+    model = surgeon.open_model("test_resnet", weights="random", num_classes=3)
+    recipe = get_recipe(model)
+    assert recipe is not None
+    set_recipe(model, replace(recipe, classes=("cat", "hot|dog", "<b>")))
+    surgeon.save(model, tmp_path / "run")
+    assert "- 3 outputs, in this order: cat, hot\\|dog, \\<b\\>\n" in (tmp_path / "run" / "README.md").read_text()
+    text = model_card(replace(recipe, classes=tuple(f"class{number}" for number in range(1000))))
+    (line,) = [line for line in text.splitlines() if line.startswith("- 1000 outputs, in this order: class0, class1, ")]
+    shown = line.count("class")
+    assert line.endswith(f"class{shown - 1} and {1000 - shown} more, in `recipe.json`")
 
 
 def test_a_card_may_be_edited_or_gone(saved: Path) -> None:
