@@ -5,7 +5,16 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
-from surgeon.commands.common.arguments import add_amp, add_batch_size, not_negative, print_json, size, whole
+from surgeon.commands.common.arguments import (
+    add_amp,
+    add_batch_size,
+    add_trust,
+    not_negative,
+    print_json,
+    size,
+    weights_for_shapes,
+    whole,
+)
 from surgeon.errors import ConfigError, InputError
 from surgeon.util.outputs import is_surgeon_folder
 from surgeon.util.parse import parse_quantity
@@ -57,7 +66,7 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", default="sgd", metavar="NAME", help="sgd (momentum), sgd-plain, adam, adamw")
     add_amp(parser)
     parser.add_argument("--channels-last", action="store_true", help="channels-last memory format")
-    parser.add_argument("--trust-factory", action="store_true", help="run the factory named by a run's recipe")
+    add_trust(parser)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -127,16 +136,9 @@ def _cost_of(spec: str, args: argparse.Namespace, **settings: Any) -> "tuple[nn.
 
 def build(spec: str, *, trust_factory: bool = False) -> "nn.Module":
     """A model for its shapes only: the weights do not matter, so none are fetched."""
-    from surgeon.models.hub import folder_if_any
-
-    folder = folder_if_any(spec)
-    if is_surgeon_folder(folder):
-        from surgeon.models.checkpoint import load
-
-        return load(folder, trust_factory=trust_factory)
     from surgeon.models.names import build_model
 
-    return build_model(spec, weights="random")[0]
+    return build_model(spec, weights=weights_for_shapes(spec), trust_factory=trust_factory)[0]
 
 
 def original_of(args: argparse.Namespace) -> "nn.Module":

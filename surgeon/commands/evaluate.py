@@ -9,6 +9,7 @@ from surgeon.commands.common.arguments import (
     add_batch_size,
     add_device,
     add_seed,
+    add_trust,
     add_workers,
     building,
     positive,
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_amp(group)
     add_device(group)
     add_workers(group)
-    group.add_argument("--trust-factory", action="store_true", help="run the factory named by a run's recipe")
+    add_trust(group)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -143,7 +144,9 @@ def _original(args: argparse.Namespace, recipe: "Recipe | None", notes: list[str
         return None, ""
     if args.original != "auto":
         weights = args.original_weights or "auto"
-        return build_model(args.original, weights=weights, seed=args.seed)[0], args.original
+        return build_model(args.original, weights=weights, seed=args.seed, trust_factory=args.trust_factory)[
+            0
+        ], args.original
     base = None if recipe is None else recipe.base
     if recipe is None or base is None:
         notes.append("no original: the run does not record its base model (name one with --original MODEL)")

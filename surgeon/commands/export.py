@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from surgeon.commands.common import checks
-from surgeon.commands.common.arguments import add_seed, print_json, size, tell, whole
+from surgeon.commands.common.arguments import add_seed, add_trust, print_json, size, tell, whole
 from surgeon.errors import ConfigError
 from surgeon.util.outputs import check_file_output, is_surgeon_folder
 
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", default="auto", metavar="auto|pretrained|random|FILE", help="weights of a MODEL by name"
     )
     add_seed(parser, "for random weights")
-    parser.add_argument("--trust-factory", action="store_true", help="run the factory named by a run's recipe")
+    add_trust(parser)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from surgeon.commands.common.arguments import (
     add_device,
     add_lr,
     add_pairs,
+    add_trust,
     amp,
     building,
     decay,
@@ -80,9 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", default="auto", metavar="auto|pretrained|random|FILE", help="weights of MODEL (default: auto)"
     )
     add_pairs(group, "--model-args", "additional options of MODEL")
-    group.add_argument(
-        "--trust-factory", action="store_true", help="run the package.module:factory named by RUN's recipe"
-    )
+    add_trust(group)
     group.add_argument("-o", "--output", type=Path, metavar="OUT", help="folder to write (default: runs/NAME-TASK)")
     group.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")
     group.add_argument("--resume", action="store_true", help="resume the run in OUT, with the same options and data")

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     import surgeon
     from surgeon.commands.common.console import Progress, inspection_text, inspection_values, width
 
-    args.weights = weights_for_shapes(args)
+    args.weights = weights_for_shapes(args.model, args.weights)
     with Progress(enabled=not args.quiet) as progress:
         progress("build", 0, 2)
         model, base = build(args)

@@ -13,6 +13,7 @@ from surgeon.commands.common.arguments import (
     add_device,
     add_lr,
     add_pairs,
+    add_trust,
     add_workers,
     amp,
     building,
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_task(group)
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
     add_pairs(group, "--model-args", "any option of the model")
+    add_trust(group)
     group = parser.add_argument_group("conversion (default: that of the task)")
     group.add_argument("--layers", metavar="SELECTION", help="which convolutions, as for surgeon convert")
     group.add_argument("--type", metavar="TYPE", help="acda, pafu or sekg")
@@ -103,7 +105,9 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args)
     make_task(args, 0)  # report invalid options before a model is built
     with waiting(building(args), quiet=args.quiet):
-        model, base = build_model(args.model, weights=args.weights, options=dict(args.model_args))
+        model, base = build_model(
+            args.model, weights=args.weights, options=dict(args.model_args), trust_factory=args.trust_factory
+        )
     try:
         answer = try_conversion(
             model,

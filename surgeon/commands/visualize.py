@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
-from surgeon.commands.common.arguments import print_json, size, tell
+from surgeon.commands.common.arguments import add_trust, print_json, size, tell
 from surgeon.errors import ConfigError, InputError
 from surgeon.util.waiting import waiting
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against", metavar="auto|MODEL", help="also draw the original's features; auto is the run's base model"
     )
     parser.add_argument("--against-weights", metavar="FILE", help="its weights, if they cannot be found")
-    parser.add_argument("--trust-factory", action="store_true", help="run the factory named by a run's recipe")
+    add_trust(parser)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -171,7 +171,7 @@ def _original(args: argparse.Namespace, base: "BaseModel") -> "nn.Module | None"
 
     if args.against == "auto":
         return restore(base, weights=args.against_weights, trust_factory=args.trust_factory)
-    return build_model(args.against, weights=args.against_weights or "auto")[0]
+    return build_model(args.against, weights=args.against_weights or "auto", trust_factory=args.trust_factory)[0]
 
 
 def _draw(

@@ -42,6 +42,7 @@ def build_model(
     in_chans: int | None = None,
     input_size: tuple[int, ...] | None = None,
     options: dict[str, Any] | None = None,
+    trust_factory: bool = False,
 ) -> tuple[nn.Module, BaseModel | None]:
     """Build the model named by `spec`, in eval mode, and return how it was built.
 
@@ -54,7 +55,7 @@ def build_model(
 
     found = folder_if_any(spec)
     if is_surgeon_folder(found):
-        return _from_folder(found, weights, spec)
+        return _from_folder(found, weights, spec, trust_factory=trust_factory)
     if is_program(spec):
         given = {
             "--weights": weights != "auto",
@@ -169,8 +170,8 @@ def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool 
     if recorded.sha256 is not None and found.weights.sha256 != recorded.sha256:
         if _differs_in_head(base, kind):
             raise ModelError(
-                f"{base.name} got a new classifier of {base.kwargs['num_classes']} classes after its conversion, which "
-                f"the original never had: compare with a plain run that was trained as long"
+                f"{base.name} got a new classifier of {base.kwargs['num_classes']} classes that the "
+                f"original never had: compare with a plain run that was trained as long"
             )
         raise ModelError(
             f"the weights of {base.name} ({found.weights.kind}{f' {found.weights.path}' if found.weights.path else ''}) are "
@@ -208,8 +209,7 @@ def _check_base(base: BaseModel, *, trust_factory: bool) -> None:
     if base.source == "factory" and not trust_factory:
         raise ModelError(
             f"the base model is built by the factory {base.name}, which is code. If you trust it, load the folder with "
-            "base=MODEL or trust_factory=True; on the command line with --trust-factory, or where a command has no such option, "
-            f"give {base.name} itself as the model"
+            "base=MODEL or trust_factory=True; on the command line with --trust-factory"
         )
     bad = sorted(
         key for key in base.kwargs if _FORBIDDEN.search(key) and (base.source, key) != ("torchvision", "weights")
@@ -298,9 +298,9 @@ def torchvision_size(name: str) -> tuple[int, ...]:
 
 def _with_weights(base: BaseModel, weights: str, seed: int) -> tuple[nn.Module, BaseModel]:
     """The model with the requested weights, and the record of both."""
-    if base.source == "program":
     if weights == "shapes":
         base, weights = as_published(base), "random"
+    if base.source == "program":
         model = construct(base)
         return model, _recorded(base, model, base.weights)
     if base.source == "factory" and weights == "auto":
@@ -350,12 +350,12 @@ def _from_program(path: str, input_size: tuple[int, ...] | None) -> tuple[nn.Mod
     return model.eval(), base
 
 
-def _from_folder(path: str, weights: str, spec: str) -> tuple[nn.Module, BaseModel | None]:
+def _from_folder(path: str, weights: str, spec: str, *, trust_factory: bool) -> tuple[nn.Module, BaseModel | None]:
     from surgeon.models.checkpoint import load
 
     if weights != "auto":
         raise ModelError(f"{spec} is a surgeon folder and has its own weights; --weights {weights} cannot apply")
-    model, recipe = load(path), Recipe.read(path)
+    model, recipe = load(path, trust_factory=trust_factory), Recipe.read(path)
     base = recipe.base
     if base is None or recipe.rules or base.source in ("factory", "program"):
         return model, base

@@ -103,6 +103,13 @@ def add_seed(parser: Any, of: str) -> None:
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help=f"{of} (default: 0)")
 
 
+def add_trust(parser: Any) -> None:
+    """`--trust-factory`, of every command that loads a folder."""
+    parser.add_argument(
+        "--trust-factory", action="store_true", help="run the package.module:factory named by a folder's recipe"
+    )
+
+
 # --- groups of arguments ---------------------------------------------------------------------------------------------
 
 
@@ -120,6 +127,7 @@ def add_model(parser: argparse.ArgumentParser, weights: str | None = None) -> No
     group.add_argument("--num-classes", type=positive, metavar="N", help="classes of the model's head")
     group.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
     add_pairs(group, "--model-args", "additional options of the model")
+    add_trust(group)
 
 
 def amp(text: str) -> str:
@@ -218,9 +226,7 @@ def add_lr(parser: Any, told: str = "peak learning rate", *, nargs: str | None =
 def add_run(parser: argparse.ArgumentParser) -> None:
     """A folder written by surgeon."""
     parser.add_argument("run", metavar="RUN", help="a folder written by surgeon, or hf-hub:ORG/NAME")
-    parser.add_argument(
-        "--trust-factory", action="store_true", help="run the package.module:factory named by the recipe"
-    )
+    add_trust(parser)
 
 
 def add_output(parser: Any, *, required: bool, help_: str) -> None:
@@ -243,6 +249,7 @@ def build(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
         num_classes=args.num_classes,
         input_size=args.input_size,
         options=dict(args.model_args),
+        trust_factory=args.trust_factory,
     )
 
 

@@ -147,9 +147,11 @@ def run(args: argparse.Namespace) -> int:
 
     budgets = read_budgets(args)
     config = space_config(args)
-    weights = weights_for_shapes(args)
+    weights = weights_for_shapes(args.model, args.weights)
     with waiting(f"building {args.model}", quiet=args.quiet):
-        model, base = build_model(args.model, weights=weights, seed=args.seed, input_size=args.input_size)
+        model, base = build_model(
+            args.model, weights=weights, seed=args.seed, input_size=args.input_size, trust_factory=args.trust_factory
+        )
     size = input_size(args, base)
     gains = read_gains(args.gains, make_space(model, config, sites=find_sites(model, input_size=size).convs))
     with waiting("counting the costs of every replacement", quiet=args.quiet):

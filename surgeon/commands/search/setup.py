@@ -12,6 +12,7 @@ from surgeon.commands.common.arguments import (
     add_device,
     add_lr,
     add_seed,
+    add_trust,
     add_workers,
     amp,
     building,
@@ -41,6 +42,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     add_task(group)
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
     add_seed(group, "for everything random")
+    add_trust(group)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,5 +119,5 @@ def make_setup(args: argparse.Namespace) -> Setup:
     if len(size) != 3:
         raise ConfigError(f"a search needs images (C, H, W), and task {task.name} has inputs {size}")
     with waiting(building(args), quiet=args.quiet):
-        model, base = build_model(args.model, weights=args.weights, seed=args.seed)
+        model, base = build_model(args.model, weights=args.weights, seed=args.seed, trust_factory=args.trust_factory)
     return Setup(model=bound(model, task), base=base, task=task, config=config, size=size)

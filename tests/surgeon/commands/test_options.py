@@ -129,3 +129,11 @@ def test_models_say_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert row == {"model": "test_resnet", "convolutions": 15, "fitting": 15, "why_not": None}
     assert main(["models", "test_resnet", "--type", "pafo"]) == 2
     assert "'pafo'" in capsys.readouterr().err
+
+
+def test_every_command_that_loads_a_folder_can_trust_its_factory() -> None:
+    """The error names --trust-factory, so the option is there."""
+    commands = next(a for a in surgeon.cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    loads = {name for name, one in commands.items() if {a.dest for a in one._actions} & {"model", "run"}}
+    trusts = {name for name, one in commands.items() if any(a.dest == "trust_factory" for a in one._actions)}
+    assert loads - trusts == {"push"}  # which builds nothing

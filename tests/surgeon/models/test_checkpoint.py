@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from surgeon.errors import CheckpointError, ModelError, RecipeError, SurgeonError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.models.checkpoint import load, read_report, save
-from surgeon.models.names import build_model
+from surgeon.models.names import build_model, open_model
 from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
 from surgeon.records.report import Report
 from tests.support.tiny_runs import X, contents, run_python, tiny, with_dynamic
@@ -184,6 +184,7 @@ def test_factories_run_only_when_trusted(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="trust_factory"):
         load(tmp_path / "run")
     assert torch.equal(load(tmp_path / "run", trust_factory=True)(X), model(X))
+    assert torch.equal(open_model(str(tmp_path / "run"), trust_factory=True)(X), model(X))
 
 
 # --- what is not a sound folder -----------------------------------------------------------------------------------

@@ -53,6 +53,11 @@ def test_the_command_converts_a_program_and_its_folder_verifies(
     assert main(["verify", str(tmp_path / "less"), "--quiet"]) == 0
 
 
+def test_a_program_has_a_cost(program: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cost", str(program), "--input-size", "64", "--infer", "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["params"] > 4e6
+
+
 def test_a_folder_needs_its_program_whole_and_in_its_place(program: Path, tmp_path: Path) -> None:
     model, base = build_model(str(program))
     converted, _ = surgeon.convert(model, layers="stage4", type="pafu")
