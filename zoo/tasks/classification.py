@@ -1,7 +1,9 @@
 """Image classification on CIFAR-10, CIFAR-100 or folders of images, one folder per class."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +17,7 @@ from surgeon.records.recipe import get_recipe
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
 from surgeon.zoo.tasks.data.datasets import ItemDataset
 from surgeon.zoo.tasks.data.draws import global_seed
-from surgeon.zoo.tasks.data.files import FolderConfig, check_images, chosen, open_image
+from surgeon.zoo.tasks.data.files import FolderConfig, check_images, chosen, divide, open_image
 from surgeon.zoo.tasks.data.images import as_mode
 from surgeon.zoo.tasks.data.labeled import DATASETS, Labeled, find_dataset, read_split
 from surgeon.zoo.tasks.data.transforms import ImageFormat, make_transform
@@ -25,6 +27,8 @@ from surgeon.zoo.tasks.support.classifier import fit_classifier
 from surgeon.zoo.tasks.support.metrics import image_mean
 from surgeon.zoo.tasks.support.pictures import sheet, to_image
 from surgeon.zoo.tasks.support.probe import first_channels
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -53,13 +57,13 @@ class ClassificationConfig(FolderConfig):
         "color_jitter": 0,
         "mix_probability": 0,
         "erase": 0,
+        "label_smoothing": 0,
     }
+    most: ClassVar[Mapping[str, float]] = {"mix_probability": 1, "erase": 1, "label_smoothing": 1}
 
     dataset: str = "auto"
     download: bool = False
-        "label_smoothing": 0,
     augment: bool = True
-    most: ClassVar[Mapping[str, float]] = {"mix_probability": 1, "erase": 1, "label_smoothing": 1}
     crop_scale: tuple[float, float] = (0.08, 1.0)
     color_jitter: float = 0.0
     auto_augment: str | None = None
@@ -141,8 +145,23 @@ class Classification(Task):
                 f"task {self.name}: train and val have different classes; only in train: {_some(missing)}; "
                 f"only in val: {_some(extra)}"
             )
+        if val.divided:
+            self._check_share(val)
         paths = {item for part in (train, val) if part is not None for item in part.items if isinstance(item, Path)}
         check_images(self.name, sorted(paths))
+
+    def _check_share(self, data: Labeled) -> None:
+        """Warn if some classes have no validation images."""
+        config = self.config
+        labels = [
+            data.labels[i] for i in divide(len(data.items), "val", config.val_fraction, config.val_seed, data.labels)
+        ]
+        absent = [name for label, name in enumerate(data.classes) if label not in set(labels)]
+        if absent:
+            _warn(
+                f"task {self.name}: val_fraction={config.val_fraction:g} leaves {len(labels)} of {len(data.items)} images for "
+                f"validation, none of the classes {_some(absent)}"
+            )
 
     def dataset(self, split: Split) -> TaskDataset:
         data = self.labeled(split)
@@ -318,6 +337,11 @@ def _all_logits(output: Any) -> list[Tensor]:
             f"task classification: the model must return logits (N, classes), got a {type(output).__name__}"
         )
     return found
+
+
+@cache
+def _warn(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def _some(names: list[str]) -> str:

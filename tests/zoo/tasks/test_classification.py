@@ -163,6 +163,17 @@ def test_wrong_options(tmp_path: Path, options: dict[str, Any]) -> None:
         task_of(tmp_path, **options)
 
 
+def test_classes_without_validation_images_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number}.png")
+    task_of(tmp_path, val_fraction=0.4).check()
+    assert caplog.text == ""
+    task_of(tmp_path, val_fraction=0.2).check()
+    assert "val_fraction=0.2 leaves 1 of 9 images for validation, none of the classes " in caplog.text
+
+
 # --- mixing and losses ------------------------------------------------------------------------------------------------
 
 
