@@ -22,7 +22,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     import surgeon
-    from surgeon.commands.common.console import Progress, inspection_text, inspection_values, width
+    from surgeon.commands.common.console import Progress, inspection_values, width
 
     args.weights = weights_for_shapes(args.model, args.weights)
     with Progress(enabled=not args.quiet) as progress:
@@ -33,5 +33,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"model": args.model, "convolutions": inspection_values(sites)})
     else:
-        print(inspection_text(sites, args.model, width()), end="")
+        print(sites.to_text(width(), args.model), end="")
     return 0

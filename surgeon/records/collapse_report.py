@@ -99,6 +99,9 @@ class CollapseReport:
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
 
+    def __str__(self) -> str:
+        return self.to_text()
+
     def _repr_html_(self) -> str:
         """HTML for notebooks: the table, totals and notes, with evidence and kept layers collapsed."""
         more = [("evidence", _evidence(self, 100)), (f"kept: {len(self.kept)}", _kept(self, 100))]

@@ -98,6 +98,9 @@ class Report:
         parts.append(_totals(self, width))
         return "\n\n".join(part for part in parts if part) + "\n"
 
+    def __str__(self) -> str:
+        return self.to_text()
+
     def _repr_html_(self) -> str:
         """HTML for notebooks: the table, totals and notes, with skipped layers collapsed."""
         skipped = "\n\n".join(_skipped_text(self.skipped, 100))

@@ -121,10 +121,10 @@ def convert(
 
 def inspect(
     model: nn.Module, example_inputs: Any = None, *, input_size: Sequence[int] | int | None = None
-) -> list[ConvSite]:
+) -> Inspection:
     """Every convolution of a model: names, geometry, stage, shapes, cost, neighbors, and what prevents its replacement.
 
-    The model is not modified. In a notebook the list renders as a table. Raises `InputError` if it does not run on the inputs.
+    The model is not modified. The list prints as a table. Raises `InputError` if it does not run on the inputs.
     """
     functional = Raised(model)
     try:

@@ -2,17 +2,31 @@
 
 import math
 
+from surgeon.layers.registry import layer_types
 from surgeon.records.report import flops, geometry_text, name_list
 from surgeon.sites.sites import ConvSite
 from surgeon.surgery.plan import can_become
 from surgeon.util import pages
-from surgeon.util.tables import count, paragraph
+from surgeon.util.tables import count, paragraph, table
 
 INSPECTED = ("layer", "stage", "geometry", "output", "FLOPs", "params", "memory", "can become")
 
 
 class Inspection(list[ConvSite]):
-    """The result of `surgeon.inspect`: a list that notebooks show as a table."""
+    """The result of `surgeon.inspect`: a list that prints as a table, and notebooks show as one."""
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def to_text(self, width: int = 80, model: str | None = None) -> str:
+        """Plain text: the table, and the reasons against replacements."""
+        rows, against = inspected(self)
+        head = f"{model}: " if model else ""
+        parts = [f"{head}{summary(self)}", table(INSPECTED, rows, width=width, left=3)]
+        if against:
+            parts.append(f"why not:\n{why_not_text(against, width)}")
+        parts.append(paragraph(f"{UNITS} Types: {', '.join(layer_types())}.", width=width))
+        return "\n\n".join(parts) + "\n"
 
     def _repr_html_(self) -> str:
         rows, against = inspected(self)

@@ -38,6 +38,7 @@ def test_an_inspection_is_a_list_and_a_table() -> None:
     assert len(re.findall("<tr>", shown)) == 16
     assert "layer3.0.conv2" in shown
     assert "why not" in shown, "of the two that are dynamic already"
+    assert str(sites).startswith("15 convolutions, ")
     assert_small_and_whole(shown)
 
 

@@ -111,19 +111,6 @@ def inspection_values(sites: "list[ConvSite]") -> list[dict[str, Any]]:
     ]
 
 
-def inspection_text(sites: "list[ConvSite]", model: str, width: int) -> str:
-    """The table of `surgeon inspect`, followed by the reasons against replacements."""
-    from surgeon.layers.registry import layer_types
-    from surgeon.surgery.inspection import INSPECTED, UNITS, inspected, summary, why_not_text
-
-    rows, against = inspected(sites)
-    parts = [f"{model}: {summary(sites)}", table(INSPECTED, rows, width=width, left=3)]
-    if against:
-        parts.append(f"why not:\n{why_not_text(against, width)}")
-    parts.append(paragraph(f"{UNITS} Types: {', '.join(layer_types())}.", width=width))
-    return "\n\n".join(parts) + "\n"
-
-
 # --- verify -------------------------------------------------------------------------------------------------------
 
 
