@@ -159,10 +159,10 @@ def _original(args: argparse.Namespace, recipe: "Recipe | None", notes: list[str
         notes.append(f"no original: {error} (--original RUN names another, --original-weights FILE its weights)")
         return None, ""
     if recipe.task is not None:
-        notes.append(
-            f"{args.model} was fine-tuned and {base.name} was not: only --original with a plain run that was trained as long "
-            f"shows what the conversion brings"
-        )
+        told = f"{args.model} was fine-tuned and {base.name} was not"
+        if recipe.rules:
+            told += ": only --original with a plain run that was trained as long shows what the conversion brings"
+        notes.append(told)
     return original, base.name
 
 
@@ -200,7 +200,7 @@ def _measure(
         device=device,
         amp=args.amp,
         workers=args.workers,
-        progress=lambda stage, done, total: progress(name.rstrip("/").rpartition("/")[2], done, total),
+        progress=lambda stage, done, total: progress(f"evaluate {name.rstrip('/').rpartition('/')[2]}", done, total),
         layers=layers,
     )
     params = sum(p.numel() for p in model.parameters())

@@ -32,22 +32,29 @@ class Adaptivity:
     content: float
     saturated: float | None
     distance: float | None
+    normalized: bool = False  # by the batch norm of its generator
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "normalized"}
 
     def complaint(self) -> str | None:
         """The problem with the generator, with a remedy; None if there is none."""
         if self.saturated is not None and self.saturated > SATURATED:
             return (
                 f"{self.name}: the generator is saturated ({self.saturated:.0%} of its hidden map at the ends of tanh) and "
-                "hardly learns: lower the rate of new parameters (--new-lr-scale), or convert with --option norm=batch"
+                "hardly learns: lower the rate of new parameters (--new-lr-scale)"
+                + ("" if self.normalized else ", or convert with --option norm=batch")
             )
         if self.content < BLIND:
+            remedy = (
+                "the statistics of its batch norm may not have settled; more steps, or --recalibrate N, settle them"
+                if self.normalized
+                else "convert with --option norm=batch, the default since recipes of version 2"
+            )
             return (
                 f"{self.name}: the generator is blind (content is {self.content:.1%} of its hidden map, the rest is the same at "
-                "every pixel): convert with --option norm=batch, the default since recipes of version 2"
+                f"every pixel): {remedy}"
             )
         return None
 
@@ -91,4 +98,5 @@ def measure(name: str, layer: CodedConv2d, x: Tensor) -> Adaptivity:
         content=content_share(signal),
         saturated=saturated,
         distance=sum(distances) / len(distances) if distances else None,
+        normalized=getattr(layer.config, "norm", None) == "batch",
     )

@@ -72,7 +72,8 @@ def _notes(trial: "Trial", answer: Answer) -> list[str]:
             "the time is too short to sweep the learning rate: one for both, which may suit one of them better"
         )
     for arm, rate in answer.rates.items():
-        if len(trial.plan.rates) > 1 and rate in (min(trial.plan.rates), max(trial.plan.rates)):
+        tried = {row["rate"] for row in trial.scores.values() if row["arm"] == arm}
+        if len(tried) > 1 and rate in (min(tried), max(tried)):
             notes.append(f"the best rate of {arm}, {rate:g}, is at the edge of those tried: --lr takes others")
     if len(trial.plan.rates) > 1 and not trial.plan.choose:
         notes.append("there are too few validation samples to split: those that chose the rates judge, too")

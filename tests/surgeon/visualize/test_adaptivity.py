@@ -90,6 +90,11 @@ def test_blind_and_saturated_generators_are_complained_about(
     found = Adaptivity(name="a.b", type="acda", content=content, saturated=saturated, distance=0.1).complaint()
     assert (found is None) == (said is None)
     assert said is None or (said in str(found) and str(found).startswith("a.b: ") and "--" in str(found))
+    normalized = Adaptivity(
+        name="a.b", type="acda", content=content, saturated=saturated, distance=0.1, normalized=True
+    ).complaint()
+    assert (normalized is None) == (said is None)
+    assert "norm=batch" not in str(normalized), "it has that already"
 
 
 def test_fine_tuning_logs_it_and_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
