@@ -22,6 +22,7 @@ PAGES = {
     "collapse": "collapse.md",
     "visualize": "pictures.md",
     "export": "export.md",
+    "push": "hub.md",
     "cost": "cost.md",
     "bench": "cost.md",
     "zoo": "zoo.md",

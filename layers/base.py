@@ -13,6 +13,7 @@ from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.ops.dispatch import tracing
 from surgeon.layers.source import ConvSource
 from surgeon.layers.static_weight import READ_ONLY, StaticWeight, read_only
+from surgeon.util.near import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,8 @@ class LayerConfig:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ConfigError(
-                f"{cls.__name__} has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}"
+                f"{cls.__name__} has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}."
+                f"{did_you_mean(unknown[0], known)}".rstrip(".")
             )
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import add_seed, add_trust, print_json, size, tell, whole
 from surgeon.errors import ConfigError
+from surgeon.util.files import here
 from surgeon.util.outputs import check_file_output, is_surgeon_folder
 
 if TYPE_CHECKING:
@@ -171,4 +172,4 @@ def _text(run: str, result: "Exported") -> str:
     if result.foreign:
         lines.append(line("needs", f"operators that are not standard: {', '.join(result.foreign)}"))
     beside = "" if result.data is None else f", its weights next to it in {Path(result.data).name}"
-    return "\n".join([*lines, f"written to  {result.path}{beside}"])
+    return "\n".join([*lines, f"written to  {here(result.path)}{beside}"])

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuse invalid arguments before torch is loaded."""
     checks.run_folder(args.run)
+    checks.repository(args.repo_id)
 
 
 def run(args: argparse.Namespace) -> int:

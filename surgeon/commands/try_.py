@@ -24,6 +24,7 @@ from surgeon.commands.common.arguments import (
 )
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
+from surgeon.util.files import here
 from surgeon.util.outputs import check_trial_output
 from surgeon.util.parse import parse_time
 from surgeon.util.waiting import waiting
@@ -50,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and task")
     add_task(group)
     group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
-    add_pairs(group, "--model-args", "any option of the model")
     add_trust(group)
+    add_pairs(group, "--model-args", "any option of the model")
     group = parser.add_argument_group("conversion (default: that of the task)")
     group.add_argument("--layers", metavar="SELECTION", help="which convolutions, as for surgeon convert")
     group.add_argument("--type", metavar="TYPE", help="acda, pafu or sekg")
@@ -178,4 +179,6 @@ def _print(args: argparse.Namespace, answer: "Answer", output: Path) -> None:
         print_json(values)
     else:
         print(answer.to_text(width()), end="")
-        print("".join(f"{told:<11} {path}\n" for told, path in (("report", page), ("model", model)) if path), end="")
+        print(
+            "".join(f"{told:<11} {path}\n" for told, path in (("report", here(page)), ("model", model)) if path), end=""
+        )

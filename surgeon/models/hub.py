@@ -15,7 +15,7 @@ from torch import nn
 import surgeon
 from surgeon.errors import CheckpointError, ConfigError
 from surgeon.models.checkpoint import REPORT, TEXT, WEIGHTS, load, read_folder, save
-from surgeon.models.places import HUB
+from surgeon.models.places import HUB, check_repository
 from surgeon.models.programs import FILE as PROGRAM
 from surgeon.models.weights import bounded_network
 from surgeon.records.card import FILE as CARD
@@ -146,11 +146,12 @@ def _push(
 ) -> str:
     import huggingface_hub
 
+    check_repository(repo_id)
     read_folder(folder)
     if not (token or huggingface_hub.get_token()):
         raise CheckpointError(
-            f"pushing to {told(repo_id)} requires a token: log in (`hf auth login`), set HF_TOKEN, or give token=; "
-            "create one with write access at https://huggingface.co/settings/tokens"
+            f"pushing to {told(repo_id)} requires a token: log in (`hf auth login`), or set HF_TOKEN (in Python "
+            "also token=); create one with write access at https://huggingface.co/settings/tokens"
         )
     api = huggingface_hub.HfApi(token=token, library_name="surgeon", library_version=surgeon.__version__)
     with bounded_network(), _telling(f"{folder} cannot be pushed to {told(repo_id)}"):

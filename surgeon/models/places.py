@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from surgeon.errors import CheckpointError, ModelError
+from surgeon.errors import CheckpointError, ConfigError, ModelError
+from surgeon.util.files import told
 from surgeon.util.near import did_you_mean
 from surgeon.util.outputs import RECIPE, RUN, SEARCH, TRIAL, is_surgeon_folder
 
@@ -25,6 +26,10 @@ def check_folder(path: str | Path) -> None:
 def check_model_name(spec: str) -> None:
     """Raise `ModelError` if a model's name is a path that does not exist or was not written by surgeon."""
     path = Path(spec)
+    file, _, name = spec.partition(":")
+    if file.endswith(".py"):
+        module = ".".join(part for part in Path(file).with_suffix("").parts if part not in (".", "..", "/"))
+        raise ModelError(f"{file} is a Python file: name a class or function in it as {module}:{name or 'NAME'}")
     if HUB.fullmatch(spec) or ":" in spec or is_surgeon_folder(path):
         return
     if spec.endswith(".pt2"):
@@ -52,6 +57,12 @@ def check_search(path: str | Path) -> None:
     hint = f"; there are {', '.join(others[:5])}" if others else "; `surgeon search MODEL ... -o FOLDER` starts one"
     told = f"it has no {SEARCH}" if path.is_dir() else "there is no such folder"
     raise CheckpointError(f"there is no search in {path}: {told}{hint}")
+
+
+def check_repository(name: str) -> None:
+    """Raise `ConfigError` for what cannot be the name of a repository on the Hub."""
+    if not re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", name, re.ASCII):
+        raise ConfigError(f"a repository on the Hub is named ORG/NAME, in letters, digits and -_. , got {told(name)}")
 
 
 def check_weights(weights: str | Path | None) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import re
 import socket
 import threading
 import urllib.parse
@@ -40,6 +41,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (Exception, SafetensorError) as error:  # zip, pickle and safetensors each raise their own errors
+        needed = re.search(r"GLOBAL ([\w.]+)", str(error)) if "Weights only load failed" in str(error) else None
+        if needed is not None:
+            raise ModelError(
+                f"{path} holds Python objects ({needed[1]}), as of a whole model, which only code could load: save its weights "
+                "with torch.save(model.state_dict(), FILE)"
+            ) from error
         told = (str(error).splitlines() or [""])[0][:160]
         raise ModelError(
             f"cannot read {path} as weights ({type(error).__name__}: {told}). Expected a state dict written by "

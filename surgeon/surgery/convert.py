@@ -18,7 +18,7 @@ from surgeon.layers.registry import layer_class, layer_types, type_of
 from surgeon.records.recipe import CONVOLUTION, Recipe, Rule, get_recipe, quoted, set_recipe, versions
 from surgeon.records.report import Report, growth_notes
 from surgeon.sites.select import split_items
-from surgeon.sites.sites import ConvSite, find_sites
+from surgeon.sites.sites import find_sites
 from surgeon.sites.trace import trace_graph
 from surgeon.surgery.blocks import check_pattern, find_blocks
 from surgeon.surgery.compare import compare
@@ -28,6 +28,7 @@ from surgeon.surgery.plan import Planned, make_plan
 from surgeon.surgery.raised import Raised
 from surgeon.surgery.running import outputs
 from surgeon.util.copying import copy_model, eager, without_compiler
+from surgeon.util.near import did_you_mean
 from surgeon.util.progress import OnProgress, silent
 
 
@@ -160,6 +161,9 @@ class _Order:
     recipe: Recipe | None
 
 
+_WORDS = ("layers", "type", "recipe")
+
+
 def _read_order(
     layers: str | Sequence[str] | Recipe | None,
     type: str | LayerConfig | None,
@@ -184,7 +188,8 @@ def _read_order(
         return _Order(rules=recipe.rules, seed=seed or recipe.seed, recipe=recipe)
     if layers is None or type is None:
         missing = "layers" if layers is None else "type"
-        raise ConfigError(f"{missing} is missing: give both layers and type, or pass a recipe")
+        near = next((hint for name in options if (hint := did_you_mean(name, _WORDS))), "")
+        raise ConfigError(f"{missing} is missing: give both layers and type, or pass a recipe.{near}".rstrip("."))
     if isinstance(type, LayerConfig):
         if options:
             raise ConfigError(

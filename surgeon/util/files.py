@@ -215,6 +215,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def here(path: str | Path) -> str:
+    """A path for a message: relative if it is below the working directory."""
+    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else str(path)
+
+
 def shortened(path: str | Path) -> str:
     """A path for a message, shortened: invalid names may be pages long."""
     text = str(path)

@@ -42,7 +42,8 @@ def files_below(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[Path
     others = sorted({path.suffix.lower() for path in everything} & _OTHERS)
     if others:
         count = sum(path.suffix.lower() in others for path in everything)
-        _warn(f"{folder}: skipped {count} pictures because {', '.join(others)} is not supported: save them as .png")
+        pictures = "1 picture" if count == 1 else f"{count} pictures"
+        _warn(f"{folder}: skipped {pictures}, because {', '.join(others)} is not supported: save as .png")
     return [path for path in everything if path.suffix.lower() in suffixes]
 
 

@@ -83,7 +83,7 @@ def test_jfif_is_read_and_other_pictures_are_said_to_be_left_out(
     picture(tmp_path / "b.gif")
     with caplog.at_level(logging.WARNING):
         assert [path.name for path in files_below(tmp_path)] == ["a.jfif"]
-    assert "skipped 1 pictures because .gif is not supported" in caplog.text
+    assert "skipped 1 picture, because .gif is not supported" in caplog.text
 
 
 def test_large_pictures_are_let_in_by_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

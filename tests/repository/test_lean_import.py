@@ -84,6 +84,13 @@ WRONG = {
     "place resnet18 --max-layers 0": "--max-layers: expected a positive integer, got '0'",
     "cost resnet18 --weight-decay -1": "--weight-decay: expected a number of at least 0, got '-1'",
     "gains resnet18 --task sad --steps 0": "--steps must be at least 1, got 0",
+    "gains resnet18 --task sad --method probe --seeds 1": "--seeds must be at least 2, got 1",
+    "gains resnet18 --task sad --method nqn": "there is no gain method 'nqn'.* Did you mean 'nqm'",
+    "search resnet18 --task sad -o s": "there is already a search in s: continue it",
+    "inspect mynet.py": "mynet.py is a Python file: name a class or function in it as mynet:NAME",
+    "inspect ./own/mynet.py:make": "as own.mynet:make",
+    "push run me/x/y": "a repository on the Hub is named ORG/NAME, .* got 'me/x/y'",
+    "place resnet18 --max-flops -100%": "'-100%' leaves nothing of the original",
     "study status runs/absent": "there is no search in runs/absent: there is no such folder",
     "export resnet18 -o there.onnx": "there.onnx exists",
     "collapse runs/absent --tolerance 0.1 -o x": "--tolerance needs --images",
@@ -93,6 +100,9 @@ WRONG = {
 def test_what_is_wrong_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
     """Each within half a second of processor time (it takes 0.1 s); importing torch alone takes more than one."""
     (tmp_path / "there.onnx").touch()
+    for file in ("s/study.jsonl", "run/recipe.json"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("{}")
     code = f"""
 import contextlib, io, os, re, sys, time
 from surgeon.cli import main
@@ -108,13 +118,14 @@ for call, told in {WRONG!r}.items():
 print("torch" in sys.modules, sorted(os.listdir()))
 """
     done = run(code)
-    assert done.stdout == "False ['there.onnx']\n", done.stdout + done.stderr
+    assert done.stdout == "False ['run', 's', 'there.onnx']\n", done.stdout + done.stderr
 
 
 def test_what_is_declared_is_what_is_registered() -> None:
     """The options read from the source are those of the classes, with their types."""
     from surgeon.layers.registry import layer_class, layer_types
     from surgeon.util import declared
+    from surgeon.util.limits import limits_of
     from surgeon.zoo.tasks import task_class, task_names
 
     for found, names, config in (
@@ -125,7 +136,6 @@ def test_what_is_declared_is_what_is_registered() -> None:
         for name, one in found.items():
             kind: Any = config(name)
             hints = typing.get_type_hints(kind)
-    from surgeon.util.limits import limits_of
             assert one.options == {field.name: hints[field.name] for field in dataclasses.fields(kind)}
             assert one.limits == limits_of(kind)
             assert one.compressed == bool(getattr(kind, "compressed", None))

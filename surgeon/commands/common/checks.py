@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import ConfigError, DataError, InputError, RecipeError
-from surgeon.models.places import HUB, WEIGHTS, check_folder, check_model_name, check_search, check_weights
+from surgeon.models.places import (
+    HUB,
+    WEIGHTS,
+    check_folder,
+    check_model_name,
+    check_repository,
+    check_search,
+    check_weights,
+)
 from surgeon.util import declared
 from surgeon.util.bounds import FLAGS, parse_bound
 from surgeon.util.files import read_json
@@ -29,6 +37,11 @@ def run_folder(name: str) -> None:
     """Check a folder written by surgeon, or a name on the Hub."""
     if HUB.fullmatch(name) is None:
         check_folder(name)
+
+
+def repository(name: str) -> None:
+    """Check the name of a repository on the Hub."""
+    check_repository(name)
 
 
 def search(path: str | Path) -> None:

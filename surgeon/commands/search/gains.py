@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, metavar="FILE", help="write the table (JSON), and FILE's plot (PNG)"
     )
     group.add_argument("--plot", type=Path, metavar="FILE", help="path of the plot")
+    group.add_argument("--force", action="store_true", help="replace these files")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -52,6 +53,9 @@ def check(args: argparse.Namespace) -> None:
     plot = _plot(args)
     if plot is not None and plot.suffix.lower() != ".png":
         raise ConfigError(f"a plot must be a .png file, got {plot.name!r}")
+    for path in (args.output, plot):
+        if path is not None and path.exists() and not args.force:
+            raise ConfigError(f"{path} exists already; --force replaces it")
     checks.positives(args, ("batches", "steps", "seeds"))
     check_method(args.method)
     if args.method in TRAINED and args.seeds < LEAST_SEEDS:

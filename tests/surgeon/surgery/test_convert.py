@@ -281,6 +281,8 @@ def test_a_conversion_that_multiplies_the_parameters_says_what_makes_them_fewer(
         ({"layers": "all", "type": "fkae"}, ConfigError, "unknown layer type 'fkae'.*Did you mean 'fake'"),
         ({"layers": "all", "type": "fake", "hidden": 0}, ConfigError, "hidden must be an integer >= 1"),
         ({"layers": "all", "type": "fake", "atoms": 3}, ConfigError, "has no option 'atoms'"),
+        ({"layers": "all", "type": "acda", "atom": 3}, ConfigError, "has no option 'atom'; .* Did you mean 'atoms'"),
+        ({"layers": "all", "typ": "fake"}, ConfigError, "type is missing.* Did you mean 'type'"),
         ({"layers": "all"}, ConfigError, "type is missing"),
         ({"type": "fake"}, ConfigError, "layers is missing"),
         ({"recipe": Recipe(rules=()), "type": "fake"}, ConfigError, "leave out type"),

@@ -224,7 +224,8 @@ def unreadable(path: Path, decode: bool = True) -> str | None:
         else:
             image_size(path)
     except (OSError, DataError) as error:
-        return f"{path}: {error.__cause__ or error}"
+        told = str(error.__cause__ or error)
+        return told if told.startswith(str(path)) else f"{path}: {told}"
     return None
 
 

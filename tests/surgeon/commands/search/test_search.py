@@ -281,6 +281,8 @@ def test_gains_round_trip(capsys: Capture) -> None:
     assert " ± " in out
     assert "written to  g.png" in out
     assert Path("g.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["gains", *arguments, "-o", "g.json"]) == 2
+    assert "g.json exists already; --force replaces it" in capsys.readouterr().err
     table = GainTable.read("g.json")
     assert main(["gains", *arguments, "--method", "probe", "--steps", "2", "--json"]) == 0
     assert document(capsys)["gains"] == table.to_dict()["gains"]
