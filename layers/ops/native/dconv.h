@@ -36,7 +36,7 @@ INLINE void dconv_taps(const int many, int64_t rows, int64_t width, const int64_
             int64_t lanes = k + (many - 1) * size + j + LANES <= k_end ? LANES : width - j;
             vec sum = first ? (vec){0} : load(sums);
             UNROLLED for (int t = 0; t < many; t++) __builtin_prefetch(k + t * size + j + DCONV_AHEAD);
-            UNROLLED for (int t = 0; t < many; t++) sum += load_first(k + t * size + j, lanes) * load(x + place[t] + j);
+            UNROLLED for (int t = 0; t < many; t++) sum = plus(sum, load_first(k + t * size + j, lanes), load(x + place[t] + j));
             if (!y)
                 store(sums, sum);
             else
@@ -82,7 +82,7 @@ static void dconv_input_row(int64_t width, int64_t lw, int64_t taps, const int64
             const float *by = k + t * size;
             float *restrict out = gx + place[t];
             int64_t j = 0;
-            for (; j + LANES <= width; j += LANES) store(out + j, load(out + j) + load(by + j) * load(g + j));
+            for (; j + LANES <= width; j += LANES) store(out + j, plus(load(out + j), load(by + j), load(g + j)));
             for (; j < width; j++) out[j] += by[j] * g[j];
         }
 }

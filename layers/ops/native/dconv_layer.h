@@ -115,7 +115,7 @@ static void layer_filter(int64_t taps, int64_t vectors, const int64_t *place, co
                          float bias, float *y, int64_t left) {
     for (int64_t v = 0; v < vectors; v++) {
         vec sum = splat(bias);
-        for (int64_t t = 0; t < taps; t++) sum += load(kernels + (t * vectors + v) * LANES) * load_pixels(x + place[t], pixels + v);
+        for (int64_t t = 0; t < taps; t++) sum = plus(sum, load(kernels + (t * vectors + v) * LANES), load_pixels(x + place[t], pixels + v));
         store_first(y + v * LANES, sum, least(LANES, left - v * LANES));
     }
 }

@@ -89,10 +89,10 @@ INLINE void block(const int rows, const int vectors, int64_t depth, const float 
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = (vec){0};
     for (int64_t k = 0; k < depth; k++, A += rows, b += at->b_k) {
         vec x[3];
-        UNROLLED for (int v = 0; v < vectors; v++) x[v] = load(b + v * at->b_vector);
+        UNROLLED for (int v = 0; v < vectors; v++) x[v] = held(load(b + v * at->b_vector));
         UNROLLED for (int r = 0; r < rows; r++) {
-            vec a = splat(A[r]);
-            UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] += a * x[v];
+            vec a = held(splat(A[r]));
+            UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = plus(sum[r][v], a, x[v]);
         }
     }
     if (last < LANES) {
