@@ -87,6 +87,9 @@ INLINE void block(const int rows, const int vectors, int64_t depth, const float 
     vec sum[9][3];
     const float *b = at->b;
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = (vec){0};
+    if (add) /* far away by now: rows of C are long */
+        UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
+            __builtin_prefetch(at->c + r * at->c_row + v * at->c_vector, 1);
     for (int64_t k = 0; k < depth; k++, A += rows, b += at->b_k) {
         vec x[3];
         UNROLLED for (int v = 0; v < vectors; v++) x[v] = held(load(b + v * at->b_vector));

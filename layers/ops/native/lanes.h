@@ -94,6 +94,7 @@ INLINE void store_first(float *p, vec v, int64_t n) {
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t round_up_to(int64_t a, int64_t part) { return ceil_div(a, part) * part; }
 INLINE int64_t round_up(int64_t a) { return ceil_div(a, 16) * 16; } /* floats: whole cache lines, whatever LANES is */
 
 /* Into how large parts to cut `n` so that they are at most `limit` and nearly equal. */
