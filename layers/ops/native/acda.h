@@ -140,7 +140,7 @@ typedef struct {
     int64_t *place;
 } AcdaScratch;
 
-static int64_t tile_row(const Acda *a) { return round_up(a->tile * a->s.ow) + 16; }
+static int64_t tile_row(const Acda *a) { return spaced(a->tile * a->s.ow); }
 
 /* Lays out the scratch from `at`, and returns what it takes in floats. */
 static int64_t acda_layout(const Acda *a, float *at, int backward, AcdaScratch *w) {

@@ -32,7 +32,7 @@ typedef struct {
     int64_t *place;
 } LayerScratch;
 
-static int64_t layer_row(const DconvLayer *d) { return round_up(d->tile * d->s.ow) + 16; }
+static int64_t layer_row(const DconvLayer *d) { return spaced(d->tile * d->s.ow); }
 
 /* Lays out the scratch from `at`, and returns what it takes in floats. */
 static int64_t layer_layout(const DconvLayer *d, float *at, int backward, LayerScratch *w) {

@@ -97,6 +97,10 @@ INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t round_up_to(int64_t a, int64_t part) { return ceil_div(a, part) * part; }
 INLINE int64_t round_up(int64_t a) { return ceil_div(a, 16) * 16; } /* floats: whole cache lines, whatever LANES is */
 
+/* The distance of rows of n floats, and a vector's more: an odd number of cache lines, so that a column of many rows has all of the
+ * cache's sets, not one in eight. */
+INLINE int64_t spaced(int64_t n) { return ((ceil_div(n, 16) + 1) | 1) * 16; }
+
 /* Into how large parts to cut `n` so that they are at most `limit` and nearly equal. */
 INLINE int64_t even_part(int64_t n, int64_t limit) { return ceil_div(n, ceil_div(n, limit)); }
 
