@@ -21,12 +21,12 @@ typedef struct {
     float *gx, *gkernels; /* null: not wanted */
 } DconvTensors;
 
-/* DCONV_BAND_BYTES: it stays in the first-level cache. DCONV_AHEAD: pixels by which kernels are asked for before, each tap's for itself:
- * the hardware foresees nothing beyond a page, nor a jump from tap to tap or to the next kernel. */
+/* DCONV_BAND_BYTES: it stays in the first-level cache. DCONV_AHEAD: pixels by which kernels are asked for before, each tap's for
+ * itself: the hardware foresees nothing beyond a page, nor a jump from tap to tap or to the next kernel. */
 enum { DCONV_BAND_BYTES = 1 << 14, DCONV_AHEAD = 256, TAPS_AT_ONCE = 9, LINE = 16 };
 
-/* Pixels `from` to `end` of a row, `many` taps of each; k the kernels of the first of these taps, `size` apart, x the padded pixel under
- * the window's first tap. The sums of the taps before lie in `y`. */
+/* Pixels `from` to `end` of a row, `many` taps of each; k the kernels of the first of these taps, `size` apart, x the padded pixel
+ * under the window's first tap. The sums of the taps before lie in `y`. */
 INLINE void dconv_taps(const int many, int64_t from, int64_t end, const int64_t *place, const float *x, const float *k, int64_t size,
                        int64_t ahead, float *y, int first) {
     enum { VECS = LINE / LANES };
@@ -72,6 +72,9 @@ static void dconv_row(int64_t width, int64_t taps, const int64_t *place, const f
         if (lines < width) dconv_rest(many, lines, width, place, x, k, size, k_end, y, t == 0);
     }
 }
+
+/* Whether rows are long and without a rest: then each is read from the padded copy. */
+static int whole_rows(const Window *s) { return s->ow % LANES == 0 && s->ow >= 2 * LINE; }
 
 /* Of the padded rows one copy for each column of the window, in which the pixels of several output rows follow each other. */
 typedef struct {
@@ -126,6 +129,7 @@ static void dconv_input_row(int64_t width, int64_t lw, int64_t taps, const int64
 
 static void dconv_unit(const Dconv *d, const DconvTensors *t, float *scratch, int64_t unit, int backward) {
     const Window *s = &d->s;
+    const int whole = whole_rows(s);
     int64_t pixels = s->oh * s->ow, taps = s->lh * s->lw, many = d->channels * d->kernels;
     const float *kernels = t->kernels + unit * d->kernels * taps * pixels;
     const float *k_end = t->kernels + d->n * d->units * d->kernels * taps * pixels;
@@ -136,7 +140,6 @@ static void dconv_unit(const Dconv *d, const DconvTensors *t, float *scratch, in
         int64_t rows = least(d->band, s->oh - i0);
         Padded p = padded(s, i0, i0 + rows);
         Flat f = flat(s, rows);
-        const int whole = s->ow % LINE == 0; /* rows: of each padded one */
         if (backward || whole)
             tap_places(s, p, place);
         else
@@ -169,7 +172,7 @@ static void dconv_unit(const Dconv *d, const DconvTensors *t, float *scratch, in
 
 /* Fills in the rows of a band and the scratch of a call. */
 void dconv_plan(Dconv *d) {
-    int64_t row = 4 * (padded(&d->s, 0, 1).row + (d->s.ow % LINE ? d->s.lw * d->s.ow : 0)), taps = d->s.lh * d->s.lw;
+    int64_t row = 4 * (padded(&d->s, 0, 1).row + (whole_rows(&d->s) ? 0 : d->s.lw * d->s.ow)), taps = d->s.lh * d->s.lw;
     int64_t rows = (DCONV_BAND_BYTES / row - (d->s.lh - 1) * d->s.dh - 1) / d->s.sh + 1;
     d->band = least(d->s.oh, most(rows, most(1, (d->s.lh - 1) * d->s.dh)));
     d->scratch = round_up(2 * taps) + 2 * round_up(padded_floats(padded(&d->s, 0, d->band), 1)) +

@@ -90,9 +90,10 @@ INLINE void block(const int rows, const int vectors, int64_t depth, const float 
     float *c = at->c;
     vec sum[9][3];
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = (vec){0};
-    if (add) /* far away by now: rows of C are long */
+    if (add) { /* far away by now: rows of C are long */
         UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
             __builtin_prefetch(c + r * c_row + v * c_vector, 1);
+    }
     for (int64_t k = 0; k < depth; k++, A += rows, b += b_k) {
         vec x[3];
         UNROLLED for (int v = 0; v < vectors; v++) x[v] = held(load(b + v * b_vector));
@@ -111,8 +112,8 @@ INLINE void block(const int rows, const int vectors, int64_t depth, const float 
 }
 
 /* Some blocks of rows, one below the other, `A_step` apart in A. */
-static void blocks_of(int64_t rows, int64_t vectors, int64_t many, int64_t depth, const float *A, int64_t A_step, Operands at, int64_t last,
-                      int add) {
+static void blocks_of(int64_t rows, int64_t vectors, int64_t many, int64_t depth, const float *A, int64_t A_step, Operands at,
+                      int64_t last, int add) {
 #define CASE(R, V) \
     case R * 4 + V: \
         for (; many > 0; many--, A += A_step, at.c += R * at.c_row) block(R, V, depth, A, &at, last, add); \

@@ -21,7 +21,7 @@
 #define LANES 4 /* SSE, NEON */
 #endif
 
-/* How many sums a loop can hold in registers: rows and vectors of a matrix product, atoms and channels of an atom convolution. */
+/* How many sums a loop can hold in registers, beside what it multiplies: rows and vectors of a matrix product, atoms and channels of an atom convolution. */
 #if defined(__AVX512F__) || defined(__aarch64__)
 enum { ROWS = 9, VECTORS = 3, ATOMS = 6, CHANNELS = 4 };
 #else
