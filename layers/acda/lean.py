@@ -16,7 +16,6 @@ Half precision is computed in float32 and rounded at the end.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -364,7 +363,10 @@ class Gradients:
 
 
 def lean_gradients(
-    grad: Tensor, inputs: Sequence[Tensor], geometry: Sequence[Any], needs: Sequence[bool]
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+    needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of `inputs` (x, alpha, psi, static and coeff), from that of the output; empty if not needed.
 
