@@ -360,3 +360,20 @@ class Gradients:
     def _window(self, taps: Tensor) -> Tensor:
         """(…, l_w·l_h) back to (…, l_h, l_w)."""
         return taps.view(-1, self.p.lw, self.p.lh).transpose(1, 2).contiguous()
+
+
+def lean_gradients(
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of `inputs` (x, alpha, psi, static and coeff), from that of the output; empty if not needed.
+
+    `geometry` is stride, padding, dilation and groups.
+    """
+    problem = LeanProblem(*inputs, *geometry)
+    grads = Gradients(problem, needs)
+    for chunk in problem.chunks():
+        grads.add(grad, chunk)
+    return grads.results(*inputs[2:])

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgeon.layers.acda.lean import lean_gradients
 from surgeon.layers.ops.native.compiler import library
 from surgeon.layers.ops.native.half import by_images, gradients_by_images
 from surgeon.layers.ops.native.support import in_parallel, partial_sums, pointer
 
-MOST_COEFFICIENTS = 1 << 19  # per group: beyond that the product is memory-bound and slower than torch's
+MOST_COEFFICIENTS = (
+    1 << 20
+)  # per group: the gradients of more are summed up faster by torch, over several images at once
 
 _SIZES = ("h", "w", "oh", "ow", "lh", "lw", "sh", "sw", "ph", "pw", "dh", "dw")
 _COUNTS = ("n", "c", "k", "c_out", "c_group", "m", "m_all", "groups", "taps")
@@ -147,8 +150,13 @@ def forward(x: Tensor, alpha: Tensor, psi: Tensor, static: Tensor, coeff: Tensor
 
 
 def backward(grad: Tensor, *args: Any) -> list[Tensor]:
-    """Gradients of x, alpha, psi, static and coeff for the arguments of `forward` and, last, `needs`; empty if not needed."""
+    """Gradients of x, alpha, psi, static and coeff for the arguments of `forward` and, last, `needs`; empty if not needed.
+
+    Torch computes them for more than `MOST_COEFFICIENTS`.
+    """
     inputs, geometry, needs = args[:5], args[5:-1], args[-1]
+    if inputs[4].numel() > geometry[3] * MOST_COEFFICIENTS:
+        return lean_gradients(grad, inputs, geometry, needs)
     psi, static, coeff = (t.float() for t in inputs[2:])
 
     def run(grad: Tensor, x: Tensor, alpha: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from surgeon.errors import GeometryError
 from surgeon.layers.acda import flops, native
-from surgeon.layers.acda.lean import Gradients, LeanProblem
+from surgeon.layers.acda.lean import LeanProblem, lean_gradients
 from surgeon.layers.acda.reference import acda_conv_reference
 from surgeon.layers.ops.dispatch import NATIVE, PORTABLE, Operator
 from surgeon.layers.ops.inputs import check_window, floating
@@ -83,11 +83,7 @@ def _acda_conv_backward(
         return found
     if backend == NATIVE:
         return native.backward(grad, x, alpha, psi, static, coeff, stride, padding, dilation, groups, needs)
-    problem = LeanProblem(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
-    grads = Gradients(problem, needs)
-    for chunk in problem.chunks():
-        grads.add(grad, chunk)
-    return grads.results(psi, static, coeff)
+    return lean_gradients(grad, (x, alpha, psi, static, coeff), (stride, padding, dilation, groups), needs)
 
 
 @shapes_of("surgeon::acda_conv_backward")
@@ -150,9 +146,6 @@ def _run_triton(*args: Any) -> Tensor:
 
 
 def _why_not_native(x: Tensor, alpha: Tensor, psi: Tensor, static: Tensor, coeff: Tensor, *geometry: Any) -> list[str]:
-    groups = geometry[3]
-    if coeff.numel() > groups * native.MOST_COEFFICIENTS:
-        return [f"torch is faster with more than {native.MOST_COEFFICIENTS} coefficients per group"]
     return native_reasons_against([x, alpha, psi, static, coeff])
 
 

@@ -44,11 +44,11 @@ INLINE void filter(const int channels, const int atoms, const Block *b, int64_t 
     UNROLLED for (int c = 0; c < channels; c++) UNROLLED for (int m = 0; m < atoms; m++) sum[c][m] = (vec){0};
     for (int64_t t = 0; t < b->taps; t++, d += step) {
         const float *at = x + b->place[t];
-        vec atom[6];
-        UNROLLED for (int m = 0; m < atoms; m++) atom[m] = load(d + m * LANES);
-        UNROLLED for (int c = 0; c < channels; c++) {
-            vec in = load(at + c * plane);
-            UNROLLED for (int m = 0; m < atoms; m++) sum[c][m] += atom[m] * in;
+        vec in[4];
+        UNROLLED for (int c = 0; c < channels; c++) in[c] = held(load(at + c * plane));
+        UNROLLED for (int m = 0; m < atoms; m++) {
+            vec atom = held(load(d + m * LANES));
+            UNROLLED for (int c = 0; c < channels; c++) sum[c][m] = plus(sum[c][m], atom, in[c]);
         }
     }
     UNROLLED for (int c = 0; c < channels; c++) UNROLLED for (int m = 0; m < atoms; m++)
@@ -61,17 +61,17 @@ INLINE void spread(const int channels, const int atoms, const Block *b, int64_t 
     vec gz[4][6];
     const int64_t plane = b->plane;
     UNROLLED for (int c = 0; c < channels; c++) UNROLLED for (int m = 0; m < atoms; m++)
-        gz[c][m] = load(b->z + ((c0 + c) * b->m_all + m0 + m) * LANES);
+        gz[c][m] = held(load(b->z + ((c0 + c) * b->m_all + m0 + m) * LANES));
     for (int64_t t = v; t < b->taps; t += lw) {
         const float *d = b->d + (t * b->m_all + m0) * LANES;
         float *at = gx + c0 * plane + b->place[t];
-        vec atom[6];
-        UNROLLED for (int m = 0; m < atoms; m++) atom[m] = load(d + m * LANES);
-        UNROLLED for (int c = 0; c < channels; c++) {
-            vec sum = load(at + c * plane);
-            UNROLLED for (int m = 0; m < atoms; m++) sum += atom[m] * gz[c][m];
-            store(at + c * plane, sum);
+        vec sum[4];
+        UNROLLED for (int c = 0; c < channels; c++) sum[c] = load(at + c * plane);
+        UNROLLED for (int m = 0; m < atoms; m++) {
+            vec atom = held(load(d + m * LANES));
+            UNROLLED for (int c = 0; c < channels; c++) sum[c] = plus(sum[c], atom, gz[c][m]);
         }
+        UNROLLED for (int c = 0; c < channels; c++) store(at + c * plane, sum[c]);
     }
 }
 
@@ -86,11 +86,11 @@ INLINE void atom_gradient(const int taps, const int atoms, const Block *b, int64
         UNROLLED for (int m = 0; m < atoms; m++) sum[t][m] = load(gd + t * step + m * LANES);
     }
     for (int64_t c = 0, at = 0; c < channels; c++, at += b->plane, z += step) {
-        vec gz[6];
-        UNROLLED for (int m = 0; m < atoms; m++) gz[m] = load(z + m * LANES);
-        UNROLLED for (int t = 0; t < taps; t++) {
-            vec in = load(x[t] + at);
-            UNROLLED for (int m = 0; m < atoms; m++) sum[t][m] += gz[m] * in;
+        vec in[4];
+        UNROLLED for (int t = 0; t < taps; t++) in[t] = held(load(x[t] + at));
+        UNROLLED for (int m = 0; m < atoms; m++) {
+            vec gz = held(load(z + m * LANES));
+            UNROLLED for (int t = 0; t < taps; t++) sum[t][m] = plus(sum[t][m], gz, in[t]);
         }
     }
     UNROLLED for (int t = 0; t < taps; t++) UNROLLED for (int m = 0; m < atoms; m++) store(gd + t * step + m * LANES, sum[t][m]);
@@ -140,7 +140,7 @@ typedef struct {
     int64_t *place;
 } AcdaScratch;
 
-static int64_t tile_row(const Acda *a) { return round_up(a->tile * a->s.ow) + 16; }
+static int64_t tile_row(const Acda *a) { return spaced(a->tile * a->s.ow); }
 
 /* Lays out the scratch from `at`, and returns what it takes in floats. */
 static int64_t acda_layout(const Acda *a, float *at, int backward, AcdaScratch *w) {
@@ -229,7 +229,7 @@ static void basis_gradients(const Acda *a, const AcdaTensors *t, const float *al
             float *at = t->gpsi + (k * a->taps + tap) * LANES;
             vec sum = {0};
             for (int64_t m = 0; m < a->m; m++)
-                sum += load(alpha + (m * a->k + k) * row) * load(gd + (tap * a->m_all + m) * LANES);
+                sum = plus(sum, load(alpha + (m * a->k + k) * row), load(gd + (tap * a->m_all + m) * LANES));
             store(at, load(at) + first_lanes(sum, lanes));
         }
     for (int64_t r = 0; t->gstatic && r < a->m_all - a->m; r++)

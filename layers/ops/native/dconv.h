@@ -21,40 +21,80 @@ typedef struct {
     float *gx, *gkernels; /* null: not wanted */
 } DconvTensors;
 
-/* DCONV_BAND_BYTES: it and its sums stay in the first-level cache. DCONV_AHEAD: floats by which kernels are asked for before: the
- * hardware foresees nothing beyond a page, nor a jump from tap to tap. */
-enum { DCONV_BAND_BYTES = 1 << 14, DCONV_AHEAD = 1024 };
+/* DCONV_BAND_BYTES: it stays in the first-level cache. DCONV_AHEAD: pixels by which kernels are asked for before, each tap's for
+ * itself: the hardware foresees nothing beyond a page, nor a jump from tap to tap or to the next kernel. */
+enum { DCONV_BAND_BYTES = 1 << 14, DCONV_AHEAD = 256, TAPS_AT_ONCE = 9, LINE = 16 };
 
-/* Some rows of one output channel, `many` taps of it: kernels are read from end to end, as the hardware foresees. `k` the kernels of
- * the first of these taps, `size` apart; x the padded pixel under the window's first tap, of rows `step` apart. The sum of the taps
- * before lies in `sums`, in whole vectors; the last taps' goes to y, also in whole vectors, where a row writes over what the row
- * before it wrote too much, up to `y_end`. */
-INLINE void dconv_taps(const int many, int64_t rows, int64_t width, const int64_t *place, const float *x, int64_t step, const float *k,
-                       int64_t size, const float *k_end, float *sums, float *y, const float *y_end, int first) {
-    for (int64_t i = 0; i < rows; i++, x += step, k += width)
-        for (int64_t j = 0; j < width; j += LANES, sums += LANES) {
-            int64_t lanes = k + (many - 1) * size + j + LANES <= k_end ? LANES : width - j;
-            vec sum = first ? (vec){0} : load(sums);
-            UNROLLED for (int t = 0; t < many; t++) __builtin_prefetch(k + t * size + j + DCONV_AHEAD);
-            UNROLLED for (int t = 0; t < many; t++) sum += load_first(k + t * size + j, lanes) * load(x + place[t] + j);
-            if (!y)
-                store(sums, sum);
-            else
-                store_first(y + i * width + j, sum, y + i * width + j + LANES <= y_end ? LANES : width - j);
+/* Pixels `from` to `end` of a row, `many` taps of each; k the kernels of the first of these taps, `size` apart, x the padded pixel
+ * under the window's first tap. The sums of the taps before lie in `y`. */
+INLINE void dconv_taps(const int many, int64_t from, int64_t end, const int64_t *place, const float *x, const float *k, int64_t size,
+                       int64_t ahead, float *y, int first) {
+    enum { VECS = LINE / LANES };
+    for (int64_t j = from; j < end; j += LINE) {
+        vec sum[VECS];
+        UNROLLED for (int v = 0; v < VECS; v++) sum[v] = first ? (vec){0} : load(y + j + v * LANES);
+        UNROLLED for (int t = 0; t < many; t++) {
+            const float *by = k + t * size + j, *in = x + place[t] + j;
+            __builtin_prefetch(by + ahead);
+            UNROLLED for (int v = 0; v < VECS; v++) sum[v] = plus(sum[v], load(by + v * LANES), load(in + v * LANES));
         }
+        UNROLLED for (int v = 0; v < VECS; v++) store(y + j + v * LANES, sum[v]);
+    }
 }
 
-enum { TAPS_AT_ONCE = 3 };
+/* The last pixels of a row, from `from` on, fewer than a line. Of kernels whole vectors are read, but nothing behind `k_end`. */
+static void dconv_rest(int64_t many, int64_t from, int64_t end, const int64_t *place, const float *x, const float *k, int64_t size,
+                       const float *k_end, float *y, int first) {
+    for (int64_t j = from; j < end; j += LANES) {
+        int64_t lanes = least(LANES, end - j), read = k + (many - 1) * size + j + LANES <= k_end ? LANES : lanes;
+        vec sum = first ? (vec){0} : load_first(y + j, lanes);
+        for (int64_t t = 0; t < many; t++) sum = plus(sum, load_first(k + t * size + j, read), load(x + place[t] + j));
+        store_first(y + j, sum, lanes);
+    }
+}
 
-static void dconv_rows(int64_t rows, int64_t width, int64_t taps, const int64_t *place, const float *x, int64_t step, const float *k,
-                       int64_t size, const float *k_end, float *sums, float *y, const float *y_end) {
+/* A row of one output channel, or several whose pixels follow each other; `left` pixels of the kernels are behind its first. */
+static void dconv_row(int64_t width, int64_t taps, const int64_t *place, const float *x, const float *k, int64_t size, int64_t left,
+                      const float *k_end, float *y) {
+    int64_t lines = width / LINE * LINE, ahead = least(DCONV_AHEAD, size), near = least(lines, round_up(most(0, left - ahead)));
+    int64_t jump = ahead + (taps - 1) * size; /* to the next kernel */
     for (int64_t t = 0, many; t < taps; t += many, k += many * size, place += many) {
         many = least(TAPS_AT_ONCE, taps - t);
-        float *to = t + many == taps ? y : NULL;
         switch (many) {
-#define CASE(MANY) case MANY: dconv_taps(MANY, rows, width, place, x, step, k, size, k_end, sums, to, y_end, t == 0); break;
-            CASE(1) CASE(2) CASE(3)
+#define CASE(MANY) \
+    case MANY: \
+        dconv_taps(MANY, 0, near, place, x, k, size, ahead, y, t == 0); \
+        dconv_taps(MANY, near, lines, place, x, k, size, jump, y, t == 0); \
+        break;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9)
 #undef CASE
+        }
+        if (lines < width) dconv_rest(many, lines, width, place, x, k, size, k_end, y, t == 0);
+    }
+}
+
+/* Whether rows are long and without a rest: then each is read from the padded copy. */
+static int whole_rows(const Window *s) { return s->ow % LANES == 0 && s->ow >= 2 * LINE; }
+
+/* Of the padded rows one copy for each column of the window, in which the pixels of several output rows follow each other. */
+typedef struct {
+    int64_t part; /* floats of every sh-th row of one of them */
+} Flat;
+
+static Flat flat(const Window *s, int64_t rows) { return (Flat){spaced((rows + (s->lh - 1) * s->dh / s->sh) * s->ow)}; }
+
+static void flat_places(const Window *s, Flat f, int64_t *place) {
+    for (int64_t u = 0; u < s->lh; u++)
+        for (int64_t v = 0; v < s->lw; v++) *place++ = (v * s->sh + u * s->dh % s->sh) * f.part + u * s->dh / s->sh * s->ow;
+}
+
+static void flat_copy(const Window *s, Padded p, Flat f, const float *from, float *to) {
+    for (int64_t v = 0; v < s->lw; v++) {
+        const float *column = from + (v * s->dw % s->sw) * p.part + v * s->dw / s->sw;
+        for (int64_t q = 0; q < s->sh; q++, to += f.part) {
+            float *out = to;
+            for (int64_t r = q; r < p.rows; r += s->sh, out += s->ow) /* the next row writes over what this one has too much */
+                for (int64_t j = 0; j < s->ow; j += LANES) store(out + j, load(column + r * p.row + j));
         }
     }
 }
@@ -82,33 +122,41 @@ static void dconv_input_row(int64_t width, int64_t lw, int64_t taps, const int64
             const float *by = k + t * size;
             float *restrict out = gx + place[t];
             int64_t j = 0;
-            for (; j + LANES <= width; j += LANES) store(out + j, load(out + j) + load(by + j) * load(g + j));
+            for (; j + LANES <= width; j += LANES) store(out + j, plus(load(out + j), load(by + j), load(g + j)));
             for (; j < width; j++) out[j] += by[j] * g[j];
         }
 }
 
 static void dconv_unit(const Dconv *d, const DconvTensors *t, float *scratch, int64_t unit, int backward) {
     const Window *s = &d->s;
+    const int whole = whole_rows(s);
     int64_t pixels = s->oh * s->ow, taps = s->lh * s->lw, many = d->channels * d->kernels;
     const float *kernels = t->kernels + unit * d->kernels * taps * pixels;
     const float *k_end = t->kernels + d->n * d->units * d->kernels * taps * pixels;
     int64_t *place = (int64_t *)take(&scratch, 2 * taps);
     int64_t floats = padded_floats(padded(s, 0, d->band), 1);
-    float *x = take(&scratch, floats), *gx = take(&scratch, floats), *sums = take(&scratch, d->band * round_up(s->ow));
+    float *x = take(&scratch, floats), *gx = take(&scratch, floats), *apart = take(&scratch, s->lw * s->sh * flat(s, d->band).part);
     for (int64_t i0 = 0; i0 < s->oh; i0 += d->band) {
         int64_t rows = least(d->band, s->oh - i0);
         Padded p = padded(s, i0, i0 + rows);
-        tap_places(s, p, place);
+        Flat f = flat(s, rows);
+        if (backward || whole)
+            tap_places(s, p, place);
+        else
+            flat_places(s, f, place);
         for (int64_t c = 0; c < d->channels; c++) {
             int64_t channel = unit * d->channels + c, plane = channel * s->h * s->w;
             if (!backward || t->gkernels) window_copy(s, p, 1, t->x + plane, x);
-            for (int64_t q = 0; q < s->h * s->w && q < DCONV_AHEAD; q += 16) __builtin_prefetch(t->x + plane + s->h * s->w + q);
+            if (!backward && !whole) flat_copy(s, p, f, x, apart);
+            for (int64_t q = 0; q < s->h * s->w && q < 1024; q += LINE) __builtin_prefetch(t->x + plane + s->h * s->w + q);
             if (backward && t->gx) memset(gx, 0, (size_t)padded_floats(p, 1) * 4);
             for (int64_t r = 0; r < d->kernels; r++) {
                 int64_t o = (unit * many + c * d->kernels + r) * pixels + i0 * s->ow, own = r * taps * pixels + i0 * s->ow;
-                if (!backward)
-                    dconv_rows(rows, s->ow, taps, place, x, s->sh * p.row, kernels + own, pixels, k_end, sums, t->y + o,
-                               t->y + o + rows * s->ow);
+                if (!backward && !whole)
+                    dconv_row(rows * s->ow, taps, place, apart, kernels + own, pixels, pixels - i0 * s->ow, k_end, t->y + o);
+                for (int64_t i = 0, q = 0; i < rows && !backward && whole; i++, q += s->ow)
+                    dconv_row(s->ow, taps, place, x + i * s->sh * p.row, kernels + own + q, pixels, pixels - i0 * s->ow - q, k_end,
+                              t->y + o + q);
                 for (int64_t i = 0; i < rows && backward; i++) {
                     int64_t at = i * s->sh * p.row, row = i * s->ow;
                     if (t->gkernels)
@@ -124,10 +172,11 @@ static void dconv_unit(const Dconv *d, const DconvTensors *t, float *scratch, in
 
 /* Fills in the rows of a band and the scratch of a call. */
 void dconv_plan(Dconv *d) {
-    int64_t row = 4 * padded(&d->s, 0, 1).row, taps = d->s.lh * d->s.lw;
+    int64_t row = 4 * (padded(&d->s, 0, 1).row + (whole_rows(&d->s) ? 0 : d->s.lw * d->s.ow)), taps = d->s.lh * d->s.lw;
     int64_t rows = (DCONV_BAND_BYTES / row - (d->s.lh - 1) * d->s.dh - 1) / d->s.sh + 1;
     d->band = least(d->s.oh, most(rows, most(1, (d->s.lh - 1) * d->s.dh)));
-    d->scratch = round_up(2 * taps) + 2 * round_up(padded_floats(padded(&d->s, 0, d->band), 1)) + d->band * round_up(d->s.ow) + 64;
+    d->scratch = round_up(2 * taps) + 2 * round_up(padded_floats(padded(&d->s, 0, d->band), 1)) +
+                 round_up(d->s.lw * d->s.sh * flat(&d->s, d->band).part) + 64;
 }
 
 /* Units from `first` to `end`, of all images. */

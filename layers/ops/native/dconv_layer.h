@@ -1,9 +1,9 @@
 /* DConv with kernels made from features, one an output channel: y[o][p] = sum over taps of k[o][t][p] x[channel(o)][p + t], where
  * k[o][t] = weight[o][t] * features + fixed[o][t]; see layers/sekg/reference.py.
  *
- * A tile of pixels has its features, and below them a row of ones: `fixed` is one more column of the weight. A block of pixels and
- * the taps of an output make one block of a matrix product, whose kernels filter the input at once and are never stored further away
- * than in the first-level cache. */
+ * A tile of pixels has its features, and below them a row of ones: `fixed` is one more column of the weight. They lie in panels of a
+ * few vectors of pixels, which stay in the first-level cache while they are multiplied with the weights of some outputs; those stay in
+ * the second-level cache meanwhile. The kernels filter the input at once. */
 #ifndef SURGEON_DCONV_LAYER_H
 #define SURGEON_DCONV_LAYER_H
 
@@ -13,7 +13,7 @@ typedef struct {
     Window s;
     int64_t n, c, outputs, features;
     int64_t bands, band, tile;  /* bands of an image, output rows of a band and of a tile */
-    int64_t chunk;              /* outputs whose gradients of kernels are multiplied at once */
+    int64_t chunk;              /* outputs whose kernels, or their gradients, are multiplied at once */
     int64_t forward, backward;  /* floats of scratch of a call */
     int64_t wide;               /* features, rounded up: a row of the gradient of the weight */
 } DconvLayer;
@@ -28,11 +28,11 @@ typedef struct {
 enum { LAYER_PIXELS = 256, LAYER_ROWS = 72 };
 
 typedef struct {
-    float *x, *features, *kernels, *gx, *gfeatures, *gkernels, *packed, *turned;
+    float *x, *features, *kernels, *gx, *gfeatures, *packed, *turned; /* of kernels, later the gradients */
     int64_t *place;
 } LayerScratch;
 
-static int64_t layer_row(const DconvLayer *d) { return round_up(d->tile * d->s.ow) + 16; }
+static int64_t layer_row(const DconvLayer *d) { return spaced(d->tile * d->s.ow); }
 
 /* Lays out the scratch from `at`, and returns what it takes in floats. */
 static int64_t layer_layout(const DconvLayer *d, float *at, int backward, LayerScratch *w) {
@@ -41,11 +41,10 @@ static int64_t layer_layout(const DconvLayer *d, float *at, int backward, LayerS
     w->place = (int64_t *)take(&next, 2 * taps);
     w->x = take(&next, image);
     w->features = take(&next, (d->features + 16) * row);
-    w->kernels = take(&next, taps * (backward ? row : VECTORS * LANES));
+    w->kernels = take(&next, d->chunk * taps * (backward ? row : VECTORS * LANES));
     if (backward) {
         w->gx = take(&next, image);
         w->gfeatures = take(&next, d->features * row);
-        w->gkernels = take(&next, d->chunk * taps * row);
         w->packed = take(&next, d->chunk * taps * row);
         w->turned = take(&next, (d->wide + 16) * row);
     }
@@ -66,14 +65,17 @@ void dconv_layer_plan(DconvLayer *d) {
 /* weight (O * taps, features + 1), the last column being `fixed`, packed for both directions. */
 void dconv_layer_pack(const DconvLayer *d, const float *weight, float *on, float *back) {
     int64_t taps = d->s.lh * d->s.lw, depth = d->features + 1;
-    for (int64_t o = 0; o < d->outputs && on; o++) pack(weight + o * taps * depth, depth, 1, taps, depth, on + o * taps * depth);
-    for (int64_t o = 0; o < d->outputs && back; o += d->chunk)
-        pack(weight + o * taps * depth, 1, depth, d->features, least(d->chunk, d->outputs - o) * taps, back + o * taps * d->features);
+    for (int64_t o = 0; o < d->outputs; o += d->chunk) {
+        int64_t rows = least(d->chunk, d->outputs - o) * taps;
+        if (on) pack(weight + o * taps * depth, depth, 1, rows, depth, on + o * taps * depth);
+        if (back) pack(weight + o * taps * depth, 1, depth, d->features, rows, back + o * taps * d->features);
+    }
 }
 
 /* ---- pixels of several rows in one vector ----------------------------------------------------------------------------------- */
 
-/* LANES pixels in order, from pixel q of a band on: where each row of them is read, and its lanes. */
+/* LANES pixels in order, from pixel q of a band on: where each row of them is read, and its lanes; of the second row none if there is
+ * one alone. */
 typedef struct {
     int64_t many, at[LANES];
     ivec in[LANES];
@@ -91,32 +93,55 @@ static void pixels_from(const Window *s, Padded p, int64_t q, Pixels *to) {
         to->in[to->many++] = (lane >= (ivec){0} + (int32_t)first) & (lane < (ivec){0} + (int32_t)end);
         first = end;
     }
+    if (to->many == 1) to->at[1] = to->at[0], to->in[1] = (ivec){0};
 }
 
-INLINE vec load_pixels(const float *x, const Pixels *at) {
-    if (at->many == 1) return load(x + at->at[0]);
-    ivec v = {0};
-    for (int64_t i = 0; i < at->many; i++) v |= (ivec)load(x + at->at[i]) & at->in[i];
+/* Of at most `rows` rows, or, if that is 0, of as many as there are. */
+INLINE vec load_pixels(const int rows, const float *x, const Pixels *at) {
+    if (rows == 1) return load(x + at->at[0]);
+    ivec v = ((ivec)load(x + at->at[0]) & at->in[0]) | ((ivec)load(x + at->at[1]) & at->in[1]);
+    for (int64_t i = 2; i < at->many && !rows; i++) v |= (ivec)load(x + at->at[i]) & at->in[i];
     return (vec)v;
 }
 
 /* ---- forward ------------------------------------------------------------------------------------------------------------------ */
 
-/* The features of a tile, and ones. */
+/* A tile's pixels are cut into panels of so many vectors, of the last of which some lanes may be empty. */
+INLINE int64_t panel_vectors(int64_t count) { return even_part(ceil_div(count, LANES), VECTORS); }
+
+/* The features of a tile, and ones, panel after panel: [feature][vector][lane], zero where there is no pixel. */
 static void layer_features(const DconvLayer *d, const float *features, int64_t count, float *to) {
-    int64_t row = layer_row(d), pixels = d->s.oh * d->s.ow;
-    copy_rows(features, pixels, d->features, count, to, row);
-    for (int64_t f = 0; f < d->features; f++) memset(to + f * row + count, 0, (size_t)(row - count) * 4);
-    for (int64_t q = 0; q < row; q += LANES) store(to + d->features * row + q, splat(1));
+    int64_t pixels = d->s.oh * d->s.ow, all = round_up_to(count, LANES), width = panel_vectors(count) * LANES;
+    for (int64_t q = 0; q < all; q += width) {
+        int64_t row = least(width, all - q), here = least(row, count - q);
+        float *panel = to + q * (d->features + 1);
+        copy_rows(features + q, pixels, d->features, here, panel, row);
+        for (int64_t f = 0; f < d->features && here < row; f++) memset(panel + f * row + here, 0, (size_t)(row - here) * 4);
+        for (int64_t i = 0; i < row; i += LANES) store(panel + d->features * row + i, splat(1));
+    }
 }
 
-/* y of one output, for some vectors of pixels: `left` of them, from `kernels` [tap][vector][lane]. */
-static void layer_filter(int64_t taps, int64_t vectors, const int64_t *place, const float *x, const Pixels *pixels, const float *kernels,
-                         float bias, float *y, int64_t left) {
-    for (int64_t v = 0; v < vectors; v++) {
-        vec sum = splat(bias);
-        for (int64_t t = 0; t < taps; t++) sum += load(kernels + (t * vectors + v) * LANES) * load_pixels(x + place[t], pixels + v);
-        store_first(y + v * LANES, sum, least(LANES, left - v * LANES));
+/* y of one output, for some vectors of pixels, each of at most `rows` rows (0: of any number): `left` pixels, from `kernels`
+ * [tap][vector][lane]. */
+INLINE void filter_vectors(const int vectors, const int rows, int64_t taps, const int64_t *place, const float *x, const Pixels *pixels,
+                           const float *kernels, float bias, float *y, int64_t left) {
+    vec sum[VECTORS];
+    UNROLLED for (int v = 0; v < vectors; v++) sum[v] = splat(bias);
+    for (int64_t t = 0; t < taps; t++, kernels += vectors * LANES)
+        UNROLLED for (int v = 0; v < vectors; v++)
+            sum[v] = plus(sum[v], load(kernels + v * LANES), load_pixels(rows, x + place[t], pixels + v));
+    UNROLLED for (int v = 0; v < vectors - 1; v++) store(y + v * LANES, sum[v]);
+    store_first(y + (vectors - 1) * LANES, sum[vectors - 1], left - (vectors - 1) * LANES);
+}
+
+static void layer_filter(int64_t vectors, int64_t rows, int64_t taps, const int64_t *place, const float *x, const Pixels *pixels,
+                         const float *kernels, float bias, float *y, int64_t left) {
+    switch (vectors * 4 + rows) {
+#define CASE(V, R) case V * 4 + R: filter_vectors(V, R, taps, place, x, pixels, kernels, bias, y, left); break;
+#define CASES(V) CASE(V, 0) CASE(V, 1) CASE(V, 2)
+        CASES(1) CASES(2) CASES(3)
+#undef CASES
+#undef CASE
     }
 }
 
@@ -124,30 +149,31 @@ void dconv_layer_forward(const DconvLayer *d, const DconvLayerTensors *t, float 
     const Window *s = &d->s;
     LayerScratch w;
     layer_layout(d, scratch, 0, &w);
-    int64_t n = task / d->bands, i0 = task % d->bands * d->band, i1 = least(i0 + d->band, s->oh), row = layer_row(d);
+    int64_t n = task / d->bands, i0 = task % d->bands * d->band, i1 = least(i0 + d->band, s->oh);
     int64_t pixels = s->oh * s->ow, taps = s->lh * s->lw, depth = d->features + 1, multiplier = d->outputs / d->c;
-    const int64_t thick = even_part(depth, DEPTH);
     Padded p = padded(s, i0, i1);
     tap_places(s, p, w.place);
     window_copy(s, p, d->c, t->x + n * d->c * s->h * s->w, w.x);
     for (int64_t first = i0; first < i1; first += d->tile) {
         int64_t count = (least(first + d->tile, i1) - first) * s->ow, start = first * s->ow;
-        int64_t all = ceil_div(count, LANES), width = even_part(all, VECTORS);
+        int64_t all = ceil_div(count, LANES), width = panel_vectors(count);
         layer_features(d, t->features + n * d->features * pixels + start, count, w.features);
-        for (int64_t v = 0; v < all; v += width) {
-            int64_t vectors = least(width, all - v);
-            Pixels at[VECTORS];
-            Operands by = {w.features + v * LANES, row, LANES, w.kernels, vectors * LANES, LANES};
-            for (int64_t i = 0; i < vectors; i++) pixels_from(s, p, (first - i0) * s->ow + (v + i) * LANES, at + i);
-            const float *weight = t->weight, *x = w.x;
-            float *y = t->y + n * d->outputs * pixels + start + v * LANES;
-            for (int64_t o = 0, more = multiplier; o < d->outputs; o++, weight += taps * depth, y += pixels) {
-                Operands part = by;
-                if (taps > ROWS) product(taps, vectors, depth, weight, by, LANES, 0);
-                for (int64_t k = 0; k < depth && taps <= ROWS; k += thick, part.b += thick * row) /* what `product` does, undivided */
-                    block_of(taps, vectors, least(thick, depth - k), weight + k * taps, &part, LANES, k > 0);
-                layer_filter(taps, vectors, w.place, x, at, w.kernels, t->bias ? t->bias[o] : 0, y, count - v * LANES);
-                if (--more == 0) more = multiplier, x += p.plane;
+        for (int64_t o = 0; o < d->outputs; o += d->chunk) {
+            int64_t many = least(d->chunk, d->outputs - o);
+            for (int64_t v = 0; v < all; v += width) {
+                int64_t vectors = least(width, all - v), rows = 1, q = v * LANES;
+                Pixels at[VECTORS];
+                Operands by = {w.features + q * depth, vectors * LANES, LANES, w.kernels, vectors * LANES, LANES};
+                product(many * taps, vectors, depth, t->weight + o * taps * depth, by, LANES, 0);
+                for (int64_t i = 0; i < vectors; i++) {
+                    pixels_from(s, p, (first - i0) * s->ow + q + i * LANES, at + i);
+                    rows = most(rows, at[i].many);
+                }
+                if (rows > 2) rows = 0;
+                for (int64_t r = 0; r < many; r++)
+                    layer_filter(vectors, rows, taps, w.place, w.x + (o + r) / multiplier * p.plane, at,
+                                 w.kernels + r * taps * vectors * LANES, t->bias ? t->bias[o + r] : 0,
+                                 t->y + (n * d->outputs + o + r) * pixels + start + q, count - q);
             }
         }
     }
@@ -160,14 +186,14 @@ static void layer_kernel_gradients(const DconvLayer *d, const DconvLayerTensors 
                                    int64_t count) {
     int64_t row = layer_row(d), taps = d->s.lh * d->s.lw, rows = many * taps, from = o * taps;
     if (t->gfeatures)
-        gemm(d->features, count, rows, t->weight_back + from * d->features, w->gkernels, row, w->gfeatures, row, o > 0);
+        gemm(d->features, count, rows, t->weight_back + from * d->features, w->kernels, row, w->gfeatures, row, o > 0);
     if (t->gweight) {
-        pack(w->gkernels, row, 1, rows, count, w->packed);
+        pack(w->kernels, row, 1, rows, count, w->packed);
         gemm(rows, d->wide, count, w->packed, w->turned, d->wide + 16, t->gweight + from * d->wide, d->wide, 1);
     }
     for (int64_t r = 0; r < rows && t->gfixed; r++) {
         vec sum = load(t->gfixed + (from + r) * LANES);
-        for (int64_t q = 0; q < count; q += LANES) sum += first_lanes(load(w->gkernels + r * row + q), count - q);
+        for (int64_t q = 0; q < count; q += LANES) sum += first_lanes(load(w->kernels + r * row + q), count - q);
         store(t->gfixed + (from + r) * LANES, sum);
     }
 }
@@ -180,16 +206,25 @@ static void layer_backward_tile(const DconvLayer *d, const DconvLayerTensors *t,
     int64_t pixels = s->oh * s->ow, taps = s->lh * s->lw, depth = d->features + 1, row = layer_row(d), step = s->sh * p.row;
     int64_t count = (end - first) * s->ow, start = first * s->ow;
     layer_features(d, t->features + n * d->features * pixels + start, count, w->features);
-    if (t->gweight) transpose(w->features, row, d->features, count, w->turned, d->wide + 16);
+    int64_t all = round_up_to(count, LANES), width = panel_vectors(count) * LANES;
+    for (int64_t q = 0; q < all && t->gweight; q += width) {
+        int64_t here = least(width, all - q);
+        transpose(w->features + q * depth, here, d->features, here, w->turned + q * (d->wide + 16), d->wide + 16);
+    }
     for (int64_t o = 0; o < d->outputs; o += d->chunk) {
         int64_t many = least(d->chunk, d->outputs - o);
+        for (int64_t q = 0; q < all && t->gx; q += width) {
+            int64_t here = least(width, all - q);
+            Operands by = {w->features + q * depth, here, LANES, w->kernels + q, row, LANES};
+            product(many * taps, here / LANES, depth, t->weight + o * taps * depth, by, LANES, 0);
+        }
         for (int64_t r = 0; r < many; r++) {
             const float *grad = t->grad + (n * d->outputs + o + r) * pixels + start;
+            float *own = w->kernels + r * taps * row;
             int64_t at = (o + r) / (d->outputs / d->c) * p.plane + (first - i0) * step;
-            if (t->gx) gemm(taps, count, depth, t->weight + (o + r) * taps * depth, w->features, row, w->kernels, row, 0);
             for (int64_t i = 0, q = 0; i < end - first; i++, q += s->ow, at += step) {
-                if (t->gx) dconv_input_row(s->ow, s->lw, taps, w->place, w->kernels + q, grad + q, row, w->gx + at);
-                if (kernels) dconv_kernel_row(s->ow, taps, w->place, w->x + at, grad + q, row, w->gkernels + r * taps * row + q, 0);
+                if (t->gx) dconv_input_row(s->ow, s->lw, taps, w->place, own + q, grad + q, row, w->gx + at);
+                if (kernels) dconv_kernel_row(s->ow, taps, w->place, w->x + at, grad + q, row, own + q, 0);
             }
         }
         if (kernels) layer_kernel_gradients(d, t, w, o, many, count);

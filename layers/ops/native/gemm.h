@@ -7,7 +7,8 @@
 
 #include "lanes.h"
 
-enum { DEPTH = 224 }; /* of k at a time: DEPTH rows of VECTORS vectors of B stay in the first-level cache, or near it */
+/* DEPTH: of k at a time; so many rows of VECTORS vectors of B stay in the first-level cache, or near it. PART_BYTES: of A meanwhile. */
+enum { DEPTH = 224, PART_BYTES = 1 << 17 };
 
 /* Of a pair of vectors, the lanes of both that come together: those where lane bit s is 0, and where it is 1. Written out, because
  * GCC makes a vector that it computes lane by lane anew at every use. */
@@ -84,15 +85,21 @@ static __attribute__((noinline)) void keep_some(int rows, int vectors, const vec
 }
 
 INLINE void block(const int rows, const int vectors, int64_t depth, const float *A, const Operands *at, int64_t last, int add) {
-    vec sum[9][3];
+    const int64_t b_k = at->b_k, b_vector = at->b_vector, c_row = at->c_row, c_vector = at->c_vector;
     const float *b = at->b;
+    float *c = at->c;
+    vec sum[9][3];
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = (vec){0};
-    for (int64_t k = 0; k < depth; k++, A += rows, b += at->b_k) {
+    if (add) { /* far away by now: rows of C are long */
+        UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
+            __builtin_prefetch(c + r * c_row + v * c_vector, 1);
+    }
+    for (int64_t k = 0; k < depth; k++, A += rows, b += b_k) {
         vec x[3];
-        UNROLLED for (int v = 0; v < vectors; v++) x[v] = load(b + v * at->b_vector);
+        UNROLLED for (int v = 0; v < vectors; v++) x[v] = held(load(b + v * b_vector));
         UNROLLED for (int r = 0; r < rows; r++) {
-            vec a = splat(A[r]);
-            UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] += a * x[v];
+            vec a = held(splat(A[r]));
+            UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = plus(sum[r][v], a, x[v]);
         }
     }
     if (last < LANES) {
@@ -100,15 +107,17 @@ INLINE void block(const int rows, const int vectors, int64_t depth, const float 
         UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sums[r * vectors + v] = sum[r][v];
         keep_some(rows, vectors, sums, at, last, add);
     } else
-        UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) {
-            float *c = at->c + r * at->c_row + v * at->c_vector;
-            store(c, add ? sum[r][v] + load(c) : sum[r][v]);
-        }
+        UNROLLED for (int r = 0; r < rows; r++, c += c_row) UNROLLED for (int v = 0; v < vectors; v++)
+            store(c + v * c_vector, add ? sum[r][v] + load(c + v * c_vector) : sum[r][v]);
 }
 
-static void block_of(int64_t rows, int64_t vectors, int64_t depth, const float *A, const Operands *at, int64_t last, int add) {
+/* Some blocks of rows, one below the other, `A_step` apart in A. */
+static void blocks_of(int64_t rows, int64_t vectors, int64_t many, int64_t depth, const float *A, int64_t A_step, Operands at,
+                      int64_t last, int add) {
 #define CASE(R, V) \
-    case R * 4 + V: block(R, V, depth, A, at, last, add); return;
+    case R * 4 + V: \
+        for (; many > 0; many--, A += A_step, at.c += R * at.c_row) block(R, V, depth, A, &at, last, add); \
+        return;
 #define CASES(R) CASE(R, 1) CASE(R, 2) CASE(R, 3)
     switch (rows * 4 + vectors) {
         CASES(1) CASES(2) CASES(3) CASES(4)
@@ -120,22 +129,25 @@ static void block_of(int64_t rows, int64_t vectors, int64_t depth, const float *
 #undef CASE
 }
 
-/* `count` vectors of a row, of the last only `last` lanes. */
+/* `count` vectors of a row, of the last only `last` lanes. The part of A that is multiplied with all of them before the next stays in
+ * the second-level cache, that of B meanwhile in the first-level one. */
 static void product(int64_t rows, int64_t count, int64_t depth, const float *packed, Operands at, int64_t last, int add) {
-    int64_t height = even_part(rows, ROWS), width = even_part(count, VECTORS), thick = even_part(depth, DEPTH);
-    for (int64_t k = 0; k < depth; k += thick) {
-        int64_t deep = least(thick, depth - k);
-        for (int64_t v = 0; v < count; v += width) {
-            int64_t wide = least(width, count - v);
-            for (int64_t r = 0; r < rows; r += height) {
-                int64_t high = least(height, rows - r);
-                Operands part = at;
-                part.b += k * at.b_k + v * at.b_vector;
-                part.c += r * at.c_row + v * at.c_vector;
-                block_of(high, wide, deep, packed + r * depth + k * high, &part, v + wide == count ? last : LANES, add || k);
+    int64_t height = even_part(rows, ROWS), groups = ceil_div(count, VECTORS), thick = even_part(depth, DEPTH);
+    int64_t part = even_part(ceil_div(rows, height), most(1, PART_BYTES / (4 * thick * height))) * height;
+    for (int64_t k = 0; k < depth; k += thick)
+        for (int64_t r = 0; r < rows; r += part) {
+            int64_t deep = least(thick, depth - k), here = least(part, rows - r), whole = here / height, rest = here % height;
+            const float *A = packed + r * depth + k * height;
+            for (int64_t g = 0; g < groups; g++) {
+                int64_t v = count * g / groups, wide = count * (g + 1) / groups - v, lanes = v + wide == count ? last : LANES;
+                Operands by = at;
+                by.b += k * at.b_k + v * at.b_vector;
+                by.c += r * at.c_row + v * at.c_vector;
+                blocks_of(height, wide, whole, deep, A, height * depth, by, lanes, add || k);
+                by.c += whole * height * at.c_row;
+                if (rest) blocks_of(rest, wide, 1, deep, packed + (r + whole * height) * depth + k * rest, 0, by, lanes, add || k);
             }
         }
-    }
 }
 
 /* C (rows × columns) (+)= A B with contiguous rows of B and C at distances b_row and c_row. */

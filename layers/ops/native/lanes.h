@@ -7,6 +7,11 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -16,7 +21,7 @@
 #define LANES 4 /* SSE, NEON */
 #endif
 
-/* How many sums a loop can hold in registers: rows and vectors of a matrix product, atoms and channels of an atom convolution. */
+/* How many sums a loop can hold in registers, beside what it multiplies: rows and vectors of a matrix product, atoms and channels of an atom convolution. */
 #if defined(__AVX512F__) || defined(__aarch64__)
 enum { ROWS = 9, VECTORS = 3, ATOMS = 6, CHANNELS = 4 };
 #else
@@ -37,6 +42,33 @@ typedef float vec_anywhere __attribute__((vector_size(LANES * 4), aligned(4), ma
 INLINE vec load(const float *p) { return (vec) * (const vec_anywhere *)p; }
 INLINE void store(float *p, vec v) { *(vec_anywhere *)p = (vec_anywhere)v; }
 INLINE vec splat(float a) { return a - (vec){0}; } /* not plus, which would make 0 of -0, and an addition of a copy */
+
+/* sum + a b, rounded once where the target can: by its instruction, because for some CPUs GCC makes it of some of the loops only, and
+ * the same sums would have other bits in blocks of another size. */
+INLINE vec plus(vec sum, vec a, vec b) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__) && LANES == 8
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+    return sum + a * b;
+#endif
+}
+
+/* v in a register: of a value that several products share, GCC would make a memory operand for each, and loads, of which there are
+ * two a cycle, would then take longer than the products. */
+INLINE vec held(vec v) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(v));
+#elif defined(__SSE__)
+    __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(v));
+#endif
+    return v;
+}
 
 /* The first n lanes of v, zero in the others, whatever is there (NaN too). */
 INLINE vec first_lanes(vec v, int64_t n) {
@@ -62,7 +94,12 @@ INLINE void store_first(float *p, vec v, int64_t n) {
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t round_up_to(int64_t a, int64_t part) { return ceil_div(a, part) * part; }
 INLINE int64_t round_up(int64_t a) { return ceil_div(a, 16) * 16; } /* floats: whole cache lines, whatever LANES is */
+
+/* The distance of rows of n floats, and a vector's more: an odd number of cache lines, so that a column of many rows has all of the
+ * cache's sets, not one in eight. */
+INLINE int64_t spaced(int64_t n) { return ((ceil_div(n, 16) + 1) | 1) * 16; }
 
 /* Into how large parts to cut `n` so that they are at most `limit` and nearly equal. */
 INLINE int64_t even_part(int64_t n, int64_t limit) { return ceil_div(n, ceil_div(n, limit)); }

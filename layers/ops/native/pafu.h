@@ -214,10 +214,10 @@ INLINE void multiply_block(const int pixels, const int vectors, const Patches *b
             UNROLLED for (int r = 0; r < pixels; r++) __builtin_prefetch(next[r] + c0); /* unforeseen: the pixels are sorted */
             for (int64_t c = c0; c < c1; c++, packed += vectors * LANES) {
                 vec k[PAFU_VECTORS];
-                UNROLLED for (int v = 0; v < vectors; v++) k[v] = load(packed + v * LANES);
+                UNROLLED for (int v = 0; v < vectors; v++) k[v] = held(load(packed + v * LANES));
                 UNROLLED for (int r = 0; r < pixels; r++) {
-                    vec in = splat(x[r][c]);
-                    UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] += in * k[v];
+                    vec in = held(splat(x[r][c]));
+                    UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = plus(sum[r][v], in, k[v]);
                 }
             }
         }

@@ -24,10 +24,10 @@ INLINE void kernel_block(const int outputs, const int vectors, const PafuTensors
     for (int64_t p = first; p < end; p++) {
         const float *in = x + t->start[p], *by = g + t->order[p];
         vec patch[PAFU_VECTORS];
-        UNROLLED for (int v = 0; v < vectors; v++) patch[v] = load(in + v * LANES);
+        UNROLLED for (int v = 0; v < vectors; v++) patch[v] = held(load(in + v * LANES));
         UNROLLED for (int r = 0; r < outputs; r++) {
-            vec grad = splat(by[r]);
-            UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] += grad * patch[v];
+            vec grad = held(splat(by[r]));
+            UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = plus(sum[r][v], grad, patch[v]);
         }
     }
     UNROLLED for (int r = 0; r < outputs; r++) UNROLLED for (int v = 0; v < vectors; v++) {

@@ -25,7 +25,7 @@ static Padded padded(const Window *s, int64_t i0, int64_t i1) {
     p.rows = rows_in(s, i1 - i0);
     p.part = ceil_div(columns, s->sw);
     p.row = p.part * s->sw;
-    p.plane = round_up(p.rows * p.row) + 16;
+    p.plane = spaced(p.rows * p.row);
     return p;
 }
 

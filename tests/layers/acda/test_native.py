@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from surgeon.errors import BackendError
+from surgeon.layers.acda import native
 from surgeon.layers.acda.operator import ACDA_CONV, acda_conv
 from surgeon.layers.ops.native import compiler, support
 from tests.support.layers.native import (
@@ -113,6 +114,17 @@ def test_a_gradient_alone_is_that_gradient(wanted: int) -> None:
     alone = tuple(t.detach().requires_grad_(i == wanted) for i, t in enumerate(operands))
     y = acda_conv(*alone, *geometry, backend="native")
     assert torch.equal(gradients(y, [alone[wanted]])[0], expected)
+
+
+def test_gradients_of_many_coefficients_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    operands, geometry = problem(groups=2)
+    y, *own = results(operands, geometry, "native")
+    monkeypatch.setattr(native, "MOST_COEFFICIENTS", 8)
+    many = results(operands, geometry, "native")
+    assert torch.equal(many[0], y)
+    for found, expected, close in zip(many[1:], results(operands, geometry, "torch")[1:], own, strict=True):
+        assert torch.equal(found, expected)
+        torch.testing.assert_close(found, close, rtol=1e-4, atol=1e-5)
 
 
 def test_only_inputs_are_saved_for_backward() -> None:
