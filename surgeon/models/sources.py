@@ -130,7 +130,7 @@ def _plain(base: BaseModel) -> dict[str, Any]:
 
 
 def as_published(base: BaseModel) -> BaseModel:
-    """With the structure of its published weights, where it differs: torchvision's have no auxiliary classifiers, for example.
+    """With the structure of its published weights, where it differs: GoogLeNet's has no auxiliary classifiers.
 
     Options of the caller's decide instead, if there are any.
     """
