@@ -170,6 +170,7 @@ class Space:
     allowed: Bools
     refused: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)  # (layer, option label) → why not
     selection: str | None = None
+    leaders: frozenset[str] = frozenset()  # the first convolution of every stage; no part of the hash
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -298,6 +299,7 @@ def make_space(
         allowed=allowed,
         refused=refused,
         selection=config.layers,
+        leaders=frozenset(site.name for site in kept if site.first_of_stage),
     )
 
 

@@ -1,8 +1,9 @@
 """`PlacementSampler`: an Optuna sampler that only proposes placements within budgets, and the base of all samplers of a search.
 
-A trial's parameters are the decisions (`search.sampling.parameters`). Every study starts with the unmodified model, diverse
-optima of the gain table and random placements; no placement is proposed twice. The random numbers of a proposal depend only on
-the seed and the trial's number, never on a process: a study resumed in another process gets the same proposals.
+A trial's parameters are the decisions (`search.sampling.parameters`). Every study starts with the unmodified model, the papers'
+placements, diverse optima of the gain table and random placements; no placement is proposed twice. The random numbers of a
+proposal depend only on the seed and the trial's number, never on a process: a study resumed in another process gets the same
+proposals.
 
     sampler = PlacementSampler(gate.space, gate)
     study = optuna.create_study(direction="maximize", sampler=sampler)
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from surgeon.search.gate import Gate
 
 DECODE_GAP = 0.005  # relative; gains are estimates, so the last half percent of an optimum is not worth its time
+_PAPERS = 2  # at most so many placements are `published`
 _SPREAD = 0.25  # of draws from the posterior; wider draws explore too much in few trials (benchmarks.tabulated)
 _TRIES = 50
 _DRAWS = 3  # draws of noisy gains before something else is tried
@@ -49,6 +51,24 @@ def derived_seed(*parts: Any) -> int:
     """32 bits derived from any printable values."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:4], "little")
+
+
+def published(space: Space, problem: Problem) -> list[Ints]:
+    """The papers' own placements, each with the first option of its type with which it is within the budgets: ACDA in the last
+    stage, PAFU in the first convolution of every stage (§4.2.3).
+    """
+    stages = [stage for stage in space.stages if stage is not None]
+    last = [layer for layer, stage in zip(space.layers, space.stages, strict=True) if stages and stage == stages[-1]]
+    found = []
+    for kind, layers in (("acda", last), ("pafu", space.leaders)):
+        for option in (j for j, label in enumerate(space.types) if label == kind):
+            rows = [i for i, layer in enumerate(space.layers) if layer in layers and space.allowed[i, option]]
+            placement = np.zeros(len(space.layers), dtype=np.int64)
+            placement[rows] = option
+            if rows and problem.feasible(placement)[0]:
+                found.append(placement)
+                break
+    return found
 
 
 class ExhaustedError(optuna.TrialPruned):
@@ -211,7 +231,7 @@ class BudgetedSampler(BaseSampler):
         for (name, number), one in self._proposals.items():  # from other threads, whose trials have no parameters yet
             if name == study.study_name and number != trial.number and one.source != "enqueued":
                 seen[one.placement.tobytes()] = one.placement
-        if trial.number < 1 + self._optima + self._random:
+        if trial.number < 1 + _PAPERS + self._optima + self._random:
             for one in self.prelude(problem):
                 if one.placement.tobytes() not in seen:
                     return one
@@ -241,7 +261,7 @@ class BudgetedSampler(BaseSampler):
         return found
 
     def prelude(self, problem: Problem) -> list[Proposal]:
-        """The first proposals of a study: the unmodified model, diverse optima of the gain table, random placements.
+        """The first proposals of a study: the unmodified model, the papers' placements, optima of the gain table, random ones.
 
         Raises `InfeasibleError` if nothing is within the budgets.
         """
@@ -252,6 +272,7 @@ class BudgetedSampler(BaseSampler):
         original = np.zeros(problem.shape[0], dtype=np.int64)
         if problem.feasible(original)[0]:
             found.append(Proposal(original, "original"))
+        found += [Proposal(one, "paper") for one in published(self.space, problem)]
         distance = max(1, problem.shape[0] // 10)
         for placement in diverse(problem, self.gains.gain, self._optima, distance=distance, gap=1e-4):
             found.append(Proposal(placement, "optimum"))

@@ -1,6 +1,7 @@
 """Samplers of placements: parameters that are the decisions, budgets that hold, and Optuna's own tools on what they found."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from surgeon.search.evaluate.evaluator import TableEvaluator
 from surgeon.search.placement.place import gain_of
 from surgeon.search.placement.problem import InfeasibleError
 from surgeon.search.sampling.parameters import DEFAULT, Parameters, constraints
-from surgeon.search.sampling.sampler import BudgetedSampler
+from surgeon.search.sampling.sampler import BudgetedSampler, published
 from surgeon.search.sampling.tuners import NAMES, RepairedSampler, make_sampler
 from surgeon.search.space import Space
 from surgeon.search.study.study import OtherStudyError
@@ -43,6 +44,17 @@ SPACE = Space(
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def test_the_papers_placements_come_first_with_the_first_option_that_is_within_the_budgets() -> None:
+    space = replace(toy_space(), leaders=frozenset({"layer1", "layer4"}))
+    wide = toy_problem(space, share=2.0)
+    names = [space.names(one.placement) for one in PlacementSampler(space, wide).prelude(wide) if one.source == "paper"]
+    last = [layer for layer, stage in zip(space.layers, space.stages, strict=True) if stage == space.stages[-1]]
+    assert names == [dict.fromkeys(last, space.labels[1]), dict.fromkeys(("layer1", "layer4"), space.labels[2])]
+    narrow = toy_problem(space, share=2.0, max_layers=3)
+    assert [space.names(one) for one in published(space, narrow)] == names[1:]
+    assert published(replace(space, stages=(None,) * 8, leaders=frozenset()), wide) == []
 
 
 # --- parameters ---------------------------------------------------------------------------------------------------

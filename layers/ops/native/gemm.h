@@ -90,10 +90,6 @@ INLINE void block(const int rows, const int vectors, int64_t depth, const float 
     float *c = at->c;
     vec sum[9][3];
     UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = (vec){0};
-    if (add) { /* far away by now: rows of C are long */
-        UNROLLED for (int r = 0; r < rows; r++) UNROLLED for (int v = 0; v < vectors; v++)
-            __builtin_prefetch(c + r * c_row + v * c_vector, 1);
-    }
     for (int64_t k = 0; k < depth; k++, A += rows, b += b_k) {
         vec x[3];
         UNROLLED for (int v = 0; v < vectors; v++) x[v] = held(load(b + v * b_vector));
