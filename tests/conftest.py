@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from tests.support.places import ROOT
 
 settings.register_profile("surgeon", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("surgeon")
+
+# A shell starts what it puts in the background with Ctrl-C ignored; the tests of interrupts need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test may wait for a network: the hub clients fail at once instead of trying again.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

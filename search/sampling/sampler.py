@@ -1,7 +1,7 @@
 """`PlacementSampler`: an Optuna sampler that only proposes placements within budgets, and the base of all samplers of a search.
 
-A trial's parameters are the decisions (`search.sampling.parameters`). Every study starts with the unmodified model, the papers'
-placements, diverse optima of the gain table and random placements; no placement is proposed twice. The random numbers of a
+A trial's parameters are the decisions (`search.sampling.parameters`). Every study starts with the unmodified model, diverse
+optima of the gain table, the papers' placements and random ones; no placement is proposed twice. The random numbers of a
 proposal depend only on the seed and the trial's number, never on a process: a study resumed in another process gets the same
 proposals.
 
@@ -261,7 +261,7 @@ class BudgetedSampler(BaseSampler):
         return found
 
     def prelude(self, problem: Problem) -> list[Proposal]:
-        """The first proposals of a study: the unmodified model, the papers' placements, optima of the gain table, random ones.
+        """The first proposals of a study: the unmodified model, optima of the gain table, the papers' placements, random ones.
 
         Raises `InfeasibleError` if nothing is within the budgets.
         """
@@ -272,10 +272,10 @@ class BudgetedSampler(BaseSampler):
         original = np.zeros(problem.shape[0], dtype=np.int64)
         if problem.feasible(original)[0]:
             found.append(Proposal(original, "original"))
-        found += [Proposal(one, "paper") for one in published(self.space, problem)]
         distance = max(1, problem.shape[0] // 10)
         for placement in diverse(problem, self.gains.gain, self._optima, distance=distance, gap=1e-4):
             found.append(Proposal(placement, "optimum"))
+        found += [Proposal(one, "paper") for one in published(self.space, problem)]
         rng = np.random.default_rng(derived_seed(self.seed, "prelude"))
         for _ in range(self._random):
             drawn = random_placement(problem, rng)

@@ -167,14 +167,14 @@ def test_a_search_and_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert search_cifar.main(command) == 0
     found = json.loads((tmp_path / "search_cifar-quick.json").read_text())
     assert [arm["arm"] for arm in found["arms"]] == [
-        *("no conversion", "found", "random feasible", "PAFU, first of stage", "ACDA, last stage")
+        *("no conversion", "found", "ACDA, last stage", "PAFU, first of stage", "random feasible")
     ]
     assert all(arm["seeds"] == 2 for arm in found["arms"])
     assert found["placements"]["no conversion"] == {}
     assert found["placements"]["ACDA, last stage"] == {"layer3.0": search_cifar.ACDA.label}
     assert found["search"]["trials"] == 3
     gaps = {gap["against"]: gap for gap in found["differences"]}
-    assert list(gaps) == ["no conversion", "random feasible", "PAFU, first of stage", "ACDA, last stage"]
+    assert list(gaps) == ["no conversion", "ACDA, last stage", "PAFU, first of stage", "random feasible"]
     loss = {(row["arm"], row["seed"]): row["loss"] for row in found["rows"] if "arm" in row}
     mean = sum(loss["found", seed] - loss["no conversion", seed] for seed in (0, 1)) / 2
     assert gaps["no conversion"]["loss difference"].startswith(f"{mean:+.3f} ± ")

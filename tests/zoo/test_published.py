@@ -154,7 +154,7 @@ class _Harmful:
 def test_no_code_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "harmful.pth"
     torch.save({"state_dict": _Harmful()}, path)
-    with pytest.raises(ModelError, match="cannot read"):
+    with pytest.raises(ModelError, match=r"holds Python objects \(print\)"):
         zoo.read_state(path)
     assert capsys.readouterr().out == ""
 

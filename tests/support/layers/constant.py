@@ -56,10 +56,10 @@ def vary(layer: DynamicConv2d, scale: float = 0.3) -> DynamicConv2d:
     """Let the dynamic part do something that the input decides, PAFU's selection included."""
     if not isinstance(layer, PAFUConv2d):
         return awaken(layer, scale)
-    kernels = layer.further_kernels.detach().clone()
+    kernels, spread = layer.further_kernels.detach().clone(), layer.static_weight().std()
     awaken(layer, scale)
     with torch.no_grad():
-        layer.further_kernels.copy_(kernels + 0.5 * kernels.std() * (layer.further_kernels - kernels) / scale)
+        layer.further_kernels.copy_(kernels + 0.5 * spread * (layer.further_kernels - kernels) / scale)
         layer.selector.set_static_output(torch.zeros(layer.config.group_size))
     return layer
 
