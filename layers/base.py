@@ -105,10 +105,9 @@ class DynamicConv2d(nn.Module):
     type_name: ClassVar[str]
     fewer_parameters: ClassVar[str] = ""  # the option that makes the layer smaller, for hints
     tasks: ClassVar[tuple[str, ...]] = ()  # the tasks of the layer's paper, on which `surgeon try` tries it first
+    placed: ClassVar[str] = ""  # where its paper has it: "last stage", "first of stages"; a search tries that early
     patterns: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # block patterns (surgery/blocks.py) and their options
-    new_lr_scale: ClassVar[float] = (
-        0.1  # rate of its new parameters in fine-tuning, as a multiple of that of trained ones
-    )
+    new_lr_scale: ClassVar[float] = 0.1  # rate of its new parameters in fine-tuning, as a multiple of that of others
     selects: ClassVar[bool] = False  # whether the largest of several numbers decides: rounding breaks ties
     Config: ClassVar[type[LayerConfig]]
 

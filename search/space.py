@@ -170,7 +170,7 @@ class Space:
     allowed: Bools
     refused: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)  # (layer, option label) → why not
     selection: str | None = None
-    leaders: frozenset[str] = frozenset()  # the first convolution of every stage; no part of the hash
+    papers: Mapping[str, frozenset[str]] = field(default_factory=dict)  # type → where its paper has it; not in the hash
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -299,8 +299,19 @@ def make_space(
         allowed=allowed,
         refused=refused,
         selection=config.layers,
-        leaders=frozenset(site.name for site in kept if site.first_of_stage),
+        papers=_papers(kept, options),
     )
+
+
+def _papers(sites: Sequence["ConvSite"], options: Sequence[Option]) -> dict[str, frozenset[str]]:
+    """Where the papers of the options' types have them; types whose papers name no place are left out."""
+    stages = [site.stage for site in sites if site.stage is not None]
+    places = {
+        "last stage": [site.name for site in sites if stages and site.stage == stages[-1]],
+        "first of stages": [site.name for site in sites if site.first_of_stage],
+    }
+    kinds = {option.type: layer_class(option.type).placed for option in options}
+    return {kind: frozenset(places[where]) for kind, where in kinds.items() if where}
 
 
 def _sha(value: Any) -> str:

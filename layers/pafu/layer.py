@@ -94,6 +94,7 @@ class PAFUConv2d(CodedConv2d):
     """
 
     type_name = "pafu"
+    placed = "first of stages"  # §4.2.3
     tasks = ("segmentation", "super-resolution", "demosaicking", "sad")
     selects = True
     fewer_parameters = "a smaller group_size makes fewer kernels"

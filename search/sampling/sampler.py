@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from surgeon.search.gate import Gate
 
 DECODE_GAP = 0.005  # relative; gains are estimates, so the last half percent of an optimum is not worth its time
-_PAPERS = 2  # at most so many placements are `published`
 _SPREAD = 0.25  # of draws from the posterior; wider draws explore too much in few trials (benchmarks.tabulated)
 _TRIES = 50
 _DRAWS = 3  # draws of noisy gains before something else is tried
@@ -54,13 +53,9 @@ def derived_seed(*parts: Any) -> int:
 
 
 def published(space: Space, problem: Problem) -> list[Ints]:
-    """The papers' own placements, each with the first option of its type with which it is within the budgets: ACDA in the last
-    stage, PAFU in the first convolution of every stage (§4.2.3).
-    """
-    stages = [stage for stage in space.stages if stage is not None]
-    last = [layer for layer, stage in zip(space.layers, space.stages, strict=True) if stages and stage == stages[-1]]
+    """Each type where its paper has it, with the first of its options with which that is within the budgets."""
     found = []
-    for kind, layers in (("acda", last), ("pafu", space.leaders)):
+    for kind, layers in space.papers.items():
         for option in (j for j, label in enumerate(space.types) if label == kind):
             rows = [i for i, layer in enumerate(space.layers) if layer in layers and space.allowed[i, option]]
             placement = np.zeros(len(space.layers), dtype=np.int64)
@@ -231,7 +226,7 @@ class BudgetedSampler(BaseSampler):
         for (name, number), one in self._proposals.items():  # from other threads, whose trials have no parameters yet
             if name == study.study_name and number != trial.number and one.source != "enqueued":
                 seen[one.placement.tobytes()] = one.placement
-        if trial.number < 1 + _PAPERS + self._optima + self._random:
+        if trial.number < 1 + len(self.space.papers) + self._optima + self._random:
             for one in self.prelude(problem):
                 if one.placement.tobytes() not in seen:
                     return one

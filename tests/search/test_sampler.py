@@ -47,14 +47,14 @@ def _quiet() -> None:
 
 
 def test_the_papers_placements_come_first_with_the_first_option_that_is_within_the_budgets() -> None:
-    space = replace(toy_space(), leaders=frozenset({"layer1", "layer4"}))
+    layers = toy_space().layers
+    space = replace(toy_space(), papers={"acda": frozenset(layers[4:]), "pafu": frozenset({"layer1", "layer4"})})
     wide = toy_problem(space, share=2.0)
     names = [space.names(one.placement) for one in PlacementSampler(space, wide).prelude(wide) if one.source == "paper"]
-    last = [layer for layer, stage in zip(space.layers, space.stages, strict=True) if stage == space.stages[-1]]
-    assert names == [dict.fromkeys(last, space.labels[1]), dict.fromkeys(("layer1", "layer4"), space.labels[2])]
+    assert names == [dict.fromkeys(layers[4:], space.labels[1]), dict.fromkeys(("layer1", "layer4"), space.labels[2])]
     narrow = toy_problem(space, share=2.0, max_layers=3)
     assert [space.names(one) for one in published(space, narrow)] == names[1:]
-    assert published(replace(space, stages=(None,) * 8, leaders=frozenset()), wide) == []
+    assert published(toy_space(), wide) == []
 
 
 # --- parameters ---------------------------------------------------------------------------------------------------
