@@ -12,9 +12,8 @@ from surgeon.layers.ops.native.compiler import library
 from surgeon.layers.ops.native.half import by_images, gradients_by_images
 from surgeon.layers.ops.native.support import in_parallel, partial_sums, pointer
 
-MOST_COEFFICIENTS = (
-    1 << 20
-)  # per group: the gradients of more are summed up faster by torch, over several images at once
+# Per group: the gradients of more are summed up faster by torch, over several images at once.
+MOST_COEFFICIENTS = 1 << 20
 
 _SIZES = ("h", "w", "oh", "ow", "lh", "lw", "sh", "sw", "ph", "pw", "dh", "dw")
 _COUNTS = ("n", "c", "k", "c_out", "c_group", "m", "m_all", "groups", "taps")

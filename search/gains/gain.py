@@ -7,7 +7,7 @@ keyed by the hash of their inputs.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class GainTable:
     error: Floats
     estimator: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    cached: bool = False  # whether it was estimated before; not written
 
     def __post_init__(self) -> None:
         shape = (len(self.layers), len(self.options))
@@ -53,12 +54,8 @@ class GainTable:
 
     def for_space(self, space: Space, where: str = "") -> "GainTable":
         """The entries of a space, in its order. Raises `ConfigError`, with `where` the table is, if an allowed one is missing."""
+        self.check_network(space.layers, where)
         rows = {name: i for i, name in enumerate(self.layers)}
-        if space.layers and not rows.keys() & set(space.layers):
-            raise ConfigError(
-                f"{where or 'the gain table'} is of another network: it has none of the layers, such as {space.layers[0]}, but "
-                f"{', '.join(self.layers[:3])}"
-            )
         columns = {label: j for j, label in enumerate(self.options)}
         gain, error = np.zeros(space.allowed.shape), np.zeros(space.allowed.shape)
         for i, layer in enumerate(space.layers):
@@ -82,6 +79,13 @@ class GainTable:
             estimator=self.estimator,
             facts=self.facts,
         )
+
+    def check_network(self, names: Collection[str], where: str = "") -> None:
+        """Raise `ConfigError`, with `where` the table is, if none of its layers is among a network's modules."""
+        if self.layers and names and set(self.layers).isdisjoint(names):
+            raise ConfigError(
+                f"{where or 'the gain table'} is of another network: it has {', '.join(self.layers[:3])}, and none of these is here"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values: `gains` is layer → option → [gain, standard error]."""
@@ -153,11 +157,6 @@ def uniform_gains(space: Space) -> GainTable:
     )
 
 
-def read_gains(what: str, space: Space) -> GainTable:
-    """A gain table for a space: "uniform", or a file."""
-    return uniform_gains(space) if what == "uniform" else GainTable.read(what).for_space(space, what)
-
-
 # --- cache on disk ------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +172,7 @@ def cached(key: str, make: Callable[[], GainTable]) -> GainTable:
     if path.is_file():
         try:
             found = GainTable.read(path)
-            return replace(found, facts={**found.facts, "cached": True})
+            return replace(found, cached=True)
         except ConfigError:
             path.unlink(missing_ok=True)  # damaged: recreated
     table = make()

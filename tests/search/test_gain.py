@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.errors import ConfigError
 from surgeon.search.gains.estimate import ESTIMATORS, gradient_gains
-from surgeon.search.gains.gain import GainTable, cache_key, cached, read_gains, uniform_gains
+from surgeon.search.gains.gain import GainTable, cache_key, cached, uniform_gains
 from surgeon.search.gains.posterior import Posterior
 from surgeon.search.gains.quadratic import Walk, decrease, walk_of
 from surgeon.search.placement.place import gain_of, optimum
@@ -35,7 +35,7 @@ def test_tables_survive_their_file(tmp_path: Path) -> None:
     assert np.array_equal(read.gain, table.gain)
     assert np.array_equal(read.error, table.error)
     assert (read.layers, read.options, read.estimator) == (table.layers, table.options, "toy")
-    again = read_gains(str(tmp_path / "gains.json"), space)
+    again = GainTable.read(tmp_path / "gains.json").for_space(space)
     assert np.array_equal(again.gain, table.gain)
     assert [path.name for path in tmp_path.iterdir()] == ["gains.json"]
 

@@ -113,15 +113,16 @@ def installed() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+needs_chromium = pytest.mark.skipif(
+    installed() is None, reason="needs chromium or google-chrome on the PATH (apt install chromium): pip has no browser"
+)
+
+
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A fresh browser; skips the test on a system without Chromium."""
+    """A fresh browser, for tests that `needs_chromium` marks."""
     program = installed()
-    if program is None:
-        pytest.skip(
-            "the test opens a page in a browser, which pip cannot install, and neither chromium nor google-chrome is on the PATH "
-            "(Debian and Ubuntu: apt install chromium)"
-        )
+    assert program is not None
     read_theirs, write_ours = os.pipe()
     read_ours, write_theirs = os.pipe()
     with tempfile.TemporaryDirectory(prefix="surgeon-chromium-", ignore_cleanup_errors=True) as profile:

@@ -131,7 +131,7 @@ def lines(gains: "GainTable", space: "Space") -> list[str]:
             "note: no replacement changed the metric. It is too coarse for so short a training: more --steps, more validation "
             "samples, or --method nqm, which reads gradients of the loss"
         )
-    if facts.get("cached"):
+    if gains.cached:
         notes.append("note: estimated earlier for the same model, data and options; --fresh estimates anew")
     text = table(["layer", *gains.options[1:]], rows, width=width())
     told = [paragraph(note, width=width(), hang="  ") for note in notes]

@@ -140,10 +140,8 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 if no placement with replacements is within the budgets."""
     from surgeon.models.names import build_model
-    from surgeon.search.gains.gain import read_gains
+    from surgeon.search.gains.gain import GainTable, uniform_gains
     from surgeon.search.gate import Gate
-    from surgeon.search.space import make_space
-    from surgeon.sites.sites import find_sites
 
     budgets = read_budgets(args)
     config = space_config(args)
@@ -152,19 +150,21 @@ def run(args: argparse.Namespace) -> int:
         model, base = build_model(
             args.model, weights=weights, seed=args.seed, input_size=args.input_size, trust_factory=args.trust_factory
         )
-    size = input_size(args, base)
-    gains = read_gains(args.gains, make_space(model, config, sites=find_sites(model, input_size=size).convs))
+    table = None if args.gains == "uniform" else GainTable.read(args.gains)
+    if table is not None:
+        table.check_network([name for name, _ in model.named_modules()], args.gains)
     with waiting("counting the costs of every replacement", quiet=args.quiet):
         gate = Gate(
             model,
             config,
             budgets,
-            input_size=size,
+            input_size=input_size(args, base),
             batch_size=args.batch_size,
             optimizer=args.optimizer,
             amp=args.amp,
             channels_last=args.channels_last,
         )
+    gains = uniform_gains(gate.space) if table is None else table.for_space(gate.space, args.gains)
     gate.check_feasible()
     with waiting("placing", quiet=args.quiet):
         chosen = choose(gate, gains, args.count, args.distance)

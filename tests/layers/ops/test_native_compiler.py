@@ -161,13 +161,10 @@ def test_lanes_are_chosen_and_checked(fresh: Fresh, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("lanes", [8, 4])
-def test_narrower_vectors_are_the_reference(lanes: int, tmp_path: Path) -> None:
-    if lanes >= compiler.library().surgeon_lanes():
-        pytest.skip(
-            f"the test compiles for vectors of {lanes} floats, narrower than the CPU's own, and those of this CPU have "
-            f"{compiler.library().surgeon_lanes()}: it is run by machines with AVX2 or AVX-512"
-        )
+@pytest.mark.parametrize("most", [8, 4])
+def test_vectors_of_any_width_are_the_reference(most: int, tmp_path: Path) -> None:
+    """Narrower ones than the CPU's own, down to 4 floats; a CPU that has no wider ones runs its own."""
+    lanes = min(most, compiler.library().surgeon_lanes())
     environment = os.environ | {"SURGEON_LANES": str(lanes), "SURGEON_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
     files = [f"tests/layers/{method}/test_native.py" for method in ("acda", "pafu", "sekg")]
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *files]

@@ -11,9 +11,11 @@ import surgeon
 from surgeon.util import pages
 from surgeon.zoo.trial.report import write_report
 from tests.support.answers import make_answer
-from tests.support.browser import Browser, chromium
+from tests.support.browser import Browser, chromium, needs_chromium
 from tests.support.page_looks import LOOK, PHONE, check, tips
 from tests.support.tiny_runs import tiny
+
+pytestmark = needs_chromium
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def test_a_table_that_gains_nothing_or_is_of_another_network_is_named(
     with monkeypatch.context() as patch:
         patch.setattr("surgeon.search.gate.Gate.__init__", lambda *_, **__: pytest.fail("costs were counted"))
         assert main([*PLACE, "--quiet", "--types", "sekg", "--gains", "other.json"]) == 2
-    assert "other.json is of another network: it has none of the layers" in capsys.readouterr().err
+    assert "other.json is of another network: it has body.0, and none of these is here" in capsys.readouterr().err
     assert main([*PLACE, "--quiet", "--types", "sekg", "--layers", "stage4", "--json"]) == 0
     layers = json.loads(capsys.readouterr().out)["placements"][0]["replaced"]
     GainTable.from_dict(values | {"gains": {layer: {"sekg": [-0.1, 0.1]} for layer in layers}}).write("g.json")
