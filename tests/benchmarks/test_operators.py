@@ -13,6 +13,8 @@ from benchmarks._operator_cases import OPERATORS, SHAPES, TARGETS
 def test_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for shape in SHAPES:
         monkeypatch.setitem(SHAPES, shape, (1, 4, 8))
+    monkeypatch.setattr(operators, "PROBE", 16)
+    monkeypatch.setattr(operators, "COPIED", 1 << 10)
     assert operators.main(["--quick", "--json", str(tmp_path / "operators.json")]) == 0
     rows = json.loads((tmp_path / "operators.json").read_text())["targets"]
     measured = [target for target in TARGETS if target.measure != "peak"]  # which --quick leaves out

@@ -208,7 +208,9 @@ def test_coverage_survives_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_toys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    few = {"sad": {"val_images": 2}, "pattern-detection": {}}
+    monkeypatch.setattr(toy_experiments, "create_task", lambda name, **given: create_task(name, **few[name], **given))
     arguments = ["--steps", "2", "--quick", "--results", str(tmp_path), "--picture", str(tmp_path / "selection.png")]
     assert toy_experiments.main(arguments) == 0
     rows = {row["key"]: row for row in _content(tmp_path / "toys-quick.json")["rows"]}

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,7 @@ def test_every_placement_is_trained_once(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_search_and_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_cifar, "QUICK", search_cifar.Size(steps=2, rung=0, images=6))
     monkeypatch.setattr(search_cifar, "BUDGETS", {"flops": "+4000%"})
+    monkeypatch.setattr(search_cifar, "make_gains", partial(search_cifar.make_gains, batches=4))
     command = ["--quick", "--trials", "3", "--seeds", "2", "--results", str(tmp_path), "--data", str(tmp_path)]
     assert search_cifar.main(command) == 0
     found = json.loads((tmp_path / "search_cifar-quick.json").read_text())
