@@ -15,7 +15,7 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -103,11 +103,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutil.rmtree(study, ignore_errors=True)
     evaluator, gate = prepare(args.data, args.network, size)
     found = search(evaluator, gate, study, args.trials, args.sampler, rows)
-    for arm, placement in arms(gate, found).items():
+    placements = arms(gate, found)
+    for arm, placement in placements.items():
         for seed in tqdm(range(args.seeds), desc=arm, disable=None):
-            if f"{arm}/{seed}" not in rows and not args.report:
-                rows.add(f"{arm}/{seed}", train(evaluator, arm, placement, seed, args.data, size))
-    finish(rows, gate, arms(gate, found), args.network, size, args.results / f"{name}.json")
+            key = f"{arm}/{seed}"
+            if key not in rows and not args.report:
+                trained = next(
+                    (row for other in alike(placements, arm) if (row := rows.rows.get(f"{other}/{seed}"))), None
+                )
+                row = trained or train(evaluator, placement, seed, args.data, size)
+                rows.add(key, row | {"key": key, "arm": arm, "seed": seed})
+    finish(rows, gate, placements, args.network, size, args.results / f"{name}.json")
     return 0
 
 
@@ -180,20 +186,23 @@ def arms(gate: Gate, found: Ints) -> dict[str, Ints]:
     }
 
 
+def alike(placements: Mapping[str, Ints], arm: str) -> list[str]:
+    """The other arms with the placement of this one: what one of them trained is a result of all."""
+    return [other for other in placements if other != arm and np.array_equal(placements[other], placements[arm])]
+
+
 def network_of(gate: Gate) -> Any:
     """The gate's network, on the meta device."""
     return gate.build(np.zeros(len(gate.space.layers), dtype=np.int64))
 
 
-def train(
-    evaluator: TrainingEvaluator, arm: str, placement: Ints, seed: int, folder: Path, size: Size
-) -> dict[str, Any]:
-    """One arm with one seed, judged on the images that the search has not seen."""
+def train(evaluator: TrainingEvaluator, placement: Ints, seed: int, folder: Path, size: Size) -> dict[str, Any]:
+    """One placement with one seed, judged on the images that the search has not seen."""
     start = time.perf_counter()
     model = evaluator.train(placement, rung=size.rung, seed=seed).model
     metrics = evaluate(model, Half(TaskConfig(data=folder), 1, size.images), batch_size=100)
     seconds = round(time.perf_counter() - start, 1)
-    return {"arm": arm, "seed": seed, "loss": metrics["loss"], "top1": 100 * metrics["top1"], "seconds": seconds}
+    return {"loss": metrics["loss"], "top1": 100 * metrics["top1"], "seconds": seconds}
 
 
 def finish(rows: Rows, gate: Gate, placements: dict[str, Ints], name: str, size: Size, path: Path) -> None:
@@ -219,7 +228,7 @@ def finish(rows: Rows, gate: Gate, placements: dict[str, Ints], name: str, size:
                 "top1_sd": stdev(top1) if len(top1) > 1 else None,
             }
         )
-    gaps = differences_of_found(rows)
+    gaps = differences_of_found(rows, alike(placements, "found"))
     table(list(lines[0]), [list(line.values()) for line in lines])
     print("\nthe found placement against")
     table(list(gaps[0]), [list(gap.values()) for gap in gaps])
@@ -249,8 +258,8 @@ def finish(rows: Rows, gate: Gate, placements: dict[str, Ints], name: str, size:
     print(f"written: {path}")
 
 
-def differences_of_found(rows: Rows) -> list[dict[str, Any]]:
-    """The found placement minus each other arm, over the seeds that both have."""
+def differences_of_found(rows: Rows, same: Sequence[str]) -> list[dict[str, Any]]:
+    """The found placement minus each other arm, over the seeds that both have; `same` are the arms with that placement."""
     scores: dict[str, dict[int, dict[str, float]]] = {}
     for row in rows.values():
         if "arm" in row:
@@ -261,7 +270,11 @@ def differences_of_found(rows: Rows) -> list[dict[str, Any]]:
         gaps = differences(found, other)
         lines.append(
             {"against": arm}
-            | {f"{what} {name}": value for what in gaps for name, value in _told(gaps[what], what == "loss").items()}
+            | {
+                f"{what} {name}": "the same placement" if name == "verdict" and arm in same else value
+                for what in gaps
+                for name, value in _told(gaps[what], what == "loss").items()
+            }
         )
     return lines
 

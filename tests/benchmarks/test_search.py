@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import _data, _search_tables, fine_tunes, gain_methods, placement, search_cifar, tabulated
+from benchmarks import _data, _results, _search_tables, fine_tunes, gain_methods, placement, search_cifar, tabulated
 from surgeon.search.gains.gain import GainTable
 
 OPTIONS = ("keep", *(option.label for option in fine_tunes.OPTIONS))
@@ -183,3 +183,16 @@ def test_a_search_and_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "| no conversion | 0 |" in _search_tables.search_cifar(found)
     monkeypatch.setattr(search_cifar, "train", lambda *_: pytest.fail("this row was there"))
     assert search_cifar.main(command) == 0
+
+
+def test_an_arm_is_not_trained_for_each_name_of_its_placement(tmp_path: Path) -> None:
+    rows = _results.Rows(tmp_path / "rows.jsonl")
+    placements = {"found": np.array([0, 1]), "original": np.array([0, 0]), "as published": np.array([0, 1])}
+    assert search_cifar.alike(placements, "found") == ["as published"]
+    assert search_cifar.alike(placements, "original") == []
+    for arm, loss in (("found", 1.0), ("original", 2.0), ("as published", 1.0)):
+        for seed in range(3):
+            rows.add(f"{arm}/{seed}", {"arm": arm, "seed": seed, "loss": loss * (1 + 0.1 * seed), "top1": 50.0})
+    gaps = {gap["against"]: gap for gap in search_cifar.differences_of_found(rows, ["as published"])}
+    assert gaps["as published"]["loss verdict"] == "the same placement"
+    assert gaps["original"]["loss verdict"] == "won"
