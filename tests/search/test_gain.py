@@ -265,7 +265,7 @@ def test_the_quadratic_model_foretells_sgd(momentum: float) -> None:
         speed = momentum * speed + gradients(x)
         x = x - one * speed
     measured = 0.5 * float((scale**2 * (true**2 - (x - true) ** 2)).sum(dim=1).mean())
-    start = gradients(torch.zeros(2000, 3, dtype=torch.float64)).numpy()
+    start = gradients(torch.zeros(1000, 3, dtype=torch.float64)).numpy()
     told = np.sinh(decrease(start @ start.T, walk, size))
     assert told == pytest.approx(measured, rel=0.3)
     promised = sum(walk.rates) / (1 - momentum) * float(np.square(start.mean(axis=0)).sum())  # by the gradient alone
@@ -285,7 +285,7 @@ def test_the_quadratic_model_is_exact_where_it_holds() -> None:
             speed = walk.momentum * speed + mean + place @ hessian + noise
             place = place - rate * speed
         losses = place @ mean + 0.5 * ((place @ hessian) * place).sum(axis=1)
-        draws = mean + rng.standard_normal((2000, 2)) @ root
+        draws = mean + rng.standard_normal((1000, 2)) @ root
         assert np.sinh(decrease(draws @ draws.T, walk, samples)) == pytest.approx(-losses.mean(), rel=0.15)
 
 
