@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from surgeon.costs import remember
 from surgeon.costs.allocator import round_block
 from surgeon.costs.flops import FlopCounter
 from surgeon.layers.base import DynamicConv2d
@@ -181,7 +182,7 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = remember.run(func, args, kwargs) if self.device == "meta" else func(*args, **kwargs)
         layer = self._layer()
         counts = self.phase in ("forward", "backward")
         flops = self.counter.count(func, out, args, kwargs) if counts else 0
