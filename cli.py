@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed why
         return stop.code if isinstance(stop.code, int) else 2
+    except BrokenPipeError:
+        return _closed()
     handler: Callable[[argparse.Namespace], int] = args.handler
     args.began, args.argv = began, list(sys.argv[1:] if argv is None else argv)
     try:
@@ -83,14 +85,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("surgeon: interrupted, nothing was written", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `surgeon models | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        return _closed()
     except (SurgeonError, OSError, MemoryError) as error:
         if args.debug:
             traceback.print_exc()
         print(f"surgeon: error: {_told(error)}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
+
+
+def _closed() -> int:
+    """The end of a command whose reader has gone: `surgeon models | head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _load(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.ops.dispatch import tracing
 from surgeon.layers.source import ConvSource
 from surgeon.layers.static_weight import READ_ONLY, StaticWeight, read_only
+from surgeon.util.limits import check_choice
 from surgeon.util.near import did_you_mean
 
 
@@ -29,6 +30,7 @@ class LayerConfig:
     search_axes: the options whose values a search combines.
     compressed: the options that make the layer smaller than exactness allows; empty if there are none.
     least: the least values of options that are integers, or may be None by default; read from the source, too.
+    choices: the words that an option may be; read from the source, too.
     """
 
     paper: ClassVar[Mapping[str, Any]] = {}
@@ -37,9 +39,12 @@ class LayerConfig:
     search_axes: ClassVar[tuple[str, ...]] = ()
     compressed: ClassVar[Mapping[str, Any]] = {}
     least: ClassVar[Mapping[str, int]] = {}
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
-    def check_least(self) -> None:
-        """Raise `ConfigError` for an option that is smaller than its least value, or beyond its upper limit."""
+    def check_values(self) -> None:
+        """Raise `ConfigError` for a word that an option may not be, and for numbers below their least or beyond their limit."""
+        for name, known in self.choices.items():
+            check_choice(f"{type(self).__name__}: {name}", getattr(self, name), known)
         optional = {field.name for field in fields(self) if field.default is None}
         for name, least in self.least.items():
             if name not in optional or getattr(self, name) is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from surgeon.errors import ConfigError, DataError, InputError, SurgeonError
-from surgeon.util.copying import evaluating, seeded
+from surgeon.util.copying import check_module, evaluating, seeded
 from surgeon.util.progress import OnProgress
 from surgeon.visualize.adaptivity import Adaptivity, observed
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task
@@ -47,6 +47,7 @@ def evaluate(
         DataError: the split is empty.
         InputError: the model does not run on the task's data.
     """
+    check_module(model)
     if amp is not None and amp not in AMP:
         raise ConfigError(f"amp must be one of {', '.join(AMP)}, got {amp!r}")
     if batch_size < 1:

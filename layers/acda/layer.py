@@ -20,7 +20,7 @@ from surgeon.layers.acda.decompose import Decomposition, decompose, expand_in_ba
 from surgeon.layers.acda.operator import acda_conv
 from surgeon.layers.acda.reference import acda_macs
 from surgeon.layers.base import CodedConv2d, LayerConfig, scaled_bias
-from surgeon.layers.generator import FORMS, RANK, WINDOW, PixelGenerator
+from surgeon.layers.generator import RANK, WINDOW, PixelGenerator
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.norm import batch_statistics, check_norm
 from surgeon.layers.ops.dispatch import exporting, tracing
@@ -59,6 +59,7 @@ class ACDAConfig(LayerConfig):
         "extra_elements": 0,
         "generator_rank": 1,
     }
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"generator": ("full", "separable", "lowrank")}
 
     atoms: int = 6
     scales: int = 3
@@ -72,9 +73,7 @@ class ACDAConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         check_norm("ACDAConfig", self.norm)
-        self.check_least()
-        if self.generator not in FORMS:
-            raise ConfigError(f"ACDAConfig: generator must be one of {', '.join(FORMS)}, got {self.generator!r}")
+        self.check_values()
         if self.generator_rank is not None and self.generator != "lowrank":
             raise ConfigError(
                 f"ACDAConfig: generator_rank belongs to generator 'lowrank', got generator {self.generator!r}"

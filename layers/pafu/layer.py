@@ -49,6 +49,7 @@ class PAFUConfig(LayerConfig):
     search_defaults: ClassVar[tuple[Mapping[str, Any], ...]] = ({"group_size": 4}, {"group_size": 8})  # 8: of the paper
     search_axes: ClassVar[tuple[str, ...]] = ("group_size",)
     least: ClassVar[Mapping[str, int]] = {"group_size": 2, "hidden": 1, "selector_depth": 1}
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"selection": ("argmax", "gumbel")}
 
     group_size: int = 8
     hidden: int = 32
@@ -61,10 +62,8 @@ class PAFUConfig(LayerConfig):
     norm: str | None = "batch"
 
     def __post_init__(self) -> None:
-        self.check_least()
+        self.check_values()
         check_norm("PAFUConfig", self.norm)
-        if self.selection not in SELECTIONS:
-            raise ConfigError(f"PAFUConfig: selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
         if not isinstance(self.shared, bool):
             raise ConfigError(f"PAFUConfig: shared must be true or false, got {self.shared!r}")
         for name in ("temperature", "perturbation"):

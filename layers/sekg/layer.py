@@ -37,6 +37,7 @@ class SEKGConfig(LayerConfig):
     symbols: ClassVar[Mapping[str, str]] = {"kernel_size": "k", "kernel_groups": "g"}
     search_axes: ClassVar[tuple[str, ...]] = ("kernel_groups",)
     least: ClassVar[Mapping[str, int]] = {"kernel_size": 1, "kernel_groups": 1, "multiplier": 1}
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"mode": ("auto", "depthwise", "dense", "factorised")}
 
     kernel_size: int = 3
     kernel_groups: int | None = None
@@ -46,9 +47,7 @@ class SEKGConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         check_norm("SEKGConfig", self.norm)
-        self.check_least()
-        if self.mode not in MODES:
-            raise ConfigError(f"SEKGConfig: mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        self.check_values()
         if self.multiplier is not None and self.mode != "factorised":
             raise ConfigError(f"SEKGConfig: multiplier belongs to mode 'factorised', got mode {self.mode!r}")
 

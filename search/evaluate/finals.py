@@ -73,7 +73,7 @@ def run_finals(
             arms.append(_arm(folder, evaluator, gate, role, one, seeds, rung))
             last = arms[-1]
             told = last.why_not or f"{last.mean:.5g} ± {last.spread:.2g}"
-            tell(f"finals {number}/{len(chosen)}: {role} {one.hash} {evaluator.task.primary} {told}")
+            tell(f"finals {number}/{len(chosen)}: {role}, {evaluator.task.primary} {told}")
             steps = evaluator.config.steps << rung
             values = {"steps": steps, "seeds": seeds, "arms": [asdict(arm) for arm in arms]}
             write_json(folder.table, values)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from surgeon.errors import ConfigError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.search.gains.gain import GainTable
-from surgeon.search.gains.names import ESTIMATORS
+from surgeon.search.gains.names import ESTIMATORS, LEAST_BATCHES
 from surgeon.search.gains.quadratic import Walk, decrease, scaled
 from surgeon.search.placement.problem import Floats, Ints
 from surgeon.search.space import Space
@@ -64,8 +64,8 @@ def gradient_gains(
         raise ConfigError(f"there is no gain estimator {unknown[0]!r}; there are {', '.join(ESTIMATORS)}")
     if "nqm" in estimators and walk is None:
         raise ConfigError("the gain estimator nqm predicts a training and needs one (walk)")
-    if len(batches) < 4:
-        raise ConfigError(f"the variance of gradients needs at least 4 batches, got {len(batches)}")
+    if len(batches) < LEAST_BATCHES:
+        raise ConfigError(f"the variance of gradients needs at least {LEAST_BATCHES} batches, got {len(batches)}")
     samples = _samples(batches[0])
     started = time.perf_counter()
     gain = {name: np.zeros(space.allowed.shape) for name in estimators}

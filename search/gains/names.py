@@ -13,6 +13,7 @@ ESTIMATORS = {
     "nqm": "predicted decrease of the loss",
 }
 TRAINED = ("probe", "halving", "ablation")  # methods that train
+LEAST_BATCHES = 4  # for a standard error over batches
 METHODS = (*ESTIMATORS, *TRAINED)
 LEAST_SEEDS = 2  # of the methods that train: their standard error is over seeds
 

@@ -10,7 +10,7 @@ from scipy.stats import rankdata
 
 from surgeon.search.study.folder import Finished
 from surgeon.search.study.record import Record
-from surgeon.util.tables import paragraph, table
+from surgeon.util.tables import counted, paragraph, table
 
 
 def status_values(found: Finished, count: int = 5) -> dict[str, Any]:
@@ -77,10 +77,11 @@ def status_lines(found: Finished, count: int = 5) -> list[str]:
     """The summary as lines of text."""
     values = status_values(found, count)
     states = ", ".join(f"{number} {state}" for state, number in sorted(values["trials"].items()))
-    rank = values["rank_correlation"]
+    rank, workers = values["rank_correlation"], values["workers"]
+    running = f"; {counted(workers, 'worker')} running" if workers else ""
     lines = [
         f"{values['model']} on {values['task']['name']}: {values['budgets']}",
-        f"trials: {states or 'none yet'}; {values['workers']} running worker(s)",
+        f"trials: {states or 'none yet'}{running}",
     ]
     if rank is not None:
         lines.append(f"rank correlation of the expected gain ({found.about['gains']}) with the values: {rank:.2f}")

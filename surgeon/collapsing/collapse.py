@@ -26,6 +26,7 @@ from surgeon.surgery.running import outputs, run
 from surgeon.surgery.verify import Settled, Verification, judge, measure
 from surgeon.util.copying import copy_model
 from surgeon.util.progress import OnProgress, silent
+from surgeon.util.tables import counted
 
 CHUNK = 8  # images per forward pass
 
@@ -284,7 +285,7 @@ def _nothing(report: CollapseReport) -> str:
     )
     least = min((x.variation for x in report.kept if x.variation), default=None)
     hint = "" if least is None else f". The least variation is {least:.2g}: a tolerance of that folds one layer"
-    return f"none of the {len(report.layers)} dynamic layers can be folded: {reasons}{hint}"
+    return f"none of {counted(len(report.layers), 'dynamic layer')} can be folded: {reasons}{hint}"
 
 
 def _flops(model: nn.Module, inputs: Inputs) -> int | None:

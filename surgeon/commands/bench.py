@@ -106,9 +106,11 @@ def _memory(model: Any, settings: Any, step: dict[str, Any], device: str) -> tup
 def _device_name(device: str) -> str:
     import torch
 
+    from surgeon.util.tables import counted
+
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"cpu, {torch.get_num_threads()} threads"
+    return f"cpu, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def _lines(document: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """`surgeon evaluate`: a model's metrics on a task, compared with its original's. Imports torch when it runs."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
@@ -17,13 +18,13 @@ from surgeon.commands.common.arguments import (
 )
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError, ModelError, SurgeonError
-from surgeon.util.outputs import is_surgeon_folder
+from surgeon.util.outputs import WEIGHTS, is_surgeon_folder
 from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from surgeon.records.recipe import Recipe
+    from surgeon.records.recipe import BaseModel, Recipe
     from surgeon.visualize.adaptivity import Adaptivity
     from surgeon.zoo.tasks import Task
 
@@ -158,12 +159,22 @@ def _original(args: argparse.Namespace, recipe: "Recipe | None", notes: list[str
             raise
         notes.append(f"no original: {error} (--original RUN names another, --original-weights FILE its weights)")
         return None, ""
+    named = _named(base)
     if recipe.task is not None:
-        told = f"{args.model} was fine-tuned and {base.name} was not"
+        told = f"{args.model} was trained longer than {named}"
         if recipe.rules:
             told += ": only --original with a plain run that was trained as long shows what the conversion brings"
         notes.append(told)
-    return original, base.name
+    return original, named
+
+
+def _named(base: "BaseModel") -> str:
+    """The original by the folder whose weights it has, if it was converted from one, otherwise by its own name."""
+    file = Path(base.weights.path) if base.weights.kind == "file" and base.weights.path else None
+    if file is None or file.name != WEIGHTS:
+        return base.name
+    here = Path.cwd()
+    return str(file.parent.relative_to(here) if file.is_relative_to(here) else file.parent)
 
 
 def _default_device() -> str:

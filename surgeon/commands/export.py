@@ -3,13 +3,13 @@
 import argparse
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import add_seed, add_trust, print_json, size, tell, whole
 from surgeon.errors import ConfigError
 from surgeon.util.files import here
-from surgeon.util.outputs import check_file_output, is_surgeon_folder
+from surgeon.util.outputs import check_file_output, export_format, is_surgeon_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +29,6 @@ model, or the file is not equivalent; then nothing is written.
 """
 
 _SLOW = 20.0  # seconds of tracing and writing after which a faster option is suggested
-SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuse invalid arguments before torch is loaded."""
     path = Path(args.output)
-    form = _format(args.format, path)
+    form = export_format(args.format, path)
     if form == "torch" and args.opset is not None:
         raise ConfigError("--opset applies to ONNX; a torch.export archive has none")
     if args.opset is not None and args.opset < 1:
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.exporting.export import check_target, export
 
     path = Path(args.output)
-    form = _format(args.format, path)
+    form = export_format(args.format, path)
     check_target(path.absolute(), form, force=args.force)
     with Progress(enabled=not args.quiet) as bars, _Patience(args, bars) as progress:
         progress("load", 0, 1)
@@ -115,16 +114,6 @@ class _Patience:
         elif stage.startswith(("read", "check")):
             self.timer.cancel()
         self.progress(stage, done, total)
-
-
-def _format(given: str | None, path: Path) -> Literal["onnx", "torch"]:
-    """The requested format, otherwise that of the file's suffix."""
-    found = given or SUFFIXES.get(path.suffix)
-    if found is None:
-        raise ConfigError(
-            f"cannot tell the format from {path.name}: use --format onnx or torch, or a name ending in .onnx or .pt2"
-        )
-    return "onnx" if found == "onnx" else "torch"
 
 
 def _model(args: argparse.Namespace) -> "tuple[nn.Module, tuple[int, ...] | None]":

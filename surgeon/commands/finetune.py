@@ -198,6 +198,8 @@ def check(args: argparse.Namespace) -> None:
             check_run_output(_output(args, args.task), resume=args.resume, force=args.force)
     elif args.recipe.endswith(".json"):
         checks.file(args.recipe, "--recipe")
+    else:
+        checks.training_recipe(args.recipe)
     checks.folder(args.data, "--data")
     if args.model is not None:
         checks.model(args.model, args.weights)
@@ -308,7 +310,8 @@ def _source(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None"
     model = load(folder, trust_factory=args.trust_factory)
     recorded = get_recipe(model)
     base = None if recorded is None else recorded.base
-    original = restore(base, trust_factory=True) if args.trust_factory and base is not None else None
+    converted = recorded is not None and bool(recorded.rules)
+    original = restore(base, trust_factory=True) if args.trust_factory and converted and base is not None else None
     return model, original, Source(name=args.model, base=base, report=read_report(folder))
 
 

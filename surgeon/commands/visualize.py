@@ -56,6 +56,8 @@ def check(args: argparse.Namespace) -> None:
     _check_output(Path(args.output), args)
     checks.run_folder(args.run)
     for picture in args.images:
+        if Path(picture).is_dir():
+            raise InputError(f"IMAGE: {picture} is a folder; name its pictures, such as {picture.rstrip('/')}/*.png")
         if not Path(picture).is_file():
             raise InputError(f"IMAGE: there is no picture {picture}")
     named = args.against not in (None, "auto")
@@ -129,10 +131,8 @@ def _read(args: argparse.Namespace, model: "nn.Module", base: "BaseModel") -> "d
         picture = read_image(file, transform, base, option="IMAGE")
         found[name] = (picture, _photo(picture, transform))
     sizes = sorted({"x".join(map(str, picture.shape[-2:])) for picture, _ in found.values()})
-    tell(
-        args,
-        f"pictures are resized and center-cropped to {', '.join(sizes)} (HxW), as for evaluation: --input-size sets another size",
-    )
+    hint = "" if args.input_size else ", the model's own size; --input-size sets another, such as the picture's"
+    tell(args, f"pictures are resized and center-cropped to {', '.join(sizes)} (HxW){hint}")
     return found
 
 
@@ -260,7 +260,7 @@ class _Writer:
 
 def text(document: dict[str, Any], count: int, width: int) -> str:
     """The result as text: a row per layer and image."""
-    from surgeon.util.tables import paragraph, table
+    from surgeon.util.tables import counted, paragraph, table
     from surgeon.visualize.measures import told
 
     rows = [
@@ -272,7 +272,7 @@ def text(document: dict[str, Any], count: int, width: int) -> str:
     for image in document["images"]:
         if image["not_reached"]:
             lines.append(paragraph(f"{image['image']} does not reach: {', '.join(image['not_reached'])}", width=width))
-    lines.append(f"{count} pictures and numbers.json in  {document['output']}")
+    lines.append(f"{counted(count, 'picture')} and numbers.json in  {document['output']}")
     return "\n".join(lines)
 
 

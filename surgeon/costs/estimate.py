@@ -38,7 +38,7 @@ from surgeon.costs.trace import Trace, Tracker
 from surgeon.errors import InputError, SurgeonError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.sites.inputs import Inputs, call_arguments
-from surgeon.util.copying import checkpoint_gradients
+from surgeon.util.copying import check_module, checkpoint_gradients
 from surgeon.util.held import walk
 
 
@@ -136,6 +136,7 @@ def cost(
         ConfigError: an argument has an invalid value.
         InputError: the model does not take images of this size.
     """
+    check_module(model)
     settings = make_settings(
         model,
         input_size=input_size,

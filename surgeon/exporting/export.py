@@ -26,8 +26,8 @@ from surgeon.sites.inputs import Inputs
 from surgeon.surgery.compare import Difference, compare
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.surgery.running import run as run_model
-from surgeon.util.copying import copy_model, strict_float32
-from surgeon.util.outputs import check_file_output
+from surgeon.util.copying import check_module, copy_model, strict_float32
+from surgeon.util.outputs import check_file_output, export_format
 from surgeon.util.progress import OnProgress, silent
 from surgeon.util.unfinished import unfinished
 
@@ -95,7 +95,7 @@ def export(
     model: nn.Module,
     path: str | Path,
     *,
-    format: Format = "onnx",
+    format: Format | None = None,
     input_size: Sequence[int] | int | None = None,
     example_inputs: Any = None,
     free: str = "auto",
@@ -105,21 +105,24 @@ def export(
 ) -> Exported:
     """Write the model, in eval mode, to one file (two for ONNX with over 1.5 GiB of weights), and verify the file.
 
-    `format` is "onnx" or "torch" (a `torch.export` archive). `free` selects the dynamic dimensions of the input (N, C, H, W):
-    "size" for batch and image size, "batch", "none", or "auto": as many as the model and the file allow. `input_size` and
-    `example_inputs` are as for `convert`. Raises `ExportError` if `torch.export` or the conversion to ONNX refuses the model,
-    or if the file computes something else (then nothing is written); `ConfigError` for a missing package or an existing file.
+    `format` is "onnx" or "torch" (a `torch.export` archive), by default that of the path's suffix, .onnx or .pt2. `free` selects
+    the dynamic dimensions of the input (N, C, H, W): "size" for batch and image size, "batch", "none", or "auto": as many as the
+    model and the file allow. `input_size` and `example_inputs` are as for `convert`. Raises `ExportError` if `torch.export` or the
+    conversion to ONNX refuses the model, or if the file computes something else (then nothing is written); `ConfigError` for a
+    missing package, an unknown format, or an existing file.
     """
     tell = progress or silent
+    check_module(model)
     path = Path(path).absolute()
     if free not in FREE:
         raise ConfigError(f"free must be one of {', '.join(FREE)}, got {free!r}")
-    check_target(path, format, force=force)
+    kind = export_format(format, path)
+    check_target(path, kind, force=force)
     tell("run the model at two sizes", 0, 1)
     shapes = Shapes.of(model, input_size, example_inputs, free)
     output = _settled_output(model, shapes.example)
-    alone = "output" if format == "onnx" else None  # archives have no names
-    model = prepared(model, output, format)
+    alone = "output" if kind == "onnx" else None  # archives have no names
+    model = prepared(model, output, kind)
     # Attention by its formula: fused kernels arrange their result so that a later reshape is traced as a view, which
     # their replacement in ONNX does not allow.
     with _beside(path) as partial, sdpa_kernel(SDPBackend.MATH):
@@ -127,7 +130,7 @@ def export(
         for names in shapes.tries():
             try:
                 outputs = output_names(model, output, alone)
-                result = _attempt(model, partial, format, opset, shapes, names, outputs, tell)
+                result = _attempt(model, partial, kind, opset, shapes, names, outputs, tell)
                 break
             except ExportError as error:
                 if free == "size" or not names:
@@ -135,7 +138,7 @@ def export(
                 reasons |= dict.fromkeys(names, _reason(error))
         result.fixed = {name: why for name, why in (reasons | shapes.fixed).items() if name not in result.free}
         result.size = sum(file.stat().st_size for file in partial.parent.iterdir())
-        data = _put(partial, path, format)
+        data = _put(partial, path, kind)
         result.path, result.data = str(path), None if data is None else str(data)
     return result
 

@@ -50,13 +50,12 @@ from surgeon.records.report import Report
 from surgeon.surgery.raised import Raised
 from surgeon.surgery.rewrite import Rewrite, convolution_rule, dynamic_layers, folded_from, folded_windows
 from surgeon.surgery.sizes import check_layers
-from surgeon.util.copying import copy_model
+from surgeon.util.copying import check_module, copy_model
 from surgeon.util.files import check_fields, parse_json, read_json, read_object, told
-from surgeon.util.outputs import RECIPE, check_output
+from surgeon.util.outputs import RECIPE, WEIGHTS, check_output
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "model.safetensors"
 REPORT = "report.json"
 TEXT = "report.txt"
 
@@ -77,6 +76,7 @@ def save(
     which replaces it only if surgeon wrote it, and only once the new one is complete. `scores`, metrics on the task that the model
     was fine-tuned on, go into its card. Raises `CheckpointError`.
     """
+    check_module(model)
     path = Path(path).absolute()
     check_output(path, force=force)
     recipe = describe(model, base)

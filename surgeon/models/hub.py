@@ -14,7 +14,7 @@ from torch import nn
 
 import surgeon
 from surgeon.errors import CheckpointError, ConfigError
-from surgeon.models.checkpoint import REPORT, TEXT, WEIGHTS, load, read_folder, save
+from surgeon.models.checkpoint import REPORT, TEXT, load, read_folder, save
 from surgeon.models.places import HUB, check_repository
 from surgeon.models.programs import FILE as PROGRAM
 from surgeon.models.weights import bounded_network
@@ -24,7 +24,7 @@ from surgeon.records.collapse_report import CollapseReport
 from surgeon.records.recipe import FORMAT, BaseModel
 from surgeon.records.report import Report
 from surgeon.util.files import read_json, read_text, told
-from surgeon.util.outputs import RECIPE
+from surgeon.util.outputs import RECIPE, WEIGHTS
 
 FILES = (RECIPE, WEIGHTS, PROGRAM, CARD, REPORT, TEXT)
 

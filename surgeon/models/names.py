@@ -24,7 +24,7 @@ from surgeon.models.sources import as_published, construct, pretrained, resolve_
 from surgeon.models.weights import load_weights, read_weights, state_sha256
 from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
-from surgeon.util.outputs import is_surgeon_folder
+from surgeon.util.outputs import WEIGHTS, is_surgeon_folder
 
 logger = logging.getLogger(__name__)
 
@@ -357,7 +357,7 @@ def _from_folder(path: str, weights: str, spec: str, *, trust_factory: bool) -> 
         raise ModelError(f"{spec} is a surgeon folder and has its own weights; --weights {weights} cannot apply")
     model, recipe = load(path, trust_factory=trust_factory), Recipe.read(path)
     base = recipe.base
-    if base is None or recipe.rules or base.source in ("factory", "program"):
+    if base is None or recipe.rules or base.source == "program":
         return model, base
-    file = Path(path, "model.safetensors").resolve()  # a trained plain network: the weights are the folder's
+    file = Path(path, WEIGHTS).resolve()  # a trained plain network: the weights are the folder's
     return model, _recorded(base, model, Weights(kind="file", path=str(file)))

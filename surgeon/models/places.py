@@ -1,6 +1,8 @@
 """Checks of model locations, without building a model or loading heavy libraries."""
 
 import re
+import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from surgeon.errors import CheckpointError, ConfigError, ModelError
@@ -30,13 +32,26 @@ def check_model_name(spec: str) -> None:
     if file.endswith(".py"):
         module = ".".join(part for part in Path(file).with_suffix("").parts if part not in (".", "..", "/"))
         raise ModelError(f"{file} is a Python file: name a class or function in it as {module}:{name or 'NAME'}")
-    if HUB.fullmatch(spec) or ":" in spec or is_surgeon_folder(path):
+    if HUB.fullmatch(spec) or is_surgeon_folder(path):
+        return
+    if name:
+        _check_module(file)
         return
     if spec.endswith(".pt2"):
         if not path.is_file():
             raise ModelError(f"there is no file {spec}")
     elif "/" in spec and spec.rpartition("/")[0] not in LIBRARIES:
         raise no_folder(spec)
+
+
+def _check_module(name: str) -> None:
+    """Raise `ModelError` if the first part of a factory's module is nowhere; nothing is imported."""
+    first = name.partition(".")[0]
+    places = [str(Path.cwd()), *sys.path]
+    if first in sys.modules or not first.isidentifier() or PathFinder.find_spec(first, places) is not None:
+        return
+    near = did_you_mean(first, sorted(file.stem for file in Path.cwd().glob("*.py")))
+    raise ModelError(f"there is no Python module {first!r} in this folder or on PYTHONPATH.{near}".removesuffix("."))
 
 
 def no_folder(spec: str) -> ModelError:

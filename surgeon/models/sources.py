@@ -21,6 +21,7 @@ from surgeon.records.recipe import BaseModel, Weights
 from surgeon.surgery.sizes import bounded
 from surgeon.util.files import told
 from surgeon.util.machine import TooLargeError
+from surgeon.util.near import did_you_mean
 
 
 def construct(base: BaseModel) -> nn.Module:
@@ -108,6 +109,9 @@ def _factory_model(base: BaseModel) -> nn.Module:
     try:
         factory: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
+            if not hasattr(factory, part):
+                known = [key for key, value in vars(factory).items() if callable(value)]
+                raise ModelError(f"{module_name} has no {attribute!r}.{did_you_mean(part, known)}".removesuffix("."))
             factory = getattr(factory, part)
     finally:
         sys.path.pop(0)

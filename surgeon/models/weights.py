@@ -47,12 +47,19 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
                 f"{path} holds Python objects ({needed[1]}), as of a whole model, which only code could load: save its weights "
                 "with torch.save(model.state_dict(), FILE)"
             ) from error
-        told = (str(error).splitlines() or [""])[0][:160]
         raise ModelError(
-            f"cannot read {path} as weights ({type(error).__name__}: {told}). Expected a state dict written by "
+            f"cannot read {path} as weights{_why(error)}. Expected a state dict written by "
             "safetensors or torch.save; files that need code to load are not read."
         ) from error
     return _strip(_unwrap(loaded, path))
+
+
+def _why(error: BaseException) -> str:
+    """The first line of a reader's error, unless it is torch's advice on loading files that run code."""
+    told = (str(error).splitlines() or [""])[0]
+    if "weights_only" in told or not told:
+        return ": it is no file of torch.save" if told else ""
+    return f" ({type(error).__name__}: {told[:160]})"
 
 
 def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from surgeon.records.collapse_report import CollapseReport
 from surgeon.records.recipe import CONVOLUTION, BaseModel, Recipe, unquoted
 from surgeon.records.report import Replaced, Report, flops, geometry_text, options_text
+from surgeon.util.outputs import WEIGHTS
 from surgeon.util.tables import count, error
 
 FILE = "README.md"
@@ -173,8 +174,10 @@ def _origin(recipe: Recipe) -> str:
         weights = {
             "pretrained": f"published ones{f' ({_code(base.weights.path)})' if base.weights.path else ''}",
             "random": f"random ones of seed {base.weights.seed}: nothing published is in them",
-            "file": f"the file {_code(Path(base.weights.path).name)}" if base.weights.path else "a file",
-            "given": "those of a model that was given",
+            "file": _file(base.weights.path),
+            "given": "those that its factory gave it"
+            if base.source == "factory"
+            else "those of the model object that was saved",
         }[base.weights.kind]
         stated = license_of(base)
         lines = [f"- base model: {_code(base.name)} ({base.source})", f"- its weights: {weights}", *lines]
@@ -183,6 +186,14 @@ def _origin(recipe: Recipe) -> str:
                 f"- license of its weights: {_plain(stated) if stated else 'not stated; ask where they are from'}"
             )
     return "\n".join(["## Where it comes from", "", *lines]) if lines else ""
+
+
+def _file(path: str | None) -> str:
+    """A weights file by its name; that of a surgeon folder by the folder's."""
+    if not path:
+        return "a file"
+    file = Path(path)
+    return f"those of the folder {_code(file.parent.name)}" if file.name == WEIGHTS else f"the file {_code(file.name)}"
 
 
 # --- Markdown -----------------------------------------------------------------------------------------------------------

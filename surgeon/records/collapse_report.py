@@ -8,7 +8,7 @@ from surgeon.errors import CheckpointError
 from surgeon.records.fields import read_fields
 from surgeon.records.report import Report, change, entry, flops, jsonable, name_list, took
 from surgeon.util.pages import rows, snippet
-from surgeon.util.tables import count, error, paragraph, table
+from surgeon.util.tables import count, counted, error, paragraph, table
 
 KIND = "collapse"
 EVIDENCE = {
@@ -110,7 +110,7 @@ class CollapseReport:
 
     def _title(self) -> str:
         title = f"{self.model}: " if self.model else ""
-        return f"{title}{len(self.folded)} of {len(self.layers)} dynamic layers folded into convolutions"
+        return f"{title}{len(self.folded)} of {counted(len(self.layers), 'dynamic layer')} folded into convolutions"
 
 
 def growth_notes(report: CollapseReport) -> list[str]:

@@ -27,7 +27,7 @@ from surgeon.surgery.operation import Surgery, count_parameters
 from surgeon.surgery.plan import Planned, make_plan
 from surgeon.surgery.raised import Raised
 from surgeon.surgery.running import outputs
-from surgeon.util.copying import copy_model, eager, without_compiler
+from surgeon.util.copying import check_module, copy_model, eager, without_compiler
 from surgeon.util.near import did_you_mean
 from surgeon.util.progress import OnProgress, silent
 
@@ -76,6 +76,7 @@ def convert(
         VerificationError: the result is not equivalent.
     """
     started = time.perf_counter()
+    check_module(model)
     if pattern is not None:
         layers, type, layer_options = _of_pattern(pattern, layers, type, recipe, layer_options)
     order = _read_order(layers, type, recipe, layer_options, seed)
@@ -127,6 +128,7 @@ def inspect(
 
     The model is not modified. The list prints as a table. Raises `InputError` if it does not run on the inputs.
     """
+    check_module(model)
     functional = Raised(model)
     try:
         return Inspection(functional.described(find_sites(model, example_inputs, input_size)).convs)
@@ -188,8 +190,11 @@ def _read_order(
         return _Order(rules=recipe.rules, seed=seed or recipe.seed, recipe=recipe)
     if layers is None or type is None:
         missing = "layers" if layers is None else "type"
-        near = next((hint for name in options if (hint := did_you_mean(name, _WORDS))), "")
-        raise ConfigError(f"{missing} is missing: give both layers and type, or pass a recipe.{near}".rstrip("."))
+        near = next(
+            (f". {name!r} is none of the arguments.{hint}" for name in options if (hint := did_you_mean(name, _WORDS))),
+            "",
+        )
+        raise ConfigError(f"{missing} is missing: give both layers and type, or pass a recipe{near}")
     if isinstance(type, LayerConfig):
         if options:
             raise ConfigError(

@@ -15,7 +15,7 @@ from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.source import CONV_ATTRIBUTES, ConvSource
 from surgeon.records.recipe import CONVOLUTION, Recipe, Rule, get_recipe, quoted, set_recipe, unquoted
 from surgeon.sites.select import Selector, is_below, split_items
-from surgeon.util.copying import evaluating, seeded
+from surgeon.util.copying import check_module, evaluating, seeded
 
 _HOOKS = (
     "_forward_hooks",
@@ -108,6 +108,7 @@ def dynamic_layers(model: nn.Module, names: Selector | None = None) -> dict[str,
 
     Raises `SelectionError` for a name that matches none.
     """
+    check_module(model)
     layers: dict[int, DynamicConv2d] = {}
     aliases: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

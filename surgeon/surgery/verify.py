@@ -25,7 +25,7 @@ from surgeon.surgery.rewrite import (
     sample_input,
 )
 from surgeon.surgery.running import fails, outputs
-from surgeon.util.copying import copy_model, evaluating, is_lazy, seeded, strict_float32
+from surgeon.util.copying import check_module, copy_model, evaluating, is_lazy, seeded, strict_float32
 
 TOLERANCE = 1e-5  # relative error in float32
 TOLERANCE_DOUBLE = 1e-10  # relative error of the float64 run that settles what float32 leaves open
@@ -315,6 +315,7 @@ def verify(
 
     Both run in eval mode on the same inputs. Raises `VerificationError` if they differ, `InputError` if the inputs do not fit.
     """
+    check_module(original)
     raised = Raised(original, {*dynamic_layers(converted), *folded_windows(converted)})
     try:
         return _verify(original, converted, example_inputs, input_size, seed)

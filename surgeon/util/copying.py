@@ -17,11 +17,22 @@ from surgeon.errors import ConfigError, ModelError
 from surgeon.util.held import own_attributes, python_seeded, state_kept, walk
 
 
+def check_module(model: Any) -> None:
+    """Raise `ModelError` unless this is a module: names are for the command line, and for `surgeon.open_model`."""
+    if not isinstance(model, nn.Module):
+        named = isinstance(model, str)
+        hint = f": surgeon.open_model({model!r}) makes one" if named else ""
+        raise ModelError(
+            f"the model must be a torch.nn.Module, got {repr(model) if named else type(model).__name__}{hint}"
+        )
+
+
 def copy_model(model: nn.Module) -> nn.Module:
     """Deep copy that also supports computed tensors (old-style `weight_norm`) and locks, which `copy.deepcopy` refuses.
 
     Raises `ModelError` for a model that cannot be copied.
     """
+    check_module(model)
     return _uncompiled(_deep_copy(model, _what_deepcopy_refuses(model)))
 
 

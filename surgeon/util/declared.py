@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from surgeon.errors import ConfigError
+from surgeon.errors import ConfigError, RecipeError
 from surgeon.util.kinds import fits, readable
-from surgeon.util.limits import WORDS, Limits, check_limits, merged
+from surgeon.util.limits import CHOICES, WORDS, Limits, check_choice, check_limits, merged
 from surgeon.util.near import did_you_mean
 
 _TYPES = {"Any": Any, "Literal": Literal, "Path": Path}
@@ -22,10 +22,12 @@ _TYPES = {"Any": Any, "Literal": Literal, "Path": Path}
 
 @dataclass(frozen=True)
 class Declared:
-    """A layer type or a task: the type of each option, the limits of numbers, whether it declares `compressed` options."""
+    """A layer type or a task: the type of each option, the limits of numbers, the choices of words, whether it declares
+    `compressed` options."""
 
     options: dict[str, Any]
     limits: Limits
+    choices: dict[str, tuple[Any, ...]]
     compressed: bool = False
 
 
@@ -72,7 +74,7 @@ def check_task_options(name: str, options: dict[str, Any]) -> None:
         for option in options:
             if option not in known[name].options:
                 raise unknown_option(name, option, known[name].options)
-        _check_kinds("", known[name], options, {})
+        _check_kinds(f"task {name}: ", known[name], options, {})
 
 
 def unknown_layer_type(name: str, known: Iterable[str]) -> ConfigError:
@@ -91,12 +93,30 @@ def unknown_option(task: str, option: str, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"task {task} has no option {option!r}; it has {names}.{did_you_mean(option, known)}")
 
 
+@cache
+def training_recipes() -> list[str]:
+    """The names of the training recipes that ship with surgeon, sorted; empty if their folder is unavailable."""
+    spec = find_spec("surgeon.zoo")
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return sorted(file.stem for place in places for file in Path(place, "recipes").glob("*.json"))
+
+
+def unknown_training_recipe(name: str, known: Iterable[str]) -> RecipeError:
+    """The error for an unknown training recipe."""
+    return RecipeError(
+        f"there is no training recipe {name!r}; there are {', '.join(known)}, and files by a name that ends in "
+        f".json.{did_you_mean(name, known)}"
+    )
+
+
 def _check_kinds(where: str, found: Declared, options: dict[str, Any], flags: Mapping[str, str]) -> None:
     for name, value in options.items():
         shown = f"{where}{flags.get(name, name)}"
         if not fits(value, found.options[name]):
             raise ConfigError(f"{shown} must be {readable(found.options[name])}, got {value!r}")
         check_limits(shown, value, found.limits.get(name, {}))
+        if name in found.choices:
+            check_choice(shown, value, found.choices[name])
 
 
 # --- reading the source -------------------------------------------------------------------------------------------
@@ -132,22 +152,25 @@ def _assigned(one: ast.ClassDef) -> Iterator[tuple[str, ast.expr | None, ast.exp
             yield node.targets[0].id, None, node.value
 
 
-def _config(name: str, classes: dict[str, ast.ClassDef]) -> tuple[dict[str, Any], Limits]:
-    """(fields, limits) of a config and its base classes: the types of its fields, `Any` where not plain, and their limits."""
+def _config(name: str, classes: dict[str, ast.ClassDef]) -> tuple[dict[str, Any], Limits, dict[str, tuple[Any, ...]]]:
+    """(fields, limits, choices) of a config and its base classes; the types of its fields are `Any` where not plain."""
     fields: dict[str, Any] = {}
     limits: Limits = {}
+    choices: dict[str, tuple[Any, ...]] = {}
     if name not in classes:
-        return fields, limits
+        return fields, limits, choices
     for base in classes[name].bases:
         if isinstance(base, ast.Name):
-            more, inherited = _config(base.id, classes)
-            fields, limits = fields | more, limits | inherited
+            more, inherited, words = _config(base.id, classes)
+            fields, limits, choices = fields | more, limits | inherited, choices | words
     for field, annotation, value in _assigned(classes[name]):
         if field in WORDS and value is not None:
             limits = merged(limits, field, ast.literal_eval(value))
+        elif field == CHOICES and value is not None:
+            choices = choices | ast.literal_eval(value)
         elif annotation is not None and not ast.unparse(annotation).startswith("ClassVar"):
             fields[field] = _type(annotation)
-    return fields, limits
+    return fields, limits, choices
 
 
 def _type(annotation: ast.expr) -> Any:

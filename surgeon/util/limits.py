@@ -1,7 +1,9 @@
-"""Limits of options that are numbers, as classes declare them: `least` and `most` are allowed themselves, `above` and `below` not.
+"""Limits of options, as classes declare them: of numbers, where `least` and `most` are allowed themselves, `above` and `below` not,
+and the words that an option may be.
 
 least: ClassVar[Mapping[str, float]] = {"patch": 1}
 above: ClassVar[Mapping[str, float]] = {"val_fraction": 0}
+choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"predicts": ("image", "noise")}
 """
 
 import operator
@@ -9,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgeon.errors import ConfigError
+from surgeon.util.near import did_you_mean
 
+CHOICES = "choices"
 Limits = dict[str, dict[str, float]]  # by option, then by word
 
 WORDS = {
@@ -40,3 +44,18 @@ def check_limits(shown: str, value: Any, limits: Mapping[str, float]) -> None:
         return
     told = " and ".join(f"{told} {limits[word]}" for word, (told, _) in WORDS.items() if word in limits)
     raise ConfigError(f"{shown} must be {told}, got {value!r}")
+
+
+def choices_of(kind: type) -> dict[str, tuple[Any, ...]]:
+    """The words that options may be, declared by a class and its bases; a subclass overrides."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for base in reversed(kind.__mro__):
+        found |= vars(base).get(CHOICES, {})
+    return found
+
+
+def check_choice(shown: str, value: Any, known: tuple[Any, ...]) -> None:
+    """Raise `ConfigError` for a value that is none of the known ones; `shown` is the option's name in the message."""
+    if value not in known:
+        near = did_you_mean(value, map(str, known))
+        raise ConfigError(f"{shown} must be one of {', '.join(map(str, known))}, got {value!r}{'.' * bool(near)}{near}")

@@ -1,15 +1,18 @@
 """Checks of output paths, made before any work and before heavy libraries are loaded."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 from surgeon.errors import CheckpointError, ConfigError
 
 RECIPE = "recipe.json"  # marks a surgeon folder
+WEIGHTS = "model.safetensors"  # of a surgeon folder
 RUN = Path("training", "run.json")  # the record of a run of fine-tuning in its folder
 TRIAL = "try.json"  # the record of `surgeon try`
 SEARCH = "search.json"  # marks the folder of a search
 
 
+EXPORTS = {".onnx": "onnx", ".pt2": "torch"}  # formats of exported files by suffix
 STUDY = "study.jsonl"  # the trials of a search in its folder
 
 
@@ -89,3 +92,15 @@ def check_file_output(path: str | Path, *, force: bool = False) -> None:
         raise ConfigError(f"{path} exists; choose another with -o, or replace it with --force (in Python force=True)")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"there is no folder {path.absolute().parent} to write {path.name} to")
+
+
+def export_format(given: str | None, path: str | Path) -> Literal["onnx", "torch"]:
+    """The requested format of an exported file, otherwise that of its suffix; raises `ConfigError` if neither says."""
+    found: Any = given or EXPORTS.get(Path(path).suffix)
+    if found is None:
+        raise ConfigError(
+            f"cannot tell the format from {Path(path).name}: use --format onnx or torch (in Python format=), or a name ending in "
+            ".onnx or .pt2"
+        )
+    known: Literal["onnx", "torch"] = found  # other given formats are refused with the rest of the target
+    return known

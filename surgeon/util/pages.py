@@ -9,8 +9,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 440, 260  # of a figure, in its own coordinates
-_RIGHT, _TOP, _BOTTOM = 12, 14, 46
+WIDTH, HEIGHT = 440, 272  # of a figure, in its own coordinates
+_RIGHT, _TOP, _BOTTOM = 12, 30, 46
+_ABOVE = 14  # of a map, which has no label at its top
 
 _STYLE = """:root{color-scheme:light dark;--bg:#fff;--ink:#1c2024;--soft:#60646c;--line:#d9dce1;--card:#f6f7f9;
 --c0:#2f6db5;--c1:#c2571a;--c2:#2f8f4e;--c3:#c23b3b;--c4:#7a5bb0;--c5:#8a6a4f;--c6:#b3508f;--c7:#6b7280}
@@ -154,7 +155,7 @@ def chart(
     ]
     ys = ys + ([] if level is None else [level]) or [0.0]
     scale_y = _Scale(ys, HEIGHT - _BOTTOM, _TOP)
-    left = 30 + 9 * max(len(f"{value:.4g}") for value in scale_y.ticks())
+    left = 12 + 9 * max(len(f"{value:.4g}") for value in scale_y.ticks())
     scale_x = _Scale(xs, left, WIDTH - _RIGHT, log=log)
     parts = [_axes(scale_x, scale_y, across, up, names, percent, whole)]
     if level is not None:
@@ -189,7 +190,7 @@ def map_of(
     tall = 17
     parts = []
     for row, name in enumerate(down):
-        y = _TOP + row * tall
+        y = _ABOVE + row * tall
         shown = name if len(name) <= 22 else f"…{name[-21:]}"
         parts.append(f'<text class="row" x="{left - 5:.1f}" y="{y + 12}" text-anchor="end">{html.escape(shown)}</text>')
         for column, tip in enumerate(told):
@@ -199,7 +200,7 @@ def map_of(
             text = html.escape(f"{name}: {labels[label]}\n{tip}", quote=True)
             place = f'x="{left + column * wide:.1f}" y="{y}" width="{max(wide - 1, 1):.1f}" height="{tall - 1}"'
             parts.append(f'<rect {place} fill="{color}"{opacity} data-tip="{text}"/>')
-    height = _TOP + len(down) * tall + 24
+    height = _ABOVE + len(down) * tall + 24
     if across:
         ends = (across[0], across[-1]) if len(across) > 1 else (across[0], "")
         parts.append(f'<text x="{left:.1f}" y="{height - 8}">{html.escape(ends[0])}</text>')
@@ -262,10 +263,7 @@ def _axes(x: _Scale, y: _Scale, across: str, up: str, names: Sequence[str] | Non
     parts.append(
         f'<text x="{(left + WIDTH) / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{html.escape(across)}</text>'
     )
-    middle = (_TOP + bottom) / 2
-    parts.append(
-        f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{html.escape(up)}</text>'
-    )
+    parts.append(f'<text x="4" y="16">{html.escape(up)}</text>')  # upright: a long one would not fit beside the axis
     return "".join(parts)
 
 

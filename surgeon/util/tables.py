@@ -66,6 +66,11 @@ def count(n: int | None, unit: str = "") -> str:
     raise AssertionError("unreachable")
 
 
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: "1 sample", "2 samples"."""
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
 def duration(seconds: float) -> str:
     """Seconds in three digits: 12.3 ms, 1.28 s, 640 s; "-" for NaN."""
     if math.isnan(seconds):

@@ -92,6 +92,13 @@ WRONG = {
     "push run me/x/y": "a repository on the Hub is named ORG/NAME, .* got 'me/x/y'",
     "place resnet18 --max-flops -100%": "'-100%' leaves nothing of the original",
     "study status runs/absent": "there is no search in runs/absent: there is no such folder",
+    "inspect nowhere_to_be_found:make": "there is no Python module 'nowhere_to_be_found' in this folder",
+    "convert resnet18 --type acda --option generator=separabel": "acda: generator must be .* Did you mean 'separable'",
+    "finetune resnet18 --task denoising --data . --task-option loss=l3": "task denoising: loss must be one of l1, mse",
+    "finetune resnet18 --task denoising --data there.onnx": "--data: there.onnx is a file, not a folder",
+    "finetune --recipe srcn": "there is no training recipe 'srcn'; .* Did you mean 'srcnn'",
+    "gains resnet18 --task sad --batches 3": "--batches must be at least 4, got 3",
+    "visualize run . -o x": "IMAGE: . is a folder; name its pictures",
     "export resnet18 -o there.onnx": "there.onnx exists",
     "collapse runs/absent --tolerance 0.1 -o x": "--tolerance needs --images",
 }

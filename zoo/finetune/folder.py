@@ -122,6 +122,10 @@ class RunFolder:
             shutil.rmtree(fresh, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
 
+    def discard(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.output, ignore_errors=True)
+
     def read_record(self) -> dict[str, Any]:
         """The content of run.json; raises `CheckpointError` if it is not the record of a run of this version."""
         old = read_object(self.record)

@@ -27,7 +27,7 @@ from surgeon.zoo.finetune.optimizer import check_state, make_optimizer, try_opti
 from surgeon.zoo.finetune.parameters import group_parameters, optimizer_groups
 from surgeon.zoo.finetune.schedule import Rates, RunPlan, Temperature
 from surgeon.zoo.finetune.state import Store, TrainingProgress
-from surgeon.zoo.tasks import Batch, Task, TaskDataset, better
+from surgeon.zoo.tasks import Batch, Task, TaskDataset, improved
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -351,8 +351,9 @@ class Run:
         value = found.metrics[task.primary]
         first = progress.best is None and math.isfinite(value)
         progress.last = found.metrics
-        if first or (progress.best is not None and better(task, value, progress.best)):
+        if first or (progress.best is not None and improved(task, found.metrics, progress.best_metrics(task.primary))):
             progress.best, progress.best_step, progress.stale = value, progress.step, 0
+            progress.best_loss = found.metrics.get("loss")
             self.best = (progress.step, found) if math.isfinite(found.seconds) else None
             if self.config.keep == "best" and self.accelerator.is_main_process:
                 self.store.save_best(self.trainer.result.state_dict(), progress.step)

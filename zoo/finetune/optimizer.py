@@ -20,13 +20,20 @@ _STATE: dict[str, Any] = {
 _SHAPES = ((4, 4, 3, 3), (4, 4), (4,))  # of the parameters with which an optimizer is tested
 
 
+def check_optimizer(name: str) -> None:
+    """Raise `ConfigError` for a name that is none of timm's."""
+    from timm.optim import list_optimizers
+
+    known = [str(one) for one in list_optimizers(with_description=False)]
+    if name not in known:
+        raise ConfigError(f"timm has no optimizer {name!r}.{did_you_mean(name, known)}")
+
+
 def make_optimizer(groups: Any, config: FinetuneConfig) -> torch.optim.Optimizer:
     """An optimizer by timm's name. Raises `ConfigError` for an unknown one, and for one that is unavailable here."""
-    from timm.optim import create_optimizer_v2, list_optimizers
+    from timm.optim import create_optimizer_v2
 
-    known = [str(name) for name in list_optimizers(with_description=False)]
-    if config.opt not in known:
-        raise ConfigError(f"timm has no optimizer {config.opt!r}.{did_you_mean(config.opt, known)}")
+    check_optimizer(config.opt)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum

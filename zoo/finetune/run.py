@@ -22,7 +22,7 @@ from surgeon.records.collapse_report import CollapseReport
 from surgeon.records.recipe import BaseModel, Recipe, Trained, get_recipe, set_recipe
 from surgeon.records.report import Report
 from surgeon.surgery.rewrite import dynamic_layers
-from surgeon.util.copying import copy_model
+from surgeon.util.copying import check_module, copy_model
 from surgeon.util.files import check_fields
 from surgeon.util.waiting import waiting
 from surgeon.zoo.finetune.config import FinetuneConfig
@@ -31,10 +31,11 @@ from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, measures_stati
 from surgeon.zoo.finetune.folder import RunFolder, record
 from surgeon.zoo.finetune.journal import TrainingJournal
 from surgeon.zoo.finetune.loop import Data, Run, Trainer, Watch
+from surgeon.zoo.finetune.optimizer import check_optimizer
 from surgeon.zoo.finetune.schedule import describe
 from surgeon.zoo.finetune.state import Store, TrainingProgress
 from surgeon.zoo.finetune.summary import MeasuredNetwork, Summary, measured
-from surgeon.zoo.tasks import Task, better
+from surgeon.zoo.tasks import Task, improved
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -92,12 +93,14 @@ def finetune(
     `max_time` began to run, by `time.monotonic()` (None: now). Raises `DataError`, `ConfigError`, `TrainingError`, and
     `Interrupted` (a `KeyboardInterrupt`) when asked to stop.
     """
+    check_module(model)
     config, source = config or FinetuneConfig(), source or Source()
     folder = None if output is None else RunFolder(Path(output))
     if folder is None and (resume or force):
         raise ConfigError("without an output there is nothing to resume or to replace")
     if folder is not None:
         folder.check(resume=resume, force=force)
+    check_optimizer(config.opt)
     began = time.monotonic() if began is None else began
     with waiting("looking through the data", quiet=quiet):
         task.check()
@@ -108,10 +111,14 @@ def finetune(
         place = folder.training if folder is not None else _shared_place(stack)
         session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet)
         try:
+            trainer = session.trainer(work, original)  # refuses options before a folder is made, or replaced
             if folder is not None:
                 values = record(source.name, start_hash, task, config, accelerator.num_processes)
                 session.open(values, stack, resume=resume)
-            return session.run(work, original, place, watch, known_start, began)
+            return session.run(trainer, work, original, place, watch, known_start, began)
+        except Exception:
+            session.discard()
+            raise
         finally:
             session.journal.stop()
 
@@ -137,6 +144,12 @@ class _Session:
             folder.training if folder is not None and main else None, quiet=quiet or not main
         )
         self.data = Data(task.dataset("train"), task.dataset("val"))
+        self.unproven = False  # whether this session made the folder, and has not written a checkpoint yet
+
+    def trainer(self, work: nn.Module, original: nn.Module | None) -> Trainer:
+        """The trainer of a network. Raises `ConfigError` for options that it cannot train with."""
+        teacher = original if self.config.distill else None
+        return Trainer(work, self.task, self.data, self.config, self.accelerator, teacher)
 
     def open(self, values: dict[str, Any], stack: contextlib.ExitStack, *, resume: bool) -> None:
         """Write the record of a new run, or check it against that of the resumed run; hold the folder's lock until the end."""
@@ -149,11 +162,18 @@ class _Session:
         elif main:
             with self.folder.locked():  # the run to be replaced
                 self.folder.create(values)
+            self.unproven = True
             stack.enter_context(self.folder.locked())
         self.accelerator.wait_for_everyone()
 
+    def discard(self) -> None:
+        """Remove the folder of a new run that failed before its first checkpoint: there is nothing to resume in it."""
+        if self.unproven and self.folder is not None:
+            self.folder.discard()
+
     def run(
         self,
+        trainer: Trainer,
         work: nn.Module,
         original: nn.Module | None,
         place: Path,
@@ -161,9 +181,8 @@ class _Session:
         known: Mapping[str, float] | None,
         began: float,
     ) -> FinetuneResult:
-        config, teacher = self.config, original if self.config.distill else None
-        trainer = Trainer(work, self.task, self.data, config, self.accelerator, teacher)
-        store = Store(place / "checkpoints", trainer.plan.checkpoint_every, keeps_best=config.keep == "best")
+        every = trainer.plan.checkpoint_every
+        store = Store(place / "checkpoints", every, keeps_best=self.config.keep == "best")
         if self.accelerator.is_main_process:
             store.create()
         self.accelerator.wait_for_everyone()
@@ -216,6 +235,7 @@ class _Session:
         run.progress.start["start"] = asdict(measured(run.trainer.model, start.metrics, start.seconds, size))
         run.note(start)
         run.save()
+        self.unproven = False
 
     def _end(self, run: Run) -> Summary:
         """Load the weights to keep, compute BatchNorm statistics and metrics, and summarize."""
@@ -268,7 +288,7 @@ class _Session:
 
         recalibrate(model, self.task, trainer.batches(trainer.plan.total), config.recalibrate, forward)
         after = self._evaluate(model)
-        if better(self.task, before.metrics[self.task.primary], after.metrics[self.task.primary]):
+        if improved(self.task, before.metrics, after.metrics):
             model.load_state_dict(kept)
             return before, False
         return after, True

@@ -38,6 +38,7 @@ class TrainingProgress:
     seconds: float = 0.0  # of training, over all sessions
     elapsed: float = 0.0  # total seconds, including evaluations, over all sessions
     best: float | None = None
+    best_loss: float | None = None  # that decides at a tie; None: the task does not measure it
     best_step: int | None = None
     stale: int = 0  # evaluations since the best
     rollbacks: int = 0
@@ -46,13 +47,18 @@ class TrainingProgress:
     start: dict[str, Any] = field(default_factory=dict)  # what was measured before training
     last: dict[str, float] = field(default_factory=dict)  # metrics of the newest evaluation
 
+    def best_metrics(self, primary: str) -> dict[str, float]:
+        """Metrics of the best weights, for `improved`: the primary one and, if measured, the loss."""
+        values = {"loss": self.best_loss, primary: self.best}
+        return {name: value for name, value in values.items() if value is not None}
+
 
 # Schema of the progress in a checkpoint, for `check_fields`.
 _NUMBER, _NONE = (int, float), type(None)
 _PROGRESS: dict[str, Any] = {
     **dict.fromkeys(("step", "stale", "rollbacks"), int),
     **dict.fromkeys(("seconds", "elapsed", "lr_factor"), _NUMBER),
-    "best": (*_NUMBER, _NONE),
+    **dict.fromkeys(("best", "best_loss"), (*_NUMBER, _NONE)),
     "best_step": (int, _NONE),
     "stopped": (str, _NONE),
     "start": {"*": dict},
@@ -260,6 +266,7 @@ class Store:
         values = tree.pop("progress")
         where = f"{file}: progress"
         values.setdefault("elapsed", values.get("seconds"))  # of runs that did not count evaluations
+        values.setdefault("best_loss", None)  # of runs in which a tie kept the earlier weights
         unknown = sorted(str(key) for key in set(values) ^ set(vars(TrainingProgress())))
         if unknown:
             raise CheckpointError(f"{where} is missing, or should not have, {', '.join(unknown)}")

@@ -15,6 +15,7 @@ from surgeon.errors import ConfigError, RecipeError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.models.names import build_model
 from surgeon.records.recipe import parse_json, read_text
+from surgeon.util.declared import unknown_training_recipe
 from surgeon.util.near import did_you_mean
 from surgeon.zoo import entry
 from surgeon.zoo.finetune import FinetuneConfig
@@ -155,10 +156,7 @@ def training_recipe(name: str | Path) -> TrainingRecipe:
         return _read(path)
     known = recipe_names()
     if str(name) not in known:
-        raise RecipeError(
-            f"there is no training recipe {str(name)!r}; there are {', '.join(known)}, and files by a name that ends in "
-            f".json.{did_you_mean(str(name), known)}"
-        )
+        raise unknown_training_recipe(str(name), known)
     return _shipped(str(name))
 
 

@@ -4,6 +4,7 @@ Samples are dictionaries of tensors without a batch dimension, batches the same 
 `"target"` the loss's target; a task may add keys, which its own methods read.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from surgeon.util.limits import check_limits, limits_of
+from surgeon.util.limits import check_choice, check_limits, choices_of, limits_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,7 +33,7 @@ class TaskConfig:
 
     `data` is a folder whose layout the task's docstring describes (None only for tasks that generate their data).
     `input_size`, `mean` and `std` default to the model's, if it has its own. `least`, `above`, `most` and `below` hold limits of
-    numbers (`surgeon.util.limits`), read from the source, too; a subclass adds its own.
+    numbers, `choices` the words that an option may be (`surgeon.util.limits`), read from the source, too; a subclass adds its own.
     """
 
     least: ClassVar[Mapping[str, float]] = {"train_limit": 1, "val_limit": 1}
@@ -47,6 +48,8 @@ class TaskConfig:
     def __post_init__(self) -> None:
         for name, limits in limits_of(type(self)).items():
             check_limits(name, getattr(self, name), limits)
+        for name, known in choices_of(type(self)).items():
+            check_choice(name, getattr(self, name), known)
 
 
 class TaskDataset(Dataset[Sample]):
@@ -153,3 +156,12 @@ class Task(ABC):
 def better(task: type[Task] | Task, a: float, b: float) -> bool:
     """Whether value a of the primary metric is better than b; NaN is never better."""
     return a > b if task.higher_is_better else a < b
+
+
+def improved(task: type[Task] | Task, a: Mapping[str, float], b: Mapping[str, float]) -> bool:
+    """Whether metrics a are better than b: by the primary one, at a tie by a lower `loss` if the task measures it.
+
+    On few samples a count ties often, while the loss still tells a trained network from an untrained one.
+    """
+    mine, other = a[task.primary], b[task.primary]
+    return better(task, mine, other) or (mine == other and a.get("loss", math.nan) < b.get("loss", math.nan))

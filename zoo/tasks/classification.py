@@ -19,7 +19,7 @@ from surgeon.zoo.tasks.data.datasets import ItemDataset
 from surgeon.zoo.tasks.data.draws import global_seed
 from surgeon.zoo.tasks.data.files import FolderConfig, check_images, chosen, divide, open_image
 from surgeon.zoo.tasks.data.images import as_mode
-from surgeon.zoo.tasks.data.labeled import DATASETS, Labeled, find_dataset, read_split
+from surgeon.zoo.tasks.data.labeled import Labeled, find_dataset, read_split
 from surgeon.zoo.tasks.data.transforms import ImageFormat, make_transform
 from surgeon.zoo.tasks.registry import register
 from surgeon.zoo.tasks.support.class_weights import checked_weights
@@ -60,6 +60,7 @@ class ClassificationConfig(FolderConfig):
         "label_smoothing": 0,
     }
     most: ClassVar[Mapping[str, float]] = {"mix_probability": 1, "erase": 1, "label_smoothing": 1}
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"dataset": ("auto", "cifar10", "cifar100", "folder")}
 
     dataset: str = "auto"
     download: bool = False
@@ -79,8 +80,6 @@ class ClassificationConfig(FolderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dataset not in ("auto", *DATASETS):
-            raise ConfigError(f"dataset must be one of auto, {', '.join(DATASETS)}, got {self.dataset!r}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ConfigError(f"crop_scale must be two shares of the area in order, got {self.crop_scale!r}")
 
@@ -160,7 +159,8 @@ class Classification(Task):
         if absent:
             _warn(
                 f"task {self.name}: val_fraction={config.val_fraction:g} leaves {len(labels)} of {len(data.items)} images for "
-                f"validation, none of the classes {_some(absent)}"
+                f"validation, none of the class{'es' * (len(absent) > 1)} {_some(absent)}: a larger val_fraction=, or a val/ of "
+                "its own"
             )
 
     def dataset(self, split: Split) -> TaskDataset:

@@ -54,6 +54,7 @@ class CrowdConfig(FolderConfig):
 
     least: ClassVar[Mapping[str, float]] = {"stride": 1, "patch": 1}
     above: ClassVar[Mapping[str, float]] = {"sigma": 0, "density_scale": 0}
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"outside": ("error", "clip", "drop")}
 
     sigma: float | str = 4.0
     stride: int | None = None
@@ -71,8 +72,6 @@ class CrowdConfig(FolderConfig):
                 raise ConfigError(f"sigma must be a number of pixels or adaptive, got {self.sigma!r}") from None
         super().__post_init__()
         self.check_square()
-        if self.outside not in ("error", "clip", "drop"):
-            raise ConfigError(f"outside must be error, clip or drop, got {self.outside!r}")
 
 
 @register

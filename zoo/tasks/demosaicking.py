@@ -43,6 +43,7 @@ class DemosaickingConfig(RestorationConfig):
     """
 
     least: ClassVar[Mapping[str, float]] = {"shot": 0, "read": 0, "border": 0}
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"input": ("mosaic3", "packed4", "mosaic1")}
 
     pattern: str = "RGGB"
     input: str = "mosaic3"
@@ -55,8 +56,6 @@ class DemosaickingConfig(RestorationConfig):
         object.__setattr__(self, "pattern", self.pattern.upper())
         if self.pattern not in PATTERNS:
             raise ConfigError(f"pattern must be one of {', '.join(PATTERNS)}, got {self.pattern!r}")
-        if self.input not in _CHANNELS:
-            raise ConfigError(f"input must be one of {', '.join(_CHANNELS)}, got {self.input!r}")
         number_range("shot", self.shot)
         number_range("read", self.read)
         if self.color is False:

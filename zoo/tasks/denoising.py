@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from surgeon.errors import ConfigError
 from surgeon.zoo.tasks.base import Batch, Sample, TaskConfig
 from surgeon.zoo.tasks.data.draws import turned, uniform
 from surgeon.zoo.tasks.data.images import cut, random_box, to_tensor
@@ -26,6 +25,7 @@ class DenoisingConfig(RestorationConfig):
     """
 
     least: ClassVar[Mapping[str, float]] = {"sigma": 0, "val_sigma": 0}
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"predicts": ("image", "noise")}
 
     sigma: float | str = 25.0
     val_sigma: float | None = None
@@ -36,8 +36,6 @@ class DenoisingConfig(RestorationConfig):
         number_range("sigma", self.sigma)
         if self.val_sigma is not None:
             number_range("val_sigma", self.val_sigma)
-        if self.predicts not in ("image", "noise"):
-            raise ConfigError(f"predicts must be image or noise, got {self.predicts!r}")
 
 
 @register

@@ -1,6 +1,6 @@
 """Real denoising: photographs with the camera's own noise, paired with clean ones of the same scene."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from surgeon.zoo.tasks.data.draws import turned
 from surgeon.zoo.tasks.data.files import check_images, image_size, list_images, look_through, named
 from surgeon.zoo.tasks.data.images import cut, luma, random_box, to_tensor
 from surgeon.zoo.tasks.registry import register
-from surgeon.zoo.tasks.support.metrics import PIXEL_LOSSES, eight_bit
+from surgeon.zoo.tasks.support.metrics import eight_bit
 from surgeon.zoo.tasks.support.probe import takes
 from surgeon.zoo.tasks.support.restoration import RestorationConfig, RestorationTask, check_splits, size_check
 
@@ -31,7 +31,7 @@ class RealDenoisingConfig(RestorationConfig):
     with `posterior=True`. `luma`: compute PSNR and SSIM on Y (BT.601) of 8-bit images.
     """
 
-    losses: ClassVar[tuple[str, ...]] = (*PIXEL_LOSSES, "variational")
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"loss": ("l1", "mse", "charbonnier", "variational")}
 
     noisy: str = "noisy"
     clean: str = "clean"

@@ -52,4 +52,8 @@ def create_task(name: str, *, seed: int = 0, **options: Any) -> Task:
         if option not in known:
             hint = did_you_mean(option, known)
             raise ConfigError(f"task {name} has no option {option!r}; it has {', '.join(known)}.{hint}")
-    return cls(cls.config_class(**options), seed=seed)
+    try:
+        config = cls.config_class(**options)
+    except ConfigError as error:
+        raise ConfigError(f"task {name}: {error}") from error
+    return cls(config, seed=seed)

@@ -1,5 +1,6 @@
 """Single-image super-resolution x2, x3, x4 from bicubic downsampling."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,16 +29,14 @@ class SuperResolutionConfig(RestorationConfig):
     `color=false` uses only the luma Y. `self_ensemble`: predictions are means over the 8 symmetries of the square.
     """
 
+    choices: ClassVar[Mapping[str, tuple[int | str, ...]]] = {"scale": (2, 3, 4), "input": ("lr", "bicubic")}
+
     scale: int = 2
     input: str = "lr"
     self_ensemble: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale not in (2, 3, 4):
-            raise ConfigError(f"scale must be 2, 3 or 4, got {self.scale!r}")
-        if self.input not in ("lr", "bicubic"):
-            raise ConfigError(f"input must be lr or bicubic, got {self.input!r}")
         if self.patch is not None and self.patch % self.scale:
             raise ConfigError(f"patch must be a multiple of scale {self.scale}, got {self.patch!r}")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from surgeon.util.tables import count, duration, paragraph, table
+from surgeon.util.tables import count, counted, duration, paragraph, table
 from surgeon.zoo.finetune.state import finite
 
 ARMS = ("original", "converted")
@@ -121,7 +121,7 @@ class Answer:
 
     def _gain_told(self) -> str:
         count_, error = len(self.gains), self.error
-        seeds = f"{count_} seed{'s' if count_ != 1 else ''}"
+        seeds = counted(count_, "seed")
         if self.gain is None:
             return "no answer: not one pair was trained to its end"
         found = f"{self.gain:+.3g}" + ("" if error is None else f" ± {error:.2g}")
@@ -132,9 +132,10 @@ class Answer:
         if error is None or count_ < LEAST_SEEDS:
             return f"undecided: {found} {self.unit} with {seeds}, an answer takes {LEAST_SEEDS}"
         if tied(self.gains):
+            judge = self.samples["judge"]
             return (
-                f"undecided: {self.gain:+.3g} {self.unit} with each of {seeds}; {self.samples['judge']} judging samples "
-                f"are too few to tell"
+                f"undecided: {self.gain:+.3g} {self.unit} with each of {seeds}; {counted(judge, 'judging sample')} "
+                f"{'is' if judge == 1 else 'are'} too few to tell"
             )
         return f"no gain seen beyond ± {2 * error:.2g} {self.unit} ({found}, {seeds})"
 
@@ -167,11 +168,11 @@ def how(answer: Answer) -> list[str]:
     """The method of comparison, in sentences."""
     samples, arrow = answer.samples, "higher" if answer.higher_is_better else "lower"
     return [
-        f"converted: {answer.becomes}, {answer.replaced} layers",
-        f"trained: both {answer.steps} steps ({answer.epochs:.2g} epochs) of {answer.batch_size}, from {samples['train']} samples, "
-        f"the same order for the same seed",
+        f"converted: {answer.becomes}, {counted(answer.replaced, 'layer')}",
+        f"trained: both {counted(answer.steps, 'step')} ({answer.epochs:.2g} epochs) of {answer.batch_size}, "
+        f"from {samples['train']} samples, the same order for the same seed",
         f"rates: {_rates(answer.swept)}",
-        f"judged: {answer.primary} ({arrow} is better) of the last weights on {samples['judge']} samples"
+        f"judged: {answer.primary} ({arrow} is better) of the last weights on {counted(samples['judge'], 'sample')}"
         + (f"; {samples['choose']} others chose the rates" if samples["choose"] else ""),
     ]
 

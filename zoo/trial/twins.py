@@ -79,8 +79,9 @@ class Twins:
                     raise
                 continue
             break
-        chosen = "" if config.layers and config.type else f", the default of {self.task.name}"
-        return f"{layers} to {self.order['type']}{chosen}", report
+        default = f" (the default of {self.task.name})"
+        layers += "" if config.layers else default
+        return f"{layers} to {self.order['type']}{'' if config.type else default}", report
 
     def bound(self, seed: int) -> nn.Module:
         """A copy of the model that fits the task; a new head depends on the seed."""

@@ -52,7 +52,11 @@ def search(path: str | Path) -> None:
 def folder(path: str | Path | None, option: str, error: type[DataError] | type[InputError] = DataError) -> None:
     """Check that a folder of data or images exists, if given."""
     if path is not None and not Path(path).is_dir():
-        raise error(f"{option}: there is no folder {path}")
+        raise error(
+            f"{option}: {path} is a file, not a folder"
+            if Path(path).exists()
+            else f"{option}: there is no folder {path}"
+        )
 
 
 def file(path: str | Path | None, option: str) -> None:
@@ -73,6 +77,13 @@ def recipe(path: str | None) -> None:
         return
     place = Path(path, RECIPE) if Path(path).is_dir() else Path(path)
     read_json(place, RecipeError, "the recipe")
+
+
+def training_recipe(name: str) -> None:
+    """Check the name of a training recipe that ships with surgeon."""
+    known = declared.training_recipes()
+    if known and name not in known:
+        raise declared.unknown_training_recipe(name, known)
 
 
 def layer_type(kind: str | None, options: dict[str, Any] | None = None, flags: Mapping[str, str] | None = None) -> None:

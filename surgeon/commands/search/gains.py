@@ -10,7 +10,7 @@ from surgeon.commands.common.arguments import print_json, whole
 from surgeon.commands.search.place import add_space_arguments, space_config
 from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments, check_task
 from surgeon.errors import ConfigError
-from surgeon.search.gains.names import LEAST_SEEDS, TRAINED, check_method
+from surgeon.search.gains.names import LEAST_BATCHES, LEAST_SEEDS, TRAINED, check_method
 
 if TYPE_CHECKING:
     from surgeon.search.gains.gain import GainTable
@@ -60,6 +60,10 @@ def check(args: argparse.Namespace) -> None:
     check_method(args.method)
     if args.method in TRAINED and args.seeds < LEAST_SEEDS:
         raise ConfigError(f"--seeds must be at least {LEAST_SEEDS}, got {args.seeds}: the standard error is over seeds")
+    if args.method not in TRAINED and args.batches < LEAST_BATCHES:
+        raise ConfigError(
+            f"--batches must be at least {LEAST_BATCHES}, got {args.batches}: the standard error is over batches"
+        )
     check_task(args)
 
 

@@ -14,6 +14,7 @@ from surgeon.search.gains.names import METHODS, check_gains
 from surgeon.util.bounds import FLAGS
 from surgeon.util.outputs import check_no_search
 from surgeon.util.parse import parse_time
+from surgeon.util.tables import counted
 from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
@@ -364,7 +365,7 @@ class _Progress:
 
     def __call__(self, one: "Record", best: "Record | None") -> None:
         self.board.add(one, best)
-        value = f"{one.values[0]:.5g}" if one.state == "complete" and one.values else one.state
+        value = f"{self.primary} {one.values[0]:.5g}" if one.state == "complete" and one.values else one.state
         if one.state in ("refused", "failed"):
             why = one.attributes.get("refused") or [one.attributes.get("error", "")]
             value += f" ({'; '.join(why)})"
@@ -373,8 +374,8 @@ class _Progress:
         known = f"; best so far {best.values[0]:.5g}, trial {best.number}" if best is not None and best.values else ""
         shares = self.gate.use(one.attributes.get("traced")).items()
         used = ", ".join(f"{share:.0%} of {FLAGS[name]}" for name, share in shares)
-        replaced = f"{len(one.placement)} layers" if one.placement else "original"
-        told = f"trial {one.number}: {replaced} ({one.source}), {self.primary} {value}{known}"
+        replaced = f"{counted(len(one.placement), 'layer')} ({one.source})" if one.placement else "original"
+        told = f"trial {one.number}: {replaced}, {value}{known}"
         tell(self.args, told + (f"; uses {used}" if used else ""))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 
 import surgeon
 from surgeon.cli import main
-from surgeon.records.recipe import Recipe, Trained
+from surgeon.commands.evaluate import _named
+from surgeon.records.recipe import BaseModel, Recipe, Trained, Weights
 from surgeon.zoo.finetune.loop import Trainer
 from surgeon.zoo.tasks import registry
 from tests.support.training.runs import interrupt_at
@@ -60,7 +62,7 @@ def test_a_run_from_the_command_line(finetune: Finetune, capsys: pytest.CaptureF
 
     assert main(["evaluate", "tuned", "--trust-factory", "--json", "--quiet"]) == 0
     (note,) = json.loads(capsys.readouterr().out)["notes"]
-    assert "tuned was fine-tuned and" in note
+    assert "tuned was trained longer than" in note
 
     model = surgeon.load("tuned", trust_factory=True)
     assert main(["finetune", "tuned", "--task", "tiny-regression", "--trust-factory", *SHORT, "--quiet"]) == 0
@@ -80,6 +82,17 @@ def test_a_plain_model_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     base = Recipe.read("plain").base
     assert base is not None
     assert base.input_size == (3, 8, 8)  # that of the training samples; a factory says none
+    assert main(["finetune", "plain", "--trust-factory", *SHORT, "-o", "longer"]) == 0
+    assert "original" not in capsys.readouterr().out, "a plain run has no original, trusted or not"
+
+
+def test_an_original_is_named_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(tmp_path / "runs" / "plain" / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    base = BaseModel(source="timm", name="test_resnet", weights=Weights(kind="file", path=file))
+    assert _named(base) == "runs/plain"
+    assert _named(replace(base, weights=Weights(kind="file", path="/there/mine.pth"))) == "test_resnet"
+    assert _named(replace(base, weights=Weights(kind="random"))) == "test_resnet"
 
 
 def test_dry_run_writes_nothing(finetune: Finetune, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +157,7 @@ def test_bad_input(finetune: Finetune, arguments: list[str], told: str, capsys: 
     assert out == ""
     assert re.search(told, error), error
     assert "Traceback" not in error
-    assert not Path("tuned/recipe.json").exists()
+    assert not Path("tuned").exists(), "what cannot begin leaves nothing in the way of the corrected command"
 
 
 def test_nan_to_the_end_is_exit_code_1(finetune: Finetune, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ def test_the_answer_in_a_sentence() -> None:
     assert tied.verdict == "undecided"
     assert "undecided: +1.09 points of top-1 with each of 3 seeds" in tied.sentence()
     assert "judging samples are too few to tell" in tied.sentence()
+    assert "1 judging sample is too few" in replace(tied, samples=tied.samples | {"judge": 1}).sentence()
     assert make_answer([], []).sentence().startswith("no answer: not one pair")
 
 

@@ -199,18 +199,21 @@ def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path, monkeyp
         ConfigError, match=r"needs onnxscript, .*pip install onnxscript, or pip install 'surgeon\[export\]'"
     ):
         surgeon.export(Fixed(), tmp_path / "m.onnx")
-    surgeon.export(Fixed(), tmp_path / "m.pt2", format="torch", input_size=(3, 8, 8))  # needs none
+    found = surgeon.export(Fixed(), tmp_path / "m.pt2", input_size=(3, 8, 8))  # needs none
+    assert found.format == "torch", "as the suffix says"
 
 
 def test_where_it_cannot_be_written_is_said_before_work_starts(tmp_path: Path) -> None:
     (tmp_path / "there.onnx").write_text("mine")
     for path, said in (("there.onnx", "exists"), (".", "is a folder"), ("no/such/m.onnx", "there is no folder")):
         with pytest.raises(ConfigError, match=said):
-            surgeon.export(Fixed(), tmp_path / path)
+            surgeon.export(Fixed(), tmp_path / path, format="onnx")
     with pytest.raises(ConfigError, match="free must be one of"):
         surgeon.export(Fixed(), tmp_path / "m.onnx", free="all")
     with pytest.raises(ConfigError, match="the format must be one of"):
         surgeon.export(Fixed(), tmp_path / "m.onnx", format="tensorrt")
+    with pytest.raises(ConfigError, match=r"cannot tell the format from m\.tflite"):
+        surgeon.export(Fixed(), tmp_path / "m.tflite")
     assert (tmp_path / "there.onnx").read_text() == "mine"
 
 

@@ -85,7 +85,7 @@ def test_every_kind_of_name(spec: str, source: str, name: str, size: tuple[int, 
         ("qqqqqqqq", ["there is no model 'qqqqqqqq'", "surgeon models"]),
         ("resnet50.a9_in1k", ["'a9_in1k'", "a1_in1k"]),
         ("no_such_package:make", ["no_such_package", "No module named"]),
-        ("torch.nn:Sequentiel", ["Sequentiel"]),
+        ("torch.nn:Sequentiel", ["torch.nn has no 'Sequentiel'. Did you mean 'Sequential'?"]),
         ("os:getcwd", ["str", "not a torch.nn.Module"]),
         ("local-dir:/no/such/folder", ["/no/such/folder"]),
     ],
@@ -341,6 +341,18 @@ def test_a_factory_brings_its_own_weights(factories: str) -> None:
     model, base = build_model(f"{factories}:tiny_model", seed=2)
     assert base is not None
     assert (base.source, base.weights.kind, base.weights.seed) == ("factory", "given", 2)
+    assert state_sha256(restore(base, trust_factory=True)) == state_sha256(model)
+
+
+def test_a_trained_folder_of_a_factory_is_the_original_too(factories: str, tmp_path: Path) -> None:
+    """Not what the factory would make again."""
+    model = surgeon.open_model(f"{factories}:tiny_model")
+    with torch.no_grad():
+        next(model.parameters()).add_(1)  # the training
+    surgeon.save(model, tmp_path / "plain")
+    _, base = build_model(str(tmp_path / "plain"), trust_factory=True)
+    assert base is not None
+    assert base.weights.kind == "file"
     assert state_sha256(restore(base, trust_factory=True)) == state_sha256(model)
 
 

@@ -13,6 +13,7 @@ import surgeon
 from surgeon.errors import (
     ConfigError,
     InputError,
+    ModelError,
     NothingReplacedError,
     SelectionError,
     VerificationError,
@@ -333,3 +334,18 @@ def test_an_error_after_the_check_restores_too() -> None:
         fakes(model, as_graph=True, inplace=True)
     assert type(model.conv) is nn.Conv2d
     assert get_recipe(model) is None
+
+
+@pytest.mark.parametrize("call", [surgeon.convert, surgeon.inspect, surgeon.cost, surgeon.revert, surgeon.collapse])
+def test_a_name_is_no_model(call: Any) -> None:
+    with pytest.raises(
+        ModelError, match=r"must be a torch.nn.Module, got 'resnet18': surgeon.open_model\('resnet18'\) makes"
+    ):
+        call("resnet18", **({"layers": "all", "type": "acda"} if call is surgeon.convert else {}))
+    with pytest.raises(ModelError, match=r"must be a torch\.nn\.Module, got dict"):
+        surgeon.save({}, "nowhere")  # type: ignore[arg-type]
+
+
+def test_a_misspelled_argument_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"'layer' is none of the arguments\. Did you mean 'layers'"):
+        surgeon.convert(small(), layer="all", type="acda")

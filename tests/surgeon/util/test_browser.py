@@ -52,7 +52,7 @@ def test_a_page_of_large_and_long_things(tmp_path: Path, browser: Browser) -> No
             pages.chart(
                 [pages.Mark(x=1e-5 * 10**n, y=y * (n - 2), told=long) for n in range(6)],
                 across="x",
-                up=long[:20],
+                up=long[:40],
                 log=log,
             )
             for y, log in ((1e-7, True), (12345.678, False))

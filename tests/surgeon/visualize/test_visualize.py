@@ -358,7 +358,7 @@ def test_pictures_of_one_name_are_kept_apart(capsys: pytest.CaptureFixture[str])
     Image.new("L", (64, 64), 128).save("other/a.png")
     assert main(["visualize", "run", "a.png", "other/a.png", "-o", "out"]) == 0
     error = capsys.readouterr().err
-    assert "pictures are resized and center-cropped to 64x64 (HxW), as for evaluation: --input-size" in error
+    assert "pictures are resized and center-cropped to 64x64 (HxW), the model's own size; --input-size" in error
     assert sorted(path.name for path in Path("out").iterdir()) == ["a", "a-2", "numbers.json"]
 
 

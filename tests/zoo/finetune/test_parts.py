@@ -23,8 +23,10 @@ from surgeon.zoo.finetune.config import span_steps
 from surgeon.zoo.finetune.optimizer import make_optimizer
 from surgeon.zoo.finetune.parameters import BASE_FAN_IN, ROLES, group_parameters, optimizer_groups
 from surgeon.zoo.finetune.schedule import Rates, RunPlan, Temperature
+from surgeon.zoo.finetune.state import TrainingProgress
 from surgeon.zoo.finetune.summary import MeasuredNetwork, Summary
-from tests.support.training.tasks import SIZE, converted, make_restorer
+from surgeon.zoo.tasks import improved
+from tests.support.training.tasks import SIZE, TinyClassification, converted, make_restorer
 
 # --- options ------------------------------------------------------------------------------------------------------
 
@@ -359,3 +361,15 @@ def test_a_training_that_makes_it_worse_is_told(higher: bool, start: float, end:
         **facts,
     )
     assert (f"worse than at the start (m {end:g}, was {start:g})" in summary.to_text()) is worse
+
+
+def test_a_tie_goes_to_the_lower_loss() -> None:
+    """On five images top-1 was 1 before and after the training: its weights were thrown away, at a 200th of the loss."""
+    start, end = {"top1": 1.0, "loss": 0.6}, {"top1": 1.0, "loss": 0.003}
+    assert improved(TinyClassification, end, start)
+    assert not improved(TinyClassification, start, end)
+    assert not improved(TinyClassification, start, start)
+    assert not improved(TinyClassification, {"top1": 0.9, "loss": 0.0}, start)
+    assert not improved(TinyClassification, end, {"top1": 1.0}), "a loss that was not kept cannot be beaten"
+    progress = TrainingProgress(best=1.0, best_loss=0.6)
+    assert progress.best_metrics("top1") == start

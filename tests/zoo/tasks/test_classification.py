@@ -171,7 +171,7 @@ def test_classes_without_validation_images_are_told(tmp_path: Path, caplog: pyte
     task_of(tmp_path, val_fraction=0.4).check()
     assert caplog.text == ""
     task_of(tmp_path, val_fraction=0.2).check()
-    assert "val_fraction=0.2 leaves 1 of 9 images for validation, none of the classes " in caplog.text
+    assert "val_fraction=0.2 leaves 1 of 9 images for validation, none of the class" in caplog.text
 
 
 # --- mixing and losses ------------------------------------------------------------------------------------------------

@@ -225,7 +225,7 @@ def unreadable(path: Path, decode: bool = True) -> str | None:
             image_size(path)
     except (OSError, DataError) as error:
         told = str(error.__cause__ or error)
-        return told if told.startswith(str(path)) else f"{path}: {told}"
+        return told if told.startswith(str(path)) else f"{path}: {told}; repair or remove it"
     return None
 
 

@@ -24,7 +24,7 @@ from surgeon.zoo.tasks.data.files import (
     refuse_reduced,
 )
 from surgeon.zoo.tasks.data.images import Reader, by_size, center, collate_padded, in_tiles, on_multiple, unpadded
-from surgeon.zoo.tasks.support.metrics import PIXEL_LOSSES, image_mean, pixel_loss, psnr, ssim
+from surgeon.zoo.tasks.support.metrics import image_mean, pixel_loss, psnr, ssim
 from surgeon.zoo.tasks.support.pictures import sheet, to_image
 from surgeon.zoo.tasks.support.probe import describe, first_channels, trial
 
@@ -46,7 +46,7 @@ class RestorationConfig(FolderConfig):
     in tiles of this many input pixels, which see `tile_overlap` pixels of their neighbors; multiples of 8.
     """
 
-    losses: ClassVar[tuple[str, ...]] = PIXEL_LOSSES
+    choices: ClassVar[Mapping[str, tuple[int | str, ...]]] = {"loss": ("l1", "mse", "charbonnier")}
     least: ClassVar[Mapping[str, float]] = {"patch": 1, "patches_per_image": 1, "multiple": 1, "tile_overlap": 0}
 
     patch: int | None = None
@@ -67,8 +67,6 @@ class RestorationConfig(FolderConfig):
             )
         if self.tile is not None and self.tile <= 2 * self.tile_overlap:
             raise ConfigError(f"tile must be more than twice tile_overlap={self.tile_overlap}, got {self.tile!r}")
-        if self.loss not in self.losses:
-            raise ConfigError(f"loss must be one of {', '.join(self.losses)}, got {self.loss!r}")
 
 
 class RestorationTask(Task):

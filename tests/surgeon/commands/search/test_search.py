@@ -38,7 +38,7 @@ Capture = pytest.CaptureFixture[str]
 def test_a_search_from_beginning_to_end(capsys: Capture) -> None:
     assert main(search_arguments("s", "--trials", "5", "--max-flops", "+300%", "--finals", "1", "--seeds", "2")) == 0
     out, error = capsys.readouterr()
-    assert re.search(r"trial 0: original \(original\), mse 0\.\d+ \(0\.\d+ before training\)", error)
+    assert re.search(r"trial 0: original, mse 0\.\d+ \(0\.\d+ before training\)", error)
     assert re.search(r"best so far 0\.\d+, trial \d; uses \d+% of --max-flops", error)
     assert re.search("finals 1/[23]: original", error)
     assert "written to  s" in out
