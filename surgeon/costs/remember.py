@@ -1,6 +1,6 @@
-"""What operators return on the meta device, remembered by the shapes of their arguments.
+"""Results of operators on the meta device, cached by the shapes of the arguments.
 
-A trace runs the same few hundred calls again and again, and each takes torch's Python definitions of meta kernels a millisecond.
+A trace repeats the same few hundred calls, and torch's Python implementation of a meta kernel takes about a millisecond each.
 """
 
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
-LIMIT = 1 << 15  # results; then all are forgotten
+LIMIT = 1 << 15  # results; beyond that the cache is emptied
 PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A tensor with a storage of its own."""
+    """A new tensor with its own storage."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -30,21 +30,21 @@ class _Made:
 
 @dataclass(frozen=True)
 class _Given:
-    """One of the tensors of the arguments."""
+    """One of the tensors in the arguments."""
 
     place: int
 
 
 class _Other(Exception):
-    """Something whose result is not a matter of shapes alone."""
+    """The result depends on more than shapes."""
 
 
 _RESULTS: dict[Key, Any] = {}
-_UNKNOWN, _RUN = object(), object()  # never seen; to be run every time
+_UNKNOWN, _RUN = object(), object()  # not called yet; must run every time
 
 
 def run(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`func(*args, **kwargs)`, from memory where it was called with tensors of these shapes before."""
+    """`func(*args, **kwargs)`, from the cache if it was called with tensors of these shapes before."""
     try:
         key = _key(func, args, kwargs)
     except _Other:
@@ -98,7 +98,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _description(out: Any, given: list[Tensor], storages: set[int]) -> Any:
-    """Of a result; `storages` are those of the arguments, and of what has been described."""
+    """How to make a result again; `storages` are those of the arguments and of the tensors described so far."""
     if isinstance(out, list | tuple):
         return type(out), [_description(item, given, storages) for item in out]
     if not isinstance(out, Tensor):
