@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="write into OUT even if it is not empty")
     parser.add_argument("--layers", metavar="NAMES", help="which dynamic layers (default: all)")
     parser.add_argument(
-        "--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (default: the model's)"
+        "--input-size",
+        type=size,
+        metavar="SIZE",
+        help="224, 320x240 (HxW) or 3x224x224 (default: the model's; networks that return images get a crop of up to 256x256)",
     )
     parser.add_argument(
         "--bayer",
@@ -114,13 +117,18 @@ def _check_output(output: Path, args: argparse.Namespace) -> None:
 
 def _read(args: argparse.Namespace, model: "nn.Module", base: "BaseModel") -> "dict[str, tuple[Tensor, Any]]":
     """By a name for each: the image as the model's input (C, H, W), and as displayed (H, W, 3) in [0, 1]."""
-    from surgeon.models.images import evaluation_transform, read_image
+    from surgeon.models.images import cropped, evaluation_transform, read_image, returns_images
 
     if args.input_size:
         given = args.input_size
         channels = base.input_size[0] if base.input_size else 3
         base = replace(base, input_size=given if len(given) == 3 else (channels, *given))
     transform = evaluation_transform(model, base)
+    done, hint = "resized and center-cropped", ""
+    if not args.input_size:
+        hint = ", the model's own size; --input-size sets another"
+        if returns_images(model, read_image(Path(args.images[0]), transform, base, option="IMAGE")):
+            transform, done, hint = cropped, "center-cropped", "; --input-size sets a size that they are resized to"
     found: dict[str, tuple[Tensor, Any]] = {}
     for file in map(Path, args.images):
         name = stem = file.stem
@@ -131,8 +139,7 @@ def _read(args: argparse.Namespace, model: "nn.Module", base: "BaseModel") -> "d
         picture = read_image(file, transform, base, option="IMAGE")
         found[name] = (picture, _photo(picture, transform))
     sizes = sorted({"x".join(map(str, picture.shape[-2:])) for picture, _ in found.values()})
-    hint = "" if args.input_size else ", the model's own size; --input-size sets another, such as the picture's"
-    tell(args, f"pictures are resized and center-cropped to {', '.join(sizes)} (HxW){hint}")
+    tell(args, f"pictures are {done} to {', '.join(sizes)} (HxW){hint}")
     return found
 
 

@@ -9,9 +9,14 @@ from torch import Tensor, nn
 
 from surgeon.errors import DataError, InputError
 from surgeon.records.recipe import BaseModel
+from surgeon.util.copying import evaluating
 from surgeon.util.picture_files import SUFFIXES, files_below, opened
 
 IMAGES = 32
+CROP, MULTIPLE = (
+    256,
+    16,
+)  # at most so large is the part of a picture that an image-to-image network is shown, and a multiple of
 
 
 def read_images(
@@ -65,3 +70,23 @@ def evaluation_transform(model: nn.Module, base: BaseModel) -> Callable[[Any], T
         steps.append(transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     composed: Callable[[Any], Tensor] = transforms.Compose(steps)
     return composed
+
+
+def returns_images(model: nn.Module, picture: Tensor) -> bool:
+    """Whether the network makes an image of an image (C, H, W): a denoiser, not a classifier. False if it does not run on it."""
+    try:
+        with evaluating(model), torch.no_grad():
+            out = model(picture[None])
+    except Exception:  # networks raise anything; who calls it finds out
+        return False
+    sides = zip(out.shape[2:], picture.shape[1:], strict=True) if isinstance(out, Tensor) and out.dim() == 4 else None
+    return sides is not None and out.shape[1] in (1, 3) and all(side % own == 0 for side, own in sides)
+
+
+def cropped(image: Any) -> Tensor:
+    """The center of a picture, (C, H, W) in [0, 1]. Resizing would change what a restoration network looks at, such as noise."""
+    from torchvision.transforms import functional
+
+    height, width = (min(side, CROP) // MULTIPLE * MULTIPLE or side for side in (image.height, image.width))
+    picture: Tensor = functional.to_tensor(functional.center_crop(image, [height, width]))
+    return picture

@@ -348,8 +348,11 @@ def test_a_gray_model_gets_gray_pictures(capsys: pytest.CaptureFixture[str]) -> 
     ]
     assert main([*given, "-o", "gray", "--json", "--quiet"]) == 0
     capsys.readouterr()
-    assert main(["visualize", "gray", "a.png", "-o", "out", "--json", "--quiet"]) == 0
-    assert [layer["type"] for layer in json.loads(capsys.readouterr().out)["images"][0]["layers"]] == ["sekg"]
+    Image.new("L", (300, 41), 128).save("wide.png")
+    assert main(["visualize", "gray", "a.png", "wide.png", "-o", "out", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert [layer["type"] for layer in json.loads(printed.out)["images"][0]["layers"]] == ["sekg"]
+    assert "center-cropped to 32x256, 64x80 (HxW); --input-size sets a size" in printed.err  # and not resized
 
 
 def test_pictures_of_one_name_are_kept_apart(capsys: pytest.CaptureFixture[str]) -> None:
