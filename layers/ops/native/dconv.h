@@ -23,7 +23,7 @@ typedef struct {
 
 /* DCONV_BAND_BYTES: it stays in the first-level cache, as does a kernel of DCONV_SMALL floats and the next. DCONV_AHEAD: pixels by which
  * others are asked for before, each tap's for itself: the hardware foresees nothing beyond a page, nor a jump from tap to tap. */
-enum { DCONV_BAND_BYTES = 1 << 14, DCONV_AHEAD = 64, DCONV_SMALL = 1 << 12, LINE = 16 };
+enum { DCONV_BAND_BYTES = 1 << 14, DCONV_AHEAD = 64, DCONV_SMALL = 1 << 12 };
 
 /* Some vectors of a row of one output channel, the last of them at `last`: k the kernels of the first tap there, `size` apart, x the
  * padded pixel under the window's first tap; `ahead` of k, memory is asked for. `known`: the number of taps, or 0. */
@@ -109,32 +109,53 @@ static void flat_copy(const Window *s, Padded p, Flat f, const float *from, floa
     }
 }
 
-/* gk[t][j] = or += x[j + t] g[j]. */
-static void dconv_kernel_row(int64_t width, int64_t taps, const int64_t *place, const float *x, const float *g, int64_t size,
-                             float *gk, int add) {
-    for (int64_t t = 0; t < taps; t++) {
-        const float *in = x + place[t];
-        float *restrict out = gk + t * size;
-        int64_t j = 0;
-        for (; j + LANES <= width; j += LANES) {
-            vec product = load(in + j) * load(g + j);
-            store(out + j, add ? load(out + j) + product : product);
-        }
-        for (; j < width; j++) out[j] = add ? out[j] + in[j] * g[j] : in[j] * g[j];
-    }
-}
-
-/* gx[j + t] += k[t][j] g[j]. */
-static void dconv_input_row(int64_t width, int64_t lw, int64_t taps, const int64_t *place, const float *k, const float *g,
-                            int64_t size, float *gx) {
+/* A row backward: gx[j + t] += k[t][j] g[j], and gk[t][j] = or += x[j + t] g[j], which may take the place of k; its sums over j are
+ * added to sums[t][lane], if wanted. Columns come outside of everything: a sum must have been stored long before its neighbor, which
+ * overlaps it, is loaded. */
+INLINE void dconv_back_row(const int input, const int kernel, const int total, int64_t width, int64_t lw, int64_t taps,
+                           const int64_t *place, const float *x, const float *g, const float *k, float *gx, float *gk, int64_t size,
+                           int add, float *sums) {
     for (int64_t v = 0; v < lw; v++)
         for (int64_t t = v; t < taps; t += lw) {
-            const float *by = k + t * size;
-            float *restrict out = gx + place[t];
+            const float *by = k + t * size, *in = x + place[t];
+            float *out = gx + place[t], *to = gk + t * size;
+            vec sum[2] = {{0}, {0}};
             int64_t j = 0;
-            for (; j + LANES <= width; j += LANES) store(out + j, plus(load(out + j), load(by + j), load(g + j)));
-            for (; j < width; j++) out[j] += by[j] * g[j];
+#define STEP(I)                                                                                       \
+    {                                                                                                 \
+        vec grad = load(g + j + I * LANES);                                                           \
+        if (input) store(out + j + I * LANES, plus(load(out + j + I * LANES), load(by + j + I * LANES), grad)); \
+        if (kernel) {                                                                                 \
+            vec product = load(in + j + I * LANES) * grad;                                            \
+            if (total) sum[I] += product;                                                             \
+            store(to + j + I * LANES, add ? load(to + j + I * LANES) + product : product);            \
+        }                                                                                             \
+    }
+            for (; j + 2 * LANES <= width; j += 2 * LANES) {
+                STEP(0)
+                STEP(1)
+            }
+            for (; j + LANES <= width; j += LANES) STEP(0)
+#undef STEP
+            for (int64_t i = 0; j < width; i++, j++) {
+                if (input) out[j] += by[j] * g[j];
+                if (!kernel) continue;
+                float product = in[j] * g[j];
+                if (total) sum[1][i] += product;
+                to[j] = add ? to[j] + product : product;
+            }
+            if (total) store(sums + t * LANES, load(sums + t * LANES) + (sum[0] + sum[1]));
         }
+}
+
+static void dconv_back(int64_t width, int64_t lw, int64_t taps, const int64_t *place, const float *x, const float *g, const float *k,
+                       float *gx, float *gk, int64_t size, int add, float *sums) {
+    switch ((gx != NULL) * 4 + (gk != NULL) * 2 + (sums != NULL)) {
+#define CASE(X, K, S) \
+    case X * 4 + K * 2 + S: dconv_back_row(X, K, S, width, lw, taps, place, x, g, k, gx, gk, size, add, sums); break;
+        CASE(0, 1, 0) CASE(0, 1, 1) CASE(1, 0, 0) CASE(1, 1, 0) CASE(1, 1, 1)
+#undef CASE
+    }
 }
 
 static void dconv_unit(const Dconv *d, const DconvTensors *t, float *scratch, int64_t unit, int fresh, int backward) {
@@ -172,10 +193,8 @@ static void dconv_unit(const Dconv *d, const DconvTensors *t, float *scratch, in
                               t->y + o + q);
                 for (int64_t i = 0; i < rows && backward; i++) {
                     int64_t at = i * s->sh * p.row, row = i * s->ow;
-                    if (t->gkernels)
-                        dconv_kernel_row(s->ow, taps, place, x + at, t->grad + o + row, pixels,
-                                         t->gkernels + unit * d->kernels * taps * pixels + own + row, c > 0);
-                    if (t->gx) dconv_input_row(s->ow, s->lw, taps, place, kernels + own + row, t->grad + o + row, pixels, gx + at);
+                    dconv_back(s->ow, s->lw, taps, place, x + at, t->grad + o + row, kernels + own + row, t->gx ? gx + at : NULL,
+                               t->gkernels ? t->gkernels + unit * d->kernels * taps * pixels + own + row : NULL, pixels, c > 0, NULL);
                 }
             }
             if (backward && t->gx) window_add(s, p, 1, gx, t->gx + plane);
