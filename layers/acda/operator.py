@@ -183,7 +183,7 @@ def acda_conv(
     _check_shapes(x, alpha, psi, static, coeff, stride, padding, dilation, groups)
     device = x.device.type
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    dtype = autocast_dtype(device)
+    dtype = autocast_dtype(x)
     if dtype is None:
         return ACDA_CONV(x, alpha, psi, static, coeff, *geometry, backend=backend)
     if x.dtype != torch.float64:

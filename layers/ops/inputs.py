@@ -1,8 +1,9 @@
 """Argument checks shared by all operators, made before a backend runs: one clear error instead of a crash or garbage."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from surgeon.errors import GeometryError
@@ -25,13 +26,13 @@ def check_window(
         ("dilation", dilation, 1),
         ("padding", padding, 0),
     ):
-        if len(pair) != 2 or any(value < least for value in pair):
+        if len(pair) != 2 or pair[0] < least or pair[1] < least:
             raise GeometryError(
                 f"{name}: {what} must be two integers >= {least} (vertical, horizontal), got {tuple(pair)}"
             )
     if groups < 1:
         raise GeometryError(f"{name}: groups must be at least 1, got {groups}")
-    if any(size == 0 for size in x.shape[1:]):
+    if 0 in x.shape[1:]:
         raise GeometryError(f"{name}: an image must have channels and pixels, got x {tuple(x.shape)}")
     height, width = (
         (size + 2 * p - d * (k - 1) - 1) // s + 1
@@ -47,12 +48,21 @@ def check_window(
 
 def floating(*args: Any) -> list[str]:
     """Reasons against arguments that contain a tensor without a floating-point dtype."""
-    wrong = sorted({str(a.dtype) for a in args if isinstance(a, Tensor) and not a.is_floating_point()})
-    return [f"needs a floating-point input, got {', '.join(wrong)}"] if wrong else []
+    return _integers({a.dtype for a in args if isinstance(a, Tensor)})
 
 
 def one_dtype(*args: Any) -> list[str]:
     """Reasons against arguments whose tensors do not share one floating dtype."""
-    dtypes = sorted({str(a.dtype) for a in args if isinstance(a, Tensor)})
-    mixed = [] if len(dtypes) == 1 else [f"its tensors are of different dtypes ({', '.join(dtypes)})"]
-    return floating(*args) + mixed
+    dtypes = {a.dtype for a in args if isinstance(a, Tensor)}
+    mixed = [] if len(dtypes) == 1 else [f"its tensors are of different dtypes ({named(dtypes)})"]
+    return _integers(dtypes) + mixed
+
+
+def _integers(dtypes: Iterable[torch.dtype]) -> list[str]:
+    wrong = [dtype for dtype in dtypes if not dtype.is_floating_point]
+    return [f"needs a floating-point input, got {named(wrong)}"] if wrong else []
+
+
+def named(dtypes: Iterable[torch.dtype]) -> str:
+    """Dtypes as messages list them."""
+    return ", ".join(sorted(map(str, dtypes)))

@@ -56,8 +56,11 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format if plain else torch.channels_last
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype of the active autocast region, or None outside one (and on devices without autocast, such as meta)."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of the active autocast region of x's device, or None outside one (and on devices without, such as meta)."""
+    device_type = "cpu" if x.is_cpu else x.device.type
+    if not x.is_cpu and not torch.amp.is_autocast_available(device_type):
+        return None
+    if not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)

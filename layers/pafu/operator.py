@@ -65,7 +65,7 @@ def pafu_conv(
     kernels go through the selection `index`. Under autocast, products are in its dtype. Raises `GeometryError` if shapes do not
     fit, `BackendError` if the named backend ("triton", "native", "torch", "portable", "reference") cannot run.
     """
-    dtype = autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
     if dtype is not None and x.dtype != torch.float64:
         x, kernel, further = x.to(dtype), kernel.to(dtype), further.to(dtype)
     _check(x, kernel, further, index, soft, Window.of(kernel, stride, padding, dilation, groups))

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -44,22 +45,31 @@ class _LayerTensors(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in (*_LAYER_TENSORS, *_LAYER_GRADIENTS)]
 
 
-def _plan(x: Tensor, kernels: Tensor, kernel_size: Sequence[int], geometry: Sequence[Sequence[int]]) -> _Plan:
-    units = min(x.shape[1], kernels.shape[1])
-    sizes = (*x.shape[2:], *kernels.shape[3:], *kernel_size, *(value for pair in geometry for value in pair))
-    plan = _Plan(*sizes, x.shape[0], units, x.shape[1] // units, kernels.shape[1] // units)
+@lru_cache(64)
+def _plan(n: int, channels: int, kernels: int, *sizes: int) -> _Plan:
+    """The plan for x (n, channels, …) with so many kernels and the `_SIZES`; to be read only."""
+    units = min(channels, kernels)
+    plan = _Plan(*sizes, n, units, channels // units, kernels // units)
     library().dconv_plan(ctypes.byref(plan))
     return plan
 
 
-def _run(plan: _Plan, *, back: bool, **given: Tensor | None) -> None:
-    tensors = _Tensors(**{name: pointer(t) for name, t in given.items()})
+def _plan_for(x: Tensor, kernels: Tensor, *sizes: Sequence[int]) -> _Plan:
+    """`sizes` are those of the window, stride, padding, dilation."""
+    (n, channels, *image), (_, number, _, *out) = x.shape, kernels.shape
+    (a, b), (c, d), (e, f), (g, h) = sizes
+    return _plan(n, channels, number, *image, *out, a, b, c, d, e, f, g, h)
+
+
+def _run(plan: _Plan, *given: Tensor | None) -> None:
+    """What is not given last is not wanted; with a gradient backward."""
+    tensors = _Tensors(*(None if t is None else t.data_ptr() for t in given))
     units = plan.n * plan.units
-    parts, run = min(PARTS if torch.get_num_threads() > 1 else 1, units), library().dconv_run
+    parts, run, back = min(PARTS if torch.get_num_threads() > 1 else 1, units), library().dconv_run, len(given) > 3
 
     def work(part: int, scratch: Tensor) -> None:
-        ends = [ctypes.c_int64(units * p // parts) for p in (part, part + 1)]
-        run(ctypes.byref(plan), ctypes.byref(tensors), pointer(scratch), *ends, ctypes.c_int64(back))
+        first, end = ctypes.c_int64(units * part // parts), ctypes.c_int64(units * (part + 1) // parts)
+        run(ctypes.byref(plan), ctypes.byref(tensors), pointer(scratch), first, end, ctypes.c_int64(back))
 
     in_parallel(work, parts, plan.scratch)
 
@@ -75,11 +85,13 @@ def forward(x: Tensor, kernels: Tensor, kernel_size: Sequence[int], *geometry: S
     """Forward of `dconv`; `geometry` is stride, padding, dilation."""
 
     def run(x: Tensor, kernels: Tensor) -> Tensor:
-        plan = _plan(x, kernels, kernel_size, geometry)
-        y = x.new_empty(x.shape[0], max(x.shape[1], kernels.shape[1]), *kernels.shape[3:])
-        _run(plan, back=False, x=x, kernels=kernels, y=y)
+        plan = _plan_for(x, kernels, kernel_size, *geometry)
+        y = x.new_empty(plan.n, plan.units * plan.channels * plan.kernels, plan.oh, plan.ow)
+        _run(plan, x, kernels, y)
         return y
 
+    if x.dtype == torch.float32:
+        return run(x.contiguous(), kernels.contiguous())
     y = by_images(run, x.dtype, *_by_unit(x, kernels))
     return y.view(x.shape[0], max(x.shape[1], kernels.shape[1]), *kernels.shape[3:])
 
@@ -95,10 +107,10 @@ def backward(
     """Gradients of `dconv` for x and the kernels; empty if not in `needs`."""
 
     def run(x: Tensor, kernels: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        plan = _plan(x, kernels, kernel_size, geometry)
+        plan = _plan_for(x, kernels, kernel_size, *geometry)
         gx = torch.zeros_like(x) if needs[0] else None
         gkernels = torch.empty_like(kernels) if needs[1] else None
-        _run(plan, back=True, x=x, kernels=kernels, grad=grad, gx=gx, gkernels=gkernels)
+        _run(plan, x, kernels, None, grad, gx, gkernels)
         return x.new_empty(0) if gx is None else gx, x.new_empty(0) if gkernels is None else gkernels
 
     batched = _by_unit(x, kernels, grad)

@@ -127,7 +127,7 @@ def _check_map(name: str, given: Tensor, x: Tensor, size: Pair) -> None:
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of the active autocast region, if any; float64 is unchanged, as under autocast."""
-    dtype = autocast_dtype(tensors[0].device.type)
+    dtype = autocast_dtype(tensors[0])
     if dtype is None:
         return tensors
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

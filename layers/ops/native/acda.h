@@ -166,7 +166,7 @@ static int64_t acda_layout(const Acda *a, float *at, int backward, AcdaScratch *
 
 /* Rows of pixels p0 to p0 + count of maps of `size` pixels, at distance `row`; zero behind. */
 static void load_tile(const float *from, int64_t maps, int64_t size, int64_t count, float *to, int64_t row) {
-    copy_rows(from, size, maps, count, to, row);
+    copy_rows(from, size, maps, count, to, row, 0);
     for (int64_t i = 0; i < maps; i++) memset(to + i * row + count, 0, (size_t)(row - count) * 4);
 }
 
@@ -290,7 +290,7 @@ static void acda_backward_band(const Acda *a, const AcdaTensors *t, float *scrat
             for (int64_t j = 0; j < a->s.ow; j += LANES)
                 backward_block(a, t, &w, block_at(a, &w, p, i - i0, j), (i - first) * a->s.ow + j, least(LANES, a->s.ow - j));
         if (t->galpha)
-            copy_rows(w.galpha, row, a->m * a->k, count, t->galpha + n * a->m * a->k * pixels + start, pixels);
+            copy_rows(w.galpha, row, a->m * a->k, count, t->galpha + n * a->m * a->k * pixels + start, pixels, 1);
         if (t->gcoeff) coeff_gradient(a, &w, count, t->gcoeff);
     }
     if (t->gx) window_add(&a->s, p, a->c, w.gx, t->gx + n * image);

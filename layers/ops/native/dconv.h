@@ -21,60 +21,70 @@ typedef struct {
     float *gx, *gkernels; /* null: not wanted */
 } DconvTensors;
 
-/* DCONV_BAND_BYTES: it stays in the first-level cache. DCONV_AHEAD: pixels by which kernels are asked for before, each tap's for
- * itself: the hardware foresees nothing beyond a page, nor a jump from tap to tap or to the next kernel. */
-enum { DCONV_BAND_BYTES = 1 << 14, DCONV_AHEAD = 256, TAPS_AT_ONCE = 9, LINE = 16 };
+/* DCONV_BAND_BYTES: it stays in the first-level cache, as does a kernel of DCONV_SMALL floats and the next. DCONV_AHEAD: pixels by which
+ * others are asked for before, each tap's for itself: the hardware foresees nothing beyond a page, nor a jump from tap to tap. */
+enum { DCONV_BAND_BYTES = 1 << 14, DCONV_AHEAD = 64, DCONV_SMALL = 1 << 12 };
 
-/* Pixels `from` to `end` of a row, `many` taps of each; k the kernels of the first of these taps, `size` apart, x the padded pixel
- * under the window's first tap. The sums of the taps before lie in `y`. */
-INLINE void dconv_taps(const int many, int64_t from, int64_t end, const int64_t *place, const float *x, const float *k, int64_t size,
-                       int64_t ahead, float *y, int first) {
-    enum { VECS = LINE / LANES };
-    for (int64_t j = from; j < end; j += LINE) {
-        vec sum[VECS];
-        UNROLLED for (int v = 0; v < VECS; v++) sum[v] = first ? (vec){0} : load(y + j + v * LANES);
-        UNROLLED for (int t = 0; t < many; t++) {
-            const float *by = k + t * size + j, *in = x + place[t] + j;
-            __builtin_prefetch(by + ahead);
-            UNROLLED for (int v = 0; v < VECS; v++) sum[v] = plus(sum[v], load(by + v * LANES), load(in + v * LANES));
+/* Some vectors of a row of one output channel, the last of them at `last`: k the kernels of the first tap there, `size` apart, x the
+ * padded pixel under the window's first tap; `ahead` of k, memory is asked for. `known`: the number of taps, or 0. */
+INLINE void dconv_vectors(const int vectors, const int known, const int small, int64_t taps, int64_t last, const int64_t *place,
+                          const float *x, const float *k, int64_t size, int64_t ahead, float *y) {
+    const int64_t many = known ? known : taps;
+    const float *next = k + ahead;
+    vec sum[LINE / LANES];
+    UNROLLED for (int v = 0; v < vectors; v++) sum[v] = (vec){0};
+    UNROLLED for (int64_t t = 0; t < many; t++, k += size) {
+        const float *in = x + place[t];
+        __builtin_prefetch(small ? next + t * LINE : k + ahead);
+        UNROLLED for (int v = 0; v < vectors; v++) {
+            const int64_t at = v < vectors - 1 ? v * LANES : last;
+            sum[v] = plus(sum[v], load(k + at), load(in + at));
         }
-        UNROLLED for (int v = 0; v < VECS; v++) store(y + j + v * LANES, sum[v]);
     }
+    UNROLLED for (int v = 0; v < vectors; v++) store(y + (v < vectors - 1 ? v * LANES : last), sum[v]);
 }
 
-/* The last pixels of a row, from `from` on, fewer than a line. Of kernels whole vectors are read, but nothing behind `k_end`. */
-static void dconv_rest(int64_t many, int64_t from, int64_t end, const int64_t *place, const float *x, const float *k, int64_t size,
-                       const float *k_end, float *y, int first) {
-    for (int64_t j = from; j < end; j += LANES) {
-        int64_t lanes = least(LANES, end - j), read = k + (many - 1) * size + j + LANES <= k_end ? LANES : lanes;
-        vec sum = first ? (vec){0} : load_first(y + j, lanes);
-        for (int64_t t = 0; t < many; t++) sum = plus(sum, load_first(k + t * size + j, read), load(x + place[t] + j));
-        store_first(y + j, sum, lanes);
-    }
-}
-
-/* A row of one output channel, or several whose pixels follow each other; `left` pixels of the kernels are behind its first. */
-static void dconv_row(int64_t width, int64_t taps, const int64_t *place, const float *x, const float *k, int64_t size, int64_t left,
-                      const float *k_end, float *y) {
-    int64_t lines = width / LINE * LINE, ahead = least(DCONV_AHEAD, size), near = least(lines, round_up(most(0, left - ahead)));
-    int64_t jump = ahead + (taps - 1) * size; /* to the next kernel */
-    for (int64_t t = 0, many; t < taps; t += many, k += many * size, place += many) {
-        many = least(TAPS_AT_ONCE, taps - t);
-        switch (many) {
-#define CASE(MANY) \
-    case MANY: \
-        dconv_taps(MANY, 0, near, place, x, k, size, ahead, y, t == 0); \
-        dconv_taps(MANY, near, lines, place, x, k, size, jump, y, t == 0); \
-        break;
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9)
+/* A row from the kernel's pixel q on, at least a vector long; its last vector may overlap the one before. Of a small kernel the next
+ * one is asked for in the order of memory, of others the pixels that this tap has next. */
+INLINE void dconv_row_of(const int known, const int small, int64_t width, int64_t taps, const int64_t *place, const float *x,
+                         const float *k, int64_t size, int64_t q, float *y) {
+    enum { VECS = LINE / LANES };
+    const int64_t others = (taps - 1) * size;
+    for (int64_t j = 0; j < width; j += LINE) {
+        int64_t last = width - j - LANES;
+        int64_t ahead = small ? others + size + (taps - 1) * (q + j) : q + j + DCONV_AHEAD < size ? DCONV_AHEAD : DCONV_AHEAD + others;
+        switch (least(ceil_div(width - j, LANES), VECS)) {
+#define CASE(V, LAST) case V: dconv_vectors(V, known, small, taps, LAST, place, x + j, k + j, size, ahead, y + j); break;
+            CASE(VECS, least(last, (VECS - 1) * LANES))
+#if LANES == 4
+            CASE(3, last) CASE(2, last)
+#endif
+#if LANES <= 8
+            CASE(1, last)
+#endif
 #undef CASE
         }
-        if (lines < width) dconv_rest(many, lines, width, place, x, k, size, k_end, y, t == 0);
     }
 }
 
-/* Whether rows are long and without a rest: then each is read from the padded copy. */
-static int whole_rows(const Window *s) { return s->ow % LANES == 0 && s->ow >= 2 * LINE; }
+/* A row of one output channel, or several whose pixels follow each other; from the kernel's pixel q on. */
+static void dconv_row(int64_t width, int64_t taps, const int64_t *place, const float *x, const float *k, int64_t size, int64_t q,
+                      float *y) {
+    if (width < LANES) {
+        vec sum = {0};
+        for (int64_t t = 0; t < taps; t++) sum = plus(sum, load_first(k + t * size, width), load(x + place[t]));
+        store_first(y, sum, width);
+        return;
+    }
+    switch ((taps == 9) * 2 + (taps * size <= DCONV_SMALL)) {
+#define CASE(NINE, SMALL) case NINE * 2 + SMALL: dconv_row_of(9 * NINE, SMALL, width, taps, place, x, k, size, q, y); break;
+        CASE(0, 0) CASE(0, 1) CASE(1, 0) CASE(1, 1)
+#undef CASE
+    }
+}
+
+/* Whether rows are long enough to be read from the padded copy, each by itself. */
+static int whole_rows(const Window *s) { return s->ow >= LANES; }
 
 /* Of the padded rows one copy for each column of the window, in which the pixels of several output rows follow each other. */
 typedef struct {
@@ -99,40 +109,60 @@ static void flat_copy(const Window *s, Padded p, Flat f, const float *from, floa
     }
 }
 
-/* gk[t][j] = or += x[j + t] g[j]. */
-static void dconv_kernel_row(int64_t width, int64_t taps, const int64_t *place, const float *x, const float *g, int64_t size,
-                             float *gk, int add) {
-    for (int64_t t = 0; t < taps; t++) {
-        const float *in = x + place[t];
-        float *restrict out = gk + t * size;
-        int64_t j = 0;
-        for (; j + LANES <= width; j += LANES) {
-            vec product = load(in + j) * load(g + j);
-            store(out + j, add ? load(out + j) + product : product);
+/* A row backward: gx[j + t] += k[t][j] g[j], and gk[t][j] = or += x[j + t] g[j], which may take the place of k; its sums over j are
+ * added to sums[t][lane], if wanted. Columns come outside of everything: a sum must have been stored long before its neighbor, which
+ * overlaps it, is loaded. */
+INLINE void dconv_back_row(const int input, const int kernel, const int total, int64_t width, int64_t lw, int64_t taps,
+                           const int64_t *place, const float *x, const float *g, const float *k, float *gx, float *gk, int64_t size,
+                           int add, float *sums) {
+    for (int64_t v = 0; v < lw; v++)
+        for (int64_t t = v; t < taps; t += lw) {
+            const float *by = k + t * size, *in = x + place[t];
+            float *out = gx + place[t], *to = gk + t * size;
+            vec sum[2] = {{0}, {0}};
+            int64_t j = 0;
+#define STEP(I)                                                                                       \
+    {                                                                                                 \
+        vec grad = load(g + j + I * LANES);                                                           \
+        if (input) store(out + j + I * LANES, plus(load(out + j + I * LANES), load(by + j + I * LANES), grad)); \
+        if (kernel) {                                                                                 \
+            vec product = load(in + j + I * LANES) * grad;                                            \
+            if (total) sum[I] += product;                                                             \
+            store(to + j + I * LANES, add ? load(to + j + I * LANES) + product : product);            \
+        }                                                                                             \
+    }
+            for (; j + 2 * LANES <= width; j += 2 * LANES) {
+                STEP(0)
+                STEP(1)
+            }
+            for (; j + LANES <= width; j += LANES) STEP(0)
+#undef STEP
+            for (int64_t i = 0; j < width; i++, j++) {
+                if (input) out[j] += by[j] * g[j];
+                if (!kernel) continue;
+                float product = in[j] * g[j];
+                if (total) sum[1][i] += product;
+                to[j] = add ? to[j] + product : product;
+            }
+            if (total) store(sums + t * LANES, load(sums + t * LANES) + (sum[0] + sum[1]));
         }
-        for (; j < width; j++) out[j] = add ? out[j] + in[j] * g[j] : in[j] * g[j];
+}
+
+static void dconv_back(int64_t width, int64_t lw, int64_t taps, const int64_t *place, const float *x, const float *g, const float *k,
+                       float *gx, float *gk, int64_t size, int add, float *sums) {
+    switch ((gx != NULL) * 4 + (gk != NULL) * 2 + (sums != NULL)) {
+#define CASE(X, K, S) \
+    case X * 4 + K * 2 + S: dconv_back_row(X, K, S, width, lw, taps, place, x, g, k, gx, gk, size, add, sums); break;
+        CASE(0, 1, 0) CASE(0, 1, 1) CASE(1, 0, 0) CASE(1, 1, 0) CASE(1, 1, 1)
+#undef CASE
     }
 }
 
-/* gx[j + t] += k[t][j] g[j]. */
-static void dconv_input_row(int64_t width, int64_t lw, int64_t taps, const int64_t *place, const float *k, const float *g,
-                            int64_t size, float *gx) {
-    for (int64_t v = 0; v < lw; v++)
-        for (int64_t t = v; t < taps; t += lw) {
-            const float *by = k + t * size;
-            float *restrict out = gx + place[t];
-            int64_t j = 0;
-            for (; j + LANES <= width; j += LANES) store(out + j, plus(load(out + j), load(by + j), load(g + j)));
-            for (; j < width; j++) out[j] += by[j] * g[j];
-        }
-}
-
-static void dconv_unit(const Dconv *d, const DconvTensors *t, float *scratch, int64_t unit, int backward) {
+static void dconv_unit(const Dconv *d, const DconvTensors *t, float *scratch, int64_t unit, int fresh, int backward) {
     const Window *s = &d->s;
     const int whole = whole_rows(s);
     int64_t pixels = s->oh * s->ow, taps = s->lh * s->lw, many = d->channels * d->kernels;
     const float *kernels = t->kernels + unit * d->kernels * taps * pixels;
-    const float *k_end = t->kernels + d->n * d->units * d->kernels * taps * pixels;
     int64_t *place = (int64_t *)take(&scratch, 2 * taps);
     int64_t floats = padded_floats(padded(s, 0, d->band), 1);
     float *x = take(&scratch, floats), *gx = take(&scratch, floats), *apart = take(&scratch, s->lw * s->sh * flat(s, d->band).part);
@@ -146,23 +176,25 @@ static void dconv_unit(const Dconv *d, const DconvTensors *t, float *scratch, in
             flat_places(s, f, place);
         for (int64_t c = 0; c < d->channels; c++) {
             int64_t channel = unit * d->channels + c, plane = channel * s->h * s->w;
-            if (!backward || t->gkernels) window_copy(s, p, 1, t->x + plane, x);
+            if (!backward || t->gkernels) {
+                if (fresh || d->band < s->oh) window_clear(p, 1, x);
+                window_rows(s, p, 1, t->x + plane, x);
+                fresh = 0;
+            }
             if (!backward && !whole) flat_copy(s, p, f, x, apart);
             for (int64_t q = 0; q < s->h * s->w && q < 1024; q += LINE) __builtin_prefetch(t->x + plane + s->h * s->w + q);
             if (backward && t->gx) memset(gx, 0, (size_t)padded_floats(p, 1) * 4);
             for (int64_t r = 0; r < d->kernels; r++) {
                 int64_t o = (unit * many + c * d->kernels + r) * pixels + i0 * s->ow, own = r * taps * pixels + i0 * s->ow;
                 if (!backward && !whole)
-                    dconv_row(rows * s->ow, taps, place, apart, kernels + own, pixels, pixels - i0 * s->ow, k_end, t->y + o);
+                    dconv_row(rows * s->ow, taps, place, apart, kernels + own, pixels, i0 * s->ow, t->y + o);
                 for (int64_t i = 0, q = 0; i < rows && !backward && whole; i++, q += s->ow)
-                    dconv_row(s->ow, taps, place, x + i * s->sh * p.row, kernels + own + q, pixels, pixels - i0 * s->ow - q, k_end,
+                    dconv_row(s->ow, taps, place, x + i * s->sh * p.row, kernels + own + q, pixels, i0 * s->ow + q,
                               t->y + o + q);
                 for (int64_t i = 0; i < rows && backward; i++) {
                     int64_t at = i * s->sh * p.row, row = i * s->ow;
-                    if (t->gkernels)
-                        dconv_kernel_row(s->ow, taps, place, x + at, t->grad + o + row, pixels,
-                                         t->gkernels + unit * d->kernels * taps * pixels + own + row, c > 0);
-                    if (t->gx) dconv_input_row(s->ow, s->lw, taps, place, kernels + own + row, t->grad + o + row, pixels, gx + at);
+                    dconv_back(s->ow, s->lw, taps, place, x + at, t->grad + o + row, kernels + own + row, t->gx ? gx + at : NULL,
+                               t->gkernels ? t->gkernels + unit * d->kernels * taps * pixels + own + row : NULL, pixels, c > 0, NULL);
                 }
             }
             if (backward && t->gx) window_add(s, p, 1, gx, t->gx + plane);
@@ -181,7 +213,7 @@ void dconv_plan(Dconv *d) {
 
 /* Units from `first` to `end`, of all images. */
 void dconv_run(const Dconv *d, const DconvTensors *t, float *scratch, int64_t first, int64_t end, int64_t backward) {
-    for (int64_t unit = first; unit < end; unit++) dconv_unit(d, t, scratch, unit, (int)backward);
+    for (int64_t unit = first; unit < end; unit++) dconv_unit(d, t, scratch, unit, unit == first, (int)backward);
 }
 
 #endif

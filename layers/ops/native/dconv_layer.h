@@ -112,12 +112,17 @@ INLINE int64_t panel_vectors(int64_t count) { return even_part(ceil_div(count, L
 /* The features of a tile, and ones, panel after panel: [feature][vector][lane], zero where there is no pixel. */
 static void layer_features(const DconvLayer *d, const float *features, int64_t count, float *to) {
     int64_t pixels = d->s.oh * d->s.ow, all = round_up_to(count, LANES), width = panel_vectors(count) * LANES;
-    for (int64_t q = 0; q < all; q += width) {
-        int64_t row = least(width, all - q), here = least(row, count - q);
-        float *panel = to + q * (d->features + 1);
-        copy_rows(features + q, pixels, d->features, here, panel, row);
-        for (int64_t f = 0; f < d->features && here < row; f++) memset(panel + f * row + here, 0, (size_t)(row - here) * 4);
-        for (int64_t i = 0; i < row; i += LANES) store(panel + d->features * row + i, splat(1));
+    for (int64_t f = 0; f <= d->features; f++, features += pixels) {
+        if (f + ROWS_AHEAD < d->features) ask_for(features + ROWS_AHEAD * pixels, count);
+        for (int64_t q = 0; q < all; q += width) {
+            int64_t row = least(width, all - q), here = least(row, count - q);
+            float *panel = to + q * (d->features + 1) + f * row;
+            if (f < d->features) {
+                copy_floats(panel, features + q, here);
+                if (here < row) memset(panel + here, 0, (size_t)(row - here) * 4);
+            } else
+                for (int64_t i = 0; i < row; i += LANES) store(panel + i, splat(1));
+        }
     }
 }
 
@@ -181,7 +186,7 @@ void dconv_layer_forward(const DconvLayer *d, const DconvLayerTensors *t, float 
 
 /* ---- backward ----------------------------------------------------------------------------------------------------------------- */
 
-/* What the gradient of `many` outputs' kernels, from output o on, gives to features, weight and fixed. */
+/* What the gradient of `many` outputs' kernels, from output o on, gives to features and weight. */
 static void layer_kernel_gradients(const DconvLayer *d, const DconvLayerTensors *t, const LayerScratch *w, int64_t o, int64_t many,
                                    int64_t count) {
     int64_t row = layer_row(d), taps = d->s.lh * d->s.lw, rows = many * taps, from = o * taps;
@@ -190,11 +195,6 @@ static void layer_kernel_gradients(const DconvLayer *d, const DconvLayerTensors 
     if (t->gweight) {
         pack(w->kernels, row, 1, rows, count, w->packed);
         gemm(rows, d->wide, count, w->packed, w->turned, d->wide + 16, t->gweight + from * d->wide, d->wide, 1);
-    }
-    for (int64_t r = 0; r < rows && t->gfixed; r++) {
-        vec sum = load(t->gfixed + (from + r) * LANES);
-        for (int64_t q = 0; q < count; q += LANES) sum += first_lanes(load(w->kernels + r * row + q), count - q);
-        store(t->gfixed + (from + r) * LANES, sum);
     }
 }
 
@@ -221,15 +221,15 @@ static void layer_backward_tile(const DconvLayer *d, const DconvLayerTensors *t,
         for (int64_t r = 0; r < many; r++) {
             const float *grad = t->grad + (n * d->outputs + o + r) * pixels + start;
             float *own = w->kernels + r * taps * row;
+            if (o + r + 1 < d->outputs) ask_for(grad + pixels, count);
             int64_t at = (o + r) / (d->outputs / d->c) * p.plane + (first - i0) * step;
-            for (int64_t i = 0, q = 0; i < end - first; i++, q += s->ow, at += step) {
-                if (t->gx) dconv_input_row(s->ow, s->lw, taps, w->place, own + q, grad + q, row, w->gx + at);
-                if (kernels) dconv_kernel_row(s->ow, taps, w->place, w->x + at, grad + q, row, own + q, 0);
-            }
+            for (int64_t i = 0, q = 0; i < end - first; i++, q += s->ow, at += step)
+                dconv_back(s->ow, s->lw, taps, w->place, w->x + at, grad + q, own + q, t->gx ? w->gx + at : NULL,
+                           kernels ? own + q : NULL, row, 0, t->gfixed ? t->gfixed + (o + r) * taps * LANES : NULL);
         }
         if (kernels) layer_kernel_gradients(d, t, w, o, many, count);
     }
-    if (t->gfeatures) copy_rows(w->gfeatures, row, d->features, count, t->gfeatures + n * d->features * pixels + start, pixels);
+    if (t->gfeatures) copy_rows(w->gfeatures, row, d->features, count, t->gfeatures + n * d->features * pixels + start, pixels, 1);
 }
 
 /* Tasks from `first` to `end` whose band is even (odd: 1): those share no row of the gradient of x. */

@@ -121,13 +121,20 @@ INLINE void copy_floats(float *to, const float *from, int64_t n) {
         for (int64_t j = 0; j < n; j++) to[j] = from[j];
 }
 
-/* Copies rows that lie far apart: too short for the hardware to foresee the next ones, so those are asked for here. */
-static void copy_rows(const float *from, int64_t from_row, int64_t rows, int64_t count, float *to, int64_t to_row) {
-    enum { ROWS_AHEAD = 3, LINE = 16 };
-    for (int64_t r = 0; r < rows; r++) {
-        const float *row = from + r * from_row, *next = row + ROWS_AHEAD * from_row;
-        for (int64_t q = 0; q < count && r + ROWS_AHEAD < rows; q += LINE) __builtin_prefetch(next + q);
-        copy_floats(to + r * to_row, row, count);
+enum { LINE = 16, ROWS_AHEAD = 3 }; /* floats of a cache line; how many short rows before its turn one is asked for */
+
+/* Has memory bring n floats. */
+INLINE void ask_for(const float *p, int64_t n) {
+    for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(p + i);
+}
+
+/* Copies rows that lie far apart, here or (away) there: too short for the hardware to foresee the next ones, so those are asked for. */
+static void copy_rows(const float *from, int64_t from_row, int64_t rows, int64_t count, float *to, int64_t to_row, int away) {
+    for (int64_t r = 0; r < rows; r++, from += from_row) {
+        if (r + ROWS_AHEAD < rows && !away) ask_for(from + ROWS_AHEAD * from_row, count);
+        for (int64_t q = 0; q < count && r + ROWS_AHEAD < rows && away; q += LINE)
+            __builtin_prefetch(to + (r + ROWS_AHEAD) * to_row + q, 1); /* to be written */
+        copy_floats(to + r * to_row, from, count);
     }
 }
 

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from surgeon.layers.ops.inputs import floating
+from surgeon.layers.ops.inputs import floating, named
 from surgeon.layers.ops.native.compiler import forget_lock, why_no_library
 
 MOST_PARTIAL_BYTES = 32 << 20  # for partial sums of gradients
 PARTS = 8  # parts of a batch for these sums, for any number of threads
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 Work = Callable[[int, Tensor], None]
 
@@ -23,14 +23,11 @@ Work = Callable[[int, Tensor], None]
 def reasons_against(tensors: Sequence[Tensor | None]) -> list[str]:
     """Reasons why no compiled operator can take these tensors; asks for the library last, because that may compile it."""
     given = [t for t in tensors if t is not None]
-    kinds = sorted({t.device.type for t in given})
-    if kinds != ["cpu"]:
+    if not all(t.is_cpu for t in given):
+        kinds = sorted({t.device.type for t in given})
         return [f"it runs on the CPU; the tensors are on {' and '.join(kinds)}"]
-    if integers := floating(*given):
-        return integers
-    dtypes = sorted({str(t.dtype) for t in given if t.dtype not in DTYPES})
-    if dtypes:
-        return [f"it computes in float32, not in {', '.join(dtypes)}"]
+    if dtypes := {t.dtype for t in given} - DTYPES:
+        return floating(*given) or [f"it computes in float32, not in {named(dtypes)}"]
     return list(why_no_library())
 
 
@@ -46,6 +43,8 @@ class _Scratch:
     def take(self, floats: int) -> Tensor:
         """At least this many floats, contents arbitrary."""
         with self.lock:
+            if len(self.free) == 1 and self.free[0].numel() >= floats:
+                return self.free.pop()
             fit = [i for i, t in enumerate(self.free) if t.numel() >= floats]
             if fit:
                 return self.free.pop(min(fit, key=lambda i: self.free[i].numel()))
@@ -78,6 +77,14 @@ def in_parallel(work: Work, parts: int, floats: int) -> None:
     The calls release the GIL (ctypes).
     """
     threads = min(torch.get_num_threads(), parts)
+    if threads == 1:
+        alone = _scratch.take(floats)
+        try:
+            for part in range(parts):
+                work(part, alone)
+        finally:
+            _scratch.give(alone)
+        return
     left = iter(range(parts))
     lock = threading.Lock()
     failed: list[BaseException] = []

@@ -51,13 +51,17 @@ static void tap_places(const Window *s, Padded p, int64_t *place) {
             *place++ = u * s->dh * p.row + (v * s->dw % s->sw) * p.part + v * s->dw / s->sw;
 }
 
-/* Copy the rows of x (C, H, W) there, zero around them. */
-static void window_copy(const Window *s, Padded p, int64_t channels, const float *x, float *inner) {
+/* Zeros, which `window_rows` leaves around what it copies. */
+static void window_clear(Padded p, int64_t channels, float *inner) {
+    memset(inner, 0, (size_t)padded_floats(p, channels) * 4);
+}
+
+/* Copy the rows of x (C, H, W) there. */
+static void window_rows(const Window *s, Padded p, int64_t channels, const float *x, float *inner) {
     int64_t columns = (s->ow - 1) * s->sw + (s->lw - 1) * s->dw + 1, width = most(0, least(s->w, columns - s->pw));
     int64_t first = least(p.rows, most(0, -p.top)), end = most(first, least(p.rows, s->h - p.top)); /* rows of p inside x */
     for (int64_t c = 0; c < channels; c++, inner += p.plane) {
         const float *in = x + (c * s->h + p.top + first) * s->w, *ahead = in + s->h * s->w;
-        memset(inner, 0, (size_t)p.plane * 4);
         for (int64_t r = first; r < end; r++, in += s->w, ahead += s->w) {
             float *row = inner + r * p.row;
             for (int64_t j = 0; j < width && c + 1 < channels; j += 16) __builtin_prefetch(ahead + j);
@@ -71,7 +75,12 @@ static void window_copy(const Window *s, Padded p, int64_t channels, const float
             }
         }
     }
-    memset(inner, 0, LANES * 4);
+}
+
+/* Both. */
+static void window_copy(const Window *s, Padded p, int64_t channels, const float *x, float *inner) {
+    window_clear(p, channels, inner);
+    window_rows(s, p, channels, x, inner);
 }
 
 /* Add what lies there to the rows of x. */

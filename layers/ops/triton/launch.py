@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from surgeon.layers.ops.triton.support import interpreting
+from surgeon.layers.ops.triton.support import INTERPRETED
 
 
 class Geometry(NamedTuple):
@@ -97,7 +97,7 @@ def launch(
 def _is_fixed(where: Tensor) -> bool:
     """Whether tuning is off: results must not depend on it, or nothing can be timed."""
     return (
-        interpreting()
+        INTERPRETED
         or torch.are_deterministic_algorithms_enabled()
         or (where.is_cuda and torch.cuda.is_current_stream_capturing())
     )
@@ -105,7 +105,7 @@ def _is_fixed(where: Tensor) -> bool:
 
 def precision(dtype: torch.dtype) -> str:
     """Precision of `product`: TF32 for float32 only if torch allows it for matrix products."""
-    if dtype == torch.bfloat16 and interpreting():
+    if dtype == torch.bfloat16 and INTERPRETED:
         return "widened"
     if dtype != torch.float32:
         return "ieee"

@@ -7,9 +7,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from surgeon.layers.ops.inputs import named
+
 HAS_TRITON = find_spec("triton") is not None
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 LEAST_CAPABILITY = (8, 0)  # for bfloat16 products; the tests compile the kernels ahead of time for 8.0 and 9.0
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")  # kernels, on the CPU
 MOST_ELEMENTS = 2**31 - 1  # per image: offsets inside it are 32-bit
 
 
@@ -17,9 +20,10 @@ def reasons_against(tensors: Sequence[Tensor | None]) -> list[str]:
     """Reasons why no Triton kernel can take these floating-point tensors; empty if one can."""
     given = [t for t in tensors if t is not None]
     reasons = [] if HAS_TRITON else ["the package triton is not installed"]
-    dtypes = sorted({str(t.dtype) for t in given if t.dtype not in DTYPES})
-    if dtypes:
-        reasons.append(f"it computes in float32, bfloat16 and float16, not in {', '.join(dtypes)}")
+    if dtypes := {t.dtype for t in given} - DTYPES:
+        reasons.append(f"it computes in float32, bfloat16 and float16, not in {named(dtypes)}")
+    if all(t.is_cpu for t in given):
+        return reasons + ([] if INTERPRETED else ["it runs on CUDA; the tensors are on cpu"])
     reasons += _device_reasons(sorted({t.device.type for t in given}), given[0].device)
     large = [t for t in given if t.dim() > 1 and _reach(t) > MOST_ELEMENTS]
     if large:
@@ -28,8 +32,6 @@ def reasons_against(tensors: Sequence[Tensor | None]) -> list[str]:
 
 
 def _device_reasons(kinds: list[str], device: torch.device) -> list[str]:
-    if kinds == ["cpu"] and interpreting():
-        return []
     if kinds != ["cuda"]:
         return [f"it runs on CUDA; the tensors are on {' and '.join(kinds)}"]
     if not torch.cuda.is_available():
@@ -45,8 +47,3 @@ def _device_reasons(kinds: list[str], device: torch.device) -> list[str]:
 def _reach(t: Tensor) -> int:
     """Largest distance in memory between two elements of one image."""
     return sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
-
-
-def interpreting() -> bool:
-    """Whether Triton interprets its kernels on CPU tensors: the environment variable TRITON_INTERPRET, read at startup."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
