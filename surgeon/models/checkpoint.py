@@ -82,7 +82,8 @@ def save(
     recipe = describe(model, base)
     tensors, aliases = _tensors(model)
     with fresh_folder(path, force) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+        # one entry: safetensors writes several in any order, and equal weights would make unequal files
+        save_file(tensors, folder / WEIGHTS, metadata={"aliases": json.dumps(aliases)} if aliases else {"format": "pt"})
         recipe = _with_program(recipe, folder)
         artefact = {
             "files": {

@@ -245,6 +245,10 @@ def _parse(spec: str) -> BaseModel:
         raise ModelError(f"there is no file {spec}")
     if Path(spec).is_dir() or ("/" in spec and prefix not in LIBRARIES):
         raise no_folder(spec)
+    if Path(f"{spec}.py").is_file():
+        raise ModelError(
+            f"there is no model {spec!r}: for a network in {spec}.py, name its class or function, {spec}:NAME"
+        )
     raise ModelError(f"there is no model {spec!r}{nearest(spec)} (`surgeon models PATTERN` lists the names)")
 
 

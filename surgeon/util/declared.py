@@ -101,6 +101,17 @@ def training_recipes() -> list[str]:
     return sorted(file.stem for place in places for file in Path(place, "recipes").glob("*.json"))
 
 
+@cache
+def training_defaults() -> dict[str, Any]:
+    """The defaults of a training's options; empty if the source is unavailable."""
+    spec = find_spec("surgeon.zoo")
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    files = [file for place in places if (file := Path(place, "finetune", "config.py")).is_file()]
+    classes = [node for file in files for node in ast.parse(file.read_bytes()).body if isinstance(node, ast.ClassDef)]
+    values = (pair for one in classes if one.name == "FinetuneConfig" for pair in _assigned(one))
+    return {name: value.value for name, kind, value in values if kind is not None and isinstance(value, ast.Constant)}
+
+
 def unknown_training_recipe(name: str, known: Iterable[str]) -> RecipeError:
     """The error for an unknown training recipe."""
     return RecipeError(

@@ -112,6 +112,8 @@ def finetune(
         session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet)
         try:
             trainer = session.trainer(work, original)  # refuses options before a folder is made, or replaced
+            if config.max_steps is not None and trainer.plan.total < config.max_steps:
+                notes.append(f"{config.epochs:g} epochs (--epochs) are fewer steps than --max-steps {config.max_steps}")
             if folder is not None:
                 values = record(source.name, start_hash, task, config, accelerator.num_processes)
                 session.open(values, stack, resume=resume)

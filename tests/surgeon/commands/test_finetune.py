@@ -180,3 +180,13 @@ def test_defaults_are_left_to_the_config() -> None:
     )
     config = finetune_command.read_config(argparse.Namespace(**given))
     assert (config.clip, config.alternate, config.max_time) == (None, 3, 120)
+
+
+def test_help_has_the_defaults_of_the_config() -> None:
+    """Read from the source, because the config imports torch."""
+    from surgeon.util.declared import training_defaults
+    from surgeon.zoo.finetune import FinetuneConfig
+
+    config = vars(FinetuneConfig())
+    assert training_defaults() == {name: config[name] for name in training_defaults()}
+    assert {"epochs", "batch_size", "lr", "opt", "warmup", "keep"} <= set(training_defaults())

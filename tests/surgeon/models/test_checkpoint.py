@@ -56,6 +56,13 @@ def test_a_saved_model_comes_back(tmp_path: Path) -> None:
     ]
 
 
+def test_equal_weights_are_equal_files(tmp_path: Path) -> None:
+    model = tiny()
+    for number in range(8):
+        save(model, tmp_path / str(number))
+    assert len({(tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(8)}) == 1
+
+
 @pytest.mark.parametrize("kind", ["acda", "pafu", "sekg"])
 def test_every_layer_type_comes_back(tmp_path: Path, kind: str) -> None:
     model = with_dynamic(timm.create_model("test_efficientnet").eval(), "conv_stem", "blocks.1.0.conv_exp", kind=kind)

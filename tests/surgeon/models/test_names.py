@@ -337,6 +337,15 @@ def factories(monkeypatch: pytest.MonkeyPatch) -> str:
     return "my_models"
 
 
+def test_the_name_of_an_own_file_is_not_yet_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mynet.py").touch()
+    with pytest.raises(
+        ModelError, match=r"'mynet': for a network in mynet\.py, name its class or function, mynet:NAME$"
+    ):
+        build_model("mynet")
+
+
 def test_a_factory_brings_its_own_weights(factories: str) -> None:
     model, base = build_model(f"{factories}:tiny_model", seed=2)
     assert base is not None
