@@ -34,6 +34,7 @@ from surgeon.commands import (
     visualize,
     zoo,
 )
+from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import one_document
 from surgeon.commands.search import (
     gains,
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _start_logging(args)
         if args.check is not None:
             args.check(args)  # what can be refused before the libraries are loaded
+        checks.trust(args)
         _load(args)
         with one_document() if args.json else nullcontext():
             code = handler(args)

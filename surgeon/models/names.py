@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from surgeon.errors import ModelError
-from surgeon.models.places import HUB, LIBRARIES, no_folder
+from surgeon.models.places import HUB, LIBRARIES, no_folder, untrusted
 from surgeon.models.programs import SUFFIX, is_program
 from surgeon.models.sources import as_published, construct, pretrained, resolve_hub
 from surgeon.models.weights import load_weights, read_weights, state_sha256
@@ -207,10 +207,7 @@ def model_names(pattern: str = "*") -> list[str]:
 def _check_base(base: BaseModel, *, trust_factory: bool) -> None:
     """Raise `ModelError` for what an untrusted recipe must not do: third-party code, downloads, pickles."""
     if base.source == "factory" and not trust_factory:
-        raise ModelError(
-            f"the base model is built by the factory {base.name}, which is code. If you trust it, load the folder with "
-            "base=MODEL or trust_factory=True; on the command line with --trust-factory"
-        )
+        raise untrusted(base.name)
     bad = sorted(
         key for key in base.kwargs if _FORBIDDEN.search(key) and (base.source, key) != ("torchvision", "weights")
     )

@@ -2,11 +2,12 @@
 
 import re
 import sys
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from surgeon.errors import CheckpointError, ConfigError, ModelError
-from surgeon.util.files import told
+from surgeon.errors import CheckpointError, ConfigError, ModelError, RecipeError
+from surgeon.util.files import read_object, told
 from surgeon.util.near import did_you_mean
 from surgeon.util.outputs import RECIPE, RUN, SEARCH, TRIAL, is_surgeon_folder
 
@@ -42,6 +43,24 @@ def check_model_name(spec: str) -> None:
             raise ModelError(f"there is no file {spec}")
     elif "/" in spec and spec.rpartition("/")[0] not in LIBRARIES:
         raise no_folder(spec)
+
+
+def check_trust(path: str | Path) -> None:
+    """Raise `ModelError` if this is a surgeon folder whose base model is built by a factory: the caller does not trust it."""
+    if HUB.fullmatch(str(path)) or not is_surgeon_folder(path):
+        return
+    with suppress(RecipeError):  # what reads all of it says more
+        base = read_object(Path(path, RECIPE), RecipeError).get("base")
+        if isinstance(base, dict) and base.get("source") == "factory":
+            raise untrusted(str(base.get("name")))
+
+
+def untrusted(factory: str) -> ModelError:
+    """The error for a folder whose base model is built by foreign code."""
+    return ModelError(
+        f"the base model is built by the factory {factory}, which is code. If you trust it, load the folder with "
+        "base=MODEL or trust_factory=True; on the command line with --trust-factory"
+    )
 
 
 def _check_module(name: str) -> None:

@@ -17,6 +17,7 @@ from surgeon.models.places import (
     check_model_name,
     check_repository,
     check_search,
+    check_trust,
     check_weights,
 )
 from surgeon.util import declared
@@ -37,6 +38,13 @@ def run_folder(name: str) -> None:
     """Check a folder written by surgeon, or a name on the Hub."""
     if HUB.fullmatch(name) is None:
         check_folder(name)
+
+
+def trust(args: argparse.Namespace) -> None:
+    """Check that a folder needs no `--trust-factory`, of commands that have the option and were not given it."""
+    named = getattr(args, "model", None) or getattr(args, "run", None)
+    if named and getattr(args, "trust_factory", True) is False:
+        check_trust(named)
 
 
 def repository(name: str) -> None:

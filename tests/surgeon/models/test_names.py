@@ -1,6 +1,7 @@
 """Models by name: what is built, with which weights, and what is said when something cannot be had."""
 
 import dataclasses
+import json
 import logging
 import sys
 import time
@@ -18,6 +19,7 @@ import surgeon
 from surgeon.errors import ModelError
 from surgeon.models.identify import identify
 from surgeon.models.names import build_model, build_structure, model_names, restore, shapes_of
+from surgeon.models.places import check_trust
 from surgeon.models.sources import as_published
 from surgeon.models.weights import reachable, read_weights, state_sha256
 from surgeon.records.recipe import BaseModel, Weights, get_recipe
@@ -344,6 +346,16 @@ def test_the_name_of_an_own_file_is_not_yet_a_network(tmp_path: Path, monkeypatc
         ModelError, match=r"'mynet': for a network in mynet\.py, name its class or function, mynet:NAME$"
     ):
         build_model("mynet")
+
+
+def test_trust_is_asked_for_before_anything_is_loaded(tmp_path: Path) -> None:
+    for source in ("factory", "timm"):
+        (tmp_path / source).mkdir()
+        (tmp_path / source / "recipe.json").write_text(json.dumps({"base": {"source": source, "name": "a:b"}}))
+    check_trust(tmp_path / "timm")
+    check_trust(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="the factory a:b, which is code"):
+        check_trust(tmp_path / "factory")
 
 
 def test_a_factory_brings_its_own_weights(factories: str) -> None:
