@@ -148,7 +148,7 @@ def _text(run: str, result: "Exported") -> str:
     lines = [
         f"{run}: {result.format}{opset}, {result.operators} operations, {count(result.size, 'B')}",
         "",
-        line("input", f"({', '.join(shape)}), {result.dtype}"),
+        line("input", f"{result.input or ''} ({', '.join(shape)}), {result.dtype}".strip()),
         *([line("output", ", ".join(result.outputs))] if result.outputs else []),
         *(line("free", f"{name}: {told}") for name, told in result.free.items()),
         *(line("fixed", f"{name}: {why}") for name, why in result.fixed.items()),

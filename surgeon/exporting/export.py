@@ -63,7 +63,7 @@ class Check:
 class Exported:
     """An export: the dynamic dimensions and their bounds, why the others are fixed, and the results of the checks.
 
-    `operators` counts operations, `opset` is that of an ONNX file, `outputs` are the names of the outputs. `size` is in bytes,
+    `operators` counts operations, `opset` is that of an ONNX file, `input` and `outputs` are names. `size` is in bytes,
     `foreign` names operators beyond torch's own or standard ONNX. `data` is the second file of an ONNX model whose weights do not
     fit in one file: it must stay next to the first under its name.
     """
@@ -77,6 +77,7 @@ class Exported:
     checks: list[Check] = field(default_factory=list)
     operators: int = 0
     opset: int | None = None
+    input: str | None = None
     outputs: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     size: int = 0
@@ -171,6 +172,7 @@ def _attempt(
         free=bounds,
         operators=written.operators,
         opset=written.opset,
+        input=given if format == "onnx" else None,
         outputs=written.outputs if format == "onnx" else outputs or [],
         foreign=foreign_operators(program, partial, format),
     )

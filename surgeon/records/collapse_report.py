@@ -164,7 +164,7 @@ def _evidence(report: CollapseReport, width: int) -> str:
         found = [layer for layer in report.folded if layer.evidence == kind]
         if not found:
             continue
-        lines.append(paragraph(f"{heading} ({len(found)}):", width=width))
+        lines.append(paragraph(f"{counted(len(found), 'layer')}, {heading}:", width=width))
         plain = [layer.name for layer in found if not layer.told]
         if plain:
             lines.append(paragraph(name_list(plain), width=width, indent="  "))
@@ -178,7 +178,7 @@ def _kept(report: CollapseReport, width: int) -> str:
         groups.setdefault(layer.reason, []).append(layer)
     lines = [f"kept: {len(report.kept)}"] if groups else []
     for reason, layers in groups.items():
-        lines.append(paragraph(f"{reason} ({len(layers)}):", width=width, indent="  ", hang="    "))
+        lines.append(paragraph(f"{counted(len(layers), 'layer')}: {reason}", width=width, indent="  ", hang="    "))
         plain = [layer.name for layer in layers if not layer.told]
         if plain:
             lines.append(paragraph(name_list(plain), width=width, indent="    "))

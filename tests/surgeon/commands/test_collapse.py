@@ -70,7 +70,7 @@ def test_a_run_becomes_the_plain_network(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["collapse", "run", "-o", "plain", "--quiet"]) == 0
     out = capsys.readouterr().out
     assert "run: 3 of 3 dynamic layers folded into convolutions" in out
-    assert "proven from the parameters (3)" in out
+    assert "3 layers, proven from the parameters:" in out
     assert "no dynamic layer remains" in out
     assert "written to  plain" in out
     assert max(map(len, out.splitlines())) <= 80
