@@ -47,7 +47,7 @@ class _LayerTensors(ctypes.Structure):
 
 @lru_cache(64)
 def _plan(n: int, channels: int, kernels: int, *sizes: int) -> _Plan:
-    """The plan for x (n, channels, …) with so many kernels and the `_SIZES`; to be read only."""
+    """The plan for x (n, channels, …), `kernels` per image and the `_SIZES`; read-only."""
     units = min(channels, kernels)
     plan = _Plan(*sizes, n, units, channels // units, kernels // units)
     library().dconv_plan(ctypes.byref(plan))
@@ -62,7 +62,7 @@ def _plan_for(x: Tensor, kernels: Tensor, *sizes: Sequence[int]) -> _Plan:
 
 
 def _run(plan: _Plan, *given: Tensor | None) -> None:
-    """What is not given last is not wanted; with a gradient backward."""
+    """Run on the tensors of `_Tensors`, in order; those at the end may be missing. Given a gradient, the backward pass."""
     tensors = _Tensors(*(None if t is None else t.data_ptr() for t in given))
     units = plan.n * plan.units
     parts, run, back = min(PARTS if torch.get_num_threads() > 1 else 1, units), library().dconv_run, len(given) > 3

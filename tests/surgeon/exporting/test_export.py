@@ -44,6 +44,7 @@ def test_onnx_with_every_layer_type_and_free_sizes(tmp_path: Path) -> None:
     assert not file.functions
     assert found.operators == len(file.graph.node)
     assert ([one.name for one in file.graph.input], [one.name for one in file.graph.output]) == (["images"], ["output"])
+    assert found.input == "images"
     assert found.size == (tmp_path / "m.onnx").stat().st_size
     for shape in ((1, 3, 40, 24), (5, 3, 19, 33)):
         x = torch.randn(shape)
