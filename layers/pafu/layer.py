@@ -21,8 +21,6 @@ from surgeon.layers.pafu.operator import pafu_conv
 from surgeon.layers.registry import register
 from surgeon.layers.source import ConvSource
 
-SELECTIONS = ("argmax", "gumbel")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PAFUConfig(LayerConfig):

@@ -18,8 +18,6 @@ from surgeon.layers.sekg.factors import compose, composes, factorise
 from surgeon.layers.sekg.operator import channels_fit
 from surgeon.layers.source import ConvSource
 
-MODES = ("auto", "depthwise", "dense", "factorised")
-
 
 @dataclass(frozen=True, kw_only=True)
 class SEKGConfig(LayerConfig):

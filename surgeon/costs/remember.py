@@ -1,6 +1,6 @@
 """Results of operators on the meta device, cached by the shapes of the arguments.
 
-A trace repeats the same few hundred calls, and torch's Python implementation of a meta kernel takes about a millisecond each.
+A trace repeats the same few hundred calls, and torch's meta kernels are slow Python.
 """
 
 from collections.abc import Iterator

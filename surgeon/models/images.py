@@ -13,10 +13,8 @@ from surgeon.util.copying import evaluating
 from surgeon.util.picture_files import SUFFIXES, files_below, opened
 
 IMAGES = 32
-CROP, MULTIPLE = (
-    256,
-    16,
-)  # at most so large is the part of a picture that an image-to-image network is shown, and a multiple of
+CROP = 256  # largest side of the crop that an image-to-image network gets
+MULTIPLE = 16  # its sides are multiples of this
 
 
 def read_images(
@@ -75,7 +73,7 @@ def evaluation_transform(model: nn.Module, base: BaseModel) -> Callable[[Any], T
 def returns_images(model: nn.Module, picture: Tensor) -> bool:
     """Whether the network makes an image of an image (C, H, W): a denoiser, not a classifier. False if it does not run on it."""
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model):
             out = model(picture[None])
     except Exception:  # networks raise anything; who calls it finds out
         return False

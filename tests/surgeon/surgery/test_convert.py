@@ -342,8 +342,9 @@ def test_a_name_is_no_model(call: Any) -> None:
         ModelError, match=r"must be a torch.nn.Module, got 'resnet18': surgeon.open_model\('resnet18'\) makes"
     ):
         call("resnet18", **({"layers": "all", "type": "acda"} if call is surgeon.convert else {}))
+    weights: Any = {}
     with pytest.raises(ModelError, match=r"must be a torch\.nn\.Module, got dict"):
-        surgeon.save({}, "nowhere")  # type: ignore[arg-type]
+        surgeon.save(weights, "nowhere")
 
 
 def test_a_misspelled_argument_is_named() -> None:
