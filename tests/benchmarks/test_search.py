@@ -184,6 +184,15 @@ def test_a_search_and_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(search_cifar, "train", lambda *_: pytest.fail("this row was there"))
     assert search_cifar.main(command) == 0
 
+    monkeypatch.setattr(search_cifar, "train", lambda *_: {"loss": 0.5, "top1": 80.0, "seconds": 1.0})
+    monkeypatch.setattr(search_cifar, "WIDE", {"flops": "+5000%"})
+    assert search_cifar.main([*command, "--wide"]) == 0
+    wide = json.loads((tmp_path / "search_cifar-quick-wide.json").read_text())
+    assert wide["settings"]["budgets"] == {"flops": "+5000%"}
+    again = {(row["arm"], row["seed"]): row["loss"] for row in wide["rows"] if "arm" in row}
+    assert all(again[arm, seed] == loss[arm, seed] for arm in search_cifar.FREE for seed in (0, 1))
+    assert again["random feasible", 0] == 0.5
+
 
 def test_an_arm_is_not_trained_for_each_name_of_its_placement(tmp_path: Path) -> None:
     rows = _results.Rows(tmp_path / "rows.jsonl")
