@@ -12,7 +12,7 @@ from surgeon.search.evaluate.training import TrainingEvaluator
 from surgeon.search.gate import Gate
 from surgeon.search.study.folder import Finished, SearchFolder, write_json
 from surgeon.search.study.record import Record
-from surgeon.util.outputs import is_surgeon_folder
+from surgeon.util.outputs import SUMMARY, is_surgeon_folder
 
 Tell = Callable[[str], None]
 
@@ -106,7 +106,7 @@ def final_folder(folder: SearchFolder, key: str, seed: int, rung: int) -> Path:
 
 
 def _value(evaluator: TrainingEvaluator, placement: Any, output: Path, rung: int, seed: int) -> float:
-    summary = output / "training" / "summary.json"
+    summary = output / SUMMARY
     if is_surgeon_folder(output) and summary.is_file():
         found = parse_json(read_text(summary), str(summary))
         return float(found["result"]["metrics"][evaluator.task.primary])

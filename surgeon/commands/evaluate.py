@@ -18,7 +18,8 @@ from surgeon.commands.common.arguments import (
 )
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError, ModelError, SurgeonError
-from surgeon.util.outputs import WEIGHTS, is_surgeon_folder
+from surgeon.records.training import original_folder, unequal_training
+from surgeon.util.outputs import is_surgeon_folder
 from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
@@ -83,15 +84,17 @@ def run(args: argparse.Namespace) -> int:
     notes: list[str] = []
     with waiting(building(args), quiet=args.quiet):
         model, recipe = _model(args)
-        original, name = _original(args, recipe, notes)
+        original, name, beside = _original(args, recipe, notes)
+    if original is not None and (told := unequal_training(args.model, recipe, name, beside)) is not None:
+        notes.append(told)
     with waiting("looking through the data", quiet=args.quiet):
         task.check()
     device = _default_device() if args.device in (None, "auto") else args.device
     with Progress(enabled=not args.quiet) as progress:
         found = _measure(model, args.model, task, args, device, progress, notes)
-        beside = None
+        compared = None
         if original is not None:
-            beside = {"model": name, **_measure(original, name, task, args, device, progress, notes)}
+            compared = {"model": name, **_measure(original, name, task, args, device, progress, notes)}
     document = {
         "model": args.model,
         "task": task.name,
@@ -102,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         "primary": task.primary,
         "higher_is_better": task.higher_is_better,
         **found,
-        "original": beside,
+        "original": compared,
         "notes": notes,
     }
     if args.json:
@@ -138,43 +141,40 @@ def _model(args: argparse.Namespace) -> "tuple[nn.Module, Recipe | None]":
     return model, None
 
 
-def _original(args: argparse.Namespace, recipe: "Recipe | None", notes: list[str]) -> "tuple[nn.Module | None, str]":
+def _original(
+    args: argparse.Namespace, recipe: "Recipe | None", notes: list[str]
+) -> "tuple[nn.Module | None, str, Recipe | None]":
+    """The model to compare with, None if there is none, its name and its recipe."""
     from surgeon.models.names import build_model, restore
+    from surgeon.records.recipe import get_recipe
 
     if args.original == "none":
-        return None, ""
+        return None, "", None
     if args.original != "auto":
         weights = args.original_weights or "auto"
-        return build_model(args.original, weights=weights, seed=args.seed, trust_factory=args.trust_factory)[
-            0
-        ], args.original
+        named, _ = build_model(args.original, weights=weights, seed=args.seed, trust_factory=args.trust_factory)
+        return named, args.original, get_recipe(named)
     base = None if recipe is None else recipe.base
-    if recipe is None or base is None:
+    if base is None:
         notes.append("no original: the run does not record its base model (name one with --original MODEL)")
-        return None, ""
+        return None, "", None
     try:
         original = restore(base, weights=args.original_weights, trust_factory=args.trust_factory)
     except ModelError as error:
         if args.original_weights:
             raise
         notes.append(f"no original: {error} (--original RUN names another, --original-weights FILE its weights)")
-        return None, ""
-    named = _named(base)
-    if recipe.task is not None:
-        told = f"{args.model} was trained longer than {named}"
-        if recipe.rules:
-            told += ": only --original with a plain run that was trained as long shows what the conversion brings"
-        notes.append(told)
-    return original, named
+        return None, "", None
+    return original, _named(base), None
 
 
 def _named(base: "BaseModel") -> str:
     """The original by the folder whose weights it has, if it was converted from one, otherwise by its own name."""
-    file = Path(base.weights.path) if base.weights.kind == "file" and base.weights.path else None
-    if file is None or file.name != WEIGHTS:
+    folder = original_folder(base)
+    if folder is None:
         return base.name
     here = Path.cwd()
-    return str(file.parent.relative_to(here) if file.is_relative_to(here) else file.parent)
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 def _default_device() -> str:

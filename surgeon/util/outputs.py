@@ -8,6 +8,7 @@ from surgeon.errors import CheckpointError, ConfigError
 RECIPE = "recipe.json"  # marks a surgeon folder
 WEIGHTS = "model.safetensors"  # of a surgeon folder
 RUN = Path("training", "run.json")  # the record of a run of fine-tuning in its folder
+SUMMARY = Path("training", "summary.json")  # what came of it, once it is complete
 TRIAL = "try.json"  # the record of `surgeon try`
 SEARCH = "search.json"  # marks the folder of a search
 

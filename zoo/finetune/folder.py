@@ -21,7 +21,7 @@ from surgeon.records.collapse_report import CollapseReport
 from surgeon.records.recipe import BaseModel, versions
 from surgeon.records.report import Report
 from surgeon.util.files import check_fields, read_object, sync
-from surgeon.util.outputs import RECIPE, RUN, check_run_output
+from surgeon.util.outputs import RECIPE, RUN, SUMMARY, check_run_output
 from surgeon.zoo.finetune.config import BEFORE, FREE, TOLD, FinetuneConfig
 from surgeon.zoo.finetune.state import read_log, write_text
 from surgeon.zoo.finetune.summary import Summary
@@ -87,7 +87,7 @@ class RunFolder:
         self.training = self.output / "training"
         self.record = self.output / RUN
         self.checkpoints = self.training / "checkpoints"
-        self.summary = self.training / "summary.json"
+        self.summary = self.output / SUMMARY
 
     def check(self, *, resume: bool, force: bool) -> None:
         """Raise unless a run may be started or resumed here; called before any work."""

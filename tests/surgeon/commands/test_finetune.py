@@ -95,6 +95,41 @@ def test_an_original_is_named_by_its_folder(tmp_path: Path, monkeypatch: pytest.
     assert _named(replace(base, weights=Weights(kind="random"))) == "test_resnet"
 
 
+def test_unequal_training_is_told_of_a_named_original(
+    finetune: Finetune, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(output: str, *more: str) -> None:
+        assert main(["finetune", FACTORY, "--task", "tiny-regression", *SHORT, "-o", output, "--quiet", *more]) == 0
+
+    def notes(model: str, original: str) -> list[str]:
+        capsys.readouterr()
+        command = ["evaluate", model, "--original", original, "--task", "tiny-regression", "--trust-factory"]
+        assert main([*command, "--json", "--quiet"]) == 0
+        found: list[str] = json.loads(capsys.readouterr().out)["notes"]
+        return found
+
+    assert finetune("-o", "tuned", "--quiet") == 0
+    train("equal")
+    train("longer", "--epochs", "3")
+    train("others", "--task-option", "samples=9")
+    assert notes("tuned", "equal") == []
+    (note,) = notes("tuned", "longer")
+    assert note.startswith("trained unequally, tuned for 6 steps of 4 from 12 samples, longer for 9 steps of 4 from 12")
+    (note,) = notes("tuned", "others")
+    assert "others for 4 steps of 4 from 9 samples" in note
+    (note,) = notes("tuned", FACTORY)
+    assert note.startswith(f"tuned was trained longer than {FACTORY}: only --original with a plain run")
+    (note,) = notes("start", "equal")
+    assert note == "equal was trained longer than start"
+    assert main(["convert", "equal", "--type", "pafu", "-o", "after", "--trust-factory", "--quiet", "--layers", "middle"]) == 0
+    assert notes("after", "auto") == [], "the same weights"
+    (note,) = notes("after", "longer")
+    assert note.startswith("trained unequally, after for 6 steps")
+    Path("longer/training/summary.json").unlink()
+    (note,) = notes("tuned", "longer")
+    assert note == "how long longer was trained is not recorded: it may be unequal to the other"
+
+
 def test_dry_run_writes_nothing(finetune: Finetune, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(Path().rglob("*"))
     assert finetune("--dry-run") == 0

@@ -1,0 +1,94 @@
+"""What a fine-tuned folder records of its training, and whether two networks were trained equally. Nothing heavy is imported."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgeon.util.files import check_fields, read_object
+from surgeon.util.outputs import RUN, SUMMARY, WEIGHTS
+from surgeon.util.tables import counted
+
+if TYPE_CHECKING:
+    from surgeon.records.recipe import BaseModel, Recipe
+
+_RUN_FIELDS = {"config": {"batch_size": int, "accumulate": int}, "data": {"train": {"samples": int}}}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training: optimizer steps, samples per step, and the fingerprint of the training data."""
+
+    steps: int
+    batch: int
+    data: dict[str, Any]
+
+    def told(self) -> str:
+        """In words: "300 steps of 32 from 800 samples"."""
+        return f"{counted(self.steps, 'step')} of {self.batch} from {counted(self.data['samples'], 'sample')}"
+
+
+def unequal_training(name: str, recipe: "Recipe | None", other: str, beside: "Recipe | None") -> str | None:
+    """Why the difference of two networks is not that of their structure alone, None if they were trained equally.
+
+    `name` and `other` are their names or folders, with the recipe if known. A folder that was not trained itself counts as the one
+    that it was converted from. Raises `CheckpointError` for records that cannot be read.
+    """
+    mine, its = _folder(name, recipe), _folder(other, beside)
+    if mine == its:
+        return None
+    first, second = _trained(mine, recipe), _trained(its, beside)
+    started = original_folder(recipe.base) if recipe is not None and recipe.base is not None else None
+    if first and (not second or (started is not None and _same(started, Path(other)))):
+        return _longer(name, other, converted=recipe is not None and bool(recipe.rules))
+    if second and not first:
+        return _longer(other, name, converted=beside is not None and bool(beside.rules))
+    if not first:
+        return None
+    a, b = _read(mine), _read(its)
+    if a is None or b is None:
+        return f"how long {name if a is None else other} was trained is not recorded: it may be unequal to the other"
+    if a == b:
+        return None
+    data = "; on other samples" if a.told() == b.told() else ""
+    return (
+        f"trained unequally, {name} for {a.told()}, {other} for {b.told()}{data}: the change is not the conversion's alone"
+    )
+
+
+def original_folder(base: "BaseModel") -> Path | None:
+    """The surgeon folder whose weights a base model has, if it was converted from one."""
+    file = Path(base.weights.path) if base.weights.kind == "file" and base.weights.path else None
+    return None if file is None or file.name != WEIGHTS else file.parent
+
+
+def _longer(name: str, other: str, *, converted: bool) -> str:
+    more = ": only --original with a plain run that was trained as long shows what the conversion brings"
+    return f"{name} was trained longer than {other}{more if converted else ''}"
+
+
+def _folder(name: str, recipe: "Recipe | None") -> Path:
+    """The folder of the training whose weights a network has, resolved; the name itself if there is none."""
+    path = Path(name)
+    if not (path / RUN).is_file() and recipe is not None and recipe.base is not None:
+        path = original_folder(recipe.base) or path
+    return path.resolve()
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
+
+
+def _trained(folder: Path, recipe: "Recipe | None") -> bool:
+    return (folder / RUN).is_file() or (recipe is not None and recipe.task is not None)
+
+
+def _read(folder: Path) -> Training | None:
+    """The training recorded in a folder; None if there is none, or it is incomplete."""
+    record, summary = folder / RUN, folder / SUMMARY
+    if not (record.is_file() and summary.is_file()):
+        return None
+    run, end = read_object(record), read_object(summary)
+    check_fields(run, _RUN_FIELDS, str(record))
+    check_fields(end, {"steps": int}, str(summary))
+    config = run["config"]
+    return Training(end["steps"], config["batch_size"] * config["accumulate"], run["data"]["train"])
