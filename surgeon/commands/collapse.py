@@ -92,6 +92,7 @@ def check(args: argparse.Namespace) -> None:
     if not args.dry_run:
         check_output(args.output, force=args.force)
     checks.run_folder(args.run)
+    checks.converted(args.run, "collapse")
     checks.folder(args.images, "--images", InputError)
 
 

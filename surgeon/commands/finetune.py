@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from surgeon.commands.common.arguments import (
 )
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
+from surgeon.records.training import check_resumed
 from surgeon.util.declared import training_defaults
 from surgeon.util.outputs import check_run_output, is_surgeon_folder
 from surgeon.util.parse import parse_span, parse_time
@@ -206,8 +208,6 @@ def check(args: argparse.Namespace) -> None:
         if args.presets:
             raise ConfigError(f"--preset {args.presets[0]} is a preset of a recipe, and --recipe is missing")
         settle(args)
-        if not args.dry_run:
-            check_run_output(_output(args, args.task), resume=args.resume, force=args.force)
     elif args.recipe.endswith(".json"):
         checks.file(args.recipe, "--recipe")
     else:
@@ -215,6 +215,19 @@ def check(args: argparse.Namespace) -> None:
     checks.folder(args.data, "--data")
     if args.model is not None:
         checks.model(args.model, args.weights)
+    if not args.dry_run and (args.output or args.model):
+        _check_run(args)
+
+
+def _check_run(args: argparse.Namespace) -> None:
+    """Refuse an occupied output, and options that contradict those of the run to resume."""
+    output = _output(args, args.task if args.recipe is None else Path(args.recipe).stem)
+    check_run_output(output, resume=args.resume, force=args.force)
+    if args.resume:
+        defaults = training_defaults()
+        given = _given(args, (*defaults, "milestones"))
+        config = given if args.recipe is not None else defaults | given
+        check_resumed(output, model=args.model, task=args.task, config=config, options=dict(args.task_options))
 
 
 def _output(args: argparse.Namespace, what: str) -> Path:
@@ -291,12 +304,18 @@ def read_config(
 
     from surgeon.zoo.finetune import FinetuneConfig
 
-    given = {f.name: getattr(args, f.name) for f in fields(FinetuneConfig) if getattr(args, f.name, None) is not None}
+    given = _given(args, [field.name for field in fields(FinetuneConfig)])
+    return FinetuneConfig(**given) if recipe is None else recipe.config(model, **given)
+
+
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The options of the run's config, of these names, that were given."""
+    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     if "max_time" in given:
         given["max_time"] = parse_time(given["max_time"], "--max-time")
     if given.get("clip") == 0:
         given["clip"] = None
-    return FinetuneConfig(**given) if recipe is None else recipe.config(model, **given)
+    return given
 
 
 def _source(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None") -> tuple[Any, Any, Any]:

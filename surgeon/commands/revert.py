@@ -25,6 +25,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuse invalid arguments before torch is loaded."""
     check_output(args.output, force=args.force)
     checks.run_folder(args.run)
+    checks.converted(args.run, "revert")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -88,6 +88,7 @@ def check(args: argparse.Namespace) -> None:
     checks.recipe(args.recipe)
     checks.layer_type(args.type, checks.layer_options(args.type, args.options))
     checks.model(args.model, args.weights)
+    checks.plain(args.model, "a trial")
     settle(args)
     check_trial_output(_output(args), resume=args.resume, force=args.force)
 

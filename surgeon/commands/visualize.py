@@ -58,6 +58,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuse invalid arguments before torch is loaded."""
     _check_output(Path(args.output), args)
     checks.run_folder(args.run)
+    checks.converted(args.run, "draw")
     for picture in args.images:
         if Path(picture).is_dir():
             raise InputError(f"IMAGE: {picture} is a folder; name its pictures, such as {picture.rstrip('/')}/*.png")

@@ -7,6 +7,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from surgeon.errors import CheckpointError, ConfigError, ModelError, RecipeError
+from surgeon.records.recipe import CONVOLUTION
 from surgeon.util.files import read_object, told
 from surgeon.util.near import did_you_mean
 from surgeon.util.outputs import RECIPE, RUN, SEARCH, TRIAL, is_surgeon_folder
@@ -53,6 +54,25 @@ def check_trust(path: str | Path) -> None:
         base = read_object(Path(path, RECIPE), RecipeError).get("base")
         if isinstance(base, dict) and base.get("source") == "factory":
             raise untrusted(str(base.get("name")))
+
+
+def has_dynamic_layers(path: str | Path) -> bool | None:
+    """Whether the model of a surgeon folder has dynamic layers, as far as its recipe tells; None where it does not.
+
+    Networks of a library have none but by rules; others may be made with them.
+    """
+    if HUB.fullmatch(str(path)) or not is_surgeon_folder(path):
+        return None
+    try:
+        values = read_object(Path(path, RECIPE), RecipeError)
+    except RecipeError:  # what reads all of it says more
+        return None
+    rules, base = values.get("rules"), values.get("base")
+    if not isinstance(rules, list) or not isinstance(base, dict):
+        return None
+    if any(isinstance(rule, dict) and rule.get("type") != CONVOLUTION for rule in rules):
+        return True
+    return False if base.get("source") in ("timm", "torchvision") else None
 
 
 def untrusted(factory: str) -> ModelError:

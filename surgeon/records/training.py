@@ -1,9 +1,12 @@
-"""What a fine-tuned folder records of its training, and whether two networks were trained equally. Nothing heavy is imported."""
+"""What a fine-tuned folder records of its training: whether a run may be resumed with these options, and whether two networks
+were trained equally. Nothing heavy is imported."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon.errors import ConfigError
 from surgeon.util.files import check_fields, read_object
 from surgeon.util.outputs import RUN, SUMMARY, WEIGHTS
 from surgeon.util.tables import counted
@@ -12,6 +15,50 @@ if TYPE_CHECKING:
     from surgeon.records.recipe import BaseModel, Recipe
 
 _RUN_FIELDS = {"config": {"batch_size": int, "accumulate": int}, "data": {"train": {"samples": int}}}
+
+# Options that may differ when a run is resumed: none of them changes the weights that a step leads to.
+_FREE = ("max_time", "workers", "log_every")
+# Neither do these, but they change what is kept or when the run ends: a note reports that.
+_TOLD = ("eval_batch_size", "eval_every", "patience", "checkpoint_every", "max_rollbacks", "device")
+_BEFORE = {"fan_in_lr": False}  # what options that came later amount to in runs that do not record them
+_PLACES = ("data", "train", "val")  # options that locate the data
+
+
+def check_same_options(old: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Notes on options that may differ between a run and its resumption, by their records; `ConfigError` names the others."""
+    changed = [f"{key} was {old[key]!r} and is {now[key]!r}" for key in ("model", "task") if old[key] != now[key]]
+    notes = []
+    moved = _PLACES if "data" in old else ()  # the data themselves say more than their path
+    for part, free in (("options", moved), ("config", _FREE)):
+        before, given = old[part], now[part]
+        if part == "config":
+            before = _BEFORE | before
+        for key in [key for key in {**before, **given} if key not in free and before.get(key) != given.get(key)]:
+            told = f"{key} was {before.get(key)!r} and is {given.get(key)!r}"
+            if part == "config" and key in _TOLD:
+                notes.append(f"resumed with another option: {told}")
+            else:
+                changed.append(told)
+    if changed:
+        raise ConfigError(f"a run must be resumed with the options it started with, but {'; '.join(changed)}")
+    return notes
+
+
+def check_resumed(
+    output: Path, *, model: str | None, task: str | None, config: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
+    """Raise `ConfigError` if these options contradict those of the run in a folder; what is not among them counts as the same.
+
+    Texts among the task's `options` are left to the task, which may read them as something else.
+    """
+    old = read_object(output / RUN)
+    parts = {part: old.get(part) for part in ("options", "config")}
+    if not all(isinstance(values, dict) for values in parts.values()) or not {"model", "task"} <= set(old):
+        return  # what reads all of it says more
+    given = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+    given = {key: value for key, value in given.items() if not isinstance(value, str | Path)}
+    now = {"model": model or old["model"], "task": task or old["task"]}
+    check_same_options(old, now | {"options": parts["options"] | given, "config": parts["config"] | dict(config)})
 
 
 @dataclass(frozen=True)
@@ -50,9 +97,7 @@ def unequal_training(name: str, recipe: "Recipe | None", other: str, beside: "Re
     if a == b:
         return None
     data = "; on other samples" if a.told() == b.told() else ""
-    return (
-        f"trained unequally, {name} for {a.told()}, {other} for {b.told()}{data}: the change is not the conversion's alone"
-    )
+    return f"trained unequally, {name} for {a.told()}, {other} for {b.told()}{data}: the change is not the conversion's alone"
 
 
 def original_folder(base: "BaseModel") -> Path | None:

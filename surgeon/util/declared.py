@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from surgeon.errors import ConfigError, RecipeError
 from surgeon.util.kinds import fits, readable
-from surgeon.util.limits import CHOICES, WORDS, Limits, check_choice, check_limits, merged
+from surgeon.util.limits import CHOICES, RANGES, WORDS, Limits, check_choice, check_limits, check_range, merged
 from surgeon.util.near import did_you_mean
 
 _TYPES = {"Any": Any, "Literal": Literal, "Path": Path}
@@ -22,12 +22,13 @@ _TYPES = {"Any": Any, "Literal": Literal, "Path": Path}
 
 @dataclass(frozen=True)
 class Declared:
-    """A layer type or a task: the type of each option, the limits of numbers, the choices of words, whether it declares
-    `compressed` options."""
+    """A layer type or a task: the type of each option, the limits of numbers, the choices of words, which options are ranges,
+    whether it declares `compressed` options."""
 
     options: dict[str, Any]
     limits: Limits
     choices: dict[str, tuple[Any, ...]]
+    ranges: tuple[str, ...] = ()
     compressed: bool = False
 
 
@@ -128,6 +129,8 @@ def _check_kinds(where: str, found: Declared, options: dict[str, Any], flags: Ma
         check_limits(shown, value, found.limits.get(name, {}))
         if name in found.choices:
             check_choice(shown, value, found.choices[name])
+        if name in found.ranges:
+            check_range(shown, value)
 
 
 # --- reading the source -------------------------------------------------------------------------------------------
@@ -163,25 +166,30 @@ def _assigned(one: ast.ClassDef) -> Iterator[tuple[str, ast.expr | None, ast.exp
             yield node.targets[0].id, None, node.value
 
 
-def _config(name: str, classes: dict[str, ast.ClassDef]) -> tuple[dict[str, Any], Limits, dict[str, tuple[Any, ...]]]:
-    """(fields, limits, choices) of a config and its base classes; the types of its fields are `Any` where not plain."""
+def _config(
+    name: str, classes: dict[str, ast.ClassDef]
+) -> tuple[dict[str, Any], Limits, dict[str, tuple[Any, ...]], tuple[str, ...]]:
+    """(fields, limits, choices, ranges) of a config and its base classes; the types of its fields are `Any` where not plain."""
     fields: dict[str, Any] = {}
     limits: Limits = {}
     choices: dict[str, tuple[Any, ...]] = {}
+    ranges: tuple[str, ...] = ()
     if name not in classes:
-        return fields, limits, choices
+        return fields, limits, choices, ranges
     for base in classes[name].bases:
         if isinstance(base, ast.Name):
-            more, inherited, words = _config(base.id, classes)
-            fields, limits, choices = fields | more, limits | inherited, choices | words
+            more, inherited, words, spans = _config(base.id, classes)
+            fields, limits, choices, ranges = fields | more, limits | inherited, choices | words, ranges + spans
     for field, annotation, value in _assigned(classes[name]):
         if field in WORDS and value is not None:
             limits = merged(limits, field, ast.literal_eval(value))
         elif field == CHOICES and value is not None:
             choices = choices | ast.literal_eval(value)
+        elif field == RANGES and value is not None:
+            ranges += ast.literal_eval(value)
         elif annotation is not None and not ast.unparse(annotation).startswith("ClassVar"):
             fields[field] = _type(annotation)
-    return fields, limits, choices
+    return fields, limits, choices, ranges
 
 
 def _type(annotation: ast.expr) -> Any:

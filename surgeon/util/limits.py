@@ -1,9 +1,10 @@
 """Limits of options, as classes declare them: of numbers, where `least` and `most` are allowed themselves, `above` and `below` not,
-and the words that an option may be.
+the words that an option may be, and options that are a number or a range of numbers such as "0-55".
 
 least: ClassVar[Mapping[str, float]] = {"patch": 1}
 above: ClassVar[Mapping[str, float]] = {"val_fraction": 0}
 choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"predicts": ("image", "noise")}
+ranges: ClassVar[tuple[str, ...]] = ("sigma",)
 """
 
 import operator
@@ -12,8 +13,10 @@ from typing import Any
 
 from surgeon.errors import ConfigError
 from surgeon.util.near import did_you_mean
+from surgeon.util.parse import number_range
 
 CHOICES = "choices"
+RANGES = "ranges"
 Limits = dict[str, dict[str, float]]  # by option, then by word
 
 WORDS = {
@@ -59,3 +62,14 @@ def check_choice(shown: str, value: Any, known: tuple[Any, ...]) -> None:
     if value not in known:
         near = did_you_mean(value, map(str, known))
         raise ConfigError(f"{shown} must be one of {', '.join(map(str, known))}, got {value!r}{'.' * bool(near)}{near}")
+
+
+def ranges_of(kind: type) -> tuple[str, ...]:
+    """The options that are a number or a range, declared by a class and its bases."""
+    return tuple(name for base in reversed(kind.__mro__) for name in vars(base).get(RANGES, ()))
+
+
+def check_range(shown: str, value: Any) -> None:
+    """Raise `ConfigError` for what is no number or range of numbers; None, an option that is not given, is neither."""
+    if value is not None:
+        number_range(shown, value)

@@ -10,6 +10,7 @@ _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _MOST = 1e24
 _SPAN = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(|ep|%)")
 _TIME = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([smhd]?)")
+_NUMBER = r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)"
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _QUANTITY = re.compile(
     r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?|\.[0-9]+)\s*([kmgt]?i?)(b|flops?|macs?)?\s*", re.IGNORECASE
@@ -80,6 +81,15 @@ def parse_time(text: str | float, what: str = "time") -> float:
     if match is None or float(match[1]) == 0:
         raise ConfigError(f"{what}: expected a time such as 90s, 30m or 1.5h, got {text!r}")
     return float(match[1]) * _SECONDS[match[2]]
+
+
+def number_range(name: str, value: float | str) -> tuple[float, float]:
+    """(low, high) of a number or of a string such as "0-55"; raises `ConfigError`."""
+    match = re.fullmatch(rf"{_NUMBER}(?:\s*-\s*{_NUMBER})?", str(value).strip())
+    low, high = (float(match[1]), float(match[2] or match[1])) if match else (1.0, 0.0)
+    if low > high:
+        raise ConfigError(f"{name} must be a number of at least 0, or a range such as 0-55, got {value!r}")
+    return low, high
 
 
 def mebibytes(count: float) -> str:

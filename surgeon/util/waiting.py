@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 _PATIENCE = 2.0  # seconds before the first message
-_PIPE = 10.0  # seconds before the next line in a pipe; doubles each time, up to a minute
+_PIPE = 10.0  # seconds before the second line in a pipe
 _LATEST = 60.0
 _CLEAR = "\r\x1b[2K"
 
@@ -34,6 +34,11 @@ def waiting(what: str, *, quiet: bool = False, after: float = _PATIENCE, file: T
         thread.join()
 
 
+def longer(pause: float) -> float:
+    """Seconds from one line in a pipe to the next, after those before it: ten, then doubled, up to a minute."""
+    return min(max(2 * pause, _PIPE), _LATEST)
+
+
 def _tell(what: str, stream: TextIO, terminal: bool, after: float, done: threading.Event) -> None:
     began, pause, told = time.monotonic(), after, False
     while not done.wait(pause):
@@ -43,7 +48,7 @@ def _tell(what: str, stream: TextIO, terminal: bool, after: float, done: threadi
             stream.flush()
         except (OSError, ValueError):  # nobody is listening anymore
             return
-        told, pause = True, 1.0 if terminal else min(max(2 * pause, _PIPE), _LATEST)
+        told, pause = True, 1.0 if terminal else longer(pause)
     if told and terminal:
         stream.write(_CLEAR)
         stream.flush()

@@ -1,6 +1,7 @@
 """Importing starts nothing: no torch for the package and its command line, no GPU, and an answer at once."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import surgeon
+from surgeon.util.declared import training_defaults
 from tests.support.places import ROOT
 
 
@@ -100,6 +102,17 @@ WRONG = {
     "gains resnet18 --task sad --batches 3": "--batches must be at least 4, got 3",
     "visualize run . -o x": "IMAGE: . is a folder; name its pictures",
     "export resnet18 -o there.onnx": "there.onnx exists",
+    "finetune resnet18 --task denoising --data . --task-option sigma=55-0": "sigma must be .* a range such as 0-55, got '55-0'",
+    "visualize plain there.onnx -o x": "plain has no dynamic layer: there is nothing to draw",
+    "revert plain -o x": "plain has no dynamic layer: there is nothing to revert",
+    "collapse plain -o x": "plain has no dynamic layer: there is nothing to collapse",
+    "try converted --task sad": "a trial starts from a plain model, and converted has dynamic layers: surgeon revert",
+    "search converted --task sad": "a search starts from a plain model, and converted has dynamic layers",
+    "finetune plain --task sad -o r --resume": "a run must be .* but lr was 0.5 and is 0.0003$",
+    "finetune plain --task sad -o r --resume --lr 0.1": "a run must be .* but lr was 0.5 and is 0.1$",
+    "finetune converted --task sad -o r --resume --lr 0.5": "but model was 'plain' and is 'converted'$",
+    "finetune plain --task sad -o r --resume --lr 0.5 --task-option share=0.5": "but share was 0.1 and is 0.5$",
+    "finetune plain --recipe lenet -o r --resume --lr 0.1": "but lr was 0.5 and is 0.1$",
     "collapse runs/absent --tolerance 0.1 -o x": "--tolerance needs --images",
 }
 
@@ -107,9 +120,19 @@ WRONG = {
 def test_what_is_wrong_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
     """Each within half a second of processor time (it takes 0.1 s); importing torch alone takes more than one."""
     (tmp_path / "there.onnx").touch()
-    for file in ("s/study.jsonl", "run/recipe.json"):
-        (tmp_path / file).parent.mkdir()
-        (tmp_path / file).write_text("{}")
+    base = {"source": "timm", "name": "resnet18"}
+    rules = [{"layers": "conv1", "type": "conv"}, {"layers": "layer1.0.conv1", "type": "acda"}]
+    config = training_defaults() | {"lr": 0.5}
+    record = {"model": "plain", "task": "sad", "options": {"share": 0.1}, "config": config}
+    for file, values in {
+        "s/study.jsonl": {},
+        "run/recipe.json": {},
+        "plain/recipe.json": {"base": base, "rules": rules[:1]},
+        "converted/recipe.json": {"base": base, "rules": rules},
+        "r/training/run.json": record,
+    }.items():
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text(json.dumps(values))
     code = f"""
 import contextlib, io, os, re, sys, time
 from surgeon.cli import main
@@ -125,14 +148,14 @@ for call, told in {WRONG!r}.items():
 print("torch" in sys.modules, sorted(os.listdir()))
 """
     done = run(code)
-    assert done.stdout == "False ['run', 's', 'there.onnx']\n", done.stdout + done.stderr
+    assert done.stdout == "False ['converted', 'plain', 'r', 'run', 's', 'there.onnx']\n", done.stdout + done.stderr
 
 
 def test_what_is_declared_is_what_is_registered() -> None:
     """The options read from the source are those of the classes, with their types."""
     from surgeon.layers.registry import layer_class, layer_types
     from surgeon.util import declared
-    from surgeon.util.limits import limits_of
+    from surgeon.util.limits import choices_of, limits_of, ranges_of
     from surgeon.zoo.tasks import task_class, task_names
 
     for found, names, config in (
@@ -145,6 +168,8 @@ def test_what_is_declared_is_what_is_registered() -> None:
             hints = typing.get_type_hints(kind)
             assert one.options == {field.name: hints[field.name] for field in dataclasses.fields(kind)}
             assert one.limits == limits_of(kind)
+            assert one.choices == choices_of(kind)
+            assert one.ranges == ranges_of(kind)
             assert one.compressed == bool(getattr(kind, "compressed", None))
 
 

@@ -12,11 +12,6 @@ SCHEDULES = ("cosine", "poly", "step", "multistep", "tanh", "constant")
 PRECISIONS = ("no", "fp16", "bf16")
 DEVICES = "auto", "cpu", "cuda", "cuda:N"
 KEEP = ("best", "last")
-# Options that may differ when a run is resumed: none of them changes the weights that a step leads to.
-FREE = ("max_time", "workers", "log_every")
-# Neither do these, but they change what is kept or when the run ends: a note reports that.
-TOLD = ("eval_batch_size", "eval_every", "patience", "checkpoint_every", "max_rollbacks", "device")
-BEFORE = {"fan_in_lr": False}  # what options that came later amount to in runs that do not record them
 
 
 @dataclass(frozen=True, kw_only=True)

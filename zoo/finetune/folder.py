@@ -20,9 +20,10 @@ from surgeon.models.checkpoint import save
 from surgeon.records.collapse_report import CollapseReport
 from surgeon.records.recipe import BaseModel, versions
 from surgeon.records.report import Report
+from surgeon.records.training import check_same_options
 from surgeon.util.files import check_fields, read_object, sync
 from surgeon.util.outputs import RECIPE, RUN, SUMMARY, check_run_output
-from surgeon.zoo.finetune.config import BEFORE, FREE, TOLD, FinetuneConfig
+from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.state import read_log, write_text
 from surgeon.zoo.finetune.summary import Summary
 from surgeon.zoo.tasks import Task
@@ -31,7 +32,6 @@ from surgeon.zoo.tasks.data.fingerprint import changes, fingerprint
 FORMAT = "surgeon-finetune"
 VERSION = 1
 LOCK = ".lock"
-_PLACES = ("data", "train", "val")  # options that locate the data
 _FIELDS = {
     **dict.fromkeys(("model", "weights", "task"), str),
     **dict.fromkeys(("options", "config", "versions"), dict),
@@ -144,23 +144,7 @@ class RunFolder:
         """
         old = self.read_record()
         list(read_log(self.training / "log.jsonl"))
-        changed = [
-            f"{key} was {old[key]!r} and is {record[key]!r}" for key in ("model", "task") if old[key] != record[key]
-        ]
-        notes = []
-        moved = _PLACES if "data" in old else ()  # the data themselves say more than their path
-        for part, free in (("options", moved), ("config", FREE)):
-            before, now = old[part], record[part]
-            if part == "config":
-                before = BEFORE | before
-            for key in [key for key in {**before, **now} if key not in free and before.get(key) != now.get(key)]:
-                told = f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-                if part == "config" and key in TOLD:
-                    notes.append(f"resumed with another option: {told}")
-                else:
-                    changed.append(told)
-        if changed:
-            raise ConfigError(f"a run must be resumed with the options it started with, but {'; '.join(changed)}")
+        notes = check_same_options(old, record)
         other = changes(old["data"], record["data"]) if "data" in old else []
         if other:
             raise DataError(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from surgeon.util.limits import check_choice, check_limits, choices_of, limits_of
+from surgeon.util.limits import check_choice, check_limits, check_range, choices_of, limits_of, ranges_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +33,8 @@ class TaskConfig:
 
     `data` is a folder whose layout the task's docstring describes (None only for tasks that generate their data).
     `input_size`, `mean` and `std` default to the model's, if it has its own. `least`, `above`, `most` and `below` hold limits of
-    numbers, `choices` the words that an option may be (`surgeon.util.limits`), read from the source, too; a subclass adds its own.
+    numbers, `choices` the words that an option may be, `ranges` options that are a number or a range (`surgeon.util.limits`), read
+    from the source, too; a subclass adds its own.
     """
 
     least: ClassVar[Mapping[str, float]] = {"train_limit": 1, "val_limit": 1}
@@ -50,6 +51,8 @@ class TaskConfig:
             check_limits(name, getattr(self, name), limits)
         for name, known in choices_of(type(self)).items():
             check_choice(name, getattr(self, name), known)
+        for name in ranges_of(type(self)):
+            check_range(name, getattr(self, name))
 
 
 class TaskDataset(Dataset[Sample]):

@@ -10,12 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from surgeon.errors import ConfigError
+from surgeon.util.parse import number_range
 from surgeon.zoo.bayer import PATTERNS, bayer_mask, tell_pattern
 from surgeon.zoo.tasks.base import Batch, Sample, TaskConfig
 from surgeon.zoo.tasks.data.draws import turned
 from surgeon.zoo.tasks.data.images import cut, random_box, to_tensor, unpadded
 from surgeon.zoo.tasks.registry import register
-from surgeon.zoo.tasks.support.noise import heteroskedastic, log_uniform, number_range
+from surgeon.zoo.tasks.support.noise import heteroskedastic, log_uniform
 from surgeon.zoo.tasks.support.pictures import to_image
 from surgeon.zoo.tasks.support.restoration import RestorationConfig, RestorationTask
 
@@ -44,6 +45,7 @@ class DemosaickingConfig(RestorationConfig):
 
     least: ClassVar[Mapping[str, float]] = {"shot": 0, "read": 0, "border": 0}
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"input": ("mosaic3", "packed4", "mosaic1")}
+    ranges: ClassVar[tuple[str, ...]] = ("shot", "read")
 
     pattern: str = "RGGB"
     input: str = "mosaic3"
@@ -56,8 +58,6 @@ class DemosaickingConfig(RestorationConfig):
         object.__setattr__(self, "pattern", self.pattern.upper())
         if self.pattern not in PATTERNS:
             raise ConfigError(f"pattern must be one of {', '.join(PATTERNS)}, got {self.pattern!r}")
-        number_range("shot", self.shot)
-        number_range("read", self.read)
         if self.color is False:
             raise ConfigError("demosaicking produces color images; color=false does not apply")
         if self.patch is not None and self.patch % 2:

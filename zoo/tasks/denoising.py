@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from surgeon.util.parse import number_range
 from surgeon.zoo.tasks.base import Batch, Sample, TaskConfig
 from surgeon.zoo.tasks.data.draws import turned, uniform
 from surgeon.zoo.tasks.data.images import cut, random_box, to_tensor
 from surgeon.zoo.tasks.registry import register
-from surgeon.zoo.tasks.support.noise import gaussian, number_range
+from surgeon.zoo.tasks.support.noise import gaussian
 from surgeon.zoo.tasks.support.restoration import RestorationConfig, RestorationTask
 
 
@@ -26,16 +27,11 @@ class DenoisingConfig(RestorationConfig):
 
     least: ClassVar[Mapping[str, float]] = {"sigma": 0, "val_sigma": 0}
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"predicts": ("image", "noise")}
+    ranges: ClassVar[tuple[str, ...]] = ("sigma", "val_sigma")
 
     sigma: float | str = 25.0
     val_sigma: float | None = None
     predicts: str = "image"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        number_range("sigma", self.sigma)
-        if self.val_sigma is not None:
-            number_range("val_sigma", self.val_sigma)
 
 
 @register

@@ -19,6 +19,7 @@ from surgeon.models.places import (
     check_search,
     check_trust,
     check_weights,
+    has_dynamic_layers,
 )
 from surgeon.util import declared
 from surgeon.util.bounds import FLAGS, parse_bound
@@ -38,6 +39,20 @@ def run_folder(name: str) -> None:
     """Check a folder written by surgeon, or a name on the Hub."""
     if HUB.fullmatch(name) is None:
         check_folder(name)
+
+
+def converted(name: str, what: str) -> None:
+    """Check that a folder's model has dynamic layers, as far as its recipe tells; `what` would be done with them."""
+    if has_dynamic_layers(name) is False:
+        raise InputError(f"{name} has no dynamic layer: there is nothing to {what}")
+
+
+def plain(name: str, what: str) -> None:
+    """Check that a folder's model has no dynamic layers, as far as its recipe tells; `what` starts from it."""
+    if has_dynamic_layers(name):
+        raise ConfigError(
+            f"{what} starts from a plain model, and {name} has dynamic layers: surgeon revert makes it one"
+        )
 
 
 def trust(args: argparse.Namespace) -> None:

@@ -9,12 +9,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from surgeon.util.tables import error, paragraph, table
+from surgeon.util.waiting import longer
 
 if TYPE_CHECKING:
     from surgeon.sites.sites import ConvSite
     from surgeon.surgery.verify import Verification
 
-_EVERY = 2.0  # seconds between lines if stderr is not a terminal
+_FIRST = 2.0  # seconds before the first line if stderr is not a terminal
 
 
 def width() -> int:
@@ -25,15 +26,15 @@ def width() -> int:
 
 
 class Progress:
-    """A callable `(stage, done, total)` that shows progress on stderr: bars on a terminal, otherwise an occasional line."""
+    """A callable `(stage, done, total)` that shows progress on stderr: bars on a terminal, otherwise lines at growing intervals."""
 
     def __init__(self, *, enabled: bool = True) -> None:
         self.enabled = enabled
         self._terminal = False
         self._bar: Any = None  # of the stage on a terminal
         self._drawing = threading.Lock()
-        self._last = time.monotonic()
-        self._stage = ""  # last one reported, if stderr is not a terminal
+        self._last, self._pause = time.monotonic(), _FIRST  # of the lines, if stderr is not a terminal
+        self._stage = ""  # last one reported there
         self._ended = threading.Event()
         self._beat: threading.Thread | None = None
 
@@ -61,24 +62,29 @@ class Progress:
                     self._bar.refresh()
 
     def _tell_of_waits(self) -> None:
-        """A line for a long stage: after two seconds, then after ten, doubling each time, up to a minute."""
-        stage, began, pause = "", time.monotonic(), _EVERY
+        """A line for a stage that reports nothing for long."""
+        stage, began = "", time.monotonic()
         while not self._ended.wait(0.25):
             now = time.monotonic()
             if self._stage != stage:
-                stage, began, pause = self._stage, now, _EVERY
-            elif stage and now - max(self._last, began) >= pause:
-                self._last, pause = now, min(max(2 * pause, 10.0), 60.0)
-                print(f"surgeon: {stage}, {now - began:.0f} s", file=sys.stderr, flush=True)
+                stage, began = self._stage, now
+            elif stage and now - began >= _FIRST:
+                self._tell(f"{stage}, {now - began:.0f} s")
+
+    def _tell(self, text: str) -> None:
+        """Print a line after two seconds, another ten later, and then after twice as long each time, up to a minute."""
+        with self._drawing:
+            now = time.monotonic()
+            if self.enabled and now - self._last >= self._pause:
+                self._last, self._pause = now, longer(self._pause)
+                print(f"surgeon: {text}", file=sys.stderr, flush=True)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self._terminal:
             self._show(stage, done, total)
             return
         self._stage = f"{stage} {done}/{total}" if total > 1 else stage
-        if self.enabled and time.monotonic() - self._last >= _EVERY:
-            self._last = time.monotonic()
-            print(f"surgeon: {self._stage}", file=sys.stderr, flush=True)
+        self._tell(self._stage)
 
     def _show(self, stage: str, done: int, total: int) -> None:
         """Advance the bar, or replace that of an earlier stage."""

@@ -68,6 +68,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 def check_task(args: argparse.Namespace) -> None:
     """Refuse an invalid model, task or space before torch is loaded; settles the task."""
     checks.model(args.model, args.weights)
+    checks.plain(args.model, "a search")
     settle(args)
     for kind in args.types:
         checks.layer_type(kind)

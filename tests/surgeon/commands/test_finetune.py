@@ -95,9 +95,7 @@ def test_an_original_is_named_by_its_folder(tmp_path: Path, monkeypatch: pytest.
     assert _named(replace(base, weights=Weights(kind="random"))) == "test_resnet"
 
 
-def test_unequal_training_is_told_of_a_named_original(
-    finetune: Finetune, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unequal_training_is_told_of_a_named_original(finetune: Finetune, capsys: pytest.CaptureFixture[str]) -> None:
     def train(output: str, *more: str) -> None:
         assert main(["finetune", FACTORY, "--task", "tiny-regression", *SHORT, "-o", output, "--quiet", *more]) == 0
 
@@ -121,7 +119,10 @@ def test_unequal_training_is_told_of_a_named_original(
     assert note.startswith(f"tuned was trained longer than {FACTORY}: only --original with a plain run")
     (note,) = notes("start", "equal")
     assert note == "equal was trained longer than start"
-    assert main(["convert", "equal", "--type", "pafu", "-o", "after", "--trust-factory", "--quiet", "--layers", "middle"]) == 0
+    assert (
+        main(["convert", "equal", "--type", "pafu", "-o", "after", "--trust-factory", "--quiet", "--layers", "middle"])
+        == 0
+    )
     assert notes("after", "auto") == [], "the same weights"
     (note,) = notes("after", "longer")
     assert note.startswith("trained unequally, after for 6 steps")

@@ -50,18 +50,26 @@ def test_loading_libraries_is_told_in_a_pipe(
 def test_a_stage_that_takes_long_is_told_in_a_pipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(console, "_EVERY", 0.1)
+    monkeypatch.setattr(console, "_FIRST", 0.1)
     with console.Progress() as progress:
         progress("trace", 0, 1)
         time.sleep(0.8)
         progress("check", 0, 4)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "surgeon: trace, 0 s"
-    assert lines[-1] == "surgeon: check 0/4"
+    assert capsys.readouterr().err == "surgeon: trace, 0 s\n", "the next one comes ten seconds later"
     with console.Progress(enabled=False) as progress:
         progress("trace", 0, 1)
         time.sleep(0.4)
     assert capsys.readouterr().err == ""
+
+
+def test_lines_in_a_pipe_become_rare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A picture took several lines in a log, one every two seconds."""
+    seconds = iter(range(300))
+    monkeypatch.setattr(console, "time", argparse.Namespace(monotonic=lambda: next(seconds)))
+    progress = console.Progress()
+    for done in range(1, 200):
+        progress("draw", done, 200)
+    assert capsys.readouterr().err.splitlines() == [f"surgeon: draw {n}/200" for n in (2, 12, 32, 72, 132, 192)]
 
 
 def test_a_slow_export_names_what_is_faster(

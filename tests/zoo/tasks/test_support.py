@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from surgeon.errors import ConfigError, DataError
+from surgeon.util.parse import number_range
 from surgeon.zoo.tasks import create_task
 from surgeon.zoo.tasks.data import files, images
 from surgeon.zoo.tasks.data.draws import global_seed, turned, turned_back
@@ -27,7 +28,7 @@ from surgeon.zoo.tasks.data.files import (
 )
 from surgeon.zoo.tasks.data.images import by_size, collate_padded, luma, on_multiple, unpadded
 from surgeon.zoo.tasks.support.metrics import eight_bit, image_mean, pixel_loss, psnr, ssim
-from surgeon.zoo.tasks.support.noise import gaussian, heteroskedastic, number_range
+from surgeon.zoo.tasks.support.noise import gaussian, heteroskedastic
 from surgeon.zoo.tasks.support.pictures import heat, labels_image, sheet, to_image
 from tests.support.training.task_data import photo
 

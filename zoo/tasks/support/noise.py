@@ -1,25 +1,11 @@
 """Camera noise: Gaussian and signal-dependent."""
 
 import math
-import re
 
 import torch
 from torch import Tensor
 
-from surgeon.errors import ConfigError
 from surgeon.zoo.tasks.data.draws import uniform
-
-_NUMBER = r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)"
-
-
-def number_range(name: str, value: float | str) -> tuple[float, float]:
-    """(low, high) of a number or of a string such as "0-55"; raises `ConfigError`."""
-    text = str(value).strip()
-    match = re.fullmatch(rf"{_NUMBER}(?:\s*-\s*{_NUMBER})?", text)
-    low, high = (float(match[1]), float(match[2] or match[1])) if match else (1.0, 0.0)
-    if low > high:
-        raise ConfigError(f"{name} must be a number of at least 0, or a range such as 0-55, got {value!r}")
-    return low, high
 
 
 def gaussian(x: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
