@@ -26,9 +26,10 @@ from surgeon.surgery.running import outputs, run
 from surgeon.surgery.verify import Settled, Verification, judge, measure
 from surgeon.util.copying import copy_model
 from surgeon.util.progress import OnProgress, silent
-from surgeon.util.tables import counted
 
 CHUNK = 8  # images per forward pass
+UNSEEN = "its parameters allow it to vary, and no images were given to see whether it does"
+NOT_SELECTED = "not selected"
 
 
 def collapse(
@@ -155,7 +156,7 @@ class _Folding:
             return f"layers of type {layer.type_name} do not expose what varies in them"
         if self.images:
             return "the forward pass does not reach it"
-        return "its parameters allow it to vary, and no images were given to see whether it does"
+        return UNSEEN
 
     # --- the operation ------------------------------------------------------------------------------------------------
 
@@ -243,7 +244,7 @@ def _entry(folding: _Folding, name: str, layer: DynamicConv2d, calls: list[Call]
         name=name,
         type=layer.type_name,
         folded=conv is not None,
-        reason="" if conv is not None else folding.reasons.get(name, "not selected"),
+        reason="" if conv is not None else folding.reasons.get(name, NOT_SELECTED),
         evidence=None if found is None else found.kind,
         variation=None if found is None else found.variation,
         pixels=0 if found is None else found.pixels,
@@ -277,15 +278,24 @@ def _conclude(report: CollapseReport, folding: _Folding, verification: Verificat
 
 
 def _nothing(report: CollapseReport) -> str:
+    """Which layers cannot be folded, why, and what would help."""
     groups: dict[str, list[str]] = {}
-    for layer in report.layers:
+    tried = [layer for layer in report.layers if layer.reason != NOT_SELECTED]
+    for layer in tried:
         groups.setdefault(layer.reason, []).append(layer.name)
     reasons = "; ".join(
         f"{reason} ({', '.join(names[:3])}{', ...' if names[3:] else ''})" for reason, names in groups.items()
     )
     least = min((x.variation for x in report.kept if x.variation), default=None)
-    hint = "" if least is None else f". The least variation is {least:.2g}: a tolerance of that folds one layer"
-    return f"none of {counted(len(report.layers), 'dynamic layer')} can be folded: {reasons}{hint}"
+    hint = (
+        ""
+        if least is None
+        else f". The least variation is {least:.2g}: a tolerance (--tolerance) of that folds one layer"
+    )
+    if UNSEEN in groups:
+        hint = ". Images show it: --images DIR, in Python calibration="
+    which = "the dynamic layer cannot" if len(tried) == 1 else f"none of the {len(tried)} dynamic layers can"
+    return f"{which} be folded: {reasons}{hint}"
 
 
 def _flops(model: nn.Module, inputs: Inputs) -> int | None:

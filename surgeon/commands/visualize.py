@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import add_trust, print_json, size, tell
-from surgeon.errors import ConfigError, InputError
+from surgeon.errors import ConfigError, DataError, InputError
+from surgeon.util.picture_files import check_supported
 from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"IMAGE: {picture} is a folder; name its pictures, such as {picture.rstrip('/')}/*.png")
         if not Path(picture).is_file():
             raise InputError(f"IMAGE: there is no picture {picture}")
+        try:
+            check_supported(Path(picture))
+        except DataError as error:
+            raise InputError(f"IMAGE: {error}") from error
     named = args.against not in (None, "auto")
     if named:
         checks.model(args.against)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgeon.errors import ConfigError, DataError
+from surgeon.util.tables import counted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,12 +40,20 @@ def files_below(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[Path
     if broken:
         shown = "\n".join(f"  {text}" for text in [*broken[:_NAMED], *(["..."] if len(broken) > _NAMED else [])])
         raise DataError(f"{folder}: broken links ({len(broken)}):\n{shown}")
-    others = sorted({path.suffix.lower() for path in everything} & _OTHERS)
+    others = [path for path in everything if path.suffix.lower() in _OTHERS]
     if others:
-        count = sum(path.suffix.lower() in others for path in everything)
-        pictures = "1 picture" if count == 1 else f"{count} pictures"
-        _warn(f"{folder}: skipped {pictures}, because {', '.join(others)} is not supported: save as .png")
+        kinds = sorted({path.suffix.lower() for path in others})
+        names = [*(str(path.relative_to(folder)) for path in others[:_NAMED]), *(["..."] if others[_NAMED:] else [])]
+        why = f"{', '.join(kinds)} {'is' if len(kinds) == 1 else 'are'} not supported: save as .png"
+        _warn(f"{folder}: skipped {counted(len(others), 'picture')}, because {why} ({', '.join(names)})")
     return [path for path in everything if path.suffix.lower() in suffixes]
+
+
+def check_supported(path: Path) -> None:
+    """Raise `DataError` unless the file's suffix is one of the supported ones: the rest is skipped below a folder."""
+    if path.suffix.lower() not in SUFFIXES:
+        what = path.suffix or "a name without a suffix"
+        raise DataError(f"cannot read the image {path}: {what} is not supported ({', '.join(sorted(SUFFIXES))})")
 
 
 def is_left_out(name: str) -> bool:
@@ -84,12 +93,13 @@ def _warn(text: str) -> None:
 
 @contextmanager
 def opened(path: Path) -> "Iterator[Image.Image]":
-    """An image with its header read. Raises `DataError` if it is not an image, would be cut to 8 bits, or is too large.
+    """An image with its header read. Raises `DataError` if it is not a supported image, would be cut to 8 bits, or is too large.
 
     Pillow reads 16-bit colors as their upper 8 bits, which turns dark images black, so they are refused.
     """
     from PIL import Image
 
+    check_supported(path)
     before, most = Image.MAX_IMAGE_PIXELS, most_pixels()
     try:
         Image.MAX_IMAGE_PIXELS = None  # the limit below is the configurable one

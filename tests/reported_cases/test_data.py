@@ -83,7 +83,26 @@ def test_jfif_is_read_and_other_pictures_are_said_to_be_left_out(
     picture(tmp_path / "b.gif")
     with caplog.at_level(logging.WARNING):
         assert [path.name for path in files_below(tmp_path)] == ["a.jfif"]
-    assert "skipped 1 picture, because .gif is not supported" in caplog.text
+    assert "skipped 1 picture, because .gif is not supported: save as .png (b.gif)" in caplog.text
+
+
+def test_skipped_pictures_of_all_classes_are_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("ant", "bee", "cat"):
+        picture(tmp_path / name / "1.png")
+        picture(tmp_path / name / "2.gif")
+        (tmp_path / name / "3.heic").touch()
+    (tmp_path / "4.png").touch()
+    with caplog.at_level(logging.WARNING):
+        assert _folder("classification", tmp_path, False).labels == [0, 1, 2]
+    (line,) = caplog.messages
+    assert "skipped 6 pictures, because .gif, .heic are not supported: save as .png (ant/2.gif, ant/3.heic, " in line
+    assert line.endswith(", cat/2.gif, ...)")
+
+
+def test_what_is_skipped_in_a_folder_is_not_read_by_name_either(tmp_path: Path) -> None:
+    for name in ("a.gif", "a.GIF"):
+        with pytest.raises(DataError, match=r"cannot read the image .*: \.(gif|GIF) is not supported .*\.png"):
+            open_image(picture(tmp_path / name))
 
 
 def test_large_pictures_are_let_in_by_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,6 +228,12 @@ def test_weights_files_and_model_options(capsys: pytest.CaptureFixture[str]) -> 
 # --- the terminal -------------------------------------------------------------------------------------------------
 
 
+def test_a_pattern_that_matches_no_model_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    for pattern in ("restnet18", "restnet*"):
+        assert main(["models", pattern]) == 2
+        assert f"no model matches {pattern!r}. Did you mean resnet" in capsys.readouterr().err
+
+
 def test_progress_goes_to_stderr_and_quiet_stops_it(capsys: pytest.CaptureFixture[str]) -> None:
     from surgeon.commands.common.console import Progress
 

@@ -115,12 +115,18 @@ def test_nothing_to_fold_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> N
     capsys.readouterr()
     assert main(["collapse", "run", "-o", "out", "--json", "--quiet"]) == 1
     captured = capsys.readouterr()
-    assert "no images were given to see whether it does" in captured.err
+    assert "none of the 3 dynamic layers can be folded: its parameters allow it to vary, and no images" in captured.err
+    assert "Images show it: --images DIR" in captured.err
     assert document(captured.out)["output"] is None
     assert main(["collapse", "run", "-o", "out", "--images", "photos", "--quiet"]) == 1
     captured = capsys.readouterr()
     assert "0 of 3 dynamic layers folded" in captured.out
     assert "The least variation is" in captured.err
+    first = next(iter(dynamic_layers(surgeon.load("run"))))
+    assert main(["collapse", "run", "-o", "out", "--layers", first, "--quiet"]) == 1
+    error = capsys.readouterr().err
+    assert "the dynamic layer cannot be folded: its parameters allow it to vary, and no images were given" in error
+    assert f"whether it does ({first}). Images show it" in error
     assert not Path("out").exists()
     assert main(["collapse", "run", "-o", "out", "--images", "photos", "--tolerance", "0.99", "--quiet"]) == 0
     assert "not exact by choice" in capsys.readouterr().out

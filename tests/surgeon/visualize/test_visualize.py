@@ -375,7 +375,10 @@ def test_file_names_are_safe() -> None:
     ("arguments", "message"),
     [
         (["run", "nowhere.png", "-o", "out"], "IMAGE: there is no picture nowhere.png\n"),
-        (["run", "run/recipe.json", "-o", "out"], "IMAGE: cannot read the picture run/recipe.json"),
+        (
+            ["run", "run/recipe.json", "-o", "out"],
+            "IMAGE: cannot read the image run/recipe.json: .json is not supported",
+        ),
         (["nowhere", "a.png", "-o", "out"], "there is no surgeon folder nowhere"),
         (["run", "a.png", "-o", "a.png"], "a.png exists and is not a folder"),
         (["run", "a.png", "-o", "run"], "the output run is not empty"),

@@ -71,15 +71,13 @@ def _folder(task: str, root: Path, divided: bool) -> Labeled:
     classes = sorted(child.name for child in root.iterdir() if child.is_dir() and not is_left_out(child.name))
     if not classes:
         raise DataError(f"task {task}: {root} has no folders; expected one per class, with its images")
-    items: list[Path] = []
-    labels: list[int] = []
-    empty = []
-    for number, name in enumerate(classes):
-        found = files_below(root / name)
-        if not found:
-            empty.append(name)
-        items += found
-        labels += [number] * len(found)
+    inside: dict[str, list[Path]] = {name: [] for name in classes}
+    for path in files_below(root):
+        if (name := path.relative_to(root).parts[0]) in inside:
+            inside[name].append(path)
+    items = [path for found in inside.values() for path in found]
+    labels = [number for number, found in enumerate(inside.values()) for _ in found]
+    empty = [name for name, found in inside.items() if not found]
     if empty:
         shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         raise DataError(f"task {task}: classes without an image in {root}: {shown}")
