@@ -40,11 +40,17 @@ class LayerConfig:
     compressed: ClassVar[Mapping[str, Any]] = {}
     least: ClassVar[Mapping[str, int]] = {}
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    layer_type: ClassVar[str] = ""  # the type that was registered with these options
+
+    @classmethod
+    def told(cls) -> str:
+        """Whose options these are, for messages: the layer type, by the name that users give."""
+        return cls.layer_type or cls.__name__
 
     def check_values(self) -> None:
         """Raise `ConfigError` for a word that an option may not be, and for numbers below their least or beyond their limit."""
         for name, known in self.choices.items():
-            check_choice(f"{type(self).__name__}: {name}", getattr(self, name), known)
+            check_choice(f"{self.told()}: {name}", getattr(self, name), known)
         optional = {field.name for field in fields(self) if field.default is None}
         for name, least in self.least.items():
             if name not in optional or getattr(self, name) is not None:
@@ -65,7 +71,7 @@ class LayerConfig:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ConfigError(
-                f"{cls.__name__} has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}."
+                f"layer type {cls.told()} has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}."
                 f"{did_you_mean(unknown[0], known)}".rstrip(".")
             )
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
@@ -88,7 +94,7 @@ def check_at_least(config: LayerConfig, name: str, least: int) -> None:
     """Raise `ConfigError` unless the named option is an integer between `least` and the option's upper limit."""
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{type(config).__name__}: {name} must be an integer >= {least}, got {value!r}")
+        raise ConfigError(f"{config.told()}: {name} must be an integer >= {least}, got {value!r}")
     check_at_most(config, name, value)
 
 
@@ -97,7 +103,7 @@ def check_at_most(config: LayerConfig, name: str, value: int) -> None:
     most = _MOST.get(name, _MOST_OF_ANY)
     if value > most:
         told = value if value < 2**63 else f"a number of {value.bit_length()} bits"
-        raise ConfigError(f"{type(config).__name__}: {name} must be at most {most}, got {told}")
+        raise ConfigError(f"{config.told()}: {name} must be at most {most}, got {told}")
 
 
 class DynamicConv2d(nn.Module):

@@ -18,6 +18,7 @@ def register(cls: type[DynamicConv2d]) -> type[DynamicConv2d]:
             f"layer type {cls.type_name!r} is registered twice, by {_TYPES[cls.type_name].__name__} and {cls.__name__}"
         )
     _TYPES[cls.type_name] = cls
+    cls.Config.layer_type = cls.type_name
     return cls
 
 

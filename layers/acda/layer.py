@@ -72,11 +72,11 @@ class ACDAConfig(LayerConfig):
     norm: str | None = "batch"
 
     def __post_init__(self) -> None:
-        check_norm("ACDAConfig", self.norm)
+        check_norm(self.told(), self.norm)
         self.check_values()
         if self.generator_rank is not None and self.generator != "lowrank":
             raise ConfigError(
-                f"ACDAConfig: generator_rank belongs to generator 'lowrank', got generator {self.generator!r}"
+                f"{self.told()}: generator_rank belongs to generator 'lowrank', got generator {self.generator!r}"
             )
 
     def may_compress(self, geometry: ConvGeometry) -> bool:

@@ -61,20 +61,20 @@ class PAFUConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         self.check_values()
-        check_norm("PAFUConfig", self.norm)
+        check_norm(self.told(), self.norm)
         if not isinstance(self.shared, bool):
-            raise ConfigError(f"PAFUConfig: shared must be true or false, got {self.shared!r}")
+            raise ConfigError(f"{self.told()}: shared must be true or false, got {self.shared!r}")
         for name in ("temperature", "perturbation"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ConfigError(f"PAFUConfig: {name} must be a finite number > 0, got {value!r}")
+                raise ConfigError(f"{self.told()}: {name} must be a finite number > 0, got {value!r}")
         sizes = self.supports
         if not isinstance(sizes, tuple) or any(type(size) is not int or size < 1 or size % 2 == 0 for size in sizes):
-            raise ConfigError(f"PAFUConfig: supports must be a tuple of odd kernel sizes, got {sizes!r}")
+            raise ConfigError(f"{self.told()}: supports must be a tuple of odd kernel sizes, got {sizes!r}")
         check_at_most(self, "supports", max(sizes, default=1))
         if len(sizes) >= self.group_size:
             raise ConfigError(
-                f"PAFUConfig: a group of {self.group_size} kernels has no room for {len(sizes)} more supports {sizes!r}; "
+                f"{self.told()}: a group of {self.group_size} kernels has no room for {len(sizes)} more supports {sizes!r}; "
                 f"kernel 0 keeps its own size, so there can be at most {self.group_size - 1}"
             )
 

@@ -44,10 +44,10 @@ class SEKGConfig(LayerConfig):
     norm: str | None = "batch"
 
     def __post_init__(self) -> None:
-        check_norm("SEKGConfig", self.norm)
+        check_norm(self.told(), self.norm)
         self.check_values()
         if self.multiplier is not None and self.mode != "factorised":
-            raise ConfigError(f"SEKGConfig: multiplier belongs to mode 'factorised', got mode {self.mode!r}")
+            raise ConfigError(f"{self.told()}: multiplier belongs to mode 'factorised', got mode {self.mode!r}")
 
     def may_compress(self, geometry: ConvGeometry) -> bool:
         taps = geometry.kernel_size[0] * geometry.kernel_size[1]

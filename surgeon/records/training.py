@@ -52,13 +52,13 @@ def check_resumed(
     Texts among the task's `options` are left to the task, which may read them as something else.
     """
     old = read_object(output / RUN)
-    parts = {part: old.get(part) for part in ("options", "config")}
-    if not all(isinstance(values, dict) for values in parts.values()) or not {"model", "task"} <= set(old):
+    recorded, settings = old.get("options"), old.get("config")
+    if not (isinstance(recorded, dict) and isinstance(settings, dict) and {"model", "task"} <= set(old)):
         return  # what reads all of it says more
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
     given = {key: value for key, value in given.items() if not isinstance(value, str | Path)}
     now = {"model": model or old["model"], "task": task or old["task"]}
-    check_same_options(old, now | {"options": parts["options"] | given, "config": parts["config"] | dict(config)})
+    check_same_options(old, now | {"options": recorded | given, "config": settings | dict(config)})
 
 
 @dataclass(frozen=True)
