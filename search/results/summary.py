@@ -10,6 +10,7 @@ from scipy.stats import rankdata
 
 from surgeon.search.study.folder import Finished
 from surgeon.search.study.record import Record
+from surgeon.util.few import few_judge
 from surgeon.util.tables import counted, paragraph, table
 
 
@@ -73,6 +74,14 @@ def worse_than_start(found: Finished) -> str | None:
     )
 
 
+def few_samples(found: Finished) -> str | None:
+    """A sentence if few samples judge the trials; None, too, for a search that does not record their number."""
+    samples = found.about["task"].get("val_samples")
+    return (
+        None if not isinstance(samples, int) else few_judge(samples, "the order of trials says little of other images")
+    )
+
+
 def status_lines(found: Finished, count: int = 5) -> list[str]:
     """The summary as lines of text."""
     values = status_values(found, count)
@@ -94,8 +103,8 @@ def status_lines(found: Finished, count: int = 5) -> list[str]:
         rows.append(["-", "untrained", f"{start:.5g}", "0", "+0.0%", "+0.0%"])
     if rows:
         lines += ["", table(["trial", "from", primary, "replaced", "FLOPs", "params"], rows, left=2)]
-    if (told := worse_than_start(found)) is not None:
-        lines.append(paragraph(f"note: {told}", hang="  "))
+    notes = (worse_than_start(found), few_samples(found))
+    lines += [paragraph(f"note: {told}", hang="  ") for told in notes if rows and told is not None]
     if found.front:
         front = [_row(found, one) for one in found.records if one.number in found.front]
         what = ", ".join([primary, *found.about["objectives"][1:]])

@@ -19,6 +19,7 @@ from surgeon.commands.common.arguments import (
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError, ModelError, SurgeonError
 from surgeon.records.training import original_folder, unequal_training
+from surgeon.util.few import few_judge
 from surgeon.util.outputs import is_surgeon_folder
 from surgeon.util.waiting import waiting
 
@@ -95,11 +96,14 @@ def run(args: argparse.Namespace) -> int:
         compared = None
         if original is not None:
             compared = {"model": name, **_measure(original, name, task, args, device, progress, notes)}
+    samples = len(task.dataset(args.split))
+    if (few := few_judge(samples, "the metrics say little of other images")) is not None:
+        notes.append(few)
     document = {
         "model": args.model,
         "task": task.name,
         "split": args.split,
-        "samples": len(task.dataset(args.split)),
+        "samples": samples,
         "device": device,
         "amp": args.amp,
         "primary": task.primary,

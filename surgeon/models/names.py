@@ -19,6 +19,7 @@ from torch import nn
 
 from surgeon.errors import ModelError
 from surgeon.models.places import HUB, LIBRARIES, no_folder, untrusted
+from surgeon.models.places import WEIGHTS as WORDS
 from surgeon.models.programs import SUFFIX, is_program
 from surgeon.models.sources import as_published, construct, pretrained, resolve_hub
 from surgeon.models.weights import load_weights, read_weights, state_sha256
@@ -163,7 +164,7 @@ def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool 
             f"the recipe names weights of {base.name} ({recorded.path or recorded.kind}) without their SHA-256: "
             "pass the file with --weights if you know it"
         )
-    if base.source == "program" and weights is not None:
+    if base.source == "program" and weights is not None and str(recorded.path).endswith(SUFFIX):
         raise ModelError("an exported program has its own weights: leave --weights out")
     kind = weights or {"file": str(recorded.path), "given": "auto"}.get(recorded.kind, recorded.kind)
     model, found = _with_weights(base, kind, recorded.seed or 0)
@@ -303,7 +304,10 @@ def _with_weights(base: BaseModel, weights: str, seed: int) -> tuple[nn.Module, 
         base, weights = as_published(base), "random"
     if base.source == "program":
         model = construct(base)
-        return model, _recorded(base, model, base.weights)
+        if weights in WORDS or weights.endswith(SUFFIX):  # the program's own
+            return model, _recorded(base, model, base.weights)
+        load_weights(model, read_weights(weights), weights)
+        return model, _recorded(base, model, Weights(kind="file", path=str(Path(weights).resolve())))
     if base.source == "factory" and weights == "auto":
         with _seeded(seed):
             model = construct(base)
@@ -358,7 +362,7 @@ def _from_folder(path: str, weights: str, spec: str, *, trust_factory: bool) -> 
         raise ModelError(f"{spec} is a surgeon folder and has its own weights; --weights {weights} cannot apply")
     model, recipe = load(path, trust_factory=trust_factory), Recipe.read(path)
     base = recipe.base
-    if base is None or recipe.rules or base.source == "program":
+    if base is None or recipe.rules:
         return model, base
     file = Path(path, WEIGHTS).resolve()  # a trained plain network: the weights are the folder's
     return model, _recorded(base, model, Weights(kind="file", path=str(file)))

@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.costs import cost
 from surgeon.errors import SurgeonError
-from surgeon.util.tables import counted, duration
+from surgeon.util.few import few_judge
+from surgeon.util.tables import duration
 from surgeon.zoo.trial.answer import ARMS, LEAST_SEEDS, Answer, ArmCost
 from surgeon.zoo.trial.plan import END, LEAST_STEPS
 from surgeon.zoo.trial.speed import minutes
 
 if TYPE_CHECKING:
     from surgeon.zoo.trial.run import Trial
-
-FEW = 20  # judging samples
 
 
 def sum_up(trial: "Trial", stopped: str) -> Answer:
@@ -79,11 +78,8 @@ def _notes(trial: "Trial", answer: Answer) -> list[str]:
             notes.append(f"the best rate of {arm}, {rate:g}, is at the edge of those tried: --lr takes others")
     if len(trial.plan.rates) > 1 and not trial.plan.choose:
         notes.append("there are too few validation samples to split: those that chose the rates judge, too")
-    if trial.plan.judge < FEW:
-        judges = f"only {counted(trial.plan.judge, 'sample')} judge{'s' * (trial.plan.judge == 1)}"
-        notes.append(
-            f"{judges}: the error is that over seeds, and says nothing of other images; a larger val/ tells more"
-        )
+    few = few_judge(trial.plan.judge, "the error is that over seeds, and says nothing of other images")
+    notes += [] if few is None else [few]
     failed = [row for row in trial.scores.values() if "failed" in row]
     notes += [f"{row['arm']} at rate {row['rate']:g}, seed {row['seed']}: {row['failed']}" for row in failed]
     if trial.plan.steps < LEAST_STEPS and trial.config.steps is None:

@@ -306,7 +306,12 @@ def _begin(args: argparse.Namespace, folder: "SearchFolder", search: "Search", s
             "format": FORMAT,
             "version": VERSION,
             "model": {"name": args.model},
-            "task": {"name": task.name, "primary": task.primary, "higher_is_better": task.higher_is_better},
+            "task": {
+                "name": task.name,
+                "primary": task.primary,
+                "higher_is_better": task.higher_is_better,
+                "val_samples": len(task.dataset("val")),
+            },
             "budgets": gate.budgets.text,
             "limits": limits,
             "original": {"flops": original.flops, "params": original.params, "memory": needed},

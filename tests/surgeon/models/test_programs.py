@@ -12,7 +12,7 @@ import torch
 import surgeon
 from surgeon.cli import main
 from surgeon.errors import CheckpointError, ModelError, RecipeError
-from surgeon.models.names import build_model
+from surgeon.models.names import build_model, restore
 from surgeon.models.programs import described, read_program
 from surgeon.records.recipe import Recipe
 
@@ -51,6 +51,26 @@ def test_the_command_converts_a_program_and_its_folder_verifies(
     assert main(["verify", str(run), "--quiet"]) == 0
     assert main(["revert", str(run), "--layers", "layer3.0.conv1", "-o", str(tmp_path / "less"), "--quiet"]) == 0
     assert main(["verify", str(tmp_path / "less"), "--quiet"]) == 0
+
+
+def test_the_original_of_a_trained_program_is_the_trained_one(program: Path, tmp_path: Path) -> None:
+    """It was the program with its own weights, which are those before any training."""
+    model, base = build_model(str(program))
+    with torch.no_grad():
+        model.fc.weight.add_(1.0)
+    trained, run = tmp_path / "trained", tmp_path / "run"
+    surgeon.save(model, trained, base=base)
+    arguments = ["convert", str(trained), "--layers", "layer3.0.conv1", "--type", "pafu", "-o", str(run), "--quiet"]
+    assert main([*arguments, "--input-size", "64"]) == 0
+    recorded = Recipe.read(run).base
+    assert recorded is not None
+    assert recorded.weights.path == str((trained / "model.safetensors").resolve())
+    assert torch.equal(restore(recorded).get_parameter("fc.weight"), model.get_parameter("fc.weight"))
+    assert main(["verify", str(run), "--quiet"]) == 0
+    (trained / "model.safetensors").rename(tmp_path / "moved.safetensors")
+    with pytest.raises(ModelError, match="model.safetensors"):
+        restore(recorded)
+    assert restore(recorded, weights=str(tmp_path / "moved.safetensors")) is not None
 
 
 def test_a_program_has_a_cost(program: Path, capsys: pytest.CaptureFixture[str]) -> None:

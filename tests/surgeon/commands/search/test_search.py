@@ -75,7 +75,12 @@ def test_a_search_from_beginning_to_end(capsys: Capture) -> None:
 def _check_start(found: Finished, start: float) -> None:
     """What the network was before any training is told, and whether all trainings made it worse."""
     assert re.search(rf"^-      untrained +{start:.5g} +0 +\+0\.0%", "\n".join(status_lines(found)), re.MULTILINE)
-    assert "note:" not in "\n".join(status_lines(found)), "some got better"
+    assert "the network as it was" not in "\n".join(status_lines(found)), "some got better"
+    note = "only 5 samples judge: the order of trials says little of other images; a larger val/ tells more"
+    assert f"note: {note}" in " ".join("\n".join(status_lines(found)).split())
+    assert f"{note.capitalize()}." in sentences(found)
+    many = replace(found, about={**found.about, "task": found.about["task"] | {"val_samples": 20}})
+    assert "note:" not in "\n".join(status_lines(many))
 
     def started_at(start: dict[str, float]) -> Finished:
         rest = [{key: value for key, value in one.attributes.items() if key != "start"} for one in found.records]
