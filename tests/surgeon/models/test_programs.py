@@ -68,7 +68,7 @@ def test_the_original_of_a_trained_program_is_the_trained_one(program: Path, tmp
     assert torch.equal(restore(recorded).get_parameter("fc.weight"), model.get_parameter("fc.weight"))
     assert main(["verify", str(run), "--quiet"]) == 0
     (trained / "model.safetensors").rename(tmp_path / "moved.safetensors")
-    with pytest.raises(ModelError, match="model.safetensors"):
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
         restore(recorded)
     assert restore(recorded, weights=str(tmp_path / "moved.safetensors")) is not None
 
