@@ -57,7 +57,7 @@ def check_trust(path: str | Path) -> None:
 
 
 def has_dynamic_layers(path: str | Path) -> bool | None:
-    """Whether the model of a surgeon folder has dynamic layers, as far as its recipe tells; None where it does not.
+    """Whether the model of a surgeon folder has dynamic layers, as far as its recipe tells; None if it does not.
 
     Networks of a library have none but by rules; others may be made with them.
     """

@@ -1,4 +1,4 @@
-"""What a fine-tuned folder records of its training: whether a run may be resumed with these options, and whether two networks
+"""The record of a training in a fine-tuned folder: whether a run may be resumed with these options, and whether two networks
 were trained equally. Nothing heavy is imported."""
 
 from collections.abc import Mapping
