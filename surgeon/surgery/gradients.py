@@ -11,15 +11,23 @@ from torch import Tensor, nn
 from surgeon.errors import GeometryError, VerificationError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.geometry import ConvGeometry
+from surgeon.layers.norm import SignalNorm
 from surgeon.util.copying import seeded
 
 
 def without_gradient(layer: DynamicConv2d, seed: int = 0) -> list[str]:
-    """New parameters that get no gradient within two training steps on random input; trains a copy of the layer."""
+    """New parameters that get no gradient within two training steps on random input; trains a copy of the layer.
+
+    Norms inside generators use their running statistics: batch statistics would cancel a bias in front of them, and leave
+    only rounding errors, or nothing, as its gradient.
+    """
     twin = copy.deepcopy(layer).float()
     for hooks in (twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks, twin._backward_pre_hooks):
         hooks.clear()
     twin.train()
+    for module in twin.modules():
+        if isinstance(module, SignalNorm):
+            module.eval()
     new = dict(twin.new_parameters())
     for parameter in new.values():
         parameter.requires_grad_(True)
