@@ -41,7 +41,10 @@ INSTALL = "install gcc or clang (Debian and Ubuntu: apt install gcc; macOS: xcod
 
 def compiler() -> list[str]:
     """The command of the C compiler: CC, else the first of `COMPILERS` on the PATH. Raises `BackendError`."""
-    given = shlex.split(os.environ.get("CC", ""))
+    try:
+        given = shlex.split(os.environ.get("CC", ""))
+    except ValueError as problem:
+        raise BackendError(f"CC is not a command ({problem}): {os.environ['CC']}") from problem
     if given:
         if shutil.which(given[0]) is None:
             raise BackendError(f"C compiler {given[0]} (from CC) not found: {INSTALL}")
@@ -53,14 +56,15 @@ def compiler() -> list[str]:
 
 
 def flags() -> list[str]:
-    """Flags for this machine's CPU, with `LANES` of them; on ARM, GCC and Clang take "native" as a CPU.
+    """Flags for this machine's CPU, with `LANES` of them; 64-bit ARM has what the sources use without any, and not every
+    compiler knows "native" there.
 
     Raises `BackendError` for a number of lanes that no CPU has.
     """
     lanes, arm = os.environ.get(LANES, ""), platform.machine() in ("arm64", "aarch64")
     if lanes and lanes not in NARROWER:
         raise BackendError(f"{LANES} must be {', '.join(NARROWER)} or unset, got {lanes!r}")
-    own = ["-mcpu=native"] if arm else ["-march=native", *NARROWER.get(lanes, ())]
+    own = [] if arm else ["-march=native", *NARROWER.get(lanes, ())]
     return ["-std=gnu11", "-O3", *own, "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 
 

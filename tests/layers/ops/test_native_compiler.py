@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import stat
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import torch
 
 from surgeon.errors import BackendError
 from surgeon.layers.acda.operator import ACDA_CONV
-from surgeon.layers.examples import example
+from surgeon.layers.examples import example, operators
 from surgeon.layers.ops.native import compiler
+from tests.support.layers.native import check_close
 from tests.support.places import ROOT
 
 Fresh = Callable[[], None]
@@ -159,6 +161,41 @@ def test_lanes_are_chosen_and_checked(fresh: Fresh, monkeypatch: pytest.MonkeyPa
     assert "-mno-avx512f" in compiler.flags()
 
 
+@needs_compiler
+@pytest.mark.parametrize("machine", ["aarch64", "arm64"])  # Linux, macOS
+def test_arm_needs_no_compiler_that_knows_the_cpu_by_native(
+    machine: str, built: Path, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = "error: unknown value 'native' for '-mcpu'"
+    text = f'case "$*" in *native\\ *) echo "{says}"; exit 1;; esac\n' + out_of(f'cp {built} "$out"')
+    monkeypatch.setenv("CC", script(tmp_path / "cc", text))
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert compiler.why_no_library() == ()
+    fresh()
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    (reason,) = compiler.why_no_library()
+    assert says in reason
+
+
+@pytest.mark.parametrize("name", ["gcc", "clang"])
+def test_the_operators_by_either_compiler(name: str, fresh: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not optimized, which takes a second and not seven; with all tests by CC=clang, see docs/operators.md."""
+    if shutil.which(name) is None:
+        pytest.skip(f"needs {name}")
+    quick = [flag.replace("-O3", "-O0") for flag in compiler.flags()]
+    monkeypatch.setenv("CC", name)
+    monkeypatch.setattr(compiler, "flags", lambda: quick)
+    assert compiler.why_no_library() == ()
+    for operator in operators():
+        results = []
+        for backend in ("native", "reference"):
+            arguments = example(operator, "cpu", torch.float32)
+            given = [a.requires_grad_() for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point()]
+            y = operator(*arguments, backend=backend)
+            results.append([y, *torch.autograd.grad(y.square().sum(), given)])
+        check_close(*results)
+
+
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("most", [8, 4])
@@ -185,6 +222,13 @@ def test_a_compiler_that_is_not_there(
 ) -> None:
     monkeypatch.setenv("CC", "/nowhere/cc")
     check_torch_runs_because("C compiler /nowhere/cc (from CC) not found", capsys)
+
+
+def test_a_name_of_a_compiler_that_is_no_command(
+    fresh: Fresh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CC", 'gcc "-m64')
+    check_torch_runs_because('CC is not a command (No closing quotation): gcc "-m64', capsys)
 
 
 @pytest.mark.parametrize(
