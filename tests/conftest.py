@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from surgeon.util.copying import seed_torch
 from tests.support.places import ROOT
 
 settings.register_profile("surgeon", deadline=None, derandomize=True, print_blob=True)
@@ -47,7 +48,7 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    seed_torch(0)
     return
 
 

@@ -29,6 +29,7 @@ from surgeon.search.gains.quadratic import Walk, decrease, scaled
 from surgeon.search.placement.problem import Floats, Ints
 from surgeon.search.space import Space
 from surgeon.surgery.convert import convert
+from surgeon.util.copying import seed_torch
 from surgeon.util.progress import OnProgress
 
 LossCallback = Callable[[nn.Module, Any], Tensor]  # loss(model, batch) -> mean loss of the batch, a scalar
@@ -134,7 +135,7 @@ def _gradients(
         for layer, parameters in layers.items()
     }
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        seed_torch(seed)
         for number, batch in enumerate(batches):
             if progress is not None:
                 progress("gains", (option - 1) * len(batches) + number, (len(space.labels) - 1) * len(batches))

@@ -28,6 +28,7 @@ from surgeon.search.gains.names import LEAST_SEEDS
 from surgeon.search.placement.problem import Floats, Ints
 from surgeon.search.space import Space
 from surgeon.surgery.rewrite import static
+from surgeon.util.copying import seed_torch
 from surgeon.util.progress import OnProgress
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune.batches import Draws, mixed, to_device
@@ -157,7 +158,7 @@ def _probe(evaluator: TrainingEvaluator, placement: Ints, layer: int, batches: _
     # a probe must not change even the global generators
     with torch.random.fork_rng():
         for step, batch in enumerate(batches.training):
-            torch.manual_seed(mixed(batches.seed, "probe", step))
+            seed_torch(mixed(batches.seed, "probe", step))
             batch = to_device(batch, device, channels_last=False)
             batch = task.augment(batch, torch.Generator().manual_seed(mixed(batches.seed, "augment", step)))
             loss = task.loss(task.forward(model, batch), batch) + base.regularization * regularization(model)

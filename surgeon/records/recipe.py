@@ -9,6 +9,7 @@ import platform
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -207,13 +208,18 @@ def versions() -> dict[str, str]:
     import surgeon  # it offers Recipe itself
 
     found = {"surgeon": surgeon.__version__}
-    for name in ("torch", "torchvision", "timm"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+    found |= {name: _installed(name) for name in ("torch", "torchvision", "timm")}
     found["python"] = platform.python_version()
     return found
+
+
+@cache
+def _installed(name: str) -> str:
+    """The version of a package, which takes milliseconds to read."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def get_recipe(model: "nn.Module") -> Recipe | None:

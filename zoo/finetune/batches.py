@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from surgeon.util.copying import seed_torch
 from surgeon.zoo.tasks import Batch, Task, TaskDataset
 from surgeon.zoo.tasks.data.loading import loaded
 
@@ -32,7 +33,7 @@ def seed_everything(*numbers: int | str) -> None:
     seed = mixed(*numbers)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    seed_torch(seed)
 
 
 class Draws(Sampler[list[int]]):

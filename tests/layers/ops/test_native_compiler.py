@@ -7,7 +7,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from surgeon.errors import BackendError
 from surgeon.layers.acda.operator import ACDA_CONV
 from surgeon.layers.examples import example, operators
 from surgeon.layers.ops.native import compiler
+from tests.support.forks import Fork
 from tests.support.layers.native import check_close
 from tests.support.places import ROOT
 
@@ -58,13 +59,9 @@ def out_of(command: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A compiled library."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SURGEON_CACHE", str(tmp_path_factory.mktemp("built")))
-        compiler.find_or_compile()
-        (library,) = compiler.library_folder().iterdir()
-    return library
+def built() -> Path:
+    """The compiled library of this machine."""
+    return Path(compiler.find_or_compile()._name)
 
 
 @pytest.fixture
@@ -327,22 +324,19 @@ def test_naming_torch_compiles_nothing(fresh: Fresh, tmp_path: Path, monkeypatch
     assert not (tmp_path / "cache").exists()
 
 
+def operate(arguments: Sequence[str]) -> None:
+    """What a process does that needs the library."""
+    operands = example(ACDA_CONV, "cpu", torch.float32)
+    print(ACDA_CONV.choose(*operands).name, ACDA_CONV(*operands).sum().item())
+
+
 @needs_compiler
 @pytest.mark.usefixtures("at_once")
-def test_processes_that_compile_at_the_same_time(tmp_path: Path) -> None:
-    code = (
-        "import torch\nfrom surgeon.layers.acda.operator import ACDA_CONV\n"
-        "from surgeon.layers.examples import example\n"
-        "arguments = example(ACDA_CONV, 'cpu', torch.float32)\n"
-        "print(ACDA_CONV.choose(*arguments).name, ACDA_CONV(*arguments).sum().item())"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "SURGEON_CACHE": str(tmp_path / "cache")}
-    running = [
-        subprocess.Popen([sys.executable, "-P", "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    told = {process.communicate(timeout=300)[0] for process in running}
-    assert all(process.returncode == 0 for process in running)
-    assert len(told) == 1
-    assert told.pop().startswith("native ")
+def test_processes_that_compile_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SURGEON_CACHE", str(tmp_path / "cache"))
+    running = [Fork(operate, []) for _ in range(2)]
+    told = [process.communicate() for process in running]
+    assert all(process.returncode == 0 for process in running), told
+    assert len({out for out, _ in told}) == 1
+    assert told[0][0].startswith("native ")
     assert not [path for path in (tmp_path / "cache" / "native").iterdir() if path.suffix != ".so"]
