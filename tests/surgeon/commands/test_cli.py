@@ -1,10 +1,12 @@
 """The commands from end to end, in process, on tiny networks: what they print, write and return."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from PIL import Image
 
 import surgeon
 from surgeon.cli import main
+from surgeon.models import folder
+from tests.support.forks import Fork
 from tests.support.tiny_runs import environment
 
 ARGS = ["convert", "test_resnet", "--weights", "random", "--input-size", "64", "--quiet"]
@@ -261,28 +265,43 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"surgeon {surgeon.__version__}\n"
 
 
+def without_a_reader(arguments: Sequence[str]) -> int:
+    """`surgeon models | head`, whose head has gone."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(writer)
+    os.close(reader)
+    return main(arguments)
+
+
 def test_a_closed_pipe_is_no_error() -> None:
-    command = f"{sys.executable} -m surgeon models --quiet | head -1"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, env=environment())
-    assert done.stderr == ""
-    assert done.returncode == 0
+    child = Fork(without_a_reader, ["models", "--quiet"])
+    assert child.communicate() == ("", "")
+    assert child.returncode == 0
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "surgeon", "--print-completion", "bash"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment())
+    os.close(writer)
+    assert (done.stderr, done.returncode) == (b"", 0)
+
+
+def while_it_is_written(arguments: Sequence[str]) -> int:
+    """The command, whose writing takes a minute."""
+
+    def slow(path: Path) -> None:
+        print("writing", flush=True)
+        time.sleep(60)
+
+    folder.sync = slow
+    return main(arguments)
 
 
 def test_ctrl_c_ends_with_one_line_and_nothing_written(tmp_path: Path) -> None:
-    code = (
-        "import signal, sys, surgeon.models.folder as c, surgeon.cli, time\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job of a shell starts with it ignored
-        "def slow(path): print('writing', flush=True); time.sleep(60)\n"
-        "c.sync = slow\n"
-        f"sys.exit(surgeon.cli.main({[*ARGS, '--layers', 'layer4.0.conv2', '--type', 'pafu', '-o', 'run']!r}))"
-    )
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, env=environment())
-    assert process.stdout is not None
-    while process.stdout.readline() not in ("writing\n", ""):
+    child = Fork(while_it_is_written, [*ARGS, "--layers", "layer4.0.conv2", "--type", "pafu", "-o", "run"], tmp_path)
+    while child.stdout.readline() not in ("writing\n", ""):
         pass
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err == "surgeon: interrupted, nothing was written\n"
+    child.send_signal(signal.SIGINT)
+    assert child.communicate()[1] == "surgeon: interrupted, nothing was written\n"
+    assert child.returncode == 130
     assert list(tmp_path.iterdir()) == []

@@ -2,19 +2,25 @@
 
 import errno
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 
 from surgeon.errors import CheckpointError
+from surgeon.models import folder
 from surgeon.models.checkpoint import load, save
 from surgeon.records.recipe import Recipe, Rule
-from tests.support.tiny_runs import contents, environment, run_python, tiny
+from tests.support.forks import Fork
+from tests.support.tiny_runs import contents, environment, tiny
 
 
 @pytest.fixture
@@ -145,53 +151,50 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def save_small_files_only(arguments: Sequence[str]) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+    with pytest.raises(CheckpointError, match="cannot write"):
+        save(timm.create_model("test_resnet"), arguments[0])
+
+
 def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
-    code = (
-        "import resource, signal, timm, surgeon\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "model = timm.create_model('test_resnet')\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))\n"
-        f"surgeon.save(model, {str(tmp_path / 'run')!r})"
-    )
-    done = run_python(code)
-    assert "CheckpointError: cannot write" in done.stderr, done.stderr
+    child = Fork(save_small_files_only, [str(tmp_path / "run")])
+    _, error = child.communicate()
+    assert child.returncode == 0, error
     assert list(tmp_path.iterdir()) == []
 
 
-SLOW_SAVE = """
-import signal, sys, time, timm, surgeon, surgeon.models.folder as folder
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
-def slow(path):
-    print('writing', flush=True)
-    time.sleep(60)
-folder.sync = slow
-try:
-    surgeon.save(timm.create_model('test_resnet'), sys.argv[1], force=True)
-except KeyboardInterrupt:
-    sys.exit(130)
-"""
+def save_slowly(arguments: Sequence[str]) -> int:
+    def slow(path: Path) -> None:
+        print("writing", flush=True)
+        time.sleep(60)
+
+    folder.sync = slow
+    try:
+        save(timm.create_model("test_resnet"), arguments[0], force=True)
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
-def interrupted(path: Path, number: int) -> "subprocess.Popen[str]":
-    """A process that was sent a signal while it wrote the folder, after the weights."""
-    command = [sys.executable, "-c", SLOW_SAVE, str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
-    process.send_signal(number)
-    process.wait(30)
-    process.stdout.close()
-    return process
+def interrupted(path: Path, number: signal.Signals) -> int | None:
+    """The exit code of a process that was sent a signal while it wrote the folder, after the weights."""
+    child = Fork(save_slowly, [str(path)])
+    assert child.stdout.readline() == "writing\n"
+    child.send_signal(number)
+    child.communicate(30)
+    return child.returncode
 
 
 def test_ctrl_c_in_the_middle_of_writing_leaves_nothing(tmp_path: Path) -> None:
-    assert interrupted(tmp_path / "run", signal.SIGINT).returncode == 130
+    assert interrupted(tmp_path / "run", signal.SIGINT) == 130
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_kill_in_the_middle_of_writing_leaves_no_folder_of_that_name(saved: Path) -> None:
     before = contents(saved)
-    assert interrupted(saved, signal.SIGKILL).returncode == -signal.SIGKILL
+    assert interrupted(saved, signal.SIGKILL) == -signal.SIGKILL
     assert contents(saved) == before
     left = [path.name for path in saved.parent.iterdir() if path != saved]
     assert len(left) == 1

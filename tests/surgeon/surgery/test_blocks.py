@@ -1,7 +1,6 @@
 """Block patterns: residual blocks become DCBs, exactly, in trees and in graphs."""
 
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from surgeon.errors import ConfigError, SelectionError
 from surgeon.passes import DynamicConvPass
 from surgeon.surgery.blocks import find_blocks
 from surgeon.surgery.rewrite import dynamic_layers
+from tests.support.forks import Fork
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 FIRST = [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3, 4) for block in (0, 1)]
@@ -63,17 +63,21 @@ def test_only_residual_blocks_match() -> None:
         find_blocks(nn.Sequential(nn.Conv2d(3, 3, 3)), "dcb")
 
 
+def load_and_compare(arguments: Sequence[str]) -> None:
+    run, expected = arguments
+    x, y = torch.load(expected)
+    torch.testing.assert_close(surgeon.load(run)(x), y, rtol=1e-5, atol=1e-6)
+
+
 def test_a_folder_with_blocks_is_rebuilt_in_a_fresh_process(tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["convert", "resnet18", "--weights", "random", "--pattern", "dcb", "--layers", "stage2", "-o", str(run)]
     assert main([*arguments, "--input-size", "64", "--quiet"]) == 0
     expected = surgeon.load(run)(X)
     torch.save((X, expected.detach()), tmp_path / "expected.pth")
-    code = (
-        "import sys, torch, surgeon; x, y = torch.load(sys.argv[2]); "
-        "assert torch.allclose(surgeon.load(sys.argv[1])(x), y, rtol=1e-5, atol=1e-6)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(run), str(tmp_path / "expected.pth")], check=True, timeout=120)
+    child = Fork(load_and_compare, [str(run), str(tmp_path / "expected.pth")])
+    _, error = child.communicate()
+    assert child.returncode == 0, error
 
 
 def test_what_a_pattern_cannot_be_is_one_clear_error(capsys: pytest.CaptureFixture[str]) -> None:
