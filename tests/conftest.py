@@ -52,6 +52,22 @@ def _seed() -> None:
     return
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _compiled() -> None:
+    """The library of the CPU operators is loaded before a test has a cache of its own, for which it would be compiled again."""
+    from surgeon.layers.ops.native import compiler
+
+    compiler.why_no_library()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_plug_is_pulled() -> Iterator[None]:
+    """What the system was given survives a killed process; to wait for the disk, thousands of times, would show no more."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture
 def nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For tests of what writes files: in a folder of their own, which holds no unfinished ones afterwards."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
 from surgeon.search.run import Outcome, Search
@@ -32,6 +33,19 @@ from tests.support.search.workers import finish, kill_midway, worker
 NO_SERVER = why_no_postgresql()
 needs_postgresql = pytest.mark.skipif(NO_SERVER is not None, reason=NO_SERVER or "")
 POSTGRESQL = pytest.param("postgresql", marks=needs_postgresql)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_plug_is_pulled() -> Iterator[None]:
+    """SQLite waits for the disk as little as the server does."""
+
+    def connected(connection: Any, record: Any) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", connected)
+    yield
+    sqlalchemy.event.remove(sqlalchemy.Engine, "connect", connected)
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +71,10 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def _empty(url: str) -> None:
-    import sqlalchemy as sql
-
-    engine = sql.create_engine(parse_url(url))
+    engine = sqlalchemy.create_engine(parse_url(url))
     with engine.begin() as connection:
         for line in ("DROP SCHEMA public CASCADE", "CREATE SCHEMA public"):
-            connection.execute(sql.text(line))
+            connection.execute(sqlalchemy.text(line))
     engine.dispose()
 
 
@@ -82,18 +94,27 @@ def run(search: Search, *, resume: bool = False) -> Outcome:
         search.file.close()
 
 
+TRIALS = 10  # eight that every search begins with, and two of its own
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What a search in a file proposes that nothing interrupts."""
+    whole = toy_search(tmp_path_factory.mktemp("whole") / "w.jsonl", sampler="decoder", trials=TRIALS, seed=3)
+    run(whole)
+    return proposals(whole.file.records())
+
+
 # --- one worker ---------------------------------------------------------------------------------------------------
 
 
-def test_a_search_is_the_same_in_a_database_and_in_a_file(storage: str, tmp_path: Path) -> None:
-    search = toy_search(tmp_path / "a" / "s", storage=storage, sampler="decoder", trials=12, seed=3)
+def test_a_search_is_the_same_in_a_database_and_in_a_file(storage: str, undisturbed: list[Any], tmp_path: Path) -> None:
+    search = toy_search(tmp_path / "a" / "s", storage=storage, sampler="decoder", trials=TRIALS, seed=3)
     (tmp_path / "a").mkdir()
-    assert run(search).evaluated == 12
-    whole = toy_search(tmp_path / "w.jsonl", sampler="decoder", trials=12, seed=3)
-    run(whole)
-    assert proposals(read(storage)) == proposals(whole.file.records())
-    again = toy_search(tmp_path / "a" / "s", storage=storage, sampler="decoder", trials=14, seed=3)
-    assert run(again, resume=True).evaluated == 2
+    assert run(search).evaluated == TRIALS
+    assert proposals(read(storage)) == undisturbed
+    again = toy_search(tmp_path / "a" / "s", storage=storage, sampler="decoder", trials=TRIALS + 1, seed=3)
+    assert run(again, resume=True).evaluated == 1
 
 
 def test_what_is_refused(storage: str, tmp_path: Path) -> None:
@@ -144,14 +165,6 @@ def test_a_beginning_that_was_killed_is_begun_anew(
     assert sum(one.source == "original" for one in read(storage)) == 1
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What a search proposes that nothing interrupts."""
-    whole = toy_search(tmp_path_factory.mktemp("whole") / "w.jsonl", sampler="decoder", trials=12, seed=3)
-    run(whole)
-    return proposals(whole.file.records())
-
-
 @pytest.mark.parametrize(
     "moment", [pytest.param(moment, marks=() if moment in (0, 4, 8) else pytest.mark.slow) for moment in range(9)]
 )
@@ -160,9 +173,9 @@ def test_a_proposal_that_was_half_written_is_taken_up(
 ) -> None:
     """In a database what belongs together is not written together: a kill leaves any part of it."""
     path = tmp_path / "s"
-    search = toy_search(path, storage=storage, sampler="decoder", trials=12, seed=3)
+    search = toy_search(path, storage=storage, sampler="decoder", trials=TRIALS, seed=3)
     search.open()
-    left = 9  # trials that go well
+    left = TRIALS - 2  # trials that go well
     write = optuna.Trial.set_user_attr
 
     def killed(self: optuna.Trial, key: str, value: Any) -> None:
@@ -176,7 +189,8 @@ def test_a_proposal_that_was_half_written_is_taken_up(
             search.run()
     search.file.close()
     monkeypatch.setattr(database, "_is_gone", lambda name: True)  # this process was the dead one
-    assert run(toy_search(path, storage=storage, sampler="decoder", trials=12, seed=3), resume=True).stopped == "trials"
+    again = toy_search(path, storage=storage, sampler="decoder", trials=TRIALS, seed=3)
+    assert run(again, resume=True).stopped == "trials"
     assert proposals(read(storage)) == undisturbed
 
 

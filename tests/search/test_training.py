@@ -264,7 +264,7 @@ def test_another_network_or_training_is_another_study(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "halving"])  # which has its own test
 def test_every_method_makes_a_whole_table(method: str, tiny_tasks: None, tmp_path: Path) -> None:
-    evaluator = evaluator_of()
+    evaluator = evaluator_of(space=SEKG)
     table = make_gains(method, evaluator, ProbeConfig(steps=3), batches=4)
     assert table.estimator == method
     allowed = evaluator.space.allowed.copy()

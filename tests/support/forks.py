@@ -23,6 +23,8 @@ from tests.support.places import ROOT
 # What forks would otherwise import themselves, each for seconds.
 PRELOADED = ["tests.support.search.toys", "tests.support.training.driver", "tests.support.forked"]
 
+CACHE = os.environ.get("SURGEON_CACHE")  # before any test has one of its own, in which nothing is compiled yet
+
 Main = Callable[[Sequence[str]], int | None]
 
 
@@ -66,6 +68,9 @@ def context() -> ForkServerContext:
     found.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
+        patched.delenv("SURGEON_CACHE", raising=False)
+        if CACHE is not None:
+            patched.setenv("SURGEON_CACHE", CACHE)
         forkserver.ensure_running()
     return found
 

@@ -325,7 +325,8 @@ def test_naming_torch_compiles_nothing(fresh: Fresh, tmp_path: Path, monkeypatch
 
 
 def operate(arguments: Sequence[str]) -> None:
-    """What a process does that needs the library."""
+    """What a process does that needs the library, and has none yet."""
+    compiler._state = compiler._State()
     operands = example(ACDA_CONV, "cpu", torch.float32)
     print(ACDA_CONV.choose(*operands).name, ACDA_CONV(*operands).sum().item())
 

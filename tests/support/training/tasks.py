@@ -1,7 +1,9 @@
 """Tiny tasks for the tests of fine-tuning: generated, seeded, small enough to train in a blink."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -171,7 +173,9 @@ def converted(type: str = "pafu", *, layers: str = "middle", norms: bool = True,
         "acda": {"atoms": 2, "scales": 1, "basis_size": 3, "hidden": 4},
         "sekg": {},
     }
-    model, _ = surgeon.convert(
-        make_restorer(norms), layers=layers, type=type, input_size=(3, SIZE, SIZE), **(defaults[type] | options)
-    )
-    return model
+    return copy.deepcopy(_converted(norms, layers, type, **(defaults[type] | options)))
+
+
+@cache
+def _converted(norms: bool, layers: str, type: str, **options: Any) -> nn.Module:
+    return surgeon.convert(make_restorer(norms), layers=layers, type=type, input_size=(3, SIZE, SIZE), **options)[0]

@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 
 from surgeon.errors import CheckpointError, ConfigError, DataError, TrainingError
-from surgeon.zoo.finetune import finetune, loop, run
+from surgeon.zoo.finetune import FinetuneResult, finetune, loop, run
 from surgeon.zoo.finetune.evaluation import Evaluation, evaluate
 from surgeon.zoo.finetune.loop import Interrupted, Run
 from surgeon.zoo.tasks import Batch
 from tests.support.training.runs import QUICK, Watch, equal, interrupt_at, rows, weights, with_
 from tests.support.training.tasks import TinyRegression, classification, converted, make_restorer, regression
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
+    """A run that nothing stops."""
+    return finetune(converted("pafu"), regression(), QUICK, tmp_path_factory.mktemp("whole") / "run")
+
 
 # --- ends ---------------------------------------------------------------------------------------------------------
 
@@ -52,14 +59,13 @@ def test_a_run_that_makes_worse_gives_back_the_start() -> None:
     assert result.metrics == result.summary.start.metrics
 
 
-def test_out_of_time_and_then_more_time(tmp_path: Path) -> None:
+def test_out_of_time_and_then_more_time(whole: FinetuneResult, tmp_path: Path) -> None:
     short = with_(max_time=1e-6)
     result = finetune(converted("pafu"), regression(), short, tmp_path / "run")
     assert result.summary.stopped == "time"
     assert result.summary.steps == 1
     more = finetune(converted("pafu"), regression(), QUICK, tmp_path / "run", resume=True)
     assert more.summary.stopped == "steps"
-    whole = finetune(converted("pafu"), regression(), QUICK, tmp_path / "whole")
     assert equal(weights(more.model), weights(whole.model))
 
 
@@ -97,9 +103,10 @@ def test_interrupted_and_taken_up_again(number: int, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("moment", ["step", "evaluation"])
-def test_interrupted_at_the_very_end(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_at_the_very_end(
+    moment: str, whole: FinetuneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Who trains one network after the other must not go on with the next."""
-    whole = finetune(converted("pafu"), regression(), QUICK, tmp_path / "whole")
     last = whole.summary.steps
     if moment == "step":
         interrupt_at(monkeypatch, last - 1)
@@ -181,8 +188,9 @@ def test_bad_gradients_are_seen_too() -> None:
     assert summary.rollbacks == 1
 
 
-def test_a_corrupted_newest_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    whole = finetune(converted("pafu"), regression(), QUICK, tmp_path / "whole")
+def test_a_corrupted_newest_checkpoint(
+    whole: FinetuneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
     interrupt_at(monkeypatch, 10)
     with pytest.raises(Interrupted):
         finetune(converted("pafu"), regression(), QUICK, tmp_path / "run")
