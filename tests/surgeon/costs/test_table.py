@@ -44,10 +44,9 @@ def place(model: nn.Module, table: CostTable, placement: Any, options: list[Opti
     [
         ("resnet18", {"amp": True, "optimizer": "adamw", "channels_last": True}),
         ("test_efficientnet", {"mode": "infer"}),
-        ("test_convnext", {"accumulate": 2}),
+        ("convnext_atto", {"accumulate": 2}),
         pytest.param("resnet18", {}, marks=pytest.mark.slow),
         pytest.param("efficientnet_b0", {"mode": "infer"}, marks=pytest.mark.slow),
-        pytest.param("convnext_atto", {"accumulate": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_table_sums_are_whole_traces(name: str, settings: dict[str, Any]) -> None:
