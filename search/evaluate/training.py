@@ -27,7 +27,7 @@ from surgeon.search.study.folder import NOTE, read_kept, write_json
 from surgeon.search.study.journal import file_lock
 from surgeon.surgery.convert import convert
 from surgeon.surgery.rewrite import dynamic_layers
-from surgeon.util.copying import copy_model
+from surgeon.util.copying import copy_model, seed_torch
 from surgeon.util.outputs import RUN
 from surgeon.zoo.finetune import FinetuneConfig, FinetuneResult, Source, finetune
 from surgeon.zoo.finetune.loop import Interrupted
@@ -205,7 +205,7 @@ def bound(model: nn.Module, task: Task) -> nn.Module:
             "a search starts from a plain model, and this one has dynamic layers: surgeon revert makes it one"
         )
     with torch.random.fork_rng():
-        torch.manual_seed(task.seed)
+        seed_torch(task.seed)
         return task.bind(copy_model(model)).eval()
 
 

@@ -22,7 +22,7 @@ from surgeon.records.collapse_report import CollapseReport
 from surgeon.records.recipe import BaseModel, Recipe, Trained, get_recipe, set_recipe
 from surgeon.records.report import Report
 from surgeon.surgery.rewrite import dynamic_layers
-from surgeon.util.copying import check_module, copy_model
+from surgeon.util.copying import check_module, copy_model, seed_torch
 from surgeon.util.files import check_fields
 from surgeon.util.waiting import waiting
 from surgeon.zoo.finetune.config import FinetuneConfig
@@ -305,7 +305,7 @@ class _Session:
 def bound_to(model: nn.Module, task: Task) -> tuple[nn.Module, str]:
     """A copy that fits the task, and the hash of its weights."""
     work = copy_model(model)
-    torch.manual_seed(task.seed)  # of a new head
+    seed_torch(task.seed)  # of a new head
     bound = _with_recipe(task.bind(work), model)
     return bound, state_sha256(bound)
 
@@ -366,7 +366,7 @@ def original_of(
         if config.distill:
             raise ConfigError(f"distill needs the original network. {note}")
         return None, [] if note is None else [note]
-    torch.manual_seed(task.seed)  # a new head is the same as that of the converted network
+    seed_torch(task.seed)  # a new head is the same as that of the converted network
     return task.bind(original), []
 
 

@@ -11,7 +11,7 @@ from surgeon.errors import ConfigError, NothingReplacedError, SelectionError
 from surgeon.records.recipe import Recipe
 from surgeon.records.report import Report
 from surgeon.surgery.convert import convert
-from surgeon.util.copying import copy_model
+from surgeon.util.copying import copy_model, seed_torch
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.tasks import Task
 from surgeon.zoo.trial.plan import RATES, default_conversion
@@ -86,7 +86,7 @@ class Twins:
     def bound(self, seed: int) -> nn.Module:
         """A copy of the model that fits the task; a new head depends on the seed."""
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            seed_torch(seed)
             return self.task.bind(copy_model(self.model)).eval()
 
     def network(self, arm: str, seed: int) -> nn.Module:
