@@ -127,8 +127,8 @@ def test_features_only_models() -> None:
 
 FAMILIES = {  # name → all convolutions, how many of them are spatial, and a type (the slow tier has every type)
     "coat_tiny": (21, 20, "pafu"),
-    "mobilevitv2_050": (64, 10, "acda"),
-    "tf_efficientnet_b0": (81, 17, "sekg"),
+    "mobilevitv2_050": (64, 10, "sekg"),
+    "tf_efficientnet_b0": (81, 17, "acda"),
     "convnext_atto": (40, 16, "acda"),
     "efficientvit_b0": (50, 16, "pafu"),
 }
