@@ -312,6 +312,7 @@ TABLES: dict[str, Table] = {
     "gain_methods": _search_tables.gain_methods,
     "gain_methods-new": _search_tables.gain_methods,
     "search_cifar": _search_tables.search_cifar,
+    "search_cifar-wide": _search_tables.search_cifar,
     "search_cifar-resnet56_cifar": _search_tables.search_cifar,
     "finetune_defaults": finetune_defaults,
     "collapsed": collapsed,

@@ -130,13 +130,17 @@ class _Folding:
             found = self.evidence.get(name)
             if found is None:
                 self.reasons[name] = self._no_evidence(layer)
-            elif not found.variation <= self.tolerance:
-                self.reasons[name] = f"it varies over the images by more than the tolerance, {self.tolerance:g}"
+                continue
+            try:
+                conv = plain_convolution(settled(layer, found), name)
+            except UnsupportedLayerError as error:
+                why = "it does not vary, but" if found.variation == 0 else "it varies, and no tolerance folds it:"
+                self.reasons[name] = f"{why} {'; '.join(error.reasons)}"
+                continue
+            if found.variation <= self.tolerance:
+                self.convs[name] = conv
             else:
-                try:
-                    self.convs[name] = plain_convolution(settled(layer, found), name)
-                except UnsupportedLayerError as error:
-                    self.reasons[name] = f"it does not vary, but {'; '.join(error.reasons)}"
+                self.reasons[name] = _varies(self.tolerance)
 
     def _find(
         self, model: nn.Module, layers: Mapping[str, DynamicConv2d], batches: list[Inputs]
@@ -277,6 +281,10 @@ def _conclude(report: CollapseReport, folding: _Folding, verification: Verificat
         )
 
 
+def _varies(tolerance: float) -> str:
+    return f"it varies over the images by more than the tolerance, {tolerance:g}"
+
+
 def _nothing(report: CollapseReport) -> str:
     """Which layers cannot be folded, why, and what would help."""
     groups: dict[str, list[str]] = {}
@@ -286,7 +294,8 @@ def _nothing(report: CollapseReport) -> str:
     reasons = "; ".join(
         f"{reason} ({', '.join(names[:3])}{', ...' if names[3:] else ''})" for reason, names in groups.items()
     )
-    least = min((x.variation for x in report.kept if x.variation), default=None)
+    varying = _varies(report.tolerance)
+    least = min((x.variation for x in report.kept if x.variation and x.reason == varying), default=None)
     hint = (
         ""
         if least is None
