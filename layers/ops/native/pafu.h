@@ -24,18 +24,20 @@ typedef struct {
     int64_t h, w, c, outputs, groups, lh, lw, sh, sw, dh, dw;
     int64_t n; /* kernels, the first at `kernel`, the others at `further`, one after another */
     int64_t last_0, last_others; /* 1: the channels of the first kernel, of the others, are last in memory, else the taps */
+    int64_t segment;               /* pixels of a task at most, which packs its kernel once */
     int64_t plane;                 /* pixels of a whole map of the output */
     int64_t images, rows, columns; /* of the chunk's output */
     int64_t height, width;         /* of its frame */
     int64_t first, inside, across, top, left; /* input rows from `first`, `inside` many, `across` columns, at (top, left) of it */
     int64_t last;  /* 1: x, y and the gradient are channels last */
-    int64_t parts; /* of the images, each sorted for itself: their gradients of the input share nothing */
+    int64_t parts;   /* of the images, each sorted for itself: their gradients of the input share nothing */
 } Pafu;
 
 typedef struct {
     const float *x, *kernel, *further, *grad; /* x from the first image of the chunk on, grad from its first row, too */
     const int64_t *index;            /* of the chunk's pixels */
     int64_t *bounds, *order, *start; /* where a part's and kernel's pixels begin; of the sorted, outputs and patches */
+    int64_t *runs;                   /* kernel, first and end of sorted pixels, `segment` pixels at most */
     float *frame, *y, *g, *gframe;   /* channels last: the frame, the chunk's output, its gradient, that of the frame */
     float *out, *gx;                 /* the output as `grad`, the gradient of the input as `x` */
     float *gkernel, *gfurther, *gscores; /* null: not wanted; gradients of kernels are channels last, scores (pixel, n) */
@@ -109,17 +111,24 @@ static void from_last(const float *from, Places s, int64_t rows, int64_t pixels,
 
 /* ---- what Python calls before: the frame, the order of the pixels ----------------------------------------------------------- */
 
-typedef void PafuWork(const Pafu *, const PafuTensors *, float *scratch, const int64_t *task);
+typedef void PafuWork(const Pafu *, const PafuTensors *, float *scratch, int64_t task);
 
-/* Some tasks, each of `width` numbers, one after another: a call from Python takes as long as a small one. */
-void pafu_tasks(const Pafu *a, const PafuTensors *t, float *scratch, PafuWork *work, const int64_t *tasks, int64_t width, int64_t count) {
-    for (int64_t i = 0; i < count; i++) work(a, t, scratch, tasks + i * width);
+/* Tasks from `first` to `end`, one after another: a call from Python takes as long as a small one. */
+void pafu_tasks(const Pafu *a, const PafuTensors *t, float *scratch, PafuWork *work, int64_t first, int64_t end) {
+    for (int64_t task = first; task < end; task++) work(a, t, scratch, task);
+}
+
+/* Whether all indices name one of n kernels. */
+int64_t pafu_in_range(const int64_t *index, int64_t count, int64_t n) {
+    uint64_t most_of_all = 0;
+    for (int64_t i = 0; i < count; i++) most_of_all = (uint64_t)index[i] > most_of_all ? (uint64_t)index[i] : most_of_all;
+    return most_of_all < (uint64_t)n;
 }
 
 /* The frame of one image of the chunk. */
-void pafu_frame(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
+void pafu_frame(const Pafu *a, const PafuTensors *t, float *scratch, int64_t task) {
     (void)scratch;
-    const int64_t image = task[0], c = a->c, size = a->h * a->w, row = a->width * c;
+    const int64_t image = task, c = a->c, size = a->h * a->w, row = a->width * c;
     float *frame = t->frame + image * a->height * row;
     const float *x = t->x + image * c * size;
     memset(frame, 0, (size_t)(a->top * row) * 4);
@@ -138,8 +147,8 @@ void pafu_frame(const Pafu *a, const PafuTensors *t, float *scratch, const int64
             to_last(x + (a->first + r) * a->w, size, c, a->across, inner + r * row, (Places){a->w, row, c});
 }
 
-/* Sort the pixels of every part by kernel. */
-void pafu_sort(const Pafu *a, const PafuTensors *t) {
+/* Sort the pixels of every part by kernel; returns the number of runs of one kernel. */
+int64_t pafu_sort(const Pafu *a, const PafuTensors *t) {
     int64_t pixels = a->rows * a->columns, *next = t->bounds, keys = a->parts * a->n;
     memset(next, 0, (size_t)(keys + 1) * sizeof *next);
     for (int64_t b = 0, p = 0; b < a->images; b++)
@@ -160,6 +169,13 @@ void pafu_sort(const Pafu *a, const PafuTensors *t) {
     next[0] = 0;
     for (int64_t i = 0, end = a->images * pixels; i < PAFU_PIXELS; i++) /* asked for ahead, but of no account */
         t->order[end + i] = t->start[end + i] = 0;
+    int64_t runs = 0;
+    for (int64_t i = 0; i < keys; i++)
+        for (int64_t p = 0, count = next[i + 1] - next[i], pieces = ceil_div(count, a->segment); p < pieces; p++, runs++) {
+            int64_t *run = t->runs + 3 * runs;
+            run[0] = i % a->n, run[1] = next[i] + count * p / pieces, run[2] = next[i] + count * (p + 1) / pieces;
+        }
+    return runs;
 }
 
 /* ---- a piece of a kernel, and the pixels that it multiplies ----------------------------------------------------------------- */
@@ -286,10 +302,10 @@ static Patches patches_of(const Pafu *a, const PafuTensors *t, Outputs o, Piece 
                      frame, NULL};
 }
 
-/* Floats of scratch, for what multiplies and for the gradients, if a task takes at most so many pixels. */
-int64_t pafu_scratch(const Pafu *a, int64_t pixels) {
+/* Floats of scratch, for what multiplies and for the gradients. */
+int64_t pafu_scratch(const Pafu *a) {
     int64_t taps = a->lh * a->lw, most_rows = most(a->c / a->groups * taps, a->outputs / a->groups);
-    return round_up(2 * taps) + round_up(pixels) + most_rows * PAFU_VECTORS * LANES + 64;
+    return round_up(2 * taps) + a->segment + most_rows * PAFU_VECTORS * LANES + 64;
 }
 
 /* The whole sums of sorted pixels, `count` of them from `first` on and in blocks of `part`, for one block of output channels. The rows
@@ -316,12 +332,13 @@ static void multiply_run(const Pafu *a, const PafuTensors *t, Outputs o, const i
     }
 }
 
-/* Kernel i, sorted pixels from `first` to `end`, all of that kernel, and one block of output channels. */
-void pafu_forward(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
-    int64_t i = task[0], first = task[1], end = task[2], block = task[3], part = even_part(end - first, PAFU_PIXELS);
+/* A run of sorted pixels of one kernel, and one block of output channels. */
+void pafu_forward(const Pafu *a, const PafuTensors *t, float *scratch, int64_t task) {
+    const int64_t blocks = pafu_blocks(a), *run_of = t->runs + task / blocks * 3;
+    int64_t i = run_of[0], first = run_of[1], end = run_of[2], part = even_part(end - first, PAFU_PIXELS);
     int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw);
     float sums[PAFU_RUN * PAFU_VECTORS * LANES] __attribute__((aligned(64)));
-    Outputs o = outputs_of(a, block);
+    Outputs o = outputs_of(a, task % blocks);
     pafu_places(a, place);
     pack_kernel(a, t, i, o.first, o.many, o.vectors * LANES, scratch);
     for (int64_t q = first, run = PAFU_RUN / PAFU_PIXELS * part; q < end; q += run) {
@@ -332,8 +349,8 @@ void pafu_forward(const Pafu *a, const PafuTensors *t, float *scratch, const int
 }
 
 /* The chunk's output of one image, from channels last to (O, P, Q). */
-void pafu_output(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
-    int64_t pixels = a->rows * a->columns, image = task[0];
+void pafu_output(const Pafu *a, const PafuTensors *t, float *scratch, int64_t task) {
+    int64_t pixels = a->rows * a->columns, image = task;
     (void)scratch;
     from_last(t->y + image * pixels * a->outputs, (Places){pixels, 0, a->outputs}, a->outputs, pixels,
               t->out + image * a->outputs * a->plane, a->plane, 0);
