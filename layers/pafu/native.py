@@ -102,7 +102,7 @@ class _Call:
         """For the first chunk, which is the largest: the sorted pixels, the frame, and a map as the output, channels last."""
         plan, tensors = self.plan, self.tensors
         pixels, keys = plan.images * plan.rows * plan.columns, plan.parts * plan.n
-        sizes = (keys + 1, pixels + SPARE, pixels + SPARE, 3 * (keys + pixels // SEGMENT))
+        sizes = (keys + 1, pixels + SPARE, pixels + SPARE, 3 * (keys + pixels // SEGMENT + 1))
         starts = accumulate((2 * size * 4 for size in sizes), initial=self.borrow(2 * sum(sizes)).data_ptr())
         tensors.bounds, tensors.order, tensors.start, tensors.runs, _ = starts
         tensors.frame = self.frame().data_ptr()

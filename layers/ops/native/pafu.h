@@ -17,8 +17,8 @@ enum { PAFU_PIXELS = 6, PAFU_VECTORS = 2 };
 #endif
 /* PAFU_DEPTH: numbers of a patch at a time, whose part of a packed kernel takes 16 KiB of the first-level cache. PAFU_RUN: pixels that
  * it multiplies there, whose sums take another 12 KiB at most. AHEAD: floats by which rows that are turned are asked for before; the
- * hardware does not foresee so many. */
-enum { PAFU_DEPTH = 4096 / (PAFU_VECTORS * LANES), PAFU_RUN = 8 * PAFU_PIXELS, AHEAD = 64 };
+ * hardware does not foresee so many. KERNEL_AHEAD: floats of the next kernel that are asked for with every 16 numbers of a patch. */
+enum { PAFU_DEPTH = 4096 / (PAFU_VECTORS * LANES), PAFU_RUN = 8 * PAFU_PIXELS, AHEAD = 64, KERNEL_AHEAD = 2 * LINE };
 
 typedef struct {
     int64_t h, w, c, outputs, groups, lh, lw, sh, sw, dh, dw;
@@ -175,6 +175,7 @@ int64_t pafu_sort(const Pafu *a, const PafuTensors *t) {
             int64_t *run = t->runs + 3 * runs;
             run[0] = i % a->n, run[1] = next[i] + count * p / pieces, run[2] = next[i] + count * (p + 1) / pieces;
         }
+    t->runs[3 * runs] = 0; /* the kernel after the last, asked for ahead */
     return runs;
 }
 
@@ -207,17 +208,23 @@ static void pack_kernel(const Pafu *a, const PafuTensors *t, int64_t i, int64_t 
 }
 
 typedef struct {
+    const float *at, *end;
+} Ahead; /* what will be packed next, from where nobody has asked for it yet */
+
+typedef struct {
     const float *frame;     /* from the first channel of the piece on */
     const int64_t *start;   /* of the pixels' patches */
     const int64_t *place;   /* of the piece's taps */
     int64_t taps, channels;
     const float *packed;
+    Ahead ahead;
     const float *next;      /* where the next patches to be multiplied are, seen as `frame` and `start` */
     const int64_t *next_start;
 } Patches;
 
 INLINE void multiply_block(const int pixels, const int vectors, const Patches *b, float *sums, int first) {
     const float *packed = b->packed;
+    Ahead ahead = b->ahead;
     vec sum[PAFU_PIXELS][PAFU_VECTORS];
     UNROLLED for (int r = 0; r < pixels; r++) UNROLLED for (int v = 0; v < vectors; v++)
         sum[r][v] = first ? (vec){0} : load(sums + (r * vectors + v) * LANES);
@@ -228,6 +235,8 @@ INLINE void multiply_block(const int pixels, const int vectors, const Patches *b
         for (int64_t c0 = 0; c0 < b->channels; c0 += 16) {
             const int64_t c1 = least(c0 + 16, b->channels);
             UNROLLED for (int r = 0; r < pixels; r++) __builtin_prefetch(next[r] + c0); /* unforeseen: the pixels are sorted */
+            UNROLLED for (int i = 0; i < KERNEL_AHEAD; i += LINE) __builtin_prefetch(ahead.at + i, 0, 2);
+            ahead.at = ahead.at + KERNEL_AHEAD < ahead.end ? ahead.at + KERNEL_AHEAD : ahead.end;
             for (int64_t c = c0; c < c1; c++, packed += vectors * LANES) {
                 vec k[PAFU_VECTORS];
                 UNROLLED for (int v = 0; v < vectors; v++) k[v] = held(load(packed + v * LANES));
@@ -299,7 +308,7 @@ static Patches patches_of(const Pafu *a, const PafuTensors *t, Outputs o, Piece 
     int64_t inputs = a->c / a->groups;
     const float *frame = t->frame + o.group * inputs + p.channel;
     return (Patches){frame, start, place + p.tap, p.taps, p.channels, packed + (p.tap * inputs + p.channel) * o.vectors * LANES,
-                     frame, NULL};
+                     {NULL, NULL}, frame, NULL};
 }
 
 /* Floats of scratch, for what multiplies and for the gradients. */
@@ -309,9 +318,9 @@ int64_t pafu_scratch(const Pafu *a) {
 }
 
 /* The whole sums of sorted pixels, `count` of them from `first` on and in blocks of `part`, for one block of output channels. The rows
- * that they are for are asked for in time: those of `rows` that begin at the pixels' outputs. */
+ * that they are for are asked for in time, those of `rows` that begin at the pixels' outputs, and meanwhile what lies ahead. */
 static void multiply_run(const Pafu *a, const PafuTensors *t, Outputs o, const int64_t *place, const float *packed, int64_t first,
-                         int64_t count, int64_t part, float *sums, const float *rows) {
+                         int64_t count, int64_t part, float *sums, const float *rows, Ahead *ahead) {
     const int64_t *start = t->start + first, *order = t->order + first;
     Piece p = next_piece(a, (Piece){0}), next;
     for (int begin = 1; p.taps > 0; p = next, begin = 0) {
@@ -327,9 +336,18 @@ static void multiply_run(const Pafu *a, const PafuTensors *t, Outputs o, const i
             }
             for (int64_t r = 0; r < here && last; r++)
                 for (int64_t v = 0; v < o.vectors; v++) __builtin_prefetch(rows + order[q + r] + v * LANES);
+            b.ahead = *ahead;
             multiply(here, o.vectors, &b, sums + q * o.vectors * LANES, begin);
+            ahead->at += least(ahead->end - ahead->at, p.taps * ceil_div(p.channels, 16) * KERNEL_AHEAD);
         }
     }
+}
+
+static Ahead kernel_ahead(const Pafu *a, const PafuTensors *t, int64_t i, int64_t block) {
+    const int64_t size = a->lh * a->lw * (a->c / a->groups);
+    Outputs o = outputs_of(a, block);
+    const float *rows = kernel_of(a, t, i) + o.first * size;
+    return (Ahead){rows, rows + o.many * size};
 }
 
 /* A run of sorted pixels of one kernel, and one block of output channels. */
@@ -339,11 +357,12 @@ void pafu_forward(const Pafu *a, const PafuTensors *t, float *scratch, int64_t t
     int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw);
     float sums[PAFU_RUN * PAFU_VECTORS * LANES] __attribute__((aligned(64)));
     Outputs o = outputs_of(a, task % blocks);
+    Ahead ahead = kernel_ahead(a, t, t->runs[(task + 1) / blocks * 3], (task + 1) % blocks);
     pafu_places(a, place);
     pack_kernel(a, t, i, o.first, o.many, o.vectors * LANES, scratch);
     for (int64_t q = first, run = PAFU_RUN / PAFU_PIXELS * part; q < end; q += run) {
         int64_t count = least(run, end - q);
-        multiply_run(a, t, o, place, scratch, q, count, part, sums, t->y + o.first);
+        multiply_run(a, t, o, place, scratch, q, count, part, sums, t->y + o.first, &ahead);
         keep_sums(sums, count, o.vectors, t->y + o.first, t->order + q, o.last, 0);
     }
 }

@@ -98,7 +98,7 @@ void pafu_input_gradient(const Pafu *a, const PafuTensors *t, float *scratch, in
                 for (int64_t q = begin; q < end; q += pixels) {
                     float sums[PAFU_PIXELS * PAFU_VECTORS * LANES] __attribute__((aligned(64)));
                     const float *g = t->g + group * outputs + o;
-                    Patches b = {g, t->order + q, &none, 1, least(deep, outputs - o), scratch + o * row, g, t->order + q + pixels};
+                    Patches b = {g, t->order + q, &none, 1, least(deep, outputs - o), scratch + o * row, {g, g}, g, t->order + q + pixels};
                     int64_t here = least(pixels, end - q);
                     for (int64_t r = 0; r < here; r++)
                         for (int64_t u = 0; u < vectors; u++) __builtin_prefetch(gx + t->start[q + r] + u * LANES, 1);
@@ -155,10 +155,11 @@ void pafu_score_gradient(const Pafu *a, const PafuTensors *t, float *scratch, in
     memset(scores, 0, (size_t)(end - first) * 4);
     for (int64_t block = 0; block < pafu_blocks(a); block++) {
         Outputs o = outputs_of(a, block);
+        Ahead ahead = kernel_ahead(a, t, i, least(block + 1, pafu_blocks(a) - 1));
         pack_kernel(a, t, i, o.first, o.many, o.vectors * LANES, scratch);
         for (int64_t q = first, run = PAFU_RUN / PAFU_PIXELS * part; q < end; q += run) {
             int64_t count = least(run, end - q);
-            multiply_run(a, t, o, place, scratch, q, count, part, sums, t->g + o.first);
+            multiply_run(a, t, o, place, scratch, q, count, part, sums, t->g + o.first, &ahead);
             for (int64_t r = 0; r < count; r++)
                 scores[q - first + r] += score(o.vectors, sums + r * o.vectors * LANES, t->g + o.first + t->order[q + r], o.last);
         }
