@@ -143,7 +143,10 @@ def _conv(
 
 
 def _problem(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, window: Window, method: str) -> FrameProblem:
-    """What a method needs to know. Triton sorts pixels on the device: computing `present` would synchronize. C counts them itself."""
+    """What a method needs to know: not the kernels `present` if it counts them itself.
+
+    Triton does so on the device, where asking would wait for it.
+    """
     if method == "triton" or (method == NATIVE and native.in_range(index, 1 + further.shape[0])):
         return FrameProblem(x, kernel, further, index, window, [])
     return FrameProblem.of(x, kernel, further, index, window)
