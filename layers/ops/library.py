@@ -59,7 +59,7 @@ def nothing_to_record(*args: Any) -> bool:
         or (gradients and any(t.requires_grad for t in tensors))
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state()
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
         or torch.autograd.forward_ad._current_level >= 0
     ):
         return False
