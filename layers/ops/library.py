@@ -38,7 +38,7 @@ def define(name: str, *tags: torch.Tag) -> Callable[[Callable[..., Any]], Any]:
 
 
 def _keys(t: Tensor) -> int:
-    """What torch's dispatcher would do with a tensor, as a set of bits."""
+    """The set of bits by which torch's dispatcher decides about a tensor."""
     return int(torch._C._dispatch_keys(t).raw_repr())
 
 

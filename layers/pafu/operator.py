@@ -143,7 +143,7 @@ def _conv(
 
 
 def _problem(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, window: Window, method: str) -> FrameProblem:
-    """What a method needs to know: not the kernels `present` if it counts them itself.
+    """The problem for a method, without the kernels `present` if it counts them itself.
 
     Triton does so on the device, where asking would wait for it.
     """
