@@ -1,10 +1,10 @@
 """The PAFU operator in C (pafu.h), for the CPU: computed in float32, bit-identical for any number of threads."""
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ SPARE = 8  # padding after the sorted pixels, which is read but not used
 SPARE_FLOATS = 16  # padding after buffers, which are read in whole vectors
 
 _GEOMETRY = ("h", "w", "c", "outputs", "groups", "lh", "lw", "sh", "sw", "dh", "dw", "n")
-_LAST = ("last_0", "last_others")
+_ORDER = ("last_0", "last_others", "segment")
 _CHUNK = (
     "plane",
     "images",
@@ -41,14 +41,14 @@ _CHUNK = (
     "parts",
 )
 _GIVEN = ("x", "kernel", "further", "grad", "index")
-_MADE = ("bounds", "order", "start", "frame", "y", "g", "gframe", "out", "gx")
+_MADE = ("bounds", "order", "start", "runs", "frame", "y", "g", "gframe", "out", "gx")
 _GRADIENTS = ("gkernel", "gfurther", "gscores")
 
 
 class _Plan(ctypes.Structure):
     """`Pafu` of pafu.h."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in (*_GEOMETRY, *_LAST, *_CHUNK)]
+    _fields_ = [(name, ctypes.c_int64) for name in (*_GEOMETRY, *_ORDER, *_CHUNK)]
 
 
 class _Tensors(ctypes.Structure):
@@ -63,25 +63,33 @@ def _dense(kernels: Tensor) -> tuple[Tensor, bool]:
     return kernels if last else kernels.contiguous(), last
 
 
-class _Work:
-    """One chunk of a call: sizes and operands in the layout of the C functions, and the buffers borrowed for them."""
+def _at(t: Tensor, image: int, row: int = 0, rows: int = 1) -> int:
+    """Address of an image of a batch, or of a row of it; `rows` is the dimension they are in."""
+    return t.data_ptr() + t.element_size() * (image * t.stride(0) + row * t.stride(rows))
 
-    def __init__(self, call: "_Call", chunk: FrameChunk, parts: int, stack: ExitStack) -> None:
-        self.call, self.chunk, self.stack = call, chunk, stack
-        images, rows = chunk.images.stop - chunk.images.start, chunk.rows.stop - chunk.rows.start
-        columns, inside = call.index.shape[2], chunk.inside.stop - chunk.inside.start
-        frame = (chunk.height, chunk.width, chunk.inside.start, inside, chunk.across.stop, chunk.top, chunk.left)
-        plane = call.index.shape[1] * columns
-        self.plan = _Plan(*call.sizes, plane, images, rows, columns, *frame, call.last, min(parts, images))
-        self.pixels, self.keys = images * rows * columns, self.plan.parts * self.plan.n
-        index = call.index[chunk.images, chunk.rows]
-        sizes = [self.keys + 1, self.pixels + SPARE, self.pixels + SPARE]
-        self.sorted = self.borrow(2 * sum(sizes))[: 2 * sum(sizes)].view(torch.int64).split(sizes)
-        given = (call.x[chunk.images], call.kernel, call.further, None, index, *self.sorted)
-        self.tensors = _Tensors(*map(pointer, given))
-        self.tensors.frame = pointer(self.frame())
-        call.library.pafu_sort(ctypes.byref(self.plan), ctypes.byref(self.tensors))
-        self.run("pafu_frame", self.images())
+
+class _Call:
+    """Sizes, operands and borrowed buffers of a call in the layout of the C functions: of one chunk after another."""
+
+    def __init__(self, problem: FrameProblem, parts: int, stack: ExitStack) -> None:
+        window = problem.window
+        self.problem, self.parts, self.stack, self.library = problem, parts, stack, library()
+        self.last = memory_format_of(problem.x) == torch.channels_last
+        self.x, self.index = self.laid_out(problem.x), problem.index.contiguous()
+        self.kernel, first = _dense(problem.kernel)
+        self.further, others = _dense(problem.further)
+        given = (*self.x.shape[2:], self.x.shape[1], problem.outputs, window.groups)
+        sizes = (*given, *window.size, *window.stride, *window.dilation, problem.n, first, others, SEGMENT)
+        rows, columns = self.index.shape[1:]
+        self.plan = _Plan(*sizes, rows * columns, columns=columns, last=self.last)
+        self.tensors = _Tensors(kernel=self.kernel.data_ptr(), further=self.further.data_ptr())
+        self.operands = ctypes.byref(self.plan), ctypes.byref(self.tensors)
+        self.scratch = self.library.pafu_scratch(self.operands[0])
+        self.runs = 0  # of sorted pixels of one kernel
+
+    def laid_out(self, t: Tensor) -> Tensor:
+        """In the memory format of x, without gaps."""
+        return t.contiguous(memory_format=torch.channels_last if self.last else torch.contiguous_format)
 
     def borrow(self, floats: int) -> Tensor:
         return self.stack.enter_context(borrowed(floats + SPARE_FLOATS))
@@ -90,65 +98,50 @@ class _Work:
         """Buffer for the frame or its gradient."""
         return self.borrow(self.plan.images * self.plan.height * self.plan.width * self.plan.c)
 
-    def output(self, y: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
-        """The chunk's part of an output-sized map, and its channels-last version: the same memory, or a buffer."""
-        own = pointer(y[self.chunk.images, :, self.chunk.rows])
-        return own, own if self.call.last else pointer(self.borrow(self.pixels * self.plan.outputs))
+    def buffers(self) -> None:
+        """For the first chunk, which is the largest: the sorted pixels, the frame, and a map as the output, channels last."""
+        plan, tensors = self.plan, self.tensors
+        pixels, keys = plan.images * plan.rows * plan.columns, plan.parts * plan.n
+        sizes = (keys + 1, pixels + SPARE, pixels + SPARE, 3 * (keys + pixels // SEGMENT + 1))
+        starts = accumulate((2 * size * 4 for size in sizes), initial=self.borrow(2 * sum(sizes)).data_ptr())
+        tensors.bounds, tensors.order, tensors.start, tensors.runs, _ = starts
+        tensors.frame = self.frame().data_ptr()
+        if not self.last:
+            tensors.y = tensors.g = self.borrow(pixels * plan.outputs).data_ptr()
 
-    def images(self) -> list[tuple[int]]:
-        return [(image,) for image in range(self.plan.images)]
-
-    def segments(self, bounds: list[int]) -> Iterator[tuple[int, int, int]]:
-        """Kernel, first and end of each run of sorted pixels of one kernel."""
-        for key, (start, stop) in enumerate(pairwise(bounds)):
-            pieces = -(-(stop - start) // SEGMENT)
-            for piece in range(pieces):
-                yield key % self.plan.n, *(start + (stop - start) * p // pieces for p in (piece, piece + 1))
-
-    def run(self, name: str, tasks: Sequence[tuple[int, ...]]) -> None:
-        """Call a C function for every task, several in one call from Python; the tasks write to disjoint memory."""
-        if not tasks:
-            return
-        library, width, threads = self.call.library, len(tasks[0]), torch.get_num_threads()
-        function = ctypes.cast(getattr(library, name), ctypes.c_void_p)
-        operands = ctypes.byref(self.plan), ctypes.byref(self.tensors)
-        numbers = (ctypes.c_int64 * (width * len(tasks)))(*chain.from_iterable(tasks))
-        calls = min(len(tasks), CALLS * threads) if threads > 1 else 1
-
-        def work(part: int, scratch: Tensor) -> None:
-            first, end = (len(tasks) * p // calls for p in (part, part + 1))
-            own = ctypes.byref(numbers, first * width * ctypes.sizeof(ctypes.c_int64))
-            count = ctypes.c_int64(end - first)
-            library.pafu_tasks(*operands, pointer(scratch), function, own, ctypes.c_int64(width), count)
-
-        in_parallel(work, calls, self.call.scratch)
-
-
-class _Call:
-    """The operands of a call in the layout of the C functions."""
-
-    def __init__(self, problem: FrameProblem) -> None:
-        window = problem.window
-        self.problem, self.library = problem, library()
-        self.last = memory_format_of(problem.x) == torch.channels_last
-        self.x, self.index = self.laid_out(problem.x), problem.index.contiguous()
-        self.kernel, first = _dense(problem.kernel)
-        self.further, others = _dense(problem.further)
-        given = (*self.x.shape[2:], self.x.shape[1], problem.outputs, window.groups)
-        self.sizes = (*given, *window.size, *window.stride, *window.dilation, problem.n, first, others)
-        self.scratch = self.library.pafu_scratch(ctypes.byref(_Plan(*self.sizes)), ctypes.c_int64(SEGMENT))
-
-    def laid_out(self, t: Tensor) -> Tensor:
-        """In the memory format of x, without gaps."""
-        return t.contiguous(memory_format=torch.channels_last if self.last else torch.contiguous_format)
-
-    def chunks(self, parts: int) -> Iterator[_Work]:
-        """The chunks, each with its frame and sorted pixels; a chunk's images are split into `parts`, if it has as many."""
-        stride_h, stride_w = self.problem.window.stride
+    def chunks(self) -> Iterator[FrameChunk]:
+        """The chunks, each with its frame and its pixels, sorted; its images are split into `parts`, if there are as many."""
+        plan, tensors, (stride_h, stride_w) = self.plan, self.tensors, self.problem.window.stride
         pixel = 4 * (self.x.shape[1] * stride_h * stride_w + self.problem.outputs)
         for chunk in self.problem.chunks(pixel, CHUNK_BYTES):
-            with ExitStack() as stack:
-                yield _Work(self, chunk, parts, stack)
+            images, rows, inside = chunk.images, chunk.rows, chunk.inside
+            plan.images, plan.rows, plan.inside = (part.stop - part.start for part in (images, rows, inside))
+            plan.height, plan.width, plan.top, plan.left = chunk.height, chunk.width, chunk.top, chunk.left
+            plan.first, plan.across, plan.parts = inside.start, chunk.across.stop, min(self.parts, plan.images)
+            if not tensors.frame:
+                self.buffers()
+            tensors.x, tensors.index = _at(self.x, images.start), _at(self.index, images.start, rows.start)
+            self.runs = self.library.pafu_sort(*self.operands)
+            self.run("pafu_frame", plan.images)
+            yield chunk
+
+    def run(self, name: str, tasks: int) -> None:
+        """Call a C function for every task, several in one call from Python; the tasks write to disjoint memory."""
+        run, function = self.library.pafu_tasks, ctypes.cast(getattr(self.library, name), ctypes.c_void_p)
+        threads = torch.get_num_threads()
+        calls = min(tasks, CALLS * threads) if threads > 1 else 1
+
+        def work(part: int, scratch: Tensor) -> None:
+            first, end = (ctypes.c_int64(tasks * p // calls) for p in (part, part + 1))
+            run(*self.operands, pointer(scratch), function, first, end)
+
+        in_parallel(work, calls, self.scratch)
+
+
+def in_range(index: Tensor, n: int) -> bool:
+    """Whether an index (int64) names nothing but n kernels."""
+    index = index.contiguous()
+    return bool(library().pafu_in_range(pointer(index), ctypes.c_int64(index.numel()), ctypes.c_int64(n)))
 
 
 def forward(problem: FrameProblem, out: Tensor) -> None:
@@ -174,13 +167,16 @@ def _in_float32(problem: FrameProblem) -> Iterator[tuple[slice, FrameProblem]]:
 
 
 def _forward(problem: FrameProblem, out: Tensor) -> None:
-    for work in _Call(problem).chunks(1):
-        work.tensors.out, work.tensors.y = work.output(out)
-        blocks = work.call.library.pafu_blocks(ctypes.byref(work.plan))
-        segments = work.segments(work.sorted[0].tolist())
-        work.run("pafu_forward", [(*segment, block) for segment in segments for block in range(blocks)])
-        if not work.call.last:
-            work.run("pafu_output", work.images())
+    with ExitStack() as stack:
+        call = _Call(problem, 1, stack)
+        blocks = call.library.pafu_blocks(call.operands[0])
+        for chunk in call.chunks():
+            call.tensors.out = _at(out, chunk.images.start, chunk.rows.start, 2)
+            if call.last:
+                call.tensors.y = call.tensors.out
+            call.run("pafu_forward", call.runs * blocks)
+            if not call.last:
+                call.run("pafu_output", call.plan.images)
 
 
 def backward(problem: FrameProblem, grad: Tensor, grads: Grads) -> None:
@@ -193,27 +189,30 @@ def backward(problem: FrameProblem, grad: Tensor, grads: Grads) -> None:
 
 def _backward(problem: FrameProblem, grad: Tensor, grads: Grads) -> None:
     """For kernels that have their channels last in memory."""
-    call = _Call(problem)
-    grad = call.laid_out(grad)
-    blocks = call.library.pafu_input_blocks(ctypes.byref(_Plan(*call.sizes)))
-    taps = problem.window.size[0] * problem.window.size[1]
-    for work in call.chunks(-(-PARTS // blocks)):
-        tensors = work.tensors
-        tensors.grad, tensors.g = work.output(grad)
-        if not call.last:
-            work.run("pafu_gradient", work.images())
+    with ExitStack() as stack:
+        call = _Call(problem, 1, stack)
+        plan, tensors, grad = call.plan, call.tensors, call.laid_out(grad)
+        blocks = call.library.pafu_input_blocks(call.operands[0])
+        call.parts = -(-PARTS // blocks)
+        frame: Tensor | None = None
         if grads.kernels is not None:
-            first, *others = map(pointer, grads.kernels)
-            tensors.gkernel, tensors.gfurther = first, others[0] if others else None
-            work.run("pafu_kernel_gradient", [(i, tap) for i in range(problem.n) for tap in range(taps)])
-        if grads.scores is not None:
-            tensors.gscores = pointer(grads.scores[work.chunk.images, work.chunk.rows])
-            parts = range(0, work.pixels, SEGMENT)
-            tasks = [(i, p, min(p + SEGMENT, work.pixels)) for i in range(problem.n) for p in parts]
-            work.run("pafu_score_gradient", tasks)
-        if grads.x is not None:
-            frame = work.frame()
-            frame.zero_()
-            tensors.gframe, tensors.gx = pointer(frame), pointer(grads.x[work.chunk.images])
-            work.run("pafu_input_gradient", [(p, block) for p in range(work.plan.parts) for block in range(blocks)])
-            work.run("pafu_input_add", work.images())
+            tensors.gkernel, *others = (sums.data_ptr() for sums in grads.kernels)
+            tensors.gfurther = others[0] if others else None
+        for chunk in call.chunks():
+            image, row = chunk.images.start, chunk.rows.start
+            tensors.grad = _at(grad, image, row, 2)
+            if call.last:
+                tensors.g = tensors.grad
+            else:
+                call.run("pafu_gradient", plan.images)
+            if grads.kernels is not None:
+                call.run("pafu_kernel_gradient", plan.n * plan.lh * plan.lw)
+            if grads.scores is not None:
+                tensors.gscores = _at(grads.scores, image, row)
+                call.run("pafu_score_gradient", plan.n * call.library.pafu_score_pieces(call.operands[0]))
+            if grads.x is not None:
+                frame = call.frame() if frame is None else frame
+                frame.zero_()
+                tensors.gframe, tensors.gx = frame.data_ptr(), _at(grads.x, image)
+                call.run("pafu_input_gradient", plan.parts * blocks)
+                call.run("pafu_input_add", plan.images)

@@ -12,7 +12,6 @@ Legend: N batch, C channels, H W input size, P Q output size, n kernels per grou
 """
 
 from collections.abc import Sequence
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -131,11 +130,11 @@ def _conv(
     method: str,
 ) -> Tensor:
     window, out = Window.of(kernel, stride, padding, dilation, groups), _empty_output(x, kernel, index)
+    problem = _problem(x, kernel, further, index, window, method)
     if method == "triton":
         if out.numel():
-            _on_cuda().forward(FrameProblem(x, kernel, further, index, window, []), out)
+            _on_cuda().forward(problem, out)
         return out
-    problem = FrameProblem.of(x, kernel, further, index, window)
     if method == "auto" and len(problem.present) == 1:
         return _plain(problem, problem.present[0])
     if out.numel():
@@ -143,8 +142,17 @@ def _conv(
     return out
 
 
+def _problem(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, window: Window, method: str) -> FrameProblem:
+    """The problem for a method, without the kernels `present` if it counts them itself.
+
+    Triton does so on the device, where asking would wait for it.
+    """
+    if method == "triton" or (method == NATIVE and native.in_range(index, 1 + further.shape[0])):
+        return FrameProblem(x, kernel, further, index, window, [])
+    return FrameProblem.of(x, kernel, further, index, window)
+
+
 def _on_cuda() -> ModuleType:
-    """The Triton kernels, which sort pixels on the device: computing `present` would synchronize."""
     from surgeon.layers.pafu import triton as pafu  # Triton is not everywhere
 
     return pafu
@@ -176,8 +184,7 @@ def _conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, kernel, further and soft; `wanted` covers (x, kernels, soft), and unwanted ones are returned empty."""
     window = Window.of(kernel, stride, padding, dilation, groups)
-    make = FrameProblem.of if method != "triton" else partial(FrameProblem, present=[])
-    problem = make(x, kernel, further, index, window)
+    problem = _problem(x, kernel, further, index, window, method)
     grad_x, first, rest, scores = _empty_gradients(x, kernel, further, index, wanted, problem.sum_dtype)
     for each in (grad_x, first, rest, scores):
         each.zero_()

@@ -17,25 +17,27 @@ enum { PAFU_PIXELS = 6, PAFU_VECTORS = 2 };
 #endif
 /* PAFU_DEPTH: numbers of a patch at a time, whose part of a packed kernel takes 16 KiB of the first-level cache. PAFU_RUN: pixels that
  * it multiplies there, whose sums take another 12 KiB at most. AHEAD: floats by which rows that are turned are asked for before; the
- * hardware does not foresee so many. */
-enum { PAFU_DEPTH = 4096 / (PAFU_VECTORS * LANES), PAFU_RUN = 8 * PAFU_PIXELS, AHEAD = 64 };
+ * hardware does not foresee so many. KERNEL_AHEAD: floats of the next kernel that are asked for with every 16 numbers of a patch. */
+enum { PAFU_DEPTH = 4096 / (PAFU_VECTORS * LANES), PAFU_RUN = 8 * PAFU_PIXELS, AHEAD = 64, KERNEL_AHEAD = 2 * LINE };
 
 typedef struct {
     int64_t h, w, c, outputs, groups, lh, lw, sh, sw, dh, dw;
     int64_t n; /* kernels, the first at `kernel`, the others at `further`, one after another */
     int64_t last_0, last_others; /* 1: the channels of the first kernel, of the others, are last in memory, else the taps */
+    int64_t segment;               /* pixels of a task at most, which packs its kernel once */
     int64_t plane;                 /* pixels of a whole map of the output */
     int64_t images, rows, columns; /* of the chunk's output */
     int64_t height, width;         /* of its frame */
     int64_t first, inside, across, top, left; /* input rows from `first`, `inside` many, `across` columns, at (top, left) of it */
     int64_t last;  /* 1: x, y and the gradient are channels last */
-    int64_t parts; /* of the images, each sorted for itself: their gradients of the input share nothing */
+    int64_t parts;   /* of the images, each sorted for itself: their gradients of the input share nothing */
 } Pafu;
 
 typedef struct {
     const float *x, *kernel, *further, *grad; /* x from the first image of the chunk on, grad from its first row, too */
     const int64_t *index;            /* of the chunk's pixels */
     int64_t *bounds, *order, *start; /* where a part's and kernel's pixels begin; of the sorted, outputs and patches */
+    int64_t *runs;                   /* kernel, first and end of sorted pixels, `segment` pixels at most */
     float *frame, *y, *g, *gframe;   /* channels last: the frame, the chunk's output, its gradient, that of the frame */
     float *out, *gx;                 /* the output as `grad`, the gradient of the input as `x` */
     float *gkernel, *gfurther, *gscores; /* null: not wanted; gradients of kernels are channels last, scores (pixel, n) */
@@ -109,17 +111,24 @@ static void from_last(const float *from, Places s, int64_t rows, int64_t pixels,
 
 /* ---- what Python calls before: the frame, the order of the pixels ----------------------------------------------------------- */
 
-typedef void PafuWork(const Pafu *, const PafuTensors *, float *scratch, const int64_t *task);
+typedef void PafuWork(const Pafu *, const PafuTensors *, float *scratch, int64_t task);
 
-/* Some tasks, each of `width` numbers, one after another: a call from Python takes as long as a small one. */
-void pafu_tasks(const Pafu *a, const PafuTensors *t, float *scratch, PafuWork *work, const int64_t *tasks, int64_t width, int64_t count) {
-    for (int64_t i = 0; i < count; i++) work(a, t, scratch, tasks + i * width);
+/* Tasks from `first` to `end`, one after another: a call from Python takes as long as a small one. */
+void pafu_tasks(const Pafu *a, const PafuTensors *t, float *scratch, PafuWork *work, int64_t first, int64_t end) {
+    for (int64_t task = first; task < end; task++) work(a, t, scratch, task);
+}
+
+/* Whether all indices name one of n kernels. */
+int64_t pafu_in_range(const int64_t *index, int64_t count, int64_t n) {
+    uint64_t most_of_all = 0;
+    for (int64_t i = 0; i < count; i++) most_of_all = (uint64_t)index[i] > most_of_all ? (uint64_t)index[i] : most_of_all;
+    return most_of_all < (uint64_t)n;
 }
 
 /* The frame of one image of the chunk. */
-void pafu_frame(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
+void pafu_frame(const Pafu *a, const PafuTensors *t, float *scratch, int64_t task) {
     (void)scratch;
-    const int64_t image = task[0], c = a->c, size = a->h * a->w, row = a->width * c;
+    const int64_t image = task, c = a->c, size = a->h * a->w, row = a->width * c;
     float *frame = t->frame + image * a->height * row;
     const float *x = t->x + image * c * size;
     memset(frame, 0, (size_t)(a->top * row) * 4);
@@ -138,8 +147,8 @@ void pafu_frame(const Pafu *a, const PafuTensors *t, float *scratch, const int64
             to_last(x + (a->first + r) * a->w, size, c, a->across, inner + r * row, (Places){a->w, row, c});
 }
 
-/* Sort the pixels of every part by kernel. */
-void pafu_sort(const Pafu *a, const PafuTensors *t) {
+/* Sort the pixels of every part by kernel; returns the number of runs of one kernel. */
+int64_t pafu_sort(const Pafu *a, const PafuTensors *t) {
     int64_t pixels = a->rows * a->columns, *next = t->bounds, keys = a->parts * a->n;
     memset(next, 0, (size_t)(keys + 1) * sizeof *next);
     for (int64_t b = 0, p = 0; b < a->images; b++)
@@ -160,6 +169,14 @@ void pafu_sort(const Pafu *a, const PafuTensors *t) {
     next[0] = 0;
     for (int64_t i = 0, end = a->images * pixels; i < PAFU_PIXELS; i++) /* asked for ahead, but of no account */
         t->order[end + i] = t->start[end + i] = 0;
+    int64_t runs = 0;
+    for (int64_t i = 0; i < keys; i++)
+        for (int64_t p = 0, count = next[i + 1] - next[i], pieces = ceil_div(count, a->segment); p < pieces; p++, runs++) {
+            int64_t *run = t->runs + 3 * runs;
+            run[0] = i % a->n, run[1] = next[i] + count * p / pieces, run[2] = next[i] + count * (p + 1) / pieces;
+        }
+    t->runs[3 * runs] = 0; /* the kernel after the last, asked for ahead */
+    return runs;
 }
 
 /* ---- a piece of a kernel, and the pixels that it multiplies ----------------------------------------------------------------- */
@@ -191,17 +208,23 @@ static void pack_kernel(const Pafu *a, const PafuTensors *t, int64_t i, int64_t 
 }
 
 typedef struct {
+    const float *at, *end;
+} Ahead; /* what will be packed next, from where nobody has asked for it yet */
+
+typedef struct {
     const float *frame;     /* from the first channel of the piece on */
     const int64_t *start;   /* of the pixels' patches */
     const int64_t *place;   /* of the piece's taps */
     int64_t taps, channels;
     const float *packed;
+    Ahead ahead;
     const float *next;      /* where the next patches to be multiplied are, seen as `frame` and `start` */
     const int64_t *next_start;
 } Patches;
 
 INLINE void multiply_block(const int pixels, const int vectors, const Patches *b, float *sums, int first) {
     const float *packed = b->packed;
+    Ahead ahead = b->ahead;
     vec sum[PAFU_PIXELS][PAFU_VECTORS];
     UNROLLED for (int r = 0; r < pixels; r++) UNROLLED for (int v = 0; v < vectors; v++)
         sum[r][v] = first ? (vec){0} : load(sums + (r * vectors + v) * LANES);
@@ -212,6 +235,8 @@ INLINE void multiply_block(const int pixels, const int vectors, const Patches *b
         for (int64_t c0 = 0; c0 < b->channels; c0 += 16) {
             const int64_t c1 = least(c0 + 16, b->channels);
             UNROLLED for (int r = 0; r < pixels; r++) __builtin_prefetch(next[r] + c0); /* unforeseen: the pixels are sorted */
+            UNROLLED for (int i = 0; i < KERNEL_AHEAD; i += LINE) __builtin_prefetch(ahead.at + i, 0, 2);
+            ahead.at = ahead.at + KERNEL_AHEAD < ahead.end ? ahead.at + KERNEL_AHEAD : ahead.end;
             for (int64_t c = c0; c < c1; c++, packed += vectors * LANES) {
                 vec k[PAFU_VECTORS];
                 UNROLLED for (int v = 0; v < vectors; v++) k[v] = held(load(packed + v * LANES));
@@ -283,19 +308,19 @@ static Patches patches_of(const Pafu *a, const PafuTensors *t, Outputs o, Piece 
     int64_t inputs = a->c / a->groups;
     const float *frame = t->frame + o.group * inputs + p.channel;
     return (Patches){frame, start, place + p.tap, p.taps, p.channels, packed + (p.tap * inputs + p.channel) * o.vectors * LANES,
-                     frame, NULL};
+                     {NULL, NULL}, frame, NULL};
 }
 
-/* Floats of scratch, for what multiplies and for the gradients, if a task takes at most so many pixels. */
-int64_t pafu_scratch(const Pafu *a, int64_t pixels) {
+/* Floats of scratch, for what multiplies and for the gradients. */
+int64_t pafu_scratch(const Pafu *a) {
     int64_t taps = a->lh * a->lw, most_rows = most(a->c / a->groups * taps, a->outputs / a->groups);
-    return round_up(2 * taps) + round_up(pixels) + most_rows * PAFU_VECTORS * LANES + 64;
+    return round_up(2 * taps) + a->segment + most_rows * PAFU_VECTORS * LANES + 64;
 }
 
 /* The whole sums of sorted pixels, `count` of them from `first` on and in blocks of `part`, for one block of output channels. The rows
- * that they are for are asked for in time: those of `rows` that begin at the pixels' outputs. */
+ * that they are for are asked for in time, those of `rows` that begin at the pixels' outputs, and meanwhile what lies ahead. */
 static void multiply_run(const Pafu *a, const PafuTensors *t, Outputs o, const int64_t *place, const float *packed, int64_t first,
-                         int64_t count, int64_t part, float *sums, const float *rows) {
+                         int64_t count, int64_t part, float *sums, const float *rows, Ahead *ahead) {
     const int64_t *start = t->start + first, *order = t->order + first;
     Piece p = next_piece(a, (Piece){0}), next;
     for (int begin = 1; p.taps > 0; p = next, begin = 0) {
@@ -311,29 +336,40 @@ static void multiply_run(const Pafu *a, const PafuTensors *t, Outputs o, const i
             }
             for (int64_t r = 0; r < here && last; r++)
                 for (int64_t v = 0; v < o.vectors; v++) __builtin_prefetch(rows + order[q + r] + v * LANES);
+            b.ahead = *ahead;
             multiply(here, o.vectors, &b, sums + q * o.vectors * LANES, begin);
+            ahead->at += least(ahead->end - ahead->at, p.taps * ceil_div(p.channels, 16) * KERNEL_AHEAD);
         }
     }
 }
 
-/* Kernel i, sorted pixels from `first` to `end`, all of that kernel, and one block of output channels. */
-void pafu_forward(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
-    int64_t i = task[0], first = task[1], end = task[2], block = task[3], part = even_part(end - first, PAFU_PIXELS);
+static Ahead kernel_ahead(const Pafu *a, const PafuTensors *t, int64_t i, int64_t block) {
+    const int64_t size = a->lh * a->lw * (a->c / a->groups);
+    Outputs o = outputs_of(a, block);
+    const float *rows = kernel_of(a, t, i) + o.first * size;
+    return (Ahead){rows, rows + o.many * size};
+}
+
+/* A run of sorted pixels of one kernel, and one block of output channels. */
+void pafu_forward(const Pafu *a, const PafuTensors *t, float *scratch, int64_t task) {
+    const int64_t blocks = pafu_blocks(a), *run_of = t->runs + task / blocks * 3;
+    int64_t i = run_of[0], first = run_of[1], end = run_of[2], part = even_part(end - first, PAFU_PIXELS);
     int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw);
     float sums[PAFU_RUN * PAFU_VECTORS * LANES] __attribute__((aligned(64)));
-    Outputs o = outputs_of(a, block);
+    Outputs o = outputs_of(a, task % blocks);
+    Ahead ahead = kernel_ahead(a, t, t->runs[(task + 1) / blocks * 3], (task + 1) % blocks);
     pafu_places(a, place);
     pack_kernel(a, t, i, o.first, o.many, o.vectors * LANES, scratch);
     for (int64_t q = first, run = PAFU_RUN / PAFU_PIXELS * part; q < end; q += run) {
         int64_t count = least(run, end - q);
-        multiply_run(a, t, o, place, scratch, q, count, part, sums, t->y + o.first);
+        multiply_run(a, t, o, place, scratch, q, count, part, sums, t->y + o.first, &ahead);
         keep_sums(sums, count, o.vectors, t->y + o.first, t->order + q, o.last, 0);
     }
 }
 
 /* The chunk's output of one image, from channels last to (O, P, Q). */
-void pafu_output(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
-    int64_t pixels = a->rows * a->columns, image = task[0];
+void pafu_output(const Pafu *a, const PafuTensors *t, float *scratch, int64_t task) {
+    int64_t pixels = a->rows * a->columns, image = task;
     (void)scratch;
     from_last(t->y + image * pixels * a->outputs, (Places){pixels, 0, a->outputs}, a->outputs, pixels,
               t->out + image * a->outputs * a->plane, a->plane, 0);

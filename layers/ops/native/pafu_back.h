@@ -8,8 +8,8 @@
 enum { PAFU_PATCHES = 128 }; /* pixels at a time whose patches, of one tap and some channels, stay in the first-level cache */
 
 /* The gradient of the output of one image, from (O, P, Q) to channels last. */
-void pafu_gradient(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
-    int64_t pixels = a->rows * a->columns, image = task[0];
+void pafu_gradient(const Pafu *a, const PafuTensors *t, float *scratch, int64_t task) {
+    int64_t pixels = a->rows * a->columns, image = task;
     (void)scratch;
     to_last(t->grad + image * a->outputs * a->plane, a->plane, a->outputs, pixels, t->g + image * pixels * a->outputs,
             (Places){pixels, 0, a->outputs});
@@ -47,8 +47,8 @@ static void kernel_block_of(int64_t outputs, int64_t vectors, const PafuTensors 
 }
 
 /* Kernel i and a tap of it, all channels. */
-void pafu_kernel_gradient(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
-    int64_t i = task[0], tap = task[1];
+void pafu_kernel_gradient(const Pafu *a, const PafuTensors *t, float *scratch, int64_t task) {
+    int64_t i = task / (a->lh * a->lw), tap = task % (a->lh * a->lw);
     int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw), inputs = a->c / a->groups, outputs = a->outputs / a->groups;
     int64_t taps = a->lh * a->lw, count = ceil_div(inputs, LANES), width = even_part(count, PAFU_VECTORS);
     int64_t row = taps * inputs, high = even_part(outputs, PAFU_PIXELS);
@@ -78,8 +78,8 @@ int64_t pafu_input_blocks(const Pafu *a) {
 }
 
 /* The images of one part, and one block of channels: two of them share nothing. Kernels have their channels last. */
-void pafu_input_gradient(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
-    int64_t part = task[0], block = task[1];
+void pafu_input_gradient(const Pafu *a, const PafuTensors *t, float *scratch, int64_t task) {
+    const int64_t all = pafu_input_blocks(a), part = task / all, block = task % all;
     int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw), inputs = a->c / a->groups, outputs = a->outputs / a->groups;
     int64_t taps = a->lh * a->lw, count = ceil_div(inputs, LANES), width = even_part(count, PAFU_VECTORS);
     int64_t blocks = ceil_div(count, width), group = block / blocks, v = block % blocks * width, vectors = least(width, count - v);
@@ -98,7 +98,7 @@ void pafu_input_gradient(const Pafu *a, const PafuTensors *t, float *scratch, co
                 for (int64_t q = begin; q < end; q += pixels) {
                     float sums[PAFU_PIXELS * PAFU_VECTORS * LANES] __attribute__((aligned(64)));
                     const float *g = t->g + group * outputs + o;
-                    Patches b = {g, t->order + q, &none, 1, least(deep, outputs - o), scratch + o * row, g, t->order + q + pixels};
+                    Patches b = {g, t->order + q, &none, 1, least(deep, outputs - o), scratch + o * row, {g, g}, g, t->order + q + pixels};
                     int64_t here = least(pixels, end - q);
                     for (int64_t r = 0; r < here; r++)
                         for (int64_t u = 0; u < vectors; u++) __builtin_prefetch(gx + t->start[q + r] + u * LANES, 1);
@@ -110,8 +110,8 @@ void pafu_input_gradient(const Pafu *a, const PafuTensors *t, float *scratch, co
 }
 
 /* Add the gradient of the frame of one image to that of x. */
-void pafu_input_add(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
-    int64_t row = a->width * a->c, size = a->h * a->w, image = task[0];
+void pafu_input_add(const Pafu *a, const PafuTensors *t, float *scratch, int64_t task) {
+    int64_t row = a->width * a->c, size = a->h * a->w, image = task;
     const float *inner = t->gframe + (image * a->height + a->top) * row + a->left * a->c;
     float *gx = t->gx + image * a->c * size;
     (void)scratch;
@@ -143,19 +143,23 @@ INLINE float score(int64_t vectors, const float *sums, const float *g, int64_t l
     return total(dot);
 }
 
-/* Kernel i, and sorted pixels from `first` to `end`, whatever was selected there. */
-void pafu_score_gradient(const Pafu *a, const PafuTensors *t, float *scratch, const int64_t *task) {
-    int64_t i = task[0], first = task[1], end = task[2], part = even_part(end - first, PAFU_PIXELS);
+/* Of a kernel, and of so many sorted pixels, whatever was selected there. */
+int64_t pafu_score_pieces(const Pafu *a) { return ceil_div(a->images * a->rows * a->columns, a->segment); }
+
+void pafu_score_gradient(const Pafu *a, const PafuTensors *t, float *scratch, int64_t task) {
+    const int64_t pieces = pafu_score_pieces(a), i = task / pieces, first = task % pieces * a->segment;
+    const int64_t end = least(first + a->segment, a->images * a->rows * a->columns), part = even_part(end - first, PAFU_PIXELS);
     int64_t *place = (int64_t *)take(&scratch, 2 * a->lh * a->lw);
     float *scores = take(&scratch, end - first), sums[PAFU_RUN * PAFU_VECTORS * LANES] __attribute__((aligned(64)));
     pafu_places(a, place);
     memset(scores, 0, (size_t)(end - first) * 4);
     for (int64_t block = 0; block < pafu_blocks(a); block++) {
         Outputs o = outputs_of(a, block);
+        Ahead ahead = kernel_ahead(a, t, i, least(block + 1, pafu_blocks(a) - 1));
         pack_kernel(a, t, i, o.first, o.many, o.vectors * LANES, scratch);
         for (int64_t q = first, run = PAFU_RUN / PAFU_PIXELS * part; q < end; q += run) {
             int64_t count = least(run, end - q);
-            multiply_run(a, t, o, place, scratch, q, count, part, sums, t->g + o.first);
+            multiply_run(a, t, o, place, scratch, q, count, part, sums, t->g + o.first, &ahead);
             for (int64_t r = 0; r < count; r++)
                 scores[q - first + r] += score(o.vectors, sums + r * o.vectors * LANES, t->g + o.first + t->order[q + r], o.last);
         }
