@@ -24,6 +24,7 @@ from surgeon.commands.common.arguments import (
 )
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
+from surgeon.models.places import factory_of
 from surgeon.util.files import here
 from surgeon.util.outputs import check_trial_output
 from surgeon.util.parse import parse_time
@@ -171,7 +172,8 @@ def _print(args: argparse.Namespace, answer: "Answer", output: Path) -> None:
 
     folder = TryFolder(output)
     data = "" if args.data is None else f" --data {args.data}"
-    go_on = f"surgeon finetune {output}/model --task {args.task}{data} --epochs 10"
+    trust = "" if factory_of(folder.model) is None else " --trust-factory"
+    go_on = f"surgeon finetune {output}/model --task {args.task}{data} --epochs 10{trust}"
     page = write_report(answer, folder.report, go_on, _resumed(args, answer.seconds))
     model = str(output / "model") if folder.model.is_dir() else None
     values = {"output": str(output), "model_folder": model, "report": str(page), **answer.to_dict()}

@@ -42,11 +42,18 @@ def run(args: argparse.Namespace) -> int:
         progress("load", 1, 2)
         original = restore(recipe.base, weights=args.weights, trust_factory=args.trust_factory)
         progress("verify", 0, 1)
-        result = surgeon.verify(original, converted, input_size=args.input_size or recipe.base.input_size or None)
+        trained = f"{args.run} was trained after its conversion, so it should differ from its original"
+        try:
+            result = surgeon.verify(original, converted, input_size=args.input_size or recipe.base.input_size or None)
+        except VerificationError as error:
+            if recipe.task is None:
+                raise
+            raise VerificationError(f"{trained}: {error}") from error
         changed = changed_tensors(original, converted)
     if changed:
         shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-        raise VerificationError(f"{args.run} was changed outside its dynamic layers: {len(changed)} tensors ({shown})")
+        told = f"{len(changed)} tensors outside its dynamic layers were changed ({shown})"
+        raise VerificationError(f"{args.run if recipe.task is None else trained}: {told}")
     if args.json:
         print_json({"run": args.run, **verification_values(result)})
     else:

@@ -48,12 +48,19 @@ def check_model_name(spec: str) -> None:
 
 def check_trust(path: str | Path) -> None:
     """Raise `ModelError` if this is a surgeon folder whose base model is built by a factory: the caller does not trust it."""
+    if (factory := factory_of(path)) is not None:
+        raise untrusted(factory)
+
+
+def factory_of(path: str | Path) -> str | None:
+    """The factory that builds the base model of a surgeon folder; None for other folders and models."""
     if HUB.fullmatch(str(path)) or not is_surgeon_folder(path):
-        return
+        return None
     with suppress(RecipeError):  # what reads all of it says more
         base = read_object(Path(path, RECIPE), RecipeError).get("base")
         if isinstance(base, dict) and base.get("source") == "factory":
-            raise untrusted(str(base.get("name")))
+            return str(base.get("name"))
+    return None
 
 
 def has_dynamic_layers(path: str | Path) -> bool | None:

@@ -227,7 +227,9 @@ def name_list(names: list[str], most: int = 12) -> str:
 def _totals(report: Report, width: int) -> str:
     lines = [change("parameters", report.params_before, report.params_after)]
     if report.macs_before is not None and report.macs_after is not None:
-        lines.append(change("FLOPs", 2 * report.macs_before, 2 * report.macs_after) + " in convolutions (1 MAC = 2 FLOPs)")
+        lines.append(
+            change("FLOPs", 2 * report.macs_before, 2 * report.macs_after) + " in convolutions (1 MAC = 2 FLOPs)"
+        )
     if report.max_abs_error is None or report.max_rel_error is None:
         lines.append("error       not measured")
     else:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 import surgeon
 from surgeon.cli import main
 from surgeon.models import folder
+from surgeon.records.recipe import Trained, get_recipe, set_recipe
 from tests.support.forks import Fork
 from tests.support.tiny_runs import environment
 
@@ -196,7 +198,14 @@ def test_a_trained_run_is_found_unequal(capsys: pytest.CaptureFixture[str]) -> N
     weight.data += 0.1
     surgeon.save(model, "layer_trained")
     assert main(["verify", "layer_trained"]) == 1
-    assert "is not equivalent to the original" in capsys.readouterr().err
+    assert "error: the converted model is not equivalent to the original" in capsys.readouterr().err
+    recipe = get_recipe(model)
+    assert recipe is not None
+    set_recipe(model, replace(recipe, task=Trained(name="classification")))  # as fine-tuning does
+    surgeon.save(model, "fine_tuned")
+    assert main(["verify", "fine_tuned"]) == 1
+    told = "error: fine_tuned was trained after its conversion, so it should differ from its original: the converted"
+    assert told in capsys.readouterr().err
 
 
 def test_other_sources_convert_too(capsys: pytest.CaptureFixture[str]) -> None:

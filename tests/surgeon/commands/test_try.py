@@ -191,6 +191,7 @@ def test_a_trial_from_the_command_line(attempt: Try, capsys: pytest.CaptureFixtu
     page = Path("out/report/report.html").read_text()
     resumed = page[page.index("<pre>surgeon try") :].partition("</pre>")[0]
     assert re.search(r"--seeds 3 --lr 0.001 0.01 --json --resume --max-time 60m$", resumed), resumed
+    assert re.search(r"<pre>surgeon finetune out/model .* --trust-factory</pre>", page)  # whose factory is code
     assert found["answer"] in json.loads(Path("out/answer.json").read_text())["answer"]
     model = surgeon.load("out/model", trust_factory=True)
     assert any(type(module).__name__ == "PAFUConv2d" for module in model.modules())
