@@ -24,7 +24,7 @@ def check_folder(path: str | Path) -> None:
         near = near_folders(path) or " `surgeon convert`, `finetune` and others write such folders"
         raise CheckpointError(f"there is no surgeon folder {path}.{near}")
     if not is_surgeon_folder(path):
-        raise CheckpointError(f"{path} is not a surgeon folder: it has no {RECIPE}{_instead(path)}")
+        raise CheckpointError(f"{path} is not a model: {_what_instead(path)}")
 
 
 def check_model_name(spec: str) -> None:
@@ -104,7 +104,7 @@ def no_folder(spec: str) -> ModelError:
     """The error for a path that is not a model."""
     path = Path(spec)
     if path.is_dir():
-        return ModelError(f"{spec} is a folder, but surgeon did not write it: it has no {RECIPE}{_instead(path)}")
+        return ModelError(f"{spec} is not a model: {_what_instead(path)}")
     told = "was not written by surgeon" if path.exists() else "does not exist"
     return ModelError(f"there is no model {spec!r}: this folder {told}.{near_folders(path)}".rstrip("."))
 
@@ -142,14 +142,14 @@ def near_folders(path: Path) -> str:
     return found or (f" There are {', '.join(names[:5])}{', ...' if names[5:] else ''}" if names else "")
 
 
-def _instead(path: Path) -> str:
-    """The kind of surgeon folder that it is instead, if any."""
+def _what_instead(path: Path) -> str:
+    """What a folder without a recipe is: another kind of surgeon folder, or none that surgeon wrote."""
     if is_surgeon_folder(path / "model"):
-        return f"; its model is in {path / 'model'}"
+        return f"its model is in {path / 'model'}"
     if (path / RUN).is_file():
-        return "; its fine-tuning is incomplete: resume it (surgeon finetune ... --resume)"
+        return "its fine-tuning is incomplete: resume it (surgeon finetune ... --resume)"
     if (path / TRIAL).is_file():
-        return "; it is an incomplete trial: resume it (surgeon try ... --resume)"
+        return "it is an incomplete trial: resume it (surgeon try ... --resume)"
     if (path / SEARCH).is_file():
-        return f"; it is a search: surgeon study export {path} -o FOLDER extracts the best model"
-    return ""
+        return f"it is a search: surgeon study export {path} -o FOLDER extracts the best model"
+    return f"surgeon did not write this folder: it has no {RECIPE}"

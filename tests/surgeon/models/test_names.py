@@ -16,13 +16,14 @@ import torchvision
 from torch import nn
 
 import surgeon
-from surgeon.errors import ModelError
+from surgeon.errors import CheckpointError, ModelError
 from surgeon.models.identify import identify
 from surgeon.models.names import build_model, build_structure, model_names, restore, shapes_of
 from surgeon.models.places import check_trust
 from surgeon.models.sources import as_published
 from surgeon.models.weights import reachable, read_weights, state_sha256
 from surgeon.records.recipe import BaseModel, Weights, get_recipe
+from surgeon.util.outputs import RUN, SEARCH, TRIAL
 
 TINY = "test_resnet"
 
@@ -115,8 +116,23 @@ def test_a_trained_plain_folder_is_the_original_of_what_is_made_of_it(tmp_path: 
 
 
 def test_a_folder_that_surgeon_did_not_write(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no recipe\.json"):
+    with pytest.raises(ModelError, match=r"is not a model: surgeon did not write this folder: it has no recipe\.json"):
         build_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "told"), [(RUN, "its fine-tuning is incomplete"), (TRIAL, "incomplete trial"), (SEARCH, "is a search")]
+)
+def test_a_folder_that_surgeon_wrote_without_a_model_is_not_called_foreign(
+    tmp_path: Path, file: str, told: str
+) -> None:
+    Path(tmp_path, file).parent.mkdir(parents=True, exist_ok=True)
+    Path(tmp_path, file).write_text("{}")
+    for error, opened in ((ModelError, build_model), (CheckpointError, surgeon.load)):
+        with pytest.raises(error, match=f"is not a model: .*{told}") as caught:
+            opened(str(tmp_path))
+        assert "did not write" not in str(caught.value)
+        assert "recipe.json" not in str(caught.value)
 
 
 def test_names_are_listed_by_glob_and_by_part() -> None:
