@@ -10,7 +10,7 @@ from surgeon.errors import ConfigError
 from surgeon.search.evaluate.finals import best_arm
 from surgeon.search.gains.gain import GainTable
 from surgeon.search.results import figures, report_figures
-from surgeon.search.results.summary import few_samples, mean_and_spread, relative, status_values, worse_than_start
+from surgeon.search.results.summary import mean_and_spread, notes, relative, status_values
 from surgeon.search.study.folder import Finished
 from surgeon.search.study.record import Record
 from surgeon.util import pages
@@ -87,14 +87,7 @@ def _facts(found: Finished, values: Mapping[str, Any]) -> list[list[str]]:
 def sentences(found: Finished) -> list[str]:
     """The findings: whether it is better than no conversion, by how much with which error, and what it costs."""
     told = _of_finals(found) or _of_trials(found)
-    notes = (worse_than_start(found), few_samples(found))
-    told += [f"{note[0].upper()}{note[1:]}." for note in notes if note is not None]
-    values = [value for one in found.ranked() if (value := found.value(one)) is not None]
-    if len(values) > 1 and max(values) == min(values):
-        told.append(
-            f"All {len(values)} trials have the same value: trainings are too short, or the metric too coarse, to tell them apart."
-        )
-    return told
+    return told + [f"{note[0].upper()}{note[1:]}." for note in notes(found)]
 
 
 def _of_finals(found: Finished) -> list[str]:

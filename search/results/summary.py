@@ -60,6 +60,19 @@ def rank_correlation(found: Finished) -> float | None:
     return value if found.higher_is_better else -value
 
 
+def notes(found: Finished) -> list[str]:
+    """What limits how much the trials say, for the text and the page alike."""
+    return [told for told in (worse_than_start(found), few_samples(found), tied(found)) if told is not None]
+
+
+def tied(found: Finished) -> str | None:
+    """A sentence if all of several trials have the same value."""
+    values = [found.value(one) for one in found.ranked()]
+    if len(values) < 2 or len(set(values)) > 1:
+        return None
+    return f"all {len(values)} trials have the same value: trainings are too short, or the metric too coarse, to tell them apart"
+
+
 def worse_than_start(found: Finished) -> str | None:
     """A sentence if even the best training, of the finals if there are any, ends worse than the network was before it."""
     start = found.start()
@@ -103,8 +116,7 @@ def status_lines(found: Finished, count: int = 5) -> list[str]:
         rows.append(["-", "untrained", f"{start:.5g}", "0", "+0.0%", "+0.0%"])
     if rows:
         lines += ["", table(["trial", "from", primary, "replaced", "FLOPs", "params"], rows, left=2)]
-    notes = (worse_than_start(found), few_samples(found))
-    lines += [paragraph(f"note: {told}", hang="  ") for told in notes if rows and told is not None]
+    lines += [paragraph(f"note: {told}", hang="  ") for told in notes(found) if rows]
     if found.front:
         front = [_row(found, one) for one in found.records if one.number in found.front]
         what = ", ".join([primary, *found.about["objectives"][1:]])

@@ -93,6 +93,13 @@ def _check_start(found: Finished, start: float) -> None:
     assert "Longer --steps, a smaller --lr" in told
     assert "All trials end above the network as it was (mse 1e-06)" in " ".join(sentences(worse))
     assert "all finals end above" in " ".join(worse_than_start(replace(worse, finals=found.finals)).split()[:4])
+    tie = replace(
+        found, records=[replace(one, values=one.values and (0.5,) * len(one.values)) for one in found.records]
+    )
+    alike = f"{len(tie.ranked())} trials have the same value: trainings are too short, or the metric too coarse, to tell them apart"
+    assert f"note: all {alike}" in " ".join("\n".join(status_lines(tie)).split())
+    assert f"All {alike}." in sentences(tie)
+    assert "the same value" not in "\n".join([*status_lines(found), *sentences(found)])
     older = started_at({})
     assert older.start() is None
     assert "untrained" not in "\n".join(status_lines(older))
