@@ -118,7 +118,8 @@ def _of_trials(found: Finished) -> list[str]:
     if best is None:
         return ["No placement with replacements was trained to its end yet."]
     value = found.value(best) or 0.0
-    line = f"The best placement so far ({_layers(best.placement)}) reached {primary} {value:.5g}"
+    running = " so far" if found.alive else ""
+    line = f"The best placement{running} ({_layers(best.placement)}) reached {primary} {value:.5g}"
     if original is not None:
         line += f"; the unmodified model, trained equally, {found.value(original) or 0.0:.5g}"
     return [

@@ -93,6 +93,9 @@ def _check_start(found: Finished, start: float) -> None:
     assert "Longer --steps, a smaller --lr" in told
     assert "All trials end above the network as it was (mse 1e-06)" in " ".join(sentences(worse))
     assert "all finals end above" in " ".join(worse_than_start(replace(worse, finals=found.finals)).split()[:4])
+    ended = replace(found, finals=None)
+    assert sentences(ended)[0].startswith("The best placement (")
+    assert sentences(replace(ended, alive=frozenset({"worker"})))[0].startswith("The best placement so far (")
     tie = replace(
         found, records=[replace(one, values=one.values and (0.5,) * len(one.values)) for one in found.records]
     )
