@@ -11,6 +11,7 @@ from torch import nn
 
 from surgeon.errors import ConfigError, ModelError
 from surgeon.records.recipe import Rule
+from surgeon.util.near import refused_argument
 
 Layout = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 """(regular expression, replacement) pairs, applied in order to the keys of a public state dict; "" drops the tensor."""
@@ -108,9 +109,11 @@ def create(name: str, **options: Any) -> nn.Module:
 
     Raises `ModelError` for an unknown name and `ConfigError` for options that the network does not have.
     """
-    found = entry(name)
+    factory = entry(name).factory
     try:
-        return found.factory(**options)
+        return factory(**options)
     except TypeError as error:
         given = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
-        raise ConfigError(f"zoo network {name!r} cannot be built with {given}: {error}") from error
+        raise ConfigError(
+            f"zoo network {name!r} cannot be built with {given}: {refused_argument(error) or error}"
+        ) from error

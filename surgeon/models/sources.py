@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from surgeon.errors import ModelError
+from surgeon.errors import ModelError, SurgeonError
 from surgeon.models.places import HUB
 from surgeon.models.programs import read_program
 from surgeon.models.weights import bounded_network
@@ -21,7 +21,9 @@ from surgeon.records.recipe import BaseModel, Weights
 from surgeon.surgery.sizes import bounded
 from surgeon.util.files import told
 from surgeon.util.machine import TooLargeError
-from surgeon.util.near import did_you_mean
+from surgeon.util.near import did_you_mean, refused_argument
+
+_LONGEST = 300  # characters of a library's error
 
 
 def construct(base: BaseModel) -> nn.Module:
@@ -63,10 +65,11 @@ def _telling(what: str) -> Iterator[None]:
     except (ModelError, TooLargeError):
         raise
     except Exception as error:  # the libraries' factories and hubs raise arbitrary errors
-        told = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(str(error).split()) or type(error).__name__
+        told = refused_argument(error) or (text if isinstance(error, SurgeonError) else text[:_LONGEST])
         if type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "URLError", "ConnectError"):
             told = "not in the cache, and the network cannot be reached"
-        raise ModelError(f"{what}: {told[:300].rstrip('.')}") from error
+        raise ModelError(f"{what}: {told.rstrip('.')}") from error
 
 
 def _timm_model(base: BaseModel) -> nn.Module:

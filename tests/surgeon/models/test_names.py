@@ -33,6 +33,11 @@ def tiny_model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
 
 
+def sized_model(width: int = 4, *, depth: int = 1) -> nn.Module:
+    """A factory with options."""
+    return nn.Sequential(*(nn.Conv2d(3, width, 3) for _ in range(depth)))
+
+
 def dangerous() -> nn.Module:
     """A factory that must not run by itself."""
     raise AssertionError("foreign code ran")
@@ -169,7 +174,20 @@ def test_networks_of_one_size_are_built_for_the_wanted_one() -> None:
 def test_options_that_a_model_does_not_take() -> None:
     with pytest.raises(ModelError, match=r"timm cannot build test_resnet with .*no_such_option"):
         random_model(TINY, options={"no_such_option": 1})
-    with pytest.raises(ModelError, match="zoo cannot build resnet20_cifar"):
+    with pytest.raises(ModelError, match=r"ResNet.* argument 'no_such_option'\. It takes .*global_pool"):
+        random_model(TINY, options={"no_such_option": 1})
+    with pytest.raises(ModelError, match=r"ResNet.*Did you mean 'block_args'\? It takes "):
+        random_model(TINY, options={"blok_args": {}})
+    with pytest.raises(ModelError, match=r"'num_clases'\. Did you mean 'num_classes'\? It takes "):
+        random_model("torchvision/resnet18", options={"num_clases": 2})
+    factory = f"{__name__}:sized_model"
+    with pytest.raises(
+        ModelError, match=r": sized_model\(\) got .*'widht'\. Did you mean 'width'\? It takes width, depth$"
+    ):
+        random_model(factory, options={"widht": 8})
+    with pytest.raises(ModelError, match=r": tiny_model\(\) got .*'widht'\. It takes no arguments$"):
+        random_model(f"{__name__}:tiny_model", options={"widht": 8})
+    with pytest.raises(ModelError, match=r"zoo cannot build resnet20_cifar .* It takes .*num_classes"):
         random_model("resnet20_cifar", options={"no_such_option": 1})
 
 
