@@ -63,7 +63,7 @@ def inspected(sites: list[ConvSite]) -> tuple[list[tuple[str, ...]], dict[str, l
         memory = count(activation_bytes(site), "B")
         cells = (site.name, site.stage or "-", geometry, out, flops(site.macs), count(site.params), memory)
         fitting = "any type" if len(fits) == len(possible) else " ".join(fits)
-        rows.append((*cells, site.dynamic or fitting or "nothing"))
+        rows.append((*cells, f"is {site.dynamic}" if site.dynamic else fitting or "nothing"))
     return rows, against
 
 

@@ -213,9 +213,13 @@ def test_inputs_that_do_not_fit_are_told() -> None:
 
 def test_dynamic_layers_are_listed_as_such() -> None:
     model, _ = surgeon.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), layers="all", type="pafu", group_size=2)
-    (site,) = surgeon.inspect(model)
+    found = surgeon.inspect(model)
+    (site,) = found
     assert site.dynamic == "pafu"
     assert site.reasons == ("it is already a dynamic layer (pafu)",)
+    text = str(found)
+    assert text.splitlines()[4].endswith(" is pafu"), "not what it can become"
+    assert "it is already a dynamic layer (pafu) (1)" in text
 
 
 def test_a_site_is_plain_json() -> None:
