@@ -43,12 +43,12 @@ class Adaptivity:
         if self.saturated is not None and self.saturated > SATURATED:
             return (
                 f"{self.name}: the generator is saturated ({self.saturated:.0%} of its hidden map at the ends of tanh) and "
-                "hardly learns: lower the rate of new parameters (--new-lr-scale)"
+                "hardly learns: lower the learning rate (--lr; that of new parameters alone: --new-lr-scale of finetune)"
                 + ("" if self.normalized else ", or convert with --option norm=batch")
             )
         if self.content < BLIND:
             remedy = (
-                "the statistics of its batch norm may not have settled; more steps, or --recalibrate N, settle them"
+                "the statistics of its batch norm may not have settled; more steps settle them"
                 if self.normalized
                 else "convert with --option norm=batch, the default since recipes of version 2"
             )

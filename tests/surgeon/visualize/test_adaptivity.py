@@ -95,6 +95,7 @@ def test_blind_and_saturated_generators_are_complained_about(
     ).complaint()
     assert (normalized is None) == (said is None)
     assert "norm=batch" not in str(normalized), "it has that already"
+    assert "--recalibrate" not in str(normalized), "trials, where it is said too, do not have it"
 
 
 def test_fine_tuning_logs_it_and_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
