@@ -6,7 +6,12 @@ from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import add_model, build, input_size, print_json, weights_for_shapes
 
 DESCRIPTION = "list every convolution: stage, shapes, FLOPs, memory, possible layer types and reasons against others"
-EXAMPLES = "  surgeon inspect resnet50\n  surgeon inspect torchvision/densenet121 --json\n"
+EXAMPLES = """  surgeon inspect resnet50
+  surgeon inspect torchvision/densenet121 --json
+
+In the JSON document, can_become of a convolution lists the types that it can become, and why_not
+has the reasons against each of the others.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

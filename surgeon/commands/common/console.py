@@ -108,13 +108,17 @@ class Progress:
 
 
 def inspection_values(sites: "list[ConvSite]") -> list[dict[str, Any]]:
-    """Every convolution as JSON values, with its possible types: for each type the reasons against it."""
+    """Every convolution as JSON values, with the types that it can become, and for each of the others the reasons against it."""
     from surgeon.surgery.inspection import activation_bytes
     from surgeon.surgery.plan import can_become
 
-    return [
-        site.to_dict() | {"activation_bytes": activation_bytes(site), "can_become": can_become(site)} for site in sites
-    ]
+    values = []
+    for site in sites:
+        against = can_become(site)
+        why_not = {name: reasons for name, reasons in against.items() if reasons}
+        possible = {"can_become": [name for name in against if name not in why_not], "why_not": why_not}
+        values.append(site.to_dict() | {"activation_bytes": activation_bytes(site)} | possible)
+    return values
 
 
 # --- verify -------------------------------------------------------------------------------------------------------

@@ -86,7 +86,13 @@ def test_every_command_has_one_json_document(capsys: pytest.CaptureFixture[str])
     assert len(inspected["convolutions"]) == 15
     first = inspected["convolutions"][0]
     assert (first["name"], first["stage"], first["activation_bytes"]) == ("conv1.0", "stem", 4 * 16 * 80 * 80)
-    assert set(first["can_become"]) == {"acda", "pafu", "sekg"}
+    assert (first["can_become"], first["why_not"]) == (["acda", "pafu", "sekg"], {})
+    assert main(["inspect", "run", "--json"]) == 0
+    dynamic = [one for one in document(capsys.readouterr().out)["convolutions"] if one["dynamic"]]
+    already = ["it is already a dynamic layer (pafu)"]
+    assert [(one["can_become"], one["why_not"]) for one in dynamic] == [
+        ([], dict.fromkeys(["acda", "pafu", "sekg"], already))
+    ] * 2
     assert main(["models", "test_resnet", "--json"]) == 0
     assert document(capsys.readouterr().out) == ["test_resnet"]
 
