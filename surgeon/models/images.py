@@ -48,8 +48,10 @@ def read_image(file: Path, transform: Callable[[Any], Tensor], base: BaseModel, 
     try:
         with opened(file) as image:
             return transform(image.convert("L" if channels == 1 else "RGB"))
+    except DataError as error:
+        raise InputError(f"{option}: {error}") from error
     except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{option}: cannot read the picture {file}: {error}") from error
+        raise InputError(f"{option}: cannot read the image {file}: {error}") from error
 
 
 def evaluation_transform(model: nn.Module, base: BaseModel) -> Callable[[Any], Tensor]:

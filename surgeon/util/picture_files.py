@@ -97,13 +97,15 @@ def opened(path: Path) -> "Iterator[Image.Image]":
 
     Pillow reads 16-bit colors as their upper 8 bits, which turns dark images black, so they are refused.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     check_supported(path)
     before, most = Image.MAX_IMAGE_PIXELS, most_pixels()
     try:
         Image.MAX_IMAGE_PIXELS = None  # the limit below is the configurable one
         image = Image.open(path)
+    except UnidentifiedImageError as error:  # its text is the path again
+        raise DataError(f"cannot read the image {path}: it is damaged, or its content is not an image") from error
     except Exception as error:  # Pillow's decoders raise arbitrary errors on broken files
         raise DataError(f"cannot read the image {path}: {error}") from error
     finally:

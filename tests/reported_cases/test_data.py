@@ -189,6 +189,12 @@ def test_calibration_looks_at_files_in_the_same_way(tmp_path: Path) -> None:
     (tmp_path / "pool/deep.png").write_bytes(_png(2, 3))
     with pytest.raises(InputError, match="16 bits per channel"):
         read_images(tmp_path / "set", torch.nn.Identity(), base)
+    (tmp_path / "pool/deep.png").write_text("no picture")
+    with pytest.raises(
+        InputError, match=r"^--calibrate: cannot read the image .*deep\.png: it is damaged, or its content is not an"
+    ) as told:
+        read_images(tmp_path / "set", torch.nn.Identity(), base)
+    assert str(told.value).count("deep.png") == 1
 
 
 # --- annotations ----------------------------------------------------------------------------------------------------
