@@ -56,7 +56,7 @@ def _text(found: "Diagnosis") -> str:
     settings = [(name, "not set" if told is None else str(told)) for name, told in found.settings.items()]
     parts.append(table(("setting", "value"), settings, width=columns, left=5))
     parts.append(table(("folder", "path"), list(found.folders.items()), width=columns, left=5))
-    parts.append(table(("operator", "device", *_dtypes(found)), _rows(found), width=columns, left=5))
+    parts.append(table(("operator", "device", *_dtypes(found)), _rows(found), width=columns, left=2))
     lines = ["why not the others:"]
     for told, where in _reasons(found).items():
         lines.append(paragraph(f"{told} ({', '.join(where)})", width=columns, indent="  ", hang="    "))

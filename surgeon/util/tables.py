@@ -11,7 +11,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int = 
     """Columns, the first `left` of them left-aligned, the others right-aligned.
 
     If the lines are longer than `width`, the columns move together, then the first column gets narrower: text that does not
-    fit in it goes on a separate line above the rest of its row.
+    fit in it goes on a separate line above the rest of its row. A last column that is left-aligned, such as of paths, runs over.
     """
     if not rows:
         return ""
@@ -19,7 +19,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int = 
     room = width - sum(widths)
     gap = next((gap for gap in GAPS if len(gap) * (len(widths) - 1) <= room), GAPS[-1])
     excess = len(gap) * (len(widths) - 1) - room
-    if excess > 0:
+    if excess > 0 and left >= len(widths):
+        widths[-1] = max(widths[-1] - excess, len(header[-1]))
+    elif excess > 0:
         widths[0] = max(widths[0] - excess, min(12, widths[0]))
     lines = []
     for row in (header, ["-" * n for n in widths], *rows):

@@ -160,3 +160,10 @@ def test_what_is_too_long_for_its_column_stands_whole_on_a_line_of_its_own() -> 
     text = table(("name", "n"), [("short", "1"), (name, "12345")], width=40)
     assert text.splitlines()[-2:] == [name, " " * 35 + "12345"]
     assert table(("a",), []) == ""
+
+
+def test_a_long_last_column_of_text_runs_over_and_breaks_no_key() -> None:
+    rows = [("float32 products", "highest"), ("operators", "/a" * 40)]
+    lines = table(("setting", "value"), rows, width=60, left=2).splitlines()
+    assert lines[2:] == ["float32 products highest", f"operators        {'/a' * 40}"]
+    assert len(lines[1]) == 60
