@@ -143,7 +143,7 @@ def near_folders(path: Path) -> str:
 
 
 def _what_instead(path: Path) -> str:
-    """What a folder without a recipe is: another kind of surgeon folder, or none that surgeon wrote."""
+    """The kind of a folder without a recipe: another one of surgeon, or one that surgeon did not write."""
     if is_surgeon_folder(path / "model"):
         return f"its model is in {path / 'model'}"
     if (path / RUN).is_file():
