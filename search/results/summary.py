@@ -61,7 +61,7 @@ def rank_correlation(found: Finished) -> float | None:
 
 
 def notes(found: Finished) -> list[str]:
-    """What limits how much the trials say, for the text and the page alike."""
+    """The limits of what the trials say, for the text and the page alike."""
     return [told for told in (worse_than_start(found), few_samples(found), tied(found)) if told is not None]
 
 

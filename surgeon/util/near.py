@@ -15,7 +15,7 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 
 
 def refused_argument(error: BaseException) -> str | None:
-    """What is wrong with a keyword that a function or class refused, and the ones that it takes; None for other errors.
+    """A message about a keyword that a function or class refused, with those that it takes; None for other errors.
 
     Such a `TypeError` is raised where the call is, so that what was called is a variable there.
     """
