@@ -155,7 +155,7 @@ def finals_lines(finals: Mapping[str, Any], primary: str) -> list[str]:
         mean, spread = mean_and_spread(arm["values"])
         told = [mean, spread] if arm["values"] else [arm["why_not"] or "-", "-"]
         rows.append([arm["role"], str(arm["trial"]), str(len(arm["placement"])), *told])
-    head = f"finals: {finals['steps']} steps, {finals['seeds']} seeds"
+    head = f"finals: {counted(finals['steps'], 'step')}, {counted(finals['seeds'], 'seed')}"
     return [head, table(["arm", "trial", "replaced", primary, "sd"], rows)]
 
 

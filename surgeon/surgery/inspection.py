@@ -7,7 +7,7 @@ from surgeon.records.report import flops, geometry_text, name_list
 from surgeon.sites.sites import ConvSite
 from surgeon.surgery.plan import can_become
 from surgeon.util import pages
-from surgeon.util.tables import count, paragraph, table
+from surgeon.util.tables import count, counted, paragraph, table
 
 INSPECTED = ("layer", "stage", "geometry", "output", "FLOPs", "params", "memory", "can become")
 
@@ -70,7 +70,7 @@ def inspected(sites: list[ConvSite]) -> tuple[list[tuple[str, ...]], dict[str, l
 def summary(sites: list[ConvSite]) -> str:
     """Count, FLOPs and parameters of the convolutions in one line."""
     total = [flops(sum(site.macs or 0 for site in sites)), count(sum(site.params for site in sites))]
-    return f"{len(sites)} convolutions, {total[0]} FLOPs, {total[1]} parameters in them"
+    return f"{counted(len(sites), 'convolution')}, {total[0]} FLOPs, {total[1]} parameters in them"
 
 
 def why_not_text(against: dict[str, list[str]], width: int) -> str:

@@ -170,7 +170,7 @@ def how(answer: Answer) -> list[str]:
     return [
         f"converted: {answer.becomes}, {counted(answer.replaced, 'layer')}",
         f"trained: both {counted(answer.steps, 'step')} ({answer.epochs:.2g} epochs) of {answer.batch_size}, "
-        f"from {samples['train']} samples, the same order for the same seed",
+        f"from {counted(samples['train'], 'sample')}, the same order for the same seed",
         f"rates: {_rates(answer.swept)}",
         f"judged: {answer.primary} ({arrow} is better) of the last weights on {counted(samples['judge'], 'sample')}"
         + (f"; {samples['choose']} others chose the rates" if samples["choose"] else ""),

@@ -264,11 +264,12 @@ def _document(
 def _lines(document: dict[str, Any]) -> list[str]:
     from surgeon.commands.common.console import width
     from surgeon.search.budget import told as amount
-    from surgeon.util.tables import paragraph, table
+    from surgeon.util.tables import counted, paragraph, table
 
     space, before = document["space"], document["original"]
     lines = [
-        f"{document['model']}: {space['layers']} layers, {len(space['options']) - 1} options, {document['budgets']}",
+        f"{document['model']}: {counted(space['layers'], 'layer')}, {counted(len(space['options']) - 1, 'option')}, "
+        f"{document['budgets']}",
         f"gains: {document['estimator']}",
     ]
     rows = []

@@ -106,6 +106,7 @@ def _export(args: argparse.Namespace, found: "Finished") -> int:
 
     from surgeon.models.folder import fresh_folder
     from surgeon.util.files import check_plain
+    from surgeon.util.tables import counted
 
     source, about = _source(found)
     output = args.output or found.folder.path / "export"
@@ -126,7 +127,7 @@ def _export(args: argparse.Namespace, found: "Finished") -> int:
         print_json(values)
     else:
         primary = found.about["task"]["primary"]
-        print(f"{len(about['placement'])} layers, {primary} {about['value']:.5g} ({about['stage']})")
+        print(f"{counted(len(about['placement']), 'layer')}, {primary} {about['value']:.5g} ({about['stage']})")
         print(f"written to  {output}\nrecipe      {output / 'recipe.json'}")
     return 0
 
