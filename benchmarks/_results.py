@@ -62,7 +62,8 @@ def as_lines(content: dict[str, Any]) -> str:
             return json.dumps(value)
         return f"{ends[0]}\n  " + ",\n  ".join(inner) + f"\n {ends[1]}"
 
-    return "{\n " + ",\n ".join(f"{json.dumps(key)}: {entry(value)}" for key, value in content.items()) + "\n}\n"
+    plain = json.loads(json.dumps(content))  # a tuple is a list
+    return "{\n " + ",\n ".join(f"{json.dumps(key)}: {entry(value)}" for key, value in plain.items()) + "\n}\n"
 
 
 def only(row: dict[str, Any], fields: Iterable[str]) -> dict[str, Any]:

@@ -50,7 +50,8 @@ _ORDINARY = frozenset((_keys(torch.empty(0)), _INFERENCE))  # on the CPU: no sub
 def nothing_to_record(*args: Any) -> bool:
     """Whether an operator called with these arguments only has to compute: on the CPU, without gradients, and unobserved.
 
-    Observers are graphs being traced or compiled, dispatch modes (such as counters of FLOPs), forward gradients and the profiler.
+    Observers are graphs being traced or compiled, dispatch and function modes (such as counters of FLOPs), forward gradients and
+    the profiler.
     """
     gradients = torch.is_grad_enabled()
     tensors = [a for a in args if isinstance(a, Tensor)]
@@ -58,6 +59,7 @@ def nothing_to_record(*args: Any) -> bool:
         torch.compiler.is_compiling()
         or (gradients and any(t.requires_grad for t in tensors))
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state()
         or torch._C._autograd._profiler_enabled()
         or torch.autograd.forward_ad._current_level >= 0

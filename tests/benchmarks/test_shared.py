@@ -64,6 +64,10 @@ def test_committed_results_are_what_tables_are_made_of() -> None:
     assert not [name for name in listed if "fine_tunes" in name or name.endswith((".raw.json", "-quick.json"))]
 
 
+def test_a_tuple_is_written_as_a_list() -> None:
+    assert _results.as_lines({"shapes": {"A": (1, 2)}}) == _results.as_lines({"shapes": {"A": [1, 2]}})
+
+
 def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     _results.table(("name", "n"), [("a", 1), ("long", None)])
     assert capsys.readouterr().out.splitlines() == ["name  n", "----  -", "a     1", "long  -"]

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from surgeon.layers.ops.library import nothing_to_record
@@ -34,8 +35,14 @@ def test_numbers_alone_have_nothing_to_record() -> None:
 
 @pytest.mark.parametrize(
     "observer",
-    [lambda: FlopCounterMode(display=False), FakeTensorMode, forward_ad.dual_level, torch.autograd.profiler.profile],
-    ids=["counter", "fake", "forward gradients", "profiler"],
+    [
+        lambda: FlopCounterMode(display=False),
+        BaseTorchFunctionMode,
+        FakeTensorMode,
+        forward_ad.dual_level,
+        torch.autograd.profiler.profile,
+    ],
+    ids=["counter", "function mode", "fake", "forward gradients", "profiler"],
 )
 def test_observers_see_it(observer: type) -> None:
     with observer():
