@@ -94,7 +94,7 @@ WRONG = {
     "push run me/x/y": "a repository on the Hub is named ORG/NAME, .* got 'me/x/y'",
     "place resnet18 --max-flops -100%": "'-100%' leaves nothing of the original",
     "study status runs/absent": "there is no search in runs/absent: there is no such folder",
-    "study export runs/absent --trust-factory": "there is no search in runs/absent",
+    "study export runs/absent": "there is no search in runs/absent",
     "inspect nowhere_to_be_found:make": "there is no Python module 'nowhere_to_be_found' in this folder",
     "convert resnet18 --type acda --option generator=separabel": "acda: generator must be .* Did you mean 'separable'",
     "finetune resnet18 --task denoising --data . --task-option loss=l3": "task denoising: loss must be one of l1, mse",

@@ -36,9 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--best", action="store_true", help="export: the best placement with replacements (always so)")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="report, export: folder to write")
     parser.add_argument("--force", action="store_true", help="export: replace OUT if surgeon wrote it")
-    parser.add_argument(
-        "--trust-factory", action="store_true", help="export: not needed, the model is copied and no code of it is run"
-    )
 
 
 def check(args: argparse.Namespace) -> None:

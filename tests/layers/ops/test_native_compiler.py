@@ -33,6 +33,9 @@ def _has_compiler() -> bool:
 
 needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="needs a C compiler")
 
+# Those on this machine; `cc` is one of the others
+INSTALLED = [name for name in compiler.COMPILERS if name != "cc" and shutil.which(name)]
+
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fresh:
@@ -174,15 +177,19 @@ def test_arm_needs_no_compiler_that_knows_the_cpu_by_native(
     assert says in reason
 
 
-@pytest.mark.parametrize("name", ["gcc", "clang"])
-def test_the_operators_by_either_compiler(name: str, fresh: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not optimized, which takes a second and not seven; with all tests by CC=clang, see docs/operators.md."""
-    if shutil.which(name) is None:
-        pytest.skip(f"needs {name}")
+@needs_compiler
+def test_the_operators_by_every_installed_compiler(fresh: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not optimized, which takes a second and not seven; all tests with CC=clang: docs/operators.md."""
     quick = [flag.replace("-O3", "-O0") for flag in compiler.flags()]
-    monkeypatch.setenv("CC", name)
     monkeypatch.setattr(compiler, "flags", lambda: quick)
-    assert compiler.why_no_library() == ()
+    for name in INSTALLED or ["cc"]:
+        monkeypatch.setenv("CC", name)
+        fresh()
+        assert compiler.why_no_library() == (), name
+        check_operators()
+
+
+def check_operators() -> None:
     for operator in operators():
         results = []
         for backend in ("native", "reference"):

@@ -1,15 +1,11 @@
 """Models by name: what is built, with which weights, and what is said when something cannot be had."""
 
-import dataclasses
 import json
-import logging
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -18,14 +14,12 @@ from torch import nn
 import surgeon
 from surgeon.errors import CheckpointError, ModelError
 from surgeon.models.identify import identify
-from surgeon.models.names import build_model, build_structure, model_names, restore, shapes_of
+from surgeon.models.names import build_model, build_structure, model_names, restore
 from surgeon.models.places import check_trust
-from surgeon.models.sources import as_published
-from surgeon.models.weights import reachable, read_weights, state_sha256
+from surgeon.models.weights import state_sha256
 from surgeon.records.recipe import BaseModel, Weights, get_recipe
 from surgeon.util.outputs import RUN, SEARCH, TRIAL
-
-TINY = "test_resnet"
+from tests.support.tiny_models import TINY, random_model
 
 
 def tiny_model() -> nn.Module:
@@ -36,17 +30,6 @@ def tiny_model() -> nn.Module:
 def sized_model(width: int = 4, *, depth: int = 1) -> nn.Module:
     """A factory with options."""
     return nn.Sequential(*(nn.Conv2d(3, width, 3) for _ in range(depth)))
-
-
-def dangerous() -> nn.Module:
-    """A factory that must not run by itself."""
-    raise AssertionError("foreign code ran")
-
-
-def random_model(name: str, **options: Any) -> tuple[nn.Module, BaseModel]:
-    model, base = build_model(name, weights="random", **options)
-    assert base is not None
-    return model, base
 
 
 # --- names --------------------------------------------------------------------------------------------------------
@@ -189,179 +172,6 @@ def test_options_that_a_model_does_not_take() -> None:
         random_model(f"{__name__}:tiny_model", options={"widht": 8})
     with pytest.raises(ModelError, match=r"zoo cannot build resnet20_cifar .* It takes .*num_classes"):
         random_model("resnet20_cifar", options={"no_such_option": 1})
-
-
-# --- weights ------------------------------------------------------------------------------------------------------
-
-
-def test_random_weights_follow_from_the_seed_alone() -> None:
-    torch.manual_seed(1)
-    first = state_sha256(random_model(TINY, seed=5)[0])
-    before = torch.get_rng_state()
-    torch.manual_seed(2)
-    assert state_sha256(random_model(TINY, seed=5)[0]) == first
-    assert state_sha256(random_model(TINY, seed=6)[0]) != first
-    torch.manual_seed(1)
-    random_model(TINY, seed=5)
-    assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers are his own"
-
-
-def test_auto_goes_on_loudly_without_pretrained_weights(caplog: pytest.LogCaptureFixture) -> None:
-    started = time.monotonic()
-    with caplog.at_level(logging.WARNING):
-        _, base = build_model(TINY, weights="auto", seed=4)
-    assert base is not None
-    assert base.weights.kind == "random"
-    assert "RANDOM WEIGHTS from seed 4" in caplog.text
-    assert time.monotonic() - started < 10
-
-
-@pytest.mark.parametrize("spec", [TINY, "torchvision/squeezenet1_1", "zoo/resnet20_cifar", "torch.nn:Identity"])
-def test_pretrained_fails_where_there_are_none(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise OSError("no network in tests")
-
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
-    with pytest.raises(ModelError, match=r"pretrained weights of .* are unavailable"):
-        build_model(spec, weights="pretrained")
-
-
-def test_a_host_that_does_not_answer_costs_no_time() -> None:
-    started = time.monotonic()
-    assert not reachable("https://localhost:1", patience=1.0)
-    assert not reachable("https://surgeon.invalid", patience=1.0)
-    assert time.monotonic() - started < 3
-
-
-def test_a_local_hub_folder_is_pretrained(tmp_path: Path) -> None:
-    source = timm.create_model(TINY, num_classes=5)
-    from timm.models import save_for_hf
-
-    save_for_hf(source, tmp_path / "hub", model_config={"num_classes": 5}, safe_serialization=True)
-    model, base = build_model(f"local-dir:{tmp_path / 'hub'}", weights="pretrained")
-    assert base is not None
-    assert (base.name, base.weights.kind, base.kwargs["num_classes"]) == (TINY, "pretrained", 5)
-    assert state_sha256(model) == state_sha256(source)
-    assert type(build_structure(base)) is type(source)
-    assert state_sha256(restore(base)) == state_sha256(source)
-
-
-def test_torchvision_keeps_the_structure_that_goes_with_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Detectors have frozen norms only with weights; a rebuilt one must have them too, without any download."""
-    from torchvision.models import WeightsEnum
-
-    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
-    bare = torchvision.models.get_model(name, weights=None, weights_backbone=None)
-    state = {k: v for k, v in bare.state_dict().items() if not k.endswith("num_batches_tracked")}
-    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, *args, **kwargs: state)
-    model, base = build_model(f"torchvision/{name}", weights="pretrained")
-    assert base is not None
-    assert base.kwargs == {"weights": "COCO_V1"}
-    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, *args, **kwargs: pytest.fail("a download"))
-    assert repr(build_structure(base)) == repr(model)
-    assert "Frozen" in repr(model)
-    found = identify(model)
-    assert found is not None
-    assert found.kwargs == base.kwargs
-    assert nn.Linear(2, 2).load_state_dict({"weight": torch.ones(2, 2), "bias": torch.ones(2)}) is not None
-
-
-def weights_file(folder: Path, name: str, state: dict[str, torch.Tensor]) -> Path:
-    file = folder / name
-    prefixed = {f"module.{key}": value for key, value in state.items()}
-    if file.suffix == ".safetensors":
-        safetensors.torch.save_file(prefixed, file)
-    else:
-        torch.save({"epoch": 3, "state_dict": prefixed}, file)
-    return file
-
-
-@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.pt", "w.bin"])
-def test_weights_from_a_file(tmp_path: Path, name: str) -> None:
-    source = timm.create_model(TINY)
-    file = weights_file(tmp_path, name, source.state_dict())
-    model, base = build_model(TINY, weights=str(file))
-    assert base is not None
-    assert state_sha256(model) == state_sha256(source)
-    assert base.weights == Weights(kind="file", path=str(file), sha256=state_sha256(source))
-    assert state_sha256(restore(base)) == state_sha256(source)
-
-
-def test_weights_of_another_model_list_the_first_mismatches(tmp_path: Path) -> None:
-    state = timm.create_model(TINY, num_classes=10).state_dict()
-    state["extra.weight"] = state.pop("conv1.0.weight")
-    file = weights_file(tmp_path, "w.pth", state)
-    with pytest.raises(ModelError) as caught:
-        build_model(TINY, weights=str(file))
-    for word in (
-        "another model",
-        "missing conv1.0.weight",
-        "unexpected extra.weight",
-        "fc.weight has shape (10, 96), expected (1000, 96)",
-    ):
-        assert word in str(caught.value)
-
-
-class Evil:
-    """Would run code when unpickled."""
-
-    def __reduce__(self) -> Any:
-        return (dangerous, ())
-
-
-@pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 truncated"])
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_unreadable_weights_are_one_error(tmp_path: Path, content: bytes, suffix: str) -> None:
-    file = tmp_path / f"w{suffix}"
-    file.write_bytes(content)
-    with pytest.raises(ModelError, match=r"cannot read .* as weights"):
-        build_model(TINY, weights=str(file))
-
-
-def test_weights_that_need_code_or_are_none(tmp_path: Path) -> None:
-    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(
-        ModelError, match=r"holds Python objects \(.*dangerous\).* torch.save\(model.state_dict\(\), FILE\)"
-    ):
-        read_weights(tmp_path / "evil.pth")
-    torch.save({"epoch": 3}, tmp_path / "none.pth")
-    with pytest.raises(ModelError, match="no state dict"):
-        read_weights(tmp_path / "none.pth")
-    with pytest.raises(ModelError, match="there is no weights file"):
-        read_weights(tmp_path / "absent.pth")
-
-
-def test_restored_weights_must_be_the_recorded_ones(tmp_path: Path) -> None:
-    source = timm.create_model(TINY)
-    file = weights_file(tmp_path, "w.pth", source.state_dict())
-    _, base = build_model(TINY, weights=str(file))
-    assert base is not None
-    weights_file(tmp_path, "w.pth", timm.create_model(TINY).state_dict())
-    with pytest.raises(ModelError, match="not those that were converted: SHA-256"):
-        restore(base)
-    given = BaseModel(source="timm", name=TINY, weights=Weights(kind="given", sha256=state_sha256(source)))
-    with pytest.raises(ModelError, match="came from a model object"):
-        restore(given)
-
-
-def test_an_original_with_a_new_classifier_says_what_to_compare_with() -> None:
-    _, base = build_model(TINY, weights="random")
-    assert base is not None
-    assert restore(base)
-    changed = dataclasses.replace(base, kwargs={**base.kwargs, "num_classes": 2})
-    with pytest.raises(ModelError, match=r"got a new classifier of 2 classes .* compare with a plain run"):
-        restore(changed)
-
-
-def test_shapes_are_those_of_published_weights() -> None:
-    """GoogLeNet has two auxiliary classifiers only without its weights."""
-    assert not {"aux1.conv.conv", "aux2.conv.conv"} & {
-        name for name, _ in shapes_of("torchvision/googlenet").named_modules()
-    }
-    base = BaseModel(source="torchvision", name="googlenet", weights=Weights(kind="random"))
-    assert as_published(base).kwargs == {"weights": "DEFAULT"}
-    options = dataclasses.replace(base, kwargs={"num_classes": 3})
-    assert as_published(options) == options
 
 
 # --- factories and foreign recipes --------------------------------------------------------------------------------
