@@ -43,6 +43,7 @@ from surgeon.commands.search import (
     study,
 )
 from surgeon.errors import SurgeonError
+from surgeon.util.called import in_terminal
 from surgeon.util.near import did_you_mean
 from surgeon.util.waiting import waiting
 
@@ -61,6 +62,7 @@ exit codes: 0 done; 1 a check failed, or nothing could be replaced; 2 wrong usag
 """
 
 
+@in_terminal()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     began = time.monotonic()

@@ -172,11 +172,17 @@ def as_budget(resource: str, value: float) -> str:
     return f"{math.ceil(value / unit * 1000) / 1000:g}{letter}" if letter else f"{math.ceil(value)}"
 
 
-def check_feasible(problem: Problem, original: Mapping[str, int], *, translate: Translate | None = None) -> None:
+def check_feasible(
+    problem: Problem,
+    original: Mapping[str, int],
+    *,
+    translate: Translate | None = None,
+    budgets: Budgets | None = None,
+) -> None:
     """Raise `InfeasibleError` with the nearest numbers if no placement, not even the unmodified model, is within the limits.
 
     `original` are the unmodified model's costs. `translate(resource, value)` converts a row's value to the unit of the user's
-    budget (memory: with margin and reserve).
+    budget (memory: with margin and reserve). Relative `budgets` are named as they were given, too.
     """
 
     def say(resource: str, value: float) -> float:
@@ -195,9 +201,12 @@ def check_feasible(problem: Problem, original: Mapping[str, int], *, translate: 
     least = {name: smallest(problem, name) for name in limited}
     alone = f"; each alone could go down to {amounts(least)}" if len(limited) > 1 else ""
     wanted = {name: problem.limit(name) or 0 for name in limited}
+    given = {name: getattr(budgets, name, None) for name in limited}
+    relative = [f"{FLAGS[name]} {bound.text}" for name, bound in given.items() if bound is not None and bound.relative]
+    told = f" ({', '.join(relative)})" if relative else ""
     original_costs = {name: original[name] for name in limited}
     raise InfeasibleError(
-        f"no placement is within {amounts(wanted)}; the nearest budgets that one placement meets are "
+        f"no placement is within {amounts(wanted)}{told}; the nearest budgets that one placement meets are "
         f"{amounts(nearest(problem))}{alone} "
         f"(the original: {amounts(original_costs)}){_macs(original_costs, wanted)}"
     )

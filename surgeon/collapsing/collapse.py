@@ -24,6 +24,7 @@ from surgeon.surgery.operation import count_parameters
 from surgeon.surgery.rewrite import Rewrite, drop_rules, dynamic_layers, plain_convolution
 from surgeon.surgery.running import outputs, run
 from surgeon.surgery.verify import Settled, Verification, judge, measure
+from surgeon.util.called import called
 from surgeon.util.copying import copy_model
 from surgeon.util.progress import OnProgress, silent
 
@@ -299,10 +300,10 @@ def _nothing(report: CollapseReport) -> str:
     hint = (
         ""
         if least is None
-        else f". The least variation is {least:.2g}: a tolerance (--tolerance) of that folds one layer"
+        else f". The least variation is {least:.2g}: a tolerance{called(' (--tolerance)', '')} of that folds one layer"
     )
     if UNSEEN in groups:
-        hint = ". Images show it: --images DIR, in Python calibration="
+        hint = f". Images show it: {called('--images DIR', 'calibration=')}"
     which = "the dynamic layer cannot" if len(tried) == 1 else f"none of the {len(tried)} dynamic layers can"
     return f"{which} be folded: {reasons}{hint}"
 

@@ -50,6 +50,7 @@ from surgeon.records.report import Report
 from surgeon.surgery.raised import Raised
 from surgeon.surgery.rewrite import Rewrite, convolution_rule, dynamic_layers, folded_from, folded_windows
 from surgeon.surgery.sizes import check_layers
+from surgeon.util.called import called
 from surgeon.util.copying import check_module, copy_model
 from surgeon.util.files import check_fields, parse_json, read_json, read_object, told
 from surgeon.util.outputs import RECIPE, WEIGHTS, check_output
@@ -165,9 +166,9 @@ def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
         found = replace(found, weights=known.weights, input_size=known.input_size)
     if found is None or not _fits(model, found, rules):
         logger.warning(
-            "no way to rebuild this %s is known: the folder will load only with base=MODEL, a model of the "
-            "original architecture",
+            "no way to rebuild this %s is known: the folder loads only %swith base=MODEL, a model of the original architecture",
             type(model).__name__,
+            called("in Python, ", ""),
         )
         found = None
     made = Recipe(rules=rules, base=found, versions=versions())
@@ -272,7 +273,9 @@ def _structure(recipe: Recipe, base: nn.Module | None, path: Path, trust_factory
     if base is not None:
         return copy_model(base)
     if recipe.base is None:
-        raise CheckpointError(f"{path} does not record how to build its base model: load it with base=MODEL")
+        raise CheckpointError(
+            f"{path} does not record how to build its base model: load it {called('in Python ', '')}with base=MODEL"
+        )
     return build_structure(recipe.base, trust_factory=trust_factory)
 
 

@@ -23,6 +23,7 @@ from surgeon.records.card import PLACE
 from surgeon.records.collapse_report import CollapseReport
 from surgeon.records.recipe import FORMAT, BaseModel
 from surgeon.records.report import Report
+from surgeon.util.called import called
 from surgeon.util.files import read_json, read_text, told
 from surgeon.util.outputs import RECIPE, WEIGHTS
 
@@ -150,8 +151,8 @@ def _push(
     read_folder(folder)
     if not (token or huggingface_hub.get_token()):
         raise CheckpointError(
-            f"pushing to {told(repo_id)} requires a token: log in (`hf auth login`), or set HF_TOKEN (in Python "
-            "also token=); create one with write access at https://huggingface.co/settings/tokens"
+            f"pushing to {told(repo_id)} requires a token: log in (`hf auth login`), or set HF_TOKEN"
+            f"{called('', ', or pass token=')}; create one with write access at https://huggingface.co/settings/tokens"
         )
     api = huggingface_hub.HfApi(token=token, library_name="surgeon", library_version=surgeon.__version__)
     with bounded_network(), _telling(f"{folder} cannot be pushed to {told(repo_id)}"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from surgeon.errors import CheckpointError, ConfigError, ModelError, RecipeError
 from surgeon.records.recipe import CONVOLUTION
+from surgeon.util.called import called
 from surgeon.util.files import read_object, told
 from surgeon.util.near import did_you_mean
 from surgeon.util.outputs import RECIPE, RUN, SEARCH, TRIAL, is_surgeon_folder
@@ -85,8 +86,8 @@ def has_dynamic_layers(path: str | Path) -> bool | None:
 def untrusted(factory: str) -> ModelError:
     """The error for a folder whose base model is built by foreign code."""
     return ModelError(
-        f"the base model is built by the factory {factory}, which is code. If you trust it, load the folder with "
-        "base=MODEL or trust_factory=True; on the command line with --trust-factory"
+        f"the base model is built by the factory {factory}, which is code. If you trust it, "
+        + called("say so with --trust-factory", "load the folder with base=MODEL or trust_factory=True")
     )
 
 

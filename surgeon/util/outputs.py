@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from surgeon.errors import CheckpointError, ConfigError
+from surgeon.util.called import called
 
 RECIPE = "recipe.json"  # marks a surgeon folder
 WEIGHTS = "model.safetensors"  # of a surgeon folder
@@ -11,16 +12,17 @@ RUN = Path("training", "run.json")  # the record of a run of fine-tuning in its 
 SUMMARY = Path("training", "summary.json")  # what came of it, once it is complete
 TRIAL = "try.json"  # the record of `surgeon try`
 SEARCH = "search.json"  # marks the folder of a search
-
-
 EXPORTS = {".onnx": "onnx", ".pt2": "torch"}  # formats of exported files by suffix
 STUDY = "study.jsonl"  # the trials of a search in its folder
+FORCE = ("--force", "force=True")
+RESUME = ("--resume", "resume=True")
+WAYS = "continue it ({}) or replace it ({})"
 
 
 def check_no_search(path: str | Path) -> None:
     """Raise `CheckpointError` if there is a search in a folder already."""
     if Path(path, STUDY).is_file():
-        raise CheckpointError(f"there is already a search in {path}: continue it (--resume) or choose another -o")
+        raise CheckpointError(f"there is already a search in {path}: continue it ({called(*RESUME)}) or choose another")
 
 
 def is_surgeon_folder(path: str | Path) -> bool:
@@ -35,13 +37,13 @@ def check_output(path: str | Path, *, force: bool = False) -> None:
         return
     if not force:
         raise CheckpointError(
-            f"the output {path} exists; choose another with -o, or replace it with --force (in Python force=True)"
+            f"the output {path} exists; choose another{called(' with -o', '')}, or replace it with {called(*FORCE)}"
         )
     if not path.is_dir() or path.is_symlink():
-        raise CheckpointError(f"the output {path} exists and is not a folder: --force replaces only folders")
+        raise CheckpointError(f"the output {path} exists and is not a folder: {called(*FORCE)} replaces only folders")
     if any(path.iterdir()) and not is_surgeon_folder(path):
         raise CheckpointError(
-            f"the output {path} was not written by surgeon (it has no {RECIPE}): --force leaves it alone"
+            f"the output {path} was not written by surgeon (it has no {RECIPE}): {called(*FORCE)} leaves it alone"
         )
 
 
@@ -51,7 +53,7 @@ def check_run_output(output: Path, *, resume: bool, force: bool) -> None:
     `ConfigError` for both flags at once, `CheckpointError` for an existing or missing run.
     """
     if resume and force:
-        raise ConfigError("resume continues a run, force replaces it: give only one of them")
+        raise ConfigError(f"{called(*RESUME)} continues a run, {called(*FORCE)} replaces it: give only one of them")
     there = (output / RUN).is_file()
     if resume:
         if not there:
@@ -60,28 +62,30 @@ def check_run_output(output: Path, *, resume: bool, force: bool) -> None:
     if not output.exists() and not output.is_symlink():
         return
     if not force:
-        hint = "continue it (--resume) or replace it (--force)" if there else "or use --force"
-        raise CheckpointError(f"the output {output} exists; choose another with -o, {hint}")
+        hint = WAYS.format(called(*RESUME), called(*FORCE)) if there else f"or use {called(*FORCE)}"
+        raise CheckpointError(f"the output {output} exists; choose another{called(' with -o', '')}, {hint}")
     if not output.is_dir() or output.is_symlink():
-        raise CheckpointError(f"the output {output} exists and is not a folder: --force replaces only folders")
+        raise CheckpointError(f"the output {output} exists and is not a folder: {called(*FORCE)} replaces only folders")
     if any(output.iterdir()) and not (is_surgeon_folder(output) or there):
-        raise CheckpointError(f"the output {output} was not written by surgeon: --force leaves it alone")
+        raise CheckpointError(f"the output {output} was not written by surgeon: {called(*FORCE)} leaves it alone")
 
 
 def check_trial_output(output: Path, *, resume: bool, force: bool) -> None:
     """Like `check_run_output`, for `surgeon try`."""
     if resume and force:
-        raise ConfigError("--resume continues a trial, --force replaces it: give only one of them")
+        raise ConfigError(f"{called(*RESUME)} continues a trial, {called(*FORCE)} replaces it: give only one of them")
     there = (output / TRIAL).is_file()
     if resume:
         if not there:
             raise CheckpointError(f"no trial to resume in {output}: it has no {TRIAL}")
     elif output.exists() or output.is_symlink():
         if not force:
-            hint = "continue it (--resume) or replace it (--force)" if there else "choose another"
+            hint = WAYS.format(called(*RESUME), called(*FORCE)) if there else "choose another"
             raise CheckpointError(f"the output {output} exists; {hint}")
         if output.is_symlink() or not there:
-            raise CheckpointError(f"the output {output} was not written by surgeon try: --force leaves it alone")
+            raise CheckpointError(
+                f"the output {output} was not written by surgeon try: {called(*FORCE)} leaves it alone"
+            )
 
 
 def check_file_output(path: str | Path, *, force: bool = False) -> None:
@@ -90,7 +94,7 @@ def check_file_output(path: str | Path, *, force: bool = False) -> None:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name a file")
     if path.exists() and not force:
-        raise ConfigError(f"{path} exists; choose another with -o, or replace it with --force (in Python force=True)")
+        raise ConfigError(f"{path} exists; choose another{called(' with -o', '')}, or replace it with {called(*FORCE)}")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"there is no folder {path.absolute().parent} to write {path.name} to")
 
@@ -99,9 +103,9 @@ def export_format(given: str | None, path: str | Path) -> Literal["onnx", "torch
     """The requested format of an exported file, otherwise that of its suffix; raises `ConfigError` if neither says."""
     found: Any = given or EXPORTS.get(Path(path).suffix)
     if found is None:
+        option = called("--format onnx or torch", "format='onnx' or format='torch'")
         raise ConfigError(
-            f"cannot tell the format from {Path(path).name}: use --format onnx or torch (in Python format=), or a name ending in "
-            ".onnx or .pt2"
+            f"cannot tell the format from {Path(path).name}: use {option}, or a name ending in .onnx or .pt2"
         )
     known: Literal["onnx", "torch"] = found  # other given formats are refused with the rest of the target
     return known

@@ -155,6 +155,7 @@ def test_infeasible_budgets_end_at_once_with_numbers_that_work(model: Any) -> No
         tight.check_feasible()
     message = str(caught.value)
     assert caught.value.exit_code == 1
+    assert " (--max-flops -20%, --max-memory -30%); the nearest" in message  # as they were given
     told = message.split("nearest budgets that one placement meets are ")[1].split(";")[0]
     numbers = dict(part.split(" ") for part in told.split(", "))
     again = gate(model, flops=numbers["--max-flops"], memory=numbers["--max-memory"])

@@ -104,7 +104,7 @@ def test_weights_that_one_onnx_file_cannot_hold_lie_beside_it(tmp_path: Path, mo
         surgeon.export(model, path, input_size=(3, 24, 24), free="none", force=True)
     assert [file.read_bytes() for file in sorted(tmp_path.iterdir())] == before
     path.unlink()
-    with pytest.raises(ConfigError, match=r"m\.onnx\.data exists; choose another with -o"):
+    with pytest.raises(ConfigError, match=r"m\.onnx\.data exists; choose another, or replace it with force=True"):
         surgeon.export(model, path, input_size=(3, 24, 24))
     monkeypatch.undo()
     made = surgeon.export(model, path, input_size=(3, 24, 24), free="none", force=True)

@@ -276,7 +276,7 @@ def test_no_token_is_said_before_anything_goes_out(
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     assert main(["push", "run", "me/net", "--quiet"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "requires a token: log in (`hf auth login`), or set HF_TOKEN (in Python also token=)" in line
+    assert "requires a token: log in (`hf auth login`), or set HF_TOKEN; create" in line
     assert hub.made == []
     surgeon.push_to_hub(saved, "me/net", token="hf_given")
     assert hub.made

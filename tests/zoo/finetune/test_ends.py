@@ -229,7 +229,7 @@ def test_outputs_that_may_not_be_touched(tmp_path: Path) -> None:
     (mine / "thesis.tex").write_text("years of work")
     with pytest.raises(CheckpointError, match="exists; choose another"):
         finetune(model, task, QUICK, mine)
-    with pytest.raises(CheckpointError, match="not written by surgeon: --force leaves it alone"):
+    with pytest.raises(CheckpointError, match="not written by surgeon: force=True leaves it alone"):
         finetune(model, task, QUICK, mine, force=True)
     assert [file.name for file in mine.iterdir()] == ["thesis.tex"]
     with pytest.raises(ConfigError, match="give only one of them"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 import torch
 
 from surgeon.errors import ConfigError, DataError
+from surgeon.util.called import called
 from surgeon.util.picture_files import SUFFIXES, files_below, opened
 from surgeon.zoo.tasks.base import Split, TaskConfig
 from surgeon.zoo.tasks.data.options import check_types
@@ -102,7 +103,7 @@ def find_roots(task: str, config: FolderConfig) -> Roots:
             )
     if train is None and val is None:
         raise DataError(
-            f"task {task} needs a folder: --data DIR (in Python data=) with train/ and val/, or the options train and val"
+            f"task {task} needs a folder: {called('--data DIR', 'data=DIR')} with train/ and val/, or the options train and val"
         )
     return Roots(train, val if val is not None else train)
 
