@@ -143,6 +143,16 @@ def size_of(spec: str) -> tuple[int, ...] | None:
     return None if is_program(spec) else _parse(spec).input_size or None
 
 
+def chosen_size(model: nn.Module) -> tuple[int, ...] | None:
+    """(C, H, W) that a model was converted or trained at, by its recipe, if that is not its library's own size."""
+    recipe = get_recipe(model)
+    base = None if recipe is None else recipe.base
+    if base is None or len(base.input_size) != 3:
+        return None
+    own = () if base.source in ("factory", "program") else _parse(f"{base.source}/{base.name}").input_size
+    return base.input_size if base.input_size != own else None
+
+
 def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool = False) -> nn.Module:
     """The base model with its weights at conversion, in eval mode; their SHA-256 is verified.
 
@@ -178,6 +188,7 @@ def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool 
             f"the weights of {base.name} ({found.weights.kind}{f' {found.weights.path}' if found.weights.path else ''}) are "
             f"not those that were converted: SHA-256 {str(found.weights.sha256)[:16]}.., expected {recorded.sha256[:16]}.."
         )
+    set_recipe(model, Recipe(rules=(), base=base))
     return model.eval()
 
 

@@ -15,7 +15,7 @@ from surgeon.zoo.finetune.devices import make_accelerator, release
 from surgeon.zoo.finetune.journal import TrainingJournal
 from surgeon.zoo.finetune.loop import Data, Run, Trainer
 from surgeon.zoo.finetune.optimizer import make_optimizer
-from surgeon.zoo.finetune.run import bound_to, original_of, random_state_kept
+from surgeon.zoo.finetune.run import bound_to, original_of, random_state_kept, told_data
 from surgeon.zoo.finetune.schedule import describe
 from surgeon.zoo.finetune.state import Store, TrainingProgress
 from surgeon.zoo.tasks import Task
@@ -69,7 +69,7 @@ def dry_run(
         seconds=run.progress.seconds,
         groups=groups,
         cost=found,
-        notes=[*notes, *note],
+        notes=[*notes, *told_data(work, task, data), *note],
     )
 
 

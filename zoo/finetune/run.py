@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from surgeon.errors import ConfigError, ModelError
-from surgeon.models.names import restore
+from surgeon.models.names import chosen_size, restore
 from surgeon.models.weights import state_sha256
 from surgeon.records.collapse_report import CollapseReport
 from surgeon.records.recipe import BaseModel, Recipe, Trained, get_recipe, set_recipe
 from surgeon.records.report import Report
 from surgeon.surgery.rewrite import dynamic_layers
+from surgeon.util.called import called
 from surgeon.util.copying import check_module, copy_model, seed_torch
 from surgeon.util.files import check_fields
 from surgeon.util.waiting import waiting
@@ -111,6 +112,7 @@ def finetune(
         place = folder.training if folder is not None else _shared_place(stack)
         session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet)
         try:
+            notes += told_data(work, task, session.data)
             trainer = session.trainer(work, original)  # refuses options before a folder is made, or replaced
             if config.max_steps is not None and trainer.plan.total < config.max_steps:
                 notes.append(f"{config.epochs:g} epochs (--epochs) are fewer steps than --max-steps {config.max_steps}")
@@ -337,6 +339,20 @@ def _with_task(model: nn.Module, task: Task, size: tuple[int, ...]) -> nn.Module
 def _at_size(base: BaseModel | None, size: tuple[int, ...]) -> BaseModel | None:
     """The base model, with the size (C, H, W) of the training samples as its input size."""
     return base if base is None or len(size) != 3 else replace(base, input_size=size)
+
+
+def told_data(model: nn.Module, task: Task, data: Data) -> list[str]:
+    """Notes on what the task took from the model's recipe, and on samples that it leaves out."""
+    notes = []
+    size = tuple(data.train[0]["input"].shape)
+    if task.config.input_size is None and size == chosen_size(model):
+        told = "x".join(map(str, size))
+        option = called("--task-option input_size=SIZE", "input_size=")
+        notes.append(f"inputs are {told}, as recorded with the model ({option} changes that)")
+    for split, dataset in (("train", data.train), ("val", data.val)):
+        if getattr(task.config, f"{split}_limit") == len(dataset):
+            notes.append(f"{split}_limit={len(dataset)}: other samples of that set are left out")
+    return notes
 
 
 def original_of(

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 import surgeon
 import surgeon.zoo as zoo
 from surgeon.errors import ConfigError, DataError, InputError
+from surgeon.models.names import restore
+from surgeon.records.recipe import get_recipe
+from surgeon.zoo.finetune import FinetuneConfig
+from surgeon.zoo.finetune.dry import dry_run
 from surgeon.zoo.tasks import create_task
 from surgeon.zoo.tasks.classification import Classification
 from tests.support.training.task_data import class_folders, photo
@@ -287,6 +291,28 @@ def test_auxiliary_heads_follow_too(folders: Path) -> None:
     model = torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False)
     task_of(folders, input_size=(3, 64, 64)).bind(model)
     assert [part.shape[1] for part in model.train()(torch.rand(2, 3, 64, 64))] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "torchvision/squeezenet1_1"])
+def test_a_model_that_was_given_a_size_is_trained_and_judged_at_it(folders: Path, tmp_path: Path, name: str) -> None:
+    """A folder converted at 64 pixels was fine-tuned at its library's 176, and its original judged there, at chance level."""
+    model = surgeon.open_model(name, weights="random", num_classes=3, input_size=(3, 64, 64))
+    surgeon.save(model, tmp_path / "run")
+    loaded = surgeon.load(tmp_path / "run")
+    recipe = get_recipe(loaded)
+    assert recipe is not None
+    assert recipe.base is not None
+    for given in (model, loaded, restore(recipe.base)):
+        task = task_of(folders)
+        task.bind(given)
+        assert task.format().size == (3, 64, 64)
+    (sized := task_of(folders, input_size=(3, 48, 48))).bind(loaded)
+    assert sized.format().size == (3, 48, 48)
+    (owned := task_of(folders)).bind(surgeon.open_model(name, weights="random", num_classes=3))
+    assert owned.format().size == {"test_resnet": (3, 160, 160)}.get(name, (3, 224, 224))
+    notes = dry_run(loaded, task_of(folders, train_limit=2), FinetuneConfig(batch_size=2, epochs=1)).notes
+    assert any("inputs are 3x64x64, as recorded with the model" in note for note in notes)
+    assert any("train_limit=2" in note for note in notes)
 
 
 def test_models_that_do_not_fit_are_refused(folders: Path) -> None:

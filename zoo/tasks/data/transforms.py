@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError
+from surgeon.models.names import chosen_size
 from surgeon.sites.inputs import exported_size
 
 SMALL = 64  # pixels up to which images are padded and cropped instead of randomly resized
@@ -28,14 +29,18 @@ class ImageFormat:
 
     @classmethod
     def of(cls, model: nn.Module | None, side: int) -> Self:
-        """The format of a timm model; otherwise ImageNet's normalization and the size of an exported program or `side` pixels."""
+        """The format of a timm model; otherwise ImageNet's normalization and the size of an exported program or `side` pixels.
+
+        A model that was converted or trained at another size than its own keeps that one.
+        """
+        chosen = None if model is None else chosen_size(model)
         if not isinstance(getattr(model, "pretrained_cfg", None), dict):
-            return cls(size=exported_size(model) or (3, side, side))
+            return cls(size=chosen or exported_size(model) or (3, side, side))
         from timm.data import resolve_model_data_config
 
         found = resolve_model_data_config(model)
         return cls(
-            size=tuple(found["input_size"]),
+            size=chosen or tuple(found["input_size"]),
             mean=tuple(found["mean"]),
             std=tuple(found["std"]),
             interpolation=found["interpolation"],
