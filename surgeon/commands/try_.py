@@ -154,15 +154,21 @@ def _config(args: argparse.Namespace) -> "TryConfig":
     )
 
 
-def _resumed(args: argparse.Namespace, spent: float) -> str:
-    """The command that resumes the trial with twice the time."""
+def resumed(args: argparse.Namespace, answer: "Answer") -> str:
+    """The command that resumes the trial: with the time for the seeds that an answer takes, or with twice the seeds and time."""
     from surgeon.zoo.trial.speed import minutes
 
+    longer = answer.more_time or 2 * max(answer.seconds, parse_time(args.max_time))
+    more = ["--resume", "--max-time", minutes(longer)]
+    if answer.stopped == "seeds":
+        more += ["--seeds", str(2 * args.seeds)]
     words = list(args.argv)
-    for flag in ("--max-time", "--resume", "--force"):
+    for flag in ("--max-time", "--seeds", "--resume", "--force"):
+        if flag == "--seeds" and flag not in more:
+            continue
         for place in [place for place, word in enumerate(words) if word.partition("=")[0] == flag][::-1]:
-            del words[place : place + (2 if flag == "--max-time" and "=" not in words[place] else 1)]
-    return shlex.join(["surgeon", *words, "--resume", "--max-time", minutes(2 * max(spent, parse_time(args.max_time)))])
+            del words[place : place + (2 if flag in ("--max-time", "--seeds") and "=" not in words[place] else 1)]
+    return shlex.join(["surgeon", *words, *more])
 
 
 def _print(args: argparse.Namespace, answer: "Answer", output: Path) -> None:
@@ -174,7 +180,7 @@ def _print(args: argparse.Namespace, answer: "Answer", output: Path) -> None:
     data = "" if args.data is None else f" --data {args.data}"
     trust = "" if factory_of(folder.model) is None else " --trust-factory"
     go_on = f"surgeon finetune {output}/model --task {args.task}{data} --epochs 10{trust}"
-    page = write_report(answer, folder.report, go_on, _resumed(args, answer.seconds))
+    page = write_report(answer, folder.report, go_on, resumed(args, answer))
     model = str(output / "model") if folder.model.is_dir() else None
     values = {"output": str(output), "model_folder": model, "report": str(page), **answer.to_dict()}
     folder.write(folder.answer, values)

@@ -11,6 +11,7 @@ from surgeon.zoo.finetune.state import finite
 
 ARMS = ("original", "converted")
 LEAST_SEEDS = 3  # for a verdict
+SHARES = ("top1", "miou")  # at most 1
 UNITS = {"top1": ("points of top-1", 100.0), "miou": ("points of mIoU", 100.0), "psnr": ("dB", 1.0)}
 
 
@@ -68,6 +69,9 @@ class Answer:
     layers: list[dict[str, Any]] = field(default_factory=list)  # how adaptive the converted network's layers became
     start: float | None = None  # of the network before any training; None: there was no time to measure it
     notes: list[str] = field(default_factory=list)
+    more_time: float | None = (
+        None  # seconds for all sessions that take the seeds of an answer; None if time was no limit
+    )
 
     def ends_below_start(self) -> bool:
         """Whether both networks are worse after training than the network was before, on average over the seeds."""
@@ -133,11 +137,31 @@ class Answer:
             return f"undecided: {found} {self.unit} with {seeds}, an answer takes {LEAST_SEEDS}"
         if tied(self.gains):
             judge = self.samples["judge"]
-            return (
-                f"undecided: {self.gain:+.3g} {self.unit} with each of {seeds}; {counted(judge, 'judging sample')} "
-                f"{'is' if judge == 1 else 'are'} too few to tell"
+            why = (
+                f"both are right on {'the' if judge == 1 else 'all'} {counted(judge, 'judging sample')}"
+                if self.perfect
+                else f"{counted(judge, 'judging sample')} {'is' if judge == 1 else 'are'} too few to tell"
             )
+            return f"undecided: {self.gain:+.3g} {self.unit} with each of {seeds}; {why}"
         return f"no gain seen beyond ± {2 * error:.2g} {self.unit} ({found}, {seeds})"
+
+    @property
+    def perfect(self) -> bool:
+        """Whether both networks have the best value of their metric, with every seed."""
+        return self.primary in SHARES and all(score == 1.0 for scores in self.scores.values() for score in scores)
+
+    def meaning(self) -> str:
+        """What the verdict says, and what would say more."""
+        if self.verdict != "undecided":
+            better = "better" if self.verdict == "won" else "worse"
+            return f"The converted network is {better}, beyond two standard errors of the paired differences."
+        if len(self.gains) < LEAST_SEEDS:
+            return f"Too few seeds to tell: an answer takes {LEAST_SEEDS}."
+        if self.perfect:
+            return "Nothing is left to gain on these images: harder ones could tell the networks apart, longer training cannot."
+        if tied(self.gains):
+            return "All seeds differ by the same amount, which measures no error: more judging images could tell."
+        return "No difference was seen beyond two standard errors; more seeds or longer training may show one, or not."
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; NaN and infinity become null."""

@@ -10,12 +10,6 @@ from surgeon.util.files import filling
 from surgeon.util.tables import count, duration
 from surgeon.zoo.trial.answer import ARMS, Answer, how
 
-_MEANS = {
-    "won": "The converted network is better, beyond two standard errors of the paired differences.",
-    "lost": "The converted network is worse, beyond two standard errors of the paired differences.",
-    "undecided": "No difference was seen beyond two standard errors; more seeds or longer training may show one, or not.",
-}
-
 
 def write_report(answer: Answer, folder: Path, go_on: str, resume: str) -> Path:
     """Write `report.html` into the folder; returns its path. Raises `CheckpointError`.
@@ -26,7 +20,7 @@ def write_report(answer: Answer, folder: Path, go_on: str, resume: str) -> Path:
     body = [
         f"<h1>{escape(title)}</h1>",
         pages.paragraph(_upper(answer.sentence()) + ".", "lead"),
-        pages.paragraph(_MEANS[answer.verdict]),
+        pages.paragraph(answer.meaning()),
         pages.section("What it costs", "FLOPs are for one image; time is the median of all runs.", _costs(answer)),
         pages.grid(_figures(answer)),
         pages.section("How it was compared", "", "".join(pages.paragraph(line) for line in how(answer))),

@@ -50,6 +50,7 @@ def sum_up(trial: "Trial", stopped: str) -> Answer:
         seconds=trial.spent,
         layers=converted.get("layers", []),
         start=_start(trial) if seeds else None,
+        more_time=_more_time(trial, len(seeds)) if stopped == "time" else None,
     )
     answer.notes = _notes(trial, answer)
     return answer
@@ -87,7 +88,7 @@ def _notes(trial: "Trial", answer: Answer) -> list[str]:
             f"only {trial.plan.steps} steps fit into the time, which say little: a longer --max-time trains more"
         )
     if answer.verdict == "undecided" and answer.stopped == "time":
-        notes.append(_time_is_up(trial, len(answer.seeds)))
+        notes.append(_time_is_up(trial, answer.more_time or 0.0))
     if answer.start is not None and answer.ends_below_start():
         way = "below" if answer.higher_is_better else "above"
         notes.append(
@@ -98,15 +99,22 @@ def _notes(trial: "Trial", answer: Answer) -> list[str]:
     return notes
 
 
-def _time_is_up(trial: "Trial", seeds: int) -> str:
+def _more_time(trial: "Trial", seeds: int) -> float:
+    """Seconds for all sessions in which one more pair ends, or as many as an answer takes."""
+    return (trial.spent + max(LEAST_SEEDS - seeds, 1) * _pair(trial)) / (1 - END)
+
+
+def _pair(trial: "Trial") -> float:
+    return trial.short[1] if trial.short else trial.expected([(arm, 0.0, 0) for arm in ARMS])
+
+
+def _time_is_up(trial: "Trial", longer: float) -> str:
     """Why there is no further pair, and the time that takes one."""
-    left, pair = trial.short or (0.0, trial.expected([(arm, 0.0, 0) for arm in ARMS]))
     why = (
-        f"another pair takes about {duration(pair)}, and {duration(left)} were left"
+        f"another pair takes about {duration(trial.short[1])}, and {duration(trial.short[0])} were left"
         if trial.short
         else "a run was cut short"
     )
-    longer = (trial.spent + max(LEAST_SEEDS - seeds, 1) * pair) / (1 - END)
     return f"the time is up ({why}): --resume --max-time {minutes(longer)} trains more seeds"
 
 

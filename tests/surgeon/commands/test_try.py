@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 import surgeon
 from surgeon.cli import main
+from surgeon.commands.try_ import resumed
 from surgeon.errors import ConfigError
 from surgeon.zoo.finetune.loop import Trainer
 from surgeon.zoo.trial import standard_error, verdict
@@ -87,6 +89,35 @@ def test_the_answer_in_a_sentence() -> None:
     assert "judging samples are too few to tell" in tied.sentence()
     assert "1 judging sample is too few" in replace(tied, samples=tied.samples | {"judge": 1}).sentence()
     assert make_answer([], []).sentence().startswith("no answer: not one pair")
+    perfect = make_answer([1.0] * 3, [1.0] * 3, samples={"train": 8, "choose": 2, "judge": 72})
+    assert "+0 points of top-1 with each of 3 seeds; both are right on all 72 judging samples" in perfect.sentence()
+
+
+@pytest.mark.parametrize(
+    ("original", "converted", "told"),
+    [
+        ([0.5], [0.6], "Too few seeds to tell: an answer takes 3."),
+        ([1.0] * 3, [1.0] * 3, "Nothing is left to gain on these images"),
+        ([0.5] * 3, [0.6] * 3, "more judging images could tell"),
+        ([0.5] * 3, [0.501, 0.499, 0.5], "No difference was seen beyond two standard errors"),
+        ([0.5, 0.51, 0.52], [0.504, 0.5145, 0.525], "The converted network is better"),
+    ],
+)
+def test_the_page_says_why_there_is_no_verdict(
+    original: list[float], converted: list[float], told: str, tmp_path: Path
+) -> None:
+    """One seed has no standard error, and nothing was tested with it; of two perfect networks more training tells nothing."""
+    answer = make_answer(original, converted)
+    assert told in write_report(answer, tmp_path, "go on", "resume").read_text(encoding="utf-8")
+
+
+def test_one_time_is_proposed_to_resume() -> None:
+    argv = ["try", "net", "--task", "sad", "--max-time", "3m", "--seeds=4", "-o", "out"]
+    args = Namespace(argv=argv, max_time="3m", seeds=4)
+    short = make_answer([0.5], [0.6], stopped="time", more_time=230.0)
+    assert resumed(args, short) == "surgeon try net --task sad --seeds=4 -o out --resume --max-time 4m"
+    whole = make_answer([0.5] * 3, [0.6] * 3, seconds=100.0)
+    assert resumed(args, whole) == "surgeon try net --task sad -o out --resume --max-time 6m --seeds 8"
 
 
 def test_what_ends_below_its_start_is_seen() -> None:
