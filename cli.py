@@ -44,6 +44,7 @@ from surgeon.commands.search import (
 )
 from surgeon.errors import SurgeonError
 from surgeon.util.called import in_terminal
+from surgeon.util.interrupt import caught
 from surgeon.util.near import did_you_mean
 from surgeon.util.waiting import waiting
 
@@ -64,7 +65,20 @@ exit codes: 0 done; 1 a check failed, or nothing could be replaced; 2 wrong usag
 
 @in_terminal()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code. SIGTERM ends it as Ctrl-C does."""
+    owner = os.getpid()
+
+    def terminated(number: int, before: Any) -> None:
+        if os.getpid() == owner:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)  # a forked worker has nothing to say
+        os.kill(os.getpid(), number)
+
+    with caught((signal.SIGTERM,), terminated):
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     began = time.monotonic()
     try:
         args = _parser().parse_args(argv)

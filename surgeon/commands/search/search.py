@@ -283,6 +283,8 @@ def _gains(
         kept = GainTable.read(folder.gains)
         if kept.estimator == args.gains:
             return kept.for_space(gate.space)
+    if args.gains in METHODS:
+        tell(args, f"before the first trial: what each replacement gains, by {args.gains} (--gains uniform skips this)")
     with Progress(enabled=not args.quiet) as progress:
         return gains_of(args.gains, evaluator, progress=progress)
 

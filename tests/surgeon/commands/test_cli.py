@@ -312,11 +312,12 @@ def while_it_is_written(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
-def test_ctrl_c_ends_with_one_line_and_nothing_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_one_line_and_nothing_written(number: int, tmp_path: Path) -> None:
     child = Fork(while_it_is_written, [*ARGS, "--layers", "layer4.0.conv2", "--type", "pafu", "-o", "run"], tmp_path)
     while child.stdout.readline() not in ("writing\n", ""):
         pass
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     assert child.communicate()[1] == "surgeon: interrupted, nothing was written\n"
     assert child.returncode == 130
     assert list(tmp_path.iterdir()) == []
