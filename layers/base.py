@@ -43,6 +43,11 @@ class LayerConfig:
     layer_type: ClassVar[str] = ""  # the type that was registered with these options
 
     @classmethod
+    def symbols_of(cls, options: Mapping[str, Any]) -> Mapping[str, str]:
+        """Those of `symbols` that mean something with these options."""
+        return cls.symbols
+
+    @classmethod
     def told(cls) -> str:
         """Whose options these are, for messages: the layer type, by the name that users give."""
         return cls.layer_type or cls.__name__

@@ -43,6 +43,14 @@ class SEKGConfig(LayerConfig):
     multiplier: int | None = None
     norm: str | None = "batch"
 
+    @classmethod
+    def symbols_of(cls, options: Mapping[str, Any]) -> Mapping[str, str]:
+        own = options.get("mode", "auto") in (
+            "depthwise",
+            "factorised",
+        )  # the kernels are as large as the convolution's
+        return {key: letter for key, letter in cls.symbols.items() if key != "kernel_size" or not own}
+
     def __post_init__(self) -> None:
         check_norm(self.told(), self.norm)
         self.check_values()

@@ -143,14 +143,15 @@ def size_of(spec: str) -> tuple[int, ...] | None:
     return None if is_program(spec) else _parse(spec).input_size or None
 
 
-def chosen_size(model: nn.Module) -> tuple[int, ...] | None:
+def chosen_size(model: nn.Module) -> tuple[int, int, int] | None:
     """(C, H, W) that a model was converted or trained at, by its recipe, if that is not its library's own size."""
     recipe = get_recipe(model)
     base = None if recipe is None else recipe.base
     if base is None or len(base.input_size) != 3:
         return None
     own = () if base.source in ("factory", "program") else _parse(f"{base.source}/{base.name}").input_size
-    return base.input_size if base.input_size != own else None
+    channels, height, width = base.input_size
+    return (channels, height, width) if base.input_size != own else None
 
 
 def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool = False) -> nn.Module:

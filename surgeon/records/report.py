@@ -166,7 +166,7 @@ def geometry_text(geometry: dict[str, Any] | None) -> str:
 
 def options_text(kind: str, options: dict[str, Any]) -> str:
     """A layer's options in compact form: `acda m6 S3`."""
-    symbols = layer_class(kind).Config.symbols if kind in layer_types() else {}
+    symbols = layer_class(kind).Config.symbols_of(options) if kind in layer_types() else {}
     told = [f"{letter}{options[key]}" for key, letter in symbols.items() if options.get(key) is not None]
     return " ".join([kind, *told])
 

@@ -101,7 +101,7 @@ class Demosaicking(RestorationTask):
     def input_side(self) -> int:
         return self.patch_side() // (2 if self.config.input == "packed4" else 1)
 
-    def hint(self) -> str:
+    def hint(self, factor: float | None = None) -> str:
         return f"; input={self.config.input} can be {', '.join(_CHANNELS)}"
 
     def train_sample(self, item: Path, generator: torch.Generator) -> Sample:

@@ -68,5 +68,5 @@ class Denoising(RestorationTask):
         image: Tensor = batch["input"] - output if self.config.predicts == "noise" else output
         return image
 
-    def hint(self) -> str:
+    def hint(self, factor: float | None = None) -> str:
         return "; color=true or color=false chooses between RGB and gray"

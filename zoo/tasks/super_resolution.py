@@ -80,8 +80,12 @@ class SuperResolution(RestorationTask):
         self._takes_scale = takes(model, "scale")
         return super().bind(model)
 
-    def hint(self) -> str:
+    def hint(self, factor: float | None = None) -> str:
         text = "; input=bicubic is for networks that do not upscale, color=false for those that take luma"
+        if factor == 1 and self.config.input == "lr":
+            text = "; this network does not upscale: input=bicubic"
+        elif factor is not None and factor > 1 and factor.is_integer():
+            text = f"; this network enlarges by {factor:g}: scale={factor:g} input=lr"
         return f"{text}; this task has scale={self.config.scale}"
 
     # --- samples --------------------------------------------------------------------------------------------------

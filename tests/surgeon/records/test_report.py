@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from surgeon.errors import CheckpointError
-from surgeon.records.report import Replaced, Report, Skipped, geometry_text
+from surgeon.records.report import Replaced, Report, Skipped, geometry_text, options_text
 from surgeon.util.tables import count, table
 
 GEOMETRY: dict[str, Any] = {
@@ -167,3 +167,10 @@ def test_a_long_last_column_of_text_runs_over_and_breaks_no_key() -> None:
     lines = table(("setting", "value"), rows, width=60, left=2).splitlines()
     assert lines[2:] == ["float32 products highest", f"operators        {'/a' * 40}"]
     assert len(lines[1]) == 60
+
+
+def test_a_kernel_size_that_means_nothing_is_not_told() -> None:
+    """Of a depthwise 5×5 convolution `sekg k3` read as if it had become 3×3."""
+    assert options_text("sekg", {"mode": "dense", "kernel_size": 3, "kernel_groups": 8}) == "sekg k3 g8"
+    assert options_text("sekg", {"mode": "depthwise", "kernel_size": 3, "kernel_groups": 8}) == "sekg g8"
+    assert options_text("acda", {"atoms": 6, "scales": 3}) == "acda m6 S3"

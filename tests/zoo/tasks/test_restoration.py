@@ -310,8 +310,11 @@ def test_a_model_that_takes_the_scale_is_given_it(folders: Path) -> None:
     assert task.forward(model, sample).shape == (1, 3, 24, 24)
     with pytest.raises(InputError, match="scale=4"):
         create_task("super-resolution", data=folders, scale=4, patch=16).bind(_Twice())
-    with pytest.raises(InputError, match="input=bicubic"):
+    told = "inputs of 8x8 and 16x16 the model returns 8x8 and 16x16, .* needs 16x16 and 32x32 .* does not upscale: input=bicubic"
+    with pytest.raises(InputError, match=told):
         create_task("super-resolution", data=folders, scale=2, patch=16).bind(nn.Conv2d(3, 3, 3, padding=1))
+    with pytest.raises(InputError, match="enlarges by 2: scale=2 input=lr"):
+        create_task("super-resolution", data=folders, scale=4, patch=32).bind(_Twice())
 
 
 # --- demosaicking -----------------------------------------------------------------------------------------------------

@@ -156,9 +156,13 @@ class RestorationTask(Task):
         if self.config.color is None and self.config.input_size is None:
             self.color = first_channels(model) != 1
         frame = self._frame(model, 1)
-        if frame and self._frame(model, 2) != frame:
+        if frame and (other := self._frame(model, 2)) != frame:
+            side, out = self.input_side(), self.patch_side()
+            found = (out - frame, 2 * out - other)
+            sizes = [f"{one}x{one}" for one in (side, 2 * side, *found, out, 2 * out)]
             raise InputError(
-                f"task {self.name}: the model's output does not grow with its input as expected{self.hint()}"
+                f"task {self.name}: for inputs of {sizes[0]} and {sizes[1]} the model returns {sizes[2]} and {sizes[3]}, but "
+                f"the task needs {sizes[4]} and {sizes[5]} (or the same frame less){self.hint((found[1] - found[0]) / side)}"
             )
         return model
 
@@ -180,8 +184,8 @@ class RestorationTask(Task):
             )
         return out - int(output.shape[2])
 
-    def hint(self) -> str:
-        """Suggestion for a model that does not fit."""
+    def hint(self, factor: float | None = None) -> str:
+        """Suggestion for a model that does not fit; `factor` is how much it enlarges, if that is known."""
         return ""
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
