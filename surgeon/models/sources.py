@@ -195,6 +195,15 @@ def _torchvision_pretrained(base: BaseModel) -> tuple[nn.Module, BaseModel]:
     from torchvision import models
 
     member = models.get_model_weights(base.name)[base.kwargs.get("weights", "DEFAULT")]
-    model = models.get_model_builder(base.name)(weights=member, **_plain(base))
-    weights = Weights(kind="pretrained", path=str(member))
+    plain, weights = _plain(base), Weights(kind="pretrained", path=str(member))
+    classes = plain.get("num_classes")
+    others = {key: value for key, value in plain.items() if key != "num_classes"}
+    model = models.get_model_builder(base.name)(weights=member, **others)
+    if classes not in (None, len(member.meta["categories"])):  # torchvision itself refuses another number
+        given, base = model.state_dict(), replace(base, kwargs=plain, weights=weights)
+        model = _torchvision_model(base)
+        own = model.state_dict()
+        fitting = {key: value for key, value in given.items() if key in own and value.shape == own[key].shape}
+        model.load_state_dict(fitting, strict=False)
+        return model, base
     return _as_module(model), replace(base, kwargs=base.kwargs | {"weights": member.name}, weights=weights)

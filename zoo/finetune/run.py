@@ -371,7 +371,10 @@ def original_of(
             return copy_model(work), []
     else:
         recipe = get_recipe(work)
-        if recipe is None or recipe.base is None:
+        if recipe is None:
+            if config.distill:
+                note = "The network was made with its dynamic layers: it has no original"
+        elif recipe.base is None:
             note = "the original network is not known: the model's recipe does not name it"
         else:
             try:

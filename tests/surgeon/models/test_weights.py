@@ -94,6 +94,22 @@ def test_torchvision_keeps_the_structure_that_goes_with_its_weights(monkeypatch:
     assert nn.Linear(2, 2).load_state_dict({"weight": torch.ones(2, 2), "bias": torch.ones(2)}) is not None
 
 
+def test_torchvision_gets_a_new_head_over_published_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As timm does; torchvision refuses another number of classes than its weights have, and got random weights for it."""
+    from torchvision.models import WeightsEnum
+
+    name = "lraspp_mobilenet_v3_large"
+    published = torchvision.models.get_model(name, weights=None, weights_backbone=None).state_dict()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, *args, **kwargs: published)
+    model, base = build_model(f"torchvision/{name}", weights="pretrained", num_classes=5)
+    assert base is not None
+    assert (base.kwargs, base.weights.kind) == ({"num_classes": 5}, "pretrained")
+    found = model.state_dict()
+    new = [key for key, value in found.items() if not torch.equal(value, published[key])]
+    assert {key.rpartition(".")[0] for key in new} == {"classifier.low_classifier", "classifier.high_classifier"}
+    assert repr(build_structure(base)) == repr(model)
+
+
 def weights_file(folder: Path, name: str, state: dict[str, torch.Tensor]) -> Path:
     file = folder / name
     prefixed = {f"module.{key}": value for key, value in state.items()}
