@@ -59,12 +59,14 @@ INLINE void filter(const int channels, const int atoms, const Block *b, int64_t 
  * been stored long before its neighbor, which overlaps it, is loaded. */
 INLINE void spread(const int channels, const int atoms, const Block *b, int64_t c0, int64_t m0, int64_t v, int64_t lw, float *gx) {
     vec gz[4][6];
-    const int64_t plane = b->plane;
+    const int64_t *place = b->place, plane = b->plane, taps = b->taps;
+    const int64_t step = lw * b->m_all * LANES; /* read once: to the compiler a store may change *b */
+    const float *d = b->d + (v * b->m_all + m0) * LANES;
+    gx += c0 * plane;
     UNROLLED for (int c = 0; c < channels; c++) UNROLLED for (int m = 0; m < atoms; m++)
         gz[c][m] = held(load(b->z + ((c0 + c) * b->m_all + m0 + m) * LANES));
-    for (int64_t t = v; t < b->taps; t += lw) {
-        const float *d = b->d + (t * b->m_all + m0) * LANES;
-        float *at = gx + c0 * plane + b->place[t];
+    for (int64_t t = v; t < taps; t += lw, d += step) {
+        float *at = gx + place[t];
         vec sum[4];
         UNROLLED for (int c = 0; c < channels; c++) sum[c] = load(at + c * plane);
         UNROLLED for (int m = 0; m < atoms; m++) {
