@@ -94,7 +94,7 @@ def _run(argv: Sequence[str] | None) -> int:
             args.check(args)  # what can be refused before the libraries are loaded
         checks.trust(args)
         _load(args)
-        with one_document() if args.json else nullcontext():
+        with one_document() if args.json else nullcontext(), in_terminal(args.flags):
             code = handler(args)
         sys.stdout.flush()
         return code
@@ -194,7 +194,9 @@ def _parser() -> argparse.ArgumentParser:
         "study": study,
     }
     for name, module in modules.items():
-        module.add_arguments(_command(commands, name, module))
+        command = _command(commands, name, module)
+        module.add_arguments(command)
+        command.set_defaults(flags=frozenset(command._option_string_actions))
     return parser
 
 

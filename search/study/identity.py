@@ -23,7 +23,7 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
         for key in [*old, *(key for key in new if key not in old)]:
             inner = f"{where}.{key}" if where else str(key)
             if key not in old or key not in new:
-                yield f"{inner} is only in {'this search' if key in new else 'the study'}"
+                yield f"{inner} ({_short(new.get(key, old.get(key)))}) is only in {'this search' if key in new else 'the study'}"
             else:
                 yield from differences(old[key], new[key], inner)
     elif isinstance(old, list) and isinstance(new, list) and all(isinstance(x, str) for x in [*old, *new]):

@@ -21,6 +21,7 @@ from surgeon.search.budget import Calibration
 from surgeon.search.study.identity import VERSION, as_stored, differences
 from surgeon.search.study.journal import StudyError
 from surgeon.search.study.record import Record, checked, record
+from surgeon.util.called import called
 from surgeon.util.machine import machine
 
 _IDENTITY = "surgeon:identity"
@@ -177,7 +178,10 @@ class Study(ABC):
         lines = list(differences(self.identity, as_stored(identity)))
         if lines:
             shown = "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
-            raise OtherStudyError(f"{self} is a study of something else: {shown}")
+            raise OtherStudyError(
+                f"{self} is a study of something else: {shown}. Repeat the study's values to continue it, or start another "
+                f"search{called(' (another -o)', '')}"
+            )
 
     # --- trials ---------------------------------------------------------------------------------------------------
 

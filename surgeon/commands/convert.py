@@ -99,7 +99,7 @@ def check(args: argparse.Namespace) -> None:
     if args.compress:
         checks.compression(args.type)
     checks.recipe(args.recipe)
-    checks.model(args.model, args.weights)
+    checks.model_of(args)
     checks.folder(args.calibrate, "--calibrate", InputError)
     if not args.dry_run:
         check_output(_output(args), force=args.force)

@@ -8,6 +8,7 @@ from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import (
     add_amp,
     add_batch_size,
+    add_model_options,
     add_trust,
     not_negative,
     print_json,
@@ -17,7 +18,7 @@ from surgeon.commands.common.arguments import (
 )
 from surgeon.errors import ConfigError, InputError
 from surgeon.util.outputs import is_surgeon_folder
-from surgeon.util.parse import parse_quantity
+from surgeon.util.parse import parse_bytes, parse_quantity
 from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ EXAMPLES = """  surgeon cost resnet50 --batch-size 32 --optimizer sgd --amp
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `surgeon cost`; --json, --quiet and --debug are common to all commands."""
     parser.add_argument("model", metavar="MODEL|RUN", help="a model's name, or a folder written by surgeon")
+    add_model_options(parser)
     add_step_arguments(parser)
     parser.add_argument("--infer", action="store_true", help="inference instead of a training step")
     parser.add_argument(
@@ -72,10 +74,8 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuse invalid arguments before torch is loaded."""
     checks.positives(args, ("accumulate",))
-    for name in ("max_flops", "max_memory"):
-        if getattr(args, name):
-            parse_quantity(getattr(args, name), f"--{name.replace('_', '-')}")
-    checks.model(args.model)
+    _budgets(args)
+    checks.model_of(args)
     if args.compare:
         checks.model(args.compare)
 
@@ -85,17 +85,15 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.costs import cost
     from surgeon.models.names import size_of
 
-    budgets = {
-        "flops": parse_quantity(args.max_flops, "--max-flops") if args.max_flops else None,
-        "total_bytes": parse_quantity(args.max_memory, "--max-memory") if args.max_memory else None,
-    }
+    budgets = _budgets(args)
     settings = _settings(args, args.input_size or size_of(args.model))
     _check_device(args)
     other = None
     with waiting("counting", quiet=args.quiet):
-        model, found = _cost_of(args.model, args, strict=args.strict, **settings)
+        options: dict[str, Any] = {"num_classes": args.num_classes, "options": dict(args.model_args)}
+        model, found = _cost_of(args.model, args, options, strict=args.strict, **settings)
         if args.compare:
-            other = _cost_of(args.compare, args, **settings)[1]
+            other = _cost_of(args.compare, args, {}, **settings)[1]
         elif args.compare is not None:
             other = cost(original_of(args), **settings)
         document: dict[str, Any] = {"model": args.model, **found.to_dict()}
@@ -110,35 +108,46 @@ def run(args: argparse.Namespace) -> int:
         document["plot"] = args.plot
     if args.measure:
         document["measured"] = _measured(model, settings, found)
-    over = [name for name, limit in budgets.items() if limit is not None and getattr(found, name) > limit]
+    over = [name for name, limit in budgets.items() if getattr(found, name) > limit]
     document["over_budget"] = over
     _print(document, found, other, args)
     return 1 if over else 0
 
 
-def _cost_of(spec: str, args: argparse.Namespace, **settings: Any) -> "tuple[nn.Module, Cost]":
-    """A model and its cost. Weights are created only for --measure, and if the model cannot be traced without data."""
+def _budgets(args: argparse.Namespace) -> dict[str, int]:
+    """The limits given, by the names of their costs."""
+    flops, memory = args.max_flops, args.max_memory
+    return ({"flops": parse_quantity(flops, "--max-flops")} if flops else {}) | (
+        {"total_bytes": parse_bytes(memory, "--max-memory")} if memory else {}
+    )
+
+
+def _cost_of(spec: str, args: argparse.Namespace, options: dict[str, Any], **settings: Any) -> "tuple[nn.Module, Cost]":
+    """A model and its cost. Weights are created only for --measure, and if the model cannot be traced without data.
+
+    `options` are the model's own, as of `build_model`.
+    """
     from surgeon.costs import cost
     from surgeon.models.hub import folder_if_any
     from surgeon.models.names import shapes_of
 
     spec = folder_if_any(spec)
     if not args.measure and not is_surgeon_folder(spec):
-        model = shapes_of(spec)
+        model = shapes_of(spec, **options)
         try:
             return model, cost(model, **settings)
         except InputError:
             if not any(parameter.is_meta for parameter in model.parameters()):
                 raise
-    model = build(spec, trust_factory=args.trust_factory)
+    model = build(spec, trust_factory=args.trust_factory, **options)
     return model, cost(model, **settings)
 
 
-def build(spec: str, *, trust_factory: bool = False) -> "nn.Module":
-    """A model for its shapes only: the weights do not matter, so none are fetched."""
+def build(spec: str, **options: Any) -> "nn.Module":
+    """A model for its shapes only: the weights do not matter, so none are fetched. `options` as of `build_model`."""
     from surgeon.models.names import build_model
 
-    return build_model(spec, weights=weights_for_shapes(spec), trust_factory=trust_factory)[0]
+    return build_model(spec, weights=weights_for_shapes(spec), **options)[0]
 
 
 def original_of(args: argparse.Namespace) -> "nn.Module":
@@ -212,6 +221,8 @@ def _print(document: dict[str, Any], found: "Cost", other: "Cost | None", args: 
     if args.json:
         print_json(document)
         return
+    from surgeon.util.parse import mebibytes
+
     print("\n".join(cost_lines(args.model, found, other, args.compare)))
     for row_text in _table_text(document.get("table")):
         print(row_text)
@@ -223,8 +234,11 @@ def _print(document: dict[str, Any], found: "Cost", other: "Cost | None", args: 
             f"({real['error']:+.1%}); reserved {real['reserved_bytes'] / mib:,.1f} MiB"
         )
     for name in document["over_budget"]:
-        limit = args.max_flops if name == "flops" else args.max_memory
-        print(f"over budget: {'FLOPs' if name == 'flops' else 'memory'} above {limit}")
+        limit, needed = _budgets(args)[name], getattr(found, name)
+        if name == "flops":
+            print(f"over budget: {needed:,} FLOPs per image, above {limit:,} FLOPs")
+        else:
+            print(f"over budget: {mebibytes(needed)} of memory, above {mebibytes(limit)}")
     if args.plot:
         print(f"drawn to    {args.plot}", file=sys.stderr)
 

@@ -11,7 +11,9 @@ from surgeon.commands.common.arguments import (
     add_device,
     add_seed,
     add_trust,
+    add_weights,
     add_workers,
+    build,
     building,
     positive,
     print_json,
@@ -19,6 +21,7 @@ from surgeon.commands.common.arguments import (
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError, ModelError, SurgeonError
 from surgeon.records.training import original_folder, unequal_training
+from surgeon.util.called import in_terminal
 from surgeon.util.few import few_judge
 from surgeon.util.outputs import is_surgeon_folder
 from surgeon.util.waiting import waiting
@@ -56,8 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--original-weights", metavar="FILE", help="its weights, if they cannot be found")
     group = parser.add_argument_group("execution")
-    group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="weights of a MODEL")
-    group.add_argument("--num-classes", type=positive, metavar="N", help="classes of a MODEL's head")
+    add_weights(group)
     add_seed(group, "for the task and random weights")
     add_batch_size(group, "samples per batch (default: 32)", 32)
     add_amp(group)
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse invalid arguments before torch is loaded; settles the task."""
-    checks.model(args.model, args.weights)
+    checks.model_of(args)
     named = args.original not in ("auto", "none")
     if named:
         checks.model(args.original)
@@ -129,19 +131,13 @@ def _task(args: argparse.Namespace) -> "Task":
 
 def _model(args: argparse.Namespace) -> "tuple[nn.Module, Recipe | None]":
     from surgeon.models.hub import folder_if_any
+    from surgeon.records.recipe import get_recipe
 
-    folder = folder_if_any(args.model)
-    if is_surgeon_folder(folder):
-        from surgeon.models.checkpoint import load
-        from surgeon.records.recipe import get_recipe
-
-        model = load(folder, trust_factory=args.trust_factory)
+    model, _ = build(args)
+    if is_surgeon_folder(folder_if_any(args.model)):
         return model, get_recipe(model)
-    from surgeon.models.names import build_model
-
     if args.original == "auto":
         args.original = "none"  # a model given by name is an original
-    model, _ = build_model(args.model, weights=args.weights, seed=args.seed, num_classes=args.num_classes)
     return model, None
 
 
@@ -156,7 +152,8 @@ def _original(
         return None, "", None
     if args.original != "auto":
         weights = args.original_weights or "auto"
-        named, _ = build_model(args.original, weights=weights, seed=args.seed, trust_factory=args.trust_factory)
+        with in_terminal():  # --num-classes is MODEL's
+            named, _ = build_model(args.original, weights=weights, seed=args.seed, trust_factory=args.trust_factory)
         return named, args.original, get_recipe(named)
     base = None if recipe is None else recipe.base
     if base is None:

@@ -6,14 +6,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgeon.commands.common import checks
-from surgeon.commands.common.arguments import add_seed, add_trust, print_json, size, tell, whole
+from surgeon.commands.common.arguments import (
+    add_seed,
+    add_trust,
+    add_weights,
+    build,
+    input_size,
+    print_json,
+    size,
+    tell,
+    whole,
+)
 from surgeon.errors import ConfigError
 from surgeon.util.files import here
-from surgeon.util.outputs import check_file_output, export_format, is_surgeon_folder
+from surgeon.util.outputs import check_file_output, export_format
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from surgeon.commands.common.console import Progress
     from surgeon.exporting.export import Exported
 
@@ -33,7 +41,7 @@ _SLOW = 20.0  # seconds of tracing and writing after which a faster option is su
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `surgeon export`; --json, --quiet and --debug are common to all commands."""
-    parser.add_argument("run", metavar="RUN|MODEL", help="a folder written by surgeon, or a model's name")
+    parser.add_argument("model", metavar="RUN|MODEL", help="a folder written by surgeon, or a model's name")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write (.onnx, .pt2)")
     parser.add_argument("--format", choices=("onnx", "torch"), help="default: by FILE's suffix")
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
@@ -45,9 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dynamic dimensions: batch and image size, batch, none, or as many as the model allows (default: auto)",
     )
     parser.add_argument("--opset", type=whole, metavar="N", help="ONNX opset (default: that of torch.onnx)")
-    parser.add_argument(
-        "--weights", default="auto", metavar="auto|pretrained|random|FILE", help="weights of a MODEL by name"
-    )
+    add_weights(parser)
     add_seed(parser, "for random weights")
     add_trust(parser)
 
@@ -61,7 +67,7 @@ def check(args: argparse.Namespace) -> None:
     if args.opset is not None and args.opset < 1:
         raise ConfigError(f"--opset must be at least 1, got {args.opset}")
     check_file_output(path, force=args.force)
-    checks.model(args.run, args.weights)
+    checks.model_of(args)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,21 +80,21 @@ def run(args: argparse.Namespace) -> int:
     check_target(path.absolute(), form, force=args.force)
     with Progress(enabled=not args.quiet) as bars, _Patience(args, bars) as progress:
         progress("load", 0, 1)
-        model, own = _model(args)
+        model, base = build(args)
         result = export(
             model,
             path,
             format=form,
-            input_size=args.input_size or own,
+            input_size=input_size(args, base),
             free=args.free,
             opset=args.opset,
             force=args.force,
             progress=progress,
         )
     if args.json:
-        print_json({"run": args.run, **result.to_dict()})
+        print_json({"run": args.model, **result.to_dict()})
     else:
-        print(_text(args.run, result))
+        print(_text(args.model, result))
     return 0
 
 
@@ -114,25 +120,6 @@ class _Patience:
         elif stage.startswith(("read", "check")):
             self.timer.cancel()
         self.progress(stage, done, total)
-
-
-def _model(args: argparse.Namespace) -> "tuple[nn.Module, tuple[int, ...] | None]":
-    """The model, and the input size at which it was converted or for which it was made, if known."""
-    from surgeon.models.hub import folder_if_any
-
-    folder = folder_if_any(args.run)
-    if is_surgeon_folder(folder):
-        from surgeon.models.checkpoint import load
-        from surgeon.records.recipe import get_recipe
-
-        model = load(folder, trust_factory=args.trust_factory)
-        recipe = get_recipe(model)
-        base = recipe.base if recipe is not None else None
-    else:
-        from surgeon.models.names import build_model
-
-        model, base = build_model(args.run, weights=args.weights, seed=args.seed)
-    return model, (base.input_size or None) if base is not None else None
 
 
 def _text(run: str, result: "Exported") -> str:

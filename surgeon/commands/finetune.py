@@ -12,12 +12,13 @@ from surgeon.commands.common.arguments import (
     add_amp,
     add_device,
     add_lr,
-    add_pairs,
     add_trust,
+    add_weights,
     amp,
     building,
     decay,
     model_name,
+    model_options,
     natural,
     not_negative,
     positive,
@@ -26,6 +27,7 @@ from surgeon.commands.common.arguments import (
 )
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
+from surgeon.models.places import check_own
 from surgeon.records.training import check_resumed
 from surgeon.util.declared import training_defaults
 from surgeon.util.outputs import check_run_output, is_surgeon_folder
@@ -80,10 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="presets of the recipe, later ones override; small: minutes on a CPU",
     )
-    group.add_argument(
-        "--weights", default="auto", metavar="auto|pretrained|random|FILE", help="weights of MODEL (default: auto)"
-    )
-    add_pairs(group, "--model-args", "additional options of MODEL")
+    add_weights(group)
     add_trust(group)
     group.add_argument("-o", "--output", type=Path, metavar="OUT", help="folder to write (default: runs/NAME-TASK)")
     group.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")
@@ -214,7 +213,7 @@ def check(args: argparse.Namespace) -> None:
         checks.training_recipe(args.recipe)
     checks.folder(args.data, "--data")
     if args.model is not None:
-        checks.model(args.model, args.weights)
+        checks.model_of(args)
     if not args.dry_run and (args.output or args.model):
         _check_run(args)
 
@@ -327,7 +326,7 @@ def _source(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None"
 
     folder = folder_if_any(args.model)
     if not is_surgeon_folder(folder):
-        options = dict(args.model_args)
+        options = model_options(args)
         if recipe is None:
             model, base = build_model(args.model, weights=args.weights, options=options)
         else:
@@ -335,9 +334,7 @@ def _source(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None"
         return model, None, Source(name=args.model, base=base)
     from surgeon.models.checkpoint import load, read_report
 
-    for flag, given in (("--weights", args.weights != "auto"), ("--model-args", args.model_args)):
-        if given:
-            raise ConfigError(f"{args.model} is a surgeon folder and has its own weights; {flag} cannot apply")
+    check_own(args.model, weights=args.weights, num_classes=args.num_classes, options=dict(args.model_args))
     model = load(folder, trust_factory=args.trust_factory)
     recorded = get_recipe(model)
     base = None if recorded is None else recorded.base

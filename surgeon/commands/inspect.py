@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse invalid arguments before torch is loaded."""
-    checks.model(args.model, args.weights)
+    checks.model_of(args)
 
 
 def run(args: argparse.Namespace) -> int:

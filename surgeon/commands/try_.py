@@ -14,8 +14,10 @@ from surgeon.commands.common.arguments import (
     add_lr,
     add_pairs,
     add_trust,
+    add_weights,
     add_workers,
     amp,
+    build,
     building,
     model_name,
     positive,
@@ -51,9 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model's name, or a folder written by surgeon; not converted")
     group = parser.add_argument_group("model and task")
     add_task(group)
-    group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
+    add_weights(group)
     add_trust(group)
-    add_pairs(group, "--model-args", "any option of the model")
     group = parser.add_argument_group("conversion (default: that of the task)")
     group.add_argument("--layers", metavar="SELECTION", help="which convolutions, as for surgeon convert")
     group.add_argument("--type", metavar="TYPE", help="acda, pafu or sekg")
@@ -88,7 +89,7 @@ def check(args: argparse.Namespace) -> None:
     parse_time(args.max_time, "--max-time")
     checks.recipe(args.recipe)
     checks.layer_type(args.type, checks.layer_options(args.type, args.options))
-    checks.model(args.model, args.weights)
+    checks.model_of(args)
     checks.plain(args.model, "a trial")
     settle(args)
     check_trial_output(_output(args), resume=args.resume, force=args.force)
@@ -100,7 +101,6 @@ def _output(args: argparse.Namespace) -> Path:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 if not one pair could be compared, 130 when interrupted, with a hint on how to resume."""
-    from surgeon.models.names import build_model
     from surgeon.zoo.trial import try_conversion
     from surgeon.zoo.trial.folder import TryFolder
 
@@ -108,9 +108,7 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args)
     make_task(args, 0)  # report invalid options before a model is built
     with waiting(building(args), quiet=args.quiet):
-        model, base = build_model(
-            args.model, weights=args.weights, options=dict(args.model_args), trust_factory=args.trust_factory
-        )
+        model, base = build(args)
     try:
         answer = try_conversion(
             model,

@@ -7,6 +7,7 @@ rebuilds the bare architecture (no downloads, no third-party code) and `restore`
 import contextlib
 import difflib
 import fnmatch
+import inspect
 import logging
 import re
 from collections.abc import Iterator
@@ -17,14 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgeon.errors import ModelError
-from surgeon.models.places import HUB, LIBRARIES, no_folder, untrusted
+from surgeon.errors import ModelError, SurgeonError
+from surgeon.models.heads import HeadError
+from surgeon.models.places import HUB, LIBRARIES, check_own, no_folder, untrusted
 from surgeon.models.places import WEIGHTS as WORDS
 from surgeon.models.programs import SUFFIX, is_program
-from surgeon.models.sources import as_published, construct, pretrained, resolve_hub
-from surgeon.models.weights import load_weights, read_weights, state_sha256
+from surgeon.models.sources import as_published, construct, named_factory, pretrained, resolve_hub
+from surgeon.models.weights import load_weights, mismatches, read_weights, state_sha256
 from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
+from surgeon.util.called import called, offered
 from surgeon.util.outputs import WEIGHTS, is_surgeon_folder
 
 logger = logging.getLogger(__name__)
@@ -55,32 +58,52 @@ def build_model(
     from surgeon.models.hub import folder_if_any
 
     found = folder_if_any(spec)
-    if is_surgeon_folder(found):
-        return _from_folder(found, weights, spec, trust_factory=trust_factory)
-    if is_program(spec):
-        given = {
-            "--weights": weights != "auto",
-            "--num-classes": num_classes,
-            "in_chans": in_chans,
-            "--model-args": options,
-        }
-        if any(given.values()):
-            told = ", ".join(key for key, value in given.items() if value)
-            raise ModelError(f"{spec} is an exported program with its own weights; {told} cannot apply")
-        return _from_program(spec, input_size)
+    if is_surgeon_folder(found) or is_program(spec):
+        own = dict(options or {}) | ({} if in_chans is None else {"in_chans": in_chans})
+        check_own(spec, weights=weights, num_classes=num_classes, options=own)
+        if is_program(spec):
+            return _from_program(spec, input_size)
+        return _from_folder(found, trust_factory=trust_factory)
     base = _parse(spec)
     size = _example_size(base.input_size, input_size, in_chans)
-    kwargs = dict(base.kwargs) | (options or {})
-    if num_classes is not None:
-        kwargs["num_classes"] = num_classes
+    kwargs = _kwargs(base, options, num_classes)
     if base.source == "timm" and size and size[0] != (*base.input_size, 3)[0]:
         kwargs["in_chans"] = size[0]
     elif in_chans is not None:
         kwargs["in_chans"] = in_chans
     if input_size is not None and base.source == "timm" and _has_fixed_size(base.name):
         kwargs.setdefault("img_size", list(input_size[-2:]))
-    model, base = _with_weights(replace(base, kwargs=kwargs, input_size=size), weights, seed)
+    base = replace(base, kwargs=kwargs, input_size=size)
+    try:
+        model, base = _with_weights(base, weights, seed)
+    except HeadError as error:
+        raise ModelError(f"{error}{_option_for(base, error)}") from error
     return model.eval(), base
+
+
+def _kwargs(base: BaseModel, options: dict[str, Any] | None, num_classes: int | None) -> dict[str, Any]:
+    """The factory's options, with those given."""
+    return base.kwargs | (options or {}) | ({} if num_classes is None else {"num_classes": num_classes})
+
+
+def _option_for(base: BaseModel, error: HeadError) -> str:
+    """The option with which the model gets the head that the weights have, as the end of a message; empty if none does."""
+    names = ["num_classes"]
+    if base.source == "factory":
+        with contextlib.suppress(ValueError, TypeError):  # some callables have no signature
+            parameters = inspect.signature(named_factory(base.name)).parameters.values()
+            names += [one.name for one in parameters if type(one.default) is int or one.default is one.empty]
+    for name in names:
+        if name == "num_classes":
+            flag, told = "--num-classes", called(f"--num-classes {error.outputs}", f"num_classes={error.outputs}")
+        else:
+            flag = "--model-args"
+            told = called(f"{flag} {name}={error.outputs}", f"options={{{name!r}: {error.outputs}}}")
+        with contextlib.suppress(SurgeonError):
+            twin = build_shapes(replace(base, kwargs=base.kwargs | {name: error.outputs}), trust_factory=True)
+            if offered(flag) and not mismatches(error.state, twin):
+                return f": {told}"
+    return ""
 
 
 def open_model(spec: str, **options: Any) -> nn.Module:
@@ -122,14 +145,17 @@ def build_shapes(base: BaseModel, *, trust_factory: bool = False) -> nn.Module:
         return build_structure(base, trust_factory=trust_factory)
 
 
-def shapes_of(spec: str) -> nn.Module:
-    """A model by its name, in eval mode, with shapes only; nothing is fetched. Raises `ModelError`."""
+def shapes_of(spec: str, *, num_classes: int | None = None, options: dict[str, Any] | None = None) -> nn.Module:
+    """A model by its name, in eval mode, with shapes only; nothing is fetched. `options` as of `build_model`.
+
+    Raises `ModelError`.
+    """
     if is_program(spec):
-        return build_model(spec)[0]
-    base = as_published(_parse(spec))
+        return build_model(spec, num_classes=num_classes, options=options)[0]
+    base = _parse(spec)
     if base.source == "factory" or HUB.fullmatch(base.name):
-        return build_model(spec, weights="random")[0]
-    return build_shapes(base).eval()
+        return build_model(spec, weights="random", num_classes=num_classes, options=options)[0]
+    return build_shapes(as_published(replace(base, kwargs=_kwargs(base, options, num_classes)))).eval()
 
 
 def size_of(spec: str) -> tuple[int, ...] | None:
@@ -367,11 +393,9 @@ def _from_program(path: str, input_size: tuple[int, ...] | None) -> tuple[nn.Mod
     return model.eval(), base
 
 
-def _from_folder(path: str, weights: str, spec: str, *, trust_factory: bool) -> tuple[nn.Module, BaseModel | None]:
+def _from_folder(path: str, *, trust_factory: bool) -> tuple[nn.Module, BaseModel | None]:
     from surgeon.models.checkpoint import load
 
-    if weights != "auto":
-        raise ModelError(f"{spec} is a surgeon folder and has its own weights; --weights {weights} cannot apply")
     model, recipe = load(path, trust_factory=trust_factory), Recipe.read(path)
     base = recipe.base
     if base is None or recipe.rules:

@@ -2,9 +2,11 @@
 
 import re
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 from surgeon.errors import CheckpointError, ConfigError, ModelError, RecipeError
 from surgeon.records.recipe import CONVOLUTION
@@ -131,6 +133,16 @@ def check_weights(weights: str | Path | None) -> None:
     """Raise `ModelError` if a weights file does not exist."""
     if weights is not None and str(weights) not in WEIGHTS and not Path(weights).is_file():
         raise ModelError(f"there is no weights file {weights}; --weights takes {', '.join(WEIGHTS)} or a file")
+
+
+def check_own(spec: str, *, weights: str | None, num_classes: int | None, options: Mapping[str, Any] | None) -> None:
+    """Raise `ModelError` if weights or options were given for a surgeon folder or a program, which have their own."""
+    given = [called(f"--weights {weights}", f"weights={weights!r}")] if weights not in (None, "auto") else []
+    given += [called(f"--num-classes {num_classes}", f"num_classes={num_classes}")] if num_classes is not None else []
+    given += [f"{called('--model-args ', '')}{key}={value}" for key, value in (options or {}).items()]
+    if given:
+        what = "an exported program" if spec.endswith(".pt2") else "a surgeon folder"
+        raise ModelError(f"{spec} is {what} and has its own weights; {', '.join(given)} cannot apply")
 
 
 def near_folders(path: Path) -> str:

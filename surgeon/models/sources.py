@@ -106,8 +106,9 @@ def _no_state_dicts() -> Iterator[None]:
         yield
 
 
-def _factory_model(base: BaseModel) -> nn.Module:
-    module_name, _, attribute = base.name.partition(":")
+def named_factory(name: str) -> Any:
+    """The class or function named `package.module:factory`; raises `ModelError` if the module has none of this name."""
+    module_name, _, attribute = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
         factory: Any = importlib.import_module(module_name)
@@ -118,7 +119,11 @@ def _factory_model(base: BaseModel) -> nn.Module:
             factory = getattr(factory, part)
     finally:
         sys.path.pop(0)
-    return _as_module(factory(**base.kwargs))
+    return factory
+
+
+def _factory_model(base: BaseModel) -> nn.Module:
+    return _as_module(named_factory(base.name)(**base.kwargs))
 
 
 def _program(base: BaseModel) -> nn.Module:

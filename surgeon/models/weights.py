@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import ModelError
 from surgeon.layers.base import DynamicConv2d
+from surgeon.models.heads import check_head
 from surgeon.models.places import check_weights
 from surgeon.surgery.raised import Raised
 from surgeon.surgery.rewrite import folded_window
@@ -122,12 +123,14 @@ def told_mismatches(problems: list[str]) -> str:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load a state dict strictly; raises `ModelError` with the first mismatches."""
+    """Load a state dict strictly; raises `ModelError` with the first mismatches, `HeadError` if only the head is another."""
     problems = mismatches(state, model)
     if problems:
+        if all(" has shape " in problem for problem in problems):
+            check_head(state, model, where)
         raise ModelError(
             f"{where} contains the weights of another model: {told_mismatches(problems)}. "
-            "Check the model's name and --num-classes."
+            "Check the model's name and its options."
         )
     model.load_state_dict(dict(state), strict=False)
 

@@ -4,19 +4,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_IN_TERMINAL: ContextVar[bool] = ContextVar("in_terminal", default=False)
+_FLAGS: ContextVar[frozenset[str] | None] = ContextVar("flags", default=None)  # of the command; None: in Python
 
 
 @contextmanager
-def in_terminal() -> Iterator[None]:
-    """Errors made in this context name flags."""
-    before = _IN_TERMINAL.set(True)
+def in_terminal(flags: frozenset[str] = frozenset()) -> Iterator[None]:
+    """Errors made in this context name flags; `flags` are those of the command."""
+    before = _FLAGS.set(flags)
     try:
         yield
     finally:
-        _IN_TERMINAL.reset(before)
+        _FLAGS.reset(before)
 
 
 def called(flag: str, argument: str) -> str:
     """The flag for a reader at a terminal, otherwise the argument that does the same in Python."""
-    return flag if _IN_TERMINAL.get() else argument
+    return argument if _FLAGS.get() is None else flag
+
+
+def offered(flag: str) -> bool:
+    """Whether a reader at a terminal can give this flag to the command; always in Python, where all arguments are there."""
+    flags = _FLAGS.get()
+    return flags is None or flag in flags

@@ -8,6 +8,7 @@ from surgeon.errors import ConfigError
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _MOST = 1e24
+_LEAST_BYTES = 2**20  # of memory without a unit
 _SPAN = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(|ep|%)")
 _TIME = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([smhd]?)")
 _NUMBER = r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)"
@@ -36,6 +37,20 @@ def parse_quantity(value: str | int | float, what: str = "quantity", such: str =
     result = round(number * (_BINARY | _DECIMAL)[prefix])
     if result < 1:
         raise ConfigError(f"{what}: must be positive, got {value!r}")
+    return result
+
+
+def parse_bytes(value: str | int | float, what: str = "quantity", such: str = "8GiB") -> int:
+    """A number of bytes as of `parse_quantity`.
+
+    Raises `ConfigError` also for a small number without a unit: `8` is meant as 8GiB.
+    """
+    result = parse_quantity(value, what, such)
+    if result < _LEAST_BYTES and not str(value).strip()[-1].isalpha():
+        unit = "GiB" if result < 256 else "MiB"
+        raise ConfigError(
+            f"{what}: {value!r} would be {result} byte{'s' * (result != 1)}; for {result}{unit}, write the unit"
+        )
     return result
 
 

@@ -36,6 +36,8 @@ def gate(model: Any, **budgets: Any) -> Gate:
         ("+10%", "flops", Bound("+10%", 1.1, True)),
         (" - 5 % ", "params", Bound("- 5 %", 0.95, True)),
         ("8GiB", "memory", Bound("8GiB", 8 * 2**30, False)),
+        ("8kB", "memory", Bound("8kB", 8e3, False)),
+        ("8000000", "memory", Bound("8000000", 8e6, False)),
         ("20ms", "latency", Bound("20ms", 0.02, False)),
     ],
 )
@@ -51,6 +53,8 @@ def test_budgets_are_read(text: str, resource: str, bound: Bound) -> None:
         ("-100%", "params", ["--max-params", "-100%"]),
         ("8 apples", "memory", ["--max-memory", "8GiB"]),
         ("0", "memory", ["--max-memory", "positive"]),
+        ("8", "memory", ["--max-memory", "8 bytes", "8GiB"]),
+        (" 8000 ", "memory", ["--max-memory", "8000 bytes", "8000MiB"]),
         ("-3G", "flops", ["--max-flops", "-3G"]),
         ("20", "latency", ["--max-latency", "20ms"]),
         ("", "flops", ["--max-flops"]),

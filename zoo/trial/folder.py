@@ -14,6 +14,7 @@ from surgeon.zoo.finetune.folder import held
 from surgeon.zoo.tasks.data.fingerprint import changes
 
 FORMAT, VERSION = "surgeon-try", 1
+_LATER = ("model options",)  # not in the records of earlier versions
 _NUMBER = (int, float)
 _FIELDS = {"identity": dict, "data": {"train": dict, "val": dict}, "plan": dict, "speed": dict}
 _PLAN = {"steps": int, "rates": [_NUMBER], "choose": int, "judge": int}
@@ -79,7 +80,7 @@ class TryFolder:
         changed = [
             f"{key} was {before.get(key)!r} and is {identity.get(key)!r}"
             for key in {**before, **identity}
-            if before.get(key) != identity.get(key)
+            if (key in before or key not in _LATER) and before.get(key) != identity.get(key)
         ]
         if changed:
             raise ConfigError(f"a trial must be resumed with the options it started with, but {'; '.join(changed)}")

@@ -121,13 +121,24 @@ def add_model(parser: argparse.ArgumentParser, weights: str | None = None) -> No
         help="a timm name, torchvision/NAME, zoo/NAME, hf-hub:ID, a surgeon folder, a .pt2 file, or package.module:factory",
     )
     group = parser.add_argument_group("model")
-    default, told_ = ("auto", "auto") if weights is None else (None, weights)
-    group.add_argument("--weights", default=default, metavar="auto|pretrained|random|FILE", help=f"default: {told_}")
+    add_weights(group, weights)
     add_seed(group, "for random weights and the conversion")
-    group.add_argument("--num-classes", type=positive, metavar="N", help="classes of the model's head")
     group.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
-    add_pairs(group, "--model-args", "additional options of the model")
     add_trust(group)
+
+
+def add_weights(group: Any, weights: str | None = None) -> None:
+    """`--weights`, and the options of a model by its name; `weights` is the help on a default other than auto."""
+    default, told_ = ("auto", "auto") if weights is None else (None, weights)
+    help_ = f"weights of a MODEL by name (default: {told_})"
+    group.add_argument("--weights", default=default, metavar="auto|pretrained|random|FILE", help=help_)
+    add_model_options(group)
+
+
+def add_model_options(group: Any) -> None:
+    """`--num-classes` and `--model-args`, of a model by its name; `checks.model_of` refuses them for a folder."""
+    group.add_argument("--num-classes", type=positive, metavar="N", help="classes of a MODEL's head, as in its weights")
+    add_pairs(group, "--model-args", "additional options of a MODEL by name")
 
 
 def amp(text: str) -> str:
@@ -239,18 +250,23 @@ def add_output(parser: Any, *, required: bool, help_: str) -> None:
 
 
 def build(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
-    """The model of `add_model`, and its base model, if known."""
+    """The model of the arguments, and its base model, if known."""
     from surgeon.models.names import build_model
 
     return build_model(
         args.model,
         weights=args.weights,
-        seed=args.seed,
+        seed=getattr(args, "seed", 0),
         num_classes=args.num_classes,
-        input_size=args.input_size,
+        input_size=getattr(args, "input_size", None),
         options=dict(args.model_args),
         trust_factory=args.trust_factory,
     )
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a model by its name, for records."""
+    return dict(args.model_args) | ({} if args.num_classes is None else {"num_classes": args.num_classes})
 
 
 def building(args: argparse.Namespace) -> str:

@@ -15,6 +15,7 @@ from surgeon.models.places import (
     WEIGHTS,
     check_folder,
     check_model_name,
+    check_own,
     check_repository,
     check_search,
     check_trust,
@@ -25,7 +26,7 @@ from surgeon.util import declared
 from surgeon.util.bounds import FLAGS, parse_bound
 from surgeon.util.files import read_json
 from surgeon.util.kinds import fits
-from surgeon.util.outputs import RECIPE
+from surgeon.util.outputs import RECIPE, is_surgeon_folder
 from surgeon.util.parse import parse_input_size
 
 
@@ -33,6 +34,17 @@ def model(name: str, weights: str | None = None) -> None:
     """Check a model's name and its `--weights`."""
     check_model_name(name)
     check_weights(weights)
+
+
+def model_of(args: argparse.Namespace) -> None:
+    """Check the model of a command, its `--weights`, `--num-classes` and `--model-args`: a folder has its own."""
+    weights, options = getattr(args, "weights", None), dict(args.model_args)
+    model(args.model, weights)
+    if options.get("num_classes", args.num_classes) != args.num_classes is not None:
+        told = f"--num-classes {args.num_classes} and --model-args num_classes={options['num_classes']}"
+        raise ConfigError(f"num_classes is given twice: {told}; give it once")
+    if HUB.fullmatch(args.model) is None and is_surgeon_folder(args.model):
+        check_own(args.model, weights=weights, num_classes=args.num_classes, options=options)
 
 
 def run_folder(name: str) -> None:

@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
-from surgeon.commands.common.arguments import add_seed, input_size, positive, print_json, weights_for_shapes, whole
+from surgeon.commands.common.arguments import (
+    add_seed,
+    add_weights,
+    build,
+    input_size,
+    positive,
+    print_json,
+    weights_for_shapes,
+    whole,
+)
 from surgeon.commands.cost import add_step_arguments
 from surgeon.errors import ConfigError
 from surgeon.util.bounds import FLAGS
@@ -31,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `surgeon place`; --json, --quiet and --debug are common to all commands."""
     parser.add_argument("model", metavar="MODEL", help="a model's name, or a folder written by surgeon; not converted")
     add_step_arguments(parser)
-    weights = "default: random; a folder has its own"
-    parser.add_argument("--weights", metavar="auto|pretrained|random|FILE", help=weights)
+    add_weights(parser, "random; a folder has its own")
     add_seed(parser, "for the recipe")
     add_space_arguments(parser)
     add_budget_arguments(parser)
@@ -129,7 +137,7 @@ def check(args: argparse.Namespace) -> None:
     checks.budgets(args)
     if args.output and Path(args.output).exists() and not args.force:
         raise ConfigError(f"{args.output} exists already; --force replaces it")
-    checks.model(args.model, args.weights)
+    checks.model_of(args)
     for kind in args.types:
         checks.layer_type(kind)
     checks.file(args.space, "--space")
@@ -139,17 +147,14 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 if no placement with replacements is within the budgets."""
-    from surgeon.models.names import build_model
     from surgeon.search.gains.gain import GainTable, uniform_gains
     from surgeon.search.gate import Gate
 
     budgets = read_budgets(args)
     config = space_config(args)
-    weights = weights_for_shapes(args.model, args.weights)
+    args.weights = weights_for_shapes(args.model, args.weights)
     with waiting(f"building {args.model}", quiet=args.quiet):
-        model, base = build_model(
-            args.model, weights=weights, seed=args.seed, input_size=args.input_size, trust_factory=args.trust_factory
-        )
+        model, base = build(args)
     table = None if args.gains == "uniform" else GainTable.read(args.gains)
     if table is not None:
         table.check_network([name for name, _ in model.named_modules()], args.gains)

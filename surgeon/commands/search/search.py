@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
-from surgeon.commands.common.arguments import model_name, print_json, tell, whole
+from surgeon.commands.common.arguments import model_name, model_options, print_json, tell, whole
 from surgeon.commands.search.place import add_budget_arguments, add_space_arguments, read_budgets, space_config
 from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments, check_task
 from surgeon.errors import ConfigError
@@ -250,6 +250,8 @@ def _make(
     if not args.no_pruning:
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=short.interval(args.rung), reduction_factor=2)
     identity: dict[str, Any] = {"name": args.model, "rung": args.rung, "pruning": not args.no_pruning}
+    if options := model_options(args):
+        identity["model options"] = options
     if file.shared:  # data paths differ between machines: the numbers of samples must agree
         identity["samples"] = {"train": len(setup.task.dataset("train")), "val": len(setup.task.dataset("val"))}
     search = Search(

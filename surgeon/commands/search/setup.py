@@ -13,8 +13,10 @@ from surgeon.commands.common.arguments import (
     add_lr,
     add_seed,
     add_trust,
+    add_weights,
     add_workers,
     amp,
+    build,
     building,
     not_negative,
 )
@@ -40,7 +42,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model's name, or a folder written by surgeon; not converted")
     group = parser.add_argument_group("model and task")
     add_task(group)
-    group.add_argument("--weights", default="auto", metavar="auto|pretrained|random|FILE", help="default: auto")
+    add_weights(group)
     add_seed(group, "for everything random")
     add_trust(group)
 
@@ -67,7 +69,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_task(args: argparse.Namespace) -> None:
     """Refuse an invalid model, task or space before torch is loaded; settles the task."""
-    checks.model(args.model, args.weights)
+    checks.model_of(args)
     checks.plain(args.model, "a search")
     settle(args)
     for kind in args.types:
@@ -98,7 +100,6 @@ class Setup:
 
 def make_setup(args: argparse.Namespace) -> Setup:
     """Build the model, check the task's data, and fit them to each other. Raises `SurgeonError`s."""
-    from surgeon.models.names import build_model
     from surgeon.search.evaluate.training import bound, sample_size
     from surgeon.zoo.finetune import FinetuneConfig
 
@@ -120,5 +121,5 @@ def make_setup(args: argparse.Namespace) -> Setup:
     if len(size) != 3:
         raise ConfigError(f"a search needs images (C, H, W), and task {task.name} has inputs {size}")
     with waiting(building(args), quiet=args.quiet):
-        model, base = build_model(args.model, weights=args.weights, seed=args.seed, trust_factory=args.trust_factory)
+        model, base = build(args)
     return Setup(model=bound(model, task), base=base, task=task, config=config, size=size)

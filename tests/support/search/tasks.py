@@ -22,9 +22,9 @@ RANDOM = ("--sampler", "random", "--no-pruning")
 FOUR = (*RANDOM, "--trials", "4")
 
 
-def make_plain() -> nn.Module:
+def make_plain(width: int = 6) -> nn.Module:
     """The network: three convolutions."""
-    return make_restorer(norm=False)
+    return make_restorer(norm=False, width=width)
 
 
 class Forgetful(optuna.samplers.RandomSampler):

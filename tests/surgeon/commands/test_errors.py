@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 
+import surgeon
 from surgeon.cli import main
 
 CONVERT = ["convert", "test_resnet", "--weights", "random", "--input-size", "64", "--quiet"]
@@ -108,6 +109,59 @@ def test_weights(capsys: pytest.CaptureFixture[str]) -> None:
     fails([*argv, "broken.pth"], 2, ["broken.pth"], capsys)
     fails([*argv, "other.pth"], 2, ["other.pth", "fc.weight has shape (3, 96), expected (1000, 96)"], capsys)
     fails([*argv, "pretrained"], 2, ["pretrained weights of test_resnet are unavailable"], capsys)
+
+
+def test_another_head_names_an_option_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), "shapes.pth")
+    Path("mine.py").write_text(
+        "import timm\ndef make(classes=10):\n    return timm.create_model('test_resnet', num_classes=classes)\n"
+    )
+    argv = ["inspect", "test_resnet", "--weights", "shapes.pth", "--quiet"]
+    fails(argv, 2, ["shapes.pth has a head of 3 classes, and the model one of 1000", ": --num-classes 3"], capsys)
+    assert main([*argv, "--num-classes", "3"]) == 0
+    capsys.readouterr()
+    fails(["export", *argv[1:], "-o", "m.onnx"], 2, [": --num-classes 3"], capsys)
+    argv[1] = "mine:make"
+    fails(argv, 2, [": --model-args classes=3"], capsys)
+    assert main([*argv, "--model-args", "classes=3"]) == 0
+    capsys.readouterr()
+    task = ["--task", "sad", "--original", "test_resnet", "--original-weights", "shapes.pth", "--quiet"]
+    assert main(["evaluate", "test_resnet", "--weights", "random", *task]) == 2
+    assert "--num-classes" not in capsys.readouterr().err, "which is the other network's"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect",
+        "convert --type acda",
+        "cost",
+        "export -o m.onnx",
+        "place",
+        "finetune",
+        "evaluate",
+        "try",
+        "search",
+        "gains",
+    ],
+)
+def test_a_folder_has_its_own_classes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    surgeon.save(timm.create_model("test_resnet"), "plain")
+    name, *more = command.split()
+    for option, told in ((["--num-classes", "3"], "--num-classes 3"), (["--model-args", "a=1"], "--model-args a=1")):
+        argv = [name, "plain", *more, *option, "--quiet"]
+        fails(argv, 2, [f"plain is a surgeon folder and has its own weights; {told} cannot apply"], capsys)
+    twice = [name, "test_resnet", *more, "--num-classes", "3", "--model-args", "num_classes=4", "--quiet"]
+    fails(twice, 2, ["num_classes is given twice: --num-classes 3 and --model-args num_classes=4"], capsys)
+
+
+def test_classes_count(capsys: pytest.CaptureFixture[str]) -> None:
+    def params(*more: str) -> int:
+        assert main(["cost", "test_resnet", "--input-size", "32", "--json", "--quiet", *more]) == 0
+        return int(json.loads(capsys.readouterr().out)["params"])
+
+    assert params() - params("--num-classes", "3") == 997 * 97
+    assert params("--num-classes", "3") == params("--model-args", "num_classes=3")
 
 
 @pytest.mark.parametrize(

@@ -261,6 +261,8 @@ def test_an_interrupted_trial_goes_on_to_the_same_answer(
     monkeypatch.setattr(Trainer, "backward", backward)
     assert attempt("--resume", "--batch-size", "2", *more) == 2
     assert "a trial must be resumed with the options it started with" in capsys.readouterr().err
+    assert attempt("--resume", "--model-args", "width=6", *more) == 2
+    assert "model options was {} and is {'width': 6}" in capsys.readouterr().err
     assert attempt("--resume", *more) == 0
     assert answered(capsys)["scores"] == straight["scores"]
 

@@ -146,6 +146,37 @@ def test_weights_of_another_model_list_the_first_mismatches(tmp_path: Path) -> N
         assert word in str(caught.value)
 
 
+def with_classes(classes: int = 5, width: int = 3, **others: Any) -> nn.Module:
+    return timm.create_model(TINY, num_classes=classes, in_chans=width, **others)
+
+
+def fixed() -> nn.Module:
+    return timm.create_model(TINY)
+
+
+@pytest.mark.parametrize(
+    ("spec", "option"),
+    [
+        (TINY, ": num_classes=10"),
+        (f"{__name__}:with_classes", r": options=\{'classes': 10\}"),
+        (f"{__name__}:fixed", ""),
+    ],
+)
+def test_weights_of_another_head_name_the_option_that_fits(tmp_path: Path, spec: str, option: str) -> None:
+    file = weights_file(tmp_path, "w.pth", timm.create_model(TINY, num_classes=10).state_dict())
+    with pytest.raises(ModelError, match=rf"has a head of 10 classes, and the model one of \d+ \(.*\){option}$"):
+        build_model(spec, weights=str(file))
+
+
+@pytest.mark.parametrize("name", ["fc.bias", "conv1.0.weight", "bn1.bias"])
+def test_what_is_not_only_another_head_is_another_model(tmp_path: Path, name: str) -> None:
+    state = timm.create_model(TINY, num_classes=10).state_dict()
+    state[name] = torch.zeros(7, *state[name].shape[1:])
+    file = weights_file(tmp_path, "w.pth", state)
+    with pytest.raises(ModelError, match=r"another model: .*Check the model's name and its options\.$"):
+        build_model(TINY, weights=str(file))
+
+
 class Evil:
     """Would run code when unpickled."""
 

@@ -194,7 +194,11 @@ def test_another_model_space_or_budget_is_refused_with_the_difference(capsys: Ca
     assert main(search_arguments("s", "--trials", "1")) == 2
     assert "there is already a search in s" in capsys.readouterr().err
     assert main(search_arguments("s", "--trials", "1", "--max-flops", "+300%", "--resume")) == 2
-    assert "budgets.flops" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "budgets.flops" in error
+    assert "Repeat the study's values to continue it, or start another search (another -o)" in error
+    assert main(search_arguments("s", "--trials", "1", "--resume", "--model-args", "width=6")) == 2
+    assert 'model options ({"width": 6}) is only in this search' in capsys.readouterr().err
     other = search_arguments("s", "--trials", "1", "--resume")
     other[1] = "tests.support.training.tasks:Restorer"
     assert main(other) == 2
