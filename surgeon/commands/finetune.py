@@ -198,6 +198,8 @@ def check(args: argparse.Namespace) -> None:
         for span in given if isinstance(given, list) else [given] if given is not None else []:
             if parse_span(span, flag)[0] == 0 and (name.endswith("_every") or name == "milestones"):
                 raise ConfigError(f"{flag} must be more than 0, got {span!r}")
+    if args.model is not None:
+        checks.model_of(args)
     if args.recipe is None:
         if args.model is None:
             raise ConfigError(
@@ -212,8 +214,6 @@ def check(args: argparse.Namespace) -> None:
     else:
         checks.training_recipe(args.recipe)
     checks.folder(args.data, "--data")
-    if args.model is not None:
-        checks.model_of(args)
     if not args.dry_run and (args.output or args.model):
         _check_run(args)
 

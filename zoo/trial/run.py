@@ -185,7 +185,7 @@ class Trial:
         options = {key: _plain(value) for key, value in dataclasses.asdict(self.task.config).items()}
         return {
             "model": self.name,
-            "model options": {} if self.base is None else self.base.kwargs,
+            "model options": {key: _plain(value) for key, value in self.base.kwargs.items()} if self.base else {},
             "weights": state_sha256(self.model),
             "task": self.task.name,
             "task options": {key: value for key, value in options.items() if key not in ("data", "train", "val")},
