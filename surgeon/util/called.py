@@ -1,4 +1,4 @@
-"""What an option is called where its error is read: a flag in a terminal, an argument in Python."""
+"""The name of an option where its error is read: a flag in a terminal, an argument in Python."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
