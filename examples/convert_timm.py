@@ -20,7 +20,7 @@ def main(name: str = "resnet18", folder: str | None = None) -> None:
     print(report.to_text(), end="")
 
     images, labels = torch.randn(4, *size), torch.randint(0, 10, (4,))
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(surgeon.parameter_groups(model.train(), lr=1e-4))
     torch.nn.functional.cross_entropy(model(images), labels).backward()
     optimizer.step()
 

@@ -11,7 +11,7 @@ import surgeon
 
 RECIPE = {
     "format": "surgeon-recipe",
-    "version": 1,
+    "version": 2,
     "rules": [
         {"layers": "stage3,stage4", "type": "acda", "options": {"atoms": 4, "scales": 2}},
         {"layers": "first-of-stage,!stage1,!stage2", "type": "pafu", "options": {"group_size": 4}},

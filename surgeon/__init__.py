@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from surgeon.surgery.verify import verify as verify
     from surgeon.zoo.evaluate import evaluate as evaluate
     from surgeon.zoo.finetune import finetune as finetune
+    from surgeon.zoo.finetune.parameters import parameter_groups as parameter_groups
     from surgeon.zoo.tasks import create_task as create_task
 
 # Public name -> module that defines it. Nothing is imported before use: `surgeon --help` must not load torch.
@@ -70,6 +71,7 @@ _EXPORTS = {
     "inspect": "surgeon.surgery.convert",
     "load": "surgeon.models.checkpoint",
     "open_model": "surgeon.models.names",
+    "parameter_groups": "surgeon.zoo.finetune.parameters",
     "push_to_hub": "surgeon.models.hub",
     "revert": "surgeon.surgery.rewrite",
     "save": "surgeon.models.checkpoint",

@@ -150,6 +150,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(report.to_text(width()), end="")
         print(f"written to  {written}" if written else "dry run: nothing was written")
+        if written and base is not None and base.source == "factory":
+            print(f"built by    {base.name}: other commands run it with --trust-factory")
     return 0
 
 

@@ -221,6 +221,7 @@ def _print(document: dict[str, Any], found: "Cost", other: "Cost | None", args: 
     if args.json:
         print_json(document)
         return
+    from surgeon.costs.text import cost_lines
     from surgeon.util.parse import mebibytes
 
     print("\n".join(cost_lines(args.model, found, other, args.compare)))
@@ -241,33 +242,6 @@ def _print(document: dict[str, Any], found: "Cost", other: "Cost | None", args: 
             print(f"over budget: {mebibytes(needed)} of memory, above {mebibytes(limit)}")
     if args.plot:
         print(f"drawn to    {args.plot}", file=sys.stderr)
-
-
-def cost_lines(name: str, found: "Cost", other: "Cost | None" = None, other_name: str | None = None) -> list[str]:
-    """The cost as text, in one or two columns."""
-    from surgeon.util.parse import mebibytes
-    from surgeon.util.tables import count, table
-
-    step = "inference" if found.mode == "infer" else f"training step, {found.optimizer}"
-    precision = found.amp or "float32"
-    size = "x".join(map(str, found.input_size))
-    head = f"{name}: {step}, {precision}, batch {found.batch_size} of {size}"
-
-    def column(c: "Cost") -> list[str]:
-        values = [*map(count, (c.flops, c.macs, c.backward_flops, c.params)), mebibytes(c.peak_bytes)]
-        parts = [mebibytes(value) for value in c.breakdown.values()]
-        return [*values, *parts, mebibytes(c.total_bytes)]
-
-    names = ["FLOPs per image, forward", "MACs per image, forward", "FLOPs per image, backward", "parameters"]
-    names += ["peak of tensors", *(f"  {kind}" for kind in found.breakdown), "needed in total"]
-    names[names.index("  reserve")] = "reserve"
-    columns = [column(found)] + ([column(other)] if other is not None else [])
-    header = ["", "this model"] + ([other_name or "original"] if other is not None else [])
-    text = table(header, [[n, *values] for n, *values in zip(names, *columns, strict=True)])
-    notes = [f"note: {note}" for note in found.notes]
-    parts = ", ".join(f"{key} {value / 2**20:,.0f}" for key, value in found.reserve.items())
-    peak = "the indented rows are what is held at the moment of the peak; at other moments each may be more"
-    return [head, "", text, "", peak, f"reserve, MiB: {parts} (stated, not measured)", *notes]
 
 
 def _table_text(rows: list[dict[str, Any]] | None) -> list[str]:

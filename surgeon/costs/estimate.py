@@ -34,6 +34,7 @@ from surgeon.costs.settings import (
     make_settings,
     optimizer_name,
 )
+from surgeon.costs.text import cost_lines
 from surgeon.costs.trace import Trace, Tracker
 from surgeon.errors import InputError, SurgeonError
 from surgeon.layers.base import DynamicConv2d
@@ -83,6 +84,10 @@ class Cost:
     estimated: bool = False  # extrapolated instead of traced at this batch size; `notes` explain why
     notes: tuple[str, ...] = ()
     timeline: Timeline | None = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        """The lines that `surgeon cost` prints."""
+        return "\n".join(cost_lines("cost", self))
 
     @property
     def total_bytes(self) -> int:

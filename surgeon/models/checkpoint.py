@@ -166,7 +166,8 @@ def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
         found = replace(found, weights=known.weights, input_size=known.input_size)
     if found is None or not _fits(model, found, rules):
         logger.warning(
-            "no way to rebuild this %s is known: the folder loads only %swith base=MODEL, a model of the original architecture",
+            "no way to rebuild this %s is known: the folder loads only %swith base=MODEL, a model of the original architecture. "
+            "Models that surgeon.open_model(NAME, ...) makes carry how they were built",
             type(model).__name__,
             called("in Python, ", ""),
         )

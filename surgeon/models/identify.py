@@ -1,6 +1,9 @@
 """Identify how to build a model given as an object."""
 
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -14,6 +17,10 @@ from surgeon.records.recipe import BaseModel, Weights
 from surgeon.surgery.rewrite import folded_window
 
 _IGNORED = {"training", "pretrained_cfg", "default_cfg", "feature_info", "grad_checkpointing"}
+_AUXILIARY = {
+    "aux_loss": "aux_classifier",
+    "aux_logits": "aux_logits",
+}  # torchvision's options, and where a model shows them
 
 
 def identify(model: nn.Module) -> BaseModel | None:
@@ -54,7 +61,7 @@ def _candidates(model: nn.Module) -> Iterator[BaseModel]:
                 yield BaseModel(source=source, name=full, kwargs=kwargs, input_size=shape, weights=unset)
     home = type(model).__module__
     if home.startswith("torchvision.models"):
-        yield from _torchvision_candidates(model, home, unset)
+        yield from _torchvision_candidates(model, unset)
     for prefix, provider in providers().items():
         for name in provider.made_in(home):
             yield BaseModel(source=prefix, name=name, input_size=provider.input_size(name), weights=unset)
@@ -68,19 +75,72 @@ def _features_only(model: nn.Module) -> dict[str, Any]:
     return {"features_only": True, "out_indices": list(info.out_indices)}
 
 
-def _torchvision_candidates(model: nn.Module, home: str, unset: Weights) -> Iterator[BaseModel]:
+def _torchvision_candidates(model: nn.Module, unset: Weights) -> Iterator[BaseModel]:
     from torchvision import models
 
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    classes: list[dict[str, Any]] = [{}] + ([{"num_classes": linears[-1].out_features}] if linears else [])
-    for name in models.list_models():
-        if models.get_model_builder(name).__module__ != home or name.startswith("quantized_"):
-            continue
-        structures = [{}, *({"weights": member.name} for member in models.get_model_weights(name))]
-        for kwargs in [a | b for b in structures for a in (classes if not b else [{}])]:
-            yield BaseModel(
-                source="torchvision", name=name, kwargs=kwargs, input_size=torchvision_size(name), weights=unset
-            )
+    def base(name: str, kwargs: dict[str, Any]) -> BaseModel:
+        return BaseModel(
+            source="torchvision", name=name, kwargs=kwargs, input_size=torchvision_size(name), weights=unset
+        )
+
+    heads = {key: bool(getattr(model, mark)) for key, mark in _AUXILIARY.items() if hasattr(model, mark)}
+    own = _module_names(model)
+    names = [name for name in _torchvision_names(model) if _module_names(build_shapes(base(name, heads))) == own]
+    for name in names:
+        yield base(name, {})
+        for member in models.get_model_weights(name):
+            yield base(name, {"weights": member.name})
+    for name in names:
+        parameters = signature(models.get_model_builder(name)).parameters
+        backbone = getattr(parameters.get("weights_backbone"), "default", None)
+        counts = {"num_classes": 2} | {key: 2 for key in ("num_keypoints",) if key in parameters}
+        solved = {key: _solve(model, base(name, counts | heads), key) for key in counts}
+        for structure in [{}, *([{"weights_backbone": backbone.name}] if backbone is not None else [])]:
+            yield base(name, {key: value for key, value in solved.items() if value} | heads | structure)
+
+
+def _torchvision_names(model: nn.Module) -> list[str]:
+    """The names whose builder's module defines the model's class, then those where it is imported (SSD in ssdlite's)."""
+    from torchvision import models
+
+    kind = type(model)
+    homes = {name: models.get_model_builder(name).__module__ for name in models.list_models()}
+    names = [name for name, home in homes.items() if getattr(sys.modules[home], kind.__name__, None) is kind]
+    return sorted(names, key=lambda name: homes[name] != kind.__module__)
+
+
+def _module_names(model: nn.Module) -> list[str]:
+    """The names of all modules, without the parts of replaced ones."""
+    within = tuple(f"{name}." for name, module in model.named_modules() if _is_replaced(module))
+    return [name for name, _ in model.named_modules() if not name.startswith(within)]
+
+
+def _solve(model: nn.Module, base: BaseModel, count: str) -> int | None:
+    """The value of an option that counts (classes), from the sizes that grow with it; None if they contradict each other.
+
+    Sizes are linear in it (anchors x classes + a constant), so that two twins determine them.
+    """
+    low = int(base.kwargs[count])
+    try:
+        first, second = (_sizes(build_shapes(replace(base, kwargs=base.kwargs | {count: n}))) for n in (low, low + 1))
+    except ModelError:
+        return None
+    own = _sizes(model)
+    grown = [key for key in first if key in own and first[key] != second.get(key)]
+    values = {low + (own[key] - first[key]) / (second[key] - first[key]) for key in grown if key in second}
+    value = values.pop() if len(values) == 1 else 0
+    return int(value) if value >= 1 and value == int(value) else None
+
+
+def _sizes(model: nn.Module) -> dict[tuple[str, str, int], int]:
+    """Every dimension of the parameters and buffers; of convolutions, also replaced ones, the channels instead."""
+    found: dict[tuple[str, str, int], int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | DynamicConv2d):
+            found |= {(name, "channels", 0): module.out_channels, (name, "channels", 1): module.in_channels}
+        else:
+            found |= {(name, key, axis): n for key, shape in _shapes(module) for axis, n in enumerate(shape)}
+    return found
 
 
 def _first_channels(model: nn.Module) -> int | None:

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from surgeon.errors import ModelError, SurgeonError
 from surgeon.models.heads import HeadError
 from surgeon.models.places import HUB, LIBRARIES, check_own, no_folder, untrusted
 from surgeon.models.places import WEIGHTS as WORDS
 from surgeon.models.programs import SUFFIX, is_program
-from surgeon.models.sources import as_published, construct, named_factory, pretrained, resolve_hub
+from surgeon.models.sources import STRUCTURES, as_published, construct, named_factory, pretrained, resolve_hub
 from surgeon.models.weights import load_weights, mismatches, read_weights, state_sha256
 from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
@@ -139,10 +140,19 @@ def build_structure(base: BaseModel, *, trust_factory: bool = False) -> nn.Modul
 def build_shapes(base: BaseModel, *, trust_factory: bool = False) -> nn.Module:
     """The structure on the meta device, which needs no memory; on the CPU if the factory computes with values."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             return build_structure(base, trust_factory=trust_factory)
     except ModelError:
         return build_structure(base, trust_factory=trust_factory)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves tensors on the meta device unfilled: they have no values, but drawing them takes most of a model's building."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and getattr(func, "__name__", "") in ("normal_", "uniform_") and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def shapes_of(spec: str, *, num_classes: int | None = None, options: dict[str, Any] | None = None) -> nn.Module:
@@ -248,7 +258,7 @@ def _check_base(base: BaseModel, *, trust_factory: bool) -> None:
     if base.source == "factory" and not trust_factory:
         raise untrusted(base.name)
     bad = sorted(
-        key for key in base.kwargs if _FORBIDDEN.search(key) and (base.source, key) != ("torchvision", "weights")
+        key for key in base.kwargs if _FORBIDDEN.search(key) and (base.source != "torchvision" or key not in STRUCTURES)
     )
     if bad or not (base.source in ("factory", "program") or _NAME.fullmatch(base.name)):
         raise ModelError(f"the recipe's base model {base.name!r} may not have {', '.join(bad) or 'such a name'}")

@@ -23,6 +23,7 @@ from surgeon.util.files import told
 from surgeon.util.machine import TooLargeError
 from surgeon.util.near import did_you_mean, refused_argument
 
+STRUCTURES = ("weights", "weights_backbone")  # torchvision's options that name weights for their structure alone
 _LONGEST = 300  # characters of a library's error
 
 
@@ -86,13 +87,20 @@ def _torchvision_model(base: BaseModel) -> nn.Module:
 
     kwargs = _plain(base)
     builder = models.get_model_builder(base.name)
-    if "weights_backbone" in inspect.signature(builder).parameters:
-        kwargs["weights_backbone"] = None
-    if "weights" not in base.kwargs:
-        kwargs.setdefault("weights", None)
+    backbone = inspect.signature(builder).parameters.get("weights_backbone")
+    for key, known in (
+        ("weights", models.get_model_weights(base.name)),
+        ("weights_backbone", type(getattr(backbone, "default", None))),
+    ):
+        if key in base.kwargs:
+            if not issubclass(known, models.WeightsEnum):
+                raise ModelError(f"{base.name} may not have {key}")
+            kwargs[key] = known[base.kwargs[key]]
+        elif key == "weights" or backbone is not None:
+            kwargs[key] = None
+    named = any(kwargs.get(key) is not None for key in STRUCTURES)
+    with _no_state_dicts() if named else contextlib.nullcontext():
         return _as_module(builder(**kwargs))
-    with _no_state_dicts():
-        return _as_module(builder(weights=models.get_model_weights(base.name)[base.kwargs["weights"]], **kwargs))
 
 
 @contextlib.contextmanager
@@ -137,8 +145,8 @@ def _as_module(made: Any) -> nn.Module:
 
 
 def _plain(base: BaseModel) -> dict[str, Any]:
-    """The options without torchvision's weights record, which determines the structure."""
-    return {key: value for key, value in base.kwargs.items() if (base.source, key) != ("torchvision", "weights")}
+    """The options without torchvision's records of weights, which determine the structure."""
+    return {key: value for key, value in base.kwargs.items() if base.source != "torchvision" or key not in STRUCTURES}
 
 
 def as_published(base: BaseModel) -> BaseModel:

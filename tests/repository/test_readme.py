@@ -4,12 +4,16 @@ import re
 import runpy
 import shlex
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
 
 import surgeon.cli
 from surgeon.records.recipe import Recipe
+from surgeon.search.study.journal import StudyJournal
 from tests.support.places import ROOT
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -104,13 +108,34 @@ def test_the_selections_of_the_documents_are_understood() -> None:
 
 
 def test_the_python_of_the_search_docs_runs() -> None:
-    (block,) = blocks(ROOT / "docs" / "search.md", "python")
+    _, block = blocks(ROOT / "docs" / "search.md", "python")
     assert len(block.strip().split("\n")) - block.count("\n\n") <= 13
     space: dict[str, object] = {}
     exec(compile(block, "docs/search.md", "exec"), space)
     study = space["study"]
     assert len(study.trials) == 12
     assert study.best_value == max(sum(kind in ("acda", "pafu") for kind in t.params.values()) for t in study.trials)
+
+
+def test_the_study_of_a_folder_opens_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "runs" / "search" / "study.jsonl"
+    path.parent.mkdir(parents=True)
+    optuna.create_study(storage=JournalStorage(StudyJournal(path)), direction="maximize").optimize(
+        lambda trial: trial.suggest_float("x", 0, 1), n_trials=2
+    )
+    block, _ = blocks(ROOT / "docs" / "search.md", "python")
+    space: dict[str, Any] = {}
+    exec(compile(block, "docs/search.md", "exec"), space)
+    assert len(space["study"].trials) == 2
+
+
+def test_the_optimizer_of_the_fine_tuning_page_runs() -> None:
+    text = (ROOT / "docs" / "finetuning.md").read_text()
+    (block,) = re.findall(r"^  ```python\n(.*?)^  ```$", text, re.MULTILINE | re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(compile(dedent(block), "docs/finetuning.md", "exec"), space)
+    assert {group["role"] for group in space["optimizer"].param_groups} == {"new", "other"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -77,6 +77,31 @@ def optimizer_groups(groups: list[Group], config: FinetuneConfig) -> list[dict[s
     ]
 
 
+def parameter_groups(
+    model: nn.Module,
+    *,
+    lr: float = FinetuneConfig.lr,
+    weight_decay: float = FinetuneConfig.weight_decay,
+    new_lr_scale: float | None = None,
+    fan_in_lr: bool = True,
+) -> list[dict[str, Any]]:
+    """The parameters in the groups and at the rates of `finetune`, for an optimizer of your own: `AdamW(parameter_groups(model))`.
+
+    Args:
+        model: every parameter that requires a gradient is in exactly one group.
+        lr: of the parameters of the original network.
+        weight_decay: 0 for biases and other vectors, norms, and names in a module's `no_weight_decay()`.
+        new_lr_scale: rate of new parameters as a multiple of `lr`; None: each layer type's own, 1 for ACDA, 0.1 for PAFU and SEKG.
+        fan_in_lr: slow the weights with which generators end in proportion to their inputs; for Adam and its kin.
+
+    Returns groups with `params`, `lr`, `weight_decay` and `role` ("selector", "new" or "other"). Raises `ConfigError` for values
+    out of range, and if there is nothing to train.
+    """
+    config = FinetuneConfig(lr=lr, weight_decay=weight_decay, new_lr_scale=new_lr_scale, fan_in_lr=fan_in_lr)
+    groups = optimizer_groups(group_parameters(model, config), config)
+    return [group | {"lr": lr * group.pop("lr_scale")} for group in groups]
+
+
 def dynamic_modules(model: nn.Module) -> Iterator[tuple[str, DynamicConv2d]]:
     """The dynamic layers with their names, each layer once."""
     for name, module in model.named_modules():

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 MOST = 2**31 - 1  # maximum of a count
 _STDOUT: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
 
+_SAYS_NOTHING = {
+    f"{verb}{noun}" for verb in ("make", "build", "create", "get") for noun in ("", "_model", "_net", "_network")
+} | {"model", "net", "network", "factory"}
+
 
 def assignment(text: str) -> tuple[str, Any]:
     """KEY=VALUE, with the value parsed as JSON if possible, otherwise as a string; an argparse type."""
@@ -288,8 +292,9 @@ def weights_for_shapes(spec: str, given: str | None = None) -> str:
 
 
 def model_name(spec: str) -> str:
-    """The last part of a model's name, for naming folders."""
-    return spec.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+    """The last part of a model's name, for naming folders; the module's if a factory's own says nothing (`mynet:make`)."""
+    module, _, name = spec.rstrip("/").rpartition("/")[2].rpartition(":")
+    return module.rpartition(".")[2] if module and name in _SAYS_NOTHING else name
 
 
 def input_size(args: argparse.Namespace, base: "BaseModel | None") -> tuple[int, ...] | None:

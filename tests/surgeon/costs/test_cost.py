@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory_accuracy import tracked
+from surgeon.cli import main
 from surgeon.costs import cost, parse_input_size, parse_quantity
 from surgeon.costs.allocator import CachingAllocator, round_block
 from surgeon.costs.emulate import cuda_dispatch, meta_copy
@@ -49,6 +50,14 @@ def test_resnet50_has_its_known_numbers() -> None:
     assert sum(layer.params for layer in found.layers) == found.params
     assert found.unknown_ops == {}
     assert not found.estimated
+
+
+def test_a_cost_prints_as_the_command_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cost", "test_resnet", "--batch-size", "2"]) == 0
+    printed = capsys.readouterr().out.strip().splitlines()
+    found = str(cost(timm.create_model("test_resnet"), batch_size=2)).splitlines()
+    assert found[0] == printed[0].replace("test_resnet:", "cost:")
+    assert found[1:] == printed[1:]
 
 
 @pytest.mark.parametrize(("train", "amp"), [(True, False), (True, True), (False, False), (False, True)])

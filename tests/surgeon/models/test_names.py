@@ -4,12 +4,14 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import timm
 import torch
 import torchvision
 from torch import nn
+from torchvision.models import WeightsEnum
 
 import surgeon
 from surgeon.errors import CheckpointError, ModelError
@@ -248,6 +250,13 @@ def test_recipes_cannot_make_loading_fetch_or_unpickle(source: str, name: str, k
 # --- models given as objects --------------------------------------------------------------------------------------
 
 
+def without_weights(name: str, **options: Any) -> nn.Module:
+    """torchvision's own model of 5 classes; of a backbone's weights only the structure, frozen norms."""
+    options = {"weights": None, "weights_backbone": None} | options
+    with patch.object(WeightsEnum, "get_state_dict", return_value={}), patch.object(nn.Module, "load_state_dict"):
+        return torchvision.models.get_model(name, num_classes=5, **options)
+
+
 @pytest.mark.parametrize(
     ("make", "name", "kwargs"),
     [
@@ -264,6 +273,19 @@ def test_recipes_cannot_make_loading_fetch_or_unpickle(source: str, name: str, k
         ),
         (lambda: torchvision.models.squeezenet1_1(), "squeezenet1_1", {}),
         (lambda: torchvision.models.resnet18(num_classes=5), "resnet18", {"num_classes": 5}),
+        (lambda: torchvision.models.squeezenet1_1(num_classes=5), "squeezenet1_1", {"num_classes": 5}),
+        (lambda: without_weights("lraspp_mobilenet_v3_large"), "lraspp_mobilenet_v3_large", {"num_classes": 5}),
+        (
+            lambda: without_weights("deeplabv3_mobilenet_v3_large", aux_loss=True),
+            "deeplabv3_mobilenet_v3_large",
+            {"num_classes": 5, "aux_loss": True},
+        ),
+        (lambda: without_weights("ssdlite320_mobilenet_v3_large"), "ssdlite320_mobilenet_v3_large", {"num_classes": 5}),
+        (
+            lambda: without_weights("fasterrcnn_mobilenet_v3_large_320_fpn", weights_backbone="IMAGENET1K_V1"),
+            "fasterrcnn_mobilenet_v3_large_320_fpn",
+            {"num_classes": 5, "weights_backbone": "IMAGENET1K_V1"},
+        ),
     ],
 )
 def test_models_given_as_objects_are_identified(make: Any, name: str, kwargs: dict[str, Any]) -> None:

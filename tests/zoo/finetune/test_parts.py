@@ -158,6 +158,22 @@ def test_groups_tell_the_optimizer() -> None:
         make_optimizer(optimizer_groups(groups, config), FinetuneConfig(opt="adamv"))
 
 
+@pytest.mark.parametrize("kind", ["acda", "pafu", "sekg"])
+def test_a_training_loop_of_ones_own_gets_the_groups_of_finetune(kind: str) -> None:
+    model, config = converted(kind), FinetuneConfig()
+    expected = optimizer_groups(group_parameters(model, config), config)
+    found = surgeon.parameter_groups(model)
+    assert [[id(one) for one in group["params"]] for group in found] == [
+        [id(one) for one in group["params"]] for group in expected
+    ]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine["lr"] == config.lr * theirs["lr_scale"]
+        assert (mine["weight_decay"], mine["role"]) == (theirs["weight_decay"], theirs["role"])
+    torch.optim.AdamW(found).step()
+    with pytest.raises(ConfigError, match="lr"):
+        surgeon.parameter_groups(model, lr=-1)
+
+
 def test_the_last_weight_of_a_generator_is_slowed_by_its_inputs() -> None:
     """Adam moves each of its weights by the rate, and with them the code by the rate times their number."""
     assert all(group.slowed == 1 for kind in ("pafu", "sekg") for group in group_parameters(converted(kind)))
