@@ -88,10 +88,11 @@ def _torchvision_model(base: BaseModel) -> nn.Module:
     kwargs = _plain(base)
     builder = models.get_model_builder(base.name)
     backbone = inspect.signature(builder).parameters.get("weights_backbone")
-    for key, known in (
-        ("weights", models.get_model_weights(base.name)),
-        ("weights_backbone", type(getattr(backbone, "default", None))),
-    ):
+    members: dict[str, Any] = {
+        "weights": models.get_model_weights(base.name),
+        "weights_backbone": type(getattr(backbone, "default", None)),
+    }
+    for key, known in members.items():
         if key in base.kwargs:
             if not issubclass(known, models.WeightsEnum):
                 raise ModelError(f"{base.name} may not have {key}")
