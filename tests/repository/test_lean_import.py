@@ -198,6 +198,7 @@ def test_the_public_list_is_sorted_and_complete() -> None:
         "inspect",
         "load",
         "open_model",
+        "parameter_groups",
         "push_to_hub",
         "revert",
         "save",
