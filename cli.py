@@ -42,8 +42,7 @@ from surgeon.commands.search import (
     search,
     study,
 )
-from surgeon.errors import SurgeonError
-from surgeon.util.called import in_terminal
+from surgeon.errors import SurgeonError, in_terminal
 from surgeon.util.interrupt import caught
 from surgeon.util.near import did_you_mean
 from surgeon.util.waiting import waiting

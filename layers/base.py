@@ -44,7 +44,7 @@ class LayerConfig:
 
     @classmethod
     def symbols_of(cls, options: Mapping[str, Any]) -> Mapping[str, str]:
-        """Those of `symbols` that mean something with these options."""
+        """The `symbols` that mean something with these options."""
         return cls.symbols
 
     @classmethod

@@ -1,5 +1,9 @@
 """Every error surgeon raises on purpose. A message states where, what it got, what it expected, and a hint."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 
 class SurgeonError(Exception):
     """Root of all errors of this package. `exit_code` is what the command line returns."""
@@ -93,3 +97,29 @@ class ExportError(SurgeonError, RuntimeError):
 
 class BackendError(SurgeonError, RuntimeError):
     """No backend, or not the requested one, can run an operator on these inputs."""
+
+
+# --- names of options in messages ------------------------------------------------------------------------------------
+
+_FLAGS: ContextVar[frozenset[str] | None] = ContextVar("flags", default=None)  # of the command; None: in Python
+
+
+@contextmanager
+def in_terminal(flags: frozenset[str] = frozenset()) -> Iterator[None]:
+    """Errors made in this context name flags; `flags` are those of the command."""
+    before = _FLAGS.set(flags)
+    try:
+        yield
+    finally:
+        _FLAGS.reset(before)
+
+
+def called(flag: str, argument: str) -> str:
+    """The flag for a reader at a terminal, otherwise the argument that does the same in Python."""
+    return argument if _FLAGS.get() is None else flag
+
+
+def offered(flag: str) -> bool:
+    """Whether a reader at a terminal can give this flag to the command; always in Python, where all arguments are there."""
+    flags = _FLAGS.get()
+    return flags is None or flag in flags

@@ -17,11 +17,11 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from surgeon.errors import called
 from surgeon.search.budget import Calibration
 from surgeon.search.study.identity import VERSION, as_stored, differences
 from surgeon.search.study.journal import StudyError
 from surgeon.search.study.record import Record, checked, record
-from surgeon.util.called import called
 from surgeon.util.machine import machine
 
 _IDENTITY = "surgeon:identity"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surgeon.collapsing.evidence import Evidence, prove, settled, watching
 from surgeon.costs import cost
-from surgeon.errors import ConfigError, NothingFoldedError, SelectionError, SurgeonError, UnsupportedLayerError
+from surgeon.errors import ConfigError, NothingFoldedError, SelectionError, SurgeonError, UnsupportedLayerError, called
 from surgeon.layers.base import CodedConv2d, DynamicConv2d
 from surgeon.records.collapse_report import Collapsed, CollapseReport, growth_notes
 from surgeon.records.recipe import get_recipe
@@ -24,7 +24,6 @@ from surgeon.surgery.operation import count_parameters
 from surgeon.surgery.rewrite import Rewrite, drop_rules, dynamic_layers, plain_convolution
 from surgeon.surgery.running import outputs, run
 from surgeon.surgery.verify import Settled, Verification, judge, measure
-from surgeon.util.called import called
 from surgeon.util.copying import copy_model
 from surgeon.util.progress import OnProgress, silent
 

@@ -19,9 +19,8 @@ from surgeon.commands.common.arguments import (
     print_json,
 )
 from surgeon.commands.common.tasks import add_task, make_task, settle
-from surgeon.errors import ConfigError, ModelError, SurgeonError
+from surgeon.errors import ConfigError, ModelError, SurgeonError, in_terminal
 from surgeon.records.training import original_folder, unequal_training
-from surgeon.util.called import in_terminal
 from surgeon.util.few import few_judge
 from surgeon.util.outputs import is_surgeon_folder
 from surgeon.util.waiting import waiting

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from surgeon.errors import CheckpointError, RecipeError, SurgeonError
+from surgeon.errors import CheckpointError, RecipeError, SurgeonError, called
 from surgeon.layers.base import DynamicConv2d, LayerConfig
 from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.registry import layer_class
@@ -50,7 +50,6 @@ from surgeon.records.report import Report
 from surgeon.surgery.raised import Raised
 from surgeon.surgery.rewrite import Rewrite, convolution_rule, dynamic_layers, folded_from, folded_windows
 from surgeon.surgery.sizes import check_layers
-from surgeon.util.called import called
 from surgeon.util.copying import check_module, copy_model
 from surgeon.util.files import check_fields, parse_json, read_json, read_object, told
 from surgeon.util.outputs import RECIPE, WEIGHTS, check_output

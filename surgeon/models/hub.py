@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import surgeon
-from surgeon.errors import CheckpointError, ConfigError
+from surgeon.errors import CheckpointError, ConfigError, called
 from surgeon.models.checkpoint import REPORT, TEXT, load, read_folder, save
 from surgeon.models.places import HUB, check_repository
 from surgeon.models.programs import FILE as PROGRAM
@@ -23,7 +23,6 @@ from surgeon.records.card import PLACE
 from surgeon.records.collapse_report import CollapseReport
 from surgeon.records.recipe import FORMAT, BaseModel
 from surgeon.records.report import Report
-from surgeon.util.called import called
 from surgeon.util.files import read_json, read_text, told
 from surgeon.util.outputs import RECIPE, WEIGHTS
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from surgeon.errors import ModelError, SurgeonError
+from surgeon.errors import ModelError, SurgeonError, called, offered
 from surgeon.models.heads import HeadError
 from surgeon.models.places import HUB, LIBRARIES, check_own, no_folder, untrusted
 from surgeon.models.places import WEIGHTS as WORDS
@@ -28,7 +28,6 @@ from surgeon.models.sources import STRUCTURES, as_published, construct, named_fa
 from surgeon.models.weights import load_weights, mismatches, read_weights, state_sha256
 from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
-from surgeon.util.called import called, offered
 from surgeon.util.outputs import WEIGHTS, is_surgeon_folder
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from surgeon.errors import CheckpointError, ConfigError, ModelError, RecipeError
+from surgeon.errors import CheckpointError, ConfigError, ModelError, RecipeError, called
 from surgeon.records.recipe import CONVOLUTION
-from surgeon.util.called import called
 from surgeon.util.files import read_object, told
 from surgeon.util.near import did_you_mean
 from surgeon.util.outputs import RECIPE, RUN, SEARCH, TRIAL, is_surgeon_folder

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from surgeon.errors import CheckpointError, ConfigError
-from surgeon.util.called import called
+from surgeon.errors import CheckpointError, ConfigError, called
 
 RECIPE = "recipe.json"  # marks a surgeon folder
 WEIGHTS = "model.safetensors"  # of a surgeon folder

@@ -60,7 +60,7 @@ ARROWS = {
     "surgeon.zoo.networks": f"{CORE} layers.sekg records zoo",
     "surgeon.zoo.recipes": f"{CORE} layers records models zoo zoo.finetune zoo.tasks",
     "surgeon.zoo.tasks": f"{CORE} layers records zoo zoo.networks zoo.tasks.data zoo.tasks.support",
-    "surgeon.zoo.tasks.data": f"{CORE} sites zoo.tasks",
+    "surgeon.zoo.tasks.data": f"{CORE} models sites zoo.tasks",
     "surgeon.zoo.tasks.support": f"{CORE} layers zoo.tasks zoo.tasks.data",
     "surgeon.zoo.finetune": f"{CORE} layers records models surgery costs visualize zoo zoo.tasks zoo.tasks.data",
     "surgeon.zoo.trial": f"{CORE} layers records models surgery costs visualize zoo zoo.finetune zoo.tasks zoo.tasks.data",

@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from surgeon.errors import ConfigError, ModelError
+from surgeon.errors import ConfigError, ModelError, called
 from surgeon.models.names import chosen_size, restore
 from surgeon.models.weights import state_sha256
 from surgeon.records.collapse_report import CollapseReport
 from surgeon.records.recipe import BaseModel, Recipe, Trained, get_recipe, set_recipe
 from surgeon.records.report import Report
 from surgeon.surgery.rewrite import dynamic_layers
-from surgeon.util.called import called
 from surgeon.util.copying import check_module, copy_model, seed_torch
 from surgeon.util.files import check_fields
 from surgeon.util.waiting import waiting

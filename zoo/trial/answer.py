@@ -151,7 +151,7 @@ class Answer:
         return self.primary in SHARES and all(score == 1.0 for scores in self.scores.values() for score in scores)
 
     def meaning(self) -> str:
-        """What the verdict says, and what would say more."""
+        """The verdict in a sentence, and what would help where there is none."""
         if self.verdict != "undecided":
             better = "better" if self.verdict == "won" else "worse"
             return f"The converted network is {better}, beyond two standard errors of the paired differences."

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 
-from surgeon.errors import ConfigError, DataError
-from surgeon.util.called import called
+from surgeon.errors import ConfigError, DataError, called
 from surgeon.util.picture_files import SUFFIXES, files_below, opened
 from surgeon.zoo.tasks.base import Split, TaskConfig
 from surgeon.zoo.tasks.data.options import check_types
