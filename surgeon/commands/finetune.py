@@ -24,6 +24,7 @@ from surgeon.commands.common.arguments import (
     positive,
     print_json,
     seed,
+    with_default,
 )
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
@@ -108,18 +109,18 @@ def _add_length(parser: argparse.ArgumentParser) -> None:
     _option(group, "--eval-every", str, "SPAN", "between evaluations")
     _option(group, "--patience", positive, "N", "stop after N evaluations without a better one")
     group.add_argument(
-        "--keep", choices=("best", "last"), help=_with_default("--keep", "which weights to keep as the result")
+        "--keep", choices=("best", "last"), help=with_default("--keep", "which weights to keep as the result")
     )
 
 
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer")
     _option(group, "--opt", str, "NAME", "any of timm's optimizers")
-    add_lr(group, _with_default("--lr", "peak learning rate"))
+    add_lr(group, with_default("--lr", "peak learning rate"))
     _option(group, "--weight-decay", not_negative, "X", "weight decay, except on norms and biases")
     _option(group, "--momentum", not_negative, "X", "momentum, for optimizers that have one")
     schedules = ("cosine", "poly", "step", "multistep", "tanh", "constant")
-    group.add_argument("--sched", choices=schedules, help=_with_default("--sched", "one of timm's schedules"))
+    group.add_argument("--sched", choices=schedules, help=with_default("--sched", "one of timm's schedules"))
     _option(group, "--decay-rate", above_zero, "X", "step, multistep: factor on the rate; poly: the power")
     _option(group, "--decay-every", str, "SPAN", "step: span between decays")
     group.add_argument(
@@ -144,7 +145,7 @@ def _add_layers(parser: argparse.ArgumentParser) -> None:
         "--fan-in-lr",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help=_with_default("--fan-in-lr", "slow the last weight of a generator in proportion to its inputs"),
+        help=with_default("--fan-in-lr", "slow the last weight of a generator in proportion to its inputs"),
     )
     _option(group, "--new-first", str, "SPAN", "train only new parameters for SPAN first")
     _option(group, "--regularization", not_negative, "X", "weight of the layers' own loss (PAFU: decorrelation)")
@@ -177,16 +178,7 @@ def _add_operation(parser: argparse.ArgumentParser) -> None:
 
 
 def _option(group: Any, flag: str, kind: Any, metavar: str, told: str) -> None:
-    group.add_argument(flag, type=kind, metavar=metavar, help=_with_default(flag, told))
-
-
-def _with_default(flag: str, told: str) -> str:
-    """The help of an option with the config's default, unless that is to do nothing, or is already in it."""
-    value = training_defaults().get(flag.lstrip("-").replace("-", "_"))
-    if value in (None, False, 0, "0") or "(default: " in told:
-        return told
-    shown = "on" if value is True else f"{value:g}" if isinstance(value, float) else value
-    return f"{told} (default: {shown})".replace("%", "%%")
+    group.add_argument(flag, type=kind, metavar=metavar, help=with_default(flag, told))
 
 
 def check(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -18,6 +19,7 @@ from surgeon.errors import ExportError
 
 Runner = Callable[[Tensor], list[Tensor]]
 
+PLACES = {"batch": 0, "height": 2, "width": 3}  # sizes that may be free, and their axes
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
 LARGE = 3 * 2**29  # bytes; larger weights go to a separate ONNX file, because protobuf messages are limited to 2 GiB
 _TORCH_OWN = ("aten", "prims", "prim", "higher_order", "_operator", "math", "torch")
@@ -81,6 +83,8 @@ def write(
         made.save(path, external_data=_weights(program) >= LARGE)
         onnx.checker.check_model(path, full_check=True)
         model = onnx.load(path, load_external_data=False)
+        if _name_sizes(model.graph):
+            onnx.save(model, path)
     except OSError:  # a full disk says nothing about the model
         raise
     except Exception as error:
@@ -89,6 +93,17 @@ def write(
     if opset is not None and found != opset:
         raise ExportError(f"torch.onnx wrote opset {found}, not {opset}, for this model; nothing was written")
     return Written(operators=len(model.graph.node), opset=found, outputs=[one.name for one in model.graph.output])
+
+
+def _name_sizes(graph: Any) -> bool:
+    """Give the free sizes of an ONNX graph their names, in place of torch's symbols (s77); False if there are none."""
+    axes = graph.input[0].type.tensor_type.shape.dim
+    names = {axes[axis].dim_param: name for name, axis in PLACES.items() if axis < len(axes) and axes[axis].dim_param}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_param = re.sub(r"\w+", lambda m: names.get(m[0], m[0]), size.dim_param)
+    return bool(names)
 
 
 def _write_archive(program: torch.export.ExportedProgram, path: Path) -> Written:

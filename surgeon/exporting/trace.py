@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import ExportError, InputError, SurgeonError
-from surgeon.exporting.exported import quiet
+from surgeon.exporting.exported import PLACES, quiet
 from surgeon.sites.inputs import Inputs, candidate_inputs, given_inputs
 from surgeon.surgery.rewrite import dynamic_layers, static
 from surgeon.surgery.running import run as run_model
 from surgeon.util.copying import evaluating
 
-_PLACES = {"batch": 0, "height": 2, "width": 3}
-NAMES = tuple(_PLACES)
+NAMES = tuple(PLACES)
 
 # The second image size is larger by one of these in height and by twice that in width: the usual divisors, and patches
 # of 14. Twice the size would suit more networks, but HaloNet's windows kept torch.export busy for ten minutes.
@@ -127,7 +126,7 @@ def traced(
 ) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
     minima = [1, *_minima(shapes.example)] if "height" in names else [1]
     for least in minima:
-        dims = {_PLACES[name]: torch.export.Dim(name, min=1 if name == "batch" else least) for name in names}
+        dims = {PLACES[name]: torch.export.Dim(name, min=1 if name == "batch" else least) for name in names}
         try:
             program, solved = _trace(model, shapes.example, dims, explore=least != minima[-1]), True
         except Exception as error:  # torch.export passes on any error that the model's code raises on symbols
@@ -139,7 +138,7 @@ def traced(
     sizes = next(node for node in program.graph.nodes if node.name == given).meta["val"].shape
     free = {}
     for name in names:
-        size = sizes[_PLACES[name]]
+        size = sizes[PLACES[name]]
         if isinstance(size, int):
             shapes.fixed[name] = f"the model's code fixes it at {size}"
         else:
@@ -165,7 +164,7 @@ def _unsolved(
 ) -> torch.export.ExportedProgram:
     """Trace without deriving bounds of sizes, because torch.export cannot solve some conditions (pooling with `ceil_mode`)."""
     hint = torch.export.Dim.AUTO
-    dims = {_PLACES[name]: hint if name == "batch" else hint(min=least) for name in names}
+    dims = {PLACES[name]: hint if name == "batch" else hint(min=least) for name in names}
     if dims and not _asks_for_more(why):
         with suppress(Exception):  # report its first error
             return _trace(model, example, dims, explore=True)

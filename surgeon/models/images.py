@@ -20,11 +20,14 @@ MULTIPLE = 16  # its sides are multiples of this
 def read_images(
     folder: str | Path, model: nn.Module, base: BaseModel, *, limit: int = IMAGES, option: str = "--calibrate"
 ) -> Tensor:
-    """Up to `limit` images below a folder as a batch (N, C, H, W), transformed as the model expects.
+    """Up to `limit` images below a folder as a batch (N, C, H, W), transformed as the model expects; for networks that return
+    images, centers of one size.
 
     They are spread evenly over the sorted list of files, so that a folder with one subfolder per class covers many classes.
     `option` is their name in messages. Raises `InputError` if there are none, or if one cannot be read.
     """
+    from torchvision.transforms.functional import center_crop
+
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{option}: there is no folder {folder}")
@@ -37,6 +40,10 @@ def read_images(
     step = max(len(files) / limit, 1.0)
     chosen = [files[int(i * step)] for i in range(min(limit, len(files)))]
     transform = evaluation_transform(model, base)
+    if returns_images(model, read_image(chosen[0], transform, base, option=option)):
+        pictures = [read_image(file, cropped, base, option=option) for file in chosen]
+        height, width = (min(picture.shape[axis] for picture in pictures) for axis in (1, 2))
+        return torch.stack([center_crop(picture, [height, width]) for picture in pictures])
     return torch.stack([read_image(file, transform, base, option=option) for file in chosen])
 
 

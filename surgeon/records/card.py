@@ -137,7 +137,8 @@ def _replacements(recipe: Recipe, report: Report | CollapseReport | None) -> str
         header += ["stage", "geometry", "parameters", "after", "FLOPs", "after", "error"]
     told = "All options are in `recipe.json`."
     if known:
-        told += " FLOPs are for one image (1 MAC = 2 FLOPs); the error is the layer's, relative, right after the conversion."
+        told += " FLOPs are for one image of the conversion's size (1 MAC = 2 FLOPs); the error is the layer's, relative, right"
+        told += " after it."
     rows = [row[: len(header)] for row in rows]
     return f"## What the layers became\n\n{_table(header, rows, left=4)}\n\n{told}"
 

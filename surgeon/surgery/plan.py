@@ -63,9 +63,9 @@ def nothing_replaced(refused: Sequence[tuple[ConvSite, Sequence[str]]]) -> Nothi
         for reason in reasons:
             names.setdefault(reason, []).append(site.name or "the model itself")
     told = "; ".join(f"{_some(who)}: {reason}" for reason, who in names.items())
-    count = f"{len(refused)} selected convolution{'' if len(refused) == 1 else 's'}"
+    count = f"each of the {len(refused)} selected convolutions" if len(refused) > 1 else "the selected convolution"
     already = any(site.dynamic for site, _ in refused)
-    return NothingReplacedError(f"nothing was replaced: each of the {count} was refused. {told}", already)
+    return NothingReplacedError(f"nothing was replaced: {count} was refused. {told}", already)
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from surgeon.errors import ConfigError
-from surgeon.util.parse import parse_bytes, parse_quantity
+from surgeon.util.parse import parse_bytes, parse_count
 
 FLAGS = {"flops": "--max-flops", "params": "--max-params", "memory": "--max-memory", "latency": "--max-latency"}
 _EXAMPLES = {"flops": "4.5G or +10%", "params": "30M or +10%", "memory": "8GiB or +10%"}
@@ -42,5 +42,5 @@ def parse_bound(text: str, resource: str) -> Bound:
         if match is None or float(match[1]) <= 0:
             raise ConfigError(f"{flag}: expected a time such as 20ms, 1.5s or +10%, got {text!r}")
         return Bound(text.strip(), float(match[1]) * _UNITS[match[2].lower()], False)
-    parse = parse_bytes if resource == "memory" else parse_quantity
+    parse = parse_bytes if resource == "memory" else parse_count
     return Bound(text.strip(), float(parse(text, flag, _EXAMPLES[resource])), False)

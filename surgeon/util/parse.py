@@ -54,6 +54,13 @@ def parse_bytes(value: str | int | float, what: str = "quantity", such: str = "8
     return result
 
 
+def parse_count(value: str | int | float, what: str = "quantity", such: str = "4.5G") -> int:
+    """A count as of `parse_quantity`. Raises `ConfigError` also for units of bytes: `200MB`."""
+    if str(value).strip().lower().endswith(("b", "i")):
+        raise ConfigError(f"{what}: {value!r} is a number of bytes; expected e.g. {such}")
+    return parse_quantity(value, what, such)
+
+
 def _hint(text: str) -> str:
     if "," in text and _QUANTITY.fullmatch(text.replace(",", ".", 1)):
         return f" (write a decimal point: {text.replace(',', '.', 1)})"
@@ -91,8 +98,10 @@ def parse_span(text: str, what: str = "span") -> tuple[float, str]:
 
 
 def parse_time(text: str | float, what: str = "time") -> float:
-    """Seconds of "90", "45s", "30m", "1.5h", "2d". Raises `ConfigError`."""
+    """Seconds of "45s", "30m", "1.5h", "2d", or of a number; text has a unit. Raises `ConfigError`."""
     match = _TIME.fullmatch(str(text).strip())
+    if match is not None and isinstance(text, str) and not match[2]:
+        raise ConfigError(f"{what}: {text!r} has no unit: write {match[1]}s or {match[1]}m")
     if match is None or float(match[1]) == 0:
         raise ConfigError(f"{what}: expected a time such as 90s, 30m or 1.5h, got {text!r}")
     return float(match[1]) * _SECONDS[match[2]]

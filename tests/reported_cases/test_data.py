@@ -185,16 +185,20 @@ def test_calibration_looks_at_files_in_the_same_way(tmp_path: Path) -> None:
     picture(tmp_path / "pool/a.png")
     (tmp_path / "set").mkdir()
     (tmp_path / "set/link").symlink_to(tmp_path / "pool")
-    assert read_images(tmp_path / "set", torch.nn.Identity(), base).shape == (1, 3, 8, 8)
+    assert read_images(tmp_path / "set", torch.nn.Flatten(), base).shape == (1, 3, 8, 8)
     (tmp_path / "pool/deep.png").write_bytes(_png(2, 3))
     with pytest.raises(InputError, match="16 bits per channel"):
-        read_images(tmp_path / "set", torch.nn.Identity(), base)
+        read_images(tmp_path / "set", torch.nn.Flatten(), base)
     (tmp_path / "pool/deep.png").write_text("no picture")
     with pytest.raises(
         InputError, match=r"^--calibrate: cannot read the image .*deep\.png: it is damaged, or its content is not an"
     ) as told:
-        read_images(tmp_path / "set", torch.nn.Identity(), base)
+        read_images(tmp_path / "set", torch.nn.Flatten(), base)
     assert str(told.value).count("deep.png") == 1
+    (tmp_path / "pool/deep.png").unlink()
+    picture(tmp_path / "pool/b.png", (40, 30))
+    restorer = torch.nn.Identity()  # what returns images looks at pictures as they are: resizing changes their noise
+    assert read_images(tmp_path / "set", restorer, base).shape == (2, 3, 16, 16)
 
 
 # --- annotations ----------------------------------------------------------------------------------------------------

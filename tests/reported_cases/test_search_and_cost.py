@@ -154,7 +154,7 @@ def test_a_cost_that_needs_values_makes_weights(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("surgeon.models.names.shapes_of", meta)
     monkeypatch.setattr(cost_command, "build", lambda spec, **_: Stubborn())
     args = Namespace(measure=False, trust_factory=False)
-    model, found = cost_command.__dict__["_cost_of"]("stubborn", args, input_size=(3, 16, 16), batch_size=4)
+    model, found = cost_command.__dict__["_cost_of"]("stubborn", args, {}, input_size=(3, 16, 16), batch_size=4)
     assert found.estimated
     assert not next(model.parameters()).is_meta
 

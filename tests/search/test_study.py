@@ -290,7 +290,7 @@ def test_the_gate_stands_before_every_evaluation_and_learns(tmp_path: Path) -> N
     again.run()
     assert fresh.calibration.memory == (again.file.calibration or learned).memory
     assert fresh.calibration.memory is not None
-    with pytest.raises(OtherStudyError, match=r'budgets\.flops is "\+60%" in the study and "\+70%" here$'):
+    with pytest.raises(OtherStudyError, match=r'budgets\.flops is "\+60%" in the study and "\+70%" here\. Repeat'):
         begin(True, "+70%")
 
 

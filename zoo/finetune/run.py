@@ -271,6 +271,7 @@ class _Session:
             seconds=progress.seconds,
             groups=describe(trainer.optimizer, trainer.groups),
             notes=self.notes,
+            input_size=list(self._input_size()),
         )
         self.journal.hparams(self.config.to_dict() | {"task": self.task.name}, final.metrics)
         return summary

@@ -41,6 +41,7 @@ class Summary:
     seconds: float  # of training
     groups: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    input_size: list[int] = field(default_factory=list)  # (C, H, W), of which the FLOPs are
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; NaN and infinity become null."""
@@ -72,6 +73,8 @@ class Summary:
         if self.rollbacks:
             lines.append(f"rolled back {self.rollbacks} times after NaN or infinity; see training/log.jsonl")
         lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in [*self.notes, *self._worse()]]
+        if self.input_size and self.result.flops is not None:
+            lines.append(f"FLOPs are those of one input of {'x'.join(map(str, self.input_size))}")
         header = ("", *names, "params", "FLOPs", "eval s")
         return "\n".join([table(header, rows, width=width), "", *lines]) + "\n"
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from surgeon.errors import ConfigError
 from surgeon.util.parse import number_range
 from surgeon.zoo.tasks.base import Batch, Sample, TaskConfig
 from surgeon.zoo.tasks.data.draws import turned, uniform
@@ -32,6 +33,13 @@ class DenoisingConfig(RestorationConfig):
     sigma: float | str = 25.0
     val_sigma: float | None = None
     predicts: str = "image"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("sigma", "val_sigma"):
+            value = getattr(self, name)
+            if value is not None and 0 < (most := number_range(name, value)[1]) < 1:
+                raise ConfigError(f"{name} is in gray levels of 255: {value!r} is less than one; write {255 * most:g}")
 
 
 @register

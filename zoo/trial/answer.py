@@ -20,6 +20,13 @@ def standard_error(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
+def by_chance(seeds: int) -> float:
+    """How often a mean of normal differences around 0 is beyond two standard errors: Student's t."""
+    from scipy.stats import t
+
+    return float(2 * t.sf(2, seeds - 1))
+
+
 def tied(gains: Sequence[float]) -> bool:
     """Whether all are equal but for rounding: counts of few samples are too coarse, and a standard error of 0 measures nothing."""
     return max(gains) - min(gains) <= 1e-9
@@ -69,6 +76,7 @@ class Answer:
     layers: list[dict[str, Any]] = field(default_factory=list)  # how adaptive the converted network's layers became
     start: float | None = None  # of the network before any training; None: there was no time to measure it
     notes: list[str] = field(default_factory=list)
+    size: list[int] = field(default_factory=list)  # (C, H, W) of the image that the FLOPs are of
     more_time: float | None = (
         None  # seconds for all sessions that take the seeds of an answer; None if time was no limit
     )
@@ -191,7 +199,7 @@ class Answer:
 def how(answer: Answer) -> list[str]:
     """The method of comparison, in sentences."""
     samples, arrow = answer.samples, "higher" if answer.higher_is_better else "lower"
-    return [
+    lines = [
         f"converted: {answer.becomes}, {counted(answer.replaced, 'layer')}",
         f"trained: both {counted(answer.steps, 'step')} ({answer.epochs:.2g} epochs) of {answer.batch_size}, "
         f"from {counted(samples['train'], 'sample')}, the same order for the same seed",
@@ -199,6 +207,13 @@ def how(answer: Answer) -> list[str]:
         f"judged: {answer.primary} ({arrow} is better) of the last weights on {counted(samples['judge'], 'sample')}"
         + (f"; {samples['choose']} others chose the rates" if samples["choose"] else ""),
     ]
+    if answer.verdict != "undecided":
+        seeds = len(answer.gains)
+        lines.append(
+            f"decided: beyond two standard errors, which {seeds} seeds of equal networks exceed by chance in "
+            f"{100 * by_chance(seeds):.0f} of 100 trials"
+        )
+    return [*lines, f"FLOPs: of one image of {'x'.join(map(str, answer.size))}"] if answer.size else lines
 
 
 def _rates(swept: Mapping[str, Mapping[str, float | None]]) -> str:

@@ -10,7 +10,7 @@ from surgeon.util.few import few_judge
 from surgeon.util.tables import duration
 from surgeon.zoo.trial.answer import ARMS, LEAST_SEEDS, Answer, ArmCost
 from surgeon.zoo.trial.plan import END, LEAST_STEPS
-from surgeon.zoo.trial.speed import minutes
+from surgeon.zoo.trial.speed import SLACK, minutes
 
 if TYPE_CHECKING:
     from surgeon.zoo.trial.run import Trial
@@ -50,6 +50,7 @@ def sum_up(trial: "Trial", stopped: str) -> Answer:
         seconds=trial.spent,
         layers=converted.get("layers", []),
         start=_start(trial) if seeds else None,
+        size=list(trial.twins.size),
         more_time=_more_time(trial, len(seeds)) if stopped == "time" else None,
     )
     answer.notes = _notes(trial, answer)
@@ -94,14 +95,17 @@ def _notes(trial: "Trial", answer: Answer) -> list[str]:
         notes.append(
             f"both end {way} the network as it was ({answer.primary} {answer.start:.5g}): longer --max-time, smaller --lr"
         )
+    if answer.start is None and answer.seeds:
+        notes.append("no time was left to measure the network as it was, before any training")
     if answer.epochs < 1:
         notes.append(f"{answer.epochs:.2g} epochs are a short training: what is seen so early need not hold later")
     return notes
 
 
 def _more_time(trial: "Trial", seeds: int) -> float:
-    """Seconds for all sessions in which one more pair ends, or as many as an answer takes."""
-    return (trial.spent + max(LEAST_SEEDS - seeds, 1) * _pair(trial)) / (1 - END)
+    """Seconds for all sessions in which one more pair ends, or as many as an answer takes, after a start like this one's."""
+    pairs = max(LEAST_SEEDS - seeds, 1) * _pair(trial)
+    return (trial.spent + SLACK * (trial.setup + pairs)) / (1 - END)
 
 
 def _pair(trial: "Trial") -> float:
@@ -120,7 +124,7 @@ def _time_is_up(trial: "Trial", longer: float) -> str:
 
 def _start(trial: "Trial") -> float | None:
     """The metric of the network before any training on the judging samples, if there is time for that."""
-    if trial.left < trial.speed.sample * trial.plan.judge:
+    if trial.left + trial.config.max_time * END / 2 < trial.speed.sample / 2 * trial.plan.judge:
         return None
     found = trial.judge(trial.twins.network("original", 0), trial.parts(trial.task)[1])
     return found if math.isfinite(found) else None

@@ -20,7 +20,7 @@ from surgeon.records.recipe import BaseModel
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.util.copying import copy_model
 from surgeon.util.outputs import RUN
-from surgeon.util.tables import duration
+from surgeon.util.tables import counted, duration
 from surgeon.visualize.adaptivity import Adaptivity
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune import FinetuneConfig, Source, finetune
@@ -99,6 +99,7 @@ class Trial:
         self.model, self.make_task, self.folder, self.config = model, make_task, folder, config
         self.name, self.base, self.quiet, self.tell = name, base, quiet, tell
         self.started, self.before = time.monotonic(), 0.0  # of this session; seconds of earlier ones
+        self.setup = 0.0  # seconds of this session before its first run
         self.run_started: float | None = None
         self.run_before = 0.0  # seconds that earlier sessions spent on the unfinished run
         self.device = make_accelerator(config.base).device
@@ -167,6 +168,10 @@ class Trial:
 
     def _planned(self) -> str:
         plan, speed = self.plan, self.speed
+        if self.scores:
+            pair = self.expected([(arm, 0.0, 0) for arm in ARMS])
+            done = f"{counted(len(self.scores), 'run')} of {plan.steps} steps {'is' if len(self.scores) == 1 else 'are'} done"
+            return f"resuming: {done}; another pair takes about {duration(pair)} of the {duration(self.left)} left"
         rates = f"rate{'s' * (len(plan.rates) > 1)} {', '.join(f'{rate:g}' for rate in plan.rates)}"
         pair = plan.steps * speed.step + speed.run + speed.sample * (plan.choose + plan.judge)
         return f"plan: {plan.steps} steps per run, {rates}; a pair takes about {duration(pair)} of the {duration(self.left)} left"
@@ -244,7 +249,7 @@ class Trial:
 
     def run(self) -> Answer:
         """Train what the time allows, and summarize."""
-        stopped = "seeds"
+        stopped, self.setup = "seeds", self.spent - self.before
         for number, pair in enumerate(self._pairs()):
             lacking = [one for one in pair if _key(*one) not in self.scores]
             if not lacking:

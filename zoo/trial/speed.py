@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from surgeon.errors import ConfigError
 
 _LEAST_SIDE = 32  # pixels; smaller images are another task
+SLACK = 1.25  # times are those of a first try: another start and other steps take longer or shorter
 _LEAST_BATCH = 2  # a BatchNorm needs two samples
 
 
@@ -33,8 +34,8 @@ class Levers:
 
     def told(self, left: float, needed: float) -> str:
         """Options with which `needed` seconds of training fit into the `left` ones, each alone; both together if neither does."""
-        share = max(left, 1.0) / needed
-        found = [f"--max-time {minutes(self.spent + needed)}"]
+        share = max(left, 1.0) / needed / SLACK
+        found = [f"--max-time {minutes(self.spent + SLACK * needed)}"]
         batch, image = self._batch(share), self._image(share)
         found += [one for one in (batch, image) if one is not None]
         if len(found) == 1 and self.batch > _LEAST_BATCH:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from surgeon.errors import ConfigError
+from surgeon.util.declared import training_defaults
 from surgeon.util.files import parse_json, told
 from surgeon.util.parse import parse_input_size
 
@@ -231,6 +232,15 @@ def add_batch_size(parser: Any, told: str, default: int | None = None) -> None:
 def add_workers(parser: Any) -> None:
     """`--workers`."""
     parser.add_argument("--workers", type=natural, default=0, metavar="N", help="data-loading processes (default: 0)")
+
+
+def with_default(flag: str, told: str) -> str:
+    """The help of an option with the config's default, unless that is to do nothing, or is already in it."""
+    value = training_defaults().get(flag.lstrip("-").replace("-", "_"))
+    if value in (None, False, 0, "0") or "(default: " in told:
+        return told
+    shown = "on" if value is True else f"{value:g}" if isinstance(value, float) else value
+    return f"{told} (default: {shown})".replace("%", "%%")
 
 
 def add_lr(parser: Any, told: str = "peak learning rate", *, nargs: str | None = None) -> None:

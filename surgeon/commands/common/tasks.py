@@ -51,7 +51,8 @@ def settle(args: argparse.Namespace) -> None:
     args.task_options = list((options | given).items())
     if options and not set(options) <= set(given):
         taken = ", ".join(f"{key}={_shown(value)}" for key, value in options.items() if key not in given)
-        tell(args, f"as recorded in {args.model}: {args.task} with {taken}")
+        own = ", ".join(f"{key}={_shown(value)}" for key, value in given.items())
+        tell(args, f"as recorded in {args.model}: {args.task} with {taken}{f'; as given: {own}' if own else ''}")
 
 
 def recorded(model: str | None) -> Trained | None:

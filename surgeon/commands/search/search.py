@@ -149,9 +149,9 @@ def _search(args: argparse.Namespace, folder: "SearchFolder", file: "Study") -> 
                 interrupt(processes)
     except KeyboardInterrupt:  # the second Ctrl-C
         return _interrupted()
-    tell(args, f"{_ENDS[outcome.stopped]}; trained here: {outcome.evaluated}")
     if outcome.stopped == "interrupted":
-        return _interrupted()
+        return _interrupted(outcome.evaluated)
+    tell(args, f"{_ENDS[outcome.stopped]}; trained here: {outcome.evaluated}")
     assert search.gate is not None
     if args.finals:
         try:
@@ -359,7 +359,6 @@ _ENDS = {  # why a worker stops
     "trials": "all trials are done",
     "time": "--max-time is over",
     "exhausted": "there is no other placement within the budgets",
-    "interrupted": "interrupted",
 }
 
 
@@ -388,8 +387,9 @@ class _Progress:
         tell(self.args, told + (f"; uses {used}" if used else ""))
 
 
-def _interrupted() -> int:
-    print("surgeon: interrupted; resume with the same command and --resume", file=sys.stderr)
+def _interrupted(trained: int | None = None) -> int:
+    told = "" if trained is None else f"; trained here: {trained}"
+    print(f"surgeon: interrupted{told}; resume with the same command and --resume", file=sys.stderr)
     return 130
 
 

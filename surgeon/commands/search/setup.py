@@ -19,6 +19,7 @@ from surgeon.commands.common.arguments import (
     build,
     building,
     not_negative,
+    with_default,
 )
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
@@ -51,11 +52,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of a trial's training; --max-memory limits the memory of such a step."""
     group = parser.add_argument_group("training")
     add_batch_size(group, "samples per step (default: 32)", 32)
-    add_lr(group)
+    add_lr(group, with_default("--lr", "peak learning rate"))
     group.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="default: adamw")
-    group.add_argument(
-        "--weight-decay", type=not_negative, metavar="X", help="weight decay, except on norms and biases"
-    )
+    decay = with_default("--weight-decay", "weight decay, except on norms and biases")
+    group.add_argument("--weight-decay", type=not_negative, metavar="X", help=decay)
     group.add_argument(
         "--new-lr-scale",
         type=above_zero,

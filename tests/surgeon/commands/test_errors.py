@@ -113,7 +113,7 @@ def test_weights(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_another_head_names_an_option_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), "shapes.pth")
-    Path("mine.py").write_text(
+    Path("heads.py").write_text(
         "import timm\ndef make(classes=10):\n    return timm.create_model('test_resnet', num_classes=classes)\n"
     )
     argv = ["inspect", "test_resnet", "--weights", "shapes.pth", "--quiet"]
@@ -121,7 +121,7 @@ def test_another_head_names_an_option_of_the_command(capsys: pytest.CaptureFixtu
     assert main([*argv, "--num-classes", "3"]) == 0
     capsys.readouterr()
     fails(["export", *argv[1:], "-o", "m.onnx"], 2, [": --num-classes 3"], capsys)
-    argv[1] = "mine:make"
+    argv[1] = "heads:make"
     fails(argv, 2, [": --model-args classes=3"], capsys)
     assert main([*argv, "--model-args", "classes=3"]) == 0
     capsys.readouterr()

@@ -88,6 +88,8 @@ def test_the_answer_in_a_sentence() -> None:
     assert "undecided: +1.09 points of top-1 with each of 3 seeds" in tied.sentence()
     assert "judging samples are too few to tell" in tied.sentence()
     assert "1 judging sample is too few" in replace(tied, samples=tied.samples | {"judge": 1}).sentence()
+    assert "exceed by chance in 18 of 100 trials" in won.to_text(200)  # Student's t with two degrees of freedom
+    assert "FLOPs: of one image of 3x8x8" in make_answer([0.5], [0.6], size=[3, 8, 8]).to_text()
     assert make_answer([], []).sentence().startswith("no answer: not one pair")
     perfect = make_answer([1.0] * 3, [1.0] * 3, samples={"train": 8, "choose": 2, "judge": 72})
     assert "+0 points of top-1 with each of 3 seeds; both are right on all 72 judging samples" in perfect.sentence()
@@ -221,7 +223,7 @@ def test_a_trial_from_the_command_line(attempt: Try, capsys: pytest.CaptureFixtu
     )  # of the untrained; an error
     page = Path("out/report/report.html").read_text()
     resumed = page[page.index("<pre>surgeon try") :].partition("</pre>")[0]
-    assert re.search(r"--seeds 3 --lr 0.001 0.01 --json --resume --max-time 60m$", resumed), resumed
+    assert re.search(r"--lr 0.001 0.01 --json --resume --max-time 60m --seeds 6$", resumed), resumed
     assert re.search(r"<pre>surgeon finetune out/model .* --trust-factory</pre>", page)  # whose factory is code
     assert found["answer"] in json.loads(Path("out/answer.json").read_text())["answer"]
     model = surgeon.load("out/model", trust_factory=True)

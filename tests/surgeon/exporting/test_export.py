@@ -44,6 +44,9 @@ def test_onnx_with_every_layer_type_and_free_sizes(tmp_path: Path) -> None:
     assert not file.functions
     assert found.operators == len(file.graph.node)
     assert ([one.name for one in file.graph.input], [one.name for one in file.graph.output]) == (["images"], ["output"])
+    sizes = [size.dim_param or size.dim_value for size in file.graph.input[0].type.tensor_type.shape.dim]
+    assert sizes == ["batch", 3, "height", "width"]  # not torch's symbols
+    assert file.graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert found.input == "images"
     assert found.size == (tmp_path / "m.onnx").stat().st_size
     for shape in ((1, 3, 40, 24), (5, 3, 19, 33)):

@@ -81,8 +81,10 @@ def test_spans(text: str, steps: int) -> None:
 
 
 def test_times() -> None:
-    assert [parse_time(text) for text in ("90", "45s", "30m", "1.5h", "2d")] == [90, 45, 1800, 5400, 172800]
-    for wrong in ("", "0", "-3m", "3 weeks"):
+    assert [parse_time(text) for text in (90, "45s", "30m", "1.5h", "2d")] == [90, 45, 1800, 5400, 172800]
+    with pytest.raises(ConfigError, match="'30' has no unit: write 30s or 30m"):
+        parse_time("30")
+    for wrong in ("", "0s", "-3m", "3 weeks"):
         with pytest.raises(ConfigError, match="expected a time"):
             parse_time(wrong)
     assert parse_span("1.5ep") == (1.5, "ep")

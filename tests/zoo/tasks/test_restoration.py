@@ -122,7 +122,16 @@ def test_one_folder_is_divided_and_validation_alone_is_enough(folders: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "options", [{"sigma": "x"}, {"predicts": "both"}, {"loss": "l3"}, {"patch": 0}, {"val_sigma": -1}]
+    "options",
+    [
+        {"sigma": "x"},
+        {"sigma": 0.1},
+        {"val_sigma": 0.1},
+        {"predicts": "both"},
+        {"loss": "l3"},
+        {"patch": 0},
+        {"val_sigma": -1},
+    ],
 )
 def test_wrong_options(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
