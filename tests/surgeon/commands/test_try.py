@@ -159,7 +159,7 @@ def test_a_short_time_takes_the_sweep_first_and_then_the_answer() -> None:
     short = make_plan(60, Speed(step=1.0, sample=0.0, run=1.0), **LENGTHS, rates=(1e-4, 3e-4, 1e-3))
     assert (short.rates, short.steps) == ((3e-4,), 17)  # fewer than asked for rather than none
     levers = Levers(batch=32, size=(3, 224, 224), option="input_size", spent=100.0)
-    given = "give --max-time 3m, or --batch-size 16, or --task-option input_size=3,160,160"
+    given = "give --max-time 3m, or --batch-size 8, or --task-option input_size=3,128,128"
     with pytest.raises(
         ConfigError, match=rf"leaves 20 s for training, and 3 seeds of 8 steps .* take about 38 s: {given}$"
     ):
@@ -167,11 +167,12 @@ def test_a_short_time_takes_the_sweep_first_and_then_the_answer() -> None:
 
 
 def test_levers_are_values_that_suffice() -> None:
+    """With a quarter to spare."""
     levers = Levers(batch=8, size=(3, 96, 96), option="patch", spent=0.0)
-    assert levers.told(100.0, 200.0) == "--max-time 4m, or --batch-size 4, or --task-option patch=64"
-    assert levers.told(10.0, 9000.0) == "--max-time 2.5h"
-    assert levers.told(10.0, 85.0) == "--max-time 2m, or --task-option patch=32"
-    assert levers.told(10.0, 100.0) == "--max-time 2m, or --batch-size 2 with --task-option patch=56"
+    assert levers.told(100.0, 200.0) == "--max-time 5m, or --batch-size 2, or --task-option patch=56"
+    assert levers.told(10.0, 9000.0) == "--max-time 3.5h"
+    assert levers.told(10.0, 65.0) == "--max-time 2m, or --task-option patch=32"
+    assert levers.told(10.0, 100.0) == "--max-time 3m, or --batch-size 2 with --task-option patch=48"
 
 
 def test_a_time_that_is_too_short_is_said_after_the_first_step(
@@ -182,7 +183,7 @@ def test_a_time_that_is_too_short_is_said_after_the_first_step(
     monkeypatch.setattr(Trial, "_probe", lambda trial, network, task, count: (steps.append(count), slow)[1])
     assert main(["try", FACTORY, *SHORT, "--batch-size", "4", "--quiet", "--max-time", "5m", "-o", "out"]) == 2
     error = capsys.readouterr().err
-    assert re.search("3 seeds of 8 steps of both networks take about 4000 s: give --max-time 6[78]m", error), error
+    assert re.search("3 seeds of 8 steps of both networks take about 4000 s: give --max-time 8[45]m", error), error
     assert steps == [1]
     assert not Path("out").exists()
 
@@ -277,7 +278,7 @@ def test_the_time_is_honored(attempt: Try, monkeypatch: pytest.MonkeyPatch, caps
     assert (found["stopped"], found["seeds"]) == ("time", [0])
     (note,) = [note for note in found["notes"] if "the time is up" in note]
     assert re.search(
-        r"\(another pair takes about 1,000,000 s, and .* were left\): --resume --max-time 585h trains more", note
+        r"\(another pair takes about 1,000,000 s, and .* were left\): --resume --max-time 731h trains more", note
     )
 
 
