@@ -5,12 +5,11 @@ conversion (`rules` name single layers, with every option resolved, so that a st
 """
 
 import json
-import platform
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -209,13 +208,15 @@ def versions() -> dict[str, str]:
 
     found = {"surgeon": surgeon.__version__}
     found |= {name: _installed(name) for name in ("torch", "torchvision", "timm")}
-    found["python"] = platform.python_version()
+    found["python"] = sys.version.split()[0]
     return found
 
 
 @cache
 def _installed(name: str) -> str:
     """The version of a package, which takes milliseconds to read."""
+    from importlib.metadata import PackageNotFoundError, version  # which would slow every --help down
+
     try:
         return version(name)
     except PackageNotFoundError:

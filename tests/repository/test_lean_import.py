@@ -29,9 +29,11 @@ def test_importing_loads_no_heavy_library(module: str) -> None:
 
 
 def test_help_of_every_command_is_there_at_once() -> None:
-    """No heavy library is loaded, and the process takes at most 0.3 s of processor time, the best of five on a busy machine."""
+    """No heavy library is loaded, and the process takes at most twelve times what an empty one takes (0.3 s if that is 25 ms)."""
     code = """
-import argparse, sys, time
+import time
+print("empty", time.process_time())
+import argparse, sys
 from surgeon.cli import _parser, main
 
 (commands,) = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
@@ -42,14 +44,16 @@ for name in commands.choices:
     assert main([name, "--help"]) == 0
 print("loaded", sorted({"torch", "numpy", "optuna", "matplotlib", "timm"} & set(sys.modules)))
 """
-    times = []
-    while len(times) < 5 and min(times, default=1.0) > 0.3:
+    shares: list[float] = []
+    while len(shares) < 3 and min(shares, default=100.0) > 12:  # other processes disturb
         done = run(code)
         assert done.returncode == 0, done.stderr
-        told = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("once ", "loaded ")))
+        told = dict(
+            line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("empty ", "once ", "loaded "))
+        )
         assert told["loaded"] == "[]"
-        times.append(float(told["once"]))
-    assert min(times) <= 0.3
+        shares.append(float(told["once"]) / float(told["empty"]))
+    assert min(shares) <= 12
 
 
 WRONG = {
