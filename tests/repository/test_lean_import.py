@@ -29,7 +29,7 @@ def test_importing_loads_no_heavy_library(module: str) -> None:
 
 
 def test_help_of_every_command_is_there_at_once() -> None:
-    """No heavy library is loaded, and the process takes at most twelve times what an empty one takes (0.3 s if that is 25 ms)."""
+    """No heavy library is loaded, and the process takes at most twenty times what an empty one takes (0.3 s of 15 ms)."""
     code = """
 import time
 print("empty", time.process_time())
@@ -45,7 +45,7 @@ for name in commands.choices:
 print("loaded", sorted({"torch", "numpy", "optuna", "matplotlib", "timm"} & set(sys.modules)))
 """
     shares: list[float] = []
-    while len(shares) < 3 and min(shares, default=100.0) > 12:  # other processes disturb
+    while len(shares) < 3 and min(shares, default=100.0) > 20:  # other processes disturb
         done = run(code)
         assert done.returncode == 0, done.stderr
         told = dict(
@@ -53,7 +53,7 @@ print("loaded", sorted({"torch", "numpy", "optuna", "matplotlib", "timm"} & set(
         )
         assert told["loaded"] == "[]"
         shares.append(float(told["once"]) / float(told["empty"]))
-    assert min(shares) <= 12
+    assert min(shares) <= 20
 
 
 WRONG = {
