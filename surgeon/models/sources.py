@@ -132,7 +132,8 @@ def named_factory(name: str) -> Any:
 
 
 def _factory_model(base: BaseModel) -> nn.Module:
-    return _as_module(named_factory(base.name)(**base.kwargs))
+    factory = named_factory(base.name)  # a variable, as `refused_argument` needs it
+    return _as_module(factory(**base.kwargs))
 
 
 def _program(base: BaseModel) -> nn.Module:

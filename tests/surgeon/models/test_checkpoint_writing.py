@@ -34,7 +34,7 @@ def saved(tmp_path: Path) -> Path:
 
 def test_an_existing_folder_is_replaced_only_by_force(saved: Path) -> None:
     before = contents(saved)
-    with pytest.raises(CheckpointError, match=r"exists.*--force"):
+    with pytest.raises(CheckpointError, match=r"exists.*force=True"):
         save(tiny(), saved)
     assert contents(saved) == before
     save(tiny(num_classes=3), saved, force=True)
