@@ -62,7 +62,6 @@ exit codes: 0 done; 1 a check failed, or nothing could be replaced; 2 wrong usag
 """
 
 
-@in_terminal()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. SIGTERM ends it as Ctrl-C does."""
     owner = os.getpid()
@@ -89,11 +88,11 @@ def _run(argv: Sequence[str] | None) -> int:
     args.began, args.argv = began, list(sys.argv[1:] if argv is None else argv)
     try:
         _start_logging(args)
-        if args.check is not None:
-            args.check(args)  # what can be refused before the libraries are loaded
-        checks.trust(args)
-        _load(args)
-        with one_document() if args.json else nullcontext(), in_terminal(args.flags):
+        with in_terminal(args.flags), one_document() if args.json else nullcontext():
+            if args.check is not None:
+                args.check(args)  # what can be refused before the libraries are loaded
+            checks.trust(args)
+            _load(args)
             code = handler(args)
         sys.stdout.flush()
         return code

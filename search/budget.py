@@ -173,11 +173,7 @@ def as_budget(resource: str, value: float) -> str:
 
 
 def check_feasible(
-    problem: Problem,
-    original: Mapping[str, int],
-    *,
-    translate: Translate | None = None,
-    budgets: Budgets | None = None,
+    problem: Problem, original: Mapping[str, int], budgets: Budgets, *, translate: Translate | None = None
 ) -> None:
     """Raise `InfeasibleError` with the nearest numbers if no placement, not even the unmodified model, is within the limits.
 
@@ -201,7 +197,7 @@ def check_feasible(
     least = {name: smallest(problem, name) for name in limited}
     alone = f"; each alone could go down to {amounts(least)}" if len(limited) > 1 else ""
     wanted = {name: problem.limit(name) or 0 for name in limited}
-    given = {name: getattr(budgets, name, None) for name in limited}
+    given: dict[str, Bound | None] = {name: getattr(budgets, name) for name in limited}
     relative = [f"{FLAGS[name]} {bound.text}" for name, bound in given.items() if bound is not None and bound.relative]
     told = f" ({', '.join(relative)})" if relative else ""
     original_costs = {name: original[name] for name in limited}

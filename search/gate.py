@@ -115,7 +115,7 @@ class Gate:
         def translate(resource: str, value: float) -> float:
             return self.calibration.needed(value, reserve) if resource == "memory" else value
 
-        check_feasible(self.problem, costs, translate=translate, budgets=self.budgets)
+        check_feasible(self.problem, costs, self.budgets, translate=translate)
 
     def check(self, placement: Sequence[int] | Ints) -> Verdict:
         """The verdict on a placement, from the table, and if that accepts it, from a whole trace and timings."""

@@ -45,11 +45,9 @@ class SEKGConfig(LayerConfig):
 
     @classmethod
     def symbols_of(cls, options: Mapping[str, Any]) -> Mapping[str, str]:
-        own = options.get("mode", "auto") in (
-            "depthwise",
-            "factorised",
-        )  # the kernels are as large as the convolution's
-        return {key: letter for key, letter in cls.symbols.items() if key != "kernel_size" or not own}
+        # elsewhere the generated kernels are as large as the convolution's
+        after = options.get("mode", "auto") not in ("depthwise", "factorised")
+        return {key: letter for key, letter in cls.symbols.items() if key != "kernel_size" or after}
 
     def __post_init__(self) -> None:
         check_norm(self.told(), self.norm)

@@ -18,7 +18,7 @@ from surgeon.commands.common.arguments import (
 )
 from surgeon.errors import ConfigError, InputError
 from surgeon.util.outputs import is_surgeon_folder
-from surgeon.util.parse import parse_bytes, parse_quantity
+from surgeon.util.parse import parse_bytes, parse_count
 from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
@@ -116,10 +116,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _budgets(args: argparse.Namespace) -> dict[str, int]:
     """The limits given, by the names of their costs."""
-    flops, memory = args.max_flops, args.max_memory
-    return ({"flops": parse_quantity(flops, "--max-flops")} if flops else {}) | (
-        {"total_bytes": parse_bytes(memory, "--max-memory")} if memory else {}
-    )
+    given = {
+        "flops": (parse_count, args.max_flops, "--max-flops"),
+        "total_bytes": (parse_bytes, args.max_memory, "--max-memory"),
+    }
+    return {name: parse(text, flag) for name, (parse, text, flag) in given.items() if text}
 
 
 def _cost_of(spec: str, args: argparse.Namespace, options: dict[str, Any], **settings: Any) -> "tuple[nn.Module, Cost]":

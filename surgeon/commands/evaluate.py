@@ -22,7 +22,6 @@ from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError, ModelError, SurgeonError, in_terminal
 from surgeon.records.training import original_folder, unequal_training
 from surgeon.util.few import few_judge
-from surgeon.util.outputs import is_surgeon_folder
 from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
@@ -129,15 +128,13 @@ def _task(args: argparse.Namespace) -> "Task":
 
 
 def _model(args: argparse.Namespace) -> "tuple[nn.Module, Recipe | None]":
-    from surgeon.models.hub import folder_if_any
     from surgeon.records.recipe import get_recipe
 
     model, _ = build(args)
-    if is_surgeon_folder(folder_if_any(args.model)):
-        return model, get_recipe(model)
-    if args.original == "auto":
+    recipe = get_recipe(model)
+    if recipe is None and args.original == "auto":
         args.original = "none"  # a model given by name is an original
-    return model, None
+    return model, recipe
 
 
 def _original(

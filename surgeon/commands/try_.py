@@ -160,12 +160,10 @@ def resumed(args: argparse.Namespace, answer: "Answer") -> str:
     more = ["--resume", "--max-time", minutes(longer)]
     if answer.stopped == "seeds":
         more += ["--seeds", str(2 * args.seeds)]
-    words = list(args.argv)
-    for flag in ("--max-time", "--seeds", "--resume", "--force"):
-        if flag == "--seeds" and flag not in more:
-            continue
-        for place in [place for place, word in enumerate(words) if word.partition("=")[0] == flag][::-1]:
-            del words[place : place + (2 if flag in ("--max-time", "--seeds") and "=" not in words[place] else 1)]
+    words, replaced = list(args.argv), {"--force", *more}
+    for place in [place for place, word in enumerate(words) if word.partition("=")[0] in replaced][::-1]:
+        alone = words[place] in ("--force", "--resume") or "=" in words[place]
+        del words[place : place + (1 if alone else 2)]
     return shlex.join(["surgeon", *words, *more])
 
 

@@ -123,18 +123,19 @@ def _check_output(output: Path, args: argparse.Namespace) -> None:
 
 def _read(args: argparse.Namespace, model: "nn.Module", base: "BaseModel") -> "dict[str, tuple[Tensor, Any]]":
     """By a name for each: the image as the model's input (C, H, W), and as displayed (H, W, 3) in [0, 1]."""
-    from surgeon.models.images import cropped, evaluation_transform, read_image, returns_images
+    from surgeon.models.images import cropped, evaluation_transform, read_image, transform_for
 
     if args.input_size:
         given = args.input_size
         channels = base.input_size[0] if base.input_size else 3
         base = replace(base, input_size=given if len(given) == 3 else (channels, *given))
-    transform = evaluation_transform(model, base)
-    done, hint = "resized and center-cropped", ""
-    if not args.input_size:
+        transform, hint = evaluation_transform(model, base), ""
+    else:
+        transform = transform_for(model, base, Path(args.images[0]), option="IMAGE")
         hint = ", the model's own size; --input-size sets another"
-        if returns_images(model, read_image(Path(args.images[0]), transform, base, option="IMAGE")):
-            transform, done, hint = cropped, "center-cropped", "; --input-size sets a size that they are resized to"
+    done = "resized and center-cropped"
+    if transform is cropped:
+        done, hint = "center-cropped", "; --input-size sets a size that they are resized to"
     found: dict[str, tuple[Tensor, Any]] = {}
     for file in map(Path, args.images):
         name = stem = file.stem

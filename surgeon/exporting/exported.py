@@ -81,10 +81,10 @@ def write(
             )
         assert made is not None
         made.save(path, external_data=_weights(program) >= LARGE)
-        onnx.checker.check_model(path, full_check=True)
         model = onnx.load(path, load_external_data=False)
         if _name_sizes(model.graph):
             onnx.save(model, path)
+        onnx.checker.check_model(path, full_check=True)
     except OSError:  # a full disk says nothing about the model
         raise
     except Exception as error:

@@ -39,12 +39,10 @@ def read_images(
         raise InputError(f"{option}: {folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
     step = max(len(files) / limit, 1.0)
     chosen = [files[int(i * step)] for i in range(min(limit, len(files)))]
-    transform = evaluation_transform(model, base)
-    if returns_images(model, read_image(chosen[0], transform, base, option=option)):
-        pictures = [read_image(file, cropped, base, option=option) for file in chosen]
-        height, width = (min(picture.shape[axis] for picture in pictures) for axis in (1, 2))
-        return torch.stack([center_crop(picture, [height, width]) for picture in pictures])
-    return torch.stack([read_image(file, transform, base, option=option) for file in chosen])
+    transform = transform_for(model, base, chosen[0], option=option)
+    pictures = [read_image(file, transform, base, option=option) for file in chosen]
+    height, width = (min(picture.shape[axis] for picture in pictures) for axis in (1, 2))
+    return torch.stack([center_crop(picture, [height, width]) for picture in pictures])
 
 
 def read_image(file: Path, transform: Callable[[Any], Tensor], base: BaseModel, *, option: str) -> Tensor:
@@ -77,6 +75,12 @@ def evaluation_transform(model: nn.Module, base: BaseModel) -> Callable[[Any], T
         steps.append(transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     composed: Callable[[Any], Tensor] = transforms.Compose(steps)
     return composed
+
+
+def transform_for(model: nn.Module, base: BaseModel, file: Path, *, option: str) -> Callable[[Any], Tensor]:
+    """`evaluation_transform`, or `cropped` for a network that returns an image of this one."""
+    transform = evaluation_transform(model, base)
+    return cropped if returns_images(model, read_image(file, transform, base, option=option)) else transform
 
 
 def returns_images(model: nn.Module, picture: Tensor) -> bool:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from surgeon.errors import ModelError, SurgeonError, called, offered
 from surgeon.models.heads import HeadError
@@ -139,19 +138,10 @@ def build_structure(base: BaseModel, *, trust_factory: bool = False) -> nn.Modul
 def build_shapes(base: BaseModel, *, trust_factory: bool = False) -> nn.Module:
     """The structure on the meta device, which needs no memory; on the CPU if the factory computes with values."""
     try:
-        with torch.device("meta"), _Unfilled():
+        with torch.device("meta"):
             return build_structure(base, trust_factory=trust_factory)
     except ModelError:
         return build_structure(base, trust_factory=trust_factory)
-
-
-class _Unfilled(TorchFunctionMode):
-    """Leaves tensors on the meta device unfilled: they have no values, but drawing them takes most of a model's building."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and getattr(func, "__name__", "") in ("normal_", "uniform_") and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 def shapes_of(spec: str, *, num_classes: int | None = None, options: dict[str, Any] | None = None) -> nn.Module:

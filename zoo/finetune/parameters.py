@@ -99,7 +99,9 @@ def parameter_groups(
     """
     config = FinetuneConfig(lr=lr, weight_decay=weight_decay, new_lr_scale=new_lr_scale, fan_in_lr=fan_in_lr)
     groups = optimizer_groups(group_parameters(model, config), config)
-    return [group | {"lr": lr * group.pop("lr_scale")} for group in groups]
+    for group in groups:
+        group["lr"] = lr * group.pop("lr_scale")
+    return groups
 
 
 def dynamic_modules(model: nn.Module) -> Iterator[tuple[str, DynamicConv2d]]:

@@ -342,16 +342,16 @@ def _at_size(base: BaseModel | None, size: tuple[int, ...]) -> BaseModel | None:
 
 
 def told_data(model: nn.Module, task: Task, data: Data) -> list[str]:
-    """Notes on what the task took from the model's recipe, and on samples that it leaves out."""
+    """Notes on what the task took from the model's recipe, and on limits of its sets."""
     notes = []
-    size = tuple(data.train[0]["input"].shape)
-    if task.config.input_size is None and size == chosen_size(model):
-        told = "x".join(map(str, size))
+    chosen = chosen_size(model) if task.config.input_size is None else None
+    if chosen is not None and chosen == tuple(data.train[0]["input"].shape):
+        told = "x".join(map(str, chosen))
         option = called("--task-option input_size=SIZE", "input_size=")
         notes.append(f"inputs are {told}, as recorded with the model ({option} changes that)")
-    for split, dataset in (("train", data.train), ("val", data.val)):
-        if getattr(task.config, f"{split}_limit") == len(dataset):
-            notes.append(f"{split}_limit={len(dataset)}: other samples of that set are left out")
+    for name in ("train_limit", "val_limit"):
+        if (limit := getattr(task.config, name)) is not None:
+            notes.append(f"{name}={limit}: at most that many samples of the set are used")
     return notes
 
 

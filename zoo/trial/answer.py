@@ -77,9 +77,7 @@ class Answer:
     start: float | None = None  # of the network before any training; None: there was no time to measure it
     notes: list[str] = field(default_factory=list)
     size: list[int] = field(default_factory=list)  # (C, H, W) of the image that the FLOPs are of
-    more_time: float | None = (
-        None  # seconds for all sessions that take the seeds of an answer; None if time was no limit
-    )
+    more_time: float | None = None  # seconds in all for the seeds of an answer; None if time was no limit
 
     def ends_below_start(self) -> bool:
         """Whether both networks are worse after training than the network was before, on average over the seeds."""
@@ -213,7 +211,9 @@ def how(answer: Answer) -> list[str]:
             f"decided: beyond two standard errors, which {seeds} seeds of equal networks exceed by chance in "
             f"{100 * by_chance(seeds):.0f} of 100 trials"
         )
-    return [*lines, f"FLOPs: of one image of {'x'.join(map(str, answer.size))}"] if answer.size else lines
+    if answer.size:
+        lines.append(f"FLOPs: of one image of {'x'.join(map(str, answer.size))}")
+    return lines
 
 
 def _rates(swept: Mapping[str, Mapping[str, float | None]]) -> str:

@@ -139,6 +139,8 @@ def test_budgets_decide_the_exit_code(capsys: pytest.CaptureFixture[str]) -> Non
     assert code == 1
     assert "over budget: 3,628,146,688 FLOPs per image, above 1,000,000,000 FLOPs" in out
     assert "MiB of memory, above 9.0 MiB" in run(capsys, "test_resnet", "--input-size", "32", "--max-memory", "9MiB")[1]
+    with pytest.raises(ConfigError, match="--max-flops: '1GiB' is a number of bytes"):
+        run(capsys, "resnet18", "--max-flops", "1GiB")
     with pytest.raises(ConfigError, match=r"--max-memory.*4\.5G"):
         run(capsys, "resnet18", "--max-memory", "4,5G")
 
