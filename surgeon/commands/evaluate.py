@@ -19,7 +19,7 @@ from surgeon.commands.common.arguments import (
     print_json,
 )
 from surgeon.commands.common.tasks import add_task, make_task, settle
-from surgeon.errors import ConfigError, ModelError, SurgeonError, in_terminal
+from surgeon.errors import ConfigError, ModelError, SurgeonError
 from surgeon.records.training import original_folder, unequal_training
 from surgeon.util.few import few_judge
 from surgeon.util.waiting import waiting
@@ -148,8 +148,8 @@ def _original(
         return None, "", None
     if args.original != "auto":
         weights = args.original_weights or "auto"
-        with in_terminal():  # --num-classes is MODEL's
-            named, _ = build_model(args.original, weights=weights, seed=args.seed, trust_factory=args.trust_factory)
+        given = {"seed": args.seed, "trust_factory": args.trust_factory}
+        named, _ = build_model(args.original, weights=weights, head="weights", **given)
         return named, args.original, get_recipe(named)
     base = None if recipe is None else recipe.base
     if base is None:

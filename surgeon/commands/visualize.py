@@ -185,7 +185,8 @@ def _original(args: argparse.Namespace, base: "BaseModel") -> "nn.Module | None"
 
     if args.against == "auto":
         return restore(base, weights=args.against_weights, trust_factory=args.trust_factory)
-    return build_model(args.against, weights=args.against_weights or "auto", trust_factory=args.trust_factory)[0]
+    weights = args.against_weights or "auto"
+    return build_model(args.against, weights=weights, head="weights", trust_factory=args.trust_factory)[0]
 
 
 def _draw(

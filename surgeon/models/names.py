@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -46,12 +46,14 @@ def build_model(
     input_size: tuple[int, ...] | None = None,
     options: dict[str, Any] | None = None,
     trust_factory: bool = False,
+    head: Literal["own", "weights"] = "own",
 ) -> tuple[nn.Module, BaseModel | None]:
     """Build the model named by `spec`, in eval mode, and return how it was built.
 
     `weights` is auto (pretrained if available, otherwise random, with a logged warning), pretrained, random, shapes (random,
     in the structure of the pretrained ones), or a file. Random weights depend on `seed`. `input_size` is (C, H, W) or (H, W).
-    `options` go to the model's own factory. `trust_factory` lets a surgeon folder run the factory that its recipe names.
+    `options` go to the model's own factory. `trust_factory` lets a surgeon folder run the factory that its recipe names. `head` is
+    own, or weights: one with as many outputs as the weights of a file have, where the model's own has others.
     The second result is None only for a surgeon folder whose base model is unknown. Raises `ModelError`.
     """
     from surgeon.models.hub import folder_if_any
@@ -76,7 +78,10 @@ def build_model(
     try:
         model, base = _with_weights(base, weights, seed)
     except HeadError as error:
-        raise ModelError(f"{error}{_option_for(base, error)}") from error
+        name = _head_option(base, error)
+        if name is None or head == "own":
+            raise ModelError(f"{error}{_told_option(name, error)}") from error
+        model, base = _with_weights(replace(base, kwargs=base.kwargs | {name: error.outputs}), weights, seed)
     return model.eval(), base
 
 
@@ -85,24 +90,29 @@ def _kwargs(base: BaseModel, options: dict[str, Any] | None, num_classes: int | 
     return base.kwargs | (options or {}) | ({} if num_classes is None else {"num_classes": num_classes})
 
 
-def _option_for(base: BaseModel, error: HeadError) -> str:
-    """The option with which the model gets the head that the weights have, as the end of a message; empty if none does."""
+def _head_option(base: BaseModel, error: HeadError) -> str | None:
+    """The option of the model's factory with which it gets the head that the weights have; None if none does."""
     names = ["num_classes"]
     if base.source == "factory":
         with contextlib.suppress(ValueError, TypeError):  # some callables have no signature
             parameters = inspect.signature(named_factory(base.name)).parameters.values()
             names += [one.name for one in parameters if type(one.default) is int or one.default is one.empty]
     for name in names:
-        if name == "num_classes":
-            flag, told = "--num-classes", called(f"--num-classes {error.outputs}", f"num_classes={error.outputs}")
-        else:
-            flag = "--model-args"
-            told = called(f"{flag} {name}={error.outputs}", f"options={{{name!r}: {error.outputs}}}")
         with contextlib.suppress(SurgeonError):
             twin = build_shapes(replace(base, kwargs=base.kwargs | {name: error.outputs}), trust_factory=True)
-            if offered(flag) and not mismatches(error.state, twin):
-                return f": {told}"
-    return ""
+            if not mismatches(error.state, twin):
+                return name
+    return None
+
+
+def _told_option(name: str | None, error: HeadError) -> str:
+    """This option as it is given, as the end of a message; empty if there is none."""
+    if name == "num_classes":
+        flag, told = "--num-classes", called(f"--num-classes {error.outputs}", f"num_classes={error.outputs}")
+    else:
+        flag = "--model-args"
+        told = called(f"{flag} {name}={error.outputs}", f"options={{{name!r}: {error.outputs}}}")
+    return f": {told}" if name is not None and offered(flag) else ""
 
 
 def open_model(spec: str, **options: Any) -> nn.Module:

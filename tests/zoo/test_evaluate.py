@@ -179,6 +179,11 @@ def test_which_original(capsys: pytest.CaptureFixture[str]) -> None:
     found = document(capsys)
     assert found["original"]["model"] == "test_efficientnet"
     assert "test_efficientnet was given new, untrained parameters" in found["notes"][0]
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), "shapes.pth")
+    assert main([*given, "--original", "test_resnet", "--original-weights", "shapes.pth"]) == 0, (
+        "with the head of the file"
+    )
+    assert document(capsys)["original"]["model"] == "test_resnet"
 
 
 def test_an_original_that_cannot_be_had_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,9 +125,6 @@ def test_another_head_names_an_option_of_the_command(capsys: pytest.CaptureFixtu
     fails(argv, 2, [": --model-args classes=3"], capsys)
     assert main([*argv, "--model-args", "classes=3"]) == 0
     capsys.readouterr()
-    task = ["--task", "sad", "--original", "test_resnet", "--original-weights", "shapes.pth", "--quiet"]
-    assert main(["evaluate", "test_resnet", "--weights", "random", *task]) == 2
-    assert "--num-classes" not in capsys.readouterr().err, "which is the other network's"
 
 
 @pytest.mark.parametrize(

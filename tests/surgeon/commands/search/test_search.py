@@ -195,10 +195,15 @@ def test_another_model_space_or_budget_is_refused_with_the_difference(capsys: Ca
     assert "there is already a search in s" in capsys.readouterr().err
     assert main(search_arguments("s", "--trials", "1", "--max-flops", "+300%", "--resume")) == 2
     error = capsys.readouterr().err
-    assert "budgets.flops" in error
+    assert "--max-flops is " in error
     assert "Repeat the study's values to continue it, or start another search (another -o)" in error
     assert main(search_arguments("s", "--trials", "1", "--resume", "--model-args", "width=6")) == 2
     assert 'model options ({"width": 6}) is only in this search' in capsys.readouterr().err
+    assert main(search_arguments("s", "--trials", "1", "--resume", "--steps", "9", "--seed", "7", "--lr", "0.5")) == 2
+    error = capsys.readouterr().err
+    assert "--steps is 4 in the study and 9 here" in error
+    assert error.count("--seed is 0 in the study and 7 here") == 1
+    assert not re.search(r"eval_every|evaluator|[a-z]+\.[a-z]+\.", error), "fields of the program"
     other = search_arguments("s", "--trials", "1", "--resume")
     other[1] = "tests.support.training.tasks:Restorer"
     assert main(other) == 2
