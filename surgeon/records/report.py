@@ -62,6 +62,7 @@ class Report:
     params_after: int = 0
     macs_before: int | None = None
     macs_after: int | None = None
+    input_size: tuple[int, ...] | None = None  # (C, H, W) of the image of which they are
     model: str | None = None
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -227,9 +228,9 @@ def name_list(names: list[str], most: int = 12) -> str:
 def _totals(report: Report, width: int) -> str:
     lines = [change("parameters", report.params_before, report.params_after)]
     if report.macs_before is not None and report.macs_after is not None:
-        lines.append(
-            change("FLOPs", 2 * report.macs_before, 2 * report.macs_after) + " in convolutions (1 MAC = 2 FLOPs)"
-        )
+        at = f" at {'x'.join(map(str, report.input_size[-2:]))}" if report.input_size else ""
+        told = f" in convolutions{at} (1 MAC = 2 FLOPs)"
+        lines.append(change("FLOPs", 2 * report.macs_before, 2 * report.macs_after) + told)
     if report.max_abs_error is None or report.max_rel_error is None:
         lines.append("error       not measured")
     else:

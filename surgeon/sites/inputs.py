@@ -65,9 +65,19 @@ class Inputs:
         return Inputs(args=args, given=self.given)
 
     @property
+    def _first(self) -> Any:
+        return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
+
+    @property
+    def image_size(self) -> tuple[int, ...] | None:
+        """(C, H, W) of the first image, in the first tensor or list; None if there is none."""
+        first = self._first[0] if isinstance(self._first, list) and self._first else self._first
+        return tuple(first.shape[-3:]) if isinstance(first, Tensor) and first.dim() > 2 else None
+
+    @property
     def batch(self) -> int:
         """Number of images: the length of the first list, or the first dimension of the first tensor."""
-        first = self.args[0] if self.args else next(iter(self.kwargs.values()), None)
+        first = self._first
         if isinstance(first, Tensor):
             return int(first.shape[0]) if first.dim() > 3 else 1
         if isinstance(first, Sequence) and first:

@@ -106,7 +106,7 @@ def convert(
         _remember(result, order, surgery)
         report = surgery.report(verification)
         report.params_before, report.params_after = params_before, count_parameters(result)
-        report.model = model.__class__.__name__
+        report.model, report.input_size = model.__class__.__name__, sites.seen.inputs.image_size
         report.notes += growth_notes(report)
         if as_graph and not isinstance(result, fx.GraphModule):
             result = _as_graph(result, surgery, check)

@@ -59,6 +59,7 @@ def example() -> Report:
         params_after=40_000_000,
         macs_before=4_089_184_256,
         macs_after=5_000_000_000,
+        input_size=(3, 224, 320),
         model="resnet50",
         notes=["called twice"],
     )
@@ -106,7 +107,7 @@ def test_the_text_fits_its_width_and_leaves_nothing_out(width: int) -> None:
         "layer3.1.conv2, layer3.2.conv2",
         "not selected: 1",
         "25.6M -> 40.0M (x1.57)",
-        "8.18G -> 10.0G",
+        "8.18G -> 10.0G (x1.22) in convolutions at 224x320",
         "4.0e-07 relative",
         "note: called twice",
         "odd",
