@@ -53,7 +53,8 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
             if (cause := FOLLOWS.get(key)) is not None and old.get(cause) != new.get(cause):
                 continue
             if key not in old or key not in new:
-                yield f"{_called(inner)} ({_short(new.get(key, old.get(key)))}) is only in {'this search' if key in new else 'the study'}"
+                side = "this search" if key in new else "the study"
+                yield f"{_called(inner)} ({_short(new.get(key, old.get(key)))}) is only in {side}"
             else:
                 yield from differences(old[key], new[key], inner)
     elif isinstance(old, list) and isinstance(new, list) and all(isinstance(x, str) for x in [*old, *new]):
