@@ -15,7 +15,7 @@ from surgeon.search.study.folder import Finished
 from surgeon.search.study.record import Record
 from surgeon.util import pages
 from surgeon.util.files import filling
-from surgeon.zoo.trial import standard_error, verdict
+from surgeon.zoo.trial import standard_error, verdict, with_error
 
 Other = Finished | None
 
@@ -99,13 +99,12 @@ def _of_finals(found: Finished) -> list[str]:
     sign, primary = (1.0 if found.higher_is_better else -1.0), found.about["task"]["primary"]
     gains = [sign * (a - b) for a, b in zip(best["values"], original["values"], strict=False)]
     error = standard_error(gains)
-    spread = "" if error is None else f" ± {error:.2g}"
     word = {"won": "better", "lost": "worse", "undecided": "not settled to be better or worse"}[verdict(gains)]
     seeds = f"{len(gains)} seed{'s' if len(gains) != 1 else ''}"
     means = f"{primary} {statistics.fmean(best['values']):.5g} against {statistics.fmean(original['values']):.5g}"
     lines = [
         f"The best placement ({_layers(best['placement'])}) is {word} than the unmodified model trained equally: "
-        f"gain {statistics.fmean(gains):+.3g}{spread} ({seeds}), {means}{_cost(found, best['trial'])}."
+        f"gain {with_error(statistics.fmean(gains), error)} ({seeds}), {means}{_cost(found, best['trial'])}."
     ]
     if verdict(gains) == "undecided":
         lines.append("Settled means beyond two standard errors of the paired differences of at least three seeds.")

@@ -35,7 +35,9 @@ overflow-wrap:anywhere;border-top:1px solid var(--line);padding-top:.4rem;
 color:var(--soft)}.key{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.85rem}.key i{display:inline-block;width:.75em;
 height:.75em;border-radius:2px;margin-right:.35em}code,pre{font-size:.88rem}pre{white-space:pre-wrap;background:var(--card);padding:.7rem;
 border:1px solid var(--line);border-radius:6px}
-@media(max-width:520px){svg text:not(.row){font-size:16px}main{padding:.8rem .8rem 2rem}}"""
+@media(max-width:520px){svg text:not(.row){font-size:16px}main{padding:.8rem .8rem 2rem}
+table.told,.told tbody{display:block}.told tr{display:grid;grid-template-columns:repeat(var(--n),1fr);border-bottom:1px solid var(--line)}
+.told td,.told th{border:0;padding-right:.4rem;font-size:.8rem;overflow-wrap:anywhere}.told th{font-size:.7rem}.told td:last-child,.told th:last-child{grid-column:1/-1}}"""
 
 _SCRIPT = """for(const f of document.querySelectorAll('figure')){
 const t=f.querySelector('.tip'),m=[...f.querySelectorAll('[data-tip]')];
@@ -108,7 +110,7 @@ def grid(sections: Sequence[str]) -> str:
 
 
 def rows(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table; columns of numbers are right-aligned."""
+    """A table; columns of numbers are right-aligned. On a phone, text in the last of several columns goes below the others."""
     numeric = [bool(lines) and all(_is_number(line[i]) for line in lines) for i in range(len(lines[0]) if lines else 0)]
     kinds = [' class="n"' if number else "" for number in numeric]
     head = "".join(f"<th{kind}>{html.escape(cell)}</th>" for cell, kind in zip(header, kinds, strict=False))
@@ -116,7 +118,8 @@ def rows(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         "<tr>" + "".join(f"<td{k}>{html.escape(c)}</td>" for c, k in zip(line, kinds, strict=True)) + "</tr>"
         for line in lines
     )
-    return f'<div class="scroll"><table>{f"<tr>{head}</tr>" if header else ""}{body}</table></div>'
+    told = f' class="told" style="--n:{len(numeric) - 1}"' if header and numeric[2:] and not numeric[-1] else ""
+    return f'<div class="scroll"><table{told}>{f"<tr>{head}</tr>" if header else ""}{body}</table></div>'
 
 
 _NUMBER = re.compile(r"-|[+x±-]? ?\d[\d.,]*(e[+-]?\d+)? ?(%|[kMGT]?B?|ms|s)")

@@ -15,6 +15,14 @@ SHARES = ("top1", "miou")  # at most 1
 UNITS = {"top1": ("points of top-1", 100.0), "miou": ("points of mIoU", 100.0), "psnr": ("dB", 1.0)}
 
 
+def with_error(value: float, error: float | None) -> str:
+    """A difference and its error to the same decimals: the error to two digits."""
+    if not error or not math.isfinite(error):
+        return f"{value:+.3g}" + ("" if error is None else f" ± {error:.2g}")
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:+.{decimals}f} ± {error:.{decimals}f}"
+
+
 def standard_error(values: Sequence[float]) -> float | None:
     """Standard error of the mean; None for fewer than two values."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -134,7 +142,7 @@ class Answer:
         seeds = counted(count_, "seed")
         if self.gain is None:
             return "no answer: not one pair was trained to its end"
-        found = f"{self.gain:+.3g}" + ("" if error is None else f" ± {error:.2g}")
+        found = with_error(self.gain, error)
         if self.verdict == "won":
             return f"gain {found} {self.unit} ({seeds})"
         if self.verdict == "lost":

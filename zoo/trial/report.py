@@ -8,7 +8,7 @@ from surgeon.errors import CheckpointError
 from surgeon.util import pages
 from surgeon.util.files import filling
 from surgeon.util.tables import count, duration
-from surgeon.zoo.trial.answer import ARMS, Answer, how
+from surgeon.zoo.trial.answer import ARMS, Answer, how, with_error
 
 
 def write_report(answer: Answer, folder: Path, go_on: str, resume: str) -> Path:
@@ -72,7 +72,7 @@ def _differences(answer: Answer) -> str:
     names = [f"seed {seed}" for seed in answer.seeds]
     if answer.gain is not None:
         spread = 2 * (answer.error or 0.0)
-        told = f"mean of {len(answer.gains)}: {answer.gain:+.3g} ± {spread:.2g} {answer.unit} (two standard errors)"
+        told = f"mean of {len(answer.gains)}: {with_error(answer.gain, spread)} {answer.unit} (two standard errors)"
         ends = {} if answer.error is None else {"low": answer.gain - spread, "high": answer.gain + spread}
         marks.append(pages.Mark(x=len(names), y=answer.gain, told=told, group=1, **ends))
         names.append("mean")

@@ -68,11 +68,11 @@ def test_the_standard_error_is_that_of_the_mean() -> None:
 
 def test_the_answer_in_a_sentence() -> None:
     won = make_answer([0.5, 0.51, 0.52], [0.504, 0.5145, 0.525])
-    assert won.sentence() == "gain +0.45 ± 0.029 points of top-1 (3 seeds), costs x1.08 FLOPs, x1.4 time a step"
+    assert won.sentence() == "gain +0.450 ± 0.029 points of top-1 (3 seeds), costs x1.08 FLOPs, x1.4 time a step"
     assert (
         make_answer([0.5] * 3, [0.49, 0.491, 0.492])
         .sentence()
-        .startswith("loss -0.9 ± 0.058 points of top-1 (3 seeds)")
+        .startswith("loss -0.900 ± 0.058 points of top-1 (3 seeds)")
     )
     none = make_answer([0.5] * 3, [0.501, 0.499, 0.5])
     assert none.sentence().startswith("no gain seen beyond ± 0.12 points of top-1 (+0")
@@ -324,7 +324,7 @@ def test_the_page_says_the_answer_and_is_whole(tmp_path: Path) -> None:
     swept = {arm: {"0.001": 0.5, "0.01": 0.4} for arm in ("original", "converted")}
     several = write_report(make_answer([0.5], [0.6], swept=swept), tmp_path / "more", "", "")
     assert "Learning rates that were tried" in several.read_text()
-    assert "Gain +0.45 ± 0.029 points of top-1 (3 seeds)" in text
+    assert "Gain +0.450 ± 0.029 points of top-1 (3 seeds)" in text
     assert "a &lt;note&gt;" in text
     assert text.count('data-tip="seed ') == 3
     assert "prefers-color-scheme:dark" in text
