@@ -36,8 +36,10 @@ color:var(--soft)}.key{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.85r
 height:.75em;border-radius:2px;margin-right:.35em}code,pre{font-size:.88rem}pre{white-space:pre-wrap;background:var(--card);padding:.7rem;
 border:1px solid var(--line);border-radius:6px}
 @media(max-width:520px){svg text:not(.row){font-size:16px}main{padding:.8rem .8rem 2rem}
-table.told,.told tbody{display:block}.told tr{display:grid;grid-template-columns:repeat(var(--n),1fr);border-bottom:1px solid var(--line)}
-.told td,.told th{border:0;padding-right:.4rem;font-size:.8rem;overflow-wrap:anywhere}.told th{font-size:.7rem}.told td:last-child,.told th:last-child{grid-column:1/-1}}"""
+table.told,.told tbody{display:block}.told tr{display:grid;grid-template-columns:repeat(var(--n),1fr);
+border-bottom:1px solid var(--line)}
+.told td,.told th{border:0;padding-right:.4rem;font-size:.8rem;overflow-wrap:anywhere}.told th{font-size:.7rem}
+.told td:last-child,.told th:last-child{grid-column:1/-1}}"""
 
 _SCRIPT = """for(const f of document.querySelectorAll('figure')){
 const t=f.querySelector('.tip'),m=[...f.querySelectorAll('[data-tip]')];
