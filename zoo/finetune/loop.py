@@ -239,12 +239,16 @@ class Run:
         return self.before + time.monotonic() - self.began
 
     def rest(self) -> float:
-        """Estimated seconds for the end of the run: an evaluation, and a second one after BatchNorm statistics are recomputed."""
+        """Estimated seconds for the end of the run: an evaluation, and others after BatchNorm statistics are recomputed.
+
+        These are of the last weights, and of the best ones if they are kept.
+        """
         config = self.config
         if not config.recalibrate or config.freeze_bn or not measures_statistics(self.trainer.result):
             return self.evaluation
         forward = self.pace / config.accumulate / 3  # of a batch, without its backward pass
-        return 2 * self.evaluation + config.recalibrate * forward
+        networks = 2 if config.keep == "best" else 1
+        return (1 + networks) * self.evaluation + networks * config.recalibrate * forward
 
     def _is_last(self) -> bool:
         """Whether time runs out unless the next step is the last."""

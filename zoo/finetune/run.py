@@ -243,13 +243,7 @@ class _Session:
     def _end(self, run: Run) -> Summary:
         """Load the weights to keep, compute BatchNorm statistics and metrics, and summarize."""
         trainer, progress = run.trainer, run.progress
-        best = progress.best_step if self.config.keep == "best" else None
-        if best is not None:
-            trainer.result.load_state_dict(run.store.best(best))
-        kept = progress.step if best is None else best
-        known = dict(found for found in (run.best, run.newest) if found is not None)  # evaluated in this session
-        final = known.get(kept) or self._evaluate(trainer.result)
-        final, recalibrated = self._recalibrated(trainer, final)
+        kept, final, recalibrated = self._kept(run)
         limit = self.config.max_time
         if progress.stopped == "time" and limit is not None and progress.seconds < limit / 2:
             told = f"only {progress.seconds:.1f} s of the {limit:.0f} s were training"
@@ -276,13 +270,42 @@ class _Session:
         self.journal.hparams(self.config.to_dict() | {"task": self.task.name}, final.metrics)
         return summary
 
+    def _kept(self, run: Run) -> tuple[int, Evaluation, bool]:
+        """Load the weights to keep: their step, their metrics, and whether their BatchNorm statistics are those measured now.
+
+        The last weights get such statistics before they are compared with the best: while a network learns fast, its own lag
+        behind, and it looks worse than it is. Those of step 0 stay the start's.
+        """
+        trainer, last = run.trainer, run.progress.step
+        best = run.progress.best_step if self.config.keep == "best" else None
+        known = dict(found for found in (run.best, run.newest) if found is not None)  # evaluated in this session
+
+        def measured_again(step: int) -> tuple[int, Evaluation, bool]:
+            return step, *self._recalibrated(trainer, known.get(step) or self._evaluate(trainer.result))
+
+        if best is None or best == last:
+            return measured_again(last)
+        newest, weights = None, {}
+        if self._recalibrates(trainer):
+            newest = measured_again(last)
+            weights = {name: value.clone() for name, value in trainer.result.state_dict().items()}
+        trainer.result.load_state_dict(run.store.best(best))
+        found = measured_again(best) if best else (0, known.get(0) or self._evaluate(trainer.result), False)
+        if newest is None or not improved(self.task, newest[1].metrics, found[1].metrics):
+            return found
+        trainer.result.load_state_dict(weights)
+        return newest
+
+    def _recalibrates(self, trainer: Trainer) -> bool:
+        return bool(self.config.recalibrate) and not self.config.freeze_bn and measures_statistics(trainer.result)
+
     def _evaluate(self, model: nn.Module) -> Evaluation:
         return evaluate(model, self.task, self.data.val, self.config, self.accelerator, progress=self.journal.show)
 
     def _recalibrated(self, trainer: Trainer, before: Evaluation) -> tuple[Evaluation, bool]:
         """Recalibrated BatchNorm statistics, unless the network is worse with them."""
         config, model = self.config, trainer.result
-        if not config.recalibrate or config.freeze_bn or not measures_statistics(model):
+        if not self._recalibrates(trainer):
             return before, False
         kept = {name: value.clone() for name, value in model.state_dict().items()}
 

@@ -66,7 +66,7 @@ class Summary:
         steps = f"{self.steps} step{'s' * (self.steps != 1)}"
         lines = [
             f"{self.task}: {steps}, {self.epochs:.2f} epochs, {self.seconds:.1f} s of training ({why})",
-            f"kept: the weights of step {self.kept_step} ({self.primary}: {arrow} is better)",
+            f"kept: the weights of {self._kept()} ({self.primary}: {arrow} is better)",
         ]
         if self.recalibrated:
             lines.append("BatchNorm statistics were recalibrated at the end")
@@ -77,6 +77,13 @@ class Summary:
             lines.append(f"FLOPs are those of one input of {'x'.join(map(str, self.input_size))}")
         header = ("", *names, "params", "FLOPs", "eval s")
         return "\n".join([table(header, rows, width=width), "", *lines]) + "\n"
+
+    def _kept(self) -> str:
+        return (
+            f"step {self.kept_step}"
+            if self.kept_step or not self.steps
+            else "step 0, the start; no later ones are better"
+        )
 
     def _worse(self) -> list[str]:
         """A note if the training made the network worse."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from surgeon.errors import CheckpointError, ConfigError, DataError, TrainingError
+from surgeon.zoo.evaluate import evaluate as measure
 from surgeon.zoo.finetune import FinetuneResult, finetune, loop, run
 from surgeon.zoo.finetune.evaluation import Evaluation, evaluate
 from surgeon.zoo.finetune.loop import Interrupted, Run
@@ -57,6 +58,26 @@ def test_a_run_that_makes_worse_gives_back_the_start() -> None:
     result = finetune(model, task, config)
     assert result.summary.kept_step == 0
     assert result.metrics == result.summary.start.metrics
+    again = finetune(model, task, with_(config, recalibrate=9))
+    assert (again.summary.kept_step, again.summary.recalibrated) == (0, False), "new statistics are no training"
+    assert equal(weights(again.model), weights(result.model))
+    assert "kept: the weights of step 0, the start; no later ones are better" in again.summary.to_text()
+
+
+def test_the_last_weights_are_judged_with_statistics_of_their_own() -> None:
+    task, model = regression(), make_restorer()
+    norm = model.get_submodule("norm")
+    assert isinstance(norm, torch.nn.BatchNorm2d)
+    norm.momentum = 0.0  # they lag behind as far as can be
+    config = with_(epochs=20, lr=0.05)
+    blind = finetune(model, task, with_(config, recalibrate=0))
+    found = finetune(model, task, with_(config, recalibrate=9))
+    assert found.summary.recalibrated
+    assert found.summary.kept_step == found.summary.steps != blind.summary.kept_step
+    assert found.metrics["mse"] < blind.metrics["mse"]
+    assert measure(found.model, task, batch_size=4)["mse"] == pytest.approx(found.metrics["mse"]), (
+        "of the weights returned"
+    )
 
 
 def test_out_of_time_and_then_more_time(whole: FinetuneResult, tmp_path: Path) -> None:
