@@ -367,11 +367,14 @@ def _at_size(base: BaseModel | None, size: tuple[int, ...]) -> BaseModel | None:
 def told_data(model: nn.Module, task: Task, data: Data) -> list[str]:
     """Notes on what the task took from the model's recipe, and on limits of its sets."""
     notes = []
-    chosen = chosen_size(model) if task.config.input_size is None else None
-    if chosen is not None and chosen == tuple(data.train[0]["input"].shape):
-        told = "x".join(map(str, chosen))
+    size, given = tuple(data.train[0]["input"].shape), task.config.input_size
+    told = "x".join(map(str, size))
+    if given is None and task.at_models_size and chosen_size(model) == size:
         option = called("--task-option input_size=SIZE", "input_size=")
         notes.append(f"inputs are {told}, as recorded with the model ({option} changes that)")
+    elif given is not None and given != size and len(size) == 3:
+        why = f", which patch={patch} decides" if (patch := getattr(task.config, "patch", None)) is not None else ""
+        notes.append(f"inputs are {told}{why}: input_size={'x'.join(map(str, given))} does not")
     for name in ("train_limit", "val_limit"):
         if (limit := getattr(task.config, name)) is not None:
             notes.append(f"{name}={limit}: at most that many samples of the set are used")

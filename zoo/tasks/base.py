@@ -79,13 +79,15 @@ class TaskDataset(Dataset[Sample]):
 class Task(ABC):
     """One task with its options. Created by `surgeon.zoo.tasks.create_task`; nothing is read before `check`.
 
-    `primary` names the deciding metric (one of `metrics`), `higher_is_better` its direction.
+    `primary` names the deciding metric (one of `metrics`), `higher_is_better` its direction; `at_models_size` says whether samples
+    have the size recorded with the model unless `input_size` is given.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[TaskConfig]]
     primary: ClassVar[str]
     higher_is_better: ClassVar[bool]
+    at_models_size: ClassVar[bool] = False
 
     def __init__(self, config: TaskConfig, *, seed: int = 0) -> None:
         self.config, self.seed = config, seed

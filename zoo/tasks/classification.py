@@ -95,6 +95,7 @@ class Classification(Task):
     """
 
     name: ClassVar[str] = "classification"
+    at_models_size: ClassVar[bool] = True
     config_class: ClassVar[type[TaskConfig]] = ClassificationConfig
     primary: ClassVar[str] = "top1"
     higher_is_better: ClassVar[bool] = True

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 import surgeon.zoo as zoo
 from surgeon.errors import ConfigError, DataError, InputError
+from surgeon.records.recipe import BaseModel, Recipe, Weights, set_recipe
+from surgeon.zoo.finetune import FinetuneConfig
+from surgeon.zoo.finetune.dry import dry_run
 from surgeon.zoo.networks.demosaicnet import grbg_mosaic
 from surgeon.zoo.networks.vdn import variational_loss
 from surgeon.zoo.tasks import create_task
@@ -309,6 +312,21 @@ def test_the_self_ensemble_is_the_mean_over_eight_transforms(folders: Path) -> N
             h, w = expected.shape[-2:]
             assert torch.allclose(together[index, :, :h, :w], expected[0], atol=1e-6)
             assert not torch.allclose(model(x), expected, atol=1e-3)
+
+
+def test_who_decides_the_size_of_inputs_is_told_rightly(folders: Path) -> None:
+    """The recorded size decides nothing here; where it was the same by chance, a note sent people to change it in vain."""
+    model = zoo.create("espcnn", scale=2)
+    base = BaseModel(source="zoo", name="espcnn", input_size=(3, 8, 8), weights=Weights(kind="given"))
+    set_recipe(model, Recipe(rules=(), base=base))
+    options = {"data": folders, "scale": 2, "patch": 16}
+    one = FinetuneConfig(batch_size=1, epochs=1)
+    assert not any(
+        "inputs are" in note for note in dry_run(model, create_task("super-resolution", **options), one).notes
+    )
+    both = create_task("super-resolution", **options, input_size=(3, 32, 32))
+    [told] = [note for note in dry_run(model, both, one).notes if "inputs are" in note]
+    assert told == "inputs are 3x8x8, which patch=16 decides: input_size=3x32x32 does not"
 
 
 def test_a_model_that_takes_the_scale_is_given_it(folders: Path) -> None:
