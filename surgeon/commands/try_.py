@@ -177,7 +177,9 @@ def _print(args: argparse.Namespace, answer: "Answer", output: Path) -> None:
     trust = "" if factory_of(folder.model) is None else " --trust-factory"
     settings = f" --lr {answer.rates['converted']:g}" if "converted" in answer.rates else ""
     settings += f" --batch-size {args.batch_size}" if args.batch_size else ""
-    go_on = f"surgeon finetune {output}/model --task {args.task}{data} --epochs 10{settings}{trust}"
+    go_on = (
+        f"surgeon finetune {output}/model --task {args.task}{data} -o {output}-finetuned --epochs 10{settings}{trust}"
+    )
     page = write_report(answer, folder.report, go_on, resumed(args, answer))
     model = str(output / "model") if folder.model.is_dir() else None
     values = {"output": str(output), "model_folder": model, "report": str(page), **answer.to_dict()}

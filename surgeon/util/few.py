@@ -5,8 +5,12 @@ from surgeon.util.tables import counted
 FEW = 20  # judging samples
 
 
-def few_judge(samples: int, told: str) -> str | None:
-    """A note that few samples judge, with what follows from that (`told`); None if there are enough."""
+def few_judge(
+    samples: int, told: str, *, whole: int | None = None, hint: str = "a larger val/ tells more"
+) -> str | None:
+    """A note that few samples judge (of the `whole`, if not all do), with what follows from that (`told`) and what helps (`hint`);
+    None if there are enough."""
     if samples >= FEW:
         return None
-    return f"only {counted(samples, 'sample')} judge{'s' * (samples == 1)}: {told}; a larger val/ tells more"
+    of = "" if whole is None else f" of {whole}"
+    return f"only {counted(samples, 'sample')}{of} judge{'s' * (samples == 1)}: {told}; {hint}"

@@ -73,7 +73,7 @@ class Answer:
     steps: int
     epochs: float
     batch_size: int
-    samples: dict[str, int]  # train, choose, judge
+    samples: dict[str, int]  # train, val; choose and judge: those of val that were used
     rates: dict[str, float]  # by arm
     swept: dict[str, dict[str, float | None]]  # by arm: what the choosing images say, by rate
     seeds: list[int]
@@ -92,6 +92,11 @@ class Answer:
         sign = 1.0 if self.higher_is_better else -1.0
         ends = [statistics.fmean(scores) for scores in self.scores.values() if scores]
         return self.start is not None and bool(ends) and all(sign * (end - self.start) < 0 for end in ends)
+
+    @property
+    def cut(self) -> bool:
+        """Whether validation samples were left out, for lack of time."""
+        return self.samples["choose"] + self.samples["judge"] < self.samples["val"]
 
     @property
     def unit(self) -> str:
@@ -126,9 +131,9 @@ class Answer:
         return verdict(self.gains)
 
     def factor(self, what: str) -> float | None:
-        """Ratio of a cost, converted to original."""
+        """Ratio of a cost, converted to original; None if one of them is unknown."""
         before, after = (getattr(self.costs[arm], what) for arm in ARMS)
-        return after / before if before and after is not None else None
+        return after / before if before and after is not None and math.isfinite(after / before) else None
 
     def sentence(self) -> str:
         """The answer in one sentence."""
@@ -211,7 +216,8 @@ def how(answer: Answer) -> list[str]:
         f"from {counted(samples['train'], 'sample')}, the same order for the same seed",
         f"rates: {_rates(answer.swept)}",
         f"judged: {answer.primary} ({arrow} is better) of the last weights on {counted(samples['judge'], 'sample')}"
-        + (f"; {samples['choose']} others chose the rates" if samples["choose"] else ""),
+        + (f" of {samples['val']}" if answer.cut else "")
+        + (f"; {counted(samples['choose'], 'other')} chose the rates" if samples["choose"] else ""),
     ]
     if answer.verdict != "undecided":
         seeds = len(answer.gains)

@@ -9,7 +9,7 @@ from typing import Any
 from surgeon.errors import CheckpointError, ConfigError, DataError
 from surgeon.models.folder import fresh_folder
 from surgeon.util.files import check_fields, read_object, write_text
-from surgeon.util.outputs import TRIAL, check_trial_output
+from surgeon.util.outputs import RUN, SUMMARY, TRIAL, check_trial_output
 from surgeon.zoo.finetune.folder import held
 from surgeon.zoo.tasks.data.fingerprint import changes
 
@@ -52,12 +52,14 @@ class TryFolder:
             raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}") from error
         return held(self.path, f"the trial in {self.path}")
 
-    def create(self, values: dict[str, Any], *, new: bool) -> None:
-        """Start in a locked folder: replace its content and write the record; a new folder is removed if that fails."""
-        for old in (self.clock, self.answer):
-            old.unlink(missing_ok=True)
-        for folder in (self.scores, self.runs, self.model, self.report):
-            shutil.rmtree(folder, ignore_errors=True)
+    def create(self, values: dict[str, Any], *, new: bool, keep: bool = False) -> None:
+        """Start in a locked folder: write the record and replace the content, unless told to keep it; a new folder is removed if
+        that fails."""
+        if not keep:
+            for old in (self.clock, self.answer):
+                old.unlink(missing_ok=True)
+            for folder in (self.scores, self.runs, self.model, self.report):
+                shutil.rmtree(folder, ignore_errors=True)
         try:
             self.write(self.record, {"format": FORMAT, "version": VERSION, **values})
         except BaseException:
@@ -108,9 +110,12 @@ class TryFolder:
         return float(values["seconds"]), float(values["run"])
 
     def keep(self, run: Path) -> None:
-        """Make a run's network that of `model/`."""
+        """Make a run's network that of `model/`, with the record of its training."""
         with fresh_folder(self.model, force=self.model.exists()) as fresh:
             shutil.copytree(run, fresh, dirs_exist_ok=True, ignore=shutil.ignore_patterns("training"))
+            (fresh / RUN).parent.mkdir()
+            for record in (RUN, SUMMARY):
+                shutil.copyfile(run / record, fresh / record)
 
     def write(self, path: Path, values: dict[str, Any]) -> None:
         """Write a JSON file atomically. Raises `CheckpointError`."""

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from surgeon.layers.registry import layer_class, layer_types
 from surgeon.zoo.trial.answer import LEAST_SEEDS
-from surgeon.zoo.trial.speed import Levers, Speed, too_little
+from surgeon.zoo.trial.speed import FEWEST_STEPS, Levers, Speed, too_little
 
 RATES = (1e-4, 3e-4, 1e-3)  # a third and three times the default of fine-tuning
 LEAST_STEPS = 20  # fewer say little
-FEWEST_STEPS = 8  # fewer say nothing
 MOST_EPOCHS = 10.0
 END = 0.05  # share of the time for counting costs and writing the report
 _SPARE = 0.9  # share of the time that is planned; step times vary
@@ -51,31 +50,30 @@ def make_plan(
 ) -> TrialPlan:
     """The plan for `seconds` and three seeds. Raises `ConfigError`, with the `levers`, if that is too little for any comparison.
 
-    `train` and `val` are the sizes of the splits, `batch` is samples per step, `steps` fixes the number of steps.
+    `train` and `val` are the sizes of the splits, `batch` is samples per step. `steps` fixes the number of steps: then fewer
+    pairs than three are planned where three do not fit, at least one.
     """
     halves = (val // 2, val - val // 2) if val > 1 and len(rates) > 1 else (0, val)
     most = max(math.ceil(MOST_EPOCHS * train / batch), LEAST_STEPS)
-    for tried, least in ((tuple(rates), LEAST_STEPS), (tuple(rates)[len(rates) // 2 :][:1], FEWEST_STEPS)):
-        pairs = len(tried) + LEAST_SEEDS - 1
+    one = tuple(rates)[len(rates) // 2 :][:1]
+    for tried, pairs, least in (
+        (tuple(rates), len(rates) + LEAST_SEEDS - 1, steps or LEAST_STEPS),
+        (one, LEAST_SEEDS, steps or FEWEST_STEPS),
+        *((one, fewer, steps) for fewer in range(LEAST_SEEDS - 1, 0, -1) if steps),
+    ):
         budget = _SPARE * seconds / pairs
         each = max(int(_EVALUATION * budget / speed.sample / 2), 1) if speed.sample > 0 else val
         choose, judge = (min(half, each) for half in (halves if len(tried) > 1 else (0, val)))
         left = budget - speed.run - speed.sample * (max(choose, 1) + judge)
-        found = steps or min(int(left / speed.step), most)
-        if found >= least or steps:
-            return TrialPlan(steps=found, rates=tried, choose=choose, judge=judge)
-    raise too_little(seconds, needed(speed), FEWEST_STEPS, LEAST_SEEDS, levers)
+        found = int(left / speed.step)
+        if found >= least:
+            return TrialPlan(steps=steps or min(found, most), rates=tried, choose=choose, judge=judge)
+    fewest = steps or FEWEST_STEPS
+    training = fewest * speed.step + speed.run
+    needed = LEAST_SEEDS * max(training / (1 - _EVALUATION), training + 2 * speed.sample) / _SPARE
+    raise too_little(seconds, needed, fewest, LEAST_SEEDS, levers)
 
 
-def needed(speed: Speed) -> float:
-    """Seconds that the shortest comparison takes."""
-    return LEAST_SEEDS * (FEWEST_STEPS * speed.step + speed.run) / _SPARE / (1 - _EVALUATION)
-
-
-def check_first_step(first: float, left: float, levers: Levers) -> None:
-    """Raise `ConfigError` if the first training step of the original shows that the time is too short.
-
-    It includes the warm-up: half of it is taken for a step of each network, but the message counts it in full.
-    """
-    if needed(Speed(step=first, sample=0.0, run=0.0)) > left:
-        raise too_little(left, needed(Speed(step=2 * first, sample=0.0, run=0.0)), FEWEST_STEPS, LEAST_SEEDS, levers)
+def time_to_judge(samples: int, speed: Speed, rates: int) -> float:
+    """Seconds of training for which the plan of a trial of this number of rates has `samples` to judge."""
+    return 2 * samples * speed.sample * (rates + LEAST_SEEDS - 1) / _EVALUATION / _SPARE

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.costs import cost
 from surgeon.errors import SurgeonError
-from surgeon.util.few import few_judge
+from surgeon.util.few import FEW, few_judge
 from surgeon.util.tables import duration
 from surgeon.zoo.trial.answer import ARMS, LEAST_SEEDS, Answer, ArmCost
-from surgeon.zoo.trial.plan import END, LEAST_STEPS
+from surgeon.zoo.trial.plan import END, LEAST_STEPS, time_to_judge
 from surgeon.zoo.trial.speed import SLACK, minutes
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ def sum_up(trial: "Trial", stopped: str) -> Answer:
     seeds = sorted(set(rows["original"]) & set(rows["converted"]))
     done = [row for by_seed in rows.values() for row in by_seed.values()]
     converted = rows["converted"].get(seeds[0], {}) if seeds else {}
+    planned: dict[float, float | None] = dict.fromkeys(trial.plan.rates)
+    train, val = len(trial.task.dataset("train")), len(trial.task.dataset("val"))
+    batch = trial.config.base.batch_size * trial.config.base.accumulate
     answer = Answer(
         model=trial.name,
         task=trial.task.name,
@@ -38,11 +41,11 @@ def sum_up(trial: "Trial", stopped: str) -> Answer:
         becomes=trial.twins.becomes,
         replaced=len(trial.twins.report.replaced),
         steps=trial.plan.steps,
-        epochs=done[0]["epochs"] if done else 0.0,
-        batch_size=trial.config.base.batch_size * trial.config.base.accumulate,
-        samples={"train": len(trial.task.dataset("train")), "choose": trial.plan.choose, "judge": trial.plan.judge},
+        epochs=done[0]["epochs"] if done else trial.plan.steps * batch / train,
+        batch_size=batch,
+        samples={"train": train, "val": val, "choose": trial.plan.choose, "judge": trial.plan.judge},
         rates=rates,
-        swept={arm: {f"{rate:g}": value for rate, value in trial.swept(arm).items()} for arm in ARMS},
+        swept={arm: {f"{rate:g}": value for rate, value in (trial.swept(arm) or planned).items()} for arm in ARMS},
         seeds=seeds,
         scores={arm: [rows[arm][seed]["judged"] for seed in seeds] for arm in ARMS},
         costs={arm: _cost(trial, arm, rows[arm]) for arm in ARMS},
@@ -80,8 +83,10 @@ def _notes(trial: "Trial", answer: Answer) -> list[str]:
             notes.append(f"the best rate of {arm}, {rate:g}, is at the edge of those tried: --lr takes others")
     if len(trial.plan.rates) > 1 and not trial.plan.choose:
         notes.append("there are too few validation samples to split: those that chose the rates judge, too")
-    few = few_judge(trial.plan.judge, "the error is that over seeds, and says nothing of other images")
-    notes += [] if few is None else [few]
+    few = few_judge(
+        trial.plan.judge, "the error is that over seeds, and says nothing of other images", **_cut(trial, answer)
+    )
+    notes += [] if few is None or not answer.seeds else [few]
     failed = [row for row in trial.scores.values() if "failed" in row]
     notes += [f"{row['arm']} at rate {row['rate']:g}, seed {row['seed']}: {row['failed']}" for row in failed]
     if trial.plan.steps < LEAST_STEPS and trial.config.steps is None:
@@ -97,9 +102,22 @@ def _notes(trial: "Trial", answer: Answer) -> list[str]:
         )
     if answer.start is None and answer.seeds:
         notes.append("no time was left to measure the network as it was, before any training")
-    if answer.epochs < 1:
+    if answer.epochs < 1 and answer.seeds:
         notes.append(f"{answer.epochs:.2g} epochs are a short training: what is seen so early need not hold later")
     return notes
+
+
+def _cut(trial: "Trial", answer: Answer) -> dict[str, Any]:
+    """Arguments of `few_judge` if the time limited the judging samples: of how many, and the time that takes more."""
+    if not answer.cut:
+        return {}
+    whole, rates = answer.samples["val"], len(trial.config.rates)
+    most = min(whole - whole // 2 if rates > 1 else whole, FEW)
+    if most <= trial.plan.judge:
+        return {"whole": whole, "hint": "a larger val/ tells more"}
+    takes = (trial.setup + SLACK * time_to_judge(most, trial.speed, rates)) / (1 - END)
+    longer = minutes(max(takes, trial.config.max_time + 60))
+    return {"whole": whole, "hint": f"the time allowed no more; --force --max-time {longer} judges on {most}"}
 
 
 def _more_time(trial: "Trial", seeds: int) -> float:

@@ -27,10 +27,10 @@ from surgeon.zoo.finetune import FinetuneConfig, Source, finetune
 from surgeon.zoo.finetune.devices import make_accelerator
 from surgeon.zoo.tasks import Task, better
 from surgeon.zoo.tasks.data.fingerprint import fingerprint
-from surgeon.zoo.trial.answer import ARMS, Answer
+from surgeon.zoo.trial.answer import ARMS, LEAST_SEEDS, Answer
 from surgeon.zoo.trial.folder import TryFolder
 from surgeon.zoo.trial.parts import part_of
-from surgeon.zoo.trial.plan import END, TrialPlan, check_first_step, make_plan
+from surgeon.zoo.trial.plan import END, TrialPlan, make_plan
 from surgeon.zoo.trial.results import sum_up
 from surgeon.zoo.trial.speed import Levers, Speed, timed
 from surgeon.zoo.trial.twins import TryConfig, Twins
@@ -131,6 +131,7 @@ class Trial:
     def prepare(self, stack: ExitStack, *, resume: bool) -> None:
         """Check the data, convert, and plan; or read the plan of the trial to resume.
 
+        A new plan is made if no pair was trained to its end, and there is more time now, or too little for the pair.
         A new folder is created only then, and locked on the stack.
         """
         new = not self.folder.path.exists()
@@ -145,43 +146,63 @@ class Trial:
             (self.before, self.run_before), self.scores = self.folder.spent(), self.folder.read_scores()
             self.plan = TrialPlan(**{**old["plan"], "rates": tuple(map(float, old["plan"]["rates"]))})
             self.speed = Speed(**old["speed"])
-        else:
+        if not resume or self._outgrown(old.get("max_time", 0.0)):
             self.tell("measuring a training step of both")
             self.speed = self._measure()
-            self.plan = make_plan(
-                self.left,
-                self.speed,
-                train=len(self.task.dataset("train")),
-                val=len(self.task.dataset("val")),
-                batch=self.config.base.batch_size * self.config.base.accumulate,
-                rates=self.config.rates,
-                steps=self.config.steps,
-                levers=self._levers(),
-            )
+            before, self.plan = self.plan if resume else None, self._plan(self.speed)
             if new:
                 stack.enter_context(self.folder.hold(begin=True))
             plan = asdict(self.plan) | {"rates": list(self.plan.rates)}
             record = {"identity": identity, "data": data, "plan": plan, "speed": asdict(self.speed)}
-            self.folder.create(record, new=new)
+            if self.plan != before:
+                self.scores, self.run_before = {}, 0.0
+            self.folder.create(record | {"max_time": self.config.max_time}, new=new, keep=self.plan == before)
         self.ready = True
         self.tell(self._planned())
 
+    def _outgrown(self, planned: float) -> bool:
+        """Whether the plan of the resumed trial, made for `planned` seconds, does not fit, and no finished pair depends on it."""
+        first = [[(arm, rate, 0) for arm in ARMS] for rate in self.plan.rates]
+        if any(all(_key(*one) in self.scores for one in pair) for pair in first):
+            return False
+        lacking = [one for one in first[0] if _key(*one) not in self.scores]
+        return self.config.max_time > planned or self.left < self.expected(lacking) - self.run_before
+
+    def _plan(self, speed: Speed) -> TrialPlan:
+        """The plan for the time left. Raises `ConfigError` if that is too short."""
+        return make_plan(
+            self.left,
+            speed,
+            train=len(self.task.dataset("train")),
+            val=len(self.task.dataset("val")),
+            batch=self.config.base.batch_size * self.config.base.accumulate,
+            rates=self.config.rates,
+            steps=self.config.steps,
+            levers=self._levers(),
+        )
+
     def _planned(self) -> str:
-        plan, speed = self.plan, self.speed
+        plan, left = self.plan, f"the {duration(max(self.left, 0.0))} left"
+        pair = self.expected([(arm, 0.0, 0) for arm in ARMS])
         if self.scores:
-            pair = self.expected([(arm, 0.0, 0) for arm in ARMS])
             done = f"{counted(len(self.scores), 'run')} of {plan.steps} steps {'is' if len(self.scores) == 1 else 'are'} done"
-            return f"resuming: {done}; another pair takes about {duration(pair)} of the {duration(self.left)} left"
+            return f"resuming: {done}; another pair takes about {duration(pair)} of {left}"
         rates = f"rate{'s' * (len(plan.rates) > 1)} {', '.join(f'{rate:g}' for rate in plan.rates)}"
-        pair = plan.steps * speed.step + speed.run + speed.sample * (plan.choose + plan.judge)
-        return f"plan: {plan.steps} steps per run, {rates}; a pair takes about {duration(pair)} of the {duration(self.left)} left"
+        few = f", and an answer takes {LEAST_SEEDS}" if LEAST_SEEDS * pair > self.left else ""
+        return (
+            f"plan: {counted(plan.steps, 'step')} per run, {rates}; a pair takes about {duration(pair)} of {left}{few}"
+        )
 
     def _levers(self) -> Levers:
         """Options that would make the trial shorter."""
         options = {field.name for field in dataclasses.fields(self.task.config)}
         option = "patch" if "patch" in options else "input_size" if "val" in options else None
         return Levers(
-            batch=self.config.base.batch_size, size=self.twins.size, option=option, spent=self.spent / (1 - END)
+            batch=self.config.base.batch_size,
+            size=self.twins.size,
+            option=option,
+            spent=self.spent / (1 - END),
+            steps=self.config.steps,
         )
 
     def _identity(self) -> dict[str, Any]:
@@ -205,16 +226,12 @@ class Trial:
         """The speed of both on this machine. Raises `ConfigError` as soon as it is clear that the time is too short."""
         batch = min(self.config.base.batch_size, max(len(self.task.dataset("val")), 1))
         task, speeds = part_of(self.task, 0, 1, batch), list[Speed]()
-
-        def seen(first: float) -> None:
-            if not speeds and self.config.steps is None:
-                check_first_step(first, self.left, self._levers())
-
         for arm in ARMS:
-            speeds.append(timed(partial(self._probe, self.twins.network(arm, 0), task), seen, _PROBE))
+            speeds.append(timed(partial(self._probe, self.twins.network(arm, 0), task), _PROBE))
             self.tell(f"a step of the {arm} network takes about {duration(speeds[-1].step)}")
-        first, second = speeds
-        return Speed(step=first.step + second.step, sample=first.sample + second.sample, run=first.run + second.run)
+            both = speeds[0] + speeds[-1]
+            self._plan(both)  # the converted network is taken to be as fast until it is timed, too
+        return both
 
     def _probe(self, network: nn.Module, task: Task, steps: int) -> Speed:
         """The speed of one network, from a run of this number of steps."""
@@ -254,8 +271,9 @@ class Trial:
             lacking = [one for one in pair if _key(*one) not in self.scores]
             if not lacking:
                 continue
-            if number and self.left < self.expected(lacking):
-                stopped, self.short = "time", (max(self.left, 0.0), self.expected(lacking))
+            takes = self.expected(lacking) - self.run_before
+            if number and self.left < takes:
+                stopped, self.short = "time", (max(self.left, 0.0), takes)
                 break
             if not all(self._one(*one) for one in lacking):
                 stopped = "time"
@@ -275,8 +293,9 @@ class Trial:
 
     def expected(self, runs: list[tuple[str, float, int]]) -> float:
         """Expected seconds, from the completed runs."""
+        plan, speed = self.plan, self.speed
         by_arm = {arm: [row["seconds"] for row in self.scores.values() if row["arm"] == arm] for arm in ARMS}
-        guess = (self.speed.step * self.plan.steps + self.speed.run) / 2
+        guess = (plan.steps * speed.step + speed.run + speed.sample * (plan.choose + plan.judge)) / 2
         return sum(statistics.fmean(by_arm[arm]) if by_arm[arm] else guess for arm, _, _ in runs)
 
     def _one(self, arm: str, rate: float, seed: int) -> bool:
@@ -285,7 +304,7 @@ class Trial:
         self.run_started = began
         place = self.folder.runs / key
         going_on = (place / RUN).is_file()
-        left = f"{self.left / 60:.1f} min left"
+        left = f"{max(self.left, 0.0) / 60:.1f} min left"
         self.tell(f"run {len(self.scores) + 1}: {arm}, rate {rate:g}, seed {seed}; {left}")
         task = self.make_task(seed)
         chooser, judge = self.parts(task)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from surgeon.errors import ConfigError
 
+FEWEST_STEPS = 8  # fewer say nothing
 _LEAST_SIDE = 32  # pixels; smaller images are another task
 SLACK = 1.25  # times are those of a first try: another start and other steps take longer or shorter
 _LEAST_BATCH = 2  # a BatchNorm needs two samples
@@ -19,10 +20,14 @@ class Speed:
     sample: float
     run: float
 
+    def __add__(self, other: "Speed") -> "Speed":
+        return Speed(step=self.step + other.step, sample=self.sample + other.sample, run=self.run + other.run)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Levers:
-    """Options that make a trial shorter: samples per step, the size (C, H, W) of one, the task's option for it (None: it has none).
+    """Options that make a trial shorter: samples per step, the size (C, H, W) of one, the task's option for it (None: it has none),
+    and the steps of a run if they were given.
 
     `spent` are the seconds before training, which more time has to cover, too.
     """
@@ -31,11 +36,14 @@ class Levers:
     size: tuple[int, ...]
     option: str | None
     spent: float = 0.0
+    steps: int | None = None
 
     def told(self, left: float, needed: float) -> str:
         """Options with which `needed` seconds of training fit into the `left` ones, each alone; both together if neither does."""
         share = max(left, 1.0) / needed / SLACK
         found = [f"--max-time {minutes(self.spent + SLACK * needed)}"]
+        if self.steps is not None and self.steps * share >= FEWEST_STEPS:
+            found.append(f"--steps {int(self.steps * share)}")
         batch, image = self._batch(share), self._image(share)
         found += [one for one in (batch, image) if one is not None]
         if len(found) == 1 and self.batch > _LEAST_BATCH:
@@ -76,13 +84,9 @@ def too_little(left: float, needed: float, steps: int, seeds: int, levers: Lever
     )
 
 
-def timed(probe: Callable[[int], Speed], first_done: Callable[[float], None], most: float) -> Speed:
-    """The speed of one network; `probe(steps)` trains it for that number of steps and returns theirs.
+def timed(probe: Callable[[int], Speed], most: float) -> Speed:
+    """The speed of one network, in about `most` seconds; `probe(steps)` trains it for that number of steps and returns theirs.
 
-    The first step warms up and is not counted, unless it alone takes more than `most` seconds; `first_done` gets its seconds.
+    The first step warms up and is not counted: it may take longer than all others.
     """
-    first = probe(1)
-    first_done(first.step)
-    if first.step > most:
-        return first
-    return probe(max(min(int(most / max(first.step, 1e-3)), 10), 1))
+    return probe(max(min(int(most / max(probe(1).step, 1e-3)), 10), 1))

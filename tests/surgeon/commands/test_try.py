@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import statistics
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ import surgeon
 from surgeon.cli import main
 from surgeon.commands.try_ import resumed
 from surgeon.errors import ConfigError
+from surgeon.records.recipe import get_recipe
+from surgeon.records.training import unequal_training
+from surgeon.util.outputs import SUMMARY
 from surgeon.zoo.finetune.loop import Trainer
 from surgeon.zoo.trial import standard_error, verdict
 from surgeon.zoo.trial.parts import part_of, spread
@@ -91,7 +96,9 @@ def test_the_answer_in_a_sentence() -> None:
     assert "exceed by chance in 18 of 100 trials" in won.to_text(200)  # Student's t with two degrees of freedom
     assert "FLOPs: of one image of 3x8x8" in make_answer([0.5], [0.6], size=[3, 8, 8]).to_text()
     assert make_answer([], []).sentence().startswith("no answer: not one pair")
-    perfect = make_answer([1.0] * 3, [1.0] * 3, samples={"train": 8, "choose": 2, "judge": 72})
+    cut = make_answer([0.5], [0.6], samples={"train": 8, "val": 5, "choose": 1, "judge": 1})
+    assert "last weights on 1 sample of 5; 1 other chose the rates" in cut.to_text(200)
+    perfect = make_answer([1.0] * 3, [1.0] * 3, samples={"train": 8, "val": 74, "choose": 2, "judge": 72})
     assert "+0 points of top-1 with each of 3 seeds; both are right on all 72 judging samples" in perfect.sentence()
 
 
@@ -166,6 +173,20 @@ def test_a_short_time_takes_the_sweep_first_and_then_the_answer() -> None:
         make_plan(20, Speed(step=1.0, sample=0.0, run=1.0), **LENGTHS, rates=(1e-3,), levers=levers)
 
 
+def test_given_steps_are_planned_only_if_a_pair_of_them_fits() -> None:
+    """The sweep is dropped for three pairs, then pairs are, down to one."""
+    speed = Speed(step=1.0, sample=0.01, run=1.0)
+    planned = partial(make_plan, speed=speed, **LENGTHS, rates=(1e-4, 3e-4, 1e-3), steps=20)
+    assert planned(200).rates == (1e-4, 3e-4, 1e-3)
+    for seconds in (30, 90):
+        plan = planned(seconds)
+        assert (plan.steps, plan.rates, plan.choose, plan.judge) == (20, (3e-4,), 0, 100)
+    levers = Levers(batch=4, size=(8,), option=None, steps=20)
+    with pytest.raises(ConfigError, match=r"3 seeds of 20 steps .* take about 88 s: give --max-time 2m$"):
+        planned(20, levers=levers)
+    assert levers.told(60.0, 88.0) == "--max-time 2m, or --steps 10, or --batch-size 2"
+
+
 def test_levers_are_values_that_suffice() -> None:
     """With a quarter to spare."""
     levers = Levers(batch=8, size=(3, 96, 96), option="patch", spent=0.0)
@@ -175,16 +196,17 @@ def test_levers_are_values_that_suffice() -> None:
     assert levers.told(10.0, 100.0) == "--max-time 3m, or --batch-size 2 with --task-option patch=48"
 
 
-def test_a_time_that_is_too_short_is_said_after_the_first_step(
-    tiny_tasks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("more", "took"), [([], 8), (["--steps", "20"], 20)])
+def test_a_time_that_is_too_short_is_said_before_the_converted_network_is_timed(
+    more: list[str], took: int, tiny_tasks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps: list[int] = []
     slow = Speed(step=60.0, sample=0.0, run=0.0)
     monkeypatch.setattr(Trial, "_probe", lambda trial, network, task, count: (steps.append(count), slow)[1])
-    assert main(["try", FACTORY, *SHORT, "--batch-size", "4", "--quiet", "--max-time", "5m", "-o", "out"]) == 2
-    error = capsys.readouterr().err
-    assert re.search("3 seeds of 8 steps of both networks take about 4000 s: give --max-time 8[45]m", error), error
-    assert steps == [1]
+    assert main(["try", FACTORY, *SHORT, *more, "--batch-size", "4", "--quiet", "--max-time", "5m", "-o", "out"]) == 2
+    told = f"3 seeds of {took} steps of both networks take about {500 * took} s: give --max-time "
+    assert told in capsys.readouterr().err
+    assert steps == [1, 1]  # of the original; the first one warms up
     assert not Path("out").exists()
 
 
@@ -225,9 +247,15 @@ def test_a_trial_from_the_command_line(attempt: Try, capsys: pytest.CaptureFixtu
     page = Path("out/report/report.html").read_text()
     resumed = page[page.index("<pre>surgeon try") :].partition("</pre>")[0]
     assert re.search(r"--lr 0.001 0.01 --json --resume --max-time 60m --seeds 6$", resumed), resumed
-    assert re.search(r"<pre>surgeon finetune out/model .* --trust-factory</pre>", page)  # whose factory is code
+    assert re.search(
+        r"<pre>surgeon finetune out/model .* -o out-finetuned .* --trust-factory</pre>", page
+    )  # whose factory is code
     assert found["answer"] in json.loads(Path("out/answer.json").read_text())["answer"]
     model = surgeon.load("out/model", trust_factory=True)
+    recorded = json.loads(Path("out/model", SUMMARY).read_text())
+    assert recorded["steps"] == 4
+    shutil.copytree("out/model", "same")
+    assert unequal_training("out/model", get_recipe(model), "same", get_recipe(model)) is None
     assert any(type(module).__name__ == "PAFUConv2d" for module in model.modules())
     assert not Path("out/runs").exists() or not any(Path("out/runs").iterdir())
     assert main(["try", FACTORY, *QUICK, "-o", "out"]) == 2
@@ -268,6 +296,42 @@ def test_an_interrupted_trial_goes_on_to_the_same_answer(
     assert "model options was {} and is {'width': 6}" in capsys.readouterr().err
     assert attempt("--resume", *more) == 0
     assert answered(capsys)["scores"] == straight["scores"]
+
+
+def test_a_new_plan_is_made_until_a_pair_is_finished(
+    attempt: Try, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With more time, or where the pair no longer fits; a plan that fits is kept, and so is that of a finished pair."""
+    one = Trial._one
+
+    def go(speed: Speed | None, *more: str, ends: bool = False) -> int:
+        monkeypatch.setattr(Trial, "_measure", lambda trial: speed if speed else pytest.fail("planned again"))
+        monkeypatch.setattr(Trial, "_one", one if ends else lambda trial, *run: False)
+        return attempt("--lr", "0.01", "--json", "--seeds", "1", *more)
+
+    def judging() -> int:
+        return int(json.loads(Path("out/try.json").read_text())["plan"]["judge"])
+
+    slow = Speed(step=0.01, sample=6.0, run=0.1)
+    assert go(slow, "--max-time", "2m") == 1
+    found = answered(capsys)
+    assert "nan" not in found["answer"]
+    assert found["factors"]["step_seconds"] is None
+    assert found["swept"] == {arm: {"0.01": None} for arm in ("original", "converted")}
+    assert judging() == 1
+    assert go(None, "--max-time", "2m", "--resume") == 1
+    capsys.readouterr()
+    clock = Path("out/clock.json")
+    clock.write_text(json.dumps({"seconds": 113.0, "run": 0.0}))
+    assert go(slow, "--max-time", "2m", "--resume") == 2
+    assert "3 seeds of 4 steps of both networks take about 41 s: give --max-time 3m" in capsys.readouterr().err
+    assert go(slow, "--max-time", "15m", "--resume", ends=True) == 0
+    whole = answered(capsys)["samples"]["val"]
+    assert 1 < judging() < whole
+    more = re.escape("says nothing of other images; the time allowed no more; --force --max-time ")
+    assert go(None, "--max-time", "30m", "--resume") == 0
+    (few,) = [note for note in answered(capsys)["notes"] if "judge" in note]
+    assert re.fullmatch(rf"only {judging()} samples of {whole} judge: .* {more}31m judges on {whole}", few), few
 
 
 def test_the_time_is_honored(attempt: Try, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
