@@ -160,7 +160,7 @@ def resumed(args: argparse.Namespace, answer: "Answer") -> str:
     more = ["--resume", "--max-time", minutes(longer)]
     if answer.stopped == "seeds":
         more += ["--seeds", str(2 * args.seeds)]
-    words, replaced = list(args.argv), {"--force", *more}
+    words, replaced = list(args.argv), {"--force", *(word for word in more if word.startswith("--"))}
     for place in [place for place, word in enumerate(words) if word.partition("=")[0] in replaced][::-1]:
         alone = words[place] in ("--force", "--resume") or "=" in words[place]
         del words[place : place + (1 if alone else 2)]

@@ -127,6 +127,8 @@ def test_one_time_is_proposed_to_resume() -> None:
     assert resumed(args, short) == "surgeon try net --task sad --seeds=4 -o out --resume --max-time 4m"
     whole = make_answer([0.5] * 3, [0.6] * 3, seconds=100.0)
     assert resumed(args, whole) == "surgeon try net --task sad -o out --resume --max-time 6m --seeds 8"
+    same = Namespace(argv=["try", "net", "--steps", "8", *argv[2:]], max_time="3m", seeds=4)  # a value like a new one
+    assert resumed(same, whole) == "surgeon try net --steps 8 --task sad -o out --resume --max-time 6m --seeds 8"
 
 
 def test_what_ends_below_its_start_is_seen() -> None:
