@@ -18,12 +18,10 @@ from surgeon.commands.common.arguments import (
     whole,
 )
 from surgeon.errors import ConfigError
-from surgeon.util.files import here
 from surgeon.util.outputs import check_file_output, export_format
 
 if TYPE_CHECKING:
     from surgeon.commands.common.console import Progress
-    from surgeon.exporting.export import Exported
 
 DESCRIPTION = "write a model to one ONNX or torch.export file, verified against the model"
 EXAMPLES = """  surgeon export runs/resnet50-acda -o model.onnx
@@ -72,7 +70,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from surgeon.commands.common.console import Progress
+    from surgeon.commands.common.console import Progress, width
     from surgeon.exporting.export import check_target, export
 
     path = Path(args.output)
@@ -94,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"run": args.model, **result.to_dict()})
     else:
-        print(_text(args.model, result))
+        print(f"{args.model}: {result.to_text(width())}", end="")
     return 0
 
 
@@ -120,32 +118,3 @@ class _Patience:
         elif stage.startswith(("read", "check")):
             self.timer.cancel()
         self.progress(stage, done, total)
-
-
-def _text(run: str, result: "Exported") -> str:
-    from surgeon.commands.common.console import width
-    from surgeon.util.tables import count, error, paragraph
-
-    def line(name: str, text: str) -> str:
-        return paragraph(f"{name:<10}{text}", width=width(), hang=" " * 10)
-
-    names = ("batch", "channels", "height", "width")
-    shape = [name if name in result.free else str(n) for name, n in zip(names, result.input_shape, strict=True)]
-    opset = "" if result.opset is None else f" opset {result.opset}"
-    lines = [
-        f"{run}: {result.format}{opset}, {result.operators} operations, {count(result.size, 'B')}",
-        "",
-        line("input", f"{result.input or ''} ({', '.join(shape)}), {result.dtype}".strip()),
-        *([line("output", ", ".join(result.outputs))] if result.outputs else []),
-        *(line("free", f"{name}: {told}") for name, told in result.free.items()),
-        *(line("fixed", f"{name}: {why}") for name, why in result.fixed.items()),
-    ]
-    for check in result.checks:
-        excuse = "" if check.own is None else f" (float32 moves the model itself by {error(check.own)})"
-        if check.draws > 1:
-            excuse += f" (draw {check.draws} of images: those before differ, as where PAFU's kernels are tied)"
-        lines.append(line("check", f"{'x'.join(map(str, check.shape))}: {error(check.max_rel)} relative{excuse}"))
-    if result.foreign:
-        lines.append(line("needs", f"operators that are not standard: {', '.join(result.foreign)}"))
-    beside = "" if result.data is None else f", its weights next to it in {Path(result.data).name}"
-    return "\n".join([*lines, f"written to  {here(result.path)}{beside}"])

@@ -27,8 +27,10 @@ from surgeon.surgery.compare import Difference, compare
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.surgery.running import run as run_model
 from surgeon.util.copying import check_module, copy_model, strict_float32
+from surgeon.util.files import here
 from surgeon.util.outputs import check_file_output, export_format
 from surgeon.util.progress import OnProgress, silent
+from surgeon.util.tables import count, error, paragraph
 from surgeon.util.unfinished import unfinished
 
 Format = Literal["onnx", "torch"]
@@ -90,6 +92,36 @@ class Exported:
             for c in self.checks
         ]
         return vars(self) | {"input_shape": list(self.input_shape), "checks": checks}
+
+    def to_text(self, width: int = 80) -> str:
+        """The file, its inputs and outputs, which sizes are free and why others are not, and the checks."""
+
+        def line(name: str, text: str) -> str:
+            return paragraph(f"{name:<10}{text}", width=width, hang=" " * 10)
+
+        names = ("batch", "channels", "height", "width")
+        shape = [name if name in self.free else str(n) for name, n in zip(names, self.input_shape, strict=True)]
+        opset = "" if self.opset is None else f" opset {self.opset}"
+        lines = [
+            f"{self.format}{opset}, {self.operators} operations, {count(self.size, 'B')}",
+            "",
+            line("input", f"{self.input or ''} ({', '.join(shape)}), {self.dtype}".strip()),
+            *([line("output", ", ".join(self.outputs))] if self.outputs else []),
+            *(line("free", f"{name}: {told}") for name, told in self.free.items()),
+            *(line("fixed", f"{name}: {why}") for name, why in self.fixed.items()),
+        ]
+        for check in self.checks:
+            excuse = "" if check.own is None else f" (float32 moves the model itself by {error(check.own)})"
+            if check.draws > 1:
+                excuse += f" (draw {check.draws} of images: those before differ, as where PAFU's kernels are tied)"
+            lines.append(line("check", f"{'x'.join(map(str, check.shape))}: {error(check.max_rel)} relative{excuse}"))
+        if self.foreign:
+            lines.append(line("needs", f"operators that are not standard: {', '.join(self.foreign)}"))
+        beside = "" if self.data is None else f", its weights next to it in {Path(self.data).name}"
+        return "\n".join([*lines, f"written to  {here(self.path)}{beside}"]) + "\n"
+
+    def __str__(self) -> str:
+        return self.to_text()
 
 
 def export(

@@ -48,6 +48,8 @@ def test_onnx_with_every_layer_type_and_free_sizes(tmp_path: Path) -> None:
     assert sizes == ["batch", 3, "height", "width"]  # not torch's symbols
     assert file.graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert found.input == "images"
+    assert str(found).splitlines()[2] == "input     images (batch, 3, height, width), float32"
+    assert str(found).rstrip().endswith(f"written to  {tmp_path / 'm.onnx'}")
     assert found.size == (tmp_path / "m.onnx").stat().st_size
     for shape in ((1, 3, 40, 24), (5, 3, 19, 33)):
         x = torch.randn(shape)
