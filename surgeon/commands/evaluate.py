@@ -156,11 +156,11 @@ def _original(
         notes.append("no original: the run does not record its base model (name one with --original MODEL)")
         return None, "", None
     try:
-        original = restore(base, weights=args.original_weights, trust_factory=args.trust_factory)
+        original = restore(base, weights=args.original_weights, head="weights", trust_factory=args.trust_factory)
     except ModelError as error:
         if args.original_weights:
             raise
-        notes.append(f"no original: {error} (--original RUN names another, --original-weights FILE its weights)")
+        notes.append(f"no original: {error} (--original MODEL names another, --original-weights FILE its weights)")
         return None, "", None
     return original, _named(base), None
 

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         if recipe is None or recipe.base is None:
             raise CheckpointError(f"{args.run} does not record its base model: there is nothing to compare it with")
         progress("load", 1, 2)
-        original = restore(recipe.base, weights=args.weights, trust_factory=args.trust_factory)
+        original = restore(recipe.base, weights=args.weights, trust_factory=args.trust_factory, flag="--weights")
         progress("verify", 0, 1)
         trained = f"{args.run} was trained after its conversion, so it should differ from its original"
         try:

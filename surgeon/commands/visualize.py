@@ -184,7 +184,8 @@ def _original(args: argparse.Namespace, base: "BaseModel") -> "nn.Module | None"
     from surgeon.models.names import build_model, restore
 
     if args.against == "auto":
-        return restore(base, weights=args.against_weights, trust_factory=args.trust_factory)
+        named, trusted = args.against_weights, args.trust_factory
+        return restore(base, weights=named, trust_factory=trusted, head="weights", flag="--against-weights")
     weights = args.against_weights or "auto"
     return build_model(args.against, weights=weights, head="weights", trust_factory=args.trust_factory)[0]
 

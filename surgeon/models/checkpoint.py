@@ -163,6 +163,8 @@ def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
     found = known if known is not None and _fits(model, known, rules) else identify(model)
     if found is not None and known is not None:
         found = replace(found, weights=known.weights, input_size=known.input_size)
+    elif found is not None and carried is not None and carried.input_size:
+        found = replace(found, input_size=carried.input_size)
     if found is None or not _fits(model, found, rules):
         logger.warning(
             "no way to rebuild this %s is known: the folder loads only %swith base=MODEL, a model of the original architecture. "

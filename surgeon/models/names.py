@@ -182,6 +182,9 @@ def chosen_size(model: nn.Module) -> tuple[int, int, int] | None:
     """(C, H, W) that a model was converted or trained at, by its recipe, if that is not its library's own size."""
     recipe = get_recipe(model)
     base = None if recipe is None else recipe.base
+    if base is None and recipe is not None and len(recipe.input_size) == 3:
+        channels, height, width = recipe.input_size
+        return channels, height, width
     if base is None or len(base.input_size) != 3:
         return None
     own = () if base.source in ("factory", "program") else _parse(f"{base.source}/{base.name}").input_size
@@ -189,17 +192,24 @@ def chosen_size(model: nn.Module) -> tuple[int, int, int] | None:
     return (channels, height, width) if base.input_size != own else None
 
 
-def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool = False) -> nn.Module:
+def restore(
+    base: BaseModel,
+    *,
+    weights: str | None = None,
+    trust_factory: bool = False,
+    head: Literal["own", "weights"] = "own",
+    flag: str | None = None,
+) -> nn.Module:
     """The base model with its weights at conversion, in eval mode; their SHA-256 is verified.
 
-    `weights` names a file to read them from instead. Raises `ModelError`.
+    `weights` names a file to read them from instead; `flag` is the option for it in messages. A model that got another head after
+    its conversion has no weights for it: with `head="weights"` it comes with the head of the weights. Raises `ModelError`.
     """
     recorded = base.weights
     _check_base(base, trust_factory=trust_factory)
+    hint = "" if flag is None else f"; pass their file with {flag}"
     if weights is None and recorded.kind == "given" and base.source != "factory":
-        raise ModelError(
-            f"the weights of {base.name} came from a model object and are not recorded; pass their file with --weights"
-        )
+        raise ModelError(f"the weights of {base.name} came from a model object and are not recorded{hint}")
     if (
         weights is None
         and recorded.sha256 is None
@@ -207,35 +217,46 @@ def restore(base: BaseModel, *, weights: str | None = None, trust_factory: bool 
         and base.source != "factory"
     ):
         raise ModelError(
-            f"the recipe names weights of {base.name} ({recorded.path or recorded.kind}) without their SHA-256: "
-            "pass the file with --weights if you know it"
+            f"the recipe names weights of {base.name} ({recorded.path or recorded.kind}) without their SHA-256{hint}"
         )
     if base.source == "program" and weights is not None and str(recorded.path).endswith(SUFFIX):
-        raise ModelError("an exported program has its own weights: leave --weights out")
+        raise ModelError(f"an exported program has its own weights: leave {flag or 'weights'} out")
     kind = weights or {"file": str(recorded.path), "given": "auto"}.get(recorded.kind, recorded.kind)
-    model, found = _with_weights(base, kind, recorded.seed or 0)
-    if recorded.sha256 is not None and found.weights.sha256 != recorded.sha256:
-        if _differs_in_head(base, kind):
-            raise ModelError(
-                f"{base.name} got a new classifier of {base.kwargs['num_classes']} classes that the "
-                f"original never had: compare with a plain run that was trained as long"
-            )
+    model, found, option = _as_converted(base, kind)
+    if recorded.sha256 not in (None, found.weights.sha256):
         raise ModelError(
             f"the weights of {base.name} ({found.weights.kind}{f' {found.weights.path}' if found.weights.path else ''}) are "
             f"not those that were converted: SHA-256 {str(found.weights.sha256)[:16]}.., expected {recorded.sha256[:16]}.."
         )
+    if option is not None:
+        if head == "own":
+            whose, instead = ("the original", "compare with a plain run that was trained as long")
+            if weights is not None:
+                whose, instead = weights, "give the weights that it had when it was converted"
+            classes = base.kwargs.get(option)
+            raise ModelError(f"{base.name} got a new classifier of {classes} classes that {whose} never had: {instead}")
+        base = replace(base, kwargs=found.kwargs)
     set_recipe(model, Recipe(rules=(), base=base))
     return model.eval()
 
 
-def _differs_in_head(base: BaseModel, kind: str) -> bool:
-    """Whether the weights are the recorded ones if the model has its library's default classes."""
+def _as_converted(base: BaseModel, kind: str) -> tuple[nn.Module, BaseModel, str | None]:
+    """The model with these weights and, if only then they fit or are the recorded ones, with their head: the option that changed."""
     recorded = base.weights
-    if "num_classes" not in base.kwargs or recorded.kind not in ("pretrained", "random"):
-        return False
-    kwargs = {key: value for key, value in base.kwargs.items() if key != "num_classes"}
-    _, found = _with_weights(replace(base, kwargs=kwargs), kind, recorded.seed or 0)
-    return found.weights.sha256 == recorded.sha256
+    seed = recorded.seed or 0
+    try:
+        model, found = _with_weights(base, kind, seed)
+    except HeadError as error:
+        if (name := _head_option(base, error)) is None:
+            raise
+        return *_with_weights(replace(base, kwargs=base.kwargs | {name: error.outputs}), kind, seed), name
+    same = recorded.sha256 in (None, found.weights.sha256)
+    if not same and "num_classes" in base.kwargs and recorded.kind in ("pretrained", "random"):
+        kwargs = {key: value for key, value in base.kwargs.items() if key != "num_classes"}
+        own = _with_weights(replace(base, kwargs=kwargs), kind, seed)
+        if own[1].weights.sha256 == recorded.sha256:
+            return *own, "num_classes"
+    return model, found, None
 
 
 def model_names(pattern: str = "*") -> list[str]:

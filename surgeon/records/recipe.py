@@ -109,6 +109,7 @@ class Recipe:
 
     `classes`: names of a fine-tuned classifier's outputs, in order; None if unknown.
     `task`: what the network was fine-tuned on; None if it was not.
+    `input_size`: the (C, H, W) chosen for the conversion of a model whose `base` is found only when it is saved; not written.
     """
 
     rules: tuple[Rule, ...]
@@ -117,6 +118,7 @@ class Recipe:
     versions: dict[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
     task: Trained | None = None
+    input_size: tuple[int, ...] = field(default=(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, in reading order."""

@@ -70,9 +70,10 @@ class Inputs:
 
     @property
     def image_size(self) -> tuple[int, ...] | None:
-        """(C, H, W) of the first image, in the first tensor or list; None if there is none."""
-        first = self._first[0] if isinstance(self._first, list) and self._first else self._first
-        return tuple(first.shape[-3:]) if isinstance(first, Tensor) and first.dim() > 2 else None
+        """(C, H, W) of the first image, in a batch or a list; None if the first argument is neither."""
+        first = self._first[0] if isinstance(self._first, Sequence) and self._first else self._first
+        listed = first is not self._first
+        return tuple(first.shape[-3:]) if isinstance(first, Tensor) and first.dim() == 4 - listed else None
 
     @property
     def batch(self) -> int:

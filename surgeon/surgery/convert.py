@@ -58,7 +58,7 @@ def convert(
         pattern: "dcb" instead of a type: residual blocks become ADFNet's DCBs (see `surgeon.surgery.blocks`) if `layers` selects
             their first convolution (default: all); `layer_options` are those of "sekg".
         example_inputs: a tensor, a tuple of arguments, a list (one argument) or a dict of keyword arguments. Without it the
-            model's own input size is used, or `input_size`: (C, H, W), (H, W) or one number.
+            model's own input size is used, or `input_size`: (C, H, W), (H, W) or one number. A given image size is recorded.
         inplace: change the caller's model; otherwise a copy is changed. After an error the model is unchanged.
         as_graph: return a `torch.fx.GraphModule` of the converted model, traced in its current mode.
         recipe: rules that mix types and options, instead of `layers` and `type`.
@@ -103,7 +103,8 @@ def convert(
             functional.keep(surgery.layers)
         else:
             functional.keep_checked(surgery.layers, surgery.expected, sites.seen.inputs, order.seed)
-        _remember(result, order, surgery)
+        given = example_inputs is not None or input_size is not None
+        _remember(result, order, surgery, sites.seen.inputs.image_size if given else None)
         report = surgery.report(verification)
         report.params_before, report.params_after = params_before, count_parameters(result)
         report.model, report.input_size = model.__class__.__name__, sites.seen.inputs.image_size
@@ -229,8 +230,8 @@ def _in_blocks(plans: list[Planned], blocks: dict[str, str], pattern: str) -> li
     return chosen
 
 
-def _remember(result: nn.Module, order: _Order, surgery: Surgery) -> None:
-    """Record the conversion in the model: one rule per layer, after those of earlier conversions."""
+def _remember(result: nn.Module, order: _Order, surgery: Surgery, chosen: tuple[int, ...] | None) -> None:
+    """Record the conversion in the model: one rule per layer, after those of earlier conversions, and the chosen image size."""
     earlier = surgery.earlier
     base = order.recipe.base if order.recipe is not None else None
     rules = earlier.rules if earlier is not None else ()
@@ -240,7 +241,10 @@ def _remember(result: nn.Module, order: _Order, surgery: Surgery) -> None:
         Rule(layers=quoted(name), type=layer.type_name, options=layer.config.to_dict())
         for name, layer in surgery.layers.items()
     )
-    made = Recipe(rules=rules + new, base=base, seed=order.seed, versions=versions())
+    size = chosen or (earlier.input_size if earlier is not None else ())
+    if base is not None and chosen is not None:
+        base = replace(base, input_size=chosen)
+    made = Recipe(rules=rules + new, base=base, seed=order.seed, versions=versions(), input_size=size)
     if earlier is not None:
         made = replace(made, classes=earlier.classes, task=earlier.task)
     set_recipe(result, made)

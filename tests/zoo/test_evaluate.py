@@ -204,6 +204,22 @@ def test_an_original_that_cannot_be_had_is_a_note(capsys: pytest.CaptureFixture[
     assert "nowhere.pth" in capsys.readouterr().err
 
 
+def test_an_original_of_other_classes_gets_a_new_head_as_in_finetune(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(timm.create_model("test_resnet").state_dict(), "published.pth")
+    command = ["convert", "test_resnet", "--weights", "published.pth", "--layers", "stage4", "--type", "acda"]
+    assert main([*command, "--input-size", "64", "-o", "run", "--json"]) == 0
+    tuned = create_task("brightness").bind(surgeon.load("run"))
+    surgeon.save(tuned, "tuned")
+    capsys.readouterr()
+    given = ["evaluate", "tuned", "--task", "brightness", "--limit", "2", "--json", "--quiet"]
+    for more in ([], ["--original-weights", "published.pth"]):
+        assert main([*given, *more]) == 0
+        found = document(capsys)
+        name = found["original"]["model"]
+        assert name.startswith("test_resnet")
+        assert f"{name} was given new, untrained parameters to fit the task" in found["notes"][0]
+
+
 def test_new_heads_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["evaluate", "test_resnet", "--weights", "random", "--task", "brightness", "--limit", "2", "--json"]
     assert main([*given, "--quiet"]) == 0

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from surgeon.errors import CheckpointError, ModelError, RecipeError, SurgeonError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.models.checkpoint import load, read_report, save
-from surgeon.models.names import build_model, open_model
+from surgeon.models.names import build_model, chosen_size, open_model
 from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
 from surgeon.records.report import Report
+from surgeon.surgery.convert import convert
 from tests.support.tiny_runs import X, contents, run_python, tiny, with_dynamic
 
 
@@ -54,6 +55,26 @@ def test_a_saved_model_comes_back(tmp_path: Path) -> None:
         ("layer3.0.conv2", "pafu", 3),
         ("layer4.0.conv1", "pafu", 3),
     ]
+
+
+@pytest.mark.parametrize(
+    ("made", "given", "size"),
+    [
+        (lambda: timm.create_model("test_resnet"), {"example_inputs": torch.zeros(1, 3, 64, 48)}, (3, 64, 48)),
+        (lambda: timm.create_model("test_resnet"), {"input_size": 64}, (3, 64, 64)),
+        (lambda: timm.create_model("test_resnet"), {}, (3, 160, 160)),
+        (lambda: open_model("test_resnet", weights="random"), {"input_size": 64}, (3, 64, 64)),
+    ],
+)
+def test_the_size_given_to_a_conversion_is_recorded(tmp_path: Path, made: Any, given: Any, size: Any) -> None:
+    """Tasks run a model at it, also before the model was saved."""
+    model, _ = convert(made(), "pafu", layers="layer4.0.conv1", check=False, **given)
+    save(model, tmp_path / "run")
+    base = Recipe.read(tmp_path / "run").base
+    assert base is not None
+    assert base.input_size == size
+    chosen = None if size == (3, 160, 160) else size
+    assert chosen_size(model) == chosen_size(load(tmp_path / "run")) == chosen
 
 
 def test_equal_weights_are_equal_files(tmp_path: Path) -> None:

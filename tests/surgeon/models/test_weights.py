@@ -18,7 +18,7 @@ from surgeon.models.identify import identify
 from surgeon.models.names import build_model, build_structure, restore, shapes_of
 from surgeon.models.sources import as_published
 from surgeon.models.weights import reachable, read_weights, state_sha256
-from surgeon.records.recipe import BaseModel, Weights
+from surgeon.records.recipe import BaseModel, Weights, get_recipe
 from tests.support.tiny_models import TINY, dangerous, random_model
 
 
@@ -215,17 +215,35 @@ def test_restored_weights_must_be_the_recorded_ones(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not those that were converted: SHA-256"):
         restore(base)
     given = BaseModel(source="timm", name=TINY, weights=Weights(kind="given", sha256=state_sha256(source)))
-    with pytest.raises(ModelError, match="came from a model object"):
+    with pytest.raises(ModelError, match="came from a model object and are not recorded$"):
         restore(given)
+    with pytest.raises(ModelError, match="are not recorded; pass their file with --against-weights$"):
+        restore(given, flag="--against-weights")
 
 
-def test_an_original_with_a_new_classifier_says_what_to_compare_with() -> None:
-    _, base = build_model(TINY, weights="random")
+@pytest.mark.parametrize("kind", ["random", "file"])
+def test_an_original_with_a_new_classifier_says_what_to_compare_with(tmp_path: Path, kind: str) -> None:
+    """It is the network of before only with the head that its weights have."""
+    file = weights_file(tmp_path, "w.pth", timm.create_model(TINY).state_dict())
+    model, base = build_model(TINY, weights="random" if kind == "random" else str(file))
     assert base is not None
     assert restore(base)
     changed = dataclasses.replace(base, kwargs={**base.kwargs, "num_classes": 2})
     with pytest.raises(ModelError, match=r"got a new classifier of 2 classes .* compare with a plain run"):
         restore(changed)
+    before = restore(changed, head="weights")
+    assert state_sha256(before) == state_sha256(model)
+    recipe = get_recipe(before)
+    assert recipe is not None
+    assert recipe.base is not None
+    assert recipe.base.kwargs.get("num_classes", 1000) == 1000
+    given = dataclasses.replace(changed, weights=Weights(kind="given"))
+    with pytest.raises(ModelError, match=r"2 classes that .*w.pth never had: give the weights that it had when"):
+        restore(given, weights=str(file))
+    assert len(restore(given, weights=str(file), head="weights").get_parameter("fc.bias")) == 1000
+    other = dataclasses.replace(changed, weights=dataclasses.replace(changed.weights, sha256="0" * 64))
+    with pytest.raises(ModelError, match="not those that were converted"):
+        restore(other, head="weights")
 
 
 def test_shapes_are_those_of_published_weights() -> None:
