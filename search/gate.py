@@ -21,7 +21,8 @@ from surgeon.costs.settings import make_settings
 from surgeon.errors import ConfigError
 from surgeon.layers.base import LayerConfig
 from surgeon.layers.geometry import ConvGeometry
-from surgeon.search.budget import Budgets, Calibration, check_feasible, told
+from surgeon.search.budget import Budgets, Calibration, as_budget, check_feasible, told
+from surgeon.search.placement.place import nearest_placement
 from surgeon.search.placement.problem import Ints, Problem, of_table
 from surgeon.search.space import Space, SpaceConfig, make_space
 from surgeon.sites.sites import find_sites
@@ -135,11 +136,9 @@ class Gate:
             ]
             over = over or [f"it replaces more than {problem.max_layers} layers"]
             return Verdict(fits=False, reasons=tuple(over), predicted=predicted, traced=predicted)
-        found = self.trace(placement)
-        needed = self.calibration.needed(found.peak_bytes, sum(found.reserve.values()))
-        traced = {"flops": found.flops, "params": found.params, "memory": found.peak_bytes, "needed": needed}
-        traced["reserve"] = sum(found.reserve.values())
-        reasons = self._over_traced(traced)
+        traced = self._traced(placement)
+        over = self._exceeded(traced).items()
+        reasons = [self._over(name, value, limit, "by a whole trace") for name, (value, limit) in over]
         latency = None
         if not reasons and self.budgets.latency is not None:
             before, latency = self.time(placement)
@@ -148,12 +147,27 @@ class Gate:
                 reasons.append(self._over("latency", latency, limit, "as measured"))
         return Verdict(fits=not reasons, reasons=tuple(reasons), predicted=predicted, traced=traced, latency=latency)
 
-    def _over_traced(self, traced: Mapping[str, int]) -> list[str]:
+    def nearest_replacement(self) -> str | None:
+        """The budgets, by a whole trace, that the nearest placement with a replacement needs beyond these; None if it is unknown."""
+        placement = nearest_placement(self.problem, at_least=1)
+        if not placement.any():
+            return None
+        over = self._exceeded(self._traced(placement))
+        return ", ".join(f"{FLAGS[name]} {as_budget(name, value)}" for name, (value, _) in over.items()) or None
+
+    def _traced(self, placement: Sequence[int] | Ints) -> dict[str, int]:
+        found = self.trace(placement)
+        reserve = sum(found.reserve.values())
+        needed = self.calibration.needed(found.peak_bytes, reserve)
+        costs = {"flops": found.flops, "params": found.params, "memory": found.peak_bytes}
+        return costs | {"needed": needed, "reserve": reserve}
+
+    def _exceeded(self, traced: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+        """The traced costs that are beyond their limits, and these."""
         limits: dict[str, int | None] = self.budgets.limits(self.original, self.calibration)
         limits["memory"] = self.budgets.memory_limit(self.original, self.calibration)
         found = {"flops": traced["flops"], "params": traced["params"], "memory": traced["needed"]}
-        over = {name: limit for name, limit in limits.items() if limit is not None and found[name] > limit}
-        return [self._over(name, found[name], limit, "by a whole trace") for name, limit in over.items()]
+        return {name: (found[name], n) for name, n in limits.items() if n is not None and found[name] > n}
 
     @staticmethod
     def _over(name: str, value: float, limit: float, how: str) -> str:

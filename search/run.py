@@ -243,12 +243,18 @@ class Search:
         try:
             placement = self.sampler.suggest(trial)
         except ExhaustedError as error:
-            trial.set_user_attr("error", str(error))
-            self.file.study.tell(trial, state=TrialState.FAIL)
+            self.file.end(trial, f"{error}{self._beyond()}")
             return "exhausted"
         if fresh:
             trial.set_user_attr("proposal_seconds", time.perf_counter() - started)
         return _Claim(trial, placement)
+
+    def _beyond(self) -> str:
+        """The nearest budgets with a replacement if none was within these, as the end of a sentence."""
+        if self.gate is None or any(one.placement and one.counts for one in self.file.records()):
+            return ""
+        near = self.gate.nearest_replacement()
+        return ", and none replaces a layer" + ("" if near is None else f": the nearest that does needs {near}")
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 

@@ -109,7 +109,13 @@ def closest(problem: Problem, placement: Ints) -> Ints | None:
 
 
 def nearest(problem: Problem, *, at_least: int = 0) -> dict[str, int]:
-    """The required limits: the costs of the placement that exceeds the current limits by the smallest factor.
+    """The required limits: the costs of `nearest_placement`."""
+    placement = nearest_placement(problem, at_least=at_least)
+    return {name: value for name, value in problem.costs(placement).items() if problem.limit(name) is not None}
+
+
+def nearest_placement(problem: Problem, *, at_least: int = 0) -> Ints:
+    """The placement, of at least so many replaced layers, that exceeds the current limits by the smallest factor.
 
     The factor is shared by all resources, so one placement meets all of these numbers at once.
     """
@@ -134,7 +140,7 @@ def nearest(problem: Problem, *, at_least: int = 0) -> dict[str, int]:
     if solved is not None:
         chosen = solved[:-1] > 0.5
         placement[layers[chosen]] = options[chosen]
-    return {name: value for name, value in problem.costs(placement).items() if problem.limit(name) is not None}
+    return placement
 
 
 def smallest(problem: Problem, resource: str) -> int:

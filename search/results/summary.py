@@ -17,11 +17,13 @@ from surgeon.util.tables import counted, paragraph, table
 def status_values(found: Finished, count: int = 5) -> dict[str, Any]:
     """The summary as plain JSON values."""
     original = found.original()
+    used = [one for one in found.records if one.state != "unused"]
     return {
         "model": found.about["model"]["name"],
         "task": found.about["task"],
         "budgets": found.about["budgets"],
-        "trials": dict(Counter("repeated" if one.duplicate_of is not None else one.state for one in found.records)),
+        "trials": dict(Counter("repeated" if one.duplicate_of is not None else one.state for one in used)),
+        "ended": found.ended,
         "workers": len(found.alive),
         "rank_correlation": rank_correlation(found),
         "start": found.start(),
@@ -62,7 +64,8 @@ def rank_correlation(found: Finished) -> float | None:
 
 def notes(found: Finished) -> list[str]:
     """The limits of what the trials say, for the text and the page alike."""
-    return [told for told in (worse_than_start(found), few_samples(found), tied(found)) if told is not None]
+    judged = (worse_than_start(found), few_samples(found), tied(found)) if found.ranked() else ()
+    return [told for told in (found.ended, *judged) if told is not None]
 
 
 def tied(found: Finished) -> str | None:
@@ -116,7 +119,7 @@ def status_lines(found: Finished, count: int = 5) -> list[str]:
         rows.append(["-", "untrained", f"{start:.5g}", "0", "+0.0%", "+0.0%"])
     if rows:
         lines += ["", table(["trial", "from", primary, "replaced", "FLOPs", "params"], rows, left=2)]
-    lines += [paragraph(f"note: {told}", hang="  ") for told in notes(found) if rows]
+    lines += [paragraph(f"note: {told}", hang="  ") for told in notes(found)]
     if found.front:
         front = [_row(found, one) for one in found.records if one.number in found.front]
         what = ", ".join([primary, *found.about["objectives"][1:]])

@@ -114,6 +114,7 @@ class Finished:
     alive: frozenset[str]  # workers running now
     front: tuple[int, ...]  # with several objectives: the non-dominated trials according to Optuna
     finals: Mapping[str, Any] | None
+    ended: str | None = None  # why there is no further placement
 
     @property
     def higher_is_better(self) -> bool:
@@ -167,7 +168,7 @@ def read_search(path: str | Path, storage: str | None = None) -> Finished:
     check_fields(about, _ABOUT, str(folder.about), StudyError)
     file = study_of(folder, _storage(folder.about), storage)
     try:
-        records, alive, front = file.view(), file.running(), file.front()
+        records, alive, front, ended = file.view(), file.running(), file.front(), file.ended
     finally:
         file.close()
     return Finished(
@@ -177,6 +178,7 @@ def read_search(path: str | Path, storage: str | None = None) -> Finished:
         records=records,
         alive=alive,
         front=front,
+        ended=ended,
         finals=_read(folder.table, _FINALS) if folder.table.is_file() else None,
     )
 

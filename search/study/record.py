@@ -17,7 +17,7 @@ from surgeon.util.files import check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One trial. `state`: complete, pruned, refused (over budget, never trained), failed, running or waiting."""
+    """One trial. `state`: complete, pruned, refused (over budget, never trained), failed, running, waiting, or unused: there was no placement."""
 
     number: int
     state: str
@@ -67,7 +67,7 @@ def record(trial: FrozenTrial) -> Record:
         TrialState.PRUNED: "refused" if "refused" in attributes else "pruned",
         TrialState.FAIL: "failed",
         TrialState.RUNNING: "running",
-        TrialState.WAITING: "waiting",
+        TrialState.WAITING: "unused" if "worker" in attributes else "waiting",
     }
     values = trial.values if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) else None
     return Record(

@@ -27,6 +27,7 @@ from surgeon.util.machine import machine
 _IDENTITY = "surgeon:identity"
 _CALIBRATION = "surgeon:calibration"
 _NOTES = "surgeon:notes"
+_END = "surgeon:end"
 
 
 class OtherStudyError(StudyError):
@@ -242,6 +243,17 @@ class Study(ABC):
 
     def _running(self) -> list[FrozenTrial]:
         return [trial for trial in self.trials() if trial.state == TrialState.RUNNING]
+
+    def end(self, trial: optuna.Trial, why: str) -> None:
+        """Leave a trial without a placement to the next worker that asks, and record why there is none. Call it within `exclusive`."""
+        self.storage().set_trial_state_values(trial._trial_id, TrialState.WAITING)
+        self.study.set_user_attr(_END, why)
+
+    @property
+    def ended(self) -> str | None:
+        """Why there is no further placement; None while there are some."""
+        found = self.study.user_attrs.get(_END)
+        return found if isinstance(found, str) else None
 
     def tell(
         self,

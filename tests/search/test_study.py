@@ -71,6 +71,11 @@ def test_an_exhausted_space_ends_the_search(tmp_path: Path) -> None:
     search.open()
     outcome = search.run()
     assert outcome.stopped == "exhausted"
+    for _ in range(2):  # resuming does not add to it
+        again = toy_search(tmp_path / "s.jsonl", sampler="random", trials=500, problem=problem)
+        again.open(resume=True)
+        assert (again.run().stopped, again.file.ended) == ("exhausted", "every placement within the budgets was tried")
+        assert Counter(one.state for one in again.file.view()) == {"complete": outcome.evaluated, "unused": 1}
     space, layers = search.space, search.problem.shape[0]
     singles = [
         np.eye(layers, dtype=np.int64)[i] * j for i in range(layers) for j in np.flatnonzero(space.allowed[i])[1:]

@@ -189,6 +189,21 @@ def test_a_task_without_data_is_one_error(data: list[str], said: str, capsys: Ca
     assert not Path("s").exists()
 
 
+def test_a_search_without_any_replacement_says_which_budget_has_one(capsys: Capture) -> None:
+    """Its end counted as a failed trial, and once more at every resumption."""
+    for more in ([], ["--resume"]):
+        assert main(search_arguments("s", "--trials", "4", "--max-params", "+0.01%", "--quiet", *more)) == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert "trials: 1 complete note:" in told or "trials: 1 complete trial" in told
+        assert "failed" not in told
+        near = re.search(r"none replaces a layer: the nearest that does needs --max-params (\S+)", told)
+        assert near is not None, told
+    assert main(["study", "status", "s", "--json"]) == 0
+    assert near[1] in document(capsys)["ended"]
+    assert main(search_arguments("t", "--trials", "2", "--max-params", near[1], "--quiet")) == 0
+    assert any(one.placement and one.counts for one in read_search("t").records)
+
+
 def test_another_model_space_or_budget_is_refused_with_the_difference(capsys: Capture) -> None:
     assert main(search_arguments("s", "--trials", "1", "--quiet")) == 0
     assert main(search_arguments("s", "--trials", "1")) == 2
