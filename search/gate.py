@@ -137,8 +137,8 @@ class Gate:
             over = over or [f"it replaces more than {problem.max_layers} layers"]
             return Verdict(fits=False, reasons=tuple(over), predicted=predicted, traced=predicted)
         traced = self._traced(placement)
-        over = self._exceeded(traced).items()
-        reasons = [self._over(name, value, limit, "by a whole trace") for name, (value, limit) in over]
+        beyond = self._exceeded(traced).items()
+        reasons = [self._over(name, value, limit, "by a whole trace") for name, (value, limit) in beyond]
         latency = None
         if not reasons and self.budgets.latency is not None:
             before, latency = self.time(placement)
@@ -148,7 +148,7 @@ class Gate:
         return Verdict(fits=not reasons, reasons=tuple(reasons), predicted=predicted, traced=traced, latency=latency)
 
     def nearest_replacement(self) -> str | None:
-        """The budgets, by a whole trace, that the nearest placement with a replacement needs beyond these; None if it is unknown."""
+        """The budgets that the nearest placement with a replacement exceeds, as it needs them by a whole trace; None if none."""
         placement = nearest_placement(self.problem, at_least=1)
         if not placement.any():
             return None

@@ -245,7 +245,7 @@ class Study(ABC):
         return [trial for trial in self.trials() if trial.state == TrialState.RUNNING]
 
     def end(self, trial: optuna.Trial, why: str) -> None:
-        """Leave a trial without a placement to the next worker that asks, and record why there is none. Call it within `exclusive`."""
+        """Leave a trial without a placement to whoever asks next, and record why there is none. Call it within `exclusive`."""
         self.storage().set_trial_state_values(trial._trial_id, TrialState.WAITING)
         self.study.set_user_attr(_END, why)
 

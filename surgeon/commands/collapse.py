@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="T",
-        help="largest relative variation of a filter folded at its mean, 0 to 1 (default: 0, exact)",
+        help="largest relative variation of a filter folded at its mean, from 0 to less than 1 (default: 0, exact)",
     )
 
 

@@ -80,7 +80,9 @@ def build_model(
     except HeadError as error:
         name = _head_option(base, error)
         if name is None or head == "own":
-            raise ModelError(f"{error}{_told_option(name, error)}") from error
+            given = name is not None and name in base.kwargs
+            later = "; finetune and try put in the head that the data need" if given else ""
+            raise ModelError(f"{error}{_told_option(name, error)}{later}") from error
         model, base = _with_weights(replace(base, kwargs=base.kwargs | {name: error.outputs}), weights, seed)
     return model.eval(), base
 
@@ -241,7 +243,7 @@ def restore(
 
 
 def _as_converted(base: BaseModel, kind: str) -> tuple[nn.Module, BaseModel, str | None]:
-    """The model with these weights and, if only then they fit or are the recorded ones, with their head: the option that changed."""
+    """The model with these weights; with their head if only then they fit or are the recorded ones, and the option for it."""
     recorded = base.weights
     seed = recorded.seed or 0
     try:

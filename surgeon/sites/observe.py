@@ -81,7 +81,7 @@ def _cannot_run(model: nn.Module, failures: list[tuple[str, Exception]]) -> Inpu
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else ""
+    return lines[0][:200].rstrip(".") if lines else ""
 
 
 def _run_watched(model: nn.Module, targets: Sequence[str], seen: Observation) -> None:

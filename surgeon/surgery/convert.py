@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from surgeon.errors import (
@@ -82,6 +83,7 @@ def convert(
     order = _read_order(layers, type, recipe, layer_options, seed)
     tell = progress or silent
     model = without_compiler(model)
+    _is_python(model)
     _has_data(model)
     work = model if inplace else copy_model(model)
     params_before = count_parameters(work)
@@ -130,6 +132,7 @@ def inspect(
     The model is not modified. The list prints as a table. Raises `InputError` if it does not run on the inputs.
     """
     check_module(model)
+    _is_python(model)
     functional = Raised(model)
     try:
         return Inspection(functional.described(find_sites(model, example_inputs, input_size)).convs)
@@ -143,6 +146,19 @@ OPTIMIZER_NOTE = "an optimizer made before this conversion does not know"  # so 
 def _optimizer_note(surgery: Surgery) -> str:
     count = sum(len(list(layer.parameters())) for layer in surgery.layers.values())
     return f"{OPTIMIZER_NOTE} {count} parameters of the new layers: recreate it"
+
+
+def _is_python(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = (
+                f"{type(model).__name__} contains a TorchScript module ({name})"
+                if name
+                else "this is a TorchScript module"
+            )
+            raise ModelError(
+                f"{what}, whose convolutions are no modules of Python: give the nn.Module before tracing or scripting"
+            )
 
 
 def _has_data(model: nn.Module) -> None:

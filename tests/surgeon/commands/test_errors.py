@@ -121,6 +121,8 @@ def test_another_head_names_an_option_of_the_command(capsys: pytest.CaptureFixtu
     assert main([*argv, "--num-classes", "3"]) == 0
     capsys.readouterr()
     fails(["export", *argv[1:], "-o", "m.onnx"], 2, [": --num-classes 3"], capsys)
+    wanted = ["model one of 4 (", ": --num-classes 3; finetune and try put in the head that the data need"]
+    fails([*argv, "--num-classes", "4"], 2, wanted, capsys)
     argv[1] = "heads:make"
     fails(argv, 2, [": --model-args classes=3"], capsys)
     assert main([*argv, "--model-args", "classes=3"]) == 0

@@ -215,9 +215,9 @@ def test_restored_weights_must_be_the_recorded_ones(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not those that were converted: SHA-256"):
         restore(base)
     given = BaseModel(source="timm", name=TINY, weights=Weights(kind="given", sha256=state_sha256(source)))
-    with pytest.raises(ModelError, match="came from a model object and are not recorded$"):
+    with pytest.raises(ModelError, match=r"came from a model object and are not recorded$"):
         restore(given)
-    with pytest.raises(ModelError, match="are not recorded; pass their file with --against-weights$"):
+    with pytest.raises(ModelError, match=r"are not recorded; pass their file with --against-weights$"):
         restore(given, flag="--against-weights")
 
 

@@ -9,6 +9,7 @@ import torchvision
 from torch import nn
 
 import surgeon
+from surgeon.errors import ModelError
 from surgeon.layers.registry import layer_types
 from surgeon.surgery.rewrite import dynamic_layers
 
@@ -64,3 +65,13 @@ def test_pointwise_convolutions_too(kind: str) -> None:
     assert all("_forward_cross_attn" in reason for reason in refused.values())
     assert len(report.replaced) == 55
     assert type(converted) is type(model)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_torchscript_is_named_as_the_reason() -> None:
+    """It was said to have no convolution, or to run on no input."""
+    traced = torch.jit.trace(nn.Conv2d(3, 4, 3).eval(), torch.randn(1, 3, 8, 8))
+    for model, said in ((traced, "this is a TorchScript module"), (nn.Sequential(traced), r"contains a .* \(0\)")):
+        for call in (surgeon.inspect, lambda model: surgeon.convert(model, "acda", layers="all", input_size=8)):
+            with pytest.raises(ModelError, match=rf"{said}.*: give the nn.Module before tracing or scripting"):
+                call(model)
