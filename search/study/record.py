@@ -17,7 +17,7 @@ from surgeon.util.files import check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One trial. `state`: complete, pruned, refused (over budget, never trained), failed, running, waiting, unused (nothing left)."""
+    """One trial. `state`: complete, pruned, refused (over budget, never trained), failed, running, waiting, unused (none left)."""
 
     number: int
     state: str
