@@ -115,7 +115,7 @@ def nearest(problem: Problem, *, at_least: int = 0) -> dict[str, int]:
 
 
 def nearest_placement(problem: Problem, *, at_least: int = 0) -> Ints:
-    """The placement, of at least so many replaced layers, that exceeds the current limits by the smallest factor.
+    """The placement, with at least `at_least` replaced layers, that exceeds the current limits by the smallest factor.
 
     The factor is shared by all resources, so one placement meets all of these numbers at once.
     """
