@@ -355,7 +355,8 @@ def _with_task(model: nn.Module, task: Task, size: tuple[int, ...]) -> nn.Module
     recipe = get_recipe(model) or Recipe(rules=())
     trained = Trained(name=task.name, options=task.options())
     classes = task.outputs() or recipe.classes
-    set_recipe(model, replace(recipe, base=_at_size(recipe.base, size), task=trained, classes=classes))
+    sized = size if len(size) == 3 else recipe.input_size
+    set_recipe(model, replace(recipe, base=_at_size(recipe.base, size), input_size=sized, task=trained, classes=classes))
     return model
 
 
@@ -404,7 +405,7 @@ def original_of(
             note = "the original network is not known: the model's recipe does not name it"
         else:
             try:
-                original = restore(recipe.base)
+                original = restore(recipe.base, head="weights")  # the task gives it another one
             except ModelError as error:
                 note = f"the original network is unavailable: {error}"
     if original is None:
