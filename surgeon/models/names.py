@@ -386,9 +386,12 @@ def _with_weights(base: BaseModel, weights: str, seed: int) -> tuple[nn.Module, 
         try:
             model, base = pretrained(base)
         except ModelError as error:
-            if weights == "pretrained" or HUB.fullmatch(base.name):
+            if HUB.fullmatch(base.name):
                 raise
-            logger.warning("%s. CONTINUING WITH RANDOM WEIGHTS from seed %d.", error, seed)
+            other = f"{called('--weights FILE', 'weights=FILE')} takes a file's"
+            if weights == "pretrained":
+                raise ModelError(f"{error}; {other}, {called('--weights random', 'random')} does without") from error
+            logger.warning("%s. CONTINUING WITH RANDOM WEIGHTS from seed %d; %s.", error, seed, other)
         else:
             return model, _recorded(base, model, base.weights)
     if HUB.fullmatch(base.name):

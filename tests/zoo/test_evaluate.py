@@ -14,6 +14,8 @@ from surgeon.cli import main
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.evaluate import evaluate
+from surgeon.zoo.finetune import FinetuneConfig
+from surgeon.zoo.finetune.run import original_of
 from surgeon.zoo.tasks import create_task, registry, task_names
 from tests.support.fake_task import BrightnessTask
 from tests.support.layers.contract import awaken
@@ -218,6 +220,9 @@ def test_an_original_of_other_classes_gets_a_new_head_as_in_finetune(capsys: pyt
         name = found["original"]["model"]
         assert name.startswith("test_resnet")
         assert f"{name} was given new, untrained parameters to fit the task" in found["notes"][0]
+    original, notes = original_of(tuned, create_task("brightness"), None, FinetuneConfig())
+    assert original is not None
+    assert notes == []
 
 
 def test_new_heads_are_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -356,7 +356,9 @@ def _with_task(model: nn.Module, task: Task, size: tuple[int, ...]) -> nn.Module
     trained = Trained(name=task.name, options=task.options())
     classes = task.outputs() or recipe.classes
     sized = size if len(size) == 3 else recipe.input_size
-    set_recipe(model, replace(recipe, base=_at_size(recipe.base, size), input_size=sized, task=trained, classes=classes))
+    set_recipe(
+        model, replace(recipe, base=_at_size(recipe.base, size), input_size=sized, task=trained, classes=classes)
+    )
     return model
 
 

@@ -405,3 +405,4 @@ def _print(
         print_json(values)
     else:
         print("\n".join([*status_lines(found), f"written to  {folder.path}"]))
+        print(f"a page      surgeon study report {folder.path}\nthe best    surgeon study export {folder.path} -o OUT")

@@ -108,7 +108,11 @@ def test_weights(capsys: pytest.CaptureFixture[str]) -> None:
     fails([*argv, "absent.pth"], 2, ["absent.pth", "auto, pretrained, random"], capsys)
     fails([*argv, "broken.pth"], 2, ["broken.pth"], capsys)
     fails([*argv, "other.pth"], 2, ["other.pth", "fc.weight has shape (3, 96), expected (1000, 96)"], capsys)
-    fails([*argv, "pretrained"], 2, ["pretrained weights of test_resnet are unavailable"], capsys)
+    said = [
+        "pretrained weights of test_resnet are unavailable",
+        "; --weights FILE takes a file's, --weights random does without",
+    ]
+    fails([*argv, "pretrained"], 2, said, capsys)
 
 
 def test_another_head_names_an_option_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:

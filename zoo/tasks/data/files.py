@@ -94,11 +94,15 @@ def find_roots(task: str, config: FolderConfig) -> Roots:
             train = train or config.data
         train, val = train or inside.get("train"), val or inside.get("val")
         if train is None and val is not None and config.val is None:
-            raise DataError(f"task {task}: {config.data} has val/ but no train/; name a folder with train=FOLDER")
-        if val is None and train == inside.get("train"):
             raise DataError(
-                f"task {task}: {config.data} has train/ but no val/; name one with val=FOLDER, or divide the training set "
-                f"with train={train} instead of data"
+                f"task {task}: {config.data} has val/ but no train/; name a folder "
+                f"with {called('--task-option train=FOLDER', 'train=FOLDER')}"
+            )
+        if val is None and train == inside.get("train"):
+            option = called("--task-option ", "")
+            raise DataError(
+                f"task {task}: {config.data} has train/ but no val/; name one with {option}val=FOLDER, or divide the training set "
+                f"with {option}train={train} instead of {called('--data', 'data')}"
             )
     if train is None and val is None:
         raise DataError(
