@@ -40,6 +40,7 @@ from surgeon.layers.base import DynamicConv2d
 from surgeon.sites.inputs import Inputs, call_arguments
 from surgeon.util.copying import check_module, checkpoint_gradients
 from surgeon.util.held import walk
+from surgeon.util.pages import rows, snippet
 from surgeon.util.parse import mebibytes
 from surgeon.util.tables import count, table
 
@@ -56,7 +57,7 @@ class LayerCost:
     saved_bytes: int  # activations saved for the backward pass, for the whole batch
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Cost:
     """Cost of a model. FLOPs per image (1 MAC = 2 FLOPs), bytes for the whole batch.
 
@@ -89,6 +90,14 @@ class Cost:
     def __str__(self) -> str:
         """The lines that `surgeon cost` prints."""
         return "\n".join(cost_lines("cost", self))
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The same as HTML for notebooks."""
+        head, header, lines, notes = _told("cost", self, None, None)
+        inner = [[name.replace("  ", "\N{EM SPACE}"), *values] for name, *values in lines]
+        return snippet(head, rows(header, inner), "\n".join(notes))
 
     @property
     def total_bytes(self) -> int:
@@ -399,6 +408,14 @@ def _first_line(error: Exception) -> str:
 
 def cost_lines(name: str, found: Cost, other: Cost | None = None, other_name: str | None = None) -> list[str]:
     """The cost as text, in one or two columns."""
+    head, header, lines, notes = _told(name, found, other, other_name)
+    return [head, "", table(header, lines), "", *notes]
+
+
+def _told(
+    name: str, found: Cost, other: Cost | None, other_name: str | None
+) -> tuple[str, list[str], list[list[str]], list[str]]:
+    """Heading, header and rows of a table, and notes."""
     step = "inference" if found.mode == "infer" else f"training step, {found.optimizer}"
     precision = found.amp or "float32"
     size = "x".join(map(str, found.input_size))
@@ -414,8 +431,8 @@ def cost_lines(name: str, found: Cost, other: Cost | None = None, other_name: st
     names[names.index("  reserve")] = "reserve"
     columns = [column(found)] + ([column(other)] if other is not None else [])
     header = ["", "this model"] + ([other_name or "original"] if other is not None else [])
-    text = table(header, [[n, *values] for n, *values in zip(names, *columns, strict=True)])
+    lines = [[n, *values] for n, *values in zip(names, *columns, strict=True)]
     notes = [f"note: {note}" for note in found.notes]
     parts = ", ".join(f"{key} {value / 2**20:,.0f}" for key, value in found.reserve.items())
     peak = "the indented rows are what is held at the moment of the peak; at other moments each may be more"
-    return [head, "", text, "", peak, f"reserve, MiB: {parts} (stated, not measured)", *notes]
+    return head, header, lines, [peak, f"reserve, MiB: {parts} (stated, not measured)", *notes]

@@ -50,6 +50,15 @@ def test_a_collapse_is_a_table() -> None:
     assert_small_and_whole(shown)
 
 
+def test_a_cost_is_a_table() -> None:
+    found = surgeon.cost(tiny(), input_size=64)
+    shown = found._repr_html_()
+    assert "training step, sgd" in shown
+    assert len(re.findall("<tr>", shown)) == 14
+    assert repr(found) == str(found), "where there is no HTML"
+    assert_small_and_whole(shown)
+
+
 def assert_small_and_whole(shown: str) -> None:
     assert len(shown) < 20_000
     assert not re.search(r"<script|(src|href)=|https?:|url\(", shown), "nothing beside it is needed"
