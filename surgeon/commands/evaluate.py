@@ -192,13 +192,10 @@ def _measure(
     """Metrics, parameters and FLOPs of one model, which is fitted to the task first."""
     from surgeon.zoo.evaluate import evaluate
 
-    before = {id(parameter) for parameter in model.parameters()}
     layers: list[Adaptivity] = []
-    model = task.bind(model)
-    new = [key for key, parameter in model.named_parameters() if id(parameter) not in before]
-    if new:
-        shown = ", ".join(new[:3]) + (", ..." if len(new) > 3 else "")
-        notes.append(f"{name} was given new, untrained parameters to fit the task: {shown}")
+    model, given = task.fitted(model)
+    if given is not None:
+        notes.append(f"{name} was given {given}")
     flops, size = _flops(model, task, args.split, name, notes)
     metrics = evaluate(
         model,

@@ -229,7 +229,7 @@ def test_new_heads_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["evaluate", "test_resnet", "--weights", "random", "--task", "brightness", "--limit", "2", "--json"]
     assert main([*given, "--quiet"]) == 0
     assert document(capsys)["notes"] == [
-        "test_resnet was given new, untrained parameters to fit the task: fc.weight, fc.bias",
+        "test_resnet was given new, untrained parameters to fit the task: fc.weight, fc.bias (5 outputs instead of 1000)",
         "only 2 samples judge: the metrics say little of other images; a larger val/ tells more",
     ]
 

@@ -49,8 +49,8 @@ def dry_run(
     task.check()
     accelerator = make_accelerator(config)
     with random_state_kept(), tempfile.TemporaryDirectory() as place:
-        work, _ = bound_to(model, task)
-        original, notes = original_of(work, task, original, config)
+        work, _, notes = bound_to(model, task)
+        original, more = original_of(work, task, original, config)
         data = Data(task.dataset("train"), task.dataset("val"))
         found, note = _predicted(work, tuple(data.train[0]["input"].shape), config)
         teacher = original if config.distill else None
@@ -69,7 +69,7 @@ def dry_run(
         seconds=run.progress.seconds,
         groups=groups,
         cost=found,
-        notes=[*notes, *told_data(work, task, data), *note],
+        notes=[*notes, *more, *told_data(work, task, data), *note],
     )
 
 

@@ -106,12 +106,12 @@ def finetune(
         task.check()
     accelerator = make_accelerator(config)
     with random_state_kept(), contextlib.ExitStack() as stack:
-        work, start_hash = bound_to(model, task)
-        original, notes = original_of(work, task, original, config)
+        work, start_hash, notes = bound_to(model, task)
+        original, more = original_of(work, task, original, config)
         place = folder.training if folder is not None else _shared_place(stack)
         session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet)
         try:
-            notes += told_data(work, task, session.data)
+            notes += [*more, *told_data(work, task, session.data)]
             trainer = session.trainer(work, original)  # refuses options before a folder is made, or replaced
             if config.max_steps is not None and trainer.plan.total < config.max_steps:
                 notes.append(f"{config.epochs:g} epochs (--epochs) are fewer steps than --max-steps {config.max_steps}")
@@ -327,12 +327,13 @@ class _Session:
 # --- helpers ------------------------------------------------------------------------------------------------------
 
 
-def bound_to(model: nn.Module, task: Task) -> tuple[nn.Module, str]:
-    """A copy that fits the task, and the hash of its weights."""
+def bound_to(model: nn.Module, task: Task) -> tuple[nn.Module, str, list[str]]:
+    """A copy that fits the task, the hash of its weights, and a note on those that are new."""
     work = copy_model(model)
     seed_torch(task.seed)  # of a new head
-    bound = _with_recipe(task.bind(work), model)
-    return bound, state_sha256(bound)
+    fitted, given = task.fitted(work)
+    bound = _with_recipe(fitted, model)
+    return bound, state_sha256(bound), [] if given is None else [f"the network was given {given}"]
 
 
 def _shared_place(stack: contextlib.ExitStack) -> Path:

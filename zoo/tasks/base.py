@@ -80,7 +80,7 @@ class Task(ABC):
     """One task with its options. Created by `surgeon.zoo.tasks.create_task`; nothing is read before `check`.
 
     `primary` names the deciding metric (one of `metrics`), `higher_is_better` its direction; `at_models_size` says whether samples
-    have the size recorded with the model unless `input_size` is given.
+    have the size recorded with the model unless `input_size` is given, `other_outputs` what may be wrong if the model has others.
     """
 
     name: ClassVar[str]
@@ -88,6 +88,7 @@ class Task(ABC):
     primary: ClassVar[str]
     higher_is_better: ClassVar[bool]
     at_models_size: ClassVar[bool] = False
+    other_outputs: ClassVar[str] = ""
 
     def __init__(self, config: TaskConfig, *, seed: int = 0) -> None:
         self.config, self.seed = config, seed
@@ -106,6 +107,22 @@ class Task(ABC):
         Returns the model, the same object if possible. Raises `InputError` if they cannot fit.
         """
         return model
+
+    def fitted(self, model: nn.Module) -> tuple[nn.Module, str | None]:
+        """`bind`, and in words the new, untrained parameters that the model got; None if it got none."""
+        own = dict(model.named_parameters())  # kept, because a new one could have the id of one that is gone
+        known = set(map(id, own.values()))
+        bound = self.bind(model)
+        new = {name: value for name, value in bound.named_parameters() if id(value) not in known}
+        if not new:
+            return bound, None
+        before = {name: own[name].shape[:1] for name in new if name in own}
+        sizes = [
+            f"{new[k].shape[0]} outputs instead of {n[0]}" for k, n in before.items() if n and new[k].shape[:1] != n
+        ]
+        told = ", ".join([*list(new)[:3], *(["..."] if new.keys() - list(new)[:3] else [])])
+        why = f" ({'; '.join(filter(None, [sizes[0], self.other_outputs]))})" if sizes else ""
+        return bound, f"new, untrained parameters to fit the task: {told}{why}"
 
     def options(self) -> dict[str, Any]:
         """The non-default options, except those that locate or limit the data.

@@ -74,6 +74,7 @@ class Segmentation(Task):
     """
 
     name: ClassVar[str] = "segmentation"
+    other_outputs: ClassVar[str] = "ignore_index=LABEL leaves a label of the masks out"
     config_class: ClassVar[type[TaskConfig]] = SegmentationConfig
     primary: ClassVar[str] = "miou"
     higher_is_better: ClassVar[bool] = True

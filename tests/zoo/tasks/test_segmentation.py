@@ -144,6 +144,18 @@ def test_outputs_in_other_forms(options: dict[str, Any]) -> None:
     assert task.loss(half, batch).item() == pytest.approx(task.loss(big, batch).item(), rel=1e-6)
 
 
+def test_a_new_head_is_told_however_memory_is_used_again(options: dict[str, Any]) -> None:
+    """Its parameters may get the identity of those that are gone: an untrained head went unnoticed."""
+    for _ in range(20):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        _, told = task_of(**options).fitted(model)
+        assert told == (
+            "new, untrained parameters to fit the task: 2.weight, 2.bias (3 outputs instead of 2; ignore_index=LABEL leaves a "
+            "label of the masks out)"
+        )
+        assert task_of(**options).fitted(model)[1] is None
+
+
 def test_models_that_do_not_fit_are_refused(options: dict[str, Any]) -> None:
     task = task_of(**options)
     with pytest.raises(InputError, match="not logits"):
