@@ -96,6 +96,7 @@ class ACDAConv2d(CodedConv2d):
 
     type_name: ClassVar[str] = "acda"
     placed: ClassVar[str] = "last stage"
+    fewer_parameters: ClassVar[str] = "generator=separable or lowrank makes a smaller generator"
     new_lr_scale: ClassVar[float] = 1.0  # docs/finetuning.md: lowest loss on ResNet-20; its last weight is slowed apart
     tasks: ClassVar[tuple[str, ...]] = ("classification", "crowd-counting", "pattern-detection")
     Config: ClassVar[type[LayerConfig]] = ACDAConfig
