@@ -1,7 +1,7 @@
 """The record of a training in a fine-tuned folder: whether a run may be resumed with these options, and whether two networks
 were trained equally. Nothing heavy is imported."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,17 +24,28 @@ _BEFORE = {"fan_in_lr": False}  # what options that came later amount to in runs
 _PLACES = ("data", "train", "val")  # options that locate the data
 
 
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The differences of two records, also inside their objects: the innermost name, and "NAME was OLD and is NEW"."""
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from differing(old, new)
+        elif old != new:
+            was, is_ = (repr(side[key]) if key in side else "not given" for side in (before, now))
+            yield key, f"{key} was {was} and is {is_}"
+
+
 def check_same_options(old: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Notes on options that may differ between a run and its resumption, by their records; `ConfigError` names the others."""
-    changed = [f"{key} was {old[key]!r} and is {now[key]!r}" for key in ("model", "task") if old[key] != now[key]]
+    named = ("model", "task")
+    changed = [told for _, told in differing({key: old[key] for key in named}, {key: now[key] for key in named})]
     notes = []
     moved = _PLACES if "data" in old else ()  # the data themselves say more than their path
     for part, free in (("options", moved), ("config", _FREE)):
-        before, given = old[part], now[part]
-        if part == "config":
-            before = _BEFORE | before
-        for key in [key for key in {**before, **given} if key not in free and before.get(key) != given.get(key)]:
-            told = f"{key} was {before.get(key)!r} and is {given.get(key)!r}"
+        before = _BEFORE | old[part] if part == "config" else old[part]
+        for key, told in differing(before, now[part]):
+            if key in free:
+                continue
             if part == "config" and key in _TOLD:
                 notes.append(f"resumed with another option: {told}")
             else:

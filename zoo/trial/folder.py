@@ -8,6 +8,7 @@ from typing import Any
 
 from surgeon.errors import CheckpointError, ConfigError, DataError
 from surgeon.models.folder import fresh_folder
+from surgeon.records.training import differing
 from surgeon.util.files import check_fields, read_object, write_text
 from surgeon.util.outputs import RUN, SUMMARY, TRIAL, check_trial_output
 from surgeon.zoo.finetune.folder import held
@@ -28,6 +29,7 @@ class TryFolder:
         self.path = path.absolute()
         self.record = self.path / TRIAL
         self.clock = self.path / "clock.json"
+        self.start = self.path / "start.json"
         self.scores = self.path / "scores"
         self.runs = self.path / "runs"
         self.model = self.path / "model"
@@ -56,7 +58,7 @@ class TryFolder:
         """Start in a locked folder: write the record and replace the content, unless told to keep it; a new folder is removed if
         that fails."""
         if not keep:
-            for old in (self.clock, self.answer):
+            for old in (self.clock, self.answer, self.start):
                 old.unlink(missing_ok=True)
             for folder in (self.scores, self.runs, self.model, self.report):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -78,12 +80,8 @@ class TryFolder:
 
     def compare(self, old: dict[str, Any], identity: dict[str, Any], data: dict[str, Any]) -> None:
         """Raise `ConfigError` or `DataError`, naming the differences, if the trial here is another one."""
-        before = old["identity"]
-        changed = [
-            f"{key} was {before.get(key)!r} and is {identity.get(key)!r}"
-            for key in {**before, **identity}
-            if (key in before or key not in _LATER) and before.get(key) != identity.get(key)
-        ]
+        before = {key: identity[key] for key in _LATER} | old["identity"]
+        changed = [told for _, told in differing(before, identity)]
         if changed:
             raise ConfigError(f"a trial must be resumed with the options it started with, but {'; '.join(changed)}")
         other = changes(old["data"], data)
@@ -100,6 +98,14 @@ class TryFolder:
             check_fields(values, _SCORE, str(file))
             found[file.stem] = values
         return found
+
+    def read_start(self) -> float | None:
+        """The metric of the network before any training; None if it was not measured."""
+        if not self.start.is_file():
+            return None
+        values = read_object(self.start)
+        check_fields(values, {"judged": _NUMBER}, str(self.start))
+        return float(values["judged"])
 
     def spent(self) -> tuple[float, float]:
         """Seconds that earlier sessions took, and the part of them spent on the unfinished run."""

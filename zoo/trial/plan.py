@@ -46,12 +46,13 @@ def make_plan(
     batch: int,
     rates: Sequence[float],
     steps: int | None = None,
+    seeds: int = LEAST_SEEDS,
     levers: Levers | None = None,
 ) -> TrialPlan:
     """The plan for `seconds` and three seeds. Raises `ConfigError`, with the `levers`, if that is too little for any comparison.
 
     `train` and `val` are the sizes of the splits, `batch` is samples per step. `steps` fixes the number of steps: then fewer
-    pairs than three are planned where three do not fit, at least one.
+    pairs than three are planned where three do not fit, at least one. Time that the steps of all `seeds` leave goes to judging.
     """
     halves = (val // 2, val - val // 2) if val > 1 and len(rates) > 1 else (0, val)
     most = max(math.ceil(MOST_EPOCHS * train / batch), LEAST_STEPS)
@@ -62,18 +63,33 @@ def make_plan(
         *((one, fewer, steps) for fewer in range(LEAST_SEEDS - 1, 0, -1) if steps),
     ):
         budget = _SPARE * seconds / pairs
-        each = max(int(_EVALUATION * budget / speed.sample / 2), 1) if speed.sample > 0 else val
-        choose, judge = (min(half, each) for half in (halves if len(tried) > 1 else (0, val)))
+        parts = halves if len(tried) > 1 else (0, val)
+        choose, judge = _samples(_EVALUATION * budget, speed, parts)
         left = budget - speed.run - speed.sample * (max(choose, 1) + judge)
         found = int(left / speed.step)
         if found >= least:
-            return TrialPlan(steps=steps or min(found, most), rates=tried, choose=choose, judge=judge)
+            found = steps or min(found, most)
+            spare = _SPARE * seconds / max(len(tried) + seeds - 1, 1) - speed.run - found * speed.step
+            choose, judge = _samples(max(_EVALUATION * budget, spare), speed, parts)
+            return TrialPlan(steps=found, rates=tried, choose=choose, judge=judge)
     fewest = steps or FEWEST_STEPS
     training = fewest * speed.step + speed.run
     needed = LEAST_SEEDS * max(training / (1 - _EVALUATION), training + 2 * speed.sample) / _SPARE
     raise too_little(seconds, needed, fewest, LEAST_SEEDS, levers)
 
 
-def time_to_judge(samples: int, speed: Speed, rates: int) -> float:
-    """Seconds of training for which the plan of a trial of this number of rates has `samples` to judge."""
-    return 2 * samples * speed.sample * (rates + LEAST_SEEDS - 1) / _EVALUATION / _SPARE
+def _samples(seconds: float, speed: Speed, parts: tuple[int, int]) -> tuple[int, int]:
+    """The samples of both parts that are evaluated in `seconds`; a run without those that choose evaluates one, too."""
+    most = seconds / speed.sample if speed.sample > 0 else math.inf
+    each = max(most / 2 if parts[0] else most - 1, 1)
+    return math.floor(min(each, parts[0])), math.floor(min(each, parts[1]))
+
+
+def time_to_judge(samples: int, speed: Speed, rates: int, seeds: int, steps: int | None) -> float:
+    """Seconds of training for which the plan of a trial with these options has `samples` to judge."""
+    evaluation = (2 * samples if rates > 1 else samples + 1) * speed.sample
+    least = (rates + LEAST_SEEDS - 1) / _SPARE
+    if steps is None:
+        return least * evaluation / _EVALUATION
+    training = speed.run + steps * speed.step
+    return max(least * training / (1 - _EVALUATION), (rates + seeds - 1) / _SPARE * (training + evaluation))

@@ -10,7 +10,7 @@ from surgeon.util.few import FEW, few_judge
 from surgeon.util.tables import duration
 from surgeon.zoo.trial.answer import ARMS, LEAST_SEEDS, Answer, ArmCost
 from surgeon.zoo.trial.plan import END, LEAST_STEPS, time_to_judge
-from surgeon.zoo.trial.speed import SLACK, minutes
+from surgeon.zoo.trial.speed import SLACK, minutes, told_left
 
 if TYPE_CHECKING:
     from surgeon.zoo.trial.run import Trial
@@ -115,7 +115,8 @@ def _cut(trial: "Trial", answer: Answer) -> dict[str, Any]:
     most = min(whole - whole // 2 if rates > 1 else whole, FEW)
     if most <= trial.plan.judge:
         return {"whole": whole, "hint": "a larger val/ tells more"}
-    takes = (trial.setup + SLACK * time_to_judge(most, trial.speed, rates)) / (1 - END)
+    needed = time_to_judge(most, trial.speed, rates, trial.config.seeds, trial.config.steps)
+    takes = (trial.setup + SLACK * needed) / (1 - END)
     longer = minutes(max(takes, trial.config.max_time + 60))
     return {"whole": whole, "hint": f"the time allowed no more; --force --max-time {longer} judges on {most}"}
 
@@ -133,7 +134,7 @@ def _pair(trial: "Trial") -> float:
 def _time_is_up(trial: "Trial", longer: float) -> str:
     """Why there is no further pair, and the time that takes one."""
     why = (
-        f"another pair takes about {duration(trial.short[1])}, and {duration(trial.short[0])} were left"
+        f"another pair takes about {duration(trial.short[1])}, and {told_left(trial.short[0])}"
         if trial.short
         else "a run was cut short"
     )
@@ -141,8 +142,13 @@ def _time_is_up(trial: "Trial", longer: float) -> str:
 
 
 def _start(trial: "Trial") -> float | None:
-    """The metric of the network before any training on the judging samples, if there is time for that."""
+    """The metric of the network before any training on the judging samples, if it was measured or there is time for that."""
+    if (known := trial.folder.read_start()) is not None:
+        return known
     if trial.left + trial.config.max_time * END / 2 < trial.speed.sample / 2 * trial.plan.judge:
         return None
     found = trial.judge(trial.twins.network("original", 0), trial.parts(trial.task)[1])
-    return found if math.isfinite(found) else None
+    if not math.isfinite(found):
+        return None
+    trial.folder.write(trial.folder.start, {"judged": found})
+    return found

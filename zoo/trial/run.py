@@ -178,20 +178,19 @@ class Trial:
             batch=self.config.base.batch_size * self.config.base.accumulate,
             rates=self.config.rates,
             steps=self.config.steps,
+            seeds=self.config.seeds,
             levers=self._levers(),
         )
 
     def _planned(self) -> str:
-        plan, left = self.plan, f"the {duration(max(self.left, 0.0))} left"
+        plan, left = self.plan, f"of the {duration(self.left)} left" if self.left > 0 else "and no time is left"
         pair = self.expected([(arm, 0.0, 0) for arm in ARMS])
         if self.scores:
             done = f"{counted(len(self.scores), 'run')} of {plan.steps} steps {'is' if len(self.scores) == 1 else 'are'} done"
-            return f"resuming: {done}; another pair takes about {duration(pair)} of {left}"
+            return f"resuming: {done}; another pair takes about {duration(pair)} {left}"
         rates = f"rate{'s' * (len(plan.rates) > 1)} {', '.join(f'{rate:g}' for rate in plan.rates)}"
         few = f", and an answer takes {LEAST_SEEDS}" if LEAST_SEEDS * pair > self.left else ""
-        return (
-            f"plan: {counted(plan.steps, 'step')} per run, {rates}; a pair takes about {duration(pair)} of {left}{few}"
-        )
+        return f"plan: {counted(plan.steps, 'step')} per run, {rates}; a pair takes about {duration(pair)} {left}{few}"
 
     def _levers(self) -> Levers:
         """Options that would make the trial shorter."""

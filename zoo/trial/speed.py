@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from surgeon.errors import ConfigError
+from surgeon.util.tables import duration
 
 FEWEST_STEPS = 8  # fewer say nothing
 _LEAST_SIDE = 32  # pixels; smaller images are another task
@@ -73,6 +74,11 @@ def minutes(seconds: float) -> str:
     if seconds > 7200:
         return f"{math.ceil(seconds / 1800) / 2:g}h"
     return f"{max(math.ceil(seconds / 60), 1)}m"
+
+
+def told_left(seconds: float) -> str:
+    """The time left, as the end of a sentence."""
+    return f"{duration(seconds)} were left" if seconds > 0 else "none was left"
 
 
 def too_little(left: float, needed: float, steps: int, seeds: int, levers: Levers | None) -> ConfigError:

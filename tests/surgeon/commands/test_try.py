@@ -23,7 +23,7 @@ from surgeon.util.outputs import SUMMARY
 from surgeon.zoo.finetune.loop import Trainer
 from surgeon.zoo.trial import standard_error, verdict
 from surgeon.zoo.trial.parts import part_of, spread
-from surgeon.zoo.trial.plan import make_plan
+from surgeon.zoo.trial.plan import make_plan, time_to_judge
 from surgeon.zoo.trial.report import write_report
 from surgeon.zoo.trial.run import Trial
 from surgeon.zoo.trial.speed import Levers, Speed
@@ -217,6 +217,13 @@ def test_slow_evaluations_are_of_fewer_samples() -> None:
     assert plan.choose == plan.judge == 10
 
 
+def test_time_that_given_steps_leave_goes_to_judging() -> None:
+    speed = Speed(step=1.0, sample=5.0, run=1.0)
+    planned = partial(make_plan, 100, speed, train=100, val=3, batch=10, rates=(1e-3,), steps=8)
+    assert [planned(seeds=seeds).judge for seeds in (2, 3, 4)] == [3, 3, 1]
+    assert time_to_judge(3, speed, 1, 3, 8) <= 100 < time_to_judge(3, speed, 1, 4, 8)
+
+
 def test_the_samples_that_choose_do_not_judge() -> None:
     task = TinyRegression(TinyConfig(), seed=0)
     whole, chooser, judge = task.dataset("val"), *(part_of(task, first, 2).dataset("val") for first in (0, 1))
@@ -293,9 +300,10 @@ def test_an_interrupted_trial_goes_on_to_the_same_answer(
     assert "resume with the same command and --resume" in capsys.readouterr().err
     monkeypatch.setattr(Trainer, "backward", backward)
     assert attempt("--resume", "--batch-size", "2", *more) == 2
-    assert "a trial must be resumed with the options it started with" in capsys.readouterr().err
+    told = "surgeon: error: a trial must be resumed with the options it started with, but "
+    assert capsys.readouterr().err == f"{told}batch_size was 4 and is 2\n"
     assert attempt("--resume", "--model-args", "width=6", *more) == 2
-    assert "model options was {} and is {'width': 6}" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"{told}width was not given and is 6\n"
     assert attempt("--resume", *more) == 0
     assert answered(capsys)["scores"] == straight["scores"]
 
@@ -309,12 +317,12 @@ def test_a_new_plan_is_made_until_a_pair_is_finished(
     def go(speed: Speed | None, *more: str, ends: bool = False) -> int:
         monkeypatch.setattr(Trial, "_measure", lambda trial: speed if speed else pytest.fail("planned again"))
         monkeypatch.setattr(Trial, "_one", one if ends else lambda trial, *run: False)
-        return attempt("--lr", "0.01", "--json", "--seeds", "1", *more)
+        return attempt("--lr", "0.01", "--json", "--seeds", "3", *more)
 
     def judging() -> int:
         return int(json.loads(Path("out/try.json").read_text())["plan"]["judge"])
 
-    slow = Speed(step=0.01, sample=6.0, run=0.1)
+    slow = Speed(step=0.01, sample=16.0, run=0.1)
     assert go(slow, "--max-time", "2m") == 1
     found = answered(capsys)
     assert "nan" not in found["answer"]
@@ -326,14 +334,28 @@ def test_a_new_plan_is_made_until_a_pair_is_finished(
     clock = Path("out/clock.json")
     clock.write_text(json.dumps({"seconds": 113.0, "run": 0.0}))
     assert go(slow, "--max-time", "2m", "--resume") == 2
-    assert "3 seeds of 4 steps of both networks take about 41 s: give --max-time 3m" in capsys.readouterr().err
-    assert go(slow, "--max-time", "15m", "--resume", ends=True) == 0
+    told = r"3 seeds of 4 steps of both networks take about 10\d s: give --max-time 5m"
+    assert re.search(told, capsys.readouterr().err)
+    assert go(slow, "--max-time", "6m", "--resume", ends=True) == 0
     whole = answered(capsys)["samples"]["val"]
     assert 1 < judging() < whole
     more = re.escape("says nothing of other images; the time allowed no more; --force --max-time ")
     assert go(None, "--max-time", "30m", "--resume") == 0
     (few,) = [note for note in answered(capsys)["notes"] if "judge" in note]
     assert re.fullmatch(rf"only {judging()} samples of {whole} judge: .* {more}31m judges on {whole}", few), few
+
+
+def test_what_was_measured_is_kept_where_no_time_is_left(attempt: Try, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scores and the network before training, of an earlier session."""
+    assert attempt("--seeds", "1", "--lr", "0.01", "--json") == 0
+    before = answered(capsys)
+    assert main(["try", FACTORY, *QUICK[:-1], "-o", "out", "--lr", "0.01", "--resume", "--max-time", "1s"]) == 0
+    told = capsys.readouterr()
+    assert "and no time is left" in told.err
+    assert "none was left): --resume --max-time 1m trains more seeds" in " ".join(told.out.split())
+    assert not re.search(r"\b0 ms|no time was left to measure", told.err + told.out)
+    after = json.loads(Path("out/answer.json").read_text())
+    assert (after["start"], after["scores"]) == (before["start"], before["scores"])
 
 
 def test_the_time_is_honored(attempt: Try, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
