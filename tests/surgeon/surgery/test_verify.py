@@ -402,6 +402,32 @@ def test_verify_two_models(kind: str) -> None:
         surgeon.verify(model, converted, X)
 
 
+def test_verify_names_a_changed_layer_in_either_order() -> None:
+    model = small()
+    converted, _ = surgeon.convert(model, layers="0", type="acda", example_inputs=X)
+    assert list(surgeon.verify(converted, model, X).layers) == ["0"]
+    with torch.no_grad():
+        dynamic_layers(converted)["0"].bias.add_(0.3)
+    for pair in ((model, converted), (converted, model)):
+        with pytest.raises(VerificationError, match=r"layers beyond 1e-04\)\. Worst layers: 0 "):
+            surgeon.verify(*pair, X)
+
+
+def test_verify_takes_a_reverted_model() -> None:
+    converted, _ = surgeon.convert(Chaotic(), layers="all", type="acda", example_inputs=X)
+    plain = surgeon.revert(copy.deepcopy(converted))
+    found = surgeon.verify(converted, plain, X)
+    assert (found.precision, list(found.layers)) == ("float64", ["conv"])
+
+
+def test_verify_says_when_no_layer_was_replaced() -> None:
+    other = small()
+    with torch.no_grad():
+        other[0].bias.add_(0.3)
+    with pytest.raises(VerificationError, match=r"in float64 still [1-9].*no layer was replaced[^.]*$"):
+        surgeon.verify(small(), other, X)
+
+
 def test_verify_settles_in_float64_too() -> None:
     model = Chaotic()
     converted, _ = surgeon.convert(model, layers="all", type="acda", example_inputs=X)
