@@ -22,6 +22,7 @@ from surgeon.errors import ConfigError, ExportError, SurgeonError
 from surgeon.exporting.exported import Runner, data_of, foreign_operators, missing_packages, quiet, read, write
 from surgeon.exporting.outputs import input_name, output_names, prepared
 from surgeon.exporting.trace import NAMES, Shapes, first_line, random_images, traced
+from surgeon.models.names import chosen_size
 from surgeon.sites.inputs import Inputs
 from surgeon.surgery.compare import Difference, compare
 from surgeon.surgery.rewrite import dynamic_layers
@@ -140,9 +141,9 @@ def export(
 
     `format` is "onnx" or "torch" (a `torch.export` archive), by default that of the path's suffix, .onnx or .pt2. `free` selects
     the dynamic dimensions of the input (N, C, H, W): "size" for batch and image size, "batch", "none", or "auto": as many as the
-    model and the file allow. `input_size` and `example_inputs` are as for `convert`. Raises `ExportError` if `torch.export` or the
-    conversion to ONNX refuses the model, or if the file computes something else (then nothing is written); `ConfigError` for a
-    missing package, an unknown format, or an existing file.
+    model and the file allow. `input_size` and `example_inputs` are as for `convert`; without them a size given there is used.
+    Raises `ExportError` if `torch.export` or the conversion to ONNX refuses the model, or if the file computes something else
+    (then nothing is written); `ConfigError` for a missing package, an unknown format, or an existing file.
     """
     tell = progress or silent
     check_module(model)
@@ -151,6 +152,8 @@ def export(
         raise ConfigError(f"free must be one of {', '.join(FREE)}, got {free!r}")
     kind = export_format(format, path)
     check_target(path, kind, force=force)
+    if input_size is None and example_inputs is None:
+        input_size = chosen_size(model)
     tell("run the model at two sizes", 0, 1)
     shapes = Shapes.of(model, input_size, example_inputs, free)
     output = _settled_output(model, shapes.example)

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.export._trace as torch_trace
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -36,7 +38,12 @@ def quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+        # torch.export prints the graph of a refused model on stderr, which other threads write to and must not lose
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(StringIO()),
+            patch.object(torch_trace, "print", lambda *args, **kwargs: None, create=True),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -1,8 +1,11 @@
 """Tracing for `surgeon.export`: the example images, the dynamic dimensions, and why the others are fixed."""
 
+import os
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +24,9 @@ NAMES = tuple(PLACES)
 # of 14. Twice the size would suit more networks, but HaloNet's windows kept torch.export busy for ten minutes.
 _STEPS = (32, 28)
 _REPAIRS = 4  # how often torch.export may request other bounds of a dimension
+_TRACING = tuple(
+    str(Path(torch.__path__[0]).with_name(name)) + os.sep for name in ("torch", "sympy")
+)  # code that traces
 _VIOLATED = "Constraints violated"  # its message for a dimension that cannot be as dynamic as requested
 
 
@@ -168,7 +174,16 @@ def _unsolved(
     if dims and not _asks_for_more(why):
         with suppress(Exception):  # report its first error
             return _trace(model, example, dims, explore=True)
-    raise ExportError(f"torch.export refuses {type(model).__name__}: {first_line(why)}; nothing was written") from why
+    told = f"{first_line(why)}{_place(why)}"
+    raise ExportError(f"torch.export refuses {type(model).__name__}: {told}; nothing was written") from why
+
+
+def _place(error: Exception) -> str:
+    """The line of the model's code at which tracing failed, if it failed in one."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_TRACING)]
+    if not frames or frames[-1].filename in (__file__, "<string>"):
+        return ""
+    return f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}"
 
 
 def _minima(example: Tensor) -> list[int]:

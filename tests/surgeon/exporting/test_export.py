@@ -78,6 +78,12 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_the_size_of_the_conversion_is_that_of_the_export(tmp_path: Path) -> None:
+    model, _ = surgeon.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), "acda", layers="all", input_size=24)
+    assert surgeon.export(model, tmp_path / "m.pt2", free="none").input_shape[1:] == (3, 24, 24)
+    assert surgeon.export(model, tmp_path / "n.pt2", free="none", input_size=16).input_shape[1:] == (3, 16, 16)
+
+
 @pytest.mark.parametrize(
     ("model", "said"), [(Untraceable(), "torch.export refuses Untraceable"), (Wrong(), "relative error 1.0e-02")]
 )

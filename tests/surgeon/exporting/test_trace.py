@@ -57,6 +57,16 @@ def test_sizes_that_strides_reduce_to_a_pixel_stay_free_from_a_bound_on(tmp_path
         assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-4
 
 
+def test_control_flow_by_values_is_one_error_with_its_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    class Branch(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if x.mean() > 0 else x
+
+    with pytest.raises(ExportError, match=r"data-dependent.* at .*test_trace\.py:\d+: return x \* 2 if .*; nothing"):
+        surgeon.export(Branch(), tmp_path / "m.pt2", input_size=(3, 8, 8))
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(("kind", "groups"), [("acda", 1), ("pafu", 1), ("pafu", 8), ("sekg", 1)])
 def test_layers_keep_the_memory_format_of_what_they_are_concatenated_with(
     kind: str, groups: int, tmp_path: Path
