@@ -24,7 +24,7 @@ from surgeon.surgery.operation import count_parameters
 from surgeon.surgery.rewrite import Rewrite, drop_rules, dynamic_layers, plain_convolution
 from surgeon.surgery.running import outputs, run
 from surgeon.surgery.verify import Settled, Verification, judge, measure
-from surgeon.util.copying import copy_model
+from surgeon.util.copying import copy_model, eager
 from surgeon.util.progress import OnProgress, silent
 
 CHUNK = 8  # images per forward pass
@@ -32,6 +32,7 @@ UNSEEN = "its parameters allow it to vary, and no images were given to see wheth
 NOT_SELECTED = "not selected"
 
 
+@eager()
 def collapse(
     model: nn.Module,
     *,
@@ -76,7 +77,8 @@ def collapse(
     if inplace and "" in chosen:
         raise ConfigError("the model itself is the dynamic layer: it cannot be collapsed in place")
     tell = progress or silent
-    seen = observe(work, list(every), calibration if calibration is not None else example_inputs, input_size)
+    given, name = (example_inputs, "example_inputs") if calibration is None else (calibration, "calibration")
+    seen = observe(work, list(every), given, input_size, argument=name)
     batches = _chunks(seen.inputs)
     folding = _Folding(
         work=work, chosen=chosen, batches=batches, images=seen.inputs.batch if calibration is not None else 0

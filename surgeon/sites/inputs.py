@@ -156,7 +156,7 @@ def candidate_inputs(model: nn.Module, input_size: Sequence[int] | int | None = 
         yield traced
         return
     convs = _convolutions(model)
-    channels = convs[0].in_channels if convs else 3
+    channels = first_channels(model) or 3
     known = _known_sizes(model, convs)
     sizes: list[tuple[int, ...]]
     if wanted is not None and len(wanted) == 3:
@@ -217,6 +217,11 @@ def _like(traced: Any, generator: torch.Generator) -> Tensor:
 def _convolutions(model: nn.Module) -> list[Any]:
     """Convolutions in definition order; a dynamic layer comes before the convolutions inside it."""
     return [module for module in model.modules() if isinstance(module, _ConvNd | DynamicConv2d)]
+
+
+def first_channels(model: nn.Module) -> int | None:
+    """Input channels of the first convolution, None if there is none."""
+    return next((int(conv.in_channels) for conv in _convolutions(model)), None)
 
 
 def _known_sizes(model: nn.Module, convs: Sequence[Any]) -> list[tuple[int, ...]]:

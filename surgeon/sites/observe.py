@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from surgeon.errors import InputError, ModelError
-from surgeon.sites.inputs import Inputs, candidate_inputs, given_inputs
+from surgeon.errors import InputError, ModelError, called, offered
+from surgeon.sites.inputs import Inputs, candidate_inputs, first_channels, given_inputs
 from surgeon.sites.reads import HARMLESS
 from surgeon.util.copying import copy_model, copy_to_meta, evaluating, is_lazy, quiet_eager, seeded, strict_float32
 
@@ -46,10 +46,12 @@ def observe(
     targets: Sequence[str],
     example_inputs: Any = None,
     input_size: Sequence[int] | int | None = None,
+    *,
+    argument: str = "example_inputs",
 ) -> Observation:
     """Run a copy of the model once and observe the modules in `targets`.
 
-    Raises `InputError` if it runs on none of the inputs, listing those tried.
+    `argument` is the caller's name of the inputs. Raises `InputError` if it runs on none of them, listing those tried.
     """
     if example_inputs is not None:
         candidates: Iterable[Inputs] = [given_inputs(example_inputs)]
@@ -67,16 +69,25 @@ def observe(
                 failures.append((inputs.shapes(), error))
             else:
                 return seen
-    raise _cannot_run(model, failures)
+    raise _cannot_run(model, failures, _hint(model, inputs, argument))
 
 
-def _cannot_run(model: nn.Module, failures: list[tuple[str, Exception]]) -> InputError:
+def _cannot_run(model: nn.Module, failures: list[tuple[str, Exception]], hint: str) -> InputError:
     told = {shapes: f"{type(error).__name__}: {_first_line(error)}" for shapes, error in failures}
     tried = "; ".join(f"{shapes} gave {message}" for shapes, message in told.items())
-    return InputError(
-        f"{type(model).__name__} does not run on these inputs: {tried}. "
-        f"Pass example_inputs=... (a tensor, a tuple of arguments, a list or a dict) or input_size=(C, H, W) that it takes."
-    )
+    return InputError(f"{type(model).__name__} does not run on these inputs: {tried}{hint}")
+
+
+def _hint(model: nn.Module, inputs: Inputs, argument: str) -> str:
+    """What to give instead, in Python or at a terminal, where only the size can be given."""
+    channels, size = first_channels(model), inputs.image_size
+    one = "; ({...},) passes a dict as one argument" if inputs.kwargs else ""
+    python = f"Pass {argument}=... (a tensor, a tuple of arguments, a list, or a dict of keyword arguments{one})"
+    python += " or input_size=(C, H, W) that it takes." if argument == "example_inputs" else " that it takes."
+    terminal = "Give another --input-size, as CxHxW."
+    if size is not None and channels not in (None, size[0]):
+        terminal = f"Its first convolution takes {channels} channels: --input-size {channels}x{size[1]}x{size[2]}."
+    return called(f". {terminal}" if offered("--input-size") else "", f". {python}")
 
 
 def _first_line(error: Exception) -> str:

@@ -163,8 +163,10 @@ def quiet_eager() -> Iterator[None]:
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Context without autocast, inference mode and compilation: compiled code runs eagerly."""
+    """Context without autocast, inference mode, compilation (compiled code runs eagerly), and meta as default device."""
     with ExitStack() as stack:
+        if torch.get_default_device().type == "meta":
+            stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))
         for device in _AUTOCAST:
             if torch.is_autocast_enabled(device):

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.errors import InputError
+from surgeon.errors import InputError, in_terminal
 from surgeon.sites.sites import ConvSite, find_sites
 
 
@@ -209,6 +209,21 @@ def test_inputs_that_do_not_fit_are_told() -> None:
         surgeon.inspect(model, input_size=(1, 2, 3, 4))
     with pytest.raises(InputError, match="example_inputs must be"):
         surgeon.inspect(model, "picture.jpg")
+
+
+def test_what_does_not_run_names_what_to_give_instead() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with pytest.raises(InputError, match=r"\({\.\.\.},\) passes a dict as one argument\) or input_size"):
+        surgeon.inspect(model, {"image": torch.ones(1, 3, 8, 8)})
+    for flags, said in (
+        ({"--input-size"}, r" 3 channels: --input-size 3x8x9\.$"),
+        (set(), r"but got 1 channels instead$"),
+    ):
+        with in_terminal(frozenset(flags)), pytest.raises(InputError, match=said):
+            surgeon.inspect(model, input_size=(1, 8, 9))
+    converted, _ = surgeon.convert(model, "acda", layers="all", input_size=8)
+    with pytest.raises(InputError, match=r"Pass calibration=\.\.\. [^.]*that it takes\.$"):
+        surgeon.collapse(converted, calibration=torch.ones(1, 1, 8, 8))
 
 
 def test_dynamic_layers_are_listed_as_such() -> None:
