@@ -124,6 +124,7 @@ def convert(
     return result, report
 
 
+@eager()
 def inspect(
     model: nn.Module, example_inputs: Any = None, *, input_size: Sequence[int] | int | None = None
 ) -> Inspection:

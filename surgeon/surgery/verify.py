@@ -26,7 +26,7 @@ from surgeon.surgery.rewrite import (
     sample_input,
 )
 from surgeon.surgery.running import fails, outputs
-from surgeon.util.copying import check_module, copy_model, evaluating, is_lazy, seeded, strict_float32
+from surgeon.util.copying import check_module, copy_model, eager, evaluating, is_lazy, seeded, strict_float32
 
 TOLERANCE = 1e-5  # relative error in float32
 TOLERANCE_DOUBLE = 1e-10  # relative error of the float64 run that settles what float32 leaves open
@@ -187,7 +187,9 @@ def _settle(
     )
     exact = max(settled.output.max_rel, worst_layer) <= TOLERANCE_DOUBLE or chaotic
     if not (exact and settled.around <= TOLERANCE_DOUBLE):
-        raise VerificationError(_failed(output, settled.layers, _remaining(settled, max(settled.output.max_rel, worst_layer))))
+        raise VerificationError(
+            _failed(output, settled.layers, _remaining(settled, max(settled.output.max_rel, worst_layer)))
+        )
     result.precision = "float64"
     result.notes.append(
         f"{name} rounding is amplified by depth to a relative error of {output.max_rel:.1e}; the same conversion of a "
@@ -208,7 +210,9 @@ def _remaining(settled: Settled, worst: float) -> str:
     if settled.around > TOLERANCE_DOUBLE and settled.layers:
         told.append(f"{settled.around:.1e} with the old convolutions in the new model: it differs around its layers")
     elif settled.around > TOLERANCE_DOUBLE:
-        told.append(f"in float64 still {settled.around:.1e}; no layer was replaced between the two, something else differs")
+        told.append(
+            f"in float64 still {settled.around:.1e}; no layer was replaced between the two, something else differs"
+        )
     return ", and ".join(told)
 
 
@@ -309,6 +313,7 @@ def _disturbed(model: nn.Module, errors: Mapping[str, float], inputs: Inputs, se
 # --- two given models ---------------------------------------------------------------------------------------------
 
 
+@eager()
 def verify(
     original: nn.Module,
     converted: nn.Module,

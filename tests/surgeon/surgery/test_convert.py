@@ -358,3 +358,14 @@ def test_a_name_is_no_model(call: Any) -> None:
 def test_a_misspelled_argument_is_named() -> None:
     with pytest.raises(ConfigError, match=r"'layer' is none of the arguments\. Did you mean 'layers'"):
         surgeon.convert(small(), layer="all", type="acda")
+
+
+def test_the_meta_device_as_default_does_not_matter() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    with torch.device("meta"):
+        converted, report = surgeon.convert(model, "acda", layers="all", input_size=8)
+        assert surgeon.verify(model, converted, input_size=8).exact
+        assert surgeon.collapse(converted, input_size=8)[1].folded
+        assert torch.empty(0).is_meta
+    assert report.exact
+    assert {p.device.type for p in converted.parameters()} == {"cpu"}
