@@ -22,10 +22,9 @@ from surgeon.errors import ConfigError, ExportError, SurgeonError
 from surgeon.exporting.exported import Runner, data_of, foreign_operators, missing_packages, quiet, read, write
 from surgeon.exporting.outputs import input_name, output_names, prepared
 from surgeon.exporting.trace import NAMES, Shapes, first_line, random_images, traced
-from surgeon.models.names import chosen_size
 from surgeon.sites.inputs import Inputs
 from surgeon.surgery.compare import Difference, compare
-from surgeon.surgery.rewrite import dynamic_layers
+from surgeon.surgery.rewrite import dynamic_layers, recorded_size
 from surgeon.surgery.running import run as run_model
 from surgeon.util.copying import check_module, copy_model, strict_float32
 from surgeon.util.files import here
@@ -153,7 +152,7 @@ def export(
     kind = export_format(format, path)
     check_target(path, kind, force=force)
     if input_size is None and example_inputs is None:
-        input_size = chosen_size(model)
+        input_size = recorded_size(model)
     tell("run the model at two sizes", 0, 1)
     shapes = Shapes.of(model, input_size, example_inputs, free)
     output = _settled_output(model, shapes.example)

@@ -79,7 +79,7 @@ def _cannot_run(model: nn.Module, failures: list[tuple[str, Exception]], hint: s
 
 
 def _hint(model: nn.Module, inputs: Inputs, argument: str) -> str:
-    """What to give instead, in Python or at a terminal, where only the size can be given."""
+    """Advice on other inputs, in Python or at a terminal, where only the size can be given."""
     channels, size = first_channels(model), inputs.image_size
     one = "; ({...},) passes a dict as one argument" if inputs.kwargs else ""
     python = f"Pass {argument}=... (a tensor, a tuple of arguments, a list, or a dict of keyword arguments{one})"

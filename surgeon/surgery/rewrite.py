@@ -173,6 +173,14 @@ def drop_rules(model: nn.Module, recipe: Recipe | None, names: Iterable[str]) ->
         set_recipe(model, replace(recipe, rules=tuple(rules)))
 
 
+def recorded_size(model: nn.Module) -> tuple[int, ...] | None:
+    """Image size (C, H, W) in the model's recipe, None if there is none."""
+    recipe = get_recipe(model)
+    if recipe is None:
+        return None
+    return recipe.input_size or (recipe.base.input_size if recipe.base is not None else ()) or None
+
+
 def convolution_rule(name: str, window: Pair) -> Rule:
     """A recipe's rule for a folded convolution."""
     return Rule(layers=quoted(name), type=CONVOLUTION, options={"window": list(window)})

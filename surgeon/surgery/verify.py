@@ -205,7 +205,7 @@ def _settle(
 
 
 def _remaining(settled: Settled, worst: float) -> str:
-    """What differs in float64 too: the redone conversion, what is around its layers, or both."""
+    """Description of the remaining difference in float64: the redone conversion, the surroundings of its layers, or both."""
     told = [] if worst <= TOLERANCE_DOUBLE else [f"in float64 still {worst:.1e}"]
     if settled.around > TOLERANCE_DOUBLE and settled.layers:
         told.append(f"{settled.around:.1e} with the old convolutions in the new model: it differs around its layers")
