@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -104,7 +105,16 @@ class SpaceConfig:
                 read[key] = _options(value, where)
             else:
                 read[key] = _listed(value, str if key == "types" else int, f"{where}: {key}")
-        return cls(**read)
+        for number, option in enumerate(read.get("options", ())):
+            with _naming(f"{where}: option {number + 1}"):
+                read_config(
+                    layer_class(option.type), Rule(layers="all", type=option.type, options=dict(option.options))
+                )
+        with _naming(f"{where}: types"):
+            for kind in read.get("types", ()):
+                layer_class(kind)
+        with _naming(where):
+            return cls(**read)
 
     @classmethod
     def read(cls, path: str | Path) -> "SpaceConfig":
@@ -118,6 +128,15 @@ class SpaceConfig:
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())[:300]}") from error
         return cls.from_dict(values, str(path))
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Put the place in a file before a `ConfigError`."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def default_options(*types: str) -> list[Option]:

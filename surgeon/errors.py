@@ -83,6 +83,10 @@ class CheckpointError(SurgeonError, OSError):
     """A surgeon folder cannot be read or written."""
 
 
+class HubError(CheckpointError):
+    """No surgeon folder was found on the Hub under a name, or the Hub cannot be reached."""
+
+
 class VerificationError(SurgeonError, ArithmeticError):
     """A converted model is not equivalent to the original."""
 

@@ -4,13 +4,14 @@ import argparse
 import json
 import re
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import add_trust, print_json, size, tell
 from surgeon.errors import ConfigError, DataError, InputError
-from surgeon.util.picture_files import check_supported
+from surgeon.util.picture_files import SUFFIXES, check_supported
 from surgeon.util.waiting import waiting
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ def check(args: argparse.Namespace) -> None:
     checks.converted(args.run, "draw")
     for picture in args.images:
         if Path(picture).is_dir():
-            raise InputError(f"IMAGE: {picture} is a folder; name its pictures, such as {picture.rstrip('/')}/*.png")
+            some = (one for one in islice(Path(picture).rglob("*"), 1000) if one.suffix.lower() in SUFFIXES)
+            such = next((one.with_name(f"*{one.suffix}") for one in some), Path(picture, "*.png"))
+            raise InputError(f"IMAGE: {picture} is a folder; name its pictures, such as {such}")
         if not Path(picture).is_file():
             raise InputError(f"IMAGE: there is no picture {picture}")
         try:

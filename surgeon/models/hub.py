@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import surgeon
-from surgeon.errors import CheckpointError, ConfigError, called
+from surgeon.errors import CheckpointError, ConfigError, HubError, called
 from surgeon.models.checkpoint import REPORT, TEXT, load, read_folder, save
-from surgeon.models.places import HUB, check_repository
+from surgeon.models.places import HUB, check_repository, near_folders
 from surgeon.models.programs import FILE as PROGRAM
 from surgeon.models.weights import bounded_network
 from surgeon.records.card import FILE as CARD
@@ -73,7 +73,8 @@ def from_pretrained(
     """Load the model of a surgeon folder, or of the repository ORG/NAME (also hf-hub:ORG/NAME) on the Hub, in eval mode.
 
     A folder of that name takes precedence. `revision` is a branch, tag or commit; `base`, `device`, `trust_factory` are those of
-    `load`, which does the checks. Raises the errors of `load`, and `CheckpointError` if the repository is unavailable.
+    `load`, which does the checks. Raises the errors of `load`, and `CheckpointError` if the repository is unavailable (`HubError`
+    if there is none).
     """
     if Path(name).is_dir():
         if revision is not None:
@@ -81,15 +82,24 @@ def from_pretrained(
         return load(name, base=base, device=device, trust_factory=trust_factory)
     found = HUB.fullmatch(str(name))
     if found is None and str(name).count("/") != 1:
-        raise CheckpointError(f"there is no surgeon folder {name}, and a repository on the Hub is named ORG/NAME")
-    folder = fetch(
-        found["id"] if found is not None else str(name),
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        force_download=force_download,
-        local_files_only=local_files_only,
-    )
+        raise CheckpointError(
+            f"there is no surgeon folder {name}, and a repository on the Hub is named ORG/NAME.{near_folders(Path(name))}".rstrip(
+                "."
+            )
+        )
+    try:
+        folder = fetch(
+            found["id"] if found is not None else str(name),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+    except HubError as error:
+        if found is not None:
+            raise
+        raise HubError(f"there is no folder {name}.{near_folders(Path(name))} On the Hub, {error}") from error
     return load(folder, base=base, device=device, trust_factory=trust_factory)
 
 
@@ -123,15 +133,11 @@ def folder_if_any(name: str) -> str:
     """Like `folder`, but returns the name of a repository that is not surgeon's or cannot be reached: it may be a timm model."""
     try:
         return folder(name)
-    except _NoFolderError:
+    except HubError:
         return name
 
 
 # --- helpers ------------------------------------------------------------------------------------------------------------
-
-
-class _NoFolderError(CheckpointError):
-    """No surgeon recipe was found under this name."""
 
 
 def _push(
@@ -188,17 +194,17 @@ def _telling(what: str) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise CheckpointError(f"{what}: the repository is gated: request access on its page and use a token") from error
     except errors.RepositoryNotFoundError as error:
-        raise _NoFolderError(
+        raise HubError(
             f"{what}: there is no such repository on the Hub, or it is private and the token may not read it"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{what}: the repository has no such revision (branch, tag or commit)") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
-        raise _NoFolderError(
+        raise HubError(
             f"{what}: it is not in the cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
         ) from error
     except errors.EntryNotFoundError as error:
-        raise _NoFolderError(f"{what} is not a surgeon repository: it has no {RECIPE}") from error
+        raise HubError(f"{what} is not a surgeon repository: it has no {RECIPE}") from error
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         hint = "; the token lacks permission" if status in (401, 403) else ""

@@ -8,7 +8,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from surgeon.errors import CheckpointError, ConfigError, ModelError, RecipeError, called
+from surgeon.errors import CheckpointError, ConfigError, ModelError, RecipeError, called, offered
 from surgeon.records.recipe import CONVOLUTION
 from surgeon.util.files import read_object, told
 from surgeon.util.near import did_you_mean
@@ -140,8 +140,10 @@ def check_own(spec: str, *, weights: str | None, num_classes: int | None, option
     given += [called(f"--num-classes {num_classes}", f"num_classes={num_classes}")] if num_classes is not None else []
     given += [f"{called('--model-args ', '')}{key}={value}" for key, value in (options or {}).items()]
     if given:
+        beside = weights not in (None, "auto") and offered("--original-weights")
+        other = called("; for the original: --original-weights", "") if beside else ""
         what = "an exported program" if spec.endswith(".pt2") else "a surgeon folder"
-        raise ModelError(f"{spec} is {what} and has its own weights; {', '.join(given)} cannot apply")
+        raise ModelError(f"{spec} is {what} and has its own weights; {', '.join(given)} cannot apply{other}")
 
 
 def near_folders(path: Path) -> str:

@@ -135,6 +135,9 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _trained(folder: Path, recipe: "Recipe | None") -> bool:
+    summary = folder / SUMMARY
+    if summary.is_file() and read_object(summary).get("kept_step") == 0:
+        return False  # the kept weights are those of the start
     return (folder / RUN).is_file() or (recipe is not None and recipe.task is not None)
 
 

@@ -34,16 +34,23 @@ def check_output(path: str | Path, *, force: bool = False) -> None:
     path = Path(path)
     if not path.exists() and not path.is_symlink():
         return
+    _check_replaceable(path, ours=is_surgeon_folder(path), why=f" (it has no {RECIPE})", force=force)
     if not force:
-        raise CheckpointError(
-            f"the output {path} exists; choose another{called(' with -o', '')}, or replace it with {called(*FORCE)}"
-        )
+        raise CheckpointError(f"the output {path} exists; {_another()}, or replace it with {called(*FORCE)}")
+
+
+def _another() -> str:
+    return f"choose another{called(' with -o', '')}"
+
+
+def _check_replaceable(path: Path, *, ours: bool, why: str, force: bool) -> None:
+    """Raise `CheckpointError` if an existing output is nothing that `force` replaces: a file, or a folder of others."""
     if not path.is_dir() or path.is_symlink():
-        raise CheckpointError(f"the output {path} exists and is not a folder: {called(*FORCE)} replaces only folders")
-    if any(path.iterdir()) and not is_surgeon_folder(path):
-        raise CheckpointError(
-            f"the output {path} was not written by surgeon (it has no {RECIPE}): {called(*FORCE)} leaves it alone"
-        )
+        told = f"{called(*FORCE)} replaces only folders" if force else _another()
+        raise CheckpointError(f"the output {path} exists and is not a folder: {told}")
+    if any(path.iterdir()) and not ours:
+        told = f"{called(*FORCE)} leaves it alone" if force else _another()
+        raise CheckpointError(f"the output {path} exists and was not written by surgeon{why}: {told}")
 
 
 def check_run_output(output: Path, *, resume: bool, force: bool) -> None:
@@ -60,13 +67,10 @@ def check_run_output(output: Path, *, resume: bool, force: bool) -> None:
         return
     if not output.exists() and not output.is_symlink():
         return
+    _check_replaceable(output, ours=there or is_surgeon_folder(output), why="", force=force)
     if not force:
         hint = WAYS.format(called(*RESUME), called(*FORCE)) if there else f"or use {called(*FORCE)}"
-        raise CheckpointError(f"the output {output} exists; choose another{called(' with -o', '')}, {hint}")
-    if not output.is_dir() or output.is_symlink():
-        raise CheckpointError(f"the output {output} exists and is not a folder: {called(*FORCE)} replaces only folders")
-    if any(output.iterdir()) and not (is_surgeon_folder(output) or there):
-        raise CheckpointError(f"the output {output} was not written by surgeon: {called(*FORCE)} leaves it alone")
+        raise CheckpointError(f"the output {output} exists; {_another()}, {hint}")
 
 
 def check_trial_output(output: Path, *, resume: bool, force: bool) -> None:

@@ -61,7 +61,9 @@ def test_a_short_description_gives_every_combination() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"types": ["acdc"]}, ["acdc", "acda"]),
+        ({"types": ["acdc"]}, ["space.yaml: types: unknown layer type", "acdc", "acda"]),
+        ({"options": [{"type": "pafu"}, {"type": "acdc"}]}, ["space.yaml: option 2: unknown layer type", "acdc"]),
+        ({"types": ["sekg"], "scales": [2]}, ["space.yaml: scales"]),
         ({"types": ["pafu"], "atoms": [4]}, ["atoms", "pafu"]),
         ({"atoms": [0]}, ["atoms", "0"]),
         ({"atoms": ["four"]}, ["atoms", "four"]),

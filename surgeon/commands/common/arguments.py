@@ -208,6 +208,11 @@ def rate(text: str) -> float:
     return above_zero(text, ", such as 3e-4")
 
 
+def one_rate(text: str) -> float:
+    """One of several learning rates; an argparse type."""
+    return above_zero(text, ", such as 3e-4" + ", or several with blanks between them" * ("," in text))
+
+
 def not_negative(text: str) -> float:
     """A finite number of at least 0; an argparse type."""
     value = _number(text)
@@ -245,7 +250,7 @@ def with_default(flag: str, told: str) -> str:
 
 def add_lr(parser: Any, told: str = "peak learning rate", *, nargs: str | None = None) -> None:
     """`--lr`, left to the config if not given."""
-    parser.add_argument("--lr", type=rate, nargs=nargs, metavar="X", help=told)
+    parser.add_argument("--lr", type=rate if nargs is None else one_rate, nargs=nargs, metavar="X", help=told)
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

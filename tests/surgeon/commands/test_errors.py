@@ -266,3 +266,45 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "COMMAND" in capsys.readouterr().err
+
+
+def test_weights_beside_a_folder_may_be_the_originals(capsys: pytest.CaptureFixture[str]) -> None:
+    surgeon.save(timm.create_model("test_resnet"), "plain")
+    Path("w.pth").touch()
+    argv = ["evaluate", "plain", "--weights", "w.pth", "--original", "test_resnet", "--quiet"]
+    fails(argv, 2, ["--weights w.pth cannot apply; for the original: --original-weights"], capsys)
+
+
+def test_force_is_not_offered_where_it_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("foreign").mkdir()
+    Path("foreign/thesis.tex").touch()
+    Path("file").touch()
+    Path("photos").mkdir()
+    training = ["finetune", "test_resnet", "--task", "denoising", "--data", "photos"]
+    for name, why in (("foreign", "was not written by surgeon"), ("file", "is not a folder")):
+        for command in (["convert", "test_resnet", "--type", "pafu"], training):
+            assert main([*command, "-o", name, "--quiet"]) == 2
+            told = capsys.readouterr().err
+            assert why in told
+            assert told.endswith(": choose another with -o\n"), told
+            assert main([*command, "-o", name, "--force", "--quiet"]) == 2
+            assert "--force" in capsys.readouterr().err
+
+
+def test_a_folder_of_pictures_is_answered_with_their_pattern(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("photos/cat").mkdir(parents=True)
+    Path("photos/cat/a.jpg").touch()
+    surgeon.save(
+        surgeon.convert(timm.create_model("test_resnet"), layers="all", type="pafu", input_size=(3, 32, 32))[0], "run"
+    )
+    fails(
+        ["visualize", "run", "photos", "-o", "x"],
+        2,
+        ["is a folder; name its pictures, such as photos/cat/*.jpg"],
+        capsys,
+    )
+
+
+def test_several_rates_have_blanks_between_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["try", "test_resnet", "--task", "denoising", "--lr", "1e-3,3e-4"]) == 2
+    assert "such as 3e-4, or several with blanks between them, got '1e-3,3e-4'" in capsys.readouterr().err

@@ -120,6 +120,11 @@ def test_unequal_training_is_told_of_a_named_original(finetune: Finetune, capsys
     assert note.startswith(f"tuned was trained longer than {FACTORY}: only --original with a plain run")
     (note,) = notes("start", "equal")
     assert note == "equal was trained longer than start"
+    summary = Path("longer/training/summary.json")
+    recorded = summary.read_text()
+    summary.write_text(json.dumps(json.loads(recorded) | {"kept_step": 0}))
+    assert notes("start", "longer") == []
+    summary.write_text(recorded)
     assert (
         main(["convert", "equal", "--type", "pafu", "-o", "after", "--trust-factory", "--quiet", "--layers", "middle"])
         == 0

@@ -18,7 +18,7 @@ from torch import nn
 
 import surgeon
 from surgeon.cli import main
-from surgeon.errors import CheckpointError, ConfigError
+from surgeon.errors import CheckpointError, ConfigError, HubError
 from surgeon.models.checkpoint import save
 from surgeon.models.hub import FILES, fetch
 from surgeon.records.card import PLACE, license_of, model_card
@@ -293,7 +293,7 @@ def test_what_is_no_whole_folder_is_not_pushed(hub: Hub, saved: Path, tmp_path: 
     assert hub.made == []
 
 
-def test_other_repositories_are_refused(hub: Hub, tmp_path: Path) -> None:
+def test_other_repositories_are_refused(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.put("me/other", {"recipe.json": b'{"cake": 1}', "model.bin": b"x"})
     with pytest.raises(CheckpointError, match="me/other is not a surgeon repository: its recipe"):
         surgeon.from_pretrained("me/other")
@@ -301,6 +301,13 @@ def test_other_repositories_are_refused(hub: Hub, tmp_path: Path) -> None:
         surgeon.from_pretrained("me/absent")
     with pytest.raises(CheckpointError, match="a repository on the Hub is named ORG/NAME"):
         surgeon.from_pretrained("absent")
+    monkeypatch.chdir(tmp_path)
+    Path("runs/there").mkdir(parents=True)
+    Path("runs/there/recipe.json").touch()
+    with pytest.raises(
+        HubError, match=r"^there is no folder runs/here\. Did you mean .?runs/there.*\? On the Hub, hf-hub:"
+    ):
+        surgeon.from_pretrained("runs/here")
     with pytest.raises(CheckpointError, match="expected a repository ORG/NAME"):
         surgeon.from_pretrained("hf-hub:a/b/c")
     with pytest.raises(ConfigError, match="has no revision"):

@@ -214,6 +214,9 @@ def test_restored_weights_must_be_the_recorded_ones(tmp_path: Path) -> None:
     weights_file(tmp_path, "w.pth", timm.create_model(TINY).state_dict())
     with pytest.raises(ModelError, match="not those that were converted: SHA-256"):
         restore(base)
+    file.rename(tmp_path / "moved.pth")
+    with pytest.raises(ModelError, match=rf"{TINY}, recorded as .*w\.pth, are gone; pass their file with --weights$"):
+        restore(base, flag="--weights")
     given = BaseModel(source="timm", name=TINY, weights=Weights(kind="given", sha256=state_sha256(source)))
     with pytest.raises(ModelError, match=r"came from a model object and are not recorded$"):
         restore(given)

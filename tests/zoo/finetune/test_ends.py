@@ -248,7 +248,7 @@ def test_outputs_that_may_not_be_touched(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("years of work")
-    with pytest.raises(CheckpointError, match="exists; choose another"):
+    with pytest.raises(CheckpointError, match="not written by surgeon: choose another"):
         finetune(model, task, QUICK, mine)
     with pytest.raises(CheckpointError, match="not written by surgeon: force=True leaves it alone"):
         finetune(model, task, QUICK, mine, force=True)
