@@ -191,7 +191,7 @@ def test_an_output_that_exists(capsys: pytest.CaptureFixture[str]) -> None:
     Path("out").mkdir()
     Path("out", "thesis.tex").write_text("years of work")
     argv = [*CONVERT, "--layers", "layer4.0.conv2", "--type", "pafu", "-o", "out"]
-    fails(argv, 2, ["out", "exists", "--force"], capsys)
+    fails(argv, 2, ["out", "exists", "not written by surgeon", "choose another"], capsys)
     fails([*argv, "--force"], 2, ["not written by surgeon"], capsys)
 
 
