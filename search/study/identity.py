@@ -73,5 +73,5 @@ def _called(where: str) -> str:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value["text"] if isinstance(value, dict) and "text" in value else value)
     return text if len(text) <= 60 else f"{text[:57]}..."
