@@ -54,11 +54,18 @@ class SpaceConfig:
 
     def make_options(self) -> tuple[Option, ...]:
         """The options, deduplicated, each validated by its layer type. Raises `ConfigError`."""
-        found = [*self._combined(), *self.options]
+        with _naming("types"):
+            for kind in self.types:
+                layer_class(kind)
+        combined = self._combined()
+        found = [*combined, *self.options]
         if not found:
             raise ConfigError("the search space has no option: set --types, or omit it for the defaults")
-        for option in found:
-            read_config(layer_class(option.type), Rule(layers="all", type=option.type, options=dict(option.options)))
+        for option in combined:
+            _check_option(option)
+        for number, option in enumerate(self.options, 1):
+            with _naming(f"option {number}"):
+                _check_option(option)
         return tuple({option.label: option for option in found}.values())
 
     def _combined(self) -> list[Option]:
@@ -105,14 +112,6 @@ class SpaceConfig:
                 read[key] = _options(value, where)
             else:
                 read[key] = _listed(value, str if key == "types" else int, f"{where}: {key}")
-        for number, option in enumerate(read.get("options", ())):
-            with _naming(f"{where}: option {number + 1}"):
-                read_config(
-                    layer_class(option.type), Rule(layers="all", type=option.type, options=dict(option.options))
-                )
-        with _naming(f"{where}: types"):
-            for kind in read.get("types", ()):
-                layer_class(kind)
         with _naming(where):
             return cls(**read)
 
@@ -130,9 +129,13 @@ class SpaceConfig:
         return cls.from_dict(values, str(path))
 
 
+def _check_option(option: Option) -> None:
+    read_config(layer_class(option.type), Rule(layers="all", type=option.type, options=dict(option.options)))
+
+
 @contextmanager
 def _naming(where: str) -> Iterator[None]:
-    """Put the place in a file before a `ConfigError`."""
+    """Put the place, a file or a key, before a `ConfigError`."""
     try:
         yield
     except ConfigError as error:

@@ -176,9 +176,8 @@ class Study(ABC):
                 f"{self} was started by another version of surgeon with a different trial format: it can be viewed (surgeon "
                 "study) but not resumed; start a new search with another -o"
             )
-        lines = list(
-            dict.fromkeys(differences(self.identity, as_stored(identity)))
-        )  # one option may set several values
+        # each once, because one option may set several values
+        lines = list(dict.fromkeys(differences(self.identity, as_stored(identity))))
         if lines:
             shown = "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
             raise OtherStudyError(

@@ -24,9 +24,8 @@ NAMES = tuple(PLACES)
 # of 14. Twice the size would suit more networks, but HaloNet's windows kept torch.export busy for ten minutes.
 _STEPS = (32, 28)
 _REPAIRS = 4  # how often torch.export may request other bounds of a dimension
-_TRACING = tuple(
-    str(Path(torch.__path__[0]).with_name(name)) + os.sep for name in ("torch", "sympy")
-)  # code that traces
+# where the code that traces is
+_TRACING = tuple(str(Path(torch.__path__[0]).with_name(name)) + os.sep for name in ("torch", "sympy"))
 _VIOLATED = "Constraints violated"  # its message for a dimension that cannot be as dynamic as requested
 
 

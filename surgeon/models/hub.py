@@ -82,11 +82,8 @@ def from_pretrained(
         return load(name, base=base, device=device, trust_factory=trust_factory)
     found = HUB.fullmatch(str(name))
     if found is None and str(name).count("/") != 1:
-        raise CheckpointError(
-            f"there is no surgeon folder {name}, and a repository on the Hub is named ORG/NAME.{near_folders(Path(name))}".rstrip(
-                "."
-            )
-        )
+        told = f"there is no surgeon folder {name}, and a repository on the Hub is named ORG/NAME.{near_folders(Path(name))}"
+        raise CheckpointError(told.rstrip("."))
     try:
         folder = fetch(
             found["id"] if found is not None else str(name),

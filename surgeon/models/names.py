@@ -221,13 +221,9 @@ def restore(
         raise ModelError(
             f"the recipe names weights of {base.name} ({recorded.path or recorded.kind}) without their SHA-256{hint}"
         )
-    gone = (
-        recorded.path
-        if weights is None and recorded.kind == "file" and not Path(str(recorded.path)).is_file()
-        else None
-    )
-    if gone is not None and base.source != "program":
-        raise ModelError(f"the weights of {base.name}, recorded as {gone}, are gone{hint}")
+    from_file = weights is None and recorded.kind == "file" and base.source != "program"
+    if from_file and not Path(str(recorded.path)).is_file():
+        raise ModelError(f"the weights of {base.name}, recorded as {recorded.path}, are gone{hint}")
     if base.source == "program" and weights is not None and str(recorded.path).endswith(SUFFIX):
         raise ModelError(f"an exported program has its own weights: leave {flag or 'weights'} out")
     kind = weights or {"file": str(recorded.path), "given": "auto"}.get(recorded.kind, recorded.kind)

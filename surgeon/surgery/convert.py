@@ -152,11 +152,8 @@ def _optimizer_note(surgery: Surgery) -> str:
 def _is_python(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            what = (
-                f"{type(model).__name__} contains a TorchScript module ({name})"
-                if name
-                else "this is a TorchScript module"
-            )
+            inside = f"{type(model).__name__} contains a TorchScript module ({name})"
+            what = inside if name else "this is a TorchScript module"
             raise ModelError(
                 f"{what}, whose convolutions are no modules of Python: give the nn.Module before tracing or scripting"
             )

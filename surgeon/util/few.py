@@ -8,8 +8,10 @@ FEW = 20  # judging samples
 def few_judge(
     samples: int, told: str, *, whole: int | None = None, hint: str = "a larger val/ tells more"
 ) -> str | None:
-    """A note that few samples judge (of the `whole`, if not all do), with what follows from that (`told`) and what helps (`hint`);
-    None if there are enough."""
+    """A note that few samples judge, with what follows from that (`told`) and what helps (`hint`); None if there are enough.
+
+    `whole`: how many there are, if not all judge.
+    """
     if samples >= FEW:
         return None
     of = "" if whole is None else f" of {whole}"

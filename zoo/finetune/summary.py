@@ -79,11 +79,8 @@ class Summary:
         return "\n".join([table(header, rows, width=width), "", *lines]) + "\n"
 
     def _kept(self) -> str:
-        return (
-            f"step {self.kept_step}"
-            if self.kept_step or not self.steps
-            else "step 0, the start; no later ones are better"
-        )
+        start = self.steps and not self.kept_step
+        return f"step {self.kept_step}" + (", the start; no later ones are better" if start else "")
 
     def _worse(self) -> list[str]:
         """A note if the training made the network worse."""

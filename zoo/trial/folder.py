@@ -55,8 +55,10 @@ class TryFolder:
         return held(self.path, f"the trial in {self.path}")
 
     def create(self, values: dict[str, Any], *, new: bool, keep: bool = False) -> None:
-        """Start in a locked folder: write the record and replace the content, unless told to keep it; a new folder is removed if
-        that fails."""
+        """Start in a locked folder: write the record, and replace the content unless told to keep it.
+
+        A new folder is removed if that fails.
+        """
         if not keep:
             for old in (self.clock, self.answer, self.start):
                 old.unlink(missing_ok=True)
