@@ -33,6 +33,7 @@ TOLERANCE_DOUBLE = 1e-10  # relative error of the float64 run that settles what 
 _LAYER_ROUNDING = 1e-12  # up to this, a layer differs only by rounding in float64
 _SENSITIVITY = 10.0  # allowed difference in float64, as a multiple of the original's own rounding error
 _LAYER_LIMIT = 1e-4  # beyond this, a layer is wrong in float32 regardless of float64
+_STORED_ROUNDING = 8  # allowed error of a given layer that computes in float64, in units of its own dtype's resolution
 _MOST_CALLS = 4  # maximum measured calls of one convolution per forward pass
 
 Build = Callable[[nn.Module], nn.Module]
@@ -173,7 +174,8 @@ def _settle(
             return
         if output.max_rel <= 100 * TOLERANCE:
             result.notes.append(
-                f"each layer is exact, but the model does not run in float64, which would settle it ({error})"
+                f"no layer differs by more than {max((d.max_rel for d in result.layers.values()), default=0.0):.1e}, but the "
+                f"model does not run in float64, which would settle whether that is rounding ({error})"
             )
             return
         raise VerificationError(
@@ -363,11 +365,17 @@ def _verify(
     dtype = next((p.dtype for p in original.parameters() if p.is_floating_point()), torch.float32)
 
     def settle() -> Settled:
-        """Redo the conversion in float64, and check the given model around its layers."""
+        """Redo the conversion in float64, and check there the given layers and the given model around them."""
         settled = settle_in_double(original, build, inputs, seed)
         double, wide = copy_model(original).double(), inputs.to_dtype(torch.float64)
+        expected, given = measure(
+            double, {name: copy_model(layer).double() for name, layer in layers.items()}, wide, seed
+        )
+        changed = {name: found for name, found in given.items() if not found.max_rel <= _stored_rounding(layers[name])}
+        if changed:
+            raise VerificationError(_failed(output, changed, "layers whose weights differ by more than rounding"))
         old = {name: double.get_submodule(name) for name in layers}
-        found = compare(outputs(double, wide, seed), _computed_by(old, copy_model(converted).double(), wide, seed))
+        found = compare(expected, _computed_by(old, copy_model(converted).double(), wide, seed))
         return settled._replace(around=max(settled.around, found.max_rel))
 
     return judge(
@@ -379,6 +387,11 @@ def _verify(
             layer.config.may_compress(layer.geometry) for layer in layers.values() if isinstance(layer, DynamicConv2d)
         ),
     )
+
+
+def _stored_rounding(layer: nn.Module) -> float:
+    """Error that the rounding of a layer's stored parameters explains."""
+    return _STORED_ROUNDING * max(torch.finfo(p.dtype).eps for p in layer.parameters() if p.is_floating_point())
 
 
 def _rebuild(layer: nn.Module, seed: int) -> Build:

@@ -432,3 +432,13 @@ def test_verify_settles_in_float64_too() -> None:
     model = Chaotic()
     converted, _ = surgeon.convert(model, layers="all", type="acda", example_inputs=X)
     assert surgeon.verify(model, converted, X).precision == "float64"
+
+
+@pytest.mark.parametrize("kind", ["acda", "pafu", "sekg"])
+def test_a_small_change_of_a_layer_is_not_taken_for_rounding(kind: str) -> None:
+    model = Chaotic()
+    converted, _ = surgeon.convert(model, layers="all", type=kind, example_inputs=X)
+    with torch.no_grad():
+        dynamic_layers(converted)["conv"].bias.mul_(1 + 3e-5)
+    with pytest.raises(VerificationError, match=r"weights differ by more than rounding\)\. Worst layers: conv "):
+        surgeon.verify(model, converted, X)
