@@ -1,7 +1,7 @@
 """Base class of dynamic convolutions: config, static part, and the contract of an exact initialization."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self, cast
 
@@ -114,8 +114,8 @@ def check_at_most(config: LayerConfig, name: str, value: int) -> None:
 class DynamicConv2d(nn.Module):
     """A content-adaptive layer that replaces a convolution.
 
-    It maps (N, C_in, H, W) to (N, C_out, H', W') like the replaced convolution. With `adaptive` off it computes the
-    plain convolution with `static_weight()`, regardless of what its generator has learned.
+    It maps (N, C_in, H, W) to (N, C_out, H', W') like the replaced convolution, or one image without N. With `adaptive`
+    off it computes the plain convolution with `static_weight()`, regardless of what its generator has learned.
     """
 
     type_name: ClassVar[str]
@@ -223,10 +223,12 @@ class DynamicConv2d(nn.Module):
     # --- shared by all layer types --------------------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C_in, H, W) → (N, C_out, H', W'). A leaf to every tracer of torch.fx."""
+        """(N, C_in, H, W) → (N, C_out, H', W'), or both without N. A leaf to every tracer of torch.fx."""
         traced: Any = input
         if isinstance(traced, fx.Proxy):
             return cast(Tensor, _leaf(self, traced))
+        if input.dim() == 3:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
         self.check_input(input)
         return self.adapt(input) if self.adaptive else self.static_conv2d(input)
 
@@ -274,7 +276,7 @@ class DynamicConv2d(nn.Module):
         return F.conv2d(x, weight, self.static_bias(), g.stride, padding, g.dilation, g.groups)
 
     def check_input(self, x: Tensor) -> None:
-        """Raise `GeometryError` if the input is not (N, C_in, H, W) or is too small."""
+        """Raise `GeometryError` if the batch is not (N, C_in, H, W) or is too small."""
         if tracing():  # sizes are traced values
             return
         if x.dim() != 4 or x.shape[1] != self.geometry.in_channels:
@@ -287,6 +289,12 @@ class DynamicConv2d(nn.Module):
         g = self.geometry
         options = ", ".join(f"{k}={v}" for k, v in self.config.to_dict().items() if v is not None)
         return f"{g.in_channels}, {g.out_channels}, kernel_size={g.kernel_size}, stride={g.stride}, groups={g.groups}, {options}"
+
+
+def batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The batch (N, C_in, H, W) in the arguments of a layer's call, as its hooks get them; one image without N becomes a batch."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x.unsqueeze(0) if x.dim() == 3 else x
 
 
 def scaled_bias(bias: nn.Parameter | None, scale: Tensor, shift: Tensor, like: nn.Parameter) -> nn.Parameter:

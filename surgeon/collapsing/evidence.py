@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from surgeon.layers.base import CodedConv2d, DynamicConv2d
+from surgeon.layers.base import CodedConv2d, DynamicConv2d, batch_of
 from surgeon.util.copying import copy_model
 
 Kind = Literal["off", "parameters", "images"]
@@ -99,7 +99,7 @@ def watching(model: nn.Module, layers: Mapping[str, CodedConv2d]) -> Iterator[di
 
     def hook(watch: Watch) -> Any:
         def look(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            watch.look(args[0] if args else next(iter(kwargs.values())))
+            watch.look(batch_of(args, kwargs))
 
         return look
 

@@ -28,7 +28,7 @@ from surgeon.surgery.operation import Surgery, count_parameters
 from surgeon.surgery.plan import Planned, make_plan
 from surgeon.surgery.raised import Raised
 from surgeon.surgery.running import outputs
-from surgeon.util.copying import check_module, copy_model, eager, without_compiler
+from surgeon.util.copying import check_module, copy_model, eager, uses_compiler, without_compiler
 from surgeon.util.near import did_you_mean
 from surgeon.util.progress import OnProgress, silent
 
@@ -82,6 +82,7 @@ def convert(
         layers, type, layer_options = _of_pattern(pattern, layers, type, recipe, layer_options)
     order = _read_order(layers, type, recipe, layer_options, seed)
     tell = progress or silent
+    was_compiled = uses_compiler(model)
     model = without_compiler(model)
     _is_python(model)
     _has_data(model)
@@ -111,6 +112,8 @@ def convert(
         report.params_before, report.params_after = params_before, count_parameters(result)
         report.model, report.input_size = model.__class__.__name__, sites.seen.inputs.image_size
         report.notes += growth_notes(report)
+        if was_compiled and not uses_compiler(result):
+            report.notes.append("the model was compiled, the converted one is not: call torch.compile on it again")
         if as_graph and not isinstance(result, fx.GraphModule):
             result = _as_graph(result, surgery, check)
     except BaseException:

@@ -69,6 +69,11 @@ def without_compiler(model: nn.Module) -> nn.Module:
     return model.get_submodule("_orig_mod") if _is_compiled(model) else model
 
 
+def uses_compiler(model: nn.Module) -> bool:
+    """Whether the model or a module in it is compiled by `torch.compile` or `nn.Module.compile`, which copies are not."""
+    return any(_is_compiled(module) or module._compiled_call_impl is not None for module in model.modules())
+
+
 def _is_compiled(module: Any) -> bool:
     return type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.layers import SEKGConv2d
-from surgeon.layers.base import CodedConv2d
+from surgeon.layers.base import CodedConv2d, batch_of
 from surgeon.visualize.measures import code_distance, content_share
 
 BLIND = 0.01  # content share below which a generator sees almost nothing of its input
@@ -69,7 +69,7 @@ def observed(model: nn.Module) -> Iterator[list[Adaptivity]]:
         def look(layer: CodedConv2d, args: Any, kwargs: dict[str, Any]) -> None:
             if name not in seen and layer.adaptive and not layer.training:
                 seen.add(name)
-                found.append(measure(name, layer, args[0] if args else next(iter(kwargs.values()))))
+                found.append(measure(name, layer, batch_of(args, kwargs)))
 
         return look
 

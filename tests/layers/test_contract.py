@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from surgeon.errors import GeometryError
 from surgeon.layers import ConvGeometry, DynamicConv2d, layer_types
+from surgeon.visualize.adaptivity import measure, observed
 from tests.support.layers.contract import (
     VARIANTS,
     awaken,
@@ -262,7 +263,7 @@ def test_the_convolution_is_left_alone(type_name: str) -> None:
 
 
 @every_type
-@pytest.mark.parametrize("shape", [(6, 9, 8), (2, 5, 9, 8), (2, 6, 2, 9)])
+@pytest.mark.parametrize("shape", [(6, 8), (5, 9, 8), (2, 5, 9, 8), (2, 6, 2, 9)])
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_a_wrong_input_is_one_clear_error(type_name: str, shape: tuple[int, ...], adaptive: bool) -> None:
     layer = make(type_name, plain_conv(padding=0))
@@ -270,6 +271,17 @@ def test_a_wrong_input_is_one_clear_error(type_name: str, shape: tuple[int, ...]
     said = "too small" if shape == (2, 6, 2, 9) else r"expects an input \(N, 6, H, W\)"
     with pytest.raises(GeometryError, match=said):
         layer(torch.zeros(shape))
+
+
+@every_type
+def test_one_image_needs_no_batch(type_name: str) -> None:
+    layer = make(type_name, plain_conv()).eval()
+    awaken(layer)
+    x = torch.randn(2, 6, 9, 8)
+    assert torch.equal(layer(x[0]), layer(x[:1])[0])
+    with observed(nn.Sequential(layer)) as found:
+        layer(x[0])
+    assert found == [measure("0", layer, x[:1])]
 
 
 @every_type

@@ -22,6 +22,7 @@ from surgeon.layers import ACDAConfig
 from surgeon.layers.registry import layer_types
 from surgeon.records.recipe import Recipe, Rule, get_recipe
 from surgeon.surgery.rewrite import dynamic_layers
+from surgeon.util.copying import uses_compiler
 from surgeon.util.tables import count
 from tests.support.fake_conversions import X, evaluated, fakes, small
 from tests.support.fake_layer import FakeConv2d
@@ -369,3 +370,18 @@ def test_the_meta_device_as_default_does_not_matter() -> None:
         assert torch.empty(0).is_meta
     assert report.exact
     assert {p.device.type for p in converted.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("how", ["wrapped", "within", "in place"])
+def test_a_compiled_model_comes_back_uncompiled_and_this_is_said(how: str) -> None:
+    model = small()
+    if how == "within":
+        model[0] = torch.compile(model[0])
+    elif how == "in place":
+        model.compile()
+    converted, report = surgeon.convert(
+        torch.compile(model) if how == "wrapped" else model, layers="all", type="acda", example_inputs=X
+    )
+    assert not uses_compiler(converted)
+    assert report.notes[-1].startswith("the model was compiled, the converted one is not")
+    assert uses_compiler(model) == (how != "wrapped")
