@@ -263,6 +263,6 @@ def _command(commands: Any, name: str, module: Any) -> argparse.ArgumentParser:
     needs = getattr(module, "NEEDS", ("torch", "timm"))
     parser.set_defaults(handler=module.run, check=getattr(module, "check", None), needs=needs)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -64,7 +64,10 @@ def build_model(
         check_own(spec, weights=weights, num_classes=num_classes, options=own)
         if is_program(spec):
             return _from_program(spec, input_size)
-        return _from_folder(found, trust_factory=trust_factory)
+        model, recorded = _from_folder(found, trust_factory=trust_factory)
+        if recorded is not None and input_size is not None:
+            recorded = replace(recorded, input_size=_example_size(recorded.input_size, input_size, None))
+        return model, recorded
     base = _parse(spec)
     size = _example_size(base.input_size, input_size, in_chans)
     kwargs = _kwargs(base, options, num_classes)

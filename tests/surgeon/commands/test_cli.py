@@ -178,8 +178,13 @@ def test_recipes_may_mix_types_and_options(capsys: pytest.CaptureFixture[str]) -
 
 def test_a_run_can_be_converted_further(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ARGS, "--layers", "stage3", "--type", "pafu", "-o", "first"]) == 0
-    assert main(["convert", "first", "--layers", "stage4", "--type", "pafu", "-o", "second", "--quiet"]) == 0
+    again = ["convert", "first", "--layers", "stage4", "--type", "pafu", "--input-size", "80", "-q"]
+    assert main([*again, "-o", "second"]) == 0
     assert main(["verify", "second", "--json"]) == 0
+    assert [document(Path(run, "recipe.json").read_text())["base"]["input_size"] for run in ("first", "second")] == [
+        [3, 64, 64],
+        [3, 80, 80],
+    ]
     out = capsys.readouterr().out
     assert set(document(out[out.rindex('{\n  "run"') :])["layers"]) == {
         "layer3.0.conv2",
