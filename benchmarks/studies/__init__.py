@@ -34,7 +34,7 @@ STUDIES: dict[str, Callable[[], Study]] = {
         320,
     ),
     "resnet20-1000": lambda: trained.classifier("resnet20_cifar", {"pafu": _FIRST_OF_STAGES}, 1000),
-    "resnet56": lambda: trained.classifier("resnet56_cifar", {"pafu": _FIRST_OF_STAGES}, 320),
+    "resnet56": lambda: trained.classifier("resnet56_cifar", {"pafu": _FIRST_OF_STAGES, "acda": "layer3"}, 320),
     "resnet56-1000": lambda: trained.classifier("resnet56_cifar", {"pafu": _FIRST_OF_STAGES}, 1000),
     "blind-gray": lambda: trained.blind_denoiser(
         "dncnn",

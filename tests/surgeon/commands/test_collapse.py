@@ -15,6 +15,8 @@ from surgeon.cli import main
 from surgeon.records.collapse_report import Collapsed, CollapseReport
 from surgeon.surgery.rewrite import dynamic_layers
 from tests.support.layers.contract import awaken
+from tests.support.tiny_models import random_model
+from tests.support.tiny_runs import with_dynamic
 
 RUN = ["--quiet", "collapse"]
 
@@ -29,25 +31,14 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 def converted(kind: str, *, vary: int = 0) -> str:
     """A run with three dynamic layers, the first `vary` of which vary."""
-    given = [
-        "convert",
-        "test_resnet",
-        "--weights",
-        "random",
-        "--input-size",
-        "64",
-        "--layers",
-        "stage3,stage4",
-        "--json",
-    ]
-    assert main([*given, "--type", kind, "-o", "first", "--quiet"]) == 0
-    model = surgeon.load("first")
+    model, base = random_model("test_resnet", input_size=(64, 64))
+    model = with_dynamic(model, "layer3.0.conv2", "layer4.0.conv1", "layer4.0.conv2", kind=kind)
     for layer in list(dynamic_layers(model).values())[:vary]:
         awaken(layer)
         if kind == "pafu":
             with torch.no_grad():
                 layer.get_submodule("selector.expand").bias.zero_()
-    surgeon.save(model, "run", force=True)
+    surgeon.save(model, "run", base=base)
     return "run"
 
 

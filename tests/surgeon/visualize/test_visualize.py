@@ -28,6 +28,8 @@ from surgeon.visualize.pictures import bases, pictures
 from surgeon.visualize.sheet import Panel, limits, pixels, sheet
 from tests.support.fake_layer import FakeConv2d
 from tests.support.layers.contract import awaken, make, plain_conv
+from tests.support.tiny_models import random_model
+from tests.support.tiny_runs import with_dynamic
 
 
 @pytest.fixture(autouse=True)
@@ -267,23 +269,11 @@ def test_a_constant_map_looks_constant() -> None:
 
 def saved(kind: str) -> None:
     """The folder "run", whose layers vary, and two pictures."""
-    given = [
-        "convert",
-        "test_resnet",
-        "--weights",
-        "random",
-        "--input-size",
-        "64",
-        "--layers",
-        "layer4",
-        "--type",
-        kind,
-    ]
-    assert main([*given, "-o", "first", "--json", "--quiet"]) == 0
-    model = surgeon.load("first")
+    model, base = random_model("test_resnet", input_size=(64, 64))
+    model = with_dynamic(model, "layer4.0.conv1", "layer4.0.conv2", kind=kind)
     for layer in dynamic_layers(model).values():
         awaken(layer)
-    surgeon.save(model, "run")
+    surgeon.save(model, "run", base=base)
     for name, shape in (("a.png", (70, 90, 3)), ("b.jpg", (80, 60))):
         values = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
         Image.fromarray(values).save(name)
