@@ -99,7 +99,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         if argv is None:  # another one would cause a traceback at interpreter exit
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("surgeon: interrupted, nothing was written", file=sys.stderr)
+        done = "changed" if getattr(args, "resume", False) else "written"
+        print(f"surgeon: interrupted, nothing was {done}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return _closed()

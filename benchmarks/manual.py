@@ -14,7 +14,7 @@ from benchmarks._results import ROOT, markdown
 
 PAGE = ROOT / "docs" / "cli.md"
 MARKER = "<!-- from here on: python -m benchmarks.manual -->"
-COMMON = {"--json", "--quiet", "--debug"}  # of all commands; the text before the marker has them
+COMMON = {"--json", "-q", "--quiet", "--debug"}  # of all commands; the text before the marker has them
 PAGES = {
     "try": "try.md",
     "finetune": "finetuning.md",

@@ -168,8 +168,8 @@ def as_budget(resource: str, value: float) -> str:
         return f"{math.ceil(value / 2**20)}MiB"
     if resource == "latency":
         return f"{math.ceil(value * 1e5) / 100:g}ms"
-    letter, unit = next(((c, n) for c, n in (("G", 10**9), ("M", 10**6), ("k", 10**3)) if value >= n / 10), ("", 1))
-    return f"{math.ceil(value / unit * 1000) / 1000:g}{letter}" if letter else f"{math.ceil(value)}"
+    letter, unit = next(((c, n) for c, n in (("G", 10**9), ("M", 10**6)) if value >= n / 10), ("k", 10**3))
+    return f"{math.ceil(value / unit * 1000) / 1000:g}{letter}"
 
 
 def check_feasible(
@@ -198,11 +198,14 @@ def check_feasible(
     alone = f"; each alone could go down to {amounts(least)}" if len(limited) > 1 else ""
     wanted = {name: problem.limit(name) or 0 for name in limited}
     given: dict[str, Bound | None] = {name: getattr(budgets, name) for name in limited}
-    relative = [f"{FLAGS[name]} {bound.text}" for name, bound in given.items() if bound is not None and bound.relative]
-    told = f" ({', '.join(relative)})" if relative else ""
+    typed = {name: f"{FLAGS[name]} {bound.text}" for name, bound in given.items() if bound is not None}
+    relative = {name: typed[name] for name, bound in given.items() if bound is not None and bound.relative}
+    told = f" ({', '.join(relative.values())})" if relative else ""
+    absolute = {name: text for name, text in typed.items() if name not in relative}
+    asked = ", ".join(absolute.get(name) or amounts({name: wanted[name]}) for name in limited)
     original_costs = {name: original[name] for name in limited}
     raise InfeasibleError(
-        f"no placement is within {amounts(wanted)}{told}; the nearest budgets that one placement meets are "
+        f"no placement is within {asked}{told}; the nearest budgets that one placement meets are "
         f"{amounts(nearest(problem))}{alone} "
         f"(the original: {amounts(original_costs)}){_macs(original_costs, wanted)}"
     )

@@ -97,9 +97,17 @@ def running(model: nn.Module, batch: Batch, task: Task) -> Iterator[None]:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
         shape = tuple(batch["input"].shape)
+        other = next((p.dtype for p in model.parameters() if p.dtype in _OTHER_FLOATS), None)
+        hint = (
+            "" if other is None else f". Its weights are {other}, and tasks are for torch.float32: call .float() on it"
+        )
         raise InputError(
             f"{type(model).__name__} does not run on a batch {shape} of task {task.name}: {type(error).__name__}: {error}"
+            f"{hint}"
         ) from error
+
+
+_OTHER_FLOATS = (torch.float64, torch.float16, torch.bfloat16)
 
 
 def _device(model: nn.Module, wanted: str | torch.device | None) -> torch.device:

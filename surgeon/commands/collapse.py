@@ -1,11 +1,10 @@
 """`surgeon collapse`: fold dynamic layers that do not vary back into convolutions. Imports torch when it runs."""
 
 import argparse
-import math
 from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
-from surgeon.commands.common.arguments import add_run, print_json, whole
+from surgeon.commands.common.arguments import add_run, print_json, share, whole
 from surgeon.errors import ConfigError, InputError, NothingFoldedError
 from surgeon.util.outputs import check_output
 from surgeon.util.waiting import waiting
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=whole, default=32, metavar="N", help="use at most N of them (default: 32)")
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=share,
         default=0.0,
         metavar="T",
         help="largest relative variation of a filter folded at its mean, from 0 to less than 1 (default: 0, exact)",
@@ -83,8 +82,6 @@ def check(args: argparse.Namespace) -> None:
     """Refuse invalid arguments before torch is loaded."""
     if not args.output and not args.dry_run:
         raise ConfigError("give an output folder with -o OUT, or use --dry-run")
-    if not (math.isfinite(args.tolerance) and 0 <= args.tolerance < 1):
-        raise ConfigError(f"--tolerance is a relative variation from 0 to less than 1, got {args.tolerance:g}")
     if args.tolerance and not args.images:
         raise ConfigError("--tolerance needs --images to observe how much a layer varies")
     if args.limit < 1:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LAYERS_HELP = """selections (--layers), joined by commas:
   names and prefixes   layer3, layer4.0.conv2      globs, regexes   'blocks.*.conv_dw', 're:conv[23]$'
   stages               stem, stage1 ... , all      predicates       k>=3, k=1, in>=64, stride=1, groups=1
-  kinds                depthwise, dense, first-of-stage             exclusion        '!layer4.2'
+  kinds                depthwise, first-of-stage, last-spatial      exclusion        '!layer4.2'
   Names and stages add, predicates filter. 1x1 convolutions are selected only by full name or with k=1.
 """
 

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         if original is not None:
             compared = {"model": name, **_measure(original, name, task, args, device, progress, notes)}
     samples = len(task.dataset(args.split))
-    if (few := few_judge(samples, "the metrics say little of other images")) is not None:
+    if (few := few_judge(samples, "the metrics say little of other images", hint=_part(task, args.split))) is not None:
         notes.append(few)
     document = {
         "model": args.model,
@@ -117,6 +117,19 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(text(document, width()))
     return 0
+
+
+def _part(task: "Task", split: str) -> str | None:
+    """How more samples can judge where only a part of an undivided folder does."""
+    from surgeon.zoo.tasks.data.files import FolderConfig, find_roots
+
+    config = task.config
+    if split != "val" or not isinstance(config, FolderConfig) or not find_roots(task.name, config).divided:
+        return None
+    return (
+        f"they are {config.val_fraction:g} of {config.train or config.data} (val_fraction), which has no val/: "
+        f"--task-option val={config.train or config.data} instead of --data judges by all of it"
+    )
 
 
 def _task(args: argparse.Namespace) -> "Task":

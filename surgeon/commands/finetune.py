@@ -24,6 +24,7 @@ from surgeon.commands.common.arguments import (
     positive,
     print_json,
     seed,
+    tell_weights,
     with_default,
 )
 from surgeon.commands.common.tasks import add_task, make_task, settle
@@ -38,7 +39,7 @@ from surgeon.util.waiting import waiting
 if TYPE_CHECKING:
     from torch import nn
 
-    from surgeon.zoo.finetune import FinetuneConfig
+    from surgeon.zoo.finetune import FinetuneConfig, Source
     from surgeon.zoo.finetune.dry import DryRun
     from surgeon.zoo.recipes import TrainingRecipe
     from surgeon.zoo.tasks import Task
@@ -84,6 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="presets of the recipe, later ones override; small: minutes on a CPU",
     )
     add_weights(group)
+    group.add_argument(
+        "--original-weights", metavar="FILE", help="those of the network before its conversion, if moved"
+    )
     add_trust(group)
     group.add_argument("-o", "--output", type=Path, metavar="OUT", help="folder to write (default: runs/NAME-TASK)")
     group.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")
@@ -192,6 +196,7 @@ def check(args: argparse.Namespace) -> None:
                 raise ConfigError(f"{flag} must be more than 0, got {span!r}")
     if args.model is not None:
         checks.model_of(args)
+    checks.file(args.original_weights, "--original-weights")
     if args.recipe is None:
         if args.model is None:
             raise ConfigError(
@@ -240,17 +245,16 @@ def run(args: argparse.Namespace) -> int:
     if not args.dry_run:
         RunFolder(output).check(resume=args.resume, force=args.force)  # before a model is built
     with waiting(building(args), quiet=args.quiet):
-        model, original, source = _source(args, config.seed, recipe)
+        model, source = _source(args, config.seed, recipe)
     config = read_config(args, recipe, model)
     if args.dry_run:
-        return _dry_run(args, model, original, task, config)
+        return _dry_run(args, model, source, task, config)
     try:
         result = finetune(
             model,
             task,
             config,
             output,
-            original=original,
             source=source,
             resume=args.resume,
             force=args.force,
@@ -309,10 +313,10 @@ def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     return given
 
 
-def _source(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None") -> tuple[Any, Any, Any]:
-    """The model, its original if that requires trust, and the model's origin."""
+def _source(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None") -> "tuple[nn.Module, Source]":
+    """The model and its origin."""
     from surgeon.models.hub import folder_if_any
-    from surgeon.models.names import build_model, restore
+    from surgeon.models.names import build_model
     from surgeon.records.recipe import get_recipe
     from surgeon.zoo.finetune import Source
 
@@ -321,18 +325,23 @@ def _source(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None"
         options = model_options(args)
         if recipe is None:
             model, base = build_model(args.model, weights=args.weights, options=options)
+            tell_weights(args, base)
         else:
             model, base = recipe.make_model(args.model, weights=args.weights, seed=seed, options=options)
-        return model, None, Source(name=args.model, base=base)
+        return model, Source(name=args.model, base=base)
     from surgeon.models.checkpoint import load, read_report
 
     check_own(args.model, weights=args.weights, num_classes=args.num_classes, options=dict(args.model_args))
     model = load(folder, trust_factory=args.trust_factory)
     recorded = get_recipe(model)
     base = None if recorded is None else recorded.base
-    converted = recorded is not None and bool(recorded.rules)
-    original = restore(base, trust_factory=True) if args.trust_factory and converted and base is not None else None
-    return model, original, Source(name=args.model, base=base, report=read_report(folder))
+    return model, Source(
+        name=args.model,
+        base=base,
+        report=read_report(folder),
+        trust_factory=args.trust_factory,
+        original_weights=args.original_weights,
+    )
 
 
 def _leave_group() -> None:
@@ -343,12 +352,12 @@ def _leave_group() -> None:
 
 
 def _dry_run(
-    args: argparse.Namespace, model: "nn.Module", original: "nn.Module | None", task: "Task", config: "FinetuneConfig"
+    args: argparse.Namespace, model: "nn.Module", source: "Source", task: "Task", config: "FinetuneConfig"
 ) -> int:
     from surgeon.zoo.finetune import dry_run
 
     with waiting("trying a step", quiet=args.quiet):
-        found = dry_run(model, task, config, original=original)
+        found = dry_run(model, task, config, source=source)
     _leave_group()
     if args.json:
         print_json({"model": args.model, "task": task.name, **found.to_dict()})

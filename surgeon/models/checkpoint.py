@@ -27,7 +27,7 @@ from surgeon.layers.geometry import ConvGeometry
 from surgeon.layers.registry import layer_class
 from surgeon.layers.source import ConvSource
 from surgeon.models.folder import check_file, file_sha256, fresh_folder, write
-from surgeon.models.identify import identify
+from surgeon.models.identify import agree, identify
 from surgeon.models.names import build_structure
 from surgeon.models.places import check_folder
 from surgeon.models.programs import FILE as PROGRAM
@@ -51,7 +51,7 @@ from surgeon.surgery.raised import Raised
 from surgeon.surgery.rewrite import Rewrite, convolution_rule, dynamic_layers, folded_from, folded_windows
 from surgeon.surgery.sizes import check_layers
 from surgeon.util.copying import check_module, copy_model
-from surgeon.util.files import check_fields, parse_json, read_json, read_object, told
+from surgeon.util.files import check_fields, here, parse_json, read_json, read_object, told
 from surgeon.util.outputs import RECIPE, WEIGHTS, check_output
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def save(
     check_module(model)
     path = Path(path).absolute()
     check_output(path, force=force)
-    recipe = describe(model, base)
+    recipe = describe(model, base, path)
     tensors, aliases = _tensors(model)
     with fresh_folder(path, force) as folder:
         # one entry: safetensors writes several in any order, and equal weights would make unequal files
@@ -151,8 +151,11 @@ def read_report(path: str | Path) -> Report | CollapseReport | None:
     return read(read_object(file))
 
 
-def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
-    """The current recipe of a model: a rule for each dynamic layer, and for each convolution folded to another window."""
+def describe(model: nn.Module, base: BaseModel | None, path: Path) -> Recipe:
+    """The current recipe of a model: a rule for each dynamic layer, and for each convolution folded to another window.
+
+    A warning, naming the folder `path`, says what it does not describe.
+    """
     carried = get_recipe(model)
     rules = tuple(
         Rule(layers=quoted(name), type=layer.type_name, options=layer.config.to_dict())
@@ -167,12 +170,17 @@ def describe(model: nn.Module, base: BaseModel | None = None) -> Recipe:
         found = replace(found, input_size=carried.input_size)
     if found is None or not _fits(model, found, rules):
         logger.warning(
-            "no way to rebuild this %s is known: the folder loads only %swith base=MODEL, a model of the original architecture. "
-            "Models that surgeon.open_model(NAME, ...) makes carry how they were built",
+            "%s: no way to rebuild this %s is known: the folder loads only %swith base=MODEL, a model of the original "
+            "architecture. Models that surgeon.open_model(NAME, ...) makes carry how they were built",
+            here(path),
             type(model).__name__,
             called("in Python, ", ""),
         )
         found = None
+    if hooked := _with_hooks(model):
+        logger.warning(
+            "%s: forward hooks are not saved: what it loads computes without those of %s", here(path), ", ".join(hooked)
+        )
     made = Recipe(rules=rules, base=found, versions=versions())
     if carried is None:
         return made
@@ -244,7 +252,19 @@ def _fits(model: nn.Module, base: BaseModel, rules: tuple[Rule, ...]) -> bool:
     except SurgeonError:
         return False
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return _kinds(rebuilt) == _kinds(model) and not mismatches(own, rebuilt)
+    same = agree(model, rebuilt) if base.source != "program" else _kinds(rebuilt) == _kinds(model)
+    return same and not mismatches(own, rebuilt)
+
+
+def _with_hooks(model: nn.Module) -> list[str]:
+    """Names of the modules with forward hooks that their library has not set."""
+    libraries = ("torch", "timm", "torchvision", "surgeon")
+    return [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if (getattr(hook, "__module__", None) or "").partition(".")[0] not in libraries
+    ]
 
 
 def _kinds(model: nn.Module) -> dict[str, tuple[type[nn.Module], str]]:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from inspect import signature
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -34,7 +35,7 @@ def identify(model: nn.Module) -> BaseModel | None:
             twin = build_shapes(base)
         except ModelError:
             continue
-        if _agree(model, twin):
+        if agree(model, twin):
             converted = any(_is_replaced(module) for module in model.modules())
             weights = Weights(kind="given", sha256=None if converted else state_sha256(model))
             return BaseModel(
@@ -147,8 +148,8 @@ def _first_channels(model: nn.Module) -> int | None:
     return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d | DynamicConv2d)), None)
 
 
-def _agree(model: nn.Module, twin: nn.Module) -> bool:
-    """Whether both have the same module tree: classes, plain attributes, and shapes of parameters and buffers."""
+def agree(model: nn.Module, twin: nn.Module) -> bool:
+    """Whether both have the same module tree: classes, plain attributes, own functions, shapes of parameters and buffers."""
     if _is_replaced(model):
         return True
     if type(model) is not type(twin):
@@ -158,7 +159,7 @@ def _agree(model: nn.Module, twin: nn.Module) -> bool:
     mine, other = dict(model.named_children()), dict(twin.named_children())
     if list(mine) != list(other):
         return False
-    return all(_agree(mine[name], other[name]) for name in mine)
+    return all(agree(mine[name], other[name]) for name in mine)
 
 
 def _is_replaced(module: nn.Module) -> bool:
@@ -171,11 +172,16 @@ def _shapes(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Plain attributes, and where functions that belong to this object alone, such as another `forward`, are defined."""
     plain = (bool, int, float, str, type(None))
-    return {
-        key: value
-        for key, value in vars(module).items()
-        if not key.startswith("_")
-        and key not in _IGNORED
-        and (isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(v, plain) for v in value)))
-    }
+    found: dict[str, Any] = {}
+    for key, value in vars(module).items():
+        if isinstance(value, FunctionType | MethodType):
+            found[key] = (value.__module__, value.__qualname__)
+        elif (
+            not key.startswith("_")
+            and key not in _IGNORED
+            and (isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(v, plain) for v in value)))
+        ):
+            found[key] = value
+    return found

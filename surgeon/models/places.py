@@ -107,6 +107,9 @@ def no_folder(spec: str) -> ModelError:
     path = Path(spec)
     if path.is_dir():
         return ModelError(f"{spec} is not a model: {_what_instead(path)}")
+    module, _, factory = path.name.partition(":")
+    if factory and (path.parent / f"{module}.py").is_file():
+        return ModelError(f"there is no model {spec!r}: in the folder of {module}.py, write {module}:{factory}")
     told = "was not written by surgeon" if path.exists() else "does not exist"
     return ModelError(f"there is no model {spec!r}: this folder {told}.{near_folders(path)}".rstrip("."))
 

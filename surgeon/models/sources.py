@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import inspect
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -73,6 +74,25 @@ def _telling(what: str) -> Iterator[None]:
         raise ModelError(f"{what}: {told.rstrip('.')}") from error
 
 
+@contextlib.contextmanager
+def _telling_where(name: str) -> Iterator[None]:
+    """Turn what the module of the factory `name` raises into a `ModelError` with the exception's type and the line."""
+    try:
+        yield
+    except SurgeonError:
+        raise
+    except (Exception, SystemExit) as error:
+        if refused_argument(error) or isinstance(error, ImportError | SyntaxError):  # these name their place
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        own = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+        frame = [*frames[-1:], *(one for one in frames if one.filename == own)][-1]
+        what = "called sys.exit" if isinstance(error, SystemExit) else f"raised {type(error).__name__}"
+        text = " ".join(str(error).split())[:_LONGEST]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}"
+        raise ModelError(f"{name} {what}{f': {text}' if text else ''} ({place})") from error
+
+
 def _timm_model(base: BaseModel) -> nn.Module:
     import timm
 
@@ -120,7 +140,8 @@ def named_factory(name: str) -> Any:
     module_name, _, attribute = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        factory: Any = importlib.import_module(module_name)
+        with _telling_where(name):
+            factory: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             if not hasattr(factory, part):
                 known = [key for key, value in vars(factory).items() if callable(value)]
@@ -133,7 +154,8 @@ def named_factory(name: str) -> Any:
 
 def _factory_model(base: BaseModel) -> nn.Module:
     factory = named_factory(base.name)  # a variable, as `refused_argument` needs it
-    return _as_module(factory(**base.kwargs))
+    with _telling_where(base.name):
+        return _as_module(factory(**base.kwargs))
 
 
 def _program(base: BaseModel) -> nn.Module:

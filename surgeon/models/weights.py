@@ -37,6 +37,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     check_weights(path)
     path = Path(path)
     try:
+        if not path.stat().st_size:
+            raise EOFError("the file is empty")
         if path.suffix == ".safetensors":
             loaded: Any = load_file(path)
         else:

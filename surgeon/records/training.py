@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.errors import ConfigError
+from surgeon.errors import ConfigError, called, offered
 from surgeon.util.files import check_fields, read_object
 from surgeon.util.outputs import RUN, SUMMARY, WEIGHTS
 from surgeon.util.tables import counted
@@ -46,12 +46,18 @@ def check_same_options(old: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         for key, told in differing(before, now[part]):
             if key in free:
                 continue
+            flag = f"--{key.replace('_', '-')}"
+            if part == "config" and offered(flag):
+                told = told.replace(key, called(flag, key), 1)
             if part == "config" and key in _TOLD:
                 notes.append(f"resumed with another option: {told}")
             else:
                 changed.append(told)
     if changed:
-        raise ConfigError(f"a run must be resumed with the options it started with, but {'; '.join(changed)}")
+        raise ConfigError(
+            f"a run must be resumed with the options it started with, but {'; '.join(changed)}. "
+            f"To train its result on, begin another run{called(': its folder as MODEL, and another -o', '')}"
+        )
     return notes
 
 

@@ -69,7 +69,7 @@ def observe(
                 failures.append((inputs.shapes(), error))
             else:
                 return seen
-    raise _cannot_run(model, failures, _hint(model, inputs, argument))
+    raise _cannot_run(model, failures, _hint(model, inputs, argument, several=_needs_more(failures)))
 
 
 def _cannot_run(model: nn.Module, failures: list[tuple[str, Exception]], hint: str) -> InputError:
@@ -78,7 +78,12 @@ def _cannot_run(model: nn.Module, failures: list[tuple[str, Exception]], hint: s
     return InputError(f"{type(model).__name__} does not run on these inputs: {tried}{hint}")
 
 
-def _hint(model: nn.Module, inputs: Inputs, argument: str) -> str:
+def _needs_more(failures: list[tuple[str, Exception]]) -> bool:
+    """Whether a network of several inputs got one."""
+    return any(isinstance(error, TypeError) and "missing" in str(error) for _, error in failures)
+
+
+def _hint(model: nn.Module, inputs: Inputs, argument: str, *, several: bool = False) -> str:
     """Advice on other inputs, in Python or at a terminal, where only the size can be given."""
     channels, size = first_channels(model), inputs.image_size
     one = "; ({...},) passes a dict as one argument" if inputs.kwargs else ""
@@ -87,6 +92,8 @@ def _hint(model: nn.Module, inputs: Inputs, argument: str) -> str:
     terminal = "Give another --input-size, as CxHxW."
     if size is not None and channels not in (None, size[0]):
         terminal = f"Its first convolution takes {channels} channels: --input-size {channels}x{size[1]}x{size[2]}."
+    if several:
+        return f". Networks with several inputs are for Python: {argument}=(first, second, ...)"
     return called(f". {terminal}" if offered("--input-size") else "", f". {python}")
 
 

@@ -3,7 +3,7 @@
 Items are separated by commas or given as a list. Sources are united: an exact module name or a prefix of names (`layer3`),
 a glob over names (`blocks.*.conv_dw`), `re:` with a regular expression to find in the name, `stem`, `stageN`, `all`.
 Filters are intersected: `k=3`, `in>=64`, `out<=256`, `stride=1`, `groups!=1`, `dilation=1`, `depthwise`, `dense`,
-`first-of-stage`. `!` before an item excludes what it matches. Filters alone filter `all`.
+`first-of-stage`, `last-spatial`. `!` before an item excludes what it matches. Filters alone filter `all`.
 
 A name with characters other than letters, digits, `_`, `-` and dots is written in double quotes, as in JSON.
 
@@ -45,6 +45,7 @@ _FLAGS: dict[str, Predicate] = {
     "depthwise": lambda site: site.is_depthwise,
     "dense": lambda site: site.groups == 1,
     "first-of-stage": lambda site: site.first_of_stage,
+    "last-spatial": lambda site: site.last_spatial,
 }
 _COMPARISON = re.compile(r"(?P<key>[a-z-]+)\s*(?P<op>==|!=|>=|<=|=|>|<)\s*(?P<value>.*)")
 _STAGE = re.compile(r"stem|stage\d+")

@@ -40,6 +40,7 @@ class ConvSite:
     params: int
     stage: str | None = None
     first_of_stage: bool = False
+    last_spatial: bool = False  # the last convolution of the forward pass with a kernel larger than 1×1
     calls: tuple[Call, ...] = ()
     macs: int | None = None  # per image, over all calls; None if the forward pass does not reach it
     order: int | None = None  # position of its first call
@@ -371,7 +372,8 @@ def _with_stages(model: nn.Module, drafts: Sequence[ConvSite], seen: Observation
     units = find_units(names, {})
     sizes = {unit: sum(units[name] == unit for name in names) for unit in set(units.values())}
     first: dict[str, ConvSite] = {}
-    for site in sorted((s for s in drafts if s.order is not None and not s.is_pointwise), key=lambda s: s.order or 0):
+    spatial = sorted((s for s in drafts if s.order is not None and not s.is_pointwise), key=lambda s: s.order or 0)
+    for site in spatial:
         stage = stages[site.name]
         if stage is None or stage == "stem":
             continue
@@ -379,4 +381,8 @@ def _with_stages(model: nn.Module, drafts: Sequence[ConvSite], seen: Observation
         if sizes[units[held.name]] == 1 < sizes[units[site.name]]:
             first[stage] = site  # a lone convolution is a stem of the stage, not its first unit
     leaders = {site.name for site in first.values()}
-    return [replace(site, stage=stages[site.name], first_of_stage=site.name in leaders) for site in drafts]
+    last = {site.name for site in spatial[-1:]}
+    return [
+        replace(site, stage=stages[site.name], first_of_stage=site.name in leaders, last_spatial=site.name in last)
+        for site in drafts
+    ]

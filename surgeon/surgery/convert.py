@@ -212,7 +212,7 @@ def _read_order(
             (f". {name!r} is none of the arguments.{hint}" for name in options if (hint := did_you_mean(name, _WORDS))),
             "",
         )
-        raise ConfigError(f"{missing} is missing: give both layers and type, or pass a recipe{near}")
+        raise ConfigError(f"{missing} is missing: give both layers ('all': what fits) and type, or pass a recipe{near}")
     if isinstance(type, LayerConfig):
         if options:
             raise ConfigError(

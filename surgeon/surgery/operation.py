@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy as is_lazy_tensor
 
-from surgeon.errors import ConfigError, GeometryError, InputError, UnsupportedLayerError, VerificationError
+from surgeon.errors import (
+    ConfigError,
+    GeometryError,
+    InputError,
+    UnsupportedLayerError,
+    VerificationError,
+    called,
+)
 from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.source import ConvSource, PlainConvolution
 from surgeon.records.recipe import Recipe, set_recipe
@@ -54,6 +61,12 @@ class Surgery:
         wanted = [plan for plan in self.plans if not plan.reasons]
         check_layers((p.layer, p.site.geometry, p.config) for p in wanted if p.site.geometry is not None)
         if calibration is not None and wanted:
+            if not any(p.config.may_compress(p.site.geometry) for p in wanted if p.site.geometry is not None):
+                what = called("--calibrate fits", "calibration fits")
+                raise ConfigError(
+                    f"{what} layers to the images where they compress, and none of these does: they are exact on any image. "
+                    f"{called('Add --compress, or leave it out', 'Leave it out')}"
+                )
             self._build_on(calibration, wanted)
         for done, plan in enumerate(wanted):
             self.tell("build", done, len(wanted))

@@ -103,8 +103,14 @@ def check_file_output(path: str | Path, *, force: bool = False) -> None:
 
 
 def export_format(given: str | None, path: str | Path) -> Literal["onnx", "torch"]:
-    """The requested format of an exported file, otherwise that of its suffix; raises `ConfigError` if neither says."""
-    found: Any = given or EXPORTS.get(Path(path).suffix)
+    """The requested format of an exported file, otherwise that of its suffix; raises `ConfigError` if neither or both say."""
+    named = EXPORTS.get(Path(path).suffix)
+    found: Any = given or named
+    if given in EXPORTS.values() and named not in (given, None):
+        told = called(f"--format {given}", f"format={given!r}")
+        raise ConfigError(
+            f"{told} contradicts the name {Path(path).name}, which is of a file for {named}: leave it out"
+        )
     if found is None:
         option = called("--format onnx or torch", "format='onnx' or format='torch'")
         raise ConfigError(

@@ -9,6 +9,7 @@ _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _MOST = 1e24
 _LEAST_BYTES = 2**20  # of memory without a unit
+_LEAST_COUNT = 1000  # of FLOPs and parameters without a unit
 _SPAN = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(|ep|%)")
 _TIME = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([smhd]?)")
 _NUMBER = r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)"
@@ -55,10 +56,16 @@ def parse_bytes(value: str | int | float, what: str = "quantity", such: str = "8
 
 
 def parse_count(value: str | int | float, what: str = "quantity", such: str = "4.5G") -> int:
-    """A count as of `parse_quantity`. Raises `ConfigError` also for units of bytes: `200MB`."""
+    """A count as of `parse_quantity`.
+
+    Raises `ConfigError` also for units of bytes, `200MB`, and for a small number without a unit: `50` is meant as 50M.
+    """
     if str(value).strip().lower().endswith(("b", "i")):
         raise ConfigError(f"{what}: {value!r} is a number of bytes; expected e.g. {such}")
-    return parse_quantity(value, what, such)
+    result = parse_quantity(value, what, such)
+    if result < _LEAST_COUNT and not str(value).strip()[-1].isalpha():
+        raise ConfigError(f"{what}: {value!r} would be only {result}; for {result}M, write the unit")
+    return result
 
 
 def _hint(text: str) -> str:
@@ -94,6 +101,8 @@ def parse_span(text: str, what: str = "span") -> tuple[float, str]:
     match = _SPAN.fullmatch(str(text).strip())
     if match is None or (not match[2] and not float(match[1]).is_integer()):
         raise ConfigError(f"{what}: expected steps (200), epochs (1.5ep) or a percentage of the run (5%), got {text!r}")
+    if match[2] == "%" and float(match[1]) > 100:
+        raise ConfigError(f"{what}: at most 100% of the run, got {text!r}")
     return float(match[1]), match[2]
 
 

@@ -204,9 +204,8 @@ class Constants(nn.Module):
 def test_a_first_convolution_that_gets_constants(constant: str, as_graph: bool) -> None:
     """R5: `Boolean value of Tensor with more than one value is ambiguous`."""
     x = torch.randn(2, 3, 16, 16)
-    _, report = surgeon.convert(
-        Constants(constant).eval(), layers="all", type="pafu", example_inputs=x, as_graph=as_graph, calibration=x
-    )
+    options: dict[str, Any] = {"example_inputs": x, "as_graph": as_graph, "calibration": x}
+    _, report = surgeon.convert(Constants(constant).eval(), layers="all", type="acda", static_atoms=0, **options)
     assert len(report.replaced) == 2
 
 

@@ -117,11 +117,11 @@ WRONG = {
     "collapse plain -o x": "plain has no dynamic layer: there is nothing to collapse",
     "try converted --task sad": "a trial starts from a plain model, and converted has dynamic layers: surgeon revert",
     "search converted --task sad": "a search starts from a plain model, and converted has dynamic layers",
-    "finetune plain --task sad -o r --resume": "a run must be .* but lr was 0.5 and is 0.0003$",
-    "finetune plain --task sad -o r --resume --lr 0.1": "a run must be .* but lr was 0.5 and is 0.1$",
-    "finetune converted --task sad -o r --resume --lr 0.5": "but model was 'plain' and is 'converted'$",
-    "finetune plain --task sad -o r --resume --lr 0.5 --task-option share=0.5": "but share was 0.1 and is 0.5$",
-    "finetune plain --recipe lenet -o r --resume --lr 0.1": "but lr was 0.5 and is 0.1$",
+    "finetune plain --task sad -o r --resume": "a run must be .* but --lr was 0.5 and is 0.0003. To train its result on, ",
+    "finetune plain --task sad -o r --resume --lr 0.1": "a run must be .* but --lr was 0.5 and is 0.1\\. To",
+    "finetune converted --task sad -o r --resume --lr 0.5": "but model was 'plain' and is 'converted'\\. To",
+    "finetune plain --task sad -o r --resume --lr 0.5 --task-option share=0.5": "but share was 0.1 and is 0.5\\. To",
+    "finetune plain --recipe lenet -o r --resume --lr 0.1": "but --lr was 0.5 and is 0.1\\. To",
     "collapse runs/absent --tolerance 0.1 -o x": "--tolerance needs --images",
 }
 

@@ -14,7 +14,7 @@ from surgeon.cli import main
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.evaluate import evaluate
-from surgeon.zoo.finetune import FinetuneConfig
+from surgeon.zoo.finetune import FinetuneConfig, Source
 from surgeon.zoo.finetune.run import original_of
 from surgeon.zoo.tasks import create_task, registry, task_names
 from tests.support.fake_task import BrightnessTask
@@ -109,6 +109,9 @@ def test_what_cannot_be_evaluated_is_one_clear_error() -> None:
         evaluate(model, task, device="cuda:99")
     with pytest.raises(InputError, match=r"Linear does not run on a batch \(20, 3, 64, 64\) of task brightness"):
         evaluate(nn.Linear(7, 5), task)
+    told = r"Its weights are torch.float64, and tasks are for torch.float32: call .float\(\) on it"
+    with pytest.raises(InputError, match=told):
+        evaluate(Reader().double(), task)
     with pytest.raises(DataError, match="the val split has no samples"):
         evaluate(model, create_task("brightness", samples=0))
 
@@ -220,7 +223,7 @@ def test_an_original_of_other_classes_gets_a_new_head_as_in_finetune(capsys: pyt
         name = found["original"]["model"]
         assert name.startswith("test_resnet")
         assert f"{name} was given new, untrained parameters to fit the task" in found["notes"][0]
-    original, notes = original_of(tuned, create_task("brightness"), None, FinetuneConfig())
+    original, notes = original_of(tuned, create_task("brightness"), None, FinetuneConfig(), Source())
     assert original is not None
     assert notes == []
 

@@ -15,7 +15,7 @@ from surgeon.zoo.finetune.devices import make_accelerator, release
 from surgeon.zoo.finetune.journal import TrainingJournal
 from surgeon.zoo.finetune.loop import Data, Run, Trainer
 from surgeon.zoo.finetune.optimizer import make_optimizer
-from surgeon.zoo.finetune.run import bound_to, original_of, random_state_kept, told_data
+from surgeon.zoo.finetune.run import Source, bound_to, original_of, random_state_kept, told_data
 from surgeon.zoo.finetune.schedule import describe
 from surgeon.zoo.finetune.state import Store, TrainingProgress
 from surgeon.zoo.tasks import Task
@@ -42,7 +42,12 @@ class DryRun:
 
 
 def dry_run(
-    model: nn.Module, task: Task, config: FinetuneConfig | None = None, *, original: nn.Module | None = None
+    model: nn.Module,
+    task: Task,
+    config: FinetuneConfig | None = None,
+    *,
+    original: nn.Module | None = None,
+    source: Source | None = None,
 ) -> DryRun:
     """Check the data, try one step on a copy, and predict the cost of a step on a GPU; nothing is written."""
     config = config or FinetuneConfig()
@@ -50,7 +55,7 @@ def dry_run(
     accelerator = make_accelerator(config)
     with random_state_kept(), tempfile.TemporaryDirectory() as place:
         work, _, notes = bound_to(model, task)
-        original, more = original_of(work, task, original, config)
+        original, more = original_of(work, task, original, config, source or Source())
         data = Data(task.dataset("train"), task.dataset("val"))
         found, note = _predicted(work, tuple(data.train[0]["input"].shape), config)
         teacher = original if config.distill else None

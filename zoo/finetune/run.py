@@ -46,11 +46,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Origin of the model: its name for the record, how to build it, the report of its conversion."""
+    """Origin of the model: its name for the record, how to build it, the report of its conversion.
+
+    `trust_factory` allows to run the factory of the original network, and `original_weights` is a file of its weights; by default
+    they are looked for where the conversion found them.
+    """
 
     name: str = "model"
     base: BaseModel | None = None
     report: Report | CollapseReport | None = None
+    trust_factory: bool = False
+    original_weights: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -107,7 +113,7 @@ def finetune(
     accelerator = make_accelerator(config)
     with random_state_kept(), contextlib.ExitStack() as stack:
         work, start_hash, notes = bound_to(model, task)
-        original, more = original_of(work, task, original, config)
+        original, more = original_of(work, task, original, config, source)
         place = folder.training if folder is not None else _shared_place(stack)
         session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet)
         try:
@@ -115,6 +121,11 @@ def finetune(
             trainer = session.trainer(work, original)  # refuses options before a folder is made, or replaced
             if config.max_steps is not None and trainer.plan.total < config.max_steps:
                 notes.append(f"{config.epochs:g} epochs (--epochs) are fewer steps than --max-steps {config.max_steps}")
+            if 1 < trainer.plan.total <= trainer.plan.warmup + 1:
+                told = called(f"--warmup {config.warmup}", f"warmup={config.warmup!r}")
+                notes.append(
+                    f"{told} is as long as the run of {trainer.plan.total} steps: only the last has the full rate"
+                )
             if folder is not None:
                 values = record(source.name, start_hash, task, config, accelerator.num_processes)
                 session.open(values, stack, resume=resume)
@@ -386,11 +397,11 @@ def told_data(model: nn.Module, task: Task, data: Data) -> list[str]:
 
 
 def original_of(
-    work: nn.Module, task: Task, given: nn.Module | None, config: FinetuneConfig
+    work: nn.Module, task: Task, given: nn.Module | None, config: FinetuneConfig, source: Source
 ) -> tuple[nn.Module | None, list[str]]:
     """The network before its conversion, bound to the task, and a note if it is unavailable.
 
-    Raises `ConfigError` if it is needed as a teacher but unavailable.
+    Raises `ConfigError` if it is needed as a teacher but unavailable, `ModelError` for weights that were named and do not fit.
     """
     note = None
     original: nn.Module | None = None
@@ -408,8 +419,16 @@ def original_of(
             note = "the original network is not known: the model's recipe does not name it"
         else:
             try:
-                original = restore(recipe.base, head="weights")  # the task gives it another one
+                original = restore(
+                    recipe.base,
+                    weights=source.original_weights,
+                    trust_factory=source.trust_factory,
+                    head="weights",  # the task gives it another one
+                    flag=called("--original-weights FILE", "") or None,
+                )
             except ModelError as error:
+                if source.original_weights is not None:
+                    raise
                 note = f"the original network is unavailable: {error}"
     if original is None:
         if config.distill:

@@ -17,14 +17,16 @@ _EVALUATION = 0.2  # largest share of the time for evaluations
 
 # Selections in the order in which they are tried, by task; late stages cost least.
 _DEEP = ("stage3,stage4", "stage2", "stage1", "all")
-_SHALLOW = frozenset({"pattern-detection", "super-resolution", "demosaicking", "sad", "denoising", "real-denoising"})
+_SHALLOW = frozenset({"pattern-detection", "demosaicking", "sad", "denoising", "real-denoising"})
+_AT_THE_END = frozenset({"super-resolution"})  # where gains were seen: docs/gains.md
 _OTHERWISE = "classification"  # the task whose layer is tried on those of no paper
 
 
 def default_conversion(task: str) -> tuple[str, tuple[str, ...]]:
     """The layer type of the paper that is on the task, and the selections in the order in which they are tried."""
     kinds = {name: kind for kind in layer_types() for name in layer_class(kind).tasks}
-    return kinds.get(task, kinds[_OTHERWISE]), ("all",) if task in _SHALLOW else _DEEP
+    selections = ("last-spatial", "all") if task in _AT_THE_END else ("all",) if task in _SHALLOW else _DEEP
+    return kinds.get(task, kinds[_OTHERWISE]), selections
 
 
 @dataclass(frozen=True, kw_only=True)

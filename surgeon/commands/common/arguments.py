@@ -221,6 +221,14 @@ def not_negative(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 to less than 1; an argparse type."""
+    value = _number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to less than 1, such as 0.02, got {told(text)}")
+    return value
+
+
 def decay(text: str) -> float:
     """A number between 0 and 1, without both; an argparse type."""
     value = _number(text)
@@ -272,7 +280,7 @@ def build(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
     """The model of the arguments, and its base model, if known."""
     from surgeon.models.names import build_model
 
-    return build_model(
+    model, base = build_model(
         args.model,
         weights=args.weights,
         seed=getattr(args, "seed", 0),
@@ -281,6 +289,16 @@ def build(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
         options=dict(args.model_args),
         trust_factory=args.trust_factory,
     )
+    tell_weights(args, base)
+    if base is not None and "in_chans" in base.kwargs and len(getattr(args, "input_size", None) or ()) == 3:
+        tell(args, f"built with in_chans={base.kwargs['in_chans']}, as --input-size says")
+    return model, base
+
+
+def tell_weights(args: argparse.Namespace, base: "BaseModel | None") -> None:
+    """Say on stderr that the weights are the factory's own, which may be random, if no others were asked for."""
+    if args.weights == "auto" and base is not None and base.source == "factory" and base.name == args.model:
+        tell(args, f"the weights are as {base.name} makes them; --weights FILE loads a state dict")
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:

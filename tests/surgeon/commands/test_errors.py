@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import surgeon
 from surgeon.cli import main
@@ -68,9 +69,11 @@ def _files() -> dict[Path, int]:
         (["--layers", "stage4", "--type", "pafu", "--num-classes", "0"], 2, ["--num-classes", "'0'"]),
         (["--layers", "stage4", "--type", "pafu", "--model-args", "x=1"], 2, ["test_resnet", "'x'"]),
         (["--recipe", "absent.json"], 2, ["absent.json"]),
+        (["--layers", "stage4", "--type", "pafu", "--weights", "empty.pth"], 2, ["empty.pth", "the file is empty"]),
     ],
 )
 def test_wrong_options(more: list[str], code: int, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty.pth").touch()
     fails([*CONVERT, *more], code, words, capsys)
 
 
@@ -99,6 +102,76 @@ def test_a_selection_of_refused_layers_only_is_exit_1(capsys: pytest.CaptureFixt
 def test_an_input_that_the_model_rejects(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["convert", "zoo/resnet20_cifar", "--weights", "random", "--input-size", "5x32x32", "--layers", "all"]
     fails([*argv, "--type", "pafu", "--quiet"], 2, ["5", "32"], capsys)
+
+
+OWN = """import sys
+from torch import nn
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, first, second):
+        return self.conv(first) + second
+
+
+def lacks(config={}):
+    return nn.Conv2d(3, config["width"], 3)
+
+
+def leaves():
+    sys.exit("no config given")
+
+
+def single():
+    return nn.Sequential(nn.Conv2d(3, 4, 3))
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("odd_nets:lacks", ["odd_nets:lacks raised KeyError: 'width' (odd_nets.py, line 15)"]),
+        ("odd_nets:leaves", ["odd_nets:leaves called sys.exit: no config given (odd_nets.py, line 19)"]),
+        (
+            "odd_nets:Two",
+            ["missing 1 required positional argument", "are for Python: example_inputs=(first, second, ...)"],
+        ),
+        (
+            "./odd_nets:single",
+            ["there is no model './odd_nets:single': in the folder of odd_nets.py, write odd_nets:single"],
+        ),
+    ],
+)
+def test_ones_own_factory(model: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("odd_nets.py").write_text(OWN)
+    fails(["convert", model, "--type", "pafu", "--input-size", "16", "--quiet"], 2, words, capsys)
+
+
+def test_whose_weights_a_factory_has_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("given_nets.py").write_text(OWN)
+    argv = ["convert", "given_nets:single", "--type", "pafu", "--input-size", "16"]
+    assert main([*argv, "-o", "a"]) == 0
+    told = "surgeon: the weights are as given_nets:single makes them; --weights FILE loads a state dict\n"
+    assert told in capsys.readouterr().err
+    torch.save(surgeon.open_model("given_nets:single").state_dict(), "own.pth")
+    assert main([*argv, "-o", "b", "--weights", "own.pth"]) == 0
+    assert "the weights are" not in capsys.readouterr().err
+
+
+def test_channels_that_a_size_brings_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["convert", "test_resnet", "--weights", "random", "--layers", "stage4", "--type", "pafu", "--dry-run"]
+    assert main([*argv, "--input-size", "1x64x64"]) == 0
+    assert "surgeon: built with in_chans=1, as --input-size says\n" in capsys.readouterr().err
+
+
+def test_images_that_no_layer_is_fitted_to(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("photos").mkdir()
+    Image.new("RGB", (64, 64)).save("photos/a.png")
+    argv = [*CONVERT, "--layers", "stage4", "--type", "acda", "--calibrate", "photos"]
+    fails(argv, 2, ["--calibrate fits layers to the images where they compress", "Add --compress"], capsys)
 
 
 def test_weights(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import surgeon
 from surgeon.cli import main
@@ -75,6 +76,34 @@ def test_a_run_from_the_command_line(finetune: Finetune, capsys: pytest.CaptureF
     assert "tuned: tiny-regression" in out
     assert "as recorded in tuned: tiny-regression with noise=0.05" in error
     assert not model.training
+
+
+def test_weights_of_the_original_that_were_moved(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(surgeon.open_model(FACTORY).state_dict(), "own.pth")
+    arguments = [
+        "convert",
+        FACTORY,
+        "--weights",
+        "own.pth",
+        "--layers",
+        "middle",
+        "--type",
+        "pafu",
+        "--input-size",
+        "8",
+    ]
+    assert main([*arguments, "-n", "2", "-o", "start", "--quiet"]) == 0
+    Path("own.pth").rename("moved.pth")
+    capsys.readouterr()
+    tune = ["finetune", "start", "--task", "tiny-regression", "--trust-factory", *SHORT, "--quiet"]
+    assert main([*tune, "-o", "a", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["original"] is None
+    assert [note for note in found["notes"] if "are gone; pass their file with --original-weights FILE" in note]
+    assert main([*tune, "-o", "b", "--distill", "0.1"]) == 2
+    assert "distill needs the original network" in capsys.readouterr().err
+    assert main([*tune, "-o", "b", "--distill", "0.1", "--original-weights", "moved.pth", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["original"] is not None
 
 
 def test_a_plain_model_by_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,7 +193,10 @@ def test_interrupt_then_resume(
     assert finetune("-o", "tuned") == 2
     assert "continue it (--resume) or replace it (--force)" in capsys.readouterr().err
     assert finetune("-o", "tuned", "--resume", "--batch-size", "2") == 2
-    assert "batch_size was 4 and is 2" in capsys.readouterr().err
+    assert (
+        "--batch-size was 4 and is 2. To train its result on, begin another run: its folder as MODEL"
+        in capsys.readouterr().err
+    )
     assert finetune("-o", "tuned", "--resume", "--json") == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 6
 
@@ -181,6 +213,7 @@ def test_interrupt_then_resume(
         (["--lr", "0"], "--lr: expected a number above 0, such as 3e-4, got .0"),
         (["--opt", "adamv"], "timm has no optimizer 'adamv'"),
         (["--warmup", "soon"], r"warmup: expected steps \(200\)"),
+        (["--warmup", "200%"], "warmup: at most 100% of the run, got '200%'"),
         (["--max-time", "soon"], "--max-time: expected a time"),
         (["--sched", "plateau"], "there is no choice 'plateau'; there are cosine"),
         (["--amp", "fp16", "--device", "cpu"], "fp16 needs a GPU"),

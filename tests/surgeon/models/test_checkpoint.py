@@ -2,6 +2,7 @@
 
 import copy
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,44 @@ def test_a_head_that_was_changed_after_the_conversion_is_noticed(tmp_path: Path)
     assert recipe is not None
     assert recipe.base is not None
     assert recipe.base.weights == base.weights, "where the weights came from is still known"
+
+
+def _brighter_features(self: Any, x: Tensor) -> Any:
+    return type(self).forward_features(self, 2 * x)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["opened", "an object"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(
+            model, "forward", types.MethodType(lambda self, x: type(self).forward(self, 2 * x), model)
+        ),
+        lambda model: setattr(model.bn1, "eps", 0.1),
+        lambda model: setattr(model, "forward_features", types.MethodType(_brighter_features, model)),
+    ],
+    ids=["forward", "attribute", "method"],
+)
+def test_what_was_changed_by_hand_is_not_rebuilt_without_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Any, named: bool
+) -> None:
+    model = open_model("test_resnet", weights="random") if named else timm.create_model("test_resnet").eval()
+    change(model)
+    converted, _ = convert(model, layers="stage4", type="pafu", input_size=64, check=False)
+    save(converted, tmp_path / "run")
+    assert f"{tmp_path / 'run'}: no way to rebuild this ResNet is known" in caplog.text
+    with pytest.raises(CheckpointError, match="base=MODEL"):
+        load(tmp_path / "run")
+
+
+def test_hooks_that_are_not_saved_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny()
+    model.get_submodule("layer2").register_forward_hook(lambda module, args, output: 2 * output)
+    save(model, tmp_path / "run")
+    assert caplog.messages == [
+        f"{tmp_path / 'run'}: forward hooks are not saved: what it loads computes without those of layer2"
+    ]
+    load(tmp_path / "run")
 
 
 def test_a_model_of_ones_own_needs_its_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -29,7 +29,7 @@ SITES = [
     site("layer2.0.conv1", "stage2", stride=(2, 2), first_of_stage=True, c_out=32),
     site("layer2.0.conv_dw", "stage2", k=5, c_in=32, c_out=32, groups=32),
     site("layer2.1.pw", "stage2", k=1, c_in=32, c_out=64),
-    site("layer20.conv", None, aliases=("twin.conv",), c_in=64, c_out=64, dilation=(2, 2), groups=4),
+    site("layer20.conv", None, aliases=("twin.conv",), c_in=64, c_out=64, dilation=(2, 2), groups=4, last_spatial=True),
 ]
 
 
@@ -60,6 +60,7 @@ def names(layers: str | list[str]) -> list[str]:
         ("dilation=2,groups=4", ["layer20.conv"]),
         ("out == 32", ["layer2.0.conv1", "layer2.0.conv_dw"]),
         ("first-of-stage", ["layer1.0.conv1", "layer2.0.conv1"]),
+        ("last-spatial", ["layer20.conv"]),
         ("all,!stem,!depthwise", ["layer1.0.conv1", "layer2.0.conv1", "layer20.conv"]),
         ("!layer1,!re:dw", ["conv1", "layer2.0.conv1", "layer20.conv"]),
         ("all,!k=7", ["layer1.0.conv1", "layer2.0.conv1", "layer2.0.conv_dw", "layer20.conv"]),
