@@ -175,7 +175,9 @@ def add_amp(parser: Any, kind: Callable[[str], str | None] = amp_dtype) -> None:
 
 def add_device(parser: Any) -> None:
     """`--device`."""
-    parser.add_argument("--device", type=device, metavar="auto|cpu|cuda:N", help="default: auto, a GPU if there is one")
+    parser.add_argument(
+        "--device", type=device, metavar="auto|cpu|cuda[:N]|mps", help="default: auto, a GPU if there is one"
+    )
 
 
 def natural(text: str) -> int:

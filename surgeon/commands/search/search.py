@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="metric (the default), or a Pareto front: metric,flops; also params, memory",
     )
-    group.add_argument("--max-time", metavar="TIME", help="time for the trials: 90s, 30m, 1.5h")
+    group.add_argument("--max-time", metavar="TIME", help="time for the trials, after costs and gains: 90s, 30m, 1.5h")
     group.add_argument("--finals", type=whole, default=0, metavar="K", help="retrain the best K in full (default: 0)")
     group.add_argument("--seeds", type=whole, default=3, metavar="S", help="seeds of the finals (default: 3)")
     group.add_argument(
