@@ -59,9 +59,11 @@ def prepare(
     return wrapped, optimizer
 
 
-def release(accelerator: "Accelerator", model: nn.Module) -> None:
-    """Restore the model's own `forward` and release the model."""
+def release(accelerator: "Accelerator", model: nn.Module, forward: Any = None) -> None:
+    """Release the model without the wrapper's `forward`; `forward` is one that this object alone had before it was wrapped."""
     plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
         vars(plain).pop(name, None)  # remains of the wrapper: the class has its own `forward`
+    if forward is not None:
+        plain.forward = forward
     accelerator.free_memory()

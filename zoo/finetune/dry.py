@@ -64,7 +64,7 @@ def dry_run(
         run = Run(trainer, store, TrainingJournal(None, quiet=True), TrainingProgress())
         loss = run.once()
         groups = describe(trainer.optimizer, trainer.groups)
-        release(accelerator, trainer.wrapped)
+        release(accelerator, trainer.wrapped, trainer.own_forward)
     return DryRun(
         steps=trainer.plan.total,
         epochs=trainer.plan.epoch(trainer.plan.total),

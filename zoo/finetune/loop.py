@@ -76,6 +76,7 @@ class Trainer:
         unused = accelerator.num_processes > 1 and self._has_unused_parameters()
         try_optimizer(config, accelerator.device)
         optimizer = make_optimizer(optimizer_groups(self.groups, config), config)
+        self.own_forward = vars(self.model).get("forward")  # of this object alone, if it has one
         self.wrapped, self.optimizer = prepare(accelerator, self.model, optimizer, unused)
         self.rates = Rates(self.optimizer, config, self.plan)
         self.temperature = Temperature(self.model, config.temperature_end, self.plan.total)

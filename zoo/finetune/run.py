@@ -121,7 +121,7 @@ def finetune(
             trainer = session.trainer(work, original)  # refuses options before a folder is made, or replaced
             if config.max_steps is not None and trainer.plan.total < config.max_steps:
                 notes.append(f"{config.epochs:g} epochs (--epochs) are fewer steps than --max-steps {config.max_steps}")
-            if 1 < trainer.plan.total <= trainer.plan.warmup + 1:
+            if trainer.plan.all_warmup:
                 told = called(f"--warmup {config.warmup}", f"warmup={config.warmup!r}")
                 notes.append(
                     f"{told} is as long as the run of {trainer.plan.total} steps: only the last has the full rate"
@@ -205,7 +205,7 @@ class _Session:
         if run.progress.stopped is None:
             run.train()
         summary = self._end(run)
-        release(self.accelerator, trainer.wrapped)
+        release(self.accelerator, trainer.wrapped, trainer.own_forward)
         model = _with_task(_with_recipe(trainer.result, work), self.task, self._input_size()).eval()
         if self.folder is not None and self.accelerator.is_main_process:
             base = _at_size(self.source.base, self._input_size())

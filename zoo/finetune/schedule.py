@@ -23,6 +23,7 @@ class RunPlan:
     eval_every: int
     checkpoint_every: int
     alternate: int | None
+    all_warmup: bool = False  # the warm-up was to be at least as long as the run
     decay_every: int = 1  # for the schedule "step"
     milestones: tuple[int, ...] = ()  # for "multistep"
 
@@ -39,7 +40,8 @@ class RunPlan:
         def steps(name: str, span: str | None = None) -> int:
             return span_steps(span or getattr(config, name), steps_per_epoch, total, name)
 
-        warmup = min(steps("warmup"), total - 1)
+        wanted = steps("warmup")
+        warmup = min(wanted, total - 1)
         plan = cls(
             samples=samples,
             per_step=per_step,
@@ -49,6 +51,7 @@ class RunPlan:
             eval_every=steps("eval_every"),
             checkpoint_every=steps("checkpoint_every"),
             alternate=config.alternate,
+            all_warmup=wanted >= total > 1,
             decay_every=steps("decay_every") if config.decay_every else max((total - warmup) // 3, 1),
             milestones=tuple(sorted(steps("milestones", span) for span in config.milestones)),
         )

@@ -1,6 +1,7 @@
 """Whole runs of fine-tuning on tiny tasks: what moves when, what is kept, what goes wrong and how it is told."""
 
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -242,3 +243,18 @@ def test_tensorboard_gets_scalars_pictures_and_options(tmp_path: Path) -> None:
     assert wanted <= set(tags["scalars"])
     assert tags["images"] == ["val/samples"]
     assert len(events.Scalars("train/loss")) == 12
+
+
+@pytest.mark.parametrize("amp", ["no", "bf16"])
+def test_a_forward_of_the_object_alone_stays(amp: str) -> None:
+    model = converted("pafu")
+    setattr(model, "forward", types.MethodType(_doubled, model))  # noqa: B010
+    found = finetune(model, regression(), with_(max_steps=1, lr=1e-9, amp=amp, recalibrate=0)).model
+    x = regression().dataset("val")[0]["input"][None]
+    assert torch.allclose(found(x), 2 * type(model).forward(found, x))
+    assert model.forward.__self__ is model
+
+
+def _doubled(self: nn.Module, x: Tensor) -> Tensor:
+    found: Tensor = 2 * type(self).forward(self, x)
+    return found
