@@ -20,7 +20,7 @@ from surgeon.sites.reads import lost_reads, written_reads
 from surgeon.sites.stages import find_stages, find_units
 from surgeon.sites.trace import Neighbors, trace_neighbors
 from surgeon.util.copying import copy_to_meta, is_lazy, seeded
-from surgeon.util.held import outside_references
+from surgeon.util.held import held_by_functions, outside_references
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,9 @@ def find_sites(
     neighbors = _trace(model)
     strangers = _shared_parameters(model, names)
     held = outside_references(model, names) | outside_references(model if origin is None else origin, names)
+    if origin is not None and origin is not model:
+        unreached = [name for name in names if name not in seen.started]
+        held = held_by_functions(origin, unreached) | held
     _add_written_reads(model, names, seen)
     lost = _lost_attributes(model, names)
     drafts = [

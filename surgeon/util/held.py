@@ -85,6 +85,30 @@ def outside_references(model: nn.Module, names: Iterable[str]) -> dict[str, list
     return {name: list(dict.fromkeys(keys)) for name, keys in found.items()}
 
 
+def held_by_functions(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """By the name of a module: attributes that are functions whose variables hold it, or a module around it.
+
+    Copying a model does not copy what a function's variables hold: it goes on calling the original's modules.
+    """
+    found: dict[str, list[str]] = {}
+    by_name = dict(model.named_modules())
+    targets = {id(by_name[name]): name for name in names if name in by_name}
+    for prefix, owner in model.named_modules():
+        for key, value in own_attributes(owner).items():
+            functions = [held for held in walk(value) if isinstance(held, types.FunctionType)]
+            held = [inner for inner in walk(*map(_variables, functions)) if isinstance(inner, nn.Module)]
+            for module in {id(part): part for outer in held for part in outer.modules()}:
+                if module in targets:
+                    found.setdefault(targets[module], []).append(f"{prefix}.{key}" if prefix else key)
+    return found
+
+
+def _variables(function: types.FunctionType) -> list[Any]:
+    """What the variables of a function hold that are not its own."""
+    closed = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    return closed + [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
+
+
 def _is_filled(cell: Any) -> bool:
     try:
         return cell.cell_contents is not None

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.errors import InputError, in_terminal
+from surgeon.errors import InputError, NothingReplacedError, in_terminal
 from surgeon.sites.sites import ConvSite, find_sites
 
 
@@ -244,3 +244,23 @@ def test_a_site_is_plain_json() -> None:
     values = json.loads(json.dumps(site.to_dict()))
     assert values["geometry"]["kernel_size"] == [3, 3]
     assert values["calls"][0]["input"] == [2, 3, 224, 224]
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["the model", "a block"])
+def test_a_function_that_calls_what_is_not_copied_with_the_model(inside: bool) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Conv2d(4, 4, 3))
+    place = model[0] if inside else model
+    own = place.forward
+    setattr(place, "forward", lambda x: 2 * own(x))  # noqa: B010
+    x = torch.randn(1, 3, 8, 8)
+    told = "0.forward" if inside else "forward"
+    with pytest.raises(NothingReplacedError, match=rf"held outside the module tree too, by {told}, which would keep"):
+        surgeon.convert(model, layers="0.0", type="pafu", example_inputs=x)
+    expected = model(x)
+    changed, report = surgeon.convert(model, layers="0.0", type="pafu", example_inputs=x, inplace=True)
+    assert report.replaced
+    assert changed is model
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    with torch.no_grad():
+        model[0][0].bias += 1
+    assert not torch.allclose(model(x), expected, atol=1e-2)
