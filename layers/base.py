@@ -254,6 +254,14 @@ class DynamicConv2d(nn.Module):
             raise ReadOnlyError(READ_ONLY)
         super().register_parameter(name, param)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "padding" or name in _CONV_ATTRIBUTES:
+            raise ReadOnlyError(
+                f"{name} of a dynamic layer is read-only, as the layer is built for it: set it on the convolution, before "
+                "converting or after surgeon.revert(model)"
+            )
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         # in_channels, out_channels, kernel_size, stride, dilation, groups, padding_mode: as on the convolution.
         if name in _CONV_ATTRIBUTES:

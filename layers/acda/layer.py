@@ -251,7 +251,7 @@ class ACDAConv2d(CodedConv2d):
     def constant_code(self) -> Tensor | None:
         """Known if the generator's last weight is zero for every atom that has a coefficient."""
         used = self.coeff[:, :, : self.config.atoms].flatten(0, 1).any(0)
-        if self.generator.expand.weight.view(self.config.atoms, -1)[used].any():
+        if self.generator.expand.weight.flatten(1).view(self.config.atoms, -1)[used].any():
             return None
         return self.generator.static_output.detach()
 

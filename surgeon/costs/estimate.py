@@ -35,7 +35,7 @@ from surgeon.costs.settings import (
     optimizer_name,
 )
 from surgeon.costs.trace import Trace, Tracker
-from surgeon.errors import InputError, SurgeonError
+from surgeon.errors import InputError, SurgeonError, called
 from surgeon.layers.base import DynamicConv2d
 from surgeon.sites.inputs import Inputs, call_arguments
 from surgeon.util.copying import check_module, checkpoint_gradients
@@ -378,7 +378,8 @@ def cannot_run(model: nn.Module, settings: Settings, error: Exception) -> InputE
     size = "x".join(map(str, settings.input_size))
     hint = "give a supported size as input_size, or all arguments as example_inputs"
     if "more than 1 value per channel" in str(error):
-        hint = "its BatchNorm sees one value per channel: use a larger batch size or larger images"
+        larger = called("--batch-size 2", "batch_size=2")
+        hint = f"its BatchNorm sees one value per channel: use a larger batch ({larger}) or larger images"
     return InputError(f"{type(model).__name__} fails on images of {size}: {_first_line(error)}; {hint}")
 
 

@@ -115,7 +115,7 @@ def load(
     """
     path = Path(path)
     recipe, artefact = read_folder(path)
-    model = _structure(recipe, base, path, trust_factory)
+    model = _structure(recipe, base, path, trust_factory).eval()  # as convolutions are read when they are replaced
     model = apply_rules(model, recipe.rules, str(path))
     _fill(model, path / WEIGHTS)
     static = artefact.get("static", [])

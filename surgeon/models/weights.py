@@ -22,6 +22,7 @@ from surgeon.models.heads import check_head
 from surgeon.models.places import check_weights
 from surgeon.surgery.raised import Raised
 from surgeon.surgery.rewrite import folded_window
+from surgeon.util.copying import is_lazy
 
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "params_ema", "params", "net")
 _PREFIXES = ("module.", "_orig_mod.")
@@ -138,7 +139,12 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> N
 
 
 def state_sha256(model: nn.Module) -> str:
-    """SHA-256 over the sorted state dict: names, dtypes, shapes, bytes."""
+    """SHA-256 over the sorted state dict: names, dtypes, shapes, bytes. Raises `ModelError` for tensors without a shape yet."""
+    if is_lazy(model):
+        raise ModelError(
+            f"{type(model).__name__} has lazy layers whose parameters are not initialized yet: run it on an input once, where it "
+            "is made"
+        )
     digest = hashlib.sha256()
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     for name in sorted(state):

@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy as is_lazy_tensor
 
 from surgeon.errors import ConfigError, InputError
 from surgeon.layers.base import DynamicConv2d
@@ -165,7 +166,7 @@ def candidate_inputs(model: nn.Module, input_size: Sequence[int] | int | None = 
         sizes = [(size[0], *wanted) for size in known] or [(channels, *wanted)]
     else:
         sizes = known or [(channels, *size) for size in _usual_sizes(model, convs)]
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = next((p for p in model.parameters() if not is_lazy_tensor(p) and p.is_floating_point()), torch.empty(0))
     for size in sizes:
         check_memory(
             BATCH * like.element_size() * math.prod(size), f"an input of {BATCH} x {' x '.join(map(str, size))}"

@@ -39,6 +39,9 @@ class Observation:
     readers: dict[str, list[str]] = field(default_factory=dict)  # outside readers of a convolution's parameters
     # weights passed to `conv2d` outside convolutions, and in which module
     functional: dict[str, str] = field(default_factory=dict)
+    unregistered: dict[int, str] = field(
+        default_factory=dict
+    )  # convolutions by parameters that are not the model's, told
 
 
 def observe(
@@ -170,6 +173,9 @@ class _WatchReads(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.conv2d:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            if isinstance(weight, nn.Parameter) and id(weight) not in self.weights and id(weight) not in self.owners:
+                out, into, *window = weight.shape
+                self.seen.unregistered[id(weight)] = f"{into}>{out} {'x'.join(map(str, window))}"
             if id(weight) in self.weights:
                 self.seen.functional[self.weights[id(weight)]] = self.stack[-1] if self.stack else ""
         if not _is_harmless(func):

@@ -21,6 +21,7 @@ from surgeon.sites.stages import find_stages, find_units
 from surgeon.sites.trace import Neighbors, trace_neighbors
 from surgeon.util.copying import copy_to_meta, is_lazy, seeded
 from surgeon.util.held import held_by_functions, outside_references
+from surgeon.util.tables import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ class Sites:
 
     convs: tuple[ConvSite, ...]
     seen: Observation
+    notes: tuple[str, ...] = ()  # on the whole model
 
 
 def find_sites(
@@ -94,16 +96,40 @@ def find_sites(
     neighbors = _trace(model)
     strangers = _shared_parameters(model, names)
     held = outside_references(model, names) | outside_references(model if origin is None else origin, names)
+    given = {id(p) for p in (model if origin is None else origin).parameters()}
+    notes = _unregistered([told for key, told in seen.unregistered.items() if key not in given])
     if origin is not None and origin is not model:
-        unreached = [name for name in names if name not in seen.started]
-        held = held_by_functions(origin, unreached) | held
+        unreached = [name for name, module in model.named_modules() if module._parameters and name not in seen.ended]
+        shared = held_by_functions(origin, unreached)
+        held = {name: keys for name, keys in shared.items() if name in names} | held
+        notes += _shared_with_the_original(shared)
     _add_written_reads(model, names, seen)
     lost = _lost_attributes(model, names)
     drafts = [
         _site(model, name, aliases, seen, neighbors.get(name), strangers.get(name, ()), lost.get(name, []), held)
         for name, aliases in names.items()
     ]
-    return Sites(convs=(*_with_stages(model, drafts, seen), *_functional(model, names, seen)), seen=seen)
+    convs = (*_with_stages(model, drafts, seen), *_functional(model, names, seen))
+    return Sites(convs=convs, seen=seen, notes=tuple(notes))
+
+
+def _unregistered(found: list[str]) -> list[str]:
+    if not found:
+        return []
+    return [
+        f"outside the module tree the forward pass runs {counted(len(found), 'convolution')} ({', '.join(found[:3])}), which "
+        "cannot be replaced, counted or saved: hold them in an nn.ModuleList or nn.ModuleDict"
+    ]
+
+
+def _shared_with_the_original(shared: Mapping[str, list[str]]) -> list[str]:
+    if not shared:
+        return []
+    holders = ", ".join(dict.fromkeys(key for keys in shared.values() for key in keys))
+    return [
+        f"{', '.join(list(shared)[:3])}: the functions {holders} hold modules of the given model, which are not copied: training "
+        "the converted model would train those, and saving it would not save them; convert in place, or make them methods"
+    ]
 
 
 def _functional(model: nn.Module, names: Iterable[str], seen: Observation) -> list[ConvSite]:
@@ -313,7 +339,7 @@ def _read_geometry(conv: Any) -> tuple[ConvGeometry | None, list[str]]:
     if _is_quantized(conv):
         return None, ["it is quantized"]
     if not isinstance(conv, nn.Conv2d):
-        return None, [f"it is a {type(conv).__name__}: only 2-D convolutions are replaced"]
+        return None, [f"it is a {type(conv).__name__}: only nn.Conv2d and what derives from it are replaced"]
     if is_lazy(conv):
         return None, ["its parameters are not initialized yet: run the model once first"]
     if not conv.weight.is_floating_point():
@@ -349,12 +375,17 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
 
 
+_LIBRARIES = ("torch", "timm", "torchvision", "surgeon")  # whose kinds of convolutions compute the same in training
+
+
 def _notes(conv: nn.Module, *, called: bool, calls: int) -> list[str]:
     notes = []
     if not called:
         notes.append("the forward pass never reaches it")
     if calls > 1:
         notes.append(f"called {calls} times in one forward pass")
+    if type(conv).__module__.partition(".")[0] not in _LIBRARIES and not isinstance(conv, DynamicConv2d):
+        notes.append(f"the new layer computes what {type(conv).__name__} does in eval mode, and has nothing else of it")
     if parametrize.is_parametrized(conv):
         notes.append("parametrized: the new layer starts from the effective weight and is not parametrized")
     if any(getattr(conv, hooks, None) for hooks in _HOOKS):

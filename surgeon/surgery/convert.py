@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -102,6 +103,8 @@ def convert(
             raise ConfigError("the model itself is the selected convolution: it cannot be replaced in place")
         surgery.build(calibration)
         result, verification = surgery.operate(check=check)
+        if check and not inplace and _has_functions(model):
+            _check_copy(model, surgery)
         if surgery.expected is None:
             functional.keep(surgery.layers)
         else:
@@ -111,7 +114,7 @@ def convert(
         report = surgery.report(verification)
         report.params_before, report.params_after = params_before, count_parameters(result)
         report.model, report.input_size = model.__class__.__name__, sites.seen.inputs.image_size
-        report.notes += growth_notes(report)
+        report.notes += [*sites.notes, *growth_notes(report)]
         if was_compiled and not uses_compiler(result):
             report.notes.append("the model was compiled, the converted one is not: call torch.compile on it again")
         if as_graph and not isinstance(result, fx.GraphModule):
@@ -245,6 +248,30 @@ def _in_blocks(plans: list[Planned], blocks: dict[str, str], pattern: str) -> li
             f"the selection contains no first convolution of a residual block; for {pattern} there are {', '.join(blocks)}"
         )
     return chosen
+
+
+def _has_functions(model: nn.Module) -> bool:
+    """Whether modules have hooks or functions of their own, whose variables are not copied with the model."""
+    return any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or any(isinstance(v, FunctionType) for v in vars(module).values())
+        for module in model.modules()
+    )
+
+
+def _check_copy(model: nn.Module, surgery: Surgery) -> None:
+    """Raise `VerificationError` if the copy that was converted never computed what the given model computes."""
+    assert surgery.expected is not None
+    found = compare(outputs(model, surgery.sites.seen.inputs, surgery.seed), surgery.expected)
+    if found.max_rel > _COPY_ERROR:
+        raise VerificationError(
+            f"a copy of {model.__class__.__name__} computes something else (relative error {found.max_rel:.1e}): hooks or "
+            "functions set on it hold what is not copied with it. Convert it in place (inplace=True)"
+        )
+
+
+_COPY_ERROR = 1e-4
 
 
 def _remember(result: nn.Module, order: _Order, surgery: Surgery, chosen: tuple[int, ...] | None) -> None:

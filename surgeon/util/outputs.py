@@ -63,7 +63,9 @@ def check_run_output(output: Path, *, resume: bool, force: bool) -> None:
     there = (output / RUN).is_file()
     if resume:
         if not there:
-            raise CheckpointError(f"no run to resume in {output}: it has no {RUN}")
+            raise CheckpointError(
+                f"no run to resume in {output}: it has no {RUN}; without {called(*RESUME)} one is started"
+            )
         return
     if not output.exists() and not output.is_symlink():
         return

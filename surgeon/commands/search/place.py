@@ -138,6 +138,7 @@ def check(args: argparse.Namespace) -> None:
     if args.output and Path(args.output).exists() and not args.force:
         raise ConfigError(f"{args.output} exists already; --force replaces it")
     checks.model_of(args)
+    checks.plain(args.model, "a placement")
     for kind in args.types:
         checks.layer_type(kind)
     checks.file(args.space, "--space")

@@ -114,8 +114,9 @@ def _export(args: argparse.Namespace, found: "Finished") -> int:
     original = _original_value(found, about["stage"])
     sign = 1.0 if found.higher_is_better else -1.0
     if original is not None and sign * (about["value"] - original) <= 0 and not args.quiet:
+        told = "as good" if about["value"] == original else "better"
         print(
-            f"surgeon: WARNING: the unmodified model, trained equally, is as good or better: {original:.5g} against "
+            f"surgeon: WARNING: the unmodified model, trained equally, is {told}: {original:.5g} against "
             f"{about['value']:.5g}",
             file=sys.stderr,
         )
