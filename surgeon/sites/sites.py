@@ -339,7 +339,7 @@ def _read_geometry(conv: Any) -> tuple[ConvGeometry | None, list[str]]:
     if _is_quantized(conv):
         return None, ["it is quantized"]
     if not isinstance(conv, nn.Conv2d):
-        return None, [f"it is a {type(conv).__name__}: only nn.Conv2d and what derives from it are replaced"]
+        return None, [f"it is a {type(conv).__name__}: only 2-D convolutions are replaced"]
     if is_lazy(conv):
         return None, ["its parameters are not initialized yet: run the model once first"]
     if not conv.weight.is_floating_point():

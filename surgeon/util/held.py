@@ -104,7 +104,7 @@ def held_by_functions(model: nn.Module, names: Iterable[str]) -> dict[str, list[
 
 
 def _variables(function: types.FunctionType) -> list[Any]:
-    """What the variables of a function hold that are not its own."""
+    """Values of the global and the closed-over variables of a function."""
     closed = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
     return closed + [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
 

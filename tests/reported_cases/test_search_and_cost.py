@@ -115,7 +115,7 @@ def test_batch_norm_on_one_value_a_channel(capsys: Capture) -> None:
     assert main([*argv, "--input-size", "32"]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    assert "its BatchNorm sees one value per channel: use a larger batch size" in error
+    assert "its BatchNorm sees one value per channel: use a larger batch (--batch-size 2)" in error
 
 
 def test_a_cost_by_name_makes_no_weights(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
