@@ -65,6 +65,10 @@ class LayerConfig:
         """Whether these options allow a layer to be smaller than exactness needs; its errors are then stated, not judged."""
         return False
 
+    def asks_to_compress(self) -> bool:
+        """Whether the options for smaller layers were given, even if no layer can be smaller with them."""
+        return any(getattr(self, key) is not None for key in self.compressed)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

@@ -61,7 +61,11 @@ class Surgery:
         wanted = [plan for plan in self.plans if not plan.reasons]
         check_layers((p.layer, p.site.geometry, p.config) for p in wanted if p.site.geometry is not None)
         if calibration is not None and wanted:
-            if not any(p.config.may_compress(p.site.geometry) for p in wanted if p.site.geometry is not None):
+            if not any(
+                p.config.asks_to_compress() or p.config.may_compress(p.site.geometry)
+                for p in wanted
+                if p.site.geometry is not None
+            ):
                 what = called("--calibrate fits", "calibration fits")
                 raise ConfigError(
                     f"{what} layers to the images where they compress, and none of these does: they are exact on any image. "

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.errors import InputError
+from surgeon.errors import ConfigError, InputError
 from surgeon.sites.inputs import Inputs
 from surgeon.surgery.running import halves_agree
 
@@ -87,3 +87,14 @@ def test_inputs_that_cannot_be_doubled() -> None:
     listed = Inputs(args=([torch.zeros(3, 4, 4)],)).twice()
     assert listed is not None
     assert len(listed.args[0]) == 2
+
+
+def test_images_that_nothing_is_fitted_to_are_refused_unless_compression_was_asked_for() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(ConfigError, match="calibration fits layers to the images where they compress"):
+        surgeon.convert(model, layers="all", type="acda", example_inputs=x, calibration=x)
+    _, report = surgeon.convert(
+        model, layers="all", type="acda", atoms=9, static_atoms=0, example_inputs=x, calibration=x
+    )
+    assert report.exact
