@@ -305,7 +305,11 @@ class DynamicConv2d(nn.Module):
 
 def batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """The batch (N, C_in, H, W) in the arguments of a layer's call, as its hooks get them; one image without N becomes a batch."""
-    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return as_batch(args[0] if args else next(iter(kwargs.values())))
+
+
+def as_batch(x: Tensor) -> Tensor:
+    """(N, C, H, W), of one image (C, H, W) too."""
     return x.unsqueeze(0) if x.dim() == 3 else x
 
 

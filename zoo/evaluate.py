@@ -88,6 +88,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     }
 
 
+_OTHER_FLOATS = (torch.float64, torch.float16, torch.bfloat16)
+
+
 @contextmanager
 def running(model: nn.Module, batch: Batch, task: Task) -> Iterator[None]:
     """Context in which a model that cannot take the batch raises an `InputError`."""
@@ -105,9 +108,6 @@ def running(model: nn.Module, batch: Batch, task: Task) -> Iterator[None]:
             f"{type(model).__name__} does not run on a batch {shape} of task {task.name}: {type(error).__name__}: {error}"
             f"{hint}"
         ) from error
-
-
-_OTHER_FLOATS = (torch.float64, torch.float16, torch.bfloat16)
 
 
 def _device(model: nn.Module, wanted: str | torch.device | None) -> torch.device:

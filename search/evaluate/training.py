@@ -35,7 +35,7 @@ from surgeon.zoo.tasks import Task, better
 from surgeon.zoo.tasks.data.fingerprint import fingerprint
 
 if TYPE_CHECKING:
-    from surgeon.zoo.finetune.run import Source
+    from surgeon.zoo.finetune.networks import Source
 
 logger = logging.getLogger(__name__)
 

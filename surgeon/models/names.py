@@ -73,6 +73,8 @@ def build_model(
     kwargs = _kwargs(base, options, num_classes)
     if base.source == "timm" and size and size[0] != (*base.input_size, 3)[0]:
         kwargs["in_chans"] = size[0]
+        if in_chans is None:
+            logger.warning("%s is built with in_chans=%d, the channels of the given size", base.name, size[0])
     elif in_chans is not None:
         kwargs["in_chans"] = in_chans
     if input_size is not None and base.source == "timm" and _has_fixed_size(base.name):

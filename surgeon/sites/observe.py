@@ -39,9 +39,8 @@ class Observation:
     readers: dict[str, list[str]] = field(default_factory=dict)  # outside readers of a convolution's parameters
     # weights passed to `conv2d` outside convolutions, and in which module
     functional: dict[str, str] = field(default_factory=dict)
-    unregistered: dict[int, str] = field(
-        default_factory=dict
-    )  # convolutions by parameters that are not the model's, told
+    # kernels passed to `conv2d` that are not the model's, by id, and how they are told
+    unregistered: dict[int, str] = field(default_factory=dict)
 
 
 def observe(

@@ -378,13 +378,21 @@ _STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_
 _LIBRARIES = ("torch", "timm", "torchvision", "surgeon")  # whose kinds of convolutions compute the same in training
 
 
+def _computes_its_own(conv: nn.Module) -> bool:
+    """Whether its class, of no library, has a forward other than that of `nn.Conv2d`."""
+    kind = type(conv)
+    if kind.__module__.partition(".")[0] in _LIBRARIES or not issubclass(kind, nn.Conv2d):
+        return False
+    return kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
+
+
 def _notes(conv: nn.Module, *, called: bool, calls: int) -> list[str]:
     notes = []
     if not called:
         notes.append("the forward pass never reaches it")
     if calls > 1:
         notes.append(f"called {calls} times in one forward pass")
-    if type(conv).__module__.partition(".")[0] not in _LIBRARIES and not isinstance(conv, DynamicConv2d):
+    if _computes_its_own(conv):
         notes.append(f"the new layer computes what {type(conv).__name__} does in eval mode, and has nothing else of it")
     if parametrize.is_parametrized(conv):
         notes.append("parametrized: the new layer starts from the effective weight and is not parametrized")

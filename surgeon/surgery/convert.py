@@ -147,6 +147,8 @@ def inspect(
         functional.undo()
 
 
+_COPY_ERROR = 1e-4  # largest relative difference of a copy's output from the given model's
+
 OPTIMIZER_NOTE = "an optimizer made before this conversion does not know"  # so begins a note of conversions in place
 
 
@@ -266,12 +268,9 @@ def _check_copy(model: nn.Module, surgery: Surgery) -> None:
     found = compare(outputs(model, surgery.sites.seen.inputs, surgery.seed), surgery.expected)
     if found.max_rel > _COPY_ERROR:
         raise VerificationError(
-            f"a copy of {model.__class__.__name__} computes something else (relative error {found.max_rel:.1e}): hooks or "
+            f"a copy of {type(model).__name__} computes something else (relative error {found.max_rel:.1e}): hooks or "
             "functions set on it hold what is not copied with it. Convert it in place (inplace=True)"
         )
-
-
-_COPY_ERROR = 1e-4
 
 
 def _remember(result: nn.Module, order: _Order, surgery: Surgery, chosen: tuple[int, ...] | None) -> None:

@@ -69,9 +69,7 @@ def outside_references(model: nn.Module, names: Iterable[str]) -> dict[str, list
     """By the name of a module: attributes that hold it outside the module tree, where a replacement would not reach it."""
     found: dict[str, list[str]] = {}
     tree = {id(module) for module in model.modules()}
-    # torch.compile's prefix
-    by_name = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
-    targets = {id(by_name[name]): name for name in names if name in by_name}
+    targets = _by_id(model, names)
     for prefix, owner in model.named_modules():
         for key, value in own_attributes(owner).items():
             if key == "graph_module" and isinstance(vars(owner).get("graph"), fx.Graph):
@@ -91,8 +89,7 @@ def held_by_functions(model: nn.Module, names: Iterable[str]) -> dict[str, list[
     Copying a model does not copy what a function's variables hold: it goes on calling the original's modules.
     """
     found: dict[str, list[str]] = {}
-    by_name = dict(model.named_modules())
-    targets = {id(by_name[name]): name for name in names if name in by_name}
+    targets = _by_id(model, names)
     for prefix, owner in model.named_modules():
         for key, value in own_attributes(owner).items():
             functions = [held for held in walk(value) if isinstance(held, types.FunctionType)]
@@ -101,6 +98,12 @@ def held_by_functions(model: nn.Module, names: Iterable[str]) -> dict[str, list[
                 if module in targets:
                     found.setdefault(targets[module], []).append(f"{prefix}.{key}" if prefix else key)
     return found
+
+
+def _by_id(model: nn.Module, names: Iterable[str]) -> dict[int, str]:
+    """The named modules' names by id; names are without the prefix of `torch.compile`."""
+    by_name = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
+    return {id(by_name[name]): name for name in names if name in by_name}
 
 
 def _variables(function: types.FunctionType) -> list[Any]:

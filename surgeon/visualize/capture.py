@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from surgeon.collapsing.evidence import Watch
 from surgeon.errors import InputError
-from surgeon.layers.base import CodedConv2d, DynamicConv2d, batch_of
+from surgeon.layers.base import CodedConv2d, DynamicConv2d, as_batch, batch_of
 from surgeon.sites.inputs import given_inputs
 from surgeon.surgery.running import run
 from surgeon.util.copying import evaluating
@@ -47,7 +47,7 @@ def capture(
     def hook(name: str) -> Any:
         def look(layer: DynamicConv2d, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
             if name not in found:
-                found[name] = _see(name, layer, batch_of(args, kwargs), batch_of((output,), {}), beside.get(name))
+                found[name] = _see(name, layer, batch_of(args, kwargs), as_batch(output), beside.get(name))
 
         return look
 

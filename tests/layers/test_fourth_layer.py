@@ -199,6 +199,7 @@ def test_training_respects_what_the_layer_states() -> None:
     assert Temperature(model, 0.25, 3).set(2) == 0.25
     assert {layer.factor for layer in surgeon.dynamic_layers(model).values()} == {0.25}
     assert default_conversion("deblurring")[0] == "gain"
+    assert default_conversion("super-resolution") == ("pafu", ("last-spatial", "all"))
     scratch = operate(make_restorer(), [Rule(layers="all", type="gain", options={})], (3, 16, 16))
     assert all((layer.expand.bias == 1).all() for layer in scratch.modules() if isinstance(layer, GainConv2d))
 

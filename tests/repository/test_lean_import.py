@@ -116,6 +116,7 @@ WRONG = {
     "revert plain -o x": "plain has no dynamic layer: there is nothing to revert",
     "collapse plain -o x": "plain has no dynamic layer: there is nothing to collapse",
     "try converted --task sad": "a trial starts from a plain model, and converted has dynamic layers: surgeon revert",
+    "place converted --max-flops +5%": "a placement starts from a plain model, and converted has dynamic layers",
     "search converted --task sad": "a search starts from a plain model, and converted has dynamic layers",
     "finetune plain --task sad -o r --resume": "a run must be .* but --lr was 0.5 and is 0.0003. To train its result on, ",
     "finetune plain --task sad -o r --resume --lr 0.1": "a run must be .* but --lr was 0.5 and is 0.1\\. To",

@@ -54,6 +54,7 @@ def test_budgets_are_read(text: str, resource: str, bound: Bound) -> None:
         ("8 apples", "memory", ["--max-memory", "8GiB"]),
         ("0", "memory", ["--max-memory", "positive"]),
         ("8", "memory", ["--max-memory", "8 bytes", "8GiB"]),
+        ("50", "flops", ["--max-flops", "'50' would be only 50; for 50M, write the unit"]),
         ("200MB", "flops", ["--max-flops", "'200MB' is a number of bytes"]),
         ("1GiB", "params", ["--max-params", "'1GiB' is a number of bytes"]),
         (" 8000 ", "memory", ["--max-memory", "8000 bytes", "8000MiB"]),

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.cli import main
+from surgeon.commands.evaluate import _part
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune import FinetuneConfig, Source
-from surgeon.zoo.finetune.run import original_of
+from surgeon.zoo.finetune.networks import original_of
 from surgeon.zoo.tasks import create_task, registry, task_names
 from tests.support.fake_task import BrightnessTask
 from tests.support.layers.contract import awaken
@@ -235,6 +236,18 @@ def test_new_heads_are_told(capsys: pytest.CaptureFixture[str]) -> None:
         "test_resnet was given new, untrained parameters to fit the task: fc.weight, fc.bias (5 outputs instead of 1000)",
         "only 2 samples judge: the metrics say little of other images; a larger val/ tells more",
     ]
+
+
+def test_a_part_of_an_undivided_folder_is_told_with_what_takes_all_of_it() -> None:
+    Path("photos").mkdir()
+    whole = create_task("super-resolution", data="photos")
+    assert _part(whole, "train") is None
+    told = _part(whole, "val")
+    assert told is not None
+    assert told.startswith("they are 0.1 of photos (val_fraction), which has no val/")
+    assert "--task-option val=photos instead of --data" in told
+    assert _part(create_task("super-resolution", val="photos"), "val") is None
+    assert _part(create_task("brightness"), "val") is None
 
 
 def test_task_options_reach_the_task(capsys: pytest.CaptureFixture[str]) -> None:

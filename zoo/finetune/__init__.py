@@ -2,6 +2,7 @@
 
 from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.dry import dry_run
-from surgeon.zoo.finetune.run import FinetuneResult, Source, finetune
+from surgeon.zoo.finetune.networks import Source
+from surgeon.zoo.finetune.run import FinetuneResult, finetune
 
 __all__ = ["FinetuneConfig", "FinetuneResult", "Source", "dry_run", "finetune"]

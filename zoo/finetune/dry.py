@@ -14,8 +14,9 @@ from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.devices import make_accelerator, release
 from surgeon.zoo.finetune.journal import TrainingJournal
 from surgeon.zoo.finetune.loop import Data, Run, Trainer
+from surgeon.zoo.finetune.networks import Source, bound_to, original_of
 from surgeon.zoo.finetune.optimizer import make_optimizer
-from surgeon.zoo.finetune.run import Source, bound_to, original_of, random_state_kept, told_data
+from surgeon.zoo.finetune.run import random_state_kept, told_data
 from surgeon.zoo.finetune.schedule import describe
 from surgeon.zoo.finetune.state import Store, TrainingProgress
 from surgeon.zoo.tasks import Task

@@ -7,7 +7,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from surgeon.errors import ConfigError, ModelError, called
-from surgeon.models.names import chosen_size, restore
-from surgeon.models.weights import state_sha256
-from surgeon.records.collapse_report import CollapseReport
-from surgeon.records.recipe import BaseModel, Recipe, Trained, get_recipe, set_recipe
-from surgeon.records.report import Report
-from surgeon.surgery.rewrite import dynamic_layers
-from surgeon.util.copying import check_module, copy_model, seed_torch
+from surgeon.errors import ConfigError, called
+from surgeon.models.names import chosen_size
+from surgeon.util.copying import check_module
 from surgeon.util.files import check_fields
 from surgeon.util.waiting import waiting
 from surgeon.zoo.finetune.config import FinetuneConfig
@@ -31,6 +26,7 @@ from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, measures_stati
 from surgeon.zoo.finetune.folder import RunFolder, record
 from surgeon.zoo.finetune.journal import TrainingJournal
 from surgeon.zoo.finetune.loop import Data, Run, Trainer, Watch
+from surgeon.zoo.finetune.networks import Source, at_size, bound_to, original_of, with_recipe, with_task
 from surgeon.zoo.finetune.optimizer import check_optimizer
 from surgeon.zoo.finetune.schedule import describe
 from surgeon.zoo.finetune.state import Store, TrainingProgress
@@ -42,21 +38,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Origin of the model: its name for the record, how to build it, the report of its conversion.
-
-    `trust_factory` allows to run the factory of the original network, and `original_weights` is a file of its weights; by default
-    they are looked for where the conversion found them.
-    """
-
-    name: str = "model"
-    base: BaseModel | None = None
-    report: Report | CollapseReport | None = None
-    trust_factory: bool = False
-    original_weights: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -206,9 +187,9 @@ class _Session:
             run.train()
         summary = self._end(run)
         release(self.accelerator, trainer.wrapped, trainer.own_forward)
-        model = _with_task(_with_recipe(trainer.result, work), self.task, self._input_size()).eval()
+        model = with_task(with_recipe(trainer.result, work), self.task, self._input_size()).eval()
         if self.folder is not None and self.accelerator.is_main_process:
-            base = _at_size(self.source.base, self._input_size())
+            base = at_size(self.source.base, self._input_size())
             self.folder.finish(model, base, self.source.report, summary)
         self.accelerator.wait_for_everyone()
         output = None if self.folder is None else self.folder.output
@@ -338,45 +319,11 @@ class _Session:
 # --- helpers ------------------------------------------------------------------------------------------------------
 
 
-def bound_to(model: nn.Module, task: Task) -> tuple[nn.Module, str, list[str]]:
-    """A copy that fits the task, the hash of its weights, and a note on those that are new."""
-    work = copy_model(model)
-    seed_torch(task.seed)  # of a new head
-    fitted, given = task.fitted(work)
-    bound = _with_recipe(fitted, model)
-    return bound, state_sha256(bound), [] if given is None else [f"the network was given {given}"]
-
-
 def _shared_place(stack: contextlib.ExitStack) -> Path:
     """A folder for the checkpoints of a run without an output: the first process's, shared by all on the machine."""
     from accelerate.utils import broadcast_object_list
 
     return Path(broadcast_object_list([stack.enter_context(tempfile.TemporaryDirectory())])[0])
-
-
-def _with_recipe(model: nn.Module, carrier: nn.Module) -> nn.Module:
-    """The model with the recipe of another one."""
-    recipe = get_recipe(carrier)
-    if recipe is not None:
-        set_recipe(model, recipe)
-    return model
-
-
-def _with_task(model: nn.Module, task: Task, size: tuple[int, ...]) -> nn.Module:
-    """The model, with its task, training size and output names in its recipe."""
-    recipe = get_recipe(model) or Recipe(rules=())
-    trained = Trained(name=task.name, options=task.options())
-    classes = task.outputs() or recipe.classes
-    sized = size if len(size) == 3 else recipe.input_size
-    set_recipe(
-        model, replace(recipe, base=_at_size(recipe.base, size), input_size=sized, task=trained, classes=classes)
-    )
-    return model
-
-
-def _at_size(base: BaseModel | None, size: tuple[int, ...]) -> BaseModel | None:
-    """The base model, with the size (C, H, W) of the training samples as its input size."""
-    return base if base is None or len(size) != 3 else replace(base, input_size=size)
 
 
 def told_data(model: nn.Module, task: Task, data: Data) -> list[str]:
@@ -394,48 +341,6 @@ def told_data(model: nn.Module, task: Task, data: Data) -> list[str]:
         if (limit := getattr(task.config, name)) is not None:
             notes.append(f"{name}={limit}: at most that many samples of the set are used")
     return notes
-
-
-def original_of(
-    work: nn.Module, task: Task, given: nn.Module | None, config: FinetuneConfig, source: Source
-) -> tuple[nn.Module | None, list[str]]:
-    """The network before its conversion, bound to the task, and a note if it is unavailable.
-
-    Raises `ConfigError` if it is needed as a teacher but unavailable, `ModelError` for weights that were named and do not fit.
-    """
-    note = None
-    original: nn.Module | None = None
-    if given is not None:
-        original = copy_model(given)
-    elif not dynamic_layers(work):
-        if config.distill:
-            return copy_model(work), []
-    else:
-        recipe = get_recipe(work)
-        if recipe is None:
-            if config.distill:
-                note = "The network was made with its dynamic layers: it has no original"
-        elif recipe.base is None:
-            note = "the original network is not known: the model's recipe does not name it"
-        else:
-            try:
-                original = restore(
-                    recipe.base,
-                    weights=source.original_weights,
-                    trust_factory=source.trust_factory,
-                    head="weights",  # the task gives it another one
-                    flag=called("--original-weights FILE", "") or None,
-                )
-            except ModelError as error:
-                if source.original_weights is not None:
-                    raise
-                note = f"the original network is unavailable: {error}"
-    if original is None:
-        if config.distill:
-            raise ConfigError(f"distill needs the original network. {note}")
-        return None, [] if note is None else [note]
-    seed_torch(task.seed)  # a new head is the same as that of the converted network
-    return task.bind(original), []
 
 
 @contextlib.contextmanager

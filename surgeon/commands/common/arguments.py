@@ -292,8 +292,6 @@ def build(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
         trust_factory=args.trust_factory,
     )
     tell_weights(args, base)
-    if base is not None and "in_chans" in base.kwargs and len(getattr(args, "input_size", None) or ()) == 3:
-        tell(args, f"built with in_chans={base.kwargs['in_chans']}, as --input-size says")
     return model, base
 
 

@@ -164,7 +164,7 @@ def test_whose_weights_a_factory_has_is_said(capsys: pytest.CaptureFixture[str])
 def test_channels_that_a_size_brings_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["convert", "test_resnet", "--weights", "random", "--layers", "stage4", "--type", "pafu", "--dry-run"]
     assert main([*argv, "--input-size", "1x64x64"]) == 0
-    assert "surgeon: built with in_chans=1, as --input-size says\n" in capsys.readouterr().err
+    assert "test_resnet is built with in_chans=1, the channels of the given size\n" in capsys.readouterr().err
 
 
 def test_images_that_no_layer_is_fitted_to(capsys: pytest.CaptureFixture[str]) -> None:

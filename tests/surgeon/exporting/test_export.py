@@ -260,6 +260,7 @@ def test_the_command_writes_and_tells(capsys: Capture) -> None:
 def test_wrong_usage_is_said(capsys: Capture) -> None:
     cases = [
         (["lenet", "-o", "m.bin"], 2, "cannot tell the format"),
+        (["lenet", "-o", "m.onnx", "--format", "torch"], 2, "--format torch contradicts the name m.onnx"),
         (["zoo/lenet", "-o", "m.pt2", "--opset", "18"], 2, "--opset applies to ONNX"),
         (["zoo/lenet", "-o", "m.onnx", "--opset", "0"], 2, "--opset must be at least 1"),
         (["zoo/lenett", "-o", "m.onnx", "--weights", "random"], 2, "lenett"),

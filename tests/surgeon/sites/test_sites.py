@@ -251,7 +251,7 @@ def test_a_function_that_calls_what_is_not_copied_with_the_model(inside: bool) -
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Conv2d(4, 4, 3))
     place = model[0] if inside else model
     own = place.forward
-    setattr(place, "forward", lambda x: 2 * own(x))  # noqa: B010
+    vars(place)["forward"] = lambda x: 2 * own(x)
     x = torch.randn(1, 3, 8, 8)
     told = "0.forward" if inside else "forward"
     with pytest.raises(NothingReplacedError, match=rf"held outside the module tree too, by {told}, which would keep"):

@@ -112,6 +112,15 @@ def test_a_convolution_of_ones_own_comes_back_as_it_was_read(tmp_path: Path) -> 
     assert torch.equal(surgeon.load(tmp_path / "run", base=base)(X), changed(X))
 
 
+def test_a_convolution_that_only_has_another_name_is_a_convolution() -> None:
+    class Renamed(nn.Conv2d):
+        pass
+
+    model = Net()
+    model.second = Renamed(8, 8, 3, padding=1)
+    assert not converted(model.eval(), "second")[1].replaced[0].notes
+
+
 @pytest.mark.parametrize("kind", layer_types())
 def test_channels_last_models_collapse(kind: str) -> None:
     model = Net().eval().to(memory_format=torch.channels_last)

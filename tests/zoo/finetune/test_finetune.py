@@ -245,10 +245,17 @@ def test_tensorboard_gets_scalars_pictures_and_options(tmp_path: Path) -> None:
     assert len(events.Scalars("train/loss")) == 12
 
 
+def test_a_run_that_is_all_warm_up_says_so() -> None:
+    told = "warmup='5' is as long as the run of 4 steps: only the last has the full rate"
+    for warmup, expected in (("5", [told]), ("3", [])):
+        found = finetune(make_restorer(), regression(), with_(epochs=None, max_steps=4, warmup=warmup))
+        assert [note for note in found.summary.notes if "full rate" in note] == expected
+
+
 @pytest.mark.parametrize("amp", ["no", "bf16"])
 def test_a_forward_of_the_object_alone_stays(amp: str) -> None:
     model = converted("pafu")
-    setattr(model, "forward", types.MethodType(_doubled, model))  # noqa: B010
+    vars(model)["forward"] = types.MethodType(_doubled, model)
     found = finetune(model, regression(), with_(max_steps=1, lr=1e-9, amp=amp, recalibrate=0)).model
     x = regression().dataset("val")[0]["input"][None]
     assert torch.allclose(found(x), 2 * type(model).forward(found, x))

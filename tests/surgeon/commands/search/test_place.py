@@ -101,7 +101,7 @@ def test_what_people_see(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     [
         (["--max-flops", "4,5G"], 2, ["--max-flops", "4.5G"]),
         (["--max-flops", "10%"], 2, ["+10%"]),
-        (["--max-flops", "1M"], 1, ["--max-flops", "nearest"]),
+        (["--max-flops", "0.9999M"], 1, ["no placement is within --max-flops 0.9999M; the nearest"]),
         (["--max-flops", "+20%", "--max-memory", "1MiB"], 1, ["--max-memory", "nearest", "MiB"]),
         (["--max-params", "+0.0001%"], 1, ["nothing was placed", "--max-params"]),
         (["--layers", "stage9"], 2, ["stage9"]),
