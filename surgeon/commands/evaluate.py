@@ -95,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
         found = _measure(model, args.model, task, args, device, progress, notes)
         compared = None
         if original is not None:
-            compared = {"model": name, **_measure(original, name, task, args, device, progress, notes)}
+            measured = _measure(original, name, task, args, device, progress, notes, original=True)
+            compared = {"model": name, **measured}
     samples = len(task.dataset(args.split))
     if (few := few_judge(samples, "the metrics say little of other images", hint=_part(task, args.split))) is not None:
         notes.append(few)
@@ -201,26 +202,37 @@ def _measure(
     device: str,
     progress: Any,
     notes: list[str],
+    *,
+    original: bool = False,
 ) -> dict[str, Any]:
-    """Metrics, parameters and FLOPs of one model, which is fitted to the task first."""
+    """Metrics, parameters and FLOPs of one model, which is fitted to the task first; an untrained head has no metrics."""
     from surgeon.zoo.evaluate import evaluate
 
     layers: list[Adaptivity] = []
     model, given = task.fitted(model)
+    scored = given is None or (args.original_weights if original else args.weights) == "random"
+    if not scored and not original:
+        raise ModelError(
+            f"{name} was given {given}: there is nothing to evaluate before it is trained (`surgeon finetune` trains "
+            "it; --weights random evaluates a model by name untrained, for the level of chance)"
+        )
     if given is not None:
-        notes.append(f"{name} was given {given}")
+        notes.append(f"{name} was given {given}" + ("" if scored else "; only its cost is compared"))
     flops, size = _flops(model, task, args.split, name, notes)
-    metrics = evaluate(
-        model,
-        task,
-        split=args.split,
-        batch_size=args.batch_size,
-        device=device,
-        amp=args.amp,
-        workers=args.workers,
-        progress=lambda stage, done, total: progress(f"evaluate {name.rstrip('/').rpartition('/')[2]}", done, total),
-        layers=layers,
-    )
+    metrics: dict[str, float] = {}
+    if scored:
+        short = name.rstrip("/").rpartition("/")[2]
+        metrics = evaluate(
+            model,
+            task,
+            split=args.split,
+            batch_size=args.batch_size,
+            device=device,
+            amp=args.amp,
+            workers=args.workers,
+            progress=lambda stage, done, total: progress(f"evaluate {short}", done, total),
+            layers=layers,
+        )
     params = sum(p.numel() for p in model.parameters())
     return {
         "metrics": metrics,

@@ -91,6 +91,8 @@ def save(
             },
             "static": [name for name, layer in dynamic_layers(model).items() if not layer.adaptive],
         }
+        if recipe.base is None or recipe.base.source == "factory":
+            artefact["convolutions"] = _settings(model)
         values = recipe.to_dict() | {"artefact": artefact}
         write(folder / RECIPE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         (folder / WEIGHTS).chmod((folder / RECIPE).stat().st_mode)
@@ -118,6 +120,7 @@ def load(
     model = _structure(recipe, base, path, trust_factory).eval()  # as convolutions are read when they are replaced
     model = apply_rules(model, recipe.rules, str(path))
     _fill(model, path / WEIGHTS)
+    _check_settings(model, artefact.get("convolutions", {}), path)
     static = artefact.get("static", [])
     check_fields(static, [str], f"{path / RECIPE}: artefact: static")
     for name in static:
@@ -171,10 +174,11 @@ def describe(model: nn.Module, base: BaseModel | None, path: Path) -> Recipe:
     if found is None or not _fits(model, found, rules):
         logger.warning(
             "%s: no way to rebuild this %s is known: the folder loads only %swith base=MODEL, a model of the original "
-            "architecture. Models that surgeon.open_model(NAME, ...) makes carry how they were built",
+            "architecture. %s",
             here(path),
             type(model).__name__,
             called("in Python, ", ""),
+            _how_to_rebuild(model),
         )
         found = None
     if hooked := _with_hooks(model):
@@ -185,6 +189,13 @@ def describe(model: nn.Module, base: BaseModel | None, path: Path) -> Recipe:
     if carried is None:
         return made
     return replace(made, seed=carried.seed, classes=carried.classes, task=carried.task)
+
+
+def _how_to_rebuild(model: nn.Module) -> str:
+    inner = dict(model.named_children())
+    if inner.keys() == {"module"}:  # as torch's AveragedModel and DistributedDataParallel
+        return f"It wraps a {type(inner['module']).__name__}: save its .module instead"
+    return "Models that surgeon.open_model(NAME, ...) makes carry how they were built"
 
 
 def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Module:
@@ -278,6 +289,32 @@ def _kinds(model: nn.Module) -> dict[str, tuple[type[nn.Module], str]]:
     }
 
 
+_SETTINGS = ("stride", "padding", "dilation", "padding_mode")
+
+
+def _settings(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What the shapes of the weights do not tell of every convolution, in JSON's types."""
+    sources = {
+        name: getattr(module, "geometry", module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (nn.Conv2d, DynamicConv2d))
+    }
+    found = {name: {key: getattr(source, key) for key in _SETTINGS} for name, source in sources.items()}
+    settings: dict[str, dict[str, Any]] = json.loads(json.dumps(found))
+    return settings
+
+
+def _check_settings(model: nn.Module, saved: Any, path: Path) -> None:
+    """A base model from elsewhere may have the right shapes, and other strides; raises `CheckpointError`."""
+    check_fields(saved, {"*": {"*": object}}, f"{path / RECIPE}: artefact: convolutions")
+    for name, own in _settings(model).items():
+        for key, value in own.items():
+            if key in (known := saved.get(name, {})) and known[key] != value:
+                raise CheckpointError(
+                    f"{path}: {name} has {key} {value} in the base model, and {known[key]} in the model that was saved"
+                )
+
+
 def _with_program(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe for a folder; a base model that is a program is copied into the folder, since nothing can rebuild it."""
     if recipe.base is None or recipe.base.source != "program":
@@ -355,7 +392,7 @@ def _fill(model: nn.Module, file: Path) -> None:
     floats = {value.dtype for value in state.values() if value.is_floating_point()}
     if len(floats) == 1:
         model.to(floats.pop())  # also converts buffers that are not in the state dict
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    own = model.state_dict(keep_vars=True)  # by the names that the model's own hooks give
     for name, value in state.items():
         if own[name].dtype != value.dtype:
             own[name].data = own[name].data.to(value.dtype)

@@ -125,6 +125,19 @@ def told_mismatches(problems: list[str]) -> str:
     return "; ".join(problems[:_SHOWN]) + more
 
 
+def _what_to_check(state: Mapping[str, Tensor], model: nn.Module) -> str:
+    """A convolution whose weight is missing, and in whose place the file has something else, was probably converted."""
+    own = model.state_dict()
+    gone = {name.removesuffix("weight") for name in own if name.endswith(".weight") and name not in state}
+    others = [name for name in state if name not in own]
+    if others and gone == {place for place in gone if any(name.startswith(place) for name in others)}:
+        return (
+            f"It has other layers in the place of {told_mismatches(sorted(place[:-1] for place in gone))}: a state dict of a "
+            "converted model fits the same conversion; surgeon.save writes a folder that every command opens."
+        )
+    return "Check the model's name and its options."
+
+
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Load a state dict strictly; raises `ModelError` with the first mismatches, `HeadError` if only the head is another."""
     problems = mismatches(state, model)
@@ -132,8 +145,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> N
         if all(" has shape " in problem for problem in problems):
             check_head(state, model, where)
         raise ModelError(
-            f"{where} contains the weights of another model: {told_mismatches(problems)}. "
-            "Check the model's name and its options."
+            f"{where} contains the weights of another model: {told_mismatches(problems)}. {_what_to_check(state, model)}"
         )
     model.load_state_dict(dict(state), strict=False)
 

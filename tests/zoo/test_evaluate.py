@@ -210,7 +210,7 @@ def test_an_original_that_cannot_be_had_is_a_note(capsys: pytest.CaptureFixture[
     assert "nowhere.pth" in capsys.readouterr().err
 
 
-def test_an_original_of_other_classes_gets_a_new_head_as_in_finetune(capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_an_original_of_other_classes_only_the_cost_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(timm.create_model("test_resnet").state_dict(), "published.pth")
     command = ["convert", "test_resnet", "--weights", "published.pth", "--layers", "stage4", "--type", "acda"]
     assert main([*command, "--input-size", "64", "-o", "run", "--json"]) == 0
@@ -224,6 +224,13 @@ def test_an_original_of_other_classes_gets_a_new_head_as_in_finetune(capsys: pyt
         name = found["original"]["model"]
         assert name.startswith("test_resnet")
         assert f"{name} was given new, untrained parameters to fit the task" in found["notes"][0]
+        assert found["notes"][0].endswith("; only its cost is compared")
+        assert found["original"]["metrics"] == {}
+        assert found["original"]["params"] > 0
+        assert found["metrics"].keys() == {"accuracy", "loss"}
+    assert main([*given[:-2], "--quiet"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert next(row for row in rows if row[:1] == ["accuracy*"])[2:] == ["-", "-"]
     original, notes = original_of(tuned, create_task("brightness"), None, FinetuneConfig(), Source())
     assert original is not None
     assert notes == []
@@ -236,6 +243,16 @@ def test_new_heads_are_told(capsys: pytest.CaptureFixture[str]) -> None:
         "test_resnet was given new, untrained parameters to fit the task: fc.weight, fc.bias (5 outputs instead of 1000)",
         "only 2 samples judge: the metrics say little of other images; a larger val/ tells more",
     ]
+
+
+def test_an_untrained_head_is_not_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(timm.create_model("test_resnet").state_dict(), "published.pth")
+    given = ["evaluate", "test_resnet", "--weights", "published.pth", "--task", "brightness", "--limit", "2", "--quiet"]
+    assert main(given) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert "test_resnet was given new, untrained parameters to fit the task: fc.weight, fc.bias" in error
+    assert "there is nothing to evaluate before it is trained (`surgeon finetune` trains it; --weights random" in error
 
 
 def test_a_part_of_an_undivided_folder_is_told_with_what_takes_all_of_it() -> None:

@@ -242,6 +242,49 @@ def test_a_model_of_ones_own_needs_its_class(tmp_path: Path, caplog: pytest.LogC
         load(tmp_path / "run", base=nn.Sequential())
 
 
+def test_a_wrapper_of_a_model_is_told_to_save_what_it_wraps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(torch.optim.swa_utils.AveragedModel(tiny()), tmp_path / "run")
+    assert "no way to rebuild this AveragedModel" in caplog.text
+    assert "It wraps a ResNet: save its .module instead" in caplog.text
+
+
+def test_a_base_model_of_other_strides_is_refused(tmp_path: Path) -> None:
+    save(with_dynamic(Tied().eval(), "second"), tmp_path / "run")
+    for name, key, value in (("second", "stride", (2, 2)), ("first", "padding_mode", "reflect")):
+        other = Tied()
+        setattr(other.get_submodule(name), key, value)
+        with pytest.raises(
+            CheckpointError, match=f"{name} has {key} .* in the base model, and .* in the model that was"
+        ):
+            load(tmp_path / "run", base=other)
+
+
+class Renamed(nn.Sequential):
+    """Its state dict has a prefix that its submodules do not have, as some training libraries want it."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+        self.register_state_dict_post_hook(_prefixed)
+        self.register_load_state_dict_pre_hook(_unprefixed)
+
+
+def _prefixed(module: nn.Module, state: dict[str, Any], prefix: str, local: Any) -> None:
+    for name in list(state):
+        state[f"net.{name}"] = state.pop(name)
+
+
+def _unprefixed(module: nn.Module, state: dict[str, Any], *others: Any) -> None:
+    for name in [name for name in state if name.startswith("net.")]:
+        state[name.removeprefix("net.")] = state.pop(name)
+
+
+def test_names_that_a_model_gives_its_state_dict(tmp_path: Path) -> None:
+    model = with_dynamic(Renamed().eval(), "2").double()
+    save(model, tmp_path / "run")
+    back = load(tmp_path / "run", base=Renamed())
+    assert torch.equal(back(X.double()), model(X.double()))
+
+
 def test_factories_run_only_when_trusted(tmp_path: Path) -> None:
     base = BaseModel(source="factory", name="torchvision.models:squeezenet1_1", weights=Weights(kind="given"))
     import torchvision

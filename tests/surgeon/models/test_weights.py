@@ -19,6 +19,7 @@ from surgeon.models.names import build_model, build_structure, restore, shapes_o
 from surgeon.models.sources import as_published
 from surgeon.models.weights import reachable, read_weights, state_sha256
 from surgeon.records.recipe import BaseModel, Weights, get_recipe
+from surgeon.surgery.convert import convert
 from tests.support.tiny_models import TINY, dangerous, random_model
 
 
@@ -152,6 +153,15 @@ def with_classes(classes: int = 5, width: int = 3, **others: Any) -> nn.Module:
 
 def fixed() -> nn.Module:
     return timm.create_model(TINY)
+
+
+def test_weights_of_a_converted_model_are_recognized(tmp_path: Path) -> None:
+    model, _ = convert(random_model(TINY, seed=1)[0], layers="stage4", type="acda", input_size=64)
+    torch.save(model.state_dict(), tmp_path / "converted.pth")
+    with pytest.raises(
+        ModelError, match=r"other layers in the place of layer4.0.conv1; layer4.0.conv2: a state dict of"
+    ):
+        build_model(TINY, weights=str(tmp_path / "converted.pth"))
 
 
 @pytest.mark.parametrize(
