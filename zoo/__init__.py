@@ -5,10 +5,10 @@ if __name__ != "surgeon.zoo":
 
 from surgeon.records import providers
 from surgeon.zoo import networks as networks  # fills the registry
-from surgeon.zoo.foreign import load_foreign, read_state
+from surgeon.zoo.foreign import load_foreign
 from surgeon.zoo.provider import ZooProvider
 from surgeon.zoo.registry import Entry, Published, create, entry, names, register
 
-__all__ = ["Entry", "Published", "create", "entry", "load_foreign", "names", "read_state", "register"]
+__all__ = ["Entry", "Published", "create", "entry", "load_foreign", "names", "register"]
 
 providers.register("zoo", ZooProvider())

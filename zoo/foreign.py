@@ -1,15 +1,14 @@
-"""Public weights: keys renamed to those of the zoo's networks. `surgeon.models.weights` reads the files safely."""
+"""Public weights: keys renamed to those of the zoo's networks. `surgeon.models.weight_files` reads the files safely."""
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from surgeon.models import weights
+from surgeon.models.weight_files import load_weights_file
 from surgeon.zoo.registry import Entry, Layout, entry
-
-read_state = weights.read_weights
 
 
 def translate(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
@@ -45,8 +44,5 @@ def load_foreign(model: nn.Module, path: str | Path, *, network: str | None = No
     `network` is the zoo name whose public key layout may be used; the model's own keys are always accepted. A batch norm's
     batch counters may be missing. Raises `ModelError` with the first mismatches.
     """
-    state = read_state(path)
-    if network is not None:
-        state = adapt(state, entry(network), model)
-    weights.load_weights(model, state, str(path))
+    load_weights_file(model, path, None if network is None else partial(adapt, found=entry(network), model=model))
     return model

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +21,12 @@ from torch import nn
 
 from surgeon.errors import ModelError, SurgeonError, called, offered
 from surgeon.models.heads import HeadError
-from surgeon.models.places import HUB, LIBRARIES, check_own, no_folder, untrusted
+from surgeon.models.places import HUB, LIBRARIES, check_own, in_file, no_folder, untrusted
 from surgeon.models.places import WEIGHTS as WORDS
 from surgeon.models.programs import SUFFIX, is_program
 from surgeon.models.sources import STRUCTURES, as_published, construct, named_factory, pretrained, resolve_hub
-from surgeon.models.weights import load_weights, mismatches, read_weights, state_sha256
+from surgeon.models.weight_files import load_weights_file
+from surgeon.models.weights import mismatches, state_sha256
 from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
 from surgeon.util.outputs import WEIGHTS, is_surgeon_folder
@@ -227,7 +229,7 @@ def restore(
             f"the recipe names weights of {base.name} ({recorded.path or recorded.kind}) without their SHA-256{hint}"
         )
     from_file = weights is None and recorded.kind == "file" and base.source != "program"
-    if from_file and not Path(str(recorded.path)).is_file():
+    if from_file and not in_file(str(recorded.path))[0].is_file():
         raise ModelError(f"the weights of {base.name}, recorded as {recorded.path}, are gone{hint}")
     if base.source == "program" and weights is not None and str(recorded.path).endswith(SUFFIX):
         raise ModelError(f"an exported program has its own weights: leave {flag or 'weights'} out")
@@ -384,8 +386,7 @@ def _with_weights(base: BaseModel, weights: str, seed: int) -> tuple[nn.Module, 
         model = construct(base)
         if weights in WORDS or weights.endswith(SUFFIX):  # the program's own
             return model, _recorded(base, model, base.weights)
-        load_weights(model, read_weights(weights), weights)
-        return model, _recorded(base, model, Weights(kind="file", path=str(Path(weights).resolve())))
+        return model, _recorded(base, model, Weights(kind="file", path=load_weights_file(model, weights)))
     if base.source == "factory" and weights == "auto":
         with _seeded(seed):
             model = construct(base)
@@ -408,8 +409,8 @@ def _with_weights(base: BaseModel, weights: str, seed: int) -> tuple[nn.Module, 
         model = construct(base)
     if weights in ("auto", "random"):
         return model, _recorded(base, model, Weights(kind="random", seed=seed))
-    load_weights(model, _named_for(base, model, read_weights(weights)), weights)
-    return model, _recorded(base, model, Weights(kind="file", path=str(Path(weights).resolve())))
+    path = load_weights_file(model, weights, partial(_named_for, base, model))
+    return model, _recorded(base, model, Weights(kind="file", path=path))
 
 
 def _recorded(base: BaseModel, model: nn.Module, weights: Weights) -> BaseModel:

@@ -131,9 +131,17 @@ def check_repository(name: str) -> None:
         raise ConfigError(f"a repository on the Hub is named ORG/NAME, in letters, digits and -_. , got {told(name)}")
 
 
+def in_file(weights: str | Path) -> tuple[Path, str | None]:
+    """File and key of `FILE:KEY`, one state dict of several in a file; the key is None if only a file is named."""
+    file, _, key = str(weights).rpartition(":")
+    if key and not Path(weights).exists() and Path(file).is_file():
+        return Path(file), key
+    return Path(weights), None
+
+
 def check_weights(weights: str | Path | None) -> None:
     """Raise `ModelError` if a weights file does not exist."""
-    if weights is not None and str(weights) not in WEIGHTS and not Path(weights).is_file():
+    if weights is not None and str(weights) not in WEIGHTS and not in_file(weights)[0].is_file():
         raise ModelError(f"there is no weights file {weights}; --weights takes {', '.join(WEIGHTS)} or a file")
 
 

@@ -1,87 +1,25 @@
-"""State dicts: read without running code, loaded strictly, hashed, and fetched without long waits."""
+"""State dicts: loaded strictly, hashed, and fetched without long waits. `weight_files` reads them."""
 
 import contextlib
 import hashlib
-import re
 import socket
 import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from surgeon.errors import ModelError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.models.heads import check_head
-from surgeon.models.places import check_weights
 from surgeon.surgery.raised import Raised
 from surgeon.surgery.rewrite import folded_window
 from surgeon.util.copying import is_lazy
 
-_WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "params_ema", "params", "net")
-_PREFIXES = ("module.", "_orig_mod.")
 _SHOWN = 5
 _PATIENCE = 5.0  # seconds
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors, .pth, .pt or .bin file, unwrapped and without the prefix `module.`.
-
-    Pickles are read with `weights_only=True`, so an untrusted file runs no code. Raises `ModelError`.
-    """
-    check_weights(path)
-    path = Path(path)
-    try:
-        if not path.stat().st_size:
-            raise EOFError("the file is empty")
-        if path.suffix == ".safetensors":
-            loaded: Any = load_file(path)
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (Exception, SafetensorError) as error:  # zip, pickle and safetensors each raise their own errors
-        needed = re.search(r"GLOBAL ([\w.]+)", str(error)) if "Weights only load failed" in str(error) else None
-        if needed is not None:
-            raise ModelError(
-                f"{path} holds Python objects ({needed[1]}), as of a whole model, which only code could load: save its weights "
-                "with torch.save(model.state_dict(), FILE)"
-            ) from error
-        raise ModelError(
-            f"cannot read {path} as weights{_why(error)}. Expected a state dict written by "
-            "safetensors or torch.save; files that need code to load are not read."
-        ) from error
-    return _strip(_unwrap(loaded, path))
-
-
-def _why(error: BaseException) -> str:
-    """The first line of a reader's error, unless it is torch's advice on loading files that run code."""
-    told = (str(error).splitlines() or [""])[0]
-    if "weights_only" in told or not told:
-        return ": it is no file of torch.save" if told else ""
-    return f" ({type(error).__name__}: {told[:160]})"
-
-
-def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
-    while isinstance(loaded, Mapping):
-        inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)), None)
-        if inner is None:
-            break
-        loaded = inner
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ModelError(f"{path} contains no state dict (names and tensors) but a {type(loaded).__name__}")
-    return {str(name): value for name, value in loaded.items()}
-
-
-def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            return _strip({name.removeprefix(prefix): value for name, value in state.items()})
-    return state
 
 
 def mismatches(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:

@@ -9,6 +9,7 @@ from torch import nn
 
 import surgeon.zoo as zoo
 from surgeon.errors import ConfigError, ModelError
+from surgeon.models.weight_files import read_weights
 from surgeon.zoo.foreign import translate
 from surgeon.zoo.networks.demosaicnet import grbg_mosaic
 
@@ -113,7 +114,7 @@ def test_grbg_mosaic() -> None:
 def test_loads_the_shipped_weights(name: str, data: Path) -> None:
     path = data / "weights" / SHIPPED[name]
     model = zoo.load_foreign(zoo.create(name), path, network=name)
-    given = zoo.read_state(path)
+    given = read_weights(path)[""]
     translated = translate(given, zoo.entry(name).layout)
     assert len(translated) == len(given) - (4 if name == "carn_m" else 0)  # CARN-M's constant mean shifts
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in translated.items())
@@ -155,7 +156,7 @@ def test_no_code_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     path = tmp_path / "harmful.pth"
     torch.save({"state_dict": _Harmful()}, path)
     with pytest.raises(ModelError, match=r"holds Python objects \(print\)"):
-        zoo.read_state(path)
+        read_weights(path)
     assert capsys.readouterr().out == ""
 
 
@@ -164,12 +165,12 @@ def test_not_a_state_dict(tmp_path: Path, content: object) -> None:
     path = tmp_path / "other.pth"
     torch.save(content, path)
     with pytest.raises(ModelError, match="contains no state dict"):
-        zoo.read_state(path)
+        read_weights(path)
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="there is no weights file"):
-        zoo.read_state(tmp_path / "none.pth")
+        read_weights(tmp_path / "none.pth")
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from surgeon.errors import ModelError
 from surgeon.models.identify import identify
 from surgeon.models.names import build_model, build_structure, restore, shapes_of
 from surgeon.models.sources import as_published
-from surgeon.models.weights import reachable, read_weights, state_sha256
+from surgeon.models.weight_files import load_weights_file, read_weights
+from surgeon.models.weights import reachable, state_sha256
 from surgeon.records.recipe import BaseModel, Weights, get_recipe
 from surgeon.surgery.convert import convert
 from tests.support.tiny_models import TINY, dangerous, random_model
@@ -155,6 +156,76 @@ def fixed() -> nn.Module:
     return timm.create_model(TINY)
 
 
+# --- files of several state dicts -------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, name: str, content: object) -> Path:
+    torch.save(content, folder / name)
+    return folder / name
+
+
+def two_states() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return timm.create_model(TINY).state_dict(), timm.create_model(TINY).state_dict()
+
+
+@pytest.mark.parametrize("keys", ["state_dict state_dict_ema", "params_ema params", "net ema", "model model_ema"])
+def test_averaged_weights_come_first_and_that_is_told(
+    tmp_path: Path, keys: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    states = dict(zip(keys.split(), two_states(), strict=True))
+    averaged = next(key for key in states if "ema" in key)
+    (plain,) = states.keys() - {averaged}
+    file = saved(tmp_path, "w.pth", {"epoch": 3, **states})
+    model, base = build_model(TINY, weights=str(file))
+    assert base is not None
+    assert caplog.messages == [f"{file}: took {averaged}, not {plain}, which fits, too: FILE:KEY chooses"]
+    assert base.weights.path == f"{file}:{averaged}"
+    assert torch.equal(model.state_dict()["fc.weight"], states[averaged]["fc.weight"])
+    assert state_sha256(restore(base)) == state_sha256(model)
+    other, base = build_model(TINY, weights=f"{file}:{plain}")
+    assert base is not None
+    assert base.weights.path == f"{file}:{plain}"
+    assert torch.equal(other.state_dict()["fc.weight"], states[plain]["fc.weight"])
+    assert state_sha256(restore(base)) == state_sha256(other)
+    with pytest.raises(ModelError, match=rf"has no state dict 'nett'; it has {' and |, '.join(states)}"):
+        build_model(TINY, weights=f"{file}:nett")
+
+
+@pytest.mark.parametrize("key", ["model_state_dict", "generator"])
+def test_the_state_dict_under_any_key(tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture) -> None:
+    source = timm.create_model(TINY)
+    loss = torch.stack([p.square().mean() for p in source.parameters()]).sum()
+    optimizer = torch.optim.AdamW(source.parameters())
+    loss.backward()
+    optimizer.step()
+    other = {"discriminator": timm.create_model("test_vit").state_dict()} if key == "generator" else {}
+    file = {key: source.state_dict(), "optimizer_state_dict": optimizer.state_dict(), "epoch": 1, "loss": 0.1, **other}
+    model, _ = build_model(TINY, weights=str(saved(tmp_path, "w.pth", file)))
+    assert state_sha256(model) == state_sha256(source)
+    assert not caplog.messages
+
+
+def test_names_below_a_prefix(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = two_states()
+    lightning = {f"model.{name}": value for name, value in first.items()} | {"loss.weight": torch.ones(2)}
+    file = saved(tmp_path, "w.ckpt", {"state_dict": lightning, "hyper_parameters": {"lr": 0.1}})
+    model, base = build_model(TINY, weights=str(file))
+    assert base is not None
+    assert torch.equal(model.state_dict()["fc.weight"], first["fc.weight"])
+    assert caplog.messages == [f"{file}: 1 tensor that is not the model's is left out"]
+    assert state_sha256(restore(base)) == state_sha256(model)
+    averaged = {f"module.{name}": value for name, value in first.items()} | {"n_averaged": torch.tensor(3)}
+    assert load_weights_file(timm.create_model(TINY), saved(tmp_path, "swa.pth", averaged))
+    both = {f"student.{name}": value for name, value in first.items()}
+    both |= {f"teacher.{name}": value for name, value in second.items()}
+    caplog.clear()
+    file = saved(tmp_path, "both.pth", both)
+    build_model(TINY, weights=str(file))
+    assert caplog.messages == [f"{file}: took student, not teacher, which fits, too: FILE:KEY chooses"]
+    model, _ = build_model(TINY, weights=f"{file}:teacher")
+    assert torch.equal(model.state_dict()["fc.weight"], second["fc.weight"])
+
+
 def test_weights_of_a_converted_model_are_recognized(tmp_path: Path) -> None:
     model, _ = convert(random_model(TINY, seed=1)[0], layers="stage4", type="acda", input_size=64)
     torch.save(model.state_dict(), tmp_path / "converted.pth")
@@ -210,7 +281,7 @@ def test_weights_that_need_code_or_are_none(tmp_path: Path) -> None:
     ):
         read_weights(tmp_path / "evil.pth")
     torch.save({"epoch": 3}, tmp_path / "none.pth")
-    with pytest.raises(ModelError, match="no state dict"):
+    with pytest.raises(ModelError, match=r"contains no state dict \(names and tensors\) but a dict of 'epoch': int"):
         read_weights(tmp_path / "none.pth")
     with pytest.raises(ModelError, match="there is no weights file"):
         read_weights(tmp_path / "absent.pth")
