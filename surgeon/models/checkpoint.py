@@ -293,7 +293,7 @@ _SETTINGS = ("stride", "padding", "dilation", "padding_mode")
 
 
 def _settings(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What the shapes of the weights do not tell of every convolution, in JSON's types."""
+    """Settings of every convolution that do not show in the shapes of its weights, in JSON's types."""
     sources = {
         name: getattr(module, "geometry", module)
         for name, module in model.named_modules(remove_duplicate=False)
