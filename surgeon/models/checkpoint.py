@@ -118,9 +118,15 @@ def load(
     path = Path(path)
     recipe, artefact = read_folder(path)
     model = _structure(recipe, base, path, trust_factory).eval()  # as convolutions are read when they are replaced
-    model = apply_rules(model, recipe.rules, str(path))
-    _fill(model, path / WEIGHTS)
-    _check_settings(model, artefact.get("convolutions", {}), path)
+    try:
+        model = apply_rules(model, recipe.rules, str(path))
+        _fill(model, path / WEIGHTS)
+        _check_settings(model, artefact.get("convolutions", {}), path)
+    except (RecipeError, CheckpointError) as error:
+        if base is not None or recipe.base is None or recipe.base.source != "factory":
+            raise
+        told = f"the factory {recipe.base.name} may build another network than when the folder was written"
+        raise type(error)(f"{error} ({told})") from error
     static = artefact.get("static", [])
     check_fields(static, [str], f"{path / RECIPE}: artefact: static")
     for name in static:

@@ -272,7 +272,7 @@ def _as_converted(base: BaseModel, kind: str) -> tuple[nn.Module, BaseModel, str
 
 
 def model_names(pattern: str = "*") -> list[str]:
-    """Every name known to `build_model` that matches the glob: timm's as is, the others as torchvision/... and zoo/..."""
+    """Every name known to `build_model` that matches the glob, with or without its prefix (torchvision/, zoo/)."""
     import timm
 
     provided = {prefix: provider.names() for prefix, provider in providers().items()}
@@ -282,7 +282,7 @@ def model_names(pattern: str = "*") -> list[str]:
     names += [f"{prefix}/{name}" for prefix, listed in provided.items() for name in listed]
     if not any(c in pattern for c in "*?["):
         pattern = f"*{pattern}*"
-    return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    return [name for name in names if any(fnmatch.fnmatchcase(x, pattern) for x in (name, name.rpartition("/")[2]))]
 
 
 def _check_base(base: BaseModel, *, trust_factory: bool) -> None:

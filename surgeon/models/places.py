@@ -39,7 +39,7 @@ def check_model_name(spec: str) -> None:
     if HUB.fullmatch(spec) or is_surgeon_folder(path):
         return
     if name:
-        _check_module(file)
+        check_module_of(spec)
         return
     if spec.endswith(".pt2"):
         if not path.is_file():
@@ -92,14 +92,15 @@ def untrusted(factory: str) -> ModelError:
     )
 
 
-def _check_module(name: str) -> None:
-    """Raise `ModelError` if the first part of a factory's module is nowhere; nothing is imported."""
-    first = name.partition(".")[0]
+def check_module_of(factory: str) -> None:
+    """Raise `ModelError` if the first part of the module of a factory, MODULE:NAME, is nowhere; nothing is imported."""
+    first = re.split("[.:]", factory)[0]
     places = [str(Path.cwd()), *sys.path]
     if first in sys.modules or not first.isidentifier() or PathFinder.find_spec(first, places) is not None:
         return
     near = did_you_mean(first, sorted(file.stem for file in Path.cwd().glob("*.py")))
-    raise ModelError(f"there is no Python module {first!r} in this folder or on PYTHONPATH.{near}".removesuffix("."))
+    hint = near or " Run this in the folder that has it, or put that folder on PYTHONPATH"
+    raise ModelError(f"there is no Python module {first!r} in this folder or on PYTHONPATH.{hint}")
 
 
 def no_folder(spec: str) -> ModelError:

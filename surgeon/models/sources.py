@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from surgeon.errors import ModelError, SurgeonError
-from surgeon.models.places import HUB
+from surgeon.models.places import HUB, check_module_of
 from surgeon.models.programs import read_program
 from surgeon.models.weights import bounded_network
 from surgeon.records.providers import providers
@@ -153,6 +153,7 @@ def named_factory(name: str) -> Any:
 
 
 def _factory_model(base: BaseModel) -> nn.Module:
+    check_module_of(base.name)
     factory = named_factory(base.name)  # a variable, as `refused_argument` needs it
     with _telling_where(base.name):
         return _as_module(factory(**base.kwargs))

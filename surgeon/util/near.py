@@ -10,8 +10,9 @@ from functools import partial
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the known name most similar to the word; empty if there is none."""
-    near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    folded = {name.casefold(): name for name in reversed(list(known))}
+    near = difflib.get_close_matches(str(word).casefold(), list(folded), n=1)
+    return f" Did you mean {folded[near[0]]!r}?" if near else ""
 
 
 def refused_argument(error: BaseException) -> str | None:

@@ -15,11 +15,13 @@ from surgeon.models.places import (
     WEIGHTS,
     check_folder,
     check_model_name,
+    check_module_of,
     check_own,
     check_repository,
     check_search,
     check_trust,
     check_weights,
+    factory_of,
     has_dynamic_layers,
 )
 from surgeon.util import declared
@@ -68,10 +70,14 @@ def plain(name: str, what: str) -> None:
 
 
 def trust(args: argparse.Namespace) -> None:
-    """Check that a folder needs no `--trust-factory`, of commands that have the option and were not given it."""
+    """Check that a folder needs no `--trust-factory`, of commands that have the option, or that its factory's module is there."""
     named = getattr(args, "model", None) or getattr(args, "run", None)
-    if named and getattr(args, "trust_factory", True) is False:
+    if not named or not hasattr(args, "trust_factory"):
+        return
+    if not args.trust_factory:
         check_trust(named)
+    elif (factory := factory_of(named)) is not None:
+        check_module_of(factory)
 
 
 def repository(name: str) -> None:

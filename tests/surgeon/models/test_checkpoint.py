@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from surgeon.cli import main
 from surgeon.errors import CheckpointError, ModelError, RecipeError, SurgeonError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.models.checkpoint import load, read_report, save
@@ -295,6 +297,29 @@ def test_factories_run_only_when_trusted(tmp_path: Path) -> None:
         load(tmp_path / "run")
     assert torch.equal(load(tmp_path / "run", trust_factory=True)(X), model(X))
     assert torch.equal(open_model(str(tmp_path / "run"), trust_factory=True)(X), model(X))
+
+
+def test_a_factory_that_has_changed_or_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\nWIDTH = 4\n"
+        "def build(): return nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.Conv2d(WIDTH, 3, 3))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model, base = build_model("mine:build", trust_factory=True)
+    save(with_dynamic(model.eval(), "1"), tmp_path / "run", base=base)
+    load(tmp_path / "run", trust_factory=True)
+    monkeypatch.setattr("mine.WIDTH", 5)
+    with pytest.raises(
+        CheckpointError, match=r"expected \(5, .*the factory mine:build may build another network than when"
+    ):
+        load(tmp_path / "run", trust_factory=True)
+    monkeypatch.undo()
+    monkeypatch.delitem(sys.modules, "mine")
+    with pytest.raises(
+        ModelError, match=r"there is no Python module 'mine' in this folder or on PYTHONPATH. Run this in"
+    ):
+        load(tmp_path / "run", trust_factory=True)
+    assert main(["evaluate", str(tmp_path / "run"), "--trust-factory", "--task", "brightness"]) == 2
 
 
 # --- what is not a sound folder -----------------------------------------------------------------------------------

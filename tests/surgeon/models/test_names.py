@@ -77,7 +77,7 @@ def test_every_kind_of_name(spec: str, source: str, name: str, size: tuple[int, 
         ("resnet20_cifr", ["zoo/resnet20_cifar"]),
         ("qqqqqqqq", ["there is no model 'qqqqqqqq'", "surgeon models"]),
         ("resnet50.a9_in1k", ["'a9_in1k'", "a1_in1k"]),
-        ("no_such_package:make", ["no_such_package", "No module named"]),
+        ("no_such_package:make", ["there is no Python module 'no_such_package'", "Run this in the folder that has it"]),
         ("torch.nn:Sequentiel", ["torch.nn has no 'Sequentiel'. Did you mean 'Sequential'?"]),
         ("os:getcwd", ["str", "not a torch.nn.Module"]),
         ("local-dir:/no/such/folder", ["/no/such/folder"]),
@@ -130,6 +130,7 @@ def test_names_are_listed_by_glob_and_by_part() -> None:
     assert {"resnet50", "torchvision/resnet50", "zoo/resnet20_cifar"} <= set(everything)
     assert model_names("test_res*") == [TINY]
     assert "zoo/resnet56_cifar" in model_names("56_cif")
+    assert "torchvision/lraspp_mobilenet_v3_large" in model_names("lraspp*")
     assert not any("quantized" in name for name in everything)
 
 

@@ -281,6 +281,7 @@ def test_a_conversion_that_multiplies_the_parameters_says_what_makes_them_fewer(
     [
         ({"layers": "nowhere", "type": "fake"}, SelectionError, "'nowhere' matches no convolution"),
         ({"layers": "all", "type": "fkae"}, ConfigError, "unknown layer type 'fkae'.*Did you mean 'fake'"),
+        ({"layers": "all", "type": "ACDA"}, ConfigError, "unknown layer type 'ACDA'.*Did you mean 'acda'"),
         ({"layers": "all", "type": "fake", "hidden": 0}, ConfigError, "hidden must be an integer >= 1"),
         ({"layers": "all", "type": "fake", "atoms": 3}, ConfigError, "has no option 'atoms'"),
         (
