@@ -102,7 +102,7 @@ def _output(args: argparse.Namespace) -> Path:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code: 1 if not one pair could be compared, 130 when interrupted, with a hint on how to resume."""
     from surgeon.zoo.trial import try_conversion
-    from surgeon.zoo.trial.folder import TryFolder
+    from surgeon.zoo.trial.run import TrialInterrupted
 
     output = _output(args)
     config = _config(args)
@@ -123,9 +123,7 @@ def run(args: argparse.Namespace) -> int:
             began=args.began,
             tell=lambda text: tell(args, text),
         )
-    except KeyboardInterrupt:
-        if not TryFolder(output).record.is_file():
-            raise
+    except TrialInterrupted:
         print("surgeon: interrupted; resume with the same command and --resume", file=sys.stderr)
         return 130
     _print(args, answer, output)

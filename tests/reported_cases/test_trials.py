@@ -1,4 +1,4 @@
-"""`surgeon try` where people stop it, begin it twice, replace it, or give it data that cannot be told apart."""
+"""`surgeon try` and `surgeon search` where people stop them, begin them twice, replace them, or give data that look alike."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from surgeon.errors import CheckpointError
 from surgeon.zoo.trial.folder import TryFolder
 from surgeon.zoo.trial.run import Trial
 from surgeon.zoo.trial.speed import Speed
-from tests.support.search.tasks import FACTORY
+from tests.support.search.tasks import FACTORY, search_arguments
 
 WHAT = ["--task", "tiny-regression", "--type", "pafu", "--layers", "all", "--option", "group_size=2", "--lr", "0.01"]
 QUICK = ["try", FACTORY, *WHAT, "--steps", "2", "--seeds", "1", "--batch-size", "4", "--device", "cpu", "--quiet"]
@@ -43,6 +43,33 @@ def test_an_interrupt_before_the_plan_leaves_nothing(monkeypatch: pytest.MonkeyP
     assert main([*QUICK, "-o", "out"]) == 130
     assert "interrupted, nothing was written" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_an_interrupt_before_another_is_replaced_is_told_as_such(monkeypatch: pytest.MonkeyPatch, capsys: Told) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Trial, "_measure", lambda trial: Speed(step=0.01, sample=0.001, run=0.1))
+        assert main([*QUICK, "-o", "out"]) in (0, 1)
+    before = Path("out/try.json").read_text()
+    capsys.readouterr()
+    monkeypatch.setattr(Trial, "_measure", interrupted)
+    assert main([*QUICK, "-o", "out", "--force"]) == 130
+    assert capsys.readouterr().err == "surgeon: interrupted, nothing was written\n"
+    assert Path("out/try.json").read_text() == before
+
+
+def test_an_interrupt_of_a_search_is_told_as_what_is_on_disk(capsys: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first trial nothing is written; in the finals, the trials are."""
+    command = search_arguments("s", "--trials", "2", "--finals", "1", "--quiet")
+    with monkeypatch.context() as patched:
+        patched.setattr("surgeon.search.gains.method.gains_of", interrupted)
+        assert main(command) == 130
+    assert capsys.readouterr().err == "surgeon: interrupted, nothing was written\n"
+    assert not Path("s").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("surgeon.search.evaluate.finals.run_finals", interrupted)
+        assert main(command) == 130
+    assert capsys.readouterr().err == "surgeon: interrupted; resume with the same command and --resume\n"
+    assert main([*command, "--resume"]) == 0
 
 
 @pytest.mark.usefixtures("at_once")

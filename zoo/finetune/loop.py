@@ -231,6 +231,7 @@ class Run:
         self.before, self.began = 0.0, time.monotonic() if began is None else began  # earlier sessions, in seconds; now
         self.evaluation = 0.0  # seconds of the longest evaluation so far
         self.pace = 0.0  # seconds of the newest step
+        self.saved: int | None = None  # step of the newest checkpoint
         self.newest: tuple[int, Evaluation] | None = None  # step and evaluation, in this session
         self.best: tuple[int, Evaluation] | None = None  # as newest
 
@@ -377,6 +378,7 @@ class Run:
         self.progress.elapsed = self.elapsed
         if self.accelerator.is_main_process:
             self.store.save(self.trainer.state(), self.progress)
+        self.saved = self.progress.step
         self.accelerator.wait_for_everyone()
 
     def _return_from(self, error: NotFiniteError) -> None:

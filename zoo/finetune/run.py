@@ -25,7 +25,7 @@ from surgeon.zoo.finetune.devices import make_accelerator, release
 from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, measures_statistics, recalibrate
 from surgeon.zoo.finetune.folder import RunFolder, record
 from surgeon.zoo.finetune.journal import TrainingJournal
-from surgeon.zoo.finetune.loop import Data, Run, Trainer, Watch
+from surgeon.zoo.finetune.loop import Data, Interrupted, Run, Trainer, Watch
 from surgeon.zoo.finetune.networks import Source, at_size, bound_to, original_of, with_recipe, with_task
 from surgeon.zoo.finetune.optimizer import check_optimizer
 from surgeon.zoo.finetune.schedule import describe
@@ -94,6 +94,9 @@ def finetune(
     accelerator = make_accelerator(config)
     with random_state_kept(), contextlib.ExitStack() as stack:
         work, start_hash, notes = bound_to(model, task)
+        if accelerator.is_main_process and not resume:
+            for note in notes:
+                logger.warning("%s", note)
         original, more = original_of(work, task, original, config, source)
         place = folder.training if folder is not None else _shared_place(stack)
         session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet)
@@ -111,6 +114,13 @@ def finetune(
                 values = record(source.name, start_hash, task, config, accelerator.num_processes)
                 session.open(values, stack, resume=resume)
             return session.run(trainer, work, original, place, watch, known_start, began)
+        except Interrupted:
+            raise
+        except KeyboardInterrupt as stop:  # outside of the training
+            session.discard()
+            if session.saved is None:
+                raise
+            raise Interrupted(session.saved) from stop
         except Exception:
             session.discard()
             raise
@@ -139,7 +149,8 @@ class _Session:
             folder.training if folder is not None and main else None, quiet=quiet or not main
         )
         self.data = Data(task.dataset("train"), task.dataset("val"))
-        self.unproven = False  # whether this session made the folder, and has not written a checkpoint yet
+        self.ongoing: Run | None = None
+        self.made = False  # whether this session made the folder
 
     def trainer(self, work: nn.Module, original: nn.Module | None) -> Trainer:
         """The trainer of a network. Raises `ConfigError` for options that it cannot train with."""
@@ -157,14 +168,20 @@ class _Session:
         elif main:
             with self.folder.locked():  # the run to be replaced
                 self.folder.create(values)
-            self.unproven = True
+            self.made = True
             stack.enter_context(self.folder.locked())
         self.accelerator.wait_for_everyone()
 
     def discard(self) -> None:
-        """Remove the folder of a new run that failed before its first checkpoint: there is nothing to resume in it."""
-        if self.unproven and self.folder is not None:
+        """Remove the folder of a new run that ended before its first checkpoint: there is nothing to resume in it."""
+        if self.made and self.saved is None and self.folder is not None:
+            self.journal.stop()
             self.folder.discard()
+
+    @property
+    def saved(self) -> int | None:
+        """The step of the newest checkpoint, None if there is none."""
+        return None if self.ongoing is None else self.ongoing.saved
 
     def run(
         self,
@@ -181,7 +198,7 @@ class _Session:
         if self.accelerator.is_main_process:
             store.create()
         self.accelerator.wait_for_everyone()
-        run = Run(trainer, store, self.journal, TrainingProgress(), watch, began)
+        run = self.ongoing = Run(trainer, store, self.journal, TrainingProgress(), watch, began)
         self._begin(run, original, known)
         if run.progress.stopped is None:
             run.train()
@@ -202,6 +219,7 @@ class _Session:
         checkpoint = run.store.newest()
         if checkpoint is not None:
             state, run.progress = checkpoint
+            run.saved = run.progress.step
             run.before = run.progress.elapsed
             where = str(run.store.path("step", run.progress.step))
             check_fields(run.progress.start, {"start": dict}, f"{where}: progress: start")
@@ -230,7 +248,6 @@ class _Session:
         run.progress.start["start"] = asdict(measured(run.trainer.model, start.metrics, start.seconds, size))
         run.note(start)
         run.save()
-        self.unproven = False
 
     def _end(self, run: Run) -> Summary:
         """Load the weights to keep, compute BatchNorm statistics and metrics, and summarize."""

@@ -42,6 +42,10 @@ _PROBE = 5.0  # seconds of training steps for timing a network
 _EPOCHS = 1e9  # only the number of steps limits the length
 
 
+class TrialInterrupted(KeyboardInterrupt):
+    """The trial was interrupted, and can be resumed."""
+
+
 def try_conversion(
     model: nn.Module,
     make_task: MakeTask,
@@ -61,7 +65,8 @@ def try_conversion(
     `make_task` returns the task with a seed's random numbers. `output` becomes a folder with the answer, a report page and
     the best converted network; `resume` continues the trial there, with a longer `max_time` or more `seeds` if given.
     `began`: when the time began to run, by `time.monotonic()` (None: now).
-    Raises `ConfigError`, `DataError`, `CheckpointError`, and `Interrupted` (a `KeyboardInterrupt`) when asked to stop.
+    Raises `ConfigError`, `DataError`, `CheckpointError`, and, when asked to stop, `TrialInterrupted` if `output` can be resumed,
+    otherwise `KeyboardInterrupt`.
     """
     config, tell = config or TryConfig(), tell or (lambda text: None)
     folder = TryFolder(Path(output))
@@ -78,6 +83,8 @@ def try_conversion(
         try:
             trial.prepare(stack, resume=resume)
             return trial.run()
+        except KeyboardInterrupt as stop:
+            raise (TrialInterrupted if trial.ready else KeyboardInterrupt) from stop
         finally:
             trial.note_time()
 

@@ -147,17 +147,13 @@ def _search(args: argparse.Namespace, folder: "SearchFolder", file: "Study") -> 
             outcome = search.run()
             if outcome.stopped == "interrupted":
                 interrupt(processes)
-    except KeyboardInterrupt:  # the second Ctrl-C
-        return _interrupted()
-    if outcome.stopped == "interrupted":
-        return _interrupted(outcome.evaluated)
-    tell(args, f"{_ENDS[outcome.stopped]}; trained here: {outcome.evaluated}")
-    assert search.gate is not None
-    if args.finals:
-        try:
+        if outcome.stopped == "interrupted":
+            return _interrupted(outcome.evaluated)
+        tell(args, f"{_ENDS[outcome.stopped]}; trained here: {outcome.evaluated}")
+        if args.finals:
             _finals(args, folder, search, evaluator)
-        except StoppedError:
-            return _interrupted()
+    except (KeyboardInterrupt, StoppedError):  # a second Ctrl-C, or one in the finals
+        return _interrupted()
     _print(args, folder, outcome, evaluator)
     return 0
 
