@@ -15,6 +15,7 @@ from surgeon.search.study.folder import Finished
 from surgeon.search.study.record import Record
 from surgeon.util import pages
 from surgeon.util.files import filling
+from surgeon.util.tables import apart
 from surgeon.zoo.trial import standard_error, verdict, with_error
 
 Other = Finished | None
@@ -101,7 +102,7 @@ def _of_finals(found: Finished) -> list[str]:
     error = standard_error(gains)
     word = {"won": "better", "lost": "worse", "undecided": "not settled to be better or worse"}[verdict(gains)]
     seeds = f"{len(gains)} seed{'s' if len(gains) != 1 else ''}"
-    means = f"{primary} {statistics.fmean(best['values']):.5g} against {statistics.fmean(original['values']):.5g}"
+    means = f"{primary} {' against '.join(apart(*(statistics.fmean(arm['values']) for arm in (best, original))))}"
     lines = [
         f"The best placement ({_layers(best['placement'])}) is {word} than the unmodified model trained equally: "
         f"gain {with_error(statistics.fmean(gains), error)} ({seeds}), {means}{_cost(found, best['trial'])}."

@@ -41,6 +41,12 @@ def shorten(text: str, width: int) -> str:
     return f"{text[:head]}..{text[len(text) - (width - 2 - head) :]}"
 
 
+def apart(a: float, b: float) -> tuple[str, str]:
+    """Two numbers with five digits, or as many as tell them apart."""
+    digits = next((digits for digits in range(5, 17) if f"{a:.{digits}g}" != f"{b:.{digits}g}"), 17 if a != b else 5)
+    return f"{a:.{digits}g}", f"{b:.{digits}g}"
+
+
 def paragraph(text: str, *, width: int = 80, indent: str = "", hang: str | None = None) -> str:
     """The text wrapped at `width`; `hang` indents all lines after the first (default: `indent`)."""
     return textwrap.fill(

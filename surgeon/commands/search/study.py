@@ -103,7 +103,7 @@ def _export(args: argparse.Namespace, found: "Finished") -> int:
 
     from surgeon.models.folder import fresh_folder
     from surgeon.util.files import check_plain
-    from surgeon.util.tables import counted
+    from surgeon.util.tables import apart, counted
 
     source, about = _source(found)
     output = args.output or found.folder.path / "export"
@@ -115,11 +115,8 @@ def _export(args: argparse.Namespace, found: "Finished") -> int:
     sign = 1.0 if found.higher_is_better else -1.0
     if original is not None and sign * (about["value"] - original) <= 0 and not args.quiet:
         told = "as good" if about["value"] == original else "better"
-        print(
-            f"surgeon: WARNING: the unmodified model, trained equally, is {told}: {original:.5g} against "
-            f"{about['value']:.5g}",
-            file=sys.stderr,
-        )
+        both = " against ".join(apart(original, about["value"]))
+        print(f"surgeon: WARNING: the unmodified model, trained equally, is {told}: {both}", file=sys.stderr)
     values: dict[str, Any] = {"output": str(output), "original": original, **about}
     if args.json:
         print_json(values)
