@@ -1,7 +1,9 @@
 """Metrics of a model on a split of a task, reproducible from call to call."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from surgeon.errors import ConfigError, DataError, InputError, SurgeonError
+from surgeon.errors import ConfigError, DataError, InputError, SurgeonError, called
 from surgeon.util.copying import check_module, evaluating, seeded
 from surgeon.util.progress import OnProgress
 from surgeon.visualize.adaptivity import Adaptivity, observed
@@ -89,25 +91,77 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 _OTHER_FLOATS = (torch.float64, torch.float16, torch.bfloat16)
+_MULTIPLES = (2, 4, 8, 16, 32)  # of which networks may need the sides of an image to be multiples
+_NAMED = 3  # sizes of a batch's images in a message
 
 
 @contextmanager
 def running(model: nn.Module, batch: Batch, task: Task) -> Iterator[None]:
-    """Context in which a model that cannot take the batch raises an `InputError`."""
+    """Context in which a model that cannot take the batch raises an `InputError`, with the padding that would help if one does."""
     try:
         yield
     except (SurgeonError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, TypeError, ValueError) as error:
-        shape = tuple(batch["input"].shape)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         other = next((p.dtype for p in model.parameters() if p.dtype in _OTHER_FLOATS), None)
-        hint = (
-            "" if other is None else f". Its weights are {other}, and tasks are for torch.float32: call .float() on it"
-        )
+        hint = _padding(model, batch, task)
+        if other is not None:
+            hint = f". Its weights are {other}, and tasks are for torch.float32: call .float() on it"
         raise InputError(
-            f"{type(model).__name__} does not run on a batch {shape} of task {task.name}: {type(error).__name__}: {error}"
+            f"{type(model).__name__} does not run on {_told(batch)} of task {task.name}: {type(error).__name__}: {error}"
             f"{hint}"
         ) from error
+
+
+def _sides(batch: Batch) -> list[tuple[int, int]]:
+    """The different (height, width) of a batch's images, without the padding of `collate_padded`."""
+    sizes = batch.get("input_size")
+    found = [batch["input"].shape[-2:]] if sizes is None else sizes.tolist()
+    return list(dict.fromkeys((int(height), int(width)) for height, width in found))
+
+
+def _told(batch: Batch) -> str:
+    """The shape of a batch, or the sizes of its images if they differ."""
+    if "input_size" not in batch:
+        return f"a batch {tuple(batch['input'].shape)}"
+    sides = _sides(batch)
+    names = [f"{width}x{height}" for height, width in sides[:_NAMED]]
+    if more := len(sides) - len(names):
+        names.append(f"{more} other size{'s' * (more != 1)}")
+    told = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return f"a batch of {len(batch['input'])} images of {told} pixels"
+
+
+def _padding(model: nn.Module, batch: Batch, task: Task) -> str:
+    """The smallest `multiple` with which the model runs on the batch's sizes; "" if they are not why it does not run.
+
+    Tried on parts of an image whose sides leave the same remainders.
+    """
+    if model.training or not hasattr(task.config, "multiple"):  # training does not pad
+        return ""
+    parts = {tuple(min(side, 64 + side % _MULTIPLES[-1]) for side in sides) for sides in _sides(batch)}
+
+    def runs(multiple: int) -> bool:
+        padding = copy.copy(task)
+        option: dict[str, Any] = {"multiple": multiple}
+        padding.config = replace(task.config, **option)
+        try:
+            with torch.no_grad():
+                for height, width in parts:
+                    padding.predict(model, {"input": batch["input"][:1, ..., :height, :width]})
+        except Exception:  # third-party code may raise anything
+            return False
+        return True
+
+    now = task.multiple
+    found = None if runs(now) else next((one for one in _MULTIPLES if one > now and runs(one)), None)
+    if found is None:
+        return ""
+    option = called(f"--task-option multiple={found}", f"multiple={found}")
+    return (
+        f". Networks that halve the image k times need sides that are multiples of 2^k; this one runs with {option}, which pads "
+        "them and cuts the output"
+    )
 
 
 def _device(model: nn.Module, wanted: str | torch.device | None) -> torch.device:

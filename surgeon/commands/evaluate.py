@@ -107,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         "samples": samples,
         "device": device,
         "amp": args.amp,
+        "multiple": task.multiple,
         "primary": task.primary,
         "higher_is_better": task.higher_is_better,
         **found,
@@ -244,10 +245,10 @@ def _measure(
 
 
 def _flops(model: "nn.Module", task: "Task", split: Any, name: str, notes: list[str]) -> tuple[int | None, list[int]]:
-    """FLOPs of one forward pass of the split's first input, and that input's shape."""
+    """FLOPs of one forward pass of the split's first input, and that input's shape, padded as in the evaluation."""
     from surgeon.costs import cost
 
-    size = tuple(task.dataset(split)[0]["input"].shape)
+    size = task.padded(tuple(task.dataset(split)[0]["input"].shape))
     try:
         return cost(model, input_size=size, mode="infer").flops, list(size)
     except SurgeonError as error:
@@ -279,7 +280,10 @@ def text(document: dict[str, Any], width: int) -> str:
     way = "higher" if document["higher_is_better"] else "lower"
     size = "x".join(map(str, document["input_size"]))
     lines = [paragraph(head, width=width), "", table(header, rows, width=width), ""]
-    told = f"* decides, {way} is better. FLOPs (1 MAC = 2 FLOPs) are those of one input of {size}."
+    told = f"* decides, {way} is better."
+    if any(column["flops"] is not None for column in columns):
+        padded = f", padded to multiples of {document['multiple']}" if document["multiple"] > 1 else ""
+        told += f" FLOPs (1 MAC = 2 FLOPs) are those of one input of {size}{padded}."
     lines.append(paragraph(told, width=width))
     if document["layers"]:
         lines += ["", _layers(document["layers"], width), ""]

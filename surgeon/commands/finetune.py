@@ -93,7 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--force", action="store_true", help="replace OUT if surgeon wrote it")
     group.add_argument("--resume", action="store_true", help="resume the run in OUT, with the same options and data")
     group.add_argument(
-        "--dry-run", action="store_true", help="check the data, try one step, predict its cost; write nothing"
+        "--dry-run",
+        action="store_true",
+        help="check the data, try one step and one batch of validation, predict the cost; write nothing",
     )
     _add_length(parser)
     _add_optimizer(parser)
@@ -356,7 +358,7 @@ def _dry_run(
 ) -> int:
     from surgeon.zoo.finetune import dry_run
 
-    with waiting("trying a step", quiet=args.quiet):
+    with waiting("trying a step and a validation batch", quiet=args.quiet):
         found = dry_run(model, task, config, source=source)
     _leave_group()
     if args.json:

@@ -35,7 +35,7 @@ from surgeon.costs.settings import (
     optimizer_name,
 )
 from surgeon.costs.trace import Trace, Tracker
-from surgeon.errors import InputError, SurgeonError, called
+from surgeon.errors import InputError, SurgeonError, called, offered
 from surgeon.layers.base import DynamicConv2d
 from surgeon.sites.inputs import Inputs, call_arguments
 from surgeon.util.copying import check_module, checkpoint_gradients
@@ -376,11 +376,15 @@ def _extrapolated(model: nn.Module, settings: Settings, strict: bool, why: Excep
 def cannot_run(model: nn.Module, settings: Settings, error: Exception) -> InputError:
     """The error for a step that cannot run, with a hint."""
     size = "x".join(map(str, settings.input_size))
-    hint = "give a supported size as input_size, or all arguments as example_inputs"
+    hint = called(
+        "give a supported --input-size", "give a supported size as input_size, or all arguments as example_inputs"
+    )
+    if not offered("--input-size"):
+        hint = ""
     if "more than 1 value per channel" in str(error):
         larger = called("--batch-size 2", "batch_size=2")
         hint = f"its BatchNorm sees one value per channel: use a larger batch ({larger}) or larger images"
-    return InputError(f"{type(model).__name__} fails on images of {size}: {_first_line(error)}; {hint}")
+    return InputError(f"{type(model).__name__} fails on images of {size}: {_first_line(error)}{hint and f'; {hint}'}")
 
 
 def _once_on_cpu(model: nn.Module, settings: Settings, strict: bool, why: Exception) -> Cost:

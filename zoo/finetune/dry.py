@@ -1,4 +1,4 @@
-"""A run without training: the data checked, one step tried, the cost of a step predicted."""
+"""A run without training: the data checked, one step and one validation batch tried, the cost of a step predicted."""
 
 import tempfile
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from surgeon.costs import Cost, cost
 from surgeon.errors import SurgeonError
 from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.devices import make_accelerator, release
+from surgeon.zoo.finetune.evaluation import evaluate
 from surgeon.zoo.finetune.journal import TrainingJournal
 from surgeon.zoo.finetune.loop import Data, Run, Trainer
 from surgeon.zoo.finetune.networks import Source, bound_to, original_of
@@ -24,7 +25,7 @@ from surgeon.zoo.tasks import Task
 
 @dataclass(kw_only=True)
 class DryRun:
-    """Preview of a run: its length, its parameter groups, one step tried on a copy, the cost of a step."""
+    """Preview of a run: its length, its parameter groups, one step tried on a copy (`loss`, `seconds`), the cost of a step."""
 
     steps: int
     epochs: float
@@ -50,7 +51,10 @@ def dry_run(
     original: nn.Module | None = None,
     source: Source | None = None,
 ) -> DryRun:
-    """Check the data, try one step on a copy, and predict the cost of a step on a GPU; nothing is written."""
+    """Check the data, try one validation batch and one step on a copy, and predict the cost of a step on a GPU.
+
+    Nothing is written. Raises what a run would: `DataError`, `ConfigError`, `InputError`.
+    """
     config = config or FinetuneConfig()
     task.check()
     accelerator = make_accelerator(config)
@@ -63,6 +67,7 @@ def dry_run(
         trainer = Trainer(work, task, data, config, accelerator, teacher)
         store = Store(Path(place), trainer.plan.checkpoint_every)
         run = Run(trainer, store, TrainingJournal(None, quiet=True), TrainingProgress())
+        evaluate(trainer.result, task, data.val, config, accelerator, most=1)  # a run begins with an evaluation
         loss = run.once()
         groups = describe(trainer.optimizer, trainer.groups)
         release(accelerator, trainer.wrapped, trainer.own_forward)

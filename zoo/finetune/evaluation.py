@@ -47,9 +47,13 @@ def evaluate(
     accelerator: "Accelerator",
     *,
     look: bool = False,
+    most: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
-    """Evaluate every validation sample once, split over the processes, in eval mode; preserves the global random state."""
+    """Evaluate every validation sample once, split over the processes, in eval mode; preserves the global random state.
+
+    `most` limits the number of batches. Raises `InputError` if the model does not run on one.
+    """
     from accelerate.utils import convert_to_fp32
 
     started = time.perf_counter()
@@ -64,7 +68,7 @@ def evaluate(
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
     with evaluating(model), torch.random.fork_rng(devices=cuda), ExitStack() as stack:
         layers = stack.enter_context(observed(model)) if look else []
-        for done, batch in enumerate(batches, 1):
+        for done, batch in enumerate(itertools.islice(batches, most), 1):
             batch = to_device(batch, accelerator.device, channels_last=config.channels_last)
             with accelerator.autocast(), running(model, batch, task):
                 output = task.predict(model, batch)

@@ -133,6 +133,15 @@ class Task(ABC):
         values = {field.name: (getattr(self.config, field.name), field.default) for field in fields(self.config)}
         return {name: value for name, (value, default) in values.items() if value != default and name not in left}
 
+    @property
+    def multiple(self) -> int:
+        """Pixels to a multiple of which `predict` pads the sides of an input."""
+        return int(getattr(self.config, "multiple", 1))
+
+    def padded(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """The size (C, H, W) at which `predict` runs the model for an input of this size."""
+        return size if self.multiple == 1 else (*size[:-2], *(side + -side % self.multiple for side in size[-2:]))
+
     def outputs(self) -> tuple[str, ...] | None:
         """Names of a bound model's outputs, in order, for its recipe; None if they have no names."""
         return None

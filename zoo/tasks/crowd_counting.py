@@ -108,6 +108,10 @@ class CrowdCounting(Task):
         self.read_image = Reader("L" if channels == 1 else "RGB")
 
     @property
+    def multiple(self) -> int:
+        return self._multiple
+
+    @property
     def patch(self) -> int:
         """Side of a training crop in pixels, a multiple of the stride."""
         side = self.config.patch or (self.config.input_size[1] if self.config.input_size else 256)
@@ -218,7 +222,7 @@ class CrowdCounting(Task):
             density: Tensor = model(x)
             return density
 
-        return by_size(lambda x: continued(whole, x, self._multiple), batch["input"], batch.get("input_size"))
+        return by_size(lambda x: continued(whole, x, self.multiple), batch["input"], batch.get("input_size"))
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         difference: Tensor = output.float() - batch["target"] * self.config.density_scale

@@ -197,7 +197,7 @@ class Segmentation(Task):
             return _enlarged(self._logits(model(x)), x.shape[-2:])
 
         def whole(x: Tensor) -> Tensor:
-            return on_multiple(run, x, self.config.multiple)
+            return on_multiple(run, x, self.multiple)
 
         def at_all_scales(x: Tensor) -> Tensor:
             if self.config.test_scales == (1.0,):

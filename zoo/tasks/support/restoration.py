@@ -201,7 +201,7 @@ class RestorationTask(Task):
         scale, tile = self.patch_side() // self.input_side(), self.config.tile
 
         def whole(x: Tensor) -> Tensor:
-            return on_multiple(run, x, self.config.multiple, scale)
+            return on_multiple(run, x, self.multiple, scale)
 
         return whole(x) if tile is None else in_tiles(whole, x, tile, self.config.tile_overlap, scale)
 
