@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.cli import main
-from surgeon.errors import InputError
+from surgeon.errors import InputError, in_terminal
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune import FinetuneConfig, dry_run, finetune
 from surgeon.zoo.finetune.loop import Run
@@ -117,6 +117,15 @@ def test_there_is_no_legend_of_flops_that_were_not_counted(capsys: Told, monkeyp
     out = capsys.readouterr().out
     assert f"note: the FLOPs of {FACTORY} cannot be counted: UNet fails" in " ".join(out.split())
     assert "FLOPs (1 MAC" not in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"), [({"--input-size"}, "; give a supported --input-size"), ({"--task-option"}, "")]
+)
+def test_a_size_is_asked_for_only_where_it_can_be_given(flags: set[str], hint: str) -> None:
+    with in_terminal(frozenset(flags)), pytest.raises(InputError, match=r"fails on images of 3x61x81: ") as told:
+        surgeon.cost(make_unet(), mode="infer", input_size=(3, 61, 81))
+    assert str(told.value).endswith(f"at non-singleton dimension 3{hint}")
 
 
 def test_a_new_head_is_told_before_the_training(capsys: Told, monkeypatch: pytest.MonkeyPatch) -> None:
