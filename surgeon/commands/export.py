@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--free",
         choices=("auto", "size", "batch", "none"),
         default="auto",
-        help="dynamic dimensions: batch and image size, batch, none, or as many as the model allows (default: auto)",
+        help="dynamic dimensions: batch and image size, batch, none (one image at a time), or as many as the model allows "
+        "(default: auto)",
     )
     parser.add_argument("--opset", type=whole, metavar="N", help="ONNX opset (default: that of torch.onnx)")
     add_weights(parser)

@@ -30,7 +30,7 @@ from surgeon.util.copying import check_module, copy_model, strict_float32
 from surgeon.util.files import here
 from surgeon.util.outputs import check_file_output, export_format
 from surgeon.util.progress import OnProgress, silent
-from surgeon.util.tables import count, error, paragraph
+from surgeon.util.tables import count, counted, error, paragraph
 from surgeon.util.unfinished import unfinished
 
 Format = Literal["onnx", "torch"]
@@ -140,7 +140,8 @@ def export(
 
     `format` is "onnx" or "torch" (a `torch.export` archive), by default that of the path's suffix, .onnx or .pt2. `free` selects
     the dynamic dimensions of the input (N, C, H, W): "size" for batch and image size, "batch", "none", or "auto": as many as the
-    model and the file allow. `input_size` and `example_inputs` are as for `convert`; without them a size given there is used.
+    model and the file allow. A batch that is not dynamic is that of `example_inputs`, else one image. `input_size` and
+    `example_inputs` are as for `convert`; without them a size given there is used.
     Raises `ExportError` if `torch.export` or the conversion to ONNX refuses the model, or if the file computes something else
     (then nothing is written); `ConfigError` for a missing package, an unknown format, or an existing file.
     """
@@ -165,13 +166,16 @@ def export(
         for names in shapes.tries():
             try:
                 outputs = output_names(model, output, alone)
-                result = _attempt(model, partial, kind, opset, shapes, names, outputs, tell)
-                break
+                result = _attempt(model, partial, kind, opset, shapes.for_dims(names), names, outputs, tell)
+                if "batch" not in names or "batch" in result.free or shapes.one is None:
+                    break  # otherwise the model's code fixes the batch: again, for one image
             except ExportError as error:
                 if free == "size" or not names:
                     raise
                 reasons |= dict.fromkeys(names, _reason(error))
         result.fixed = {name: why for name, why in (reasons | shapes.fixed).items() if name not in result.free}
+        if "batch" in result.fixed:
+            result.fixed["batch"] += f"; for {counted(result.input_shape[0], 'image')} at a time"
         result.size = sum(file.stat().st_size for file in partial.parent.iterdir())
         data = _put(partial, path, kind)
         result.path, result.data = str(path), None if data is None else str(data)

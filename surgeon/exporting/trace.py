@@ -4,12 +4,12 @@ import os
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from surgeon.errors import ExportError, InputError, SurgeonError
 from surgeon.exporting.exported import PLACES, quiet
@@ -31,16 +31,20 @@ _VIOLATED = "Constraints violated"  # its message for a dimension that cannot be
 
 @dataclass
 class Shapes:
-    """The example, another image size that the model accepts, and why dimensions are fixed."""
+    """The example, another image size that the model accepts, and why dimensions are fixed.
+
+    `one` is a batch of one image, the example where the batch is not dynamic; None if the batch is the caller's or the model's own.
+    """
 
     example: Tensor
     other: tuple[int, int] | None
     fixed: dict[str, str]
+    one: Tensor | None = None
 
     @classmethod
     def of(cls, model: nn.Module, input_size: Any, example_inputs: Any, free: str) -> "Shapes":
         example = _example(model, input_size, example_inputs)
-        shapes = cls(example, None, {})
+        shapes = cls(example, None, {}, None if example_inputs is not None else _one_image(model, example))
         if free in ("batch", "none"):
             shapes.fixed |= dict.fromkeys(NAMES[1:], "asked for")
         else:
@@ -66,6 +70,10 @@ class Shapes:
                 yield left
         yield ()
 
+    def for_dims(self, names: Sequence[str]) -> "Shapes":
+        """These with the example to trace with where the dimensions of these names are dynamic; `fixed` is shared."""
+        return self if "batch" in names or self.one is None else replace(self, example=self.one)
+
     def to_check(self, dims: Sequence[str]) -> list[tuple[int, ...]]:
         """Two batch sizes and two image sizes, as far as they are dynamic."""
         n, c, h, w = self.example.shape
@@ -74,6 +82,20 @@ class Shapes:
         if self.other is not None and ("height" in dims or "width" in dims):
             sizes.append((self.other[0] if "height" in dims else h, self.other[1] if "width" in dims else w))
         return [(batch, c, *size) for size in sizes for batch in batches]
+
+
+def _one_image(model: nn.Module, example: Tensor) -> Tensor | None:
+    """The first image of the example as a batch; None if the model takes none, as a program that was traced for another."""
+    graph: Any = getattr(model, "graph", None)
+    nodes = [node for node in graph.nodes if node.op == "placeholder"] if isinstance(graph, fx.Graph) else []
+    values = [node.meta.get("val") for node in nodes]
+    if any(isinstance(value, Tensor) and type(value.shape[0]) is int for value in values):
+        return None
+    try:
+        run_model(model, Inputs(args=(example[:1].clone(),)))
+    except InputError:
+        return None
+    return example[:1].clone()
 
 
 def _example(model: nn.Module, input_size: Any, example_inputs: Any) -> Tensor:
@@ -145,7 +167,7 @@ def traced(
     for name in names:
         size = sizes[PLACES[name]]
         if isinstance(size, int):
-            shapes.fixed[name] = f"the model's code fixes it at {size}"
+            shapes.fixed[name] = f"the model's code fixes it{'' if name == 'batch' else f' at {size}'}"
         else:
             free[name] = _bounds(size, program, solved or name == "batch")
     return program, free

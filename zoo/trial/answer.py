@@ -68,7 +68,7 @@ class Answer:
     task: str
     primary: str
     higher_is_better: bool
-    becomes: str  # layers and type
+    becomes: str  # layers, type and options
     replaced: int
     steps: int
     epochs: float

@@ -10,7 +10,7 @@ from surgeon.util.few import FEW, few_judge
 from surgeon.util.tables import duration
 from surgeon.zoo.trial.answer import ARMS, LEAST_SEEDS, Answer, ArmCost
 from surgeon.zoo.trial.plan import END, LEAST_STEPS, time_to_judge
-from surgeon.zoo.trial.speed import SLACK, minutes, told_left
+from surgeon.zoo.trial.speed import RESUMED, SLACK, minutes, told_left
 
 if TYPE_CHECKING:
     from surgeon.zoo.trial.run import Trial
@@ -122,9 +122,9 @@ def _cut(trial: "Trial", answer: Answer) -> dict[str, Any]:
 
 
 def _more_time(trial: "Trial", seeds: int) -> float:
-    """Seconds for all sessions in which one more pair ends, or as many as an answer takes, after a start like this one's."""
+    """Seconds for all sessions in which one more pair ends, or as many as an answer takes, with ample slack, after a start like this."""
     pairs = max(LEAST_SEEDS - seeds, 1) * _pair(trial)
-    return (trial.spent + SLACK * (trial.setup + pairs)) / (1 - END)
+    return (trial.spent + RESUMED * (trial.setup + pairs)) / (1 - END)
 
 
 def _pair(trial: "Trial") -> float:

@@ -146,6 +146,7 @@ class Trial:
         self.task.check()
         self.tell("converting")
         self.twins = Twins(self.model, self.task, self.config)
+        self.tell(f"converting {self.twins.told}")
         identity, data = self._identity(), fingerprint(self.task)
         if resume:
             old = self.folder.read()
@@ -209,6 +210,7 @@ class Trial:
             option=option,
             spent=self.spent / (1 - END),
             steps=self.config.steps,
+            conversion=self.twins.told,
         )
 
     def _identity(self) -> dict[str, Any]:
@@ -221,7 +223,7 @@ class Trial:
             "weights": state_sha256(self.model),
             "task": self.task.name,
             "task options": {key: value for key, value in options.items() if key not in ("data", "train", "val")},
-            "conversion": self.twins.becomes if config.recipe is None else config.recipe.to_dict()["rules"],
+            "conversion": self.twins.asked if config.recipe is None else config.recipe.to_dict()["rules"],
             "layer options": config.options,
             "rates": list(config.rates),
             "steps": config.steps,

@@ -10,6 +10,7 @@ from surgeon.util.tables import duration
 FEWEST_STEPS = 8  # fewer say nothing
 _LEAST_SIDE = 32  # pixels; smaller images are another task
 SLACK = 1.25  # times are those of a first try: another start and other steps take longer or shorter
+RESUMED = 2.0  # slack of a resumed trial: a machine that is busier then must not cut its one pair short
 _LEAST_BATCH = 2  # a BatchNorm needs two samples
 
 
@@ -30,7 +31,7 @@ class Levers:
     """Options that make a trial shorter: samples per step, the size (C, H, W) of one, the task's option for it (None: it has none),
     and the steps of a run if they were given.
 
-    `spent` are the seconds before training, which more time has to cover, too.
+    `spent` are the seconds before training, which more time has to cover, too, `conversion` says what is converted.
     """
 
     batch: int
@@ -38,6 +39,7 @@ class Levers:
     option: str | None
     spent: float = 0.0
     steps: int | None = None
+    conversion: str = ""
 
     def told(self, left: float, needed: float) -> str:
         """Options with which `needed` seconds of training fit into the `left` ones, each alone; both together if neither does."""
@@ -84,9 +86,10 @@ def told_left(seconds: float) -> str:
 def too_little(left: float, needed: float, steps: int, seeds: int, levers: Levers | None) -> ConfigError:
     """The error for a time in which no comparison is possible."""
     what = "more time, or a smaller --batch-size" if levers is None else levers.told(left, needed)
+    converted = f" (it converts {levers.conversion})" if levers is not None and levers.conversion else ""
     return ConfigError(
         f"--max-time leaves {max(left, 0):.0f} s for training, and {seeds} seeds of {steps} steps of both networks take about "
-        f"{math.ceil(needed)} s: give {what}"
+        f"{math.ceil(needed)} s: give {what}{converted}"
     )
 
 

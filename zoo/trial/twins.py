@@ -9,9 +9,10 @@ from torch import nn
 
 from surgeon.errors import ConfigError, NothingReplacedError, SelectionError
 from surgeon.records.recipe import Recipe
-from surgeon.records.report import Report
+from surgeon.records.report import Report, options_text
 from surgeon.surgery.convert import convert
 from surgeon.util.copying import copy_model, seed_torch
+from surgeon.util.tables import counted
 from surgeon.zoo.finetune import FinetuneConfig
 from surgeon.zoo.tasks import Task
 from surgeon.zoo.trial.plan import RATES, default_conversion
@@ -53,7 +54,8 @@ class TryConfig:
 class Twins:
     """A plain model and its conversion, bound to a task; converted and verified on construction.
 
-    Raises the errors of `surgeon.convert` if none of the task's selections matches anything.
+    `asked` is the conversion as asked for, in the words of the trial's record. Raises the errors of `surgeon.convert` if none of the
+    task's selections matches anything.
     """
 
     def __init__(self, model: nn.Module, task: Task, config: TryConfig) -> None:
@@ -61,7 +63,7 @@ class Twins:
         bound = self.bound(0)
         self.size: tuple[int, ...] = tuple(task.dataset("train")[0]["input"].shape)
         self.order: dict[str, Any]
-        self.becomes, self.report = self._convert_first(bound)
+        self.asked, self.report = self._convert_first(bound)
 
     def _convert_first(self, bound: nn.Module) -> tuple[str, Report]:
         config = self.config
@@ -82,6 +84,25 @@ class Twins:
         default = f" (the default of {self.task.name})"
         layers += "" if config.layers else default
         return f"{layers} to {self.order['type']}{'' if config.type else default}", report
+
+    @property
+    def becomes(self) -> str:
+        """Which layers become what, with the options that they got, and what of it is a default: `stage4 to acda m4 S1`."""
+        kinds = sorted({options_text(one.type, one.options) for one in self.report.replaced})
+        told = f"{self.order.get('layers', 'the layers of a recipe')} to {', '.join(kinds)}"
+        return f"{told} ({' and '.join(self._defaults)}: the default of {self.task.name})" if self._defaults else told
+
+    @property
+    def told(self) -> str:
+        """`becomes` with the number of layers, and how to choose others."""
+        choose = "; --layers, --type choose others" if self._defaults else ""
+        return f"{self.becomes}, {counted(len(self.report.replaced), 'layer')}{choose}"
+
+    @property
+    def _defaults(self) -> list[str]:
+        """What nobody asked for."""
+        config = self.config
+        return [] if config.recipe else [name for name in ("layers", "type") if getattr(config, name) is None]
 
     def bound(self, seed: int) -> nn.Module:
         """A copy of the model that fits the task; a new head depends on the seed."""

@@ -253,7 +253,13 @@ def test_the_command_writes_and_tells(capsys: Capture) -> None:
     assert "exists" in capsys.readouterr().err
     assert main(["export", run, "-o", "m.pt2", "--free", "none", "--quiet"]) == 0
     told = capsys.readouterr().out
-    for part in ("torch, ", "(2, 3, 64, 64)", "fixed", "asked for", "written to"):
+    for part in (
+        "torch, ",
+        "(1, 3, 64, 64)",
+        "batch: asked for; for 1 image at a time",
+        "height: asked for",
+        "written to",
+    ):
         assert part in told
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import ExportError
@@ -152,7 +152,8 @@ def test_what_only_the_format_does_not_allow_is_fixed_and_said(tmp_path: Path) -
     assert set(found.free) == {"height", "width"}
     assert found.fixed.keys() == {"batch"}
     assert "the conversion to ONNX refuses the model" in found.fixed["batch"]
-    x = torch.randn(2, 3, 9, 14)
+    assert found.fixed["batch"].endswith("; for 1 image at a time")
+    x = torch.randn(1, 3, 9, 14)
     assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], PerImage()(x)) <= 1e-5
     found = surgeon.export(PerImage(), tmp_path / "m.pt2", format="torch", input_size=(3, 16, 16))
     assert set(found.free) == {"batch", "height", "width"}
@@ -165,5 +166,36 @@ def test_less_may_be_asked_for(tmp_path: Path) -> None:
     assert set(found.free) == {"batch"}
     found = surgeon.export(nn.Conv2d(3, 4, 3), tmp_path / "b.pt2", format="torch", input_size=(3, 9, 9), free="none")
     assert found.free == {}
-    assert found.fixed == dict.fromkeys(("batch", "height", "width"), "asked for")
-    assert len(found.checks) == 1
+    assert found.fixed == dict.fromkeys(("height", "width"), "asked for") | {
+        "batch": "asked for; for 1 image at a time"
+    }
+    assert [check.shape for check in found.checks] == [(1, 3, 9, 9)]
+
+
+def test_a_fixed_batch_is_one_image_unless_it_is_the_callers_or_the_models_own(tmp_path: Path) -> None:
+    class Counts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * int(x.shape[0])
+
+    found = surgeon.export(Counts(), tmp_path / "a.onnx", input_size=(3, 9, 9))
+    assert set(found.free) == {"height", "width"}
+    assert found.fixed == {"batch": "the model's code fixes it; for 1 image at a time"}
+    x = torch.randn(1, 3, 9, 9)
+    assert onnx_run(tmp_path / "a.onnx", x)[0].equal(x)
+    found = surgeon.export(Counts(), tmp_path / "b.onnx", example_inputs=torch.randn(3, 3, 9, 9), free="none")
+    assert found.fixed["batch"] == "asked for; for 3 images at a time"
+    program: Any = torch.export.export(Counts(), (torch.randn(2, 3, 9, 9),)).module()
+    assert surgeon.export(program, tmp_path / "c.onnx", free="none").input_shape == (2, 3, 9, 9)
+
+
+def test_free_batch_is_still_tried_after_free_sizes_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = export_module.traced
+
+    def no_sizes(model: nn.Module, shapes: Any, names: tuple[str, ...]) -> Any:
+        if "height" in names:
+            raise ExportError("no")
+        return traced(model, shapes, names)
+
+    monkeypatch.setattr(export_module, "traced", no_sizes)
+    found = surgeon.export(nn.Conv2d(3, 4, 3), tmp_path / "m.pt2", input_size=(3, 9, 9))
+    assert [check.shape for check in found.checks] == [(2, 3, 9, 9), (3, 3, 9, 9)]
