@@ -211,6 +211,7 @@ def _measure(
 
     layers: list[Adaptivity] = []
     model, given = task.fitted(model)
+    images = task.images()
     scored = given is None or (args.original_weights if original else args.weights) == "random"
     if not scored and not original:
         raise ModelError(
@@ -240,6 +241,7 @@ def _measure(
         "params": params,
         "flops": flops,
         "input_size": size,
+        "images": images,
         "layers": [x.to_dict() for x in layers],
     }
 
@@ -285,6 +287,9 @@ def text(document: dict[str, Any], width: int) -> str:
         padded = f", padded to multiples of {document['multiple']}" if document["multiple"] > 1 else ""
         told += f" FLOPs (1 MAC = 2 FLOPs) are those of one input of {size}{padded}."
     lines.append(paragraph(told, width=width))
+    shown = dict.fromkeys(column["images"] for column in columns if column["images"])
+    for number, images in enumerate(shown):
+        lines.append(paragraph(f"{'images of the original' if number else 'images'}: {images}", width=width, hang="  "))
     if document["layers"]:
         lines += ["", _layers(document["layers"], width), ""]
         lines.append(paragraph(ADAPTIVITY, width=width))

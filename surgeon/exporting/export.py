@@ -19,9 +19,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from surgeon.errors import ConfigError, ExportError, SurgeonError
-from surgeon.exporting.exported import Runner, data_of, foreign_operators, missing_packages, quiet, read, write
+from surgeon.exporting.exported import (
+    Runner,
+    add_metadata,
+    data_of,
+    foreign_operators,
+    missing_packages,
+    quiet,
+    read,
+    write,
+)
 from surgeon.exporting.outputs import input_name, output_names, prepared
 from surgeon.exporting.trace import NAMES, Shapes, first_line, random_images, traced
+from surgeon.models.preprocessing import metadata
+from surgeon.records.recipe import get_recipe
 from surgeon.sites.inputs import Inputs
 from surgeon.surgery.compare import Difference, compare
 from surgeon.surgery.rewrite import dynamic_layers, recorded_size
@@ -67,7 +78,8 @@ class Exported:
 
     `operators` counts operations, `opset` is that of an ONNX file, `input` and `outputs` are names. `size` is in bytes,
     `foreign` names operators beyond torch's own or standard ONNX. `data` is the second file of an ONNX model whose weights do not
-    fit in one file: it must stay next to the first under its name.
+    fit in one file: it must stay next to the first under its name. `metadata` is that of an ONNX file: the names of the classes and
+    how inputs are made of images, as far as the model's recipe knows them.
     """
 
     path: str
@@ -84,6 +96,7 @@ class Exported:
     foreign: list[str] = field(default_factory=list)
     size: int = 0
     data: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -115,6 +128,8 @@ class Exported:
             if check.draws > 1:
                 excuse += f" (draw {check.draws} of images: those before differ, as where PAFU's kernels are tied)"
             lines.append(line("check", f"{'x'.join(map(str, check.shape))}: {error(check.max_rel)} relative{excuse}"))
+        if self.metadata:
+            lines.append(line("metadata", ", ".join(self.metadata)))
         if self.foreign:
             lines.append(line("needs", f"operators that are not standard: {', '.join(self.foreign)}"))
         beside = "" if self.data is None else f", its weights next to it in {Path(self.data).name}"
@@ -158,6 +173,7 @@ def export(
     shapes = Shapes.of(model, input_size, example_inputs, free)
     output = _settled_output(model, shapes.example)
     alone = "output" if kind == "onnx" else None  # archives have no names
+    about = metadata(get_recipe(model)) if kind == "onnx" else {}
     model = prepared(model, output, kind)
     # Attention by its formula: fused kernels arrange their result so that a later reshape is traced as a view, which
     # their replacement in ONNX does not allow.
@@ -176,6 +192,9 @@ def export(
         result.fixed = {name: why for name, why in (reasons | shapes.fixed).items() if name not in result.free}
         if "batch" in result.fixed:
             result.fixed["batch"] += f"; for {counted(result.input_shape[0], 'image')} at a time"
+        if about:
+            add_metadata(partial, about)
+            result.metadata = about
         result.size = sum(file.stat().st_size for file in partial.parent.iterdir())
         data = _put(partial, path, kind)
         result.path, result.data = str(path), None if data is None else str(data)

@@ -113,6 +113,15 @@ def _name_sizes(graph: Any) -> bool:
     return bool(names)
 
 
+def add_metadata(path: Path, values: dict[str, str]) -> None:
+    """Put the values into the `metadata_props` of an ONNX file; weights in a second file stay there."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    onnx.helper.set_model_props(model, values)
+    onnx.save(model, path)
+
+
 def _write_archive(program: torch.export.ExportedProgram, path: Path) -> Written:
     archive = BytesIO()  # written in one piece: with torch's own writer, a full disk kills the process
     try:

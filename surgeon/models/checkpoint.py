@@ -30,6 +30,7 @@ from surgeon.models.folder import check_file, file_sha256, fresh_folder, write
 from surgeon.models.identify import agree, identify
 from surgeon.models.names import build_structure
 from surgeon.models.places import check_folder
+from surgeon.models.preprocessing import recorded_inputs, tell_timm
 from surgeon.models.programs import FILE as PROGRAM
 from surgeon.models.weights import mismatches, told_mismatches
 from surgeon.records.card import FILE as CARD
@@ -135,6 +136,7 @@ def load(
             raise CheckpointError(f"{path / RECIPE}: artefact: static: {name} is not a dynamic layer")
         layer.adaptive = False
     set_recipe(model, recipe)
+    tell_timm(model, recorded_inputs(recipe))
     return model.eval().to(device)
 
 

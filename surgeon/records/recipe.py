@@ -27,6 +27,14 @@ VERSION = 2  # 1: options that a rule leaves out are those of the layer's paper
 CONVOLUTION = "conv"  # rule type for a plain convolution with another window, left by `revert` or `collapse`
 
 _SOURCES = ("timm", "torchvision", "factory", "program")  # besides the providers
+INPUTS: dict[str, Any] = {  # what a task may record of its inputs, and its type
+    "input_size": [int],
+    "mean": [(int, float)],
+    "std": [(int, float)],
+    "interpolation": str,
+    "crop_pct": (int, float),
+    "crop_mode": str,
+}
 _RULES = 10_000  # per recipe; more than the layers of any network
 _KINDS = ("pretrained", "random", "file", "given")
 _ATTRIBUTE = "_surgeon_recipe"
@@ -90,10 +98,14 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The task that a network was fine-tuned on, by its name, and the options that were not its defaults, without the data's."""
+    """The task that a network was fine-tuned on, by its name, and the options that were not its defaults, without the data's.
+
+    `inputs`: how its inputs were made of images, by timm's names (`INPUTS`); empty if that is unknown.
+    """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def as_published(rule: Rule) -> Rule:
@@ -134,7 +146,7 @@ class Recipe:
             "versions": dict(self.versions),
             "rules": [asdict(rule) for rule in self.rules],
             **({} if self.classes is None else {"classes": list(self.classes)}),
-            **({} if self.task is None else {"task": asdict(self.task)}),
+            **({} if self.task is None else {"task": _without_empty(asdict(self.task), "inputs")}),
         }
 
     def to_json(self) -> str:
@@ -333,10 +345,29 @@ def trained(values: Any, where: str) -> Trained | None:
     if values is None:
         return None
     values = _mapping(values, where)
-    _check_keys(values, ("name", "options"), where)
+    _check_keys(values, ("name", "options", "inputs"), where)
     options = _mapping(values.get("options", {}), f"{where}: options")
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    return Trained(name=_typed(values, "name", str, where), options=given)
+    name = _typed(values, "name", str, where)
+    return Trained(name=name, options=_with_tuples(options), inputs=_inputs(values.get("inputs", {}), where, options))
+
+
+def _inputs(values: Any, where: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How inputs are made of images; earlier versions recorded only what the options said."""
+    known = {key: options[key] for key in INPUTS if key != "input_size" and options.get(key) is not None}
+    values = _mapping(values, f"{where}: inputs") or known
+    _check_keys(values, tuple(INPUTS), f"{where}: inputs")
+    files.check_fields(values, {key: INPUTS[key] for key in values}, f"{where}: inputs", RecipeError)
+    if len(values.get("input_size", (1, 1, 1))) != 3:
+        raise RecipeError(f"{where}: inputs: input_size must be [C, H, W], got {files.told(values['input_size'])}")
+    return _with_tuples(values)
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _without_empty(values: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != key or value}
 
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:

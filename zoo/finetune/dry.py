@@ -71,6 +71,8 @@ def dry_run(
         loss = run.once()
         groups = describe(trainer.optimizer, trainer.groups)
         release(accelerator, trainer.wrapped, trainer.own_forward)
+    images = task.images()
+    told = [] if images is None else [f"images: {images}"]
     return DryRun(
         steps=trainer.plan.total,
         epochs=trainer.plan.epoch(trainer.plan.total),
@@ -80,7 +82,7 @@ def dry_run(
         seconds=run.progress.seconds,
         groups=groups,
         cost=found,
-        notes=[*notes, *more, *told_data(work, task, data), *note],
+        notes=[*told, *notes, *more, *told_data(work, task, data), *note],
     )
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from surgeon.errors import ConfigError, ModelError, called
 from surgeon.models.names import restore
+from surgeon.models.preprocessing import tell_timm
 from surgeon.models.weights import state_sha256
 from surgeon.records.collapse_report import CollapseReport
 from surgeon.records.recipe import BaseModel, Recipe, Trained, get_recipe, set_recipe
@@ -78,6 +79,7 @@ def original_of(
         if config.distill:
             raise ConfigError(f"distill needs the original network. {note}")
         return None, [] if note is None else [note]
+    tell_timm(original, task.preprocessing())  # both see the same images
     seed_torch(task.seed)  # a new head is the same as that of the converted network
     return task.bind(original), []
 
@@ -93,9 +95,10 @@ def with_recipe(model: nn.Module, carrier: nn.Module) -> nn.Module:
 def with_task(model: nn.Module, task: Task, size: tuple[int, ...]) -> nn.Module:
     """The model, with its task, training size and output names in its recipe."""
     recipe = get_recipe(model) or Recipe(rules=())
-    trained = Trained(name=task.name, options=task.options())
+    trained = Trained(name=task.name, options=task.options(), inputs=task.preprocessing())
     classes = task.outputs() or recipe.classes
     sized = size if len(size) == 3 else recipe.input_size
+    tell_timm(model, trained.inputs)
     set_recipe(model, replace(recipe, base=at_size(recipe.base, size), input_size=sized, task=trained, classes=classes))
     return model
 

@@ -238,6 +238,8 @@ class _Session:
             self.journal.tell(f"resuming after step {run.progress.step}/{run.plan.total}")
             return
         self.journal.start(0, run.plan.total)
+        if (images := self.task.images()) is not None:
+            self.journal.tell(f"images: {images}")
         size = self._input_size()
         if original is not None:
             placed = original.to(self.accelerator.device).eval()
@@ -275,6 +277,7 @@ class _Session:
             groups=describe(trainer.optimizer, trainer.groups),
             notes=self.notes,
             input_size=list(self._input_size()),
+            images=self.task.images(),
         )
         self.journal.hparams(self.config.to_dict() | {"task": self.task.name}, final.metrics)
         return summary

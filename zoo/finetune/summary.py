@@ -42,6 +42,7 @@ class Summary:
     groups: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
     input_size: list[int] = field(default_factory=list)  # (C, H, W), of which the FLOPs are
+    images: str | None = None  # how the inputs were made of them
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; NaN and infinity become null."""
@@ -68,6 +69,8 @@ class Summary:
             f"{self.task}: {steps}, {self.epochs:.2f} epochs, {self.seconds:.1f} s of training ({why})",
             f"kept: the weights of {self._kept()} ({self.primary}: {arrow} is better)",
         ]
+        if self.images is not None:
+            lines.append(paragraph(f"images: {self.images}", width=width, hang="  "))
         if self.recalibrated:
             lines.append("BatchNorm statistics were recalibrated at the end")
         if self.rollbacks:

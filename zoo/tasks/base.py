@@ -6,7 +6,7 @@ Samples are dictionaries of tensors without a batch dimension, batches the same 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from surgeon.errors import called
 from surgeon.util.limits import check_choice, check_limits, check_range, choices_of, limits_of, ranges_of
 
 if TYPE_CHECKING:
@@ -55,6 +56,20 @@ class TaskConfig:
             check_range(name, getattr(self, name))
 
 
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.3g}" for value in values)
+
+
+_FORMS: dict[str, Callable[[Any], str]] = {  # of the values of `Task.preprocessing`
+    "input_size": lambda size: "x".join(map(str, size[1:])),
+    "interpolation": str,
+    "crop_pct": lambda share: f"crop {share:g}",
+    "crop_mode": lambda mode: "" if mode == "center" else f"crop mode {mode}",
+    "mean": lambda values: f"mean {_numbers(values)}",
+    "std": lambda values: f"std {_numbers(values)}",
+}
+
+
 class TaskDataset(Dataset[Sample]):
     """Samples, indexed by draw.
 
@@ -89,6 +104,7 @@ class Task(ABC):
     higher_is_better: ClassVar[bool]
     at_models_size: ClassVar[bool] = False
     other_outputs: ClassVar[str] = ""
+    models_own = False  # whether the bound model knows how its inputs are made
 
     def __init__(self, config: TaskConfig, *, seed: int = 0) -> None:
         self.config, self.seed = config, seed
@@ -123,6 +139,25 @@ class Task(ABC):
         told = ", ".join([*list(new)[:3], *(["..."] if new.keys() - list(new)[:3] else [])])
         why = f" ({'; '.join(filter(None, [sizes[0], self.other_outputs]))})" if sizes else ""
         return bound, f"new, untrained parameters to fit the task: {told}{why}"
+
+    def preprocessing(self) -> dict[str, Any]:
+        """How a bound model's inputs are made of images: `mean`, `std`, `input_size`, ... by timm's names; empty: in [0, 1]."""
+        return {}
+
+    def images(self) -> str | None:
+        """`preprocessing` in a line, with where it is from; None if there is nothing to tell."""
+        values = self.preprocessing()
+        if not values:
+            return None
+        told = [x for key, form in _FORMS.items() if key in values and (x := form(values[key]))]
+        given = [key for key in values if getattr(self.config, key, None) is not None]
+        whose = "the model's" if self.models_own else "the task's default"
+        origin = [f"{', '.join(given)}: as given"] if given else []
+        if len(given) < len(values):
+            origin.append(f"the rest: {whose}" if given else whose)
+        if not {"mean", "std"} <= set(given):
+            origin.append(f"{called('--task-option mean=... std=...', 'mean=, std=')} for others")
+        return f"{', '.join(told)} ({'; '.join(origin)})"
 
     def options(self) -> dict[str, Any]:
         """The non-default options, except those that locate or limit the data.

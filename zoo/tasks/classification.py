@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError, DataError, InputError
+from surgeon.models.preprocessing import tell_timm
 from surgeon.records.recipe import get_recipe
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
 from surgeon.zoo.tasks.data.datasets import ItemDataset
@@ -125,6 +126,9 @@ class Classification(Task):
         """Names of the classes in the data."""
         return self.labeled("val").classes
 
+    def preprocessing(self) -> dict[str, Any]:
+        return self.format().values()
+
     def outputs(self) -> tuple[str, ...] | None:
         return tuple(self.classes)
 
@@ -203,6 +207,7 @@ class Classification(Task):
 
     def bind(self, model: nn.Module) -> nn.Module:
         self._format = self._format_for(model)
+        self.models_own = self._format.own
         if len(self.data_classes) < 2:
             raise DataError(
                 f"task {self.name}: the data have only one class ({self.data_classes[0]}), and classification needs two or "
@@ -210,6 +215,7 @@ class Classification(Task):
             )
         fitting = self._fitted(model, self._format)
         checked_weights(self.name, self.config.class_weights, len(self.classes))
+        tell_timm(fitting, self.preprocessing())
         return fitting
 
     def _fitted(self, model: nn.Module, form: ImageFormat) -> nn.Module:

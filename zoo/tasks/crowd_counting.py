@@ -104,8 +104,11 @@ class CrowdCounting(Task):
         self.mean, self.std = self.config.mean or mean, self.config.std or std
         if len(self.mean) != channels or len(self.std) != channels:
             raise ConfigError(f"task {self.name}: mean={self.mean} and std={self.std} must have {channels} values each")
-        self.channels = channels
+        self.channels, self.models_own = channels, form.own
         self.read_image = Reader("L" if channels == 1 else "RGB")
+
+    def preprocessing(self) -> dict[str, Any]:
+        return {"mean": self.mean, "std": self.std}
 
     @property
     def multiple(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.layers.base import DynamicConv2d
+from surgeon.models.preprocessing import tell_timm
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
 from surgeon.zoo.tasks.data.datasets import ItemDataset
 from surgeon.zoo.tasks.data.draws import integer, uniform
@@ -89,8 +90,12 @@ class Segmentation(Task):
     def _set_format(self, model: nn.Module | None) -> None:
         form = ImageFormat.of(model, side=256)
         self.mean, self.std = self.config.mean or form.mean, self.config.std or form.std
+        self.models_own = form.own
         if len(self.mean) != 3 or len(self.std) != 3:
             raise ConfigError(f"task {self.name}: mean={self.mean} and std={self.std} must have 3 values each")
+
+    def preprocessing(self) -> dict[str, Any]:
+        return {"mean": self.mean, "std": self.std}
 
     @property
     def piece(self) -> tuple[int, int]:
@@ -182,6 +187,7 @@ class Segmentation(Task):
             logits = self._logits(trial(self.name, model, model, *size))
         if logits.shape[1] != self.classes:
             raise InputError(f"task {self.name}: the model returns {describe(logits)}, not {self.classes} classes")
+        tell_timm(model, self.preprocessing())
         return model
 
     def _logits(self, output: Any) -> Tensor:

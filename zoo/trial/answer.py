@@ -85,6 +85,7 @@ class Answer:
     start: float | None = None  # of the network before any training; None: there was no time to measure it
     notes: list[str] = field(default_factory=list)
     size: list[int] = field(default_factory=list)  # (C, H, W) of the image that the FLOPs are of
+    images: str | None = None  # how the inputs were made of them
     more_time: float | None = None  # seconds in all for the seeds of an answer; None if time was no limit
 
     def ends_below_start(self) -> bool:
@@ -214,6 +215,7 @@ def how(answer: Answer) -> list[str]:
         f"converted: {answer.becomes}, {counted(answer.replaced, 'layer')}",
         f"trained: both {counted(answer.steps, 'step')} ({answer.epochs:.2g} epochs) of {answer.batch_size}, "
         f"from {counted(samples['train'], 'sample')}, the same order for the same seed",
+        *([] if answer.images is None else [f"images: {answer.images}"]),
         f"rates: {_rates(answer.swept)}",
         f"judged: {answer.primary} ({arrow} is better) of the last weights on {counted(samples['judge'], 'sample')}"
         + (f" of {samples['val']}" if answer.cut else "")

@@ -54,6 +54,7 @@ def sum_up(trial: "Trial", stopped: str) -> Answer:
         layers=converted.get("layers", []),
         start=_start(trial) if seeds else None,
         size=list(trial.twins.size),
+        images=trial.task.images(),
         more_time=_more_time(trial, len(seeds)) if stopped == "time" else None,
     )
     answer.notes = _notes(trial, answer)
@@ -122,7 +123,7 @@ def _cut(trial: "Trial", answer: Answer) -> dict[str, Any]:
 
 
 def _more_time(trial: "Trial", seeds: int) -> float:
-    """Seconds for all sessions in which one more pair ends, or as many as an answer takes, with ample slack, after a start like this."""
+    """Seconds for all sessions in which one more pair ends, or as many as an answer takes, after a start like this; ample."""
     pairs = max(LEAST_SEEDS - seeds, 1) * _pair(trial)
     return (trial.spent + RESUMED * (trial.setup + pairs)) / (1 - END)
 

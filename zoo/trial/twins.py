@@ -54,8 +54,8 @@ class TryConfig:
 class Twins:
     """A plain model and its conversion, bound to a task; converted and verified on construction.
 
-    `asked` is the conversion as asked for, in the words of the trial's record. Raises the errors of `surgeon.convert` if none of the
-    task's selections matches anything.
+    `asked` is the conversion as asked for, in the words of the trial's record. Raises the errors of `surgeon.convert` if none
+    of the task's selections matches anything.
     """
 
     def __init__(self, model: nn.Module, task: Task, config: TryConfig) -> None:

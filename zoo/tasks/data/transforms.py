@@ -18,7 +18,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFormat:
-    """A classifier's input format: size (C, H, W), normalization, and how images are resized to it."""
+    """A classifier's input format: size (C, H, W), normalization, and how images are resized to it; `own`: if the model says so."""
 
     size: tuple[int, int, int]
     mean: tuple[float, ...] = MEAN
@@ -26,6 +26,7 @@ class ImageFormat:
     interpolation: str = "bilinear"
     crop_pct: float = 0.875
     crop_mode: str = "center"
+    own: bool = False
 
     @classmethod
     def of(cls, model: nn.Module | None, side: int) -> Self:
@@ -46,6 +47,7 @@ class ImageFormat:
             interpolation=found["interpolation"],
             crop_pct=found["crop_pct"],
             crop_mode=found["crop_mode"],
+            own=True,
         )
 
     def with_channels(self, channels: int) -> Self:
@@ -68,6 +70,12 @@ class ImageFormat:
         if min(self.std) <= 0:
             raise ConfigError(f"task {task}: std must be positive, got {self.std}")
         return self
+
+    def values(self) -> dict[str, Any]:
+        """By timm's names, what decides of this; small images are only resized."""
+        names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+        found = {name: self.size if name == "input_size" else getattr(self, name) for name in names}
+        return dict(list(found.items())[:3]) if max(self.size[1:]) <= SMALL else found
 
     def shown(self, x: Tensor) -> Tensor:
         """A normalized image (C, H, W) as values in [0, 1]."""
