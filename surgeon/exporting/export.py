@@ -31,7 +31,7 @@ from surgeon.exporting.exported import (
 )
 from surgeon.exporting.outputs import input_name, output_names, prepared
 from surgeon.exporting.trace import NAMES, Shapes, first_line, random_images, traced
-from surgeon.models.preprocessing import metadata
+from surgeon.records.preprocessing import metadata
 from surgeon.records.recipe import get_recipe
 from surgeon.sites.inputs import Inputs
 from surgeon.surgery.compare import Difference, compare

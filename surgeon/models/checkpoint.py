@@ -30,12 +30,12 @@ from surgeon.models.folder import check_file, file_sha256, fresh_folder, write
 from surgeon.models.identify import agree, identify
 from surgeon.models.names import build_structure
 from surgeon.models.places import check_folder
-from surgeon.models.preprocessing import recorded_inputs, tell_timm
 from surgeon.models.programs import FILE as PROGRAM
 from surgeon.models.weights import mismatches, told_mismatches
 from surgeon.records.card import FILE as CARD
 from surgeon.records.card import model_card
 from surgeon.records.collapse_report import CollapseReport, read
+from surgeon.records.preprocessing import recorded_inputs, tell_timm
 from surgeon.records.recipe import (
     CONVOLUTION,
     BaseModel,

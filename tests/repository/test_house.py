@@ -28,7 +28,7 @@ ARROWS = {
     "surgeon.passes": f"{CORE} layers records surgery",
     "surgeon.costs": f"{CORE} layers records sites surgery surgeon",
     "surgeon.collapsing": f"{CORE} layers records sites surgery costs",
-    "surgeon.exporting": f"{CORE} layers sites surgery",
+    "surgeon.exporting": f"{CORE} layers records sites surgery",
     "surgeon.visualize": f"{CORE} layers layers.acda sites surgery collapsing",
     "surgeon.models": f"{CORE} layers records sites surgery surgeon",
     "surgeon.doctor": f"{CORE} layers layers.ops layers.ops.native surgery surgeon",

@@ -6,9 +6,9 @@ from torch import nn
 
 from surgeon.errors import ConfigError, ModelError, called
 from surgeon.models.names import restore
-from surgeon.models.preprocessing import tell_timm
 from surgeon.models.weights import state_sha256
 from surgeon.records.collapse_report import CollapseReport
+from surgeon.records.preprocessing import tell_timm
 from surgeon.records.recipe import BaseModel, Recipe, Trained, get_recipe, set_recipe
 from surgeon.records.report import Report
 from surgeon.surgery.rewrite import dynamic_layers

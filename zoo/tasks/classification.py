@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from surgeon.errors import ConfigError, DataError, InputError
-from surgeon.models.preprocessing import tell_timm
+from surgeon.records.preprocessing import tell_timm
 from surgeon.records.recipe import get_recipe
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
 from surgeon.zoo.tasks.data.datasets import ItemDataset

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.layers.base import DynamicConv2d
-from surgeon.models.preprocessing import tell_timm
+from surgeon.records.preprocessing import tell_timm
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
 from surgeon.zoo.tasks.data.datasets import ItemDataset
 from surgeon.zoo.tasks.data.draws import integer, uniform

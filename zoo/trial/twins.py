@@ -100,7 +100,7 @@ class Twins:
 
     @property
     def _defaults(self) -> list[str]:
-        """What nobody asked for."""
+        """The parts that nobody asked for."""
         config = self.config
         return [] if config.recipe else [name for name in ("layers", "type") if getattr(config, name) is None]
 

@@ -14,7 +14,7 @@ import surgeon
 from surgeon.cli import main
 from surgeon.errors import RecipeError
 from surgeon.models.identify import identify
-from surgeon.models.preprocessing import recorded_inputs, tell_timm
+from surgeon.records.preprocessing import recorded_inputs, tell_timm
 from surgeon.records.recipe import Recipe, trained
 from surgeon.zoo.finetune import FinetuneConfig, dry_run, finetune
 from surgeon.zoo.tasks import create_task

@@ -1,11 +1,12 @@
 """How the inputs of a fine-tuned model are made of images: what its recipe records, for timm and for other programs."""
 
 import json
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from surgeon.records.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def recorded_inputs(recipe: Recipe | None) -> dict[str, Any]:
@@ -14,7 +15,7 @@ def recorded_inputs(recipe: Recipe | None) -> dict[str, Any]:
     return {} if task is None else task.inputs
 
 
-def tell_timm(model: nn.Module, inputs: dict[str, Any]) -> None:
+def tell_timm(model: "nn.Module", inputs: dict[str, Any]) -> None:
     """Put the inputs into the model's `pretrained_cfg`, from which `timm.data.resolve_model_data_config` reads; if it has one.
 
     The channels stay timm's: they tell which architecture it is.
