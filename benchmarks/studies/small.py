@@ -196,6 +196,7 @@ def camera_noise() -> Study:
         (3, 40, 40),
         rates=(2.5e-4, 5e-4, 1e-3),
         first_rate=5e-4,  # a higher one leaves dead units: the noise is weak, the start at the identity is nearly right
+        wide=_wide_restorer,
     )
 
 
