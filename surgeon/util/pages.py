@@ -9,9 +9,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from surgeon.util.tables import apart
+
 WIDTH, HEIGHT = 440, 272  # of a figure, in its own coordinates
 _RIGHT, _TOP, _BOTTOM = 12, 30, 46
 _ABOVE = 14  # of a map, which has no label at its top
+_OPTION = re.compile(r"--[a-z][a-z-]*")
 
 _STYLE = """:root{color-scheme:light dark;--bg:#fff;--ink:#1c2024;--soft:#60646c;--line:#d9dce1;--card:#f6f7f9;
 --c0:#2f6db5;--c1:#c2571a;--c2:#2f8f4e;--c3:#c23b3b;--c4:#7a5bb0;--c5:#8a6a4f;--c6:#b3508f;--c7:#6b7280}
@@ -20,7 +23,8 @@ _STYLE = """:root{color-scheme:light dark;--bg:#fff;--ink:#1c2024;--soft:#60646c
 *{box-sizing:border-box}body{overflow-wrap:anywhere;font:16px/1.55 system-ui,sans-serif;margin:0;
 background:var(--bg);color:var(--ink)}
 main{max-width:68rem;margin:0 auto;padding:1.2rem 1rem 3rem}h1{font-size:1.5rem;line-height:1.25;margin:.2rem 0 1rem}
-h2{font-size:1.15rem;margin:0 0 .3rem}p{margin:.3rem 0 .8rem;max-width:46rem}.lead{font-size:1.15rem}.soft{color:var(--soft)}
+h2{font-size:1.15rem;margin:0 0 .3rem}.option{white-space:nowrap}
+p{margin:.3rem 0 .8rem;max-width:46rem}.lead{font-size:1.15rem}.soft{color:var(--soft)}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr));gap:1.2rem;margin:1.4rem 0}
 section{margin:1.6rem 0}.grid section{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:1rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}td,th{padding:.25rem .8rem .25rem 0;text-align:left;
@@ -97,8 +101,9 @@ def page(title: str, body: Sequence[str]) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """Text as a paragraph; `kind` is lead or soft."""
-    return f'<p class="{kind}">{html.escape(text)}</p>' if kind else f"<p>{html.escape(text)}</p>"
+    """Text as a paragraph, in which no option breaks at its hyphens; `kind` is lead or soft."""
+    shown = _OPTION.sub(r'<span class="option">\g<0></span>', html.escape(text))
+    return f'<p class="{kind}">{shown}</p>' if kind else f"<p>{shown}</p>"
 
 
 def section(heading: str, how: str, content: str) -> str:
@@ -160,7 +165,7 @@ def chart(
     ]
     ys = ys + ([] if level is None else [level]) or [0.0]
     scale_y = _Scale(ys, HEIGHT - _BOTTOM, _TOP)
-    left = 12 + 9 * max(len(f"{value:.4g}") for value in scale_y.ticks())
+    left = 12 + 9 * max(map(len, apart(*scale_y.ticks(), digits=4)))
     scale_x = _Scale(xs, left, WIDTH - _RIGHT, log=log)
     parts = [_axes(scale_x, scale_y, across, up, names, percent, whole)]
     if level is not None:
@@ -258,11 +263,13 @@ class _Scale:
 def _axes(x: _Scale, y: _Scale, across: str, up: str, names: Sequence[str] | None, percent: bool, whole: bool) -> str:
     bottom, left = HEIGHT - _BOTTOM, x.start
     parts = [_line(left, bottom, WIDTH - _RIGHT, bottom, "axis"), _line(left, _TOP, left, bottom, "axis")]
-    for value in y.ticks():
+    for value, name in zip(y.ticks(), apart(*y.ticks(), digits=4), strict=True):
         parts.append(_line(left, y(value), WIDTH - _RIGHT, y(value), "axis"))
-        parts.append(f'<text x="{left - 6:.0f}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>')
+        parts.append(f'<text x="{left - 6:.0f}" y="{y(value) + 4:.1f}" text-anchor="end">{name}</text>')
     told = [(float(i), name) for i, name in enumerate(names)] if names is not None else []
-    told = told or [(value, f"{value:+.3g}%" if percent else f"{value:.3g}") for value in x.ticks(whole=whole)]
+    ticks = x.ticks(whole=whole)
+    shown = [f"{value:+.3g}%" for value in ticks] if percent else apart(*ticks, digits=3)
+    told = told or list(zip(ticks, shown, strict=True))
     for place, name in told:
         parts.append(f'<text x="{x(place):.1f}" y="{bottom + 16}" text-anchor="middle">{html.escape(name)}</text>')
     parts.append(

@@ -41,10 +41,12 @@ def shorten(text: str, width: int) -> str:
     return f"{text[:head]}..{text[len(text) - (width - 2 - head) :]}"
 
 
-def apart(a: float, b: float) -> tuple[str, str]:
-    """Two numbers with five digits, or as many as tell them apart."""
-    digits = next((digits for digits in range(5, 17) if f"{a:.{digits}g}" != f"{b:.{digits}g}"), 17 if a != b else 5)
-    return f"{a:.{digits}g}", f"{b:.{digits}g}"
+def apart(*values: float, digits: int = 5) -> tuple[str, ...]:
+    """Numbers with so many digits, or as many as tell different ones apart."""
+    texts = ([f"{value:.{n}g}" for value in values] for n in range(digits, 18))
+    return tuple(
+        next((told for told in texts if len(set(told)) == len(set(values))), [repr(value) for value in values])
+    )
 
 
 def paragraph(text: str, *, width: int = 80, indent: str = "", hang: str | None = None) -> str:

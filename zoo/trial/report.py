@@ -116,6 +116,6 @@ def _adaptive(answer: Answer) -> str:
     sentence = (
         "1 - cos of the codes of two pixels: at 0 a layer uses one filter everywhere, and surgeon collapse folds it."
     )
-    told = "layer, from input to output" + ("" if mean is None else f" (mean {mean:.2f})")
+    told = "layer, from input to output" + ("" if mean is None else f" (mean {mean:.2g})")
     drawn = pages.chart(marks, across=told, up="distance", level=0.0)
     return pages.section("How far the new layers adapt", sentence, drawn)

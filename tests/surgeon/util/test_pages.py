@@ -28,6 +28,18 @@ def test_names_stand_below_their_places_with_room_beside_the_outer_ones() -> Non
     assert len(re.findall("<circle", figure)) == 2
 
 
+def test_numbers_at_an_axis_differ() -> None:
+    marks = [pages.Mark(x=x, y=28.3190 + 1e-5 * x, told="") for x in range(4)]
+    shown = [word for word in words(pages.chart(marks, across="trial", up="psnr")) if word.startswith("28.")]
+    assert len(shown) == len(set(shown)) >= 3
+
+
+def test_an_option_does_not_break_at_its_hyphens() -> None:
+    assert pages.paragraph("give <more>: --max-time 7m") == (
+        '<p>give &lt;more&gt;: <span class="option">--max-time</span> 7m</p>'
+    )
+
+
 def test_what_is_no_number_is_left_out_and_words_are_escaped() -> None:
     marks = [pages.Mark(x=0, y=float("nan"), told="x"), pages.Mark(x=1, y=1.0, told='<script>"')]
     figure = pages.chart(marks, across="<b>", up="y", groups=["<i>"])
