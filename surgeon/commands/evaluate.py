@@ -308,7 +308,9 @@ def _layers(layers: list[dict[str, Any]], width: int) -> str:
     from surgeon.util.tables import table
 
     def share(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
+        if value is None:
+            return "-"
+        return f"{value:.0e}" if 0 < value < 5e-4 else f"{value:.3f}"
 
     rows = [[x["name"], x["type"], share(x["content"]), share(x["saturated"]), share(x["distance"])] for x in layers]
     return table(["dynamic layer", "type", "content", "saturated", "distance"], rows, width=width)

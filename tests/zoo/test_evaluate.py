@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.cli import main
-from surgeon.commands.evaluate import _part
+from surgeon.commands.evaluate import _layers, _part
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.evaluate import evaluate
@@ -165,6 +165,11 @@ def test_the_table_is_80_columns_wide(capsys: pytest.CaptureFixture[str]) -> Non
     rows = [line.split()[0] for line in out.splitlines() if line[:1].isalpha() and " " in line]
     assert rows[1:5] == ["accuracy*", "loss", "parameters", "FLOPs"]
     assert "* decides, higher is better" in out
+
+
+def test_a_small_distance_is_not_shown_as_zero() -> None:
+    layer = {"name": "conv", "type": "acda", "content": 0.5, "saturated": 0.0, "distance": 8e-6}
+    assert _layers([layer], 80).splitlines()[-1].split() == ["conv", "acda", "0.500", "0.000", "8e-06"]
 
 
 def test_a_difference_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
