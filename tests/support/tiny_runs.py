@@ -30,7 +30,7 @@ def tiny(**options: Any) -> nn.Module:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def run_python(code: str) -> "subprocess.CompletedProcess[str]":

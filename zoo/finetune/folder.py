@@ -103,28 +103,45 @@ class RunFolder:
             yield
 
     def create(self, record: dict[str, Any]) -> None:
-        """Start a run: write its record, replacing what `check` allowed.
+        """Start a run: write its record, in place of what `check` allowed to replace, which `settle` removes.
 
         The folder appears together with its record, or not at all.
         """
-        fresh, old = (self.output.with_name(f".{self.output.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
+        fresh = self.output.with_name(f".{self.output.name}.partial-{os.getpid()}")
         try:
             shutil.rmtree(fresh, ignore_errors=True)
             (fresh / "training").mkdir(parents=True)
             write_text(fresh / RUN, json.dumps(record, indent=2) + "\n")
             if self.output.exists():
-                self.output.rename(old)
-            fresh.rename(self.output)
+                shutil.rmtree(self._old, ignore_errors=True)
+                self.output.rename(self._old)
+            try:
+                fresh.rename(self.output)
+            except OSError:
+                self._put_back()
+                raise
             sync(self.output.parent)
         except OSError as error:
             raise CheckpointError(f"cannot write {self.output}: {error.strerror or error}") from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+
+    def settle(self) -> None:
+        """Remove what the new run replaced: it has a checkpoint."""
+        shutil.rmtree(self._old, ignore_errors=True)
 
     def discard(self) -> None:
-        """Remove the folder."""
+        """Remove the folder; what it replaced comes back."""
         shutil.rmtree(self.output, ignore_errors=True)
+        self._put_back()
+
+    @property
+    def _old(self) -> Path:
+        return self.output.with_name(f".{self.output.name}.old")
+
+    def _put_back(self) -> None:
+        if self._old.is_dir():
+            self._old.rename(self.output)
 
     def read_record(self) -> dict[str, Any]:
         """The content of run.json; raises `CheckpointError` if it is not the record of a run of this version."""

@@ -200,6 +200,8 @@ class _Session:
         self.accelerator.wait_for_everyone()
         run = self.ongoing = Run(trainer, store, self.journal, TrainingProgress(), watch, began)
         self._begin(run, original, known)
+        if self.folder is not None and self.accelerator.is_main_process:
+            self.folder.settle()
         if run.progress.stopped is None:
             run.train()
         summary = self._end(run)

@@ -17,6 +17,7 @@ from surgeon.zoo.finetune import FinetuneResult, finetune, loop, run
 from surgeon.zoo.finetune.evaluation import Evaluation, evaluate
 from surgeon.zoo.finetune.loop import Interrupted, Run
 from surgeon.zoo.tasks import Batch
+from tests.support.tiny_runs import contents
 from tests.support.training.runs import QUICK, Watch, equal, interrupt_at, rows, weights, with_
 from tests.support.training.tasks import TinyRegression, classification, converted, make_restorer, regression
 
@@ -265,6 +266,23 @@ def test_force_replaces_a_run(tmp_path: Path) -> None:
     result = finetune(model, task, with_(max_steps=3), tmp_path / "run", force=True)
     assert result.summary.steps == 3
     assert max(row["step"] for row in rows(tmp_path / "run", "loss")) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError("boom")])
+def test_a_replaced_run_comes_back_if_the_new_one_does_not_begin(
+    stop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finetune(converted("pafu"), regression(), with_(max_steps=3), tmp_path / "run")
+    before = contents(tmp_path / "run")
+
+    def fails(run: Run) -> Any:
+        raise stop
+
+    monkeypatch.setattr(Run, "evaluate", fails)
+    with pytest.raises(type(stop) if isinstance(stop, Exception) else stop):
+        finetune(converted("pafu"), regression(), QUICK, tmp_path / "run", force=True)
+    assert contents(tmp_path / "run") == before
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
