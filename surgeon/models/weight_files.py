@@ -2,10 +2,14 @@
 
 import logging
 import re
+from argparse import Namespace
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PosixPath, WindowsPath
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import numpy._core.multiarray as multiarray
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _AVERAGED = re.compile(r"(^|_|\.)(ema|averaged|swa)($|_|\.)", re.IGNORECASE)
 _PREFIXES = ("module.", "_orig_mod.")
+_FOREIGN = re.compile(r"GLOBAL ([\w.]+)|but got <class '([\w.]+)'>")  # in torch's messages
 _DEPTH = 3
 _SHOWN = 3
 
@@ -93,12 +98,14 @@ def read_weights(path: str | Path) -> dict[str, StateDict]:
         if path.suffix == ".safetensors":
             loaded: Any = load_file(path)
         else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_plain_data()):
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (Exception, SafetensorError) as error:  # zip, pickle and safetensors each raise their own errors
-        needed = re.search(r"GLOBAL ([\w.]+)", str(error)) if "Weights only load failed" in str(error) else None
+        needed = re.search(_FOREIGN, str(error)) if "Weights only load failed" in str(error) else None
         if needed is not None:
+            kind = needed[1] or needed[2]
             raise ModelError(
-                f"{path} holds Python objects ({needed[1]}), as of a whole model, which only code could load: save its weights "
+                f"{path} holds Python objects ({kind}), as of a whole model, which only code could load: save its weights "
                 "with torch.save(model.state_dict(), FILE)"
             ) from error
         raise ModelError(
@@ -108,6 +115,18 @@ def read_weights(path: str | Path) -> dict[str, StateDict]:
     if not (found := _state_dicts(loaded)):
         raise ModelError(f"{path} contains no state dict (names and tensors) but a {_told(loaded)}")
     return {key: _strip(state) for key, state in found.items()}
+
+
+def _plain_data() -> list[Any]:
+    """Types that training scripts put beside the weights (timm its options, others numbers of NumPy); to make one runs no code."""
+    numbers = [type(np.dtype(kind)) for kind in "?bhilqBHILQefdFD"]
+    makers: list[Any] = [
+        (getattr(multiarray, name), f"numpy.{core}.multiarray.{name}")  # of NumPy 2 and 1
+        for name in ("scalar", "_reconstruct")
+        for core in ("_core", "core")
+    ]
+    plain = [Namespace, SimpleNamespace, PosixPath, WindowsPath, list, dict, slice]
+    return [*plain, np.ndarray, np.dtype, *makers, *numbers]
 
 
 def _why(error: BaseException) -> str:
@@ -122,14 +141,12 @@ def _state_dicts(loaded: Any, key: str = "", depth: int = 0) -> dict[str, StateD
     """Mappings from names to tensors, in a mapping or in one inside it."""
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(name, str) for name in loaded):
         return {}
-    if all(isinstance(value, Tensor) for value in loaded.values()):
-        return {key: dict(loaded)}
-    if depth == _DEPTH:
-        return {}
+    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
     found: dict[str, StateDict] = {}
-    for name, value in loaded.items():
-        found |= _state_dicts(value, f"{key}.{name}" if key else name, depth + 1)
-    return found
+    if len(tensors) < len(loaded) and depth < _DEPTH:
+        for name, value in loaded.items():
+            found |= _state_dicts(value, f"{key}.{name}" if key else name, depth + 1)
+    return found or ({key: tensors} if tensors else {})
 
 
 def _told(loaded: Any) -> str:

@@ -1,11 +1,14 @@
 """Weights of models: where they come from, that they are the recorded ones, and files that hold something else."""
 
+import argparse
+import collections
 import dataclasses
 import logging
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -203,6 +206,26 @@ def test_the_state_dict_under_any_key(tmp_path: Path, key: str, caplog: pytest.L
     model, _ = build_model(TINY, weights=str(saved(tmp_path, "w.pth", file)))
     assert state_sha256(model) == state_sha256(source)
     assert not caplog.messages
+
+
+def test_what_training_scripts_put_beside_the_weights(tmp_path: Path) -> None:
+    source = timm.create_model(TINY)
+    beside = {
+        "args": argparse.Namespace(lr=0.1, output=Path("out")),  # as timm
+        "metric": np.float64(81.5),
+        "epochs": np.arange(3),
+        "crop": slice(0, 2),
+    }
+    model, _ = build_model(TINY, weights=str(saved(tmp_path, "w.pth", {"state_dict": source.state_dict(), **beside})))
+    assert state_sha256(model) == state_sha256(source)
+    model, _ = build_model(TINY, weights=str(saved(tmp_path, "w.pth", source.state_dict() | {"epoch": 3})))
+    assert state_sha256(model) == state_sha256(source)
+
+
+def test_what_cannot_be_read_without_code_is_named(tmp_path: Path) -> None:
+    file = saved(tmp_path, "w.pth", {"state_dict": {}, "history": collections.defaultdict(list, loss=[0.1])})
+    with pytest.raises(ModelError, match=r"holds Python objects \(collections.defaultdict\)"):
+        read_weights(file)
 
 
 def test_names_below_a_prefix(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
