@@ -42,7 +42,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def apart(*values: float, digits: int = 5) -> tuple[str, ...]:
-    """Numbers with so many digits, or as many as tell different ones apart."""
+    """Numbers with this many digits, or as many as it takes to tell different ones apart."""
     texts = ([f"{value:.{n}g}" for value in values] for n in range(digits, 18))
     return tuple(
         next((told for told in texts if len(set(told)) == len(set(values))), [repr(value) for value in values])
