@@ -13,6 +13,7 @@ from surgeon.commands.common.arguments import (
     input_size,
     model_name,
     print_json,
+    tell,
     whole,
 )
 from surgeon.errors import ConfigError, InputError
@@ -22,7 +23,7 @@ from surgeon.util.waiting import waiting
 if TYPE_CHECKING:
     from torch import nn
 
-    from surgeon.records.recipe import BaseModel
+    from surgeon.records.recipe import BaseModel, Recipe
 
 LAYERS_HELP = """selections (--layers), joined by commas:
   names and prefixes   layer3, layer4.0.conv2      globs, regexes   'blocks.*.conv_dw', 're:conv[23]$'
@@ -117,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.surgery.convert import OPTIMIZER_NOTE
 
     recipe = Recipe.read(args.recipe) if args.recipe else None
+    _take_size(args, recipe)
     options = _compressed(args, _layer_options(args))
     output = _output(args)
     _check_options(args.type, options)
@@ -196,6 +198,26 @@ def _calibration(args: argparse.Namespace, model: "nn.Module", base: "BaseModel 
     if base is None:
         raise ConfigError("--calibrate needs the base model's transform, and this folder does not name its base model")
     return read_images(args.calibrate, model, base)
+
+
+def _network(name: str) -> str:
+    """The network of a name, without library and tag."""
+    plain = name.rpartition("/")[2]
+    return plain if ":" in plain else plain.partition(".")[0]
+
+
+def _take_size(args: argparse.Namespace, recipe: "Recipe | None") -> None:
+    """The recipe's size of inputs, which it was found or trained at, if it is one of the same network and no other is given."""
+    base = None if recipe is None else recipe.base
+    if (
+        base is None
+        or args.input_size is not None
+        or _network(base.name) != _network(args.model)
+        or not base.input_size
+    ):
+        return
+    args.input_size = base.input_size
+    tell(args, f"images of {'x'.join(map(str, base.input_size))}, as in the recipe; --input-size takes others")
 
 
 def _output(args: argparse.Namespace) -> str:

@@ -145,7 +145,7 @@ def _task(args: argparse.Namespace) -> "Task":
 def _model(args: argparse.Namespace) -> "tuple[nn.Module, Recipe | None]":
     from surgeon.records.recipe import get_recipe
 
-    model, _ = build(args)
+    model, _ = build(args, head="weights")
     recipe = get_recipe(model)
     if recipe is None and args.original == "auto":
         args.original = "none"  # a model given by name is an original

@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args)
     make_task(args, 0)  # report invalid options before a model is built
     with waiting(building(args), quiet=args.quiet):
-        model, base = build(args)
+        model, base = build(args, head="weights")
     try:
         answer = try_conversion(
             model,

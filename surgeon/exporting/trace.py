@@ -159,7 +159,7 @@ def traced(
         except Exception as error:  # torch.export passes on any error that the model's code raises on symbols
             if least != minima[-1] and _asks_for_more(error):
                 continue
-            program, solved = _unsolved(model, shapes.example, names, least, error), False
+            program, solved = _unsolved(model, shapes.example, names, (minima[0], least), error), False
         break
     (given,) = program.graph_signature.user_inputs
     sizes = next(node for node in program.graph.nodes if node.name == given).meta["val"].shape
@@ -187,12 +187,13 @@ def _asks_for_more(error: Exception) -> bool:
 
 
 def _unsolved(
-    model: nn.Module, example: Tensor, names: tuple[str, ...], least: int, why: Exception
+    model: nn.Module, example: Tensor, names: tuple[str, ...], minima: tuple[int, ...], why: Exception
 ) -> torch.export.ExportedProgram:
-    """Trace without deriving bounds of sizes, because torch.export cannot solve some conditions (pooling with `ceil_mode`)."""
+    """Trace without deriving bounds of sizes, because torch.export cannot solve some conditions: pooling with `ceil_mode`,
+    interpolation by a factor."""
     hint = torch.export.Dim.AUTO
-    dims = {PLACES[name]: hint if name == "batch" else hint(min=least) for name in names}
-    if dims and not _asks_for_more(why):
+    for least in dict.fromkeys(minima if names else ()):
+        dims = {PLACES[name]: hint if name == "batch" else hint(min=least) for name in names}
         with suppress(Exception):  # report its first error
             return _trace(model, example, dims, explore=True)
     told = f"{first_line(why)}{_place(why)}"

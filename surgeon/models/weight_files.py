@@ -54,8 +54,7 @@ def load_weights_file(
     choice = len(named) > 1 or key is not None
     load_weights(model, named[chosen], f"{file}:{chosen}" if choice else str(file))
     if others := [name for name in others if not mismatches(named[name], model)]:
-        fit = "fits" if len(others) == 1 else "fit"
-        logger.warning("%s: took %s, not %s, which %s, too: FILE:KEY chooses", file, chosen, ", ".join(others), fit)
+        logger.warning("%s: took %s; %s:%s takes those instead", file, chosen, file, f" or {file}:".join(others))
     elif left := sizes[chosen] - len(named[chosen]):
         what = "tensor that is not the model's is" if left == 1 else "tensors that are not the model's are"
         logger.warning("%s: %d %s left out", file, left, what)

@@ -11,6 +11,7 @@ from surgeon.errors import CheckpointError
 from surgeon.zoo.trial.folder import TryFolder
 from surgeon.zoo.trial.run import Trial
 from surgeon.zoo.trial.speed import Speed
+from tests.support.answers import make_answer
 from tests.support.search.tasks import FACTORY, search_arguments
 
 WHAT = ["--task", "tiny-regression", "--type", "pafu", "--layers", "all", "--option", "group_size=2", "--lr", "0.01"]
@@ -133,3 +134,17 @@ def test_one_class_is_one_error(command: list[str], capsys: Told) -> None:
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(lines) == 1
     assert "the data have only one class (only)" in lines[0]
+
+
+def test_less_than_one_judging_sample_decides_nothing() -> None:
+    samples = {"train": 240, "val": 24, "choose": 0, "judge": 24}
+    few = make_answer([0.5] * 5, [0.5, 0.5, 0.5, 0.5, 0.5 + 1 / 24], samples=samples)
+    told = "undecided: +0.83 ± 0.83 points of top-1 (5 seeds); of 24 judging samples, one is 4.2 points of top-1"
+    assert few.sentence().startswith(told)
+    assert "less than one judging sample" in few.meaning()
+    won = make_answer([0.5] * 3, [0.5 + 1 / 24] * 2 + [0.5 + 1.1 / 24], samples=samples)
+    assert won.verdict == "won"
+    assert make_answer([0.5] * 3, [0.51, 0.511, 0.512], samples=samples).verdict == "undecided"
+    none = make_answer([0.5] * 3, [0.501, 0.499, 0.5])
+    assert (few.outcome, none.outcome, won.outcome) == ("undecided", "no gain seen", "won")
+    assert none.to_dict()["verdict"] == "no gain seen"

@@ -19,7 +19,7 @@ def make_answer(original: list[float], converted: list[float], **changes: Any) -
         "steps": 9,
         "epochs": 2.0,
     }
-    values |= {"batch_size": 4, "samples": {"train": 8, "val": 4, "choose": 2, "judge": 2}, "costs": costs}
+    values |= {"batch_size": 4, "samples": {"train": 8, "val": 4000, "choose": 2000, "judge": 2000}, "costs": costs}
     values |= {"rates": dict.fromkeys(costs, 1e-3), "swept": {arm: {"0.001": 0.5} for arm in costs}}
     return Answer(
         **values

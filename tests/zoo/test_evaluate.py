@@ -260,6 +260,27 @@ def test_an_untrained_head_is_not_evaluated(capsys: pytest.CaptureFixture[str]) 
     assert "there is nothing to evaluate before it is trained (`surgeon finetune` trains it; --weights random" in error
 
 
+def test_the_head_is_that_of_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), "five.pth")
+    given = ["evaluate", "test_resnet", "--weights", "five.pth", "--task", "brightness", "--limit", "2", "--quiet"]
+    assert main(given) == 0
+    assert "accuracy*" in capsys.readouterr().out
+    assert main([*given, "--num-classes", "7"]) == 2
+    assert "a head of 5 classes, and the model one of 7" in capsys.readouterr().err
+
+
+def test_a_recipe_brings_the_size_of_its_inputs(capsys: pytest.CaptureFixture[str]) -> None:
+    made = ["convert", "test_resnet", "--weights", "random"]
+    assert main([*made, "--layers", "stage4", "--type", "sekg", "--input-size", "64", "-o", "found"]) == 0
+    capsys.readouterr()
+    assert main([*made, "--recipe", "found/recipe.json", "-o", "again"]) == 0
+    out, error = capsys.readouterr()
+    assert "convolutions at 64x64" in out
+    assert "images of 3x64x64, as in the recipe; --input-size takes others" in error
+    assert main([*made, "--recipe", "found/recipe.json", "--input-size", "96", "-o", "other"]) == 0
+    assert "convolutions at 96x96" in capsys.readouterr().out
+
+
 def test_a_part_of_an_undivided_folder_is_told_with_what_takes_all_of_it() -> None:
     Path("photos").mkdir()
     whole = create_task("super-resolution", data="photos")

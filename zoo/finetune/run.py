@@ -240,7 +240,7 @@ class _Session:
             self.journal.tell(f"resuming after step {run.progress.step}/{run.plan.total}")
             return
         self.journal.start(0, run.plan.total)
-        if (images := self.task.images()) is not None:
+        if known is None and (images := self.task.images()) is not None:
             self.journal.tell(f"images: {images}")
         size = self._input_size()
         if original is not None:

@@ -12,6 +12,7 @@ from surgeon.zoo.finetune.state import finite
 ARMS = ("original", "converted")
 LEAST_SEEDS = 3  # for a verdict
 SHARES = ("top1", "miou")  # at most 1
+COUNTS = ("top1",)  # shares of the judging samples
 UNITS = {"top1": ("points of top-1", 100.0), "miou": ("points of mIoU", 100.0), "psnr": ("dB", 1.0)}
 
 
@@ -129,7 +130,23 @@ class Answer:
     @property
     def verdict(self) -> str:
         """won, lost or undecided."""
-        return verdict(self.gains)
+        return "undecided" if self.coarse else verdict(self.gains)
+
+    @property
+    def outcome(self) -> str:
+        """The verdict, in which "no gain seen" differs from "undecided", as in the sentence."""
+        found = self._gain_told().partition(" beyond")[0]
+        return found if found == "no gain seen" else self.verdict
+
+    @property
+    def step(self) -> float:
+        """What one judging sample counts in `unit`: a share cannot move by less. 0 for other metrics."""
+        return self.scale / max(self.samples["judge"], 1) if self.primary in COUNTS else 0.0
+
+    @property
+    def coarse(self) -> bool:
+        """Whether gain and error together are less than one judging sample counts."""
+        return self.error is not None and abs(self.gain or 0.0) + 2 * self.error < self.step
 
     def factor(self, what: str) -> float | None:
         """Ratio of a cost, converted to original; None if one of them is unknown."""
@@ -163,6 +180,9 @@ class Answer:
                 else f"{counted(judge, 'judging sample')} {'is' if judge == 1 else 'are'} too few to tell"
             )
             return f"undecided: {self.gain:+.3g} {self.unit} with each of {seeds}; {why}"
+        if self.coarse:
+            of = counted(self.samples["judge"], "judging sample")
+            return f"undecided: {found} {self.unit} ({seeds}); of {of}, one is {self.step:.2g} {self.unit}"
         return f"no gain seen beyond ± {2 * error:.2g} {self.unit} ({found}, {seeds})"
 
     @property
@@ -179,13 +199,15 @@ class Answer:
             return f"Too few seeds to tell: an answer takes {LEAST_SEEDS}."
         if self.perfect:
             return "Nothing is left to gain on these images: harder ones could tell the networks apart, longer training cannot."
+        if self.coarse:
+            return "The difference is less than one judging sample: more of them could tell."
         if tied(self.gains):
             return "All seeds differ by the same amount, which measures no error: more judging images could tell."
         return "No difference was seen beyond two standard errors; more seeds or longer training may show one, or not."
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; NaN and infinity become null."""
-        found = {"gain": self.gain, "standard_error": self.error, "unit": self.unit, "verdict": self.verdict}
+        found = {"gain": self.gain, "standard_error": self.error, "unit": self.unit, "verdict": self.outcome}
         factors = {what: self.factor(what) for what in ("flops", "params", "step_seconds")}
         values: dict[str, Any] = finite(
             {"answer": self.sentence(), **found, "gains": self.gains, "factors": factors, **asdict(self)}

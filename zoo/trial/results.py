@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.costs import cost
 from surgeon.errors import SurgeonError
-from surgeon.util.few import FEW, few_judge
+from surgeon.util.few import FEW, FEW_COUNTED, few_judge
 from surgeon.util.tables import duration
 from surgeon.zoo.trial.answer import ARMS, LEAST_SEEDS, Answer, ArmCost
 from surgeon.zoo.trial.plan import END, LEAST_STEPS, time_to_judge
@@ -84,8 +84,12 @@ def _notes(trial: "Trial", answer: Answer) -> list[str]:
             notes.append(f"the best rate of {arm}, {rate:g}, is at the edge of those tried: --lr takes others")
     if len(trial.plan.rates) > 1 and not trial.plan.choose:
         notes.append("there are too few validation samples to split: those that chose the rates judge, too")
+    one = f"each is {answer.step:.2g} {answer.unit}, and " if answer.step else ""
     few = few_judge(
-        trial.plan.judge, "the error is that over seeds, and says nothing of other images", **_cut(trial, answer)
+        trial.plan.judge,
+        f"{one}the error is that over seeds, and says nothing of other images",
+        least=_enough(answer),
+        **_cut(trial, answer),
     )
     notes += [] if few is None or not answer.seeds else [few]
     failed = [row for row in trial.scores.values() if "failed" in row]
@@ -108,12 +112,17 @@ def _notes(trial: "Trial", answer: Answer) -> list[str]:
     return notes
 
 
+def _enough(answer: Answer) -> int:
+    """Judging samples that need no note."""
+    return FEW_COUNTED if answer.step else FEW
+
+
 def _cut(trial: "Trial", answer: Answer) -> dict[str, Any]:
     """Arguments of `few_judge` if the time limited the judging samples: of how many, and the time that takes more."""
     if not answer.cut:
         return {}
     whole, rates = answer.samples["val"], len(trial.config.rates)
-    most = min(whole - whole // 2 if rates > 1 else whole, FEW)
+    most = min(whole - whole // 2 if rates > 1 else whole, _enough(answer))
     if most <= trial.plan.judge:
         return {"whole": whole, "hint": "a larger val/ tells more"}
     needed = time_to_judge(most, trial.speed, rates, trial.config.seeds, trial.config.steps)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from surgeon.errors import ConfigError
 from surgeon.util.declared import training_defaults
@@ -278,8 +278,8 @@ def add_output(parser: Any, *, required: bool, help_: str) -> None:
 # --- evaluating them ----------------------------------------------------------------------------------------------------
 
 
-def build(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
-    """The model of the arguments, and its base model, if known."""
+def build(args: argparse.Namespace, head: Literal["own", "weights"] = "own") -> "tuple[nn.Module, BaseModel | None]":
+    """The model of the arguments, and its base model, if known; `head` is as in `build_model`, if no classes are given."""
     from surgeon.models.names import build_model
 
     model, base = build_model(
@@ -290,6 +290,7 @@ def build(args: argparse.Namespace) -> "tuple[nn.Module, BaseModel | None]":
         input_size=getattr(args, "input_size", None),
         options=dict(args.model_args),
         trust_factory=args.trust_factory,
+        head=head if args.num_classes is None else "own",
     )
     tell_weights(args, base)
     return model, base

@@ -122,7 +122,11 @@ def _export(args: argparse.Namespace, found: "Finished") -> int:
         print_json(values)
     else:
         primary = found.about["task"]["primary"]
-        print(f"{counted(len(about['placement']), 'layer')}, {primary} {about['value']:.5g} ({about['stage']})")
+        value, beside = f"{about['value']:.5g}", ""
+        if original is not None:
+            value, plain = apart(about["value"], original)
+            beside = f", the unmodified model {plain}"
+        print(f"{counted(len(about['placement']), 'layer')}, {primary} {value} ({about['stage']}){beside}")
         print(f"written to  {output}\nrecipe      {output / 'recipe.json'}")
     return 0
 

@@ -121,6 +121,29 @@ def test_conditions_that_torch_export_cannot_solve_leave_sizes_free(kind: str | 
     assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
 
 
+class Enlarged(nn.Module):
+    """A restorer with a bicubic skip, as super-resolution has it: torch.export cannot solve what a factor does to a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skip = nn.functional.interpolate(x, scale_factor=2, mode="bicubic")
+        return skip + nn.functional.pixel_shuffle(self.conv(x), 2)
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_a_skip_that_is_interpolated_by_a_factor_leaves_sizes_free(suffix: str, tmp_path: Path) -> None:
+    found = surgeon.export(model := Enlarged().eval(), tmp_path / f"m.{suffix}", input_size=(3, 48, 48))
+    assert set(found.free) == {"batch", "height", "width"}
+    x = torch.randn(1, 3, 61, 45)
+    if suffix == "onnx":
+        assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
+    else:
+        assert relative_error(torch.export.load(tmp_path / "m.pt2").module()(x), model(x)) <= 1e-6
+
+
 def test_the_channels_of_a_converted_first_layer_are_known(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(5, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 3))
     converted, _ = surgeon.convert(model, layers="0", type="sekg", input_size=(5, 16, 16))

@@ -181,7 +181,7 @@ def test_averaged_weights_come_first_and_that_is_told(
     file = saved(tmp_path, "w.pth", {"epoch": 3, **states})
     model, base = build_model(TINY, weights=str(file))
     assert base is not None
-    assert caplog.messages == [f"{file}: took {averaged}, not {plain}, which fits, too: FILE:KEY chooses"]
+    assert caplog.messages == [f"{file}: took {averaged}; {file}:{plain} takes those instead"]
     assert base.weights.path == f"{file}:{averaged}"
     assert torch.equal(model.state_dict()["fc.weight"], states[averaged]["fc.weight"])
     assert state_sha256(restore(base)) == state_sha256(model)
@@ -244,7 +244,7 @@ def test_names_below_a_prefix(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     caplog.clear()
     file = saved(tmp_path, "both.pth", both)
     build_model(TINY, weights=str(file))
-    assert caplog.messages == [f"{file}: took student, not teacher, which fits, too: FILE:KEY chooses"]
+    assert caplog.messages == [f"{file}: took student; {file}:teacher takes those instead"]
     model, _ = build_model(TINY, weights=f"{file}:teacher")
     assert torch.equal(model.state_dict()["fc.weight"], second["fc.weight"])
 

@@ -174,10 +174,10 @@ class RestorationTask(Task):
         wanted = (2, self.target_channels(), out, out)
         fits = isinstance(output, Tensor) and output.dim() == 4 and output.shape[:2] == wanted[:2]
         if not fits or output.shape[2] != output.shape[3] or output.shape[2] > out or (out - output.shape[2]) % 2:
-            image = isinstance(output, Tensor) and output.dim() == 4
-            hint = (
-                self.hint() if image else "; this is no image: the task takes networks that return one, not classifiers"
-            )
+            hint = "; this is no image: the task takes networks that return one, not classifiers"
+            if isinstance(output, Tensor) and output.dim() == 4:
+                height, width = output.shape[2:]
+                hint = self.hint(height / side if height == width != out else None)
             raise InputError(
                 f"task {self.name}: the model returns {describe(output)} for an input of {(2, *size)}, "
                 f"but the task needs {wanted} (or a frame less on all four sides){hint}"
