@@ -140,7 +140,7 @@ class Answer:
 
     @property
     def step(self) -> float:
-        """What one judging sample counts in `unit`: a share cannot move by less. 0 for other metrics."""
+        """The weight of one judging sample in `unit`: a share cannot move by less. 0 for other metrics."""
         return self.scale / max(self.samples["judge"], 1) if self.primary in COUNTS else 0.0
 
     @property
