@@ -300,23 +300,23 @@ def test_factories_run_only_when_trusted(tmp_path: Path) -> None:
 
 
 def test_a_factory_that_has_changed_or_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "changing.py").write_text(
         "from torch import nn\nWIDTH = 4\n"
         "def build(): return nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.Conv2d(WIDTH, 3, 3))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    model, base = build_model("mine:build", trust_factory=True)
+    model, base = build_model("changing:build", trust_factory=True)
     save(with_dynamic(model.eval(), "1"), tmp_path / "run", base=base)
     load(tmp_path / "run", trust_factory=True)
-    monkeypatch.setattr("mine.WIDTH", 5)
+    monkeypatch.setattr("changing.WIDTH", 5)
     with pytest.raises(
-        CheckpointError, match=r"expected \(5, .*the factory mine:build may build another network than when"
+        CheckpointError, match=r"expected \(5, .*the factory changing:build may build another network than when"
     ):
         load(tmp_path / "run", trust_factory=True)
     monkeypatch.undo()
-    monkeypatch.delitem(sys.modules, "mine")
+    monkeypatch.delitem(sys.modules, "changing")
     with pytest.raises(
-        ModelError, match=r"there is no Python module 'mine' in this folder or on PYTHONPATH. Run this in"
+        ModelError, match=r"there is no Python module 'changing' in this folder or on PYTHONPATH. Run this in"
     ):
         load(tmp_path / "run", trust_factory=True)
     assert main(["evaluate", str(tmp_path / "run"), "--trust-factory", "--task", "brightness"]) == 2
