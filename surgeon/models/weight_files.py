@@ -42,8 +42,9 @@ def load_weights_file(
     file, key = in_file(weights)
     named: dict[str, StateDict] = {}
     sizes: dict[str, int] = {}
-    for outer, state in read_weights(file).items():
-        parts = _parts(model, adapt(state) if adapt else state)
+    for outer, given in read_weights(file).items():
+        state = adapt(given) if adapt else given
+        parts = _parts(model, state)
         for prefix, part in parts.items():
             name = ".".join(filter(None, (outer, prefix if len(parts) > 1 else "")))
             named[name], sizes[name] = part, len(state)
