@@ -326,8 +326,7 @@ def _source(args: argparse.Namespace, seed: int, recipe: "TrainingRecipe | None"
     if not is_surgeon_folder(folder):
         options = model_options(args)
         if recipe is None:
-            head: Any = "weights" if args.num_classes is None else "own"
-            model, base = build_model(args.model, weights=args.weights, options=options, head=head)
+            model, base = build_model(args.model, weights=args.weights, options=options, head="weights")
             tell_weights(args, base)
         else:
             model, base = recipe.make_model(args.model, weights=args.weights, seed=seed, options=options)

@@ -19,16 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from surgeon.errors import ConfigError, ExportError, SurgeonError
-from surgeon.exporting.exported import (
-    Runner,
-    add_metadata,
-    data_of,
-    foreign_operators,
-    missing_packages,
-    quiet,
-    read,
-    write,
-)
+from surgeon.exporting.exported import Runner, data_of, foreign_operators, missing_packages, quiet, read, write
 from surgeon.exporting.outputs import input_name, output_names, prepared
 from surgeon.exporting.trace import NAMES, Shapes, first_line, random_images, traced
 from surgeon.records.preprocessing import metadata
@@ -182,7 +173,9 @@ def export(
         for names in shapes.tries():
             try:
                 outputs = output_names(model, output, alone)
-                result = _attempt(model, partial, kind, opset, shapes.for_dims(names), names, outputs, tell)
+                result = _attempt(model, partial, kind, opset, shapes.for_dims(names), names, outputs, about, tell)
+                if free == "size" and (why := [shapes.fixed[name] for name in NAMES[1:] if name in shapes.fixed]):
+                    raise ExportError(f"the image size cannot be free: {why[0]}; nothing was written")
                 if "batch" not in names or "batch" in result.free or shapes.one is None:
                     break  # otherwise the model's code fixes the batch: again, for one image
             except ExportError as error:
@@ -192,9 +185,6 @@ def export(
         result.fixed = {name: why for name, why in (reasons | shapes.fixed).items() if name not in result.free}
         if "batch" in result.fixed:
             result.fixed["batch"] += f"; for {counted(result.input_shape[0], 'image')} at a time"
-        if about:
-            add_metadata(partial, about)
-            result.metadata = about
         result.size = sum(file.stat().st_size for file in partial.parent.iterdir())
         data = _put(partial, path, kind)
         result.path, result.data = str(path), None if data is None else str(data)
@@ -209,6 +199,7 @@ def _attempt(
     shapes: Shapes,
     names: tuple[str, ...],
     outputs: list[str] | None,
+    about: dict[str, str],
     tell: OnProgress,
 ) -> Exported:
     """Trace with these dimensions dynamic, write the file, and verify it.
@@ -220,7 +211,7 @@ def _attempt(
     tell(f"write {format}", 0, 1)
     given = input_name(model, outputs or ())
     with quiet():
-        written = write(program, partial, format, opset, given, outputs)
+        written = write(program, partial, format, opset, given, outputs, about)
     result = Exported(
         path=str(partial),
         format=format,
@@ -232,6 +223,7 @@ def _attempt(
         input=given if format == "onnx" else None,
         outputs=written.outputs if format == "onnx" else outputs or [],
         foreign=foreign_operators(program, partial, format),
+        metadata=about,
     )
     tell("read back", 0, 1)
     runner = read(partial, format)

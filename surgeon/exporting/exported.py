@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from io import BytesIO, StringIO
@@ -66,8 +66,9 @@ def write(
     opset: int | None,
     given: str = "images",
     outputs: list[str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Written:
-    """Write the program, using these names of its input and outputs in ONNX.
+    """Write the program, using these names of its input and outputs, and this metadata, in ONNX.
 
     Raises `ExportError` if the format cannot express it, or if the file has another opset than requested.
     """
@@ -89,7 +90,9 @@ def write(
         assert made is not None
         made.save(path, external_data=_weights(program) >= LARGE)
         model = onnx.load(path, load_external_data=False)
-        if _name_sizes(model.graph):
+        if metadata:
+            onnx.helper.set_model_props(model, dict(metadata))
+        if _name_sizes(model.graph) or metadata:
             onnx.save(model, path)
         onnx.checker.check_model(path, full_check=True)
     except OSError:  # a full disk says nothing about the model
@@ -111,15 +114,6 @@ def _name_sizes(graph: Any) -> bool:
             if size.dim_param:
                 size.dim_param = re.sub(r"\w+", lambda m: names.get(m[0], m[0]), size.dim_param)
     return bool(names)
-
-
-def add_metadata(path: Path, values: dict[str, str]) -> None:
-    """Put the values into the `metadata_props` of an ONNX file; weights in a second file stay there."""
-    import onnx
-
-    model = onnx.load(path, load_external_data=False)
-    onnx.helper.set_model_props(model, values)
-    onnx.save(model, path)
 
 
 def _write_archive(program: torch.export.ExportedProgram, path: Path) -> Written:

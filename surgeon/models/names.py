@@ -55,7 +55,7 @@ def build_model(
     `weights` is auto (pretrained if available, otherwise random, with a logged warning), pretrained, random, shapes (random,
     in the structure of the pretrained ones), or a file. Random weights depend on `seed`. `input_size` is (C, H, W) or (H, W).
     `options` go to the model's own factory. `trust_factory` lets a surgeon folder run the factory that its recipe names. `head` is
-    own, or weights: one with as many outputs as the weights of a file have, where the model's own has others.
+    own, or weights: one with as many outputs as the weights of a file have, unless the options say how many.
     The second result is None only for a surgeon folder whose base model is unknown. Raises `ModelError`.
     """
     from surgeon.models.hub import folder_if_any
@@ -86,8 +86,8 @@ def build_model(
         model, base = _with_weights(base, weights, seed)
     except HeadError as error:
         name = _head_option(base, error)
-        if name is None or head == "own":
-            given = name is not None and name in base.kwargs
+        given = name is not None and name in base.kwargs
+        if name is None or given or head == "own":
             later = "; finetune and try put in the head that the data need" if given else ""
             raise ModelError(f"{error}{_told_option(name, error)}{later}") from error
         model, base = _with_weights(replace(base, kwargs=base.kwargs | {name: error.outputs}), weights, seed)

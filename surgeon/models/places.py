@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,9 @@ def untrusted(factory: str) -> ModelError:
 def check_module_of(factory: str) -> None:
     """Raise `ModelError` if the first part of the module of a factory, MODULE:NAME, is nowhere; nothing is imported."""
     first = re.split("[.:]", factory)[0]
-    places = [str(Path.cwd()), *sys.path]
-    if first in sys.modules or not first.isidentifier() or PathFinder.find_spec(first, places) is not None:
+    if first in sys.modules or not first.isidentifier():
+        return
+    if PathFinder.find_spec(first, [str(Path.cwd())]) is not None or find_spec(first) is not None:
         return
     near = did_you_mean(first, sorted(file.stem for file in Path.cwd().glob("*.py")))
     hint = near or " Run this in the folder that has it, or put that folder on PYTHONPATH"

@@ -51,20 +51,16 @@ def load_weights_file(
     if key is not None and key not in named:
         known = ", ".join(filter(None, named)) or "only one, without a key"
         raise ModelError(f"{file} has no state dict {key!r}; it has {known}")
-    chosen, *others = [key] if key is not None else _ranked(model, named)
+    wrong = {name: len(mismatches(state, model)) for name, state in named.items()} if key is None else {key: 0}
+    chosen = min(wrong, key=lambda name: (wrong[name], _AVERAGED.search(name) is None))
     choice = len(named) > 1 or key is not None
     load_weights(model, named[chosen], f"{file}:{chosen}" if choice else str(file))
-    if others := [name for name in others if not mismatches(named[name], model)]:
+    if others := [name for name in wrong if name != chosen and not wrong[name]]:
         logger.warning("%s: took %s; %s:%s takes those instead", file, chosen, file, f" or {file}:".join(others))
     elif left := sizes[chosen] - len(named[chosen]):
         what = "tensor that is not the model's is" if left == 1 else "tensors that are not the model's are"
         logger.warning("%s: %d %s left out", file, left, what)
     return f"{file.resolve()}:{chosen}" if choice else str(file.resolve())
-
-
-def _ranked(model: nn.Module, named: Mapping[str, StateDict]) -> list[str]:
-    wrong = {name: len(mismatches(state, model)) for name, state in named.items()}
-    return sorted(named, key=lambda name: (wrong[name], _AVERAGED.search(name) is None))
 
 
 def _parts(model: nn.Module, state: StateDict) -> dict[str, StateDict]:

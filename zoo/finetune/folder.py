@@ -112,8 +112,9 @@ class RunFolder:
             shutil.rmtree(fresh, ignore_errors=True)
             (fresh / "training").mkdir(parents=True)
             write_text(fresh / RUN, json.dumps(record, indent=2) + "\n")
-            if self.output.exists():
-                shutil.rmtree(self._old, ignore_errors=True)
+            if self._old.exists():  # of a killed run, which had no checkpoint yet
+                shutil.rmtree(self.output, ignore_errors=True)
+            elif self.output.exists():
                 self.output.rename(self._old)
             try:
                 fresh.rename(self.output)
@@ -137,7 +138,7 @@ class RunFolder:
 
     @property
     def _old(self) -> Path:
-        return self.output.with_name(f".{self.output.name}.old")
+        return self.output.with_name(f".{self.output.name}.surgeon-old")
 
     def _put_back(self) -> None:
         if self._old.is_dir():

@@ -134,9 +134,10 @@ class Answer:
 
     @property
     def outcome(self) -> str:
-        """The verdict, in which "no gain seen" differs from "undecided", as in the sentence."""
-        found = self._gain_told().partition(" beyond")[0]
-        return found if found == "no gain seen" else self.verdict
+        """The verdict, with "no gain seen" where seeds and samples suffice for a bound, as in the sentence."""
+        if self.verdict != "undecided" or len(self.gains) < LEAST_SEEDS or tied(self.gains) or self.coarse:
+            return self.verdict
+        return "no gain seen"
 
     @property
     def step(self) -> float:

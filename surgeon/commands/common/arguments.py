@@ -279,7 +279,7 @@ def add_output(parser: Any, *, required: bool, help_: str) -> None:
 
 
 def build(args: argparse.Namespace, head: Literal["own", "weights"] = "own") -> "tuple[nn.Module, BaseModel | None]":
-    """The model of the arguments, and its base model, if known; `head` is as in `build_model`, if no classes are given."""
+    """The model of the arguments, and its base model, if known; `head` is as in `build_model`."""
     from surgeon.models.names import build_model
 
     model, base = build_model(
@@ -290,7 +290,7 @@ def build(args: argparse.Namespace, head: Literal["own", "weights"] = "own") -> 
         input_size=getattr(args, "input_size", None),
         options=dict(args.model_args),
         trust_factory=args.trust_factory,
-        head=head if args.num_classes is None else "own",
+        head=head,
     )
     tell_weights(args, base)
     return model, base

@@ -122,10 +122,8 @@ def _export(args: argparse.Namespace, found: "Finished") -> int:
         print_json(values)
     else:
         primary = found.about["task"]["primary"]
-        value, beside = f"{about['value']:.5g}", ""
-        if original is not None:
-            value, plain = apart(about["value"], original)
-            beside = f", the unmodified model {plain}"
+        value, *plain = apart(about["value"], *([] if original is None else [original]))
+        beside = f", the unmodified model {plain[0]}" if plain else ""
         print(f"{counted(len(about['placement']), 'layer')}, {primary} {value} ({about['stage']}){beside}")
         print(f"written to  {output}\nrecipe      {output / 'recipe.json'}")
     return 0

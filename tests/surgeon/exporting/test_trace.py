@@ -121,6 +121,19 @@ def test_conditions_that_torch_export_cannot_solve_leave_sizes_free(kind: str | 
     assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
 
 
+def test_a_size_that_the_code_fixes_is_an_error_where_it_was_asked_to_be_free(tmp_path: Path) -> None:
+    class Fixing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * int(x.shape[2]) * int(x.shape[3])
+
+    with pytest.raises(
+        ExportError, match="the image size cannot be free: the model's code fixes it at 16; nothing was"
+    ):
+        surgeon.export(Fixing(), tmp_path / "m.pt2", input_size=(3, 16, 16), free="size")
+    assert not list(tmp_path.iterdir())
+    assert set(surgeon.export(Fixing(), tmp_path / "m.pt2", input_size=(3, 16, 16)).free) == {"batch"}
+
+
 class Enlarged(nn.Module):
     """A restorer with a bicubic skip, as super-resolution has it: torch.export cannot solve what a factor does to a size."""
 

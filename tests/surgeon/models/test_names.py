@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +18,7 @@ import surgeon
 from surgeon.errors import CheckpointError, ModelError
 from surgeon.models.identify import identify
 from surgeon.models.names import build_model, build_structure, model_names, restore
-from surgeon.models.places import check_trust
+from surgeon.models.places import check_module_of, check_trust
 from surgeon.models.weights import state_sha256
 from surgeon.records.recipe import BaseModel, Weights, get_recipe
 from surgeon.util.outputs import RUN, SEARCH, TRIAL
@@ -315,3 +316,18 @@ def changed_by_hand() -> nn.Module:
 )
 def test_models_that_are_not_known_for_sure_are_not_identified(make: Any) -> None:
     assert identify(make()) is None
+
+
+def test_modules_that_an_editable_installation_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """setuptools puts a finder of its own into `sys.meta_path`: such a package is in no folder of `sys.path`."""
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+            return ModuleSpec(name, None) if name == "installed_elsewhere" else None
+
+    check_module_of("torchvision.models:resnet18")
+    with pytest.raises(ModelError, match="there is no Python module 'installed_elsewhere'"):
+        check_module_of("installed_elsewhere.nets:build")
+    monkeypatch.setattr("sys.meta_path", [*sys.meta_path, Finder])
+    check_module_of("installed_elsewhere.nets:build")

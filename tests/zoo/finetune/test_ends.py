@@ -15,6 +15,7 @@ from surgeon.errors import CheckpointError, ConfigError, DataError, TrainingErro
 from surgeon.zoo.evaluate import evaluate as measure
 from surgeon.zoo.finetune import FinetuneResult, finetune, loop, run
 from surgeon.zoo.finetune.evaluation import Evaluation, evaluate
+from surgeon.zoo.finetune.folder import RunFolder
 from surgeon.zoo.finetune.loop import Interrupted, Run
 from surgeon.zoo.tasks import Batch
 from tests.support.tiny_runs import contents
@@ -283,6 +284,18 @@ def test_a_replaced_run_comes_back_if_the_new_one_does_not_begin(
     with pytest.raises(type(stop) if isinstance(stop, Exception) else stop):
         finetune(converted("pafu"), regression(), QUICK, tmp_path / "run", force=True)
     assert contents(tmp_path / "run") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_replaced_run_survives_killed_ones(tmp_path: Path) -> None:
+    """What was replaced is the last run with a checkpoint, not what a killed run left in its place."""
+    folder = RunFolder(tmp_path / "run")
+    folder.create({"number": 1})
+    folder.settle()
+    for number in (2, 3):  # killed before their first checkpoints
+        folder.create({"number": number})
+    folder.discard()
+    assert folder.record.read_text() == '{\n  "number": 1\n}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -73,9 +73,8 @@ class ImageFormat:
 
     def values(self) -> dict[str, Any]:
         """By timm's names, what decides of this; small images are only resized."""
-        names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-        found = {name: self.size if name == "input_size" else getattr(self, name) for name in names}
-        return dict(list(found.items())[:3]) if max(self.size[1:]) <= SMALL else found
+        cut = () if max(self.size[1:]) <= SMALL else ("interpolation", "crop_pct", "crop_mode")
+        return {"input_size": self.size} | {name: getattr(self, name) for name in ("mean", "std", *cut)}
 
     def shown(self, x: Tensor) -> Tensor:
         """A normalized image (C, H, W) as values in [0, 1]."""
