@@ -1,6 +1,6 @@
 """The ACDA operator: registration, gradient, and backends (plain torch, C, Triton)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -135,7 +135,9 @@ register_flop_formula(torch.ops.surgeon.acda_conv)(flops.acda_flops)
 register_flop_formula(torch.ops.surgeon.acda_conv_backward)(flops.acda_backward_flops)
 
 
-def _why_not_triton(x: Tensor, alpha: Tensor, psi: Tensor, static: Tensor, coeff: Tensor, *geometry: Any) -> list[str]:
+def _why_not_triton(
+    x: Tensor, alpha: Tensor, psi: Tensor, static: Tensor, coeff: Tensor, *geometry: Any
+) -> Iterator[str]:
     return reasons_against([x, alpha, psi, static, coeff])
 
 

@@ -7,7 +7,7 @@ selects the backend of every call that does not name one itself.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from surgeon.errors import BackendError
 
 ENVIRONMENT = "SURGEON_BACKEND"
 
-WhyNot = Callable[..., list[str]]
+WhyNot = Callable[..., Iterable[str]]
 
 NATIVE = "native"
 PORTABLE = "portable"
@@ -75,7 +75,7 @@ class Operator:
         """Reasons why the named backend cannot take these inputs; empty if it can."""
         if name not in self.backends:
             raise BackendError(f"{self.name} has no backend {name!r}; it has {', '.join(self.backends)}")
-        return self.backends[name].why_not(*args, **kwargs)
+        return list(self.backends[name].why_not(*args, **kwargs))
 
     def choose(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Backend:
         """The backend that would run; raises `BackendError` with every reason if there is none."""
@@ -84,12 +84,11 @@ class Operator:
         elif backend is None:
             backend = self._from_environment(*args)
         names = list(self.backends) if backend is None else [backend]
-        against = {}
         for name in names:
-            reasons = self.why_not(name, *args, **kwargs)
-            if not reasons:
-                return self.backends[name]
-            against[name] = reasons
+            found = self.backends.get(name)
+            if found is not None and next(iter(found.why_not(*args, **kwargs)), None) is None:
+                return found
+        against = {name: self.why_not(name, *args, **kwargs) for name in names}
         told = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in against.items())
         raise BackendError(f"no backend can run {self.name} on these inputs ({told})")
 

@@ -11,7 +11,7 @@ Only inputs are saved for the backward pass, which recomputes everything else. T
 Legend: N batch, C channels, H W input size, P Q output size, n kernels per group, O output channels, k l kernel size, G groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -255,10 +255,11 @@ register_flop_formula(torch.ops.surgeon.pafu_conv_backward)(pafu_backward_flops)
 # --- backends ------------------------------------------------------------------------------------------------------
 
 
-def _why_not_triton(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *rest: Any) -> list[str]:
-    depthwise = kernel.shape[1] == 1 and rest[-1] > 1
-    reasons = ["it multiplies matrices, and a depthwise convolution has none"] if depthwise else []
-    return reasons_against([x, kernel, further]) + one_dtype(x, kernel, further) + reasons
+def _why_not_triton(x: Tensor, kernel: Tensor, further: Tensor, index: Tensor, *rest: Any) -> Iterator[str]:
+    yield from reasons_against([x, kernel, further])
+    yield from one_dtype(x, kernel, further)
+    if kernel.shape[1] == 1 and rest[-1] > 1:
+        yield "it multiplies matrices, and a depthwise convolution has none"
 
 
 @PAFU_CONV.backend("triton", why_not=_why_not_triton)

@@ -4,7 +4,7 @@ Both are opaque nodes to `torch.compile` and `torch.export`, save only their arg
 once differentiable. Under autocast they run in its dtype; sums are in at least float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -133,8 +133,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _why_not_triton(*args: Any) -> list[str]:
-    return reasons_against([a for a in args if isinstance(a, Tensor)]) + one_dtype(*args)
+def _why_not_triton(*args: Any) -> Iterator[str]:
+    yield from reasons_against([a for a in args if isinstance(a, Tensor)])
+    yield from one_dtype(*args)
 
 
 @DCONV.backend("triton", why_not=_why_not_triton)

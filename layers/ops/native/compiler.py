@@ -242,9 +242,14 @@ class _State:
         self.library: ctypes.CDLL | None = None
         self.reason = ""
 
+    def settled(self) -> bool:
+        return self.library is not None or self.reason != ""
+
     def settle(self) -> None:
+        if self.settled():
+            return
         with self.lock:
-            if self.library is not None or self.reason:
+            if self.settled():  # by another thread, in the meantime
                 return
             try:
                 self.library = find_or_compile()

@@ -1,7 +1,7 @@
 """Reasons why the Triton kernels cannot run. Imports neither Triton nor a kernel."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -16,19 +16,22 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 MOST_ELEMENTS = 2**31 - 1  # per image: offsets inside it are 32-bit
 
 
-def reasons_against(tensors: Sequence[Tensor | None]) -> list[str]:
-    """Reasons why no Triton kernel can take these floating-point tensors; empty if one can."""
+def reasons_against(tensors: Sequence[Tensor | None]) -> Iterator[str]:
+    """Reasons why no Triton kernel can take these floating-point tensors; none if one can. First the one that most calls have."""
     given = [t for t in tensors if t is not None]
-    reasons = [] if HAS_TRITON else ["the package triton is not installed"]
+    on_cpu = all(t.is_cpu for t in given)
+    if on_cpu and not INTERPRETED:
+        yield "it runs on CUDA; the tensors are on cpu"
+    if not HAS_TRITON:
+        yield "the package triton is not installed"
     if dtypes := {t.dtype for t in given} - DTYPES:
-        reasons.append(f"it computes in float32, bfloat16 and float16, not in {named(dtypes)}")
-    if all(t.is_cpu for t in given):
-        return reasons + ([] if INTERPRETED else ["it runs on CUDA; the tensors are on cpu"])
-    reasons += _device_reasons(sorted({t.device.type for t in given}), given[0].device)
+        yield f"it computes in float32, bfloat16 and float16, not in {named(dtypes)}"
+    if on_cpu:
+        return
+    yield from _device_reasons(sorted({t.device.type for t in given}), given[0].device)
     large = [t for t in given if t.dim() > 1 and _reach(t) > MOST_ELEMENTS]
     if large:
-        reasons.append(f"one image of {tuple(large[0].shape)} spans more than 2^31 elements")
-    return reasons
+        yield f"one image of {tuple(large[0].shape)} spans more than 2^31 elements"
 
 
 def _device_reasons(kinds: list[str], device: torch.device) -> list[str]:

@@ -102,16 +102,16 @@ def test_every_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     x, kernels = small_kernels()
     reasons = DCONV.why_not("triton", x, kernels.float(), (3, 3), (1, 1), (1, 1), (1, 1))
     assert reasons == [
+        "it runs on CUDA; the tensors are on cpu",
         "the package triton is not installed",
         "it computes in float32, bfloat16 and float16, not in torch.float64",
-        "it runs on CUDA; the tensors are on cpu",
         "its tensors are of different dtypes (torch.float32, torch.float64)",
     ]
 
 
 def test_an_image_beyond_32_bit_places_is_a_reason() -> None:
     huge = torch.empty(1, 64, 8192, 8192, device="meta")
-    assert support.reasons_against([huge])[-1] == "one image of (1, 64, 8192, 8192) spans more than 2^31 elements"
+    assert list(support.reasons_against([huge]))[-1] == "one image of (1, 64, 8192, 8192) spans more than 2^31 elements"
     assert not any("2^31" in reason for reason in support.reasons_against([huge[:, :16]]))
 
 
