@@ -1,6 +1,7 @@
 """`surgeon evaluate`: a model's metrics on a task, compared with its original's. Imports torch when it runs."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from surgeon.commands.common.arguments import (
 )
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError, ModelError, SurgeonError
-from surgeon.records.training import original_folder, unequal_training
+from surgeon.records.training import original_folder, trainings, unequal_training
 from surgeon.util.few import few_judge
 from surgeon.util.waiting import waiting
 
@@ -73,6 +74,7 @@ def check(args: argparse.Namespace) -> None:
     if named:
         checks.model(args.original)
     checks.other_weights(args.original_weights, "--original-weights", named=named)
+    args.given_options = [name for name, _ in args.task_options]
     settle(args)
 
 
@@ -80,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
     from surgeon.commands.common.console import Progress, width
     from surgeon.records.report import jsonable
+    from surgeon.zoo.tasks.data.judged import judged
 
     task = _task(args)
     notes: list[str] = []
@@ -88,6 +91,14 @@ def run(args: argparse.Namespace) -> int:
         original, name, beside = _original(args, recipe, notes)
     if original is not None and (told := unequal_training(args.model, recipe, name, beside)) is not None:
         notes.append(told)
+    if args.split == "val":
+        past = [(args.model, record) for record in trainings(args.model, recipe)]
+        if original is not None:
+            past += [(name, record) for record in trainings(name, beside)]
+        task, images = judged(task, args.given_options, past)
+        for note in images:  # also with --quiet: it says what the metrics are of
+            print(f"surgeon: {note}", file=sys.stderr, flush=True)
+        notes += images
     with waiting("looking through the data", quiet=args.quiet):
         task.check()
     device = _default_device() if args.device in (None, "auto") else args.device
@@ -98,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             measured = _measure(original, name, task, args, device, progress, notes, original=True)
             compared = {"model": name, **measured}
     samples = len(task.dataset(args.split))
-    if (few := few_judge(samples, "the metrics say little of other images", hint=_part(task, args.split))) is not None:
+    if (few := few_judge(samples, "the metrics say little of other images")) is not None:
         notes.append(few)
     document = {
         "model": args.model,
@@ -119,19 +130,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(text(document, width()))
     return 0
-
-
-def _part(task: "Task", split: str) -> str | None:
-    """How more samples can judge where only a part of an undivided folder does."""
-    from surgeon.zoo.tasks.data.files import FolderConfig, find_roots
-
-    config = task.config
-    if split != "val" or not isinstance(config, FolderConfig) or not find_roots(task.name, config).divided:
-        return None
-    return (
-        f"they are {config.val_fraction:g} of {config.train or config.data} (val_fraction), which has no val/: "
-        f"--task-option val={config.train or config.data} instead of --data judges by all of it"
-    )
 
 
 def _task(args: argparse.Namespace) -> "Task":

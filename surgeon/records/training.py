@@ -4,15 +4,13 @@ were trained equally. Nothing heavy is imported."""
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgeon.errors import ConfigError, called, offered
+from surgeon.records.recipe import BaseModel, Recipe
 from surgeon.util.files import check_fields, read_object
-from surgeon.util.outputs import RUN, SUMMARY, WEIGHTS
+from surgeon.util.outputs import RUN, SUMMARY, WEIGHTS, is_surgeon_folder
 from surgeon.util.tables import counted
-
-if TYPE_CHECKING:
-    from surgeon.records.recipe import BaseModel, Recipe
 
 _RUN_FIELDS = {"config": {"batch_size": int, "accumulate": int}, "data": {"train": {"samples": int}}}
 
@@ -91,7 +89,7 @@ class Training:
         return f"{counted(self.steps, 'step')} of {self.batch} from {counted(self.data['samples'], 'sample')}"
 
 
-def unequal_training(name: str, recipe: "Recipe | None", other: str, beside: "Recipe | None") -> str | None:
+def unequal_training(name: str, recipe: Recipe | None, other: str, beside: Recipe | None) -> str | None:
     """Why the difference of two networks is not that of their structure alone, None if they were trained equally.
 
     `name` and `other` are their names or folders, with the recipe if known. A folder that was not trained itself counts as the one
@@ -117,7 +115,25 @@ def unequal_training(name: str, recipe: "Recipe | None", other: str, beside: "Re
     return f"trained unequally, {name} for {a.told()}, {other} for {b.told()}{data}: the change is not the conversion's alone"
 
 
-def original_folder(base: "BaseModel") -> Path | None:
+def trainings(name: str, recipe: Recipe | None) -> Iterator[dict[str, Any]]:
+    """The records of the trainings of a network's weights, the latest first: its own, and those of what it started from.
+
+    `name` is its name or folder, with the recipe if known. Raises `CheckpointError` for records that cannot be read.
+    """
+    folders: list[tuple[Path, Recipe | None]] = [(Path(name), recipe)]
+    for folder, known in folders:  # grows
+        if known is None and is_surgeon_folder(folder):
+            known = Recipe.read(folder)
+        before = [] if known is None or known.base is None else [original_folder(known.base)]
+        if _trained(folder, None):
+            record = read_object(folder / RUN)
+            before.insert(0, Path(str(record.get("model"))))
+            yield record
+        seen = {one.resolve() for one, _ in folders}
+        folders += [(one, None) for one in before if one is not None and one.is_dir() and one.resolve() not in seen]
+
+
+def original_folder(base: BaseModel) -> Path | None:
     """The surgeon folder whose weights a base model has, if it was converted from one."""
     file = Path(base.weights.path) if base.weights.kind == "file" and base.weights.path else None
     return None if file is None or file.name != WEIGHTS else file.parent
@@ -128,7 +144,7 @@ def _longer(name: str, other: str, *, converted: bool) -> str:
     return f"{name} was trained longer than {other}{more if converted else ''}"
 
 
-def _folder(name: str, recipe: "Recipe | None") -> Path:
+def _folder(name: str, recipe: Recipe | None) -> Path:
     """The folder of the training whose weights a network has, resolved; the name itself if there is none."""
     path = Path(name)
     if not (path / RUN).is_file() and recipe is not None and recipe.base is not None:
@@ -140,7 +156,7 @@ def _same(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve()
 
 
-def _trained(folder: Path, recipe: "Recipe | None") -> bool:
+def _trained(folder: Path, recipe: Recipe | None) -> bool:
     summary = folder / SUMMARY
     if summary.is_file() and read_object(summary).get("kept_step") == 0:
         return False  # the kept weights are those of the start

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.cli import main
-from surgeon.commands.evaluate import _layers, _part
+from surgeon.commands.evaluate import _layers
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.zoo.evaluate import evaluate
@@ -279,18 +279,6 @@ def test_a_recipe_brings_the_size_of_its_inputs(capsys: pytest.CaptureFixture[st
     assert "images of 3x64x64, as in the recipe; --input-size takes others" in error
     assert main([*made, "--recipe", "found/recipe.json", "--input-size", "96", "-o", "other"]) == 0
     assert "convolutions at 96x96" in capsys.readouterr().out
-
-
-def test_a_part_of_an_undivided_folder_is_told_with_what_takes_all_of_it() -> None:
-    Path("photos").mkdir()
-    whole = create_task("super-resolution", data="photos")
-    assert _part(whole, "train") is None
-    told = _part(whole, "val")
-    assert told is not None
-    assert told.startswith("they are 0.1 of photos (val_fraction), which has no val/")
-    assert "--task-option val=photos instead of --data" in told
-    assert _part(create_task("super-resolution", val="photos"), "val") is None
-    assert _part(create_task("brightness"), "val") is None
 
 
 def test_task_options_reach_the_task(capsys: pytest.CaptureFixture[str]) -> None:
