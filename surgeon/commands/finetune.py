@@ -105,8 +105,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_length(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("length and batches")
-    _option(group, "--epochs", above_zero, "N", "passes over the training data")
-    _option(group, "--max-steps", positive, "N", "maximum number of optimizer steps; --epochs may end the run before")
+    _option(
+        group,
+        "--epochs",
+        above_zero,
+        "N",
+        "passes over the training data (default: 10, or as many as --max-steps takes)",
+    )
+    _option(group, "--max-steps", positive, "N", "number of optimizer steps; with --epochs too, the smaller length")
     _option(group, "--max-time", str, "TIME", "maximum time, including evaluations and data loading: 90s, 30m, 1.5h")
     _option(group, "--batch-size", positive, "N", "samples per micro-step, over all processes")
     _option(group, "--accumulate", positive, "N", "micro-steps per optimizer step")
@@ -225,6 +231,8 @@ def _check_run(args: argparse.Namespace) -> None:
         defaults = training_defaults()
         given = _given(args, (*defaults, "milestones"))
         config = given if args.recipe is not None else defaults | given
+        if "epochs" not in given:
+            config.pop("epochs", None)  # follows from --max-steps
         check_resumed(output, model=args.model, task=args.task, config=config, options=dict(args.task_options))
 
 

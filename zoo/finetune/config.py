@@ -12,6 +12,7 @@ SCHEDULES = ("cosine", "poly", "step", "multistep", "tanh", "constant")
 PRECISIONS = ("no", "fp16", "bf16")
 DEVICES = "auto", "cpu", "cuda", "cuda:N"
 KEEP = ("best", "last")
+EPOCHS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +21,8 @@ class FinetuneConfig:
 
     A *span* is a string: optimizer steps ("200"), epochs ("1.5ep"), or a percentage of the run ("5%", of the planned steps).
 
-    Length: `epochs` passes over the training data (None: as many as `max_steps` takes), at most `max_steps` optimizer steps (the
-    schedule is planned for the shorter of the two), at most `max_time` seconds over all sessions, evaluations
+    Length: `epochs` passes over the training data (None: as many as `max_steps` takes, 10 without it), at most `max_steps`
+    optimizer steps (the schedule is planned for the shorter of the two), at most `max_time` seconds over all sessions, evaluations
     included (which cuts the schedule short).
     Batches: `batch_size` samples per micro-step over all processes, `accumulate` micro-steps per optimizer step; evaluation uses
     `eval_batch_size` (None: the same).
@@ -46,7 +47,7 @@ class FinetuneConfig:
     rates times `rollback_factor`, at most `max_rollbacks` times.
     """
 
-    epochs: float | None = 10.0
+    epochs: float | None = None
     max_steps: int | None = None
     max_time: float | None = None
     batch_size: int = 32
@@ -98,7 +99,7 @@ class FinetuneConfig:
         for name in ("lr", "temperature_end"):
             self._check_number(name, above=True)
         if self.epochs is None and self.max_steps is None:
-            raise ConfigError("set epochs or max_steps to define the length of the run, got neither")
+            object.__setattr__(self, "epochs", EPOCHS)
         for name in ("epochs", "max_time", "new_lr_scale", "clip", "decay_rate"):
             if getattr(self, name) is not None:
                 self._check_number(name, above=True)

@@ -99,14 +99,13 @@ class TrainingRecipe:
         options = dict(self.train)
         if len({"epochs", "max_steps"} & set(given)) == 1:
             options.pop("max_steps", None)
-            options["epochs"] = None
+            options.pop("epochs", None)
         if given.get("sched", options.get("sched")) != options.get("sched"):
             for name in ("decay_rate", "decay_every", "milestones"):
                 options.pop(name, None)
         if model is not None and not _has_selectors(model):
             options.pop("alternate", None)
         options |= given
-        options.setdefault("epochs", None if options.get("max_steps") else 10.0)
         return FinetuneConfig.from_dict(options)
 
     def make_task(self, data: str | Path | None = None, *, seed: int = 0, **given: Any) -> "Task":

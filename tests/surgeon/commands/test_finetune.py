@@ -1,5 +1,6 @@
 """`surgeon finetune` as people call it."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -123,6 +124,22 @@ def test_an_original_is_named_by_its_folder(tmp_path: Path, monkeypatch: pytest.
     assert _named(base) == "runs/plain"
     assert _named(replace(base, weights=Weights(kind="file", path="/there/mine.pth"))) == "test_resnet"
     assert _named(replace(base, weights=Weights(kind="random"))) == "test_resnet"
+
+
+def test_max_steps_alone_are_the_length_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["finetune", FACTORY, "--task", "tiny-regression", "--batch-size", "4", "--max-steps", "33", "--json"]
+    for more in ([], ["--resume"]):  # 10 epochs are 30 steps
+        assert main([*command, "-o", "run", *more]) == 0
+        out, error = capsys.readouterr()
+        assert json.loads(out)["steps"] == 33
+        assert "the run has" not in error
+    for epochs, told in (("2", "6 steps: 2 epochs (--epochs) are fewer steps than"), ("20", "33 steps (")):
+        assert main([*command, "-o", "both", "--force", "--epochs", epochs]) == 0
+        error = capsys.readouterr().err
+        assert f"surgeon: the run has {told}--max-steps 33" in error.replace("than --max", "than--max")
+        assert error.index("the run has") < error.index("step ")
+    assert main([*command, "-o", "both", "--resume"]) == 2
+    assert "--epochs was 20.0 and is None" in capsys.readouterr().err
 
 
 def test_unequal_training_is_told_of_a_named_original(finetune: Finetune, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,6 +279,6 @@ def test_help_has_the_defaults_of_the_config() -> None:
     from surgeon.util.declared import training_defaults
     from surgeon.zoo.finetune import FinetuneConfig
 
-    config = vars(FinetuneConfig())
+    config = {field.name: field.default for field in dataclasses.fields(FinetuneConfig)}
     assert training_defaults() == {name: config[name] for name in training_defaults()}
     assert {"epochs", "batch_size", "lr", "opt", "warmup", "keep"} <= set(training_defaults())

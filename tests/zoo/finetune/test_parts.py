@@ -46,7 +46,6 @@ from tests.support.training.tasks import SIZE, TinyClassification, converted, ma
         ({"warmup": "2.5"}, "warmup: expected steps"),
         ({"eval_every": "0"}, "eval_every must be more than 0"),
         ({"alternate": 0}, "alternate must be an integer >= 1, got 0"),
-        ({"epochs": None}, "set epochs or max_steps to define the length of the run"),
         (
             {"sched": "multistep"},
             "milestones and the schedule multistep need each other.* sched='multistep', milestones=\\(\\)",
@@ -293,6 +292,9 @@ def test_phases_that_cannot_be() -> None:
 
 def test_the_shorter_of_two_lengths() -> None:
     groups = group_parameters(make_restorer())
+    assert RunPlan.make(FinetuneConfig(max_steps=160), 100, groups).total == 160  # as long as asked for
+    assert FinetuneConfig.from_dict(FinetuneConfig(max_steps=160).to_dict()) == FinetuneConfig(max_steps=160)
+    assert FinetuneConfig().epochs == 10
     assert RunPlan.make(FinetuneConfig(epochs=3, batch_size=10, accumulate=2), 100, groups).total == 15
     assert RunPlan.make(FinetuneConfig(epochs=3, batch_size=10, max_steps=4), 100, groups).total == 4
     assert RunPlan.make(FinetuneConfig(epochs=0.001), 100, groups).total == 1
