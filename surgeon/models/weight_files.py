@@ -37,7 +37,7 @@ def load_weights_file(
 
     A prefix under which a state dict has all names of the model, such as Lightning's `model.`, does not count. What was chosen, and
     what was left out, is logged. `adapt` gives a state dict the model's names. Returns the absolute path to record, with the key if
-    there was a choice. Raises `ModelError`.
+    there is one. Raises `ModelError`.
     """
     file, key = in_file(weights)
     named: dict[str, StateDict] = {}
@@ -53,14 +53,13 @@ def load_weights_file(
         raise ModelError(f"{file} has no state dict {key!r}; it has {known}")
     wrong = {name: len(mismatches(state, model)) for name, state in named.items()} if key is None else {key: 0}
     chosen = min(wrong, key=lambda name: (wrong[name], _AVERAGED.search(name) is None))
-    choice = len(named) > 1 or key is not None
-    load_weights(model, named[chosen], f"{file}:{chosen}" if choice else str(file))
+    load_weights(model, named[chosen], f"{file}:{chosen}" if chosen else str(file))
     if others := [name for name in wrong if name != chosen and not wrong[name]]:
         logger.warning("%s: took %s; %s:%s takes those instead", file, chosen, file, f" or {file}:".join(others))
     elif left := sizes[chosen] - len(named[chosen]):
         what = "tensor that is not the model's is" if left == 1 else "tensors that are not the model's are"
         logger.warning("%s: %d %s left out", file, left, what)
-    return f"{file.resolve()}:{chosen}" if choice else str(file.resolve())
+    return f"{file.resolve()}:{chosen}" if chosen else str(file.resolve())
 
 
 def _parts(model: nn.Module, state: StateDict) -> dict[str, StateDict]:

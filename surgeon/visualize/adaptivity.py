@@ -1,6 +1,6 @@
 """How much a dynamic layer adapts: what its generator sees of the content, and how far its code varies within one image."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,14 +38,13 @@ class Adaptivity:
         """As plain JSON values."""
         return {name: value for name, value in asdict(self).items() if name != "normalized"}
 
-    def complaint(self) -> str | None:
-        """The problem with the generator, with a remedy; None if there is none."""
+    def complaint(self) -> tuple[str, str, str] | None:
+        """The problem with the generator, how large it is, and a remedy; None if there is none."""
         if self.saturated is not None and self.saturated > SATURATED:
-            return (
-                f"{self.name}: the generator is saturated ({self.saturated:.0%} of its hidden map at the ends of tanh) and "
-                "hardly learns: lower the learning rate (--lr; that of new parameters alone: --new-lr-scale of finetune)"
-                + ("" if self.normalized else ", or convert with --option norm=batch")
-            )
+            remedy = "lower the learning rate (--lr; that of new parameters alone: --new-lr-scale of finetune)"
+            more = "" if self.normalized else ", or convert with --option norm=batch"
+            problem = "saturated (at the ends of tanh is this part of the hidden map) and hardly learns"
+            return problem, f"{self.saturated:.0%}", remedy + more
         if self.content < BLIND:
             remedy = (
                 "the statistics of its batch norm may not have settled; more steps settle them"
@@ -53,10 +52,22 @@ class Adaptivity:
                 else "convert with --option norm=batch, the default since recipes of version 2"
             )
             return (
-                f"{self.name}: the generator is blind (content is {self.content:.1%} of its hidden map, the rest is the same at "
-                f"every pixel): {remedy}"
+                "blind (only this part of the hidden map is not the same at every pixel)",
+                f"{self.content:.1%}",
+                remedy,
             )
         return None
+
+
+def complaints(layers: Iterable[Adaptivity]) -> str | None:
+    """The problems of all generators in one text, layers with the same one together; None if there are none."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for layer in layers:
+        if (found := layer.complaint()) is not None:
+            problem, size, remedy = found
+            alike.setdefault((problem, remedy), []).append(f"{layer.name} {size}")
+    told = [f"the generator is {what} in {', '.join(names)}: {remedy}" for (what, remedy), names in alike.items()]
+    return "; ".join(told) or None
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from surgeon.visualize.adaptivity import complaints
 from surgeon.zoo.finetune.state import Log
 
 if TYPE_CHECKING:
@@ -114,15 +115,14 @@ class TrainingJournal:
     def evaluation(self, row: dict[str, Any], found: "Evaluation") -> None:
         """Log an evaluation: metrics go to TensorBoard under `val/`, the layers' adaptivity under `adaptivity/`.
 
-        After training has started, warns once about a blind or saturated generator.
+        After training has started, warns of blind or saturated generators, of each once and of all together in one line.
         """
         layers = [layer.to_dict() for layer in found.layers]
         self._row("val", row["metrics"] | {"step": row["step"]}, row | ({"layers": layers} if layers else {}))
-        for seen in found.layers if row["step"] else ():
-            complaint = seen.complaint()
-            if complaint is not None and seen.name not in self.complained:
-                self.complained.add(seen.name)
-                self.tell(complaint)
+        new = [seen for seen in found.layers if row["step"] and seen.name not in self.complained and seen.complaint()]
+        if (told := complaints(new)) is not None:
+            self.complained |= {seen.name for seen in new}
+            self.tell(told)
         if self.board is None:
             return
         with self._board_kept():

@@ -132,7 +132,8 @@ def test_weights_from_a_file(tmp_path: Path, name: str) -> None:
     model, base = build_model(TINY, weights=str(file))
     assert base is not None
     assert state_sha256(model) == state_sha256(source)
-    assert base.weights == Weights(kind="file", path=str(file), sha256=state_sha256(source))
+    recorded = str(file) if file.suffix == ".safetensors" else f"{file}:state_dict"
+    assert base.weights == Weights(kind="file", path=recorded, sha256=state_sha256(source))
     assert state_sha256(restore(base)) == state_sha256(source)
 
 
@@ -319,7 +320,9 @@ def test_restored_weights_must_be_the_recorded_ones(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not those that were converted: SHA-256"):
         restore(base)
     file.rename(tmp_path / "moved.pth")
-    with pytest.raises(ModelError, match=rf"{TINY}, recorded as .*w\.pth, are gone; pass their file with --weights$"):
+    with pytest.raises(
+        ModelError, match=rf"{TINY}, recorded as .*w\.pth:state_dict, are gone; pass their file with --weights$"
+    ):
         restore(base, flag="--weights")
     given = BaseModel(source="timm", name=TINY, weights=Weights(kind="given", sha256=state_sha256(source)))
     with pytest.raises(ModelError, match=r"came from a model object and are not recorded$"):
