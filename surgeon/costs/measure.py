@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -118,6 +119,11 @@ class Timing:
 def interleaved(models: list[nn.Module], settings: Settings, *, rounds: int, device: str) -> list[Timing]:
     """Time one step of each model in turn, `rounds` times after one warm-up, so that drift of the machine affects all alike."""
     steps = [Step(model, settings, device) for model in models]
+    return [Timing(tuple(kept), settings.batch_size) for kept in in_turn(steps, rounds=rounds, device=device)]
+
+
+def in_turn(steps: Sequence[Callable[[], object]], *, rounds: int, device: str) -> list[list[float]]:
+    """Seconds of each step, run in turn with the others, `rounds` times after one warm-up."""
     seconds: list[list[float]] = [[] for _ in steps]
     for number in range(rounds + 1):
         for step, kept in zip(steps, seconds, strict=True):
@@ -127,7 +133,7 @@ def interleaved(models: list[nn.Module], settings: Settings, *, rounds: int, dev
             _synchronize(device)
             if number:
                 kept.append(time.perf_counter() - start)
-    return [Timing(tuple(kept), settings.batch_size) for kept in seconds]
+    return seconds
 
 
 def _synchronize(device: str) -> None:

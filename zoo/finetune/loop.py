@@ -263,7 +263,7 @@ class Run:
         with _listening() as asked:
             while self.progress.stopped is None:
                 try:
-                    _, stop = self._step(batches, asked)
+                    _, stop = self.step(batches, asked)
                     self._after_step(stop)
                 except NotFiniteError as error:
                     self._return_from(error)
@@ -277,9 +277,9 @@ class Run:
 
     def once(self) -> float:
         """Run a single step to check that it works; returns its loss."""
-        return self._step(self.trainer.batches(0), threading.Event())[0]
+        return self.step(self.trainer.batches(0), threading.Event())[0]
 
-    def _step(self, batches: Iterator[Batch], asked: threading.Event) -> tuple[float, str | None]:
+    def step(self, batches: Iterator[Batch], asked: threading.Event) -> tuple[float, str | None]:
         """One optimizer step; returns its loss and the reason to stop after it, if any, the same in every process."""
         trainer, progress, accelerator = self.trainer, self.progress, self.accelerator
         started, step, over = time.perf_counter(), progress.step, self._is_last()

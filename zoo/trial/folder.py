@@ -13,11 +13,18 @@ from surgeon.util.files import check_fields, read_object, write_text
 from surgeon.util.outputs import RUN, SUMMARY, TRIAL, check_trial_output
 from surgeon.zoo.finetune.folder import held
 from surgeon.zoo.tasks.data.fingerprint import changes
+from surgeon.zoo.trial.answer import ARMS
 
 FORMAT, VERSION = "surgeon-try", 1
 _LATER = ("model options",)  # not in the records of earlier versions
 _NUMBER = (int, float)
-_FIELDS = {"identity": dict, "data": {"train": dict, "val": dict}, "plan": dict, "speed": dict}
+_FIELDS = {
+    "identity": dict,
+    "data": {"train": dict, "val": dict},
+    "plan": dict,
+    "speed": dict,
+    "pace": {arm: [_NUMBER] for arm in ARMS},
+}
 _PLAN = {"steps": int, "rates": [_NUMBER], "choose": int, "judge": int}
 _SCORE = {"arm": str, "rate": _NUMBER, "seed": int, "seconds": _NUMBER, "step_seconds": _NUMBER, "epochs": _NUMBER}
 
@@ -76,6 +83,7 @@ class TryFolder:
         values = read_object(self.record)
         if values.get("format") != FORMAT or values.get("version") != VERSION:
             raise CheckpointError(f"{self.record} is not the record of a trial that this version of surgeon can resume")
+        values.setdefault("pace", {arm: [] for arm in ARMS})  # not in the records of earlier versions
         check_fields(values, _FIELDS, str(self.record))
         check_fields(values["plan"], _PLAN, f"{self.record}: plan")
         return values

@@ -21,7 +21,11 @@ def write_report(answer: Answer, folder: Path, go_on: str, resume: str) -> Path:
         f"<h1>{escape(title)}</h1>",
         pages.paragraph(_upper(answer.sentence()) + ".", "lead"),
         pages.paragraph(answer.meaning()),
-        pages.section("What it costs", "FLOPs are for one image; time is the median of all runs.", _costs(answer)),
+        pages.section(
+            "What it costs",
+            "FLOPs are for one image; time is the median of steps of both, timed in turn before the runs.",
+            _costs(answer),
+        ),
         pages.grid(_figures(answer)),
         pages.section("How it was compared", "", "".join(pages.paragraph(line) for line in how(answer))),
     ]

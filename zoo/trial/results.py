@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.costs import cost
 from surgeon.errors import SurgeonError
-from surgeon.util.few import FEW, FEW_COUNTED, few_judge
+from surgeon.util.few import few_judge
 from surgeon.util.tables import duration
-from surgeon.zoo.trial.answer import ARMS, LEAST_SEEDS, Answer, ArmCost
-from surgeon.zoo.trial.plan import END, LEAST_STEPS, time_to_judge
-from surgeon.zoo.trial.speed import RESUMED, SLACK, minutes, told_left
+from surgeon.zoo.trial.answer import ARMS, Answer, ArmCost
+from surgeon.zoo.trial.forecast import enough, time_for_judging, time_for_seeds, untried
+from surgeon.zoo.trial.plan import END, LEAST_STEPS
+from surgeon.zoo.trial.speed import minutes, told_left, told_times
 
 if TYPE_CHECKING:
     from surgeon.zoo.trial.run import Trial
@@ -55,9 +56,10 @@ def sum_up(trial: "Trial", stopped: str) -> Answer:
         start=_start(trial) if seeds else None,
         size=list(trial.twins.size),
         images=trial.task.images(),
-        more_time=_more_time(trial, len(seeds)) if stopped == "time" else None,
+        more_time=time_for_seeds(trial, len(seeds)) if stopped == "time" else None,
     )
-    answer.notes = _notes(trial, answer)
+    trained = {arm: [rows[arm][seed]["step_seconds"] for seed in seeds] for arm in ARMS}
+    answer.notes = [*_notes(trial, answer), *told_times(trial.pace, trained)]
     return answer
 
 
@@ -68,7 +70,7 @@ def _cost(trial: "Trial", arm: str, rows: dict[int, dict[str, Any]]) -> ArmCost:
     except SurgeonError:
         flops = None
     params = sum(parameter.numel() for parameter in network.parameters())
-    times = [row["step_seconds"] for row in rows.values()]
+    times = trial.pace[arm] or [row["step_seconds"] for row in rows.values()]
     return ArmCost(flops=flops, params=params, step_seconds=statistics.median(times) if times else math.nan)
 
 
@@ -80,7 +82,8 @@ def _notes(trial: "Trial", answer: Answer) -> list[str]:
         )
     for arm, rate in answer.rates.items():
         tried = {row["rate"] for row in trial.scores.values() if row["arm"] == arm}
-        if len(tried) > 1 and rate in (min(tried), max(tried)):
+        beyond = {*tried, *untried(trial)}  # of those that had no time, another note tells
+        if len(tried) > 1 and rate in (min(beyond), max(beyond)):
             notes.append(f"the best rate of {arm}, {rate:g}, is at the edge of those tried: --lr takes others")
     if len(trial.plan.rates) > 1 and not trial.plan.choose:
         notes.append("there are too few validation samples to split: those that chose the rates judge, too")
@@ -88,7 +91,7 @@ def _notes(trial: "Trial", answer: Answer) -> list[str]:
     few = few_judge(
         trial.plan.judge,
         f"{one}the error is that over seeds, and says nothing of other images",
-        least=_enough(answer),
+        least=enough(trial),
         **_cut(trial, answer),
     )
     notes += [] if few is None or not answer.seeds else [few]
@@ -112,33 +115,13 @@ def _notes(trial: "Trial", answer: Answer) -> list[str]:
     return notes
 
 
-def _enough(answer: Answer) -> int:
-    """Judging samples that need no note."""
-    return FEW_COUNTED if answer.step else FEW
-
-
 def _cut(trial: "Trial", answer: Answer) -> dict[str, Any]:
     """Arguments of `few_judge` if the time limited the judging samples: of how many, and the time that takes more."""
     if not answer.cut:
         return {}
-    whole, rates = answer.samples["val"], len(trial.config.rates)
-    most = min(whole - whole // 2 if rates > 1 else whole, _enough(answer))
-    if most <= trial.plan.judge:
-        return {"whole": whole, "hint": "a larger val/ tells more"}
-    needed = time_to_judge(most, trial.speed, rates, trial.config.seeds, trial.config.steps)
-    takes = (trial.setup + SLACK * needed) / (1 - END)
-    longer = minutes(max(takes, trial.config.max_time + 60))
-    return {"whole": whole, "hint": f"the time allowed no more; --force --max-time {longer} judges on {most}"}
-
-
-def _more_time(trial: "Trial", seeds: int) -> float:
-    """Seconds for all sessions in which one more pair ends, or as many as an answer takes, after a start like this; ample."""
-    pairs = max(LEAST_SEEDS - seeds, 1) * _pair(trial)
-    return (trial.spent + RESUMED * (trial.setup + pairs)) / (1 - END)
-
-
-def _pair(trial: "Trial") -> float:
-    return trial.short[1] if trial.short else trial.expected([(arm, 0.0, 0) for arm in ARMS])
+    more = time_for_judging(trial)
+    hint = f"the time allowed no more; --force --max-time {more[1]} judges on {more[0]}" if more else None
+    return {"whole": answer.samples["val"], "hint": hint}
 
 
 def _time_is_up(trial: "Trial", longer: float) -> str:
@@ -148,7 +131,12 @@ def _time_is_up(trial: "Trial", longer: float) -> str:
         if trial.short
         else "a run was cut short"
     )
-    return f"the time is up ({why}): --resume --max-time {minutes(longer)} trains more seeds"
+    lacking = untried(trial)
+    rates = (
+        f"tries rate{'s' * (len(lacking) > 1)} {', '.join(f'{rate:g}' for rate in lacking)}, which had no time, and "
+    )
+    told = rates if lacking and trial.scores else ""
+    return f"the time is up ({why}): --resume --max-time {minutes(longer)} {told}trains more seeds"
 
 
 def _start(trial: "Trial") -> float | None:

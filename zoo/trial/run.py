@@ -6,12 +6,12 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from surgeon.errors import ConfigError, TrainingError
@@ -20,25 +20,26 @@ from surgeon.records.recipe import BaseModel
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.util.copying import copy_model
 from surgeon.util.outputs import RUN
-from surgeon.util.tables import counted, duration
+from surgeon.util.tables import duration
 from surgeon.visualize.adaptivity import Adaptivity
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune import FinetuneConfig, Source, finetune
 from surgeon.zoo.finetune.devices import make_accelerator
+from surgeon.zoo.finetune.pace import paced
 from surgeon.zoo.tasks import Task, better
 from surgeon.zoo.tasks.data.fingerprint import fingerprint
-from surgeon.zoo.trial.answer import ARMS, LEAST_SEEDS, Answer
+from surgeon.zoo.trial.answer import ARMS, Answer
 from surgeon.zoo.trial.folder import TryFolder
+from surgeon.zoo.trial.forecast import planned
 from surgeon.zoo.trial.parts import part_of
 from surgeon.zoo.trial.plan import END, TrialPlan, make_plan
 from surgeon.zoo.trial.results import sum_up
-from surgeon.zoo.trial.speed import Levers, Speed, timed
+from surgeon.zoo.trial.speed import Levers, Speed, rounds
 from surgeon.zoo.trial.twins import TryConfig, Twins
 
 Tell = Callable[[str], None]
 MakeTask = Callable[[int], Task]  # by seed
 
-_PROBE = 5.0  # seconds of training steps for timing a network
 _EPOCHS = 1e9  # only the number of steps limits the length
 
 
@@ -116,6 +117,7 @@ class Trial:
             None  # seconds left, and what a pair takes, where no further one fitted
         )
         self.scores: dict[str, dict[str, Any]] = {}
+        self.pace: dict[str, list[float]] = {arm: [] for arm in ARMS}  # seconds of steps timed in turn
 
     @property
     def spent(self) -> float:
@@ -153,7 +155,7 @@ class Trial:
             self.folder.compare(old, identity, data)
             (self.before, self.run_before), self.scores = self.folder.spent(), self.folder.read_scores()
             self.plan = TrialPlan(**{**old["plan"], "rates": tuple(map(float, old["plan"]["rates"]))})
-            self.speed = Speed(**old["speed"])
+            self.speed, self.pace = Speed(**old["speed"]), old["pace"]
         if not resume or self._outgrown(old.get("max_time", 0.0)):
             self.tell("measuring a training step of both")
             self.speed = self._measure()
@@ -162,11 +164,12 @@ class Trial:
                 stack.enter_context(self.folder.hold(begin=True))
             plan = asdict(self.plan) | {"rates": list(self.plan.rates)}
             record = {"identity": identity, "data": data, "plan": plan, "speed": asdict(self.speed)}
+            record["pace"] = self.pace
             if self.plan != before:
                 self.scores, self.run_before = {}, 0.0
             self.folder.create(record | {"max_time": self.config.max_time}, new=new, keep=self.plan == before)
         self.ready = True
-        self.tell(self._planned())
+        self.tell(planned(self))
 
     def _outgrown(self, planned: float) -> bool:
         """Whether the plan of the resumed trial, made for `planned` seconds, does not fit, and no finished pair depends on it."""
@@ -189,16 +192,6 @@ class Trial:
             seeds=self.config.seeds,
             levers=self._levers(),
         )
-
-    def _planned(self) -> str:
-        plan, left = self.plan, f"of the {duration(self.left)} left" if self.left > 0 else "and no time is left"
-        pair = self.expected([(arm, 0.0, 0) for arm in ARMS])
-        if self.scores:
-            done = f"{counted(len(self.scores), 'run')} of {plan.steps} steps {'is' if len(self.scores) == 1 else 'are'} done"
-            return f"resuming: {done}; another pair takes about {duration(pair)} {left}"
-        rates = f"rate{'s' * (len(plan.rates) > 1)} {', '.join(f'{rate:g}' for rate in plan.rates)}"
-        few = f", and an answer takes {LEAST_SEEDS}" if LEAST_SEEDS * pair > self.left else ""
-        return f"plan: {counted(plan.steps, 'step')} per run, {rates}; a pair takes about {duration(pair)} {left}{few}"
 
     def _levers(self) -> Levers:
         """Options that would make the trial shorter."""
@@ -235,11 +228,22 @@ class Trial:
         batch = min(self.config.base.batch_size, max(len(self.task.dataset("val")), 1))
         task, speeds = part_of(self.task, 0, 1, batch), list[Speed]()
         for arm in ARMS:
-            speeds.append(timed(partial(self._probe, self.twins.network(arm, 0), task), _PROBE))
-            self.tell(f"a step of the {arm} network takes about {duration(speeds[-1].step)}")
+            network = self.twins.network(arm, 0)
+            speeds.append([self._probe(network, task, 1) for _ in range(2)][-1])  # the first one warms up
             both = speeds[0] + speeds[-1]
             self._plan(both)  # the converted network is taken to be as fast until it is timed, too
-        return both
+        self._time_in_turn(task, rounds(both.step))
+        return replace(both, step=sum(map(statistics.median, self.pace.values()))) if self.pace["original"] else both
+
+    def _time_in_turn(self, task: Task, count: int) -> None:
+        """Time steps of both networks in turn, so that other work on the machine does not slow one of them alone."""
+        config = self.training(rate=min(self.config.rates), seed=0, steps=count + 1, limit=None)
+        with suppress(torch.OutOfMemoryError):  # each alone may fit
+            times = paced([self.twins.network(arm, 0) for arm in ARMS], task, config, rounds=count)
+            self.pace = dict(zip(ARMS, times, strict=True))
+        for arm, seconds in self.pace.items():
+            if seconds:
+                self.tell(f"a step of the {arm} network takes about {duration(statistics.median(seconds))}")
 
     def _probe(self, network: nn.Module, task: Task, steps: int) -> Speed:
         """The speed of one network, from a run of this number of steps."""

@@ -1,7 +1,8 @@
 """How long the training steps of both networks take on this machine, and what to change where the time is too short for them."""
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from surgeon.errors import ConfigError
@@ -12,6 +13,8 @@ _LEAST_SIDE = 32  # pixels; smaller images are another task
 SLACK = 1.25  # times are those of a first try: another start and other steps take longer or shorter
 RESUMED = 2.0  # slack of a resumed trial: a machine that is busier then must not cut its one pair short
 _LEAST_BATCH = 2  # a BatchNorm needs two samples
+_ROUGH = 0.25  # of a factor: a greater range between its quartiles is told
+_APART = 1.1  # what runs and steps in turn may differ by, beyond their ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +96,31 @@ def too_little(left: float, needed: float, steps: int, seeds: int, levers: Lever
     )
 
 
-def timed(probe: Callable[[int], Speed], most: float) -> Speed:
-    """The speed of one network, in about `most` seconds; `probe(steps)` trains it for that number of steps and returns theirs.
+def rounds(step: float) -> int:
+    """How many steps of both networks are timed in turn, if one of both takes `step` seconds: about 10 s, at least three."""
+    return max(min(int(10 / max(step, 1e-3)), 15), 3)
 
-    The first step warms up and is not counted: it may take longer than all others.
+
+def told_times(pace: Mapping[str, Sequence[float]], trained: Mapping[str, Sequence[float]]) -> list[str]:
+    """Notes where the times of a step contradict each other, as on a machine with other work on it.
+
+    `pace`: seconds by arm of steps timed in turn; `trained`: those of the runs, by seed.
     """
-    return probe(max(min(int(most / max(probe(1).step, 1e-3)), 10), 1))
+    turns, runs = _factors(pace), _factors(trained)
+    notes = []
+    if len(turns) > 1:
+        low, middle, high = statistics.quantiles(turns, n=4)
+        if high - low > _ROUGH * middle:
+            told = "other work on this machine slowed some of them"
+            notes.append(f"the time of a step is rough: steps in turn took x{low:.2g} to x{high:.2g}, {told}")
+    if turns and runs and (runs[0] > _APART * turns[-1] or _APART * runs[-1] < turns[0]):
+        told = " to ".join(dict.fromkeys(f"x{factor:.2g}" for factor in (runs[0], runs[-1])))
+        why = "the machine was not equally free in all of them; the factor told is that of steps in turn"
+        notes.append(f"in the runs a step took {told} the time: {why}")
+    return notes
+
+
+def _factors(seconds: Mapping[str, Sequence[float]]) -> list[float]:
+    """Converted to original, from the least to the greatest."""
+    pairs = zip(seconds["original"], seconds["converted"], strict=True)
+    return sorted(after / before for before, after in pairs if before and after)

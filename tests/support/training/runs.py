@@ -46,7 +46,7 @@ class Watch:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.moved: list[set[str]] = []
-        step = Run._step
+        step = Run.step
 
         def watched(run: Run, *args: Any) -> Any:
             before = {name: p.detach().clone() for name, p in run.trainer.model.named_parameters()}
