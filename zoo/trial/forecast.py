@@ -1,4 +1,4 @@
-"""What a trial will say in its time, told before its first run, and the time that it takes to say more."""
+"""The forecast of a trial, told before its first run: seeds and judging samples in its time, and the time for an answer."""
 
 from typing import TYPE_CHECKING
 
