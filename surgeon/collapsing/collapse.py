@@ -26,9 +26,10 @@ from surgeon.surgery.running import outputs, run
 from surgeon.surgery.verify import Settled, Verification, judge, measure
 from surgeon.util.copying import copy_model, eager
 from surgeon.util.progress import OnProgress, silent
+from surgeon.util.tables import rounded_up
 
 CHUNK = 8  # images per forward pass
-UNSEEN = "its parameters allow it to vary, and no images were given to see whether it does"
+UNSEEN = "the parameters allow variation, and no images were given to see whether there is any"
 NOT_SELECTED = "not selected"
 
 
@@ -136,7 +137,7 @@ class _Folding:
             try:
                 conv = plain_convolution(settled(layer, found), name)
             except UnsupportedLayerError as error:
-                why = "it does not vary, but" if found.variation == 0 else "it varies, and no tolerance folds it:"
+                why = "no variation, but" if found.variation == 0 else "variation that no tolerance folds:"
                 self.reasons[name] = f"{why} {'; '.join(error.reasons)}"
                 continue
             if found.variation <= self.tolerance:
@@ -161,7 +162,7 @@ class _Folding:
         if not isinstance(layer, CodedConv2d):
             return f"layers of type {layer.type_name} do not expose what varies in them"
         if self.images:
-            return "the forward pass does not reach it"
+            return "not reached by the forward pass"
         return UNSEEN
 
     # --- the operation ------------------------------------------------------------------------------------------------
@@ -284,11 +285,11 @@ def _conclude(report: CollapseReport, folding: _Folding, verification: Verificat
 
 
 def _varies(tolerance: float) -> str:
-    return f"it varies over the images by more than the tolerance, {tolerance:g}"
+    return f"variation over the images beyond the tolerance, {tolerance:g}"
 
 
 def _nothing(report: CollapseReport) -> str:
-    """Which layers cannot be folded, why, and what would help."""
+    """Which layers cannot be folded, and what would help; in Python also why, which the report of a command has said."""
     groups: dict[str, list[str]] = {}
     tried = [layer for layer in report.layers if layer.reason != NOT_SELECTED]
     for layer in tried:
@@ -298,15 +299,13 @@ def _nothing(report: CollapseReport) -> str:
     )
     varying = _varies(report.tolerance)
     least = min((x.variation for x in report.kept if x.variation and x.reason == varying), default=None)
-    hint = (
-        ""
-        if least is None
-        else f". The least variation is {least:.2g}: a tolerance{called(' (--tolerance)', '')} of that folds one layer"
-    )
+    hint = ""
+    if least is not None and float(enough := rounded_up(least)) < 1:
+        hint = f". The least variation is {enough}: a tolerance{called(' (--tolerance)', '')} of that folds one layer"
     if UNSEEN in groups:
-        hint = f". Images show it: {called('--images DIR', 'calibration=')}"
+        hint = f". Images show whether there is variation: {called('--images DIR', 'calibration=')}"
     which = "the dynamic layer cannot" if len(tried) == 1 else f"none of the {len(tried)} dynamic layers can"
-    return f"{which} be folded: {reasons}{hint}"
+    return f"{which} be folded{called('', f': {reasons}')}{hint}"
 
 
 def _flops(model: nn.Module, inputs: Inputs) -> int | None:

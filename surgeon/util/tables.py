@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Sequence
+from decimal import ROUND_CEILING, Decimal
 
 GAPS = ("  ", " ")
 
@@ -92,6 +93,12 @@ def duration(seconds: float) -> str:
         if seconds < 999.5
         else f"{seconds:,.0f} s"
     )
+
+
+def rounded_up(value: float) -> str:
+    """A number above 0 in two digits that is not less than it, for a limit that is proposed: 0.01437 -> 0.015."""
+    exact = Decimal(value)
+    return f"{float(exact.quantize(Decimal(1).scaleb(exact.adjusted() - 1), ROUND_CEILING)):g}"
 
 
 def error(value: float | None) -> str:

@@ -1,5 +1,6 @@
 """surgeon.collapse: what does not vary becomes a convolution with the same outputs, what varies stays, and all is told."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,8 @@ def test_layers_that_vary_are_kept(kind: str) -> None:
     assert list(dynamic_layers(folded)) == names[:1]
     kept = report.kept[0]
     assert kept.reason in (
-        "it varies over the images by more than the tolerance, 0",
-        "it varies, and no tolerance folds it: its static part differs from one convolution near the borders",
+        "variation over the images beyond the tolerance, 0",
+        "variation that no tolerance folds: its static part differs from one convolution near the borders",
     )
     assert kept.variation is not None
     assert kept.variation > 0
@@ -88,7 +89,7 @@ def test_no_tolerance_is_advised_for_a_layer_that_none_folds() -> None:
         vary(layer)
     with pytest.raises(NothingFoldedError) as caught:
         surgeon.collapse(model, calibration=images(), tolerance=0.5)
-    assert "no tolerance folds it" in str(caught.value)
+    assert "no tolerance folds" in str(caught.value)
     assert "least variation" not in str(caught.value)
 
 
@@ -117,6 +118,8 @@ def test_tolerance_is_monotonic_and_its_error_is_stated(kind: str) -> None:
     with pytest.raises(NothingFoldedError, match="The least variation is") as caught:
         surgeon.collapse(model, calibration=x)
     assert isinstance(caught.value.report, CollapseReport)
+    (proposed,) = re.findall(r"variation is (\S+): a tolerance of that folds one layer", str(caught.value))
+    assert len(surgeon.collapse(model, calibration=x, tolerance=float(proposed))[1].folded) >= 1
     seen = sorted(layer.variation or 0 for layer in caught.value.report.layers)
     counts, errors = [], []
     for limit in [seen[0], (seen[0] + seen[1]) / 2, seen[1], seen[2]]:
@@ -181,7 +184,7 @@ def test_a_layer_that_does_not_run_is_kept_unless_proved() -> None:
     assert not dynamic_layers(both)
     vary(model.get_submodule("idle"))
     _, report = surgeon.collapse(model, calibration=images(1))
-    assert [(layer.name, layer.reason) for layer in report.kept] == [("idle", "the forward pass does not reach it")]
+    assert [(layer.name, layer.reason) for layer in report.kept] == [("idle", "not reached by the forward pass")]
 
 
 def test_a_type_that_does_not_say_what_varies_is_kept() -> None:
