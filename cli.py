@@ -7,6 +7,7 @@ could be replaced, 2 wrong usage or input, 130 interrupted. Nothing here imports
 import argparse
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -43,6 +44,7 @@ from surgeon.commands.search import (
     study,
 )
 from surgeon.errors import SurgeonError, in_terminal
+from surgeon.util import declared
 from surgeon.util.interrupt import caught
 from surgeon.util.near import did_you_mean
 from surgeon.util.waiting import waiting
@@ -219,7 +221,8 @@ class _Parser(argparse.ArgumentParser):
             if unknown is None:
                 self.error(f"unexpected {', '.join(map(repr, rest))}")
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            self.error(f"there is no option {unknown}.{did_you_mean(unknown.partition('=')[0], flags)}".rstrip("."))
+            hint = _of_task(unknown, list(args or ()), found) or did_you_mean(unknown.partition("=")[0], flags)
+            self.error(f"there is no option {unknown}.{hint}".rstrip("."))
         return found, rest
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -228,6 +231,20 @@ class _Parser(argparse.ArgumentParser):
             what = "command" if isinstance(action, argparse._SubParsersAction) else "choice"
             told = f"there is no {what} {value!r}; there are {', '.join(known)}.{did_you_mean(str(value), known)}"
             raise argparse.ArgumentError(None if what == "command" else action, told)
+
+
+def _of_task(unknown: str, words: list[str], found: argparse.Namespace) -> str:
+    """` An option of the task is given with ...` if a task has an option of this name: the named one, or any if none is named."""
+    if not hasattr(found, "task_options"):
+        return ""
+    flag, given, value = unknown.partition("=")
+    name, known = flag.removeprefix("--").replace("-", "_"), declared.tasks()
+    named = [known[found.task]] if found.task in known else list(known.values()) if found.task is None else []
+    if not any(name in task.options for task in named):
+        return ""
+    after = words[words.index(unknown) + 1 :][:1]
+    value = value if given else next((word for word in after if not word.startswith("--")), "...")
+    return f" A task's options are given so: --task-option {shlex.quote(f'{name}={value}')}"
 
 
 class _Completion(argparse.Action):

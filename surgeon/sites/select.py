@@ -49,6 +49,7 @@ _FLAGS: dict[str, Predicate] = {
 }
 _COMPARISON = re.compile(r"(?P<key>[a-z-]+)\s*(?P<op>==|!=|>=|<=|=|>|<)\s*(?P<value>.*)")
 _STAGE = re.compile(r"stem|stage\d+")
+_NUMBERED = re.compile(r"[A-Za-z_]+\.?\d+")  # as others call their stages: layer3, block2, stages.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +200,13 @@ def _no_match(text: str, sites: Sequence[ConvSite]) -> str:
     known = dict.fromkeys(part for site in sites for name in site.names for part in prefixes(name))
     words = [*stages, *_FLAGS, "all"]
     near = difflib.get_close_matches(text, [*words, *known], n=4, cutoff=0.6)
-    if not near:
-        near = [part for part in known if text.lower() in part.lower()][:4] or list(known)[:4]
-    return f"{text!r} matches no convolution; the closest names are {', '.join(map(repr, near))}"
+    near = near or [part for part in known if text.lower() in part.lower()][:4]
+    told = [f"the closest names are {', '.join(map(repr, near))}"] if near else []
+    if stages and (not near or _NUMBERED.fullmatch(text)):
+        told.append(f"the model's stages are {', '.join(stages)}")
+    if not told:
+        told = [f"the first names are {', '.join(map(repr, list(known)[:4]))}"]
+    return f"{text!r} matches no convolution; {'; '.join(told)}. surgeon inspect lists the names"
 
 
 def _quoted(items: Sequence[Item]) -> str:

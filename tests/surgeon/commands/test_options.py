@@ -95,6 +95,25 @@ def test_the_help_of_convert_is_in_groups(capsys: pytest.CaptureFixture[str]) ->
     assert lines.index("output:") > places[-1]
 
 
+@pytest.mark.parametrize("command", ["try", "finetune", "evaluate", "search"])
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["net", "--input-size", "64"], " A task's options are given so: --task-option input_size=64"),
+        (["--input-size=3,64,64", "net"], " A task's options are given so: --task-option input_size=3,64,64"),
+        (["--task", "denoising", "--sigma", "25", "net"], " A task's options are given so: --task-option sigma=25"),
+        (["net", "--task", "denoising", "--sigmas"], ""),
+        (["net", "--task", "classification", "--sigma", "25"], ""),
+    ],
+)
+def test_an_option_of_the_task_is_told_as_such(
+    command: str, words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, *words]) == 2
+    unknown = next(word for word in words if word.startswith(("--input-size", "--sigma")))
+    assert capsys.readouterr().err.startswith(f"surgeon: error: there is no option {unknown}{'.' * bool(hint)}{hint}")
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_a_shell_can_complete_commands_and_options(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("shtab", reason="shtab is declared, and not installed here")

@@ -82,6 +82,11 @@ def test_a_module_called_like_a_keyword_is_found_by_its_name() -> None:
     [
         ("layr2", r"'layr2' matches no convolution; the closest names are .*'layer2'"),
         ("stage7", r"the model's stages are stage1, stage2, stem"),
+        (
+            "layer3",
+            r"closest names are .*'layer1'.*; the model's stages are stage1, stage2, stem\. surgeon inspect lists",
+        ),
+        ("nothing-like-it", r"'nothing-like-it' matches no convolution; the model's stages are stage1, stage2, stem\."),
         ("stage2,layr2", "'layr2' matches no convolution"),
         ("all,!layr2", "'layr2' matches no convolution"),
         ("stage1,k=5", r"'stage1' matches 2 convolutions, 'k=5' removes 2"),
