@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -35,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a folder written by surgeon")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="pictures")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
-    parser.add_argument("--force", action="store_true", help="write into OUT even if it is not empty")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="write into OUT even if it is not empty",
+    )
     parser.add_argument("--layers", metavar="NAMES", help="which dynamic layers (default: all)")
     parser.add_argument(
         "--input-size",
@@ -101,7 +106,10 @@ def run(args: argparse.Namespace) -> int:
     images = _read(args, model, base)
     if args.bayer is not None:
         images = _sensed(model, images, args.bayer)
+    if recipe is not None and recipe.task is not None and (note := _as_is(recipe.task.name, args.bayer)):
+        tell(args, note)
     original = _original(args, base)
+    before = _written(output)
     with (
         Progress(enabled=not args.quiet) as progress,
         filling(output, ConfigError) as fresh,
@@ -110,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         found = _draw(model, layers, images, original, writer, progress, args.bayer)
         document = jsonable({"run": args.run, "output": str(output), "images": found, "bases": writer.bases})
         writer.numbers(document)
+    _clear(output, before - _named(document))
     if args.json:
         print_json(document)
     else:
@@ -122,6 +131,46 @@ def _check_output(output: Path, args: argparse.Namespace) -> None:
         raise ConfigError(f"the output {output} exists and is not a folder")
     if output.is_dir() and any(output.iterdir()) and not args.force:
         raise ConfigError(f"the output {output} is not empty; choose another with -o, or write into it with --force")
+
+
+def _named(document: Any) -> set[Path]:
+    """The pictures that a numbers.json lists, relative to its folder; none if it is not one of surgeon visualize."""
+    try:
+        named = [name for image in document["images"] for layer in image["layers"] for name in layer["pictures"]]
+        paths = {Path(name) for name in [*named, *document["bases"]]}
+    except (KeyError, TypeError):
+        return set()
+    return {path for path in paths if path.suffix == ".png" and not path.is_absolute() and ".." not in path.parts}
+
+
+def _written(output: Path) -> set[Path]:
+    """The pictures of an earlier call in this folder."""
+    try:
+        return _named(json.loads((output / "numbers.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return set()
+
+
+def _clear(output: Path, pictures: set[Path]) -> None:
+    """Remove these pictures, and the folders that are empty without them."""
+    for path in pictures:
+        (output / path).unlink(missing_ok=True)
+    for parent in {path.parent for path in pictures} - {Path()}:
+        with suppress(OSError):  # not empty, or gone
+            (output / parent).rmdir()
+
+
+def _as_is(task: str, bayer: str | None) -> str | None:
+    """A note where a network of this task is shown other pictures than those it works on."""
+    if task in ("denoising", "real-denoising"):
+        return (
+            f"the model is for {task}, and no noise is added to the pictures: give noisy ones to see what varies in use"
+        )
+    if task == "demosaicking" and bayer is None:
+        return (
+            "the model is for demosaicking, and sees the pictures as they are: --bayer RGGB shows it a sensor's mosaic"
+        )
+    return None
 
 
 def _read(args: argparse.Namespace, model: "nn.Module", base: "BaseModel") -> "dict[str, tuple[Tensor, Any]]":

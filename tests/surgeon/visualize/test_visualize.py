@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.cli import main
 from surgeon.collapsing.evidence import Watch
-from surgeon.commands.visualize import safe
+from surgeon.commands.visualize import _as_is, safe
 from surgeon.errors import InputError
 from surgeon.layers import ACDAConv2d, DynamicConv2d, PAFUConfig, PAFUConv2d, SEKGConv2d
 from surgeon.layers.acda.bases import basis_elements
@@ -320,6 +320,54 @@ def test_text_and_input_size(capsys: pytest.CaptureFixture[str], kind: str) -> N
     assert main(given) == 2
     assert "out is not empty" in capsys.readouterr().err
     assert main([*given, "--force"]) == 0
+
+
+def test_pictures_of_an_earlier_call_are_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that its numbers.json lists, and nothing else."""
+    saved("sekg")
+    assert main(["visualize", "run", "a.png", "b.jpg", "-o", "out", "--quiet"]) == 0
+    document = json.loads(Path("out/numbers.json").read_text())
+    document["bases"] = ["../a.png", "a/notes.txt"]
+    Path("out/numbers.json").write_text(json.dumps(document))
+    for mine in ("out/b/mine.png", "out/a/notes.txt"):
+        Path(mine).write_text("mine")
+    given = ["visualize", "run", "a.png", "-o", "out", "--layers", "layer4.0.conv2", "--force", "--quiet", "--json"]
+    capsys.readouterr()
+    assert main(given) == 0
+    [image] = json.loads(capsys.readouterr().out)["images"]
+    pictures = [name for layer in image["layers"] for name in layer["pictures"]]
+    files = sorted(str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file())
+    assert files == sorted([*pictures, "a/notes.txt", "b/mine.png", "numbers.json"])
+    assert Path("a.png").is_file()
+    Path("out/numbers.json").write_text("[1]")
+    Path("out/b/mine.png").unlink()
+    assert main(given) == 0
+    assert Path("out/b").is_dir(), "whose pictures no record lists"
+
+
+@pytest.mark.parametrize(
+    ("task", "bayer", "told"),
+    [
+        ("denoising", None, "no noise is added to the pictures: give noisy ones"),
+        ("demosaicking", None, "--bayer RGGB shows it a sensor's mosaic"),
+        ("demosaicking", "RGGB", None),
+        ("classification", None, None),
+    ],
+)
+def test_a_network_that_works_on_other_pictures_is_told(task: str, bayer: str | None, told: str | None) -> None:
+    note = _as_is(task, bayer)
+    assert note is None if told is None else told in (note or "")
+
+
+def test_the_task_of_the_record_is_what_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    saved("sekg")
+    given = ["visualize", "run", "a.png", "-o", "out", "--json"]
+    assert main(given) == 0
+    assert "no noise is added" not in capsys.readouterr().err
+    recipe = json.loads(Path("run/recipe.json").read_text())
+    Path("run/recipe.json").write_text(json.dumps(recipe | {"task": {"name": "denoising"}}))
+    assert main([*given, "--force"]) == 0
+    assert "the model is for denoising, and no noise is added to the pictures" in capsys.readouterr().err
 
 
 def test_a_gray_model_gets_gray_pictures(capsys: pytest.CaptureFixture[str]) -> None:
