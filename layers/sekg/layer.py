@@ -89,7 +89,7 @@ class SEKGConv2d(CodedConv2d):
     """
 
     type_name: ClassVar[str] = "sekg"
-    fewer_parameters: ClassVar[str] = "kernel_groups shares kernels among channels"
+    fewer_parameters: ClassVar[str] = "kernel_groups shares kernels among channels: 4 is a value to start with"
     tasks: ClassVar[tuple[str, ...]] = ("denoising", "real-denoising")
     patterns: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dcb": {"mode": "dense"}}
     Config: ClassVar[type[LayerConfig]] = SEKGConfig

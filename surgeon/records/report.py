@@ -115,18 +115,24 @@ class Report:
         return f"{title}{len(self.replaced)} of {n} convolutions replaced"
 
 
-_GROWTH = 3  # growth of the parameters from which a report hints at smaller options
+_GROWTH = 3  # growth of parameters or FLOPs from which a report hints at smaller options
 
 
 def growth_notes(report: Report) -> list[str]:
-    """A hint for each layer type if a conversion multiplies the parameters of the model."""
-    if report.params_after < _GROWTH * report.params_before:
+    """A hint for each layer type if a conversion multiplies the parameters of the model, or the FLOPs of its convolutions."""
+    pairs = (
+        ("parameters", report.params_before, report.params_after),
+        ("FLOPs", report.macs_before, report.macs_after),
+    )
+    factors = {what: after / before for what, before, after in pairs if before and after is not None}
+    if max(factors.values(), default=0.0) < _GROWTH:
         return []
+    total = " and ".join(f"x{factor:.2g} {what}" for what, factor in factors.items() if factor >= _GROWTH)
     grown: dict[str, int] = {}
     for r in report.replaced:
         grown[r.type] = grown.get(r.type, 0) + r.params_after - r.params_before
     hints = ((kind, more, layer_class(kind).fewer_parameters) for kind, more in grown.items() if more > 0)
-    return [f"{kind} layers add {count(more)} parameters; {hint}" for kind, more, hint in hints if hint]
+    return [f"{total} in all: {kind} layers add {count(more)} parameters; {hint}" for kind, more, hint in hints if hint]
 
 
 Entry = TypeVar("Entry", bound="DataclassInstance")

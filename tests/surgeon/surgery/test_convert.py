@@ -265,9 +265,13 @@ def test_a_conversion_that_multiplies_the_parameters_says_what_makes_them_fewer(
     model = nn.Sequential(*(nn.Conv2d(32, 32, 3, padding=1, groups=32) for _ in range(2)))
     _, report = surgeon.convert(model, layers="all", type="sekg", input_size=(32, 8, 8))
     assert report.params_after > 3 * report.params_before
+    assert report.macs_before is not None
+    assert report.macs_after is not None
     assert [note for note in report.notes if "kernel_groups" in note] == [
+        f"x{report.params_after / report.params_before:.2g} parameters and "
+        f"x{report.macs_after / report.macs_before:.2g} FLOPs in all: "
         f"sekg layers add {count(report.params_after - report.params_before)} parameters; "
-        "kernel_groups shares kernels among channels"
+        "kernel_groups shares kernels among channels: 4 is a value to start with"
     ]
     _, report = surgeon.convert(model, layers="0", type="sekg", kernel_groups=1, input_size=(32, 8, 8))
     assert not any("parameters;" in note for note in report.notes)
