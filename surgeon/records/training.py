@@ -18,7 +18,10 @@ _RUN_FIELDS = {"config": {"batch_size": int, "accumulate": int}, "data": {"train
 _FREE = ("max_time", "workers", "log_every")
 # Neither do these, but they change what is kept or when the run ends: a note reports that.
 _TOLD = ("eval_batch_size", "eval_every", "patience", "checkpoint_every", "max_rollbacks", "device")
-_BEFORE = {"fan_in_lr": False}  # what options that came later amount to in runs that do not record them
+_BEFORE = {
+    "fan_in_lr": False,
+    "new_head": False,
+}  # what options that came later amount to in runs that do not record them
 _PLACES = ("data", "train", "val")  # options that locate the data
 
 
@@ -40,7 +43,7 @@ def check_same_options(old: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     notes = []
     moved = _PLACES if "data" in old else ()  # the data themselves say more than their path
     for part, free in (("options", moved), ("config", _FREE)):
-        before = _BEFORE | old[part] if part == "config" else old[part]
+        before = {key: value for key, value in _BEFORE.items() if key in now[part]} | old[part]
         for key, told in differing(before, now[part]):
             if key in free:
                 continue

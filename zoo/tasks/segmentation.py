@@ -1,5 +1,6 @@
 """Semantic segmentation: a class per pixel."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.records.preprocessing import tell_timm
+from surgeon.records.recipe import get_recipe
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
 from surgeon.zoo.tasks.data.datasets import ItemDataset
 from surgeon.zoo.tasks.data.draws import integer, uniform
@@ -28,6 +30,8 @@ from surgeon.zoo.tasks.support.probe import describe, outputs_of, replace_module
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+logger = logging.getLogger(__name__)
+
 PICTURES = 4
 _AUXILIARY = 0.4  # weight of the loss of an auxiliary classifier (Zhao et al. 2017, PSPNet, section 4.1)
 
@@ -39,7 +43,8 @@ class SegmentationConfig(FolderConfig):
     Training crops have the size `input_size`, by default 256x256: images are scaled by a factor between `scale_min` and
     `scale_max`, cropped and mirrored. Whole images are padded to a multiple of `multiple` pixels. `class_weights`
     weight the loss of the pixels of each class. In evaluation, the class probabilities are averaged over the
-    image at each of `test_scales` (multi-scale testing).
+    image at each of `test_scales` (multi-scale testing). A model with a trained head keeps it, also if the largest labels do not
+    occur; other labels need `new_head`, an untrained head.
     """
 
     least: ClassVar[Mapping[str, float]] = {"classes": 2, "multiple": 1}
@@ -51,6 +56,7 @@ class SegmentationConfig(FolderConfig):
     scale_min: float = 0.5
     scale_max: float = 2.0
     multiple: int = 1
+    new_head: bool = False
     class_weights: tuple[float, ...] | None = None
     test_scales: tuple[float, ...] = (1.0,)
 
@@ -84,6 +90,7 @@ class Segmentation(Task):
     def __init__(self, config: SegmentationConfig, *, seed: int = 0) -> None:
         super().__init__(config, seed=seed)
         self._classes = config.classes
+        self._labels: set[int] = set()  # of the masks, once they were looked at
         self._read = Reader("RGB")
         self._set_format(None)
 
@@ -137,6 +144,7 @@ class Segmentation(Task):
             look_through(
                 what, pairs, partial(bad_pair, classes=config.classes, ignore=config.ignore_index, labels=labels[split])
             )
+        self._labels = set().union(*labels.values())
         return check_labels(self.name, labels, config.classes, config.ignore_index)
 
     def _normalized(self, image: Image.Image) -> Tensor:
@@ -178,9 +186,11 @@ class Segmentation(Task):
 
     def bind(self, model: nn.Module) -> nn.Module:
         self._set_format(model)
-        checked_weights(self.name, self.config.class_weights, self.classes)
         size = (3, *self.piece)
         logits = self._logits(trial(self.name, model, model, *size))
+        if logits.shape[1] != self.classes and not self.config.new_head and _has_trained_head(model, self.name):
+            self._keep_head(int(logits.shape[1]))
+        checked_weights(self.name, self.config.class_weights, self.classes)
         if logits.shape[1] != self.classes:
             for name in _heads(self.name, model, int(logits.shape[1]), self.classes):
                 replace_module(model, name, with_outputs(model.get_submodule(name), self.classes, self.seed))
@@ -189,6 +199,26 @@ class Segmentation(Task):
             raise InputError(f"task {self.name}: the model returns {describe(logits)}, not {self.classes} classes")
         tell_timm(model, self.preprocessing())
         return model
+
+    def _keep_head(self, outputs: int) -> None:
+        """Take the classes of a trained head, of which the largest may be absent from the masks; `InputError` if it lacks some."""
+        given = self.config.classes
+        if given is None and self.classes <= outputs:
+            logger.warning(
+                "task %s: the masks have labels up to %d, and the model keeps its trained head of %d classes (new_head=true "
+                "starts with an untrained one)",
+                *(self.name, self.classes - 1, outputs),
+            )
+            self._classes = outputs
+            return
+        more = sorted(label for label in self._labels if label >= outputs)
+        shown = ", ".join(map(str, more[:5])) + (", ..." if len(more) > 5 else "")
+        told = f"the masks also have label{'s' * (len(more) > 1)} {shown}" if more else f"the task classes={given}"
+        void = f"ignore_index={more[0]} leaves it out, as what is no class; " if len(more) == 1 else ""
+        raise InputError(
+            f"task {self.name}: the model has a trained head of {outputs} classes, and {told}: {void}new_head=true starts with an "
+            f"untrained head of {self.classes}"
+        )
 
     def _logits(self, output: Any) -> Tensor:
         logits = _all_logits(output).get("out")
@@ -281,6 +311,15 @@ def _enlarged(logits: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(logits.shape[-2:]) == tuple(size):
         return logits
     return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+
+
+def _has_trained_head(model: nn.Module, task: str) -> bool:
+    """Whether the model was trained on this task, or converted with weights of the user's own."""
+    recipe = get_recipe(model)
+    if recipe is None:
+        return False
+    own = recipe.base is not None and recipe.base.weights.kind == "file" and bool(recipe.rules)
+    return own or (recipe.task is not None and recipe.task.name == task)
 
 
 def _heads(task: str, model: nn.Module, old: int, classes: int) -> list[str]:

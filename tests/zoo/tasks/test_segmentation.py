@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import ConfigError, DataError, InputError
+from surgeon.records.recipe import BaseModel, Recipe, Rule, Trained, Weights, set_recipe
 from surgeon.zoo.tasks import create_task
 from surgeon.zoo.tasks.segmentation import Segmentation
 from tests.support.training.task_data import masks, photo, save_mask
@@ -209,6 +210,36 @@ def test_miou_is_that_of_the_whole_set_not_the_mean_over_pictures(options: dict[
     for guess, target in zip(guesses, targets, strict=True):
         task.update(metrics, one_hot(guess[None]), {"target": target[None]})
     assert metrics["miou"].compute().item() == pytest.approx((1 / 3 + 1 / 3) / 2)
+
+
+@pytest.mark.parametrize("origin", ["tuned", "converted"])
+def test_a_trained_head_is_not_thrown_away(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture, origin: str
+) -> None:
+    """As in CamVid, where an unnamed void made a twelfth class."""
+
+    def network(classes: int) -> nn.Module:
+        net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, classes, 1))
+        base = BaseModel(source="factory", name="tests:none", weights=Weights(kind="file", path="w.pth"))
+        tuned = Recipe(rules=(), task=Trained(name="segmentation"))
+        converted = Recipe(rules=(Rule(layers="0", type="acda"),), base=base)
+        set_recipe(net, tuned if origin == "tuned" else converted)
+        return net
+
+    two = r"trained head of 2 classes, and the masks also have label 2: ignore_index=2 leaves it out, .*; new_head=true starts"
+    with pytest.raises(InputError, match=two):
+        task_of(**options).bind(network(2))
+    with pytest.raises(InputError, match="the task classes=5: new_head=true starts with an untrained head of 5"):
+        task_of(**options, classes=5).bind(network(4))
+    assert task_of(**options, new_head=True).bind(network(2))[1].out_channels == 3
+    untrained = network(2)
+    set_recipe(untrained, Recipe(rules=(Rule(layers="0", type="acda"),)))
+    assert task_of(**options).bind(untrained)[1].out_channels == 3
+    assert not caplog.messages
+    task = task_of(**options)
+    assert task.fitted(kept := network(5))[1] is None
+    assert (kept[1].out_channels, task.classes) == (5, 5)
+    assert "labels up to 2, and the model keeps its trained head of 5 classes" in caplog.text
 
 
 def test_void_inside_the_classes_is_ignored(tmp_path: Path) -> None:
