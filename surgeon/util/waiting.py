@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -14,7 +14,9 @@ _CLEAR = "\r\x1b[2K"
 
 
 @contextmanager
-def waiting(what: str, *, quiet: bool = False, after: float = _PATIENCE, file: TextIO | None = None) -> Iterator[None]:
+def waiting(
+    what: str | Callable[[], str], *, quiet: bool = False, after: float = _PATIENCE, file: TextIO | None = None
+) -> Iterator[None]:
     """Show what is being waited for and for how long, once it takes more than `after` seconds.
 
     On a terminal, one line counts the seconds and disappears at the end; elsewhere, lines are printed at growing intervals.
@@ -39,12 +41,13 @@ def longer(pause: float) -> float:
     return min(max(2 * pause, _PIPE), _LATEST)
 
 
-def _tell(what: str, stream: TextIO, terminal: bool, after: float, done: threading.Event) -> None:
+def _tell(what: str | Callable[[], str], stream: TextIO, terminal: bool, after: float, done: threading.Event) -> None:
     began, pause, told = time.monotonic(), after, False
     while not done.wait(pause):
         seconds = f"{time.monotonic() - began:.0f} s"
         try:
-            stream.write(f"{_CLEAR if terminal else ''}surgeon: {what} ... {seconds}{'' if terminal else chr(10)}")
+            shown = what if isinstance(what, str) else what()
+            stream.write(f"{_CLEAR if terminal else ''}surgeon: {shown} ... {seconds}{'' if terminal else chr(10)}")
             stream.flush()
         except (OSError, ValueError):  # nobody is listening anymore
             return

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from surgeon.util.waiting import waiting
 from surgeon.visualize.adaptivity import complaints
 from surgeon.zoo.finetune.state import Log
 
@@ -44,6 +45,7 @@ class TrainingJournal:
         self.inner: Any = None  # the bar of an evaluation
         self.done, self.total, self.last = 0, 0, time.monotonic()
         self.complained: set[str] = set()
+        self.batch = ""  # of an evaluation, where there are no bars
 
     def start(self, step: int, total: int) -> None:
         """Start, or restart after a rollback to an earlier step."""
@@ -87,13 +89,19 @@ class TrainingJournal:
             self.bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             self.bar.update()
 
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Lines about work between the steps that takes more than two seconds, where there are no bars."""
+        self.batch = ""
+        with waiting(lambda: f"{what}{self.batch}", quiet=self.quiet or sys.stderr.isatty()):
+            yield
+
     def show(self, stage: str, done: int, total: int) -> None:
-        """Show the progress of work between the steps: a separate bar on a terminal, otherwise an occasional line."""
+        """Show the progress of work between the steps: a separate bar on a terminal, otherwise in the lines of `waiting`."""
         if self.quiet or total < 2:
             return
         if not sys.stderr.isatty():
-            if done < total:
-                self._line(f"{stage} {done}/{total}")
+            self.batch = f", batch {done}/{total}"
             return
         if self.inner is None:
             self.inner = tqdm(total=total, desc=stage, unit="batch", file=sys.stderr, leave=False, delay=1.0)

@@ -16,6 +16,7 @@ from surgeon.errors import TrainingError
 from surgeon.layers.regularizer import regularization
 from surgeon.util.copying import checkpoint_gradients
 from surgeon.util.interrupt import caught
+from surgeon.util.tables import counted
 from surgeon.zoo.evaluate import running
 from surgeon.zoo.finetune.batches import STOPS, Draws, mixed, seed_everything, to_device, training_batches
 from surgeon.zoo.finetune.config import FinetuneConfig
@@ -337,16 +338,18 @@ class Run:
 
     def evaluate(self) -> Evaluation:
         """Evaluate the kept model on the validation samples."""
-        trainer = self.trainer
-        found = evaluate(
-            trainer.result,
-            trainer.task,
-            trainer.data.val,
-            self.config,
-            self.accelerator,
-            look=self.journal.log is not None,
-            progress=self.journal.show,
-        )
+        trainer, step = self.trainer, self.progress.step
+        when = f"after step {step}" if step else "at the start"
+        with self.journal.waiting(f"evaluating the network {when}: {counted(len(trainer.data.val), 'sample')}"):
+            found = evaluate(
+                trainer.result,
+                trainer.task,
+                trainer.data.val,
+                self.config,
+                self.accelerator,
+                look=self.journal.log is not None,
+                progress=self.journal.show,
+            )
         self.evaluation = max(self.evaluation, found.seconds)
         self.newest = (self.progress.step, found)
         return found

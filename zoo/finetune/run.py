@@ -19,6 +19,7 @@ from surgeon.errors import ConfigError, called
 from surgeon.models.names import chosen_size
 from surgeon.util.copying import check_module
 from surgeon.util.files import check_fields
+from surgeon.util.tables import counted
 from surgeon.util.waiting import waiting
 from surgeon.zoo.finetune.config import FinetuneConfig
 from surgeon.zoo.finetune.devices import make_accelerator, release
@@ -250,7 +251,7 @@ class _Session:
         size = self._input_size()
         if original is not None:
             placed = original.to(self.accelerator.device).eval()
-            before = self._evaluate(placed)
+            before = self._evaluate(placed, "original")
             run.evaluation = before.seconds
             run.progress.start["original"] = asdict(measured(placed, before.metrics, before.seconds, size))
         start = run.evaluate() if known is None else Evaluation(dict(known), math.nan)
@@ -318,8 +319,10 @@ class _Session:
     def _recalibrates(self, trainer: Trainer) -> bool:
         return bool(self.config.recalibrate) and not self.config.freeze_bn and measures_statistics(trainer.result)
 
-    def _evaluate(self, model: nn.Module) -> Evaluation:
-        return evaluate(model, self.task, self.data.val, self.config, self.accelerator, progress=self.journal.show)
+    def _evaluate(self, model: nn.Module, what: str = "result") -> Evaluation:
+        val = self.data.val
+        with self.journal.waiting(f"evaluating the {what}: {counted(len(val), 'sample')}"):
+            return evaluate(model, self.task, val, self.config, self.accelerator, progress=self.journal.show)
 
     def _recalibrated(self, trainer: Trainer, before: Evaluation) -> tuple[Evaluation, bool]:
         """Recalibrated BatchNorm statistics, unless the network is worse with them."""
@@ -332,7 +335,9 @@ class _Session:
             with self.accelerator.autocast():
                 self.task.forward(network, batch)
 
-        recalibrate(model, self.task, trainer.batches(trainer.plan.total), config.recalibrate, forward)
+        count = config.recalibrate
+        with self.journal.waiting(f"measuring the statistics of batch norms on {count} batches"):
+            recalibrate(model, self.task, trainer.batches(trainer.plan.total), count, forward)
         after = self._evaluate(model)
         if improved(self.task, before.metrics, after.metrics):
             model.load_state_dict(kept)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,9 @@ import surgeon
 from surgeon.cli import main
 from surgeon.commands.evaluate import _named
 from surgeon.records.recipe import BaseModel, Recipe, Trained, Weights
+from surgeon.util.waiting import waiting
+from surgeon.zoo.finetune import evaluation, journal, loop, run
+from surgeon.zoo.finetune.evaluation import Evaluation
 from surgeon.zoo.finetune.loop import Trainer
 from surgeon.zoo.tasks import registry
 from tests.support.training.runs import interrupt_at
@@ -140,6 +144,26 @@ def test_max_steps_alone_are_the_length_of_a_run(capsys: pytest.CaptureFixture[s
         assert error.index("the run has") < error.index("step ")
     assert main([*command, "-o", "both", "--resume"]) == 2
     assert "--epochs was 20.0 and is None" in capsys.readouterr().err
+
+
+def test_waits_of_a_run_are_told_in_a_pipe(
+    finetune: Finetune, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(*args: Any, **kwargs: Any) -> Evaluation:
+        kwargs["progress"]("evaluate", 1, 2)
+        time.sleep(0.05)
+        return evaluation.evaluate(*args, **kwargs)
+
+    for module in (run, loop):
+        monkeypatch.setattr(module, "evaluate", evaluate)
+    monkeypatch.setattr(journal, "waiting", lambda what, *, quiet: waiting(what, quiet=quiet, after=0.01))
+    capsys.readouterr()
+    assert finetune("-o", "tuned", "--task-option", "samples=9") == 0
+    error = capsys.readouterr().err
+    for what in ("original", "network at the start", "network after step 3"):
+        assert f"surgeon: evaluating the {what}: 5 samples, batch 1/2 ... 0 s" in error
+    assert finetune("-o", "other", "--task-option", "samples=9", "--quiet") == 0
+    assert "evaluating" not in capsys.readouterr().err
 
 
 def test_unequal_training_is_told_of_a_named_original(finetune: Finetune, capsys: pytest.CaptureFixture[str]) -> None:
