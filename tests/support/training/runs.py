@@ -55,7 +55,7 @@ class Watch:
             self.moved.append({name for name in before if not torch.equal(before[name], after[name])})
             return result
 
-        monkeypatch.setattr(Run, "_step", watched)
+        monkeypatch.setattr(Run, "step", watched)
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
