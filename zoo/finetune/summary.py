@@ -61,7 +61,7 @@ class Summary:
             if found is not None:
                 metrics = [f"{found.metrics[name]:.5g}" for name in names]
                 flops = "-" if found.flops is None else count(round(found.flops))
-                rows.append((label, *metrics, count(found.parameters), flops, f"{found.seconds:.1f}"))
+                rows.append((label, *metrics, count(found.parameters), flops))
         arrow = "higher" if self.higher_is_better else "lower"
         why = {"steps": "all steps done", "time": "out of time", "patience": "no better for too long"}[self.stopped]
         steps = f"{self.steps} step{'s' * (self.steps != 1)}"
@@ -78,7 +78,7 @@ class Summary:
         lines += [paragraph(f"note: {note}", width=width, hang="  ") for note in [*self.notes, *self._worse()]]
         if self.input_size and self.result.flops is not None:
             lines.append(f"FLOPs are those of one input of {'x'.join(map(str, self.input_size))}")
-        header = ("", *names, "params", "FLOPs", "eval s")
+        header = ("", *names, "params", "FLOPs")
         return "\n".join([table(header, rows, width=width), "", *lines]) + "\n"
 
     def _kept(self) -> str:
