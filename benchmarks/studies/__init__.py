@@ -33,7 +33,7 @@ STUDIES: dict[str, Callable[[], Study]] = {
         {"pafu": _FIRST_OF_STAGES, "sekg": "layer3.1.conv1", "acda": "layer3"},
         320,
     ),
-    "resnet20-1000": lambda: trained.classifier("resnet20_cifar", {"pafu": _FIRST_OF_STAGES}, 1000),
+    "resnet20-1000": lambda: trained.classifier("resnet20_cifar", {"pafu": _FIRST_OF_STAGES, "acda": "layer3"}, 1000),
     "resnet56": lambda: trained.classifier("resnet56_cifar", {"pafu": _FIRST_OF_STAGES, "acda": "layer3"}, 320),
     "resnet56-1000": lambda: trained.classifier("resnet56_cifar", {"pafu": _FIRST_OF_STAGES}, 1000),
     "blind-gray": lambda: trained.blind_denoiser(
