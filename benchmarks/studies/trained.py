@@ -41,7 +41,7 @@ def classifier(name: str, where: Mapping[str, str], steps: int) -> Study:
     if "ACDA" in found:
         found, ours = slow_and_fast(found)
     return Study(
-        title=f"{name} converted and fine-tuned on CIFAR-10 (JPEG)",
+        title=f"{name} converted and fine-tuned for {steps:,} steps on CIFAR-10 (JPEG)",
         arms=arms(TASKS[name].build, (3, 32, 32), found),
         task=cifar_task,
         judge=cifar_judge,
