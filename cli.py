@@ -201,6 +201,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_USUAL = {  # names of timm's, Transformers' and Ultralytics' scripts, as ours
+    "learning_rate": ("--lr",),
+    "optimizer": ("--opt",),
+    "optim": ("--opt", "--optimizer"),
+    "opt": ("--optimizer",),
+    "checkpoint": ("--weights",),
+    "pretrained": ("--weights",),
+    "output_dir": ("--output",),
+    "num_train_epochs": ("--epochs",),
+    "gpu": ("--device",),
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """As argparse's own, but an error is one line with the nearest name and where help is, and each command tells its own.
 
@@ -221,9 +234,18 @@ class _Parser(argparse.ArgumentParser):
             if unknown is None:
                 self.error(f"unexpected {', '.join(map(repr, rest))}")
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            hint = _of_task(unknown, list(args or ()), found) or did_you_mean(unknown.partition("=")[0], flags)
+            hint = _of_task(unknown, list(args or ()), found) or self._other_name(unknown.partition("=")[0], flags)
             self.error(f"there is no option {unknown}.{hint}".rstrip("."))
         return found, rest
+
+    def _other_name(self, unknown: str, flags: list[str]) -> str:
+        """The hint for a name that other programs use, for one of what is given without an option, or for the nearest name."""
+        name = unknown.removeprefix("--").replace("-", "_")
+        places = {action.dest: str(action.metavar) for action in self._actions if not action.option_strings}
+        if name in places:
+            return f" {places[name]} is given without an option"
+        usual = next((flag for flag in _USUAL.get(name, ()) if flag in flags), None)
+        return f" Did you mean {usual!r}?" if usual else did_you_mean(unknown, flags)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -104,13 +104,9 @@ def finetune(
         try:
             notes += [*more, *told_data(work, task, session.data)]
             trainer = session.trainer(work, original)  # refuses options before a folder is made, or replaced
-            if config.max_steps is not None and config.epochs is not None:
-                passes, most = f"{config.epochs:g} epochs (--epochs)", f"--max-steps {config.max_steps}"
-                if trainer.plan.total < config.max_steps:
-                    notes.append(f"{passes} are fewer steps than {most}")
-                    session.journal.tell(f"the run has {trainer.plan.total} steps: {notes[-1]}")
-                else:
-                    session.journal.tell(f"the run has {trainer.plan.total} steps ({most}), which {passes} allow")
+            if config.max_steps is not None and config.epochs is not None and trainer.plan.total < config.max_steps:
+                notes.append(f"{config.epochs:g} epochs (--epochs) are fewer steps than --max-steps {config.max_steps}")
+                session.journal.tell(f"the run has {trainer.plan.total} steps: {notes[-1]}")
             if trainer.plan.all_warmup:
                 told = called(f"--warmup {config.warmup}", f"warmup={config.warmup!r}")
                 notes.append(

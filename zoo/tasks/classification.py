@@ -196,6 +196,8 @@ class Classification(Task):
             found = replace(found, mean=self.config.mean)
         if self.config.std is not None:
             found = replace(found, std=self.config.std)
+        if found.small:
+            found = found.without_crop()
         found = replace(
             found,
             interpolation=self.config.interpolation or found.interpolation,

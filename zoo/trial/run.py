@@ -40,8 +40,6 @@ from surgeon.zoo.trial.twins import TryConfig, Twins
 Tell = Callable[[str], None]
 MakeTask = Callable[[int], Task]  # by seed
 
-_EPOCHS = 1e9  # only the number of steps limits the length
-
 
 class TrialInterrupted(KeyboardInterrupt):
     """The trial was interrupted, and can be resumed."""
@@ -257,7 +255,7 @@ class Trial:
     def training(self, *, rate: float, seed: int, steps: int, limit: float | None) -> FinetuneConfig:
         """Options of a run, the same for both networks."""
         changes: dict[str, Any] = {"lr": rate, "seed": seed, "max_steps": steps, "max_time": limit}
-        changes |= {"epochs": _EPOCHS, "keep": "last", "eval_every": "100%"}  # its last weights are judged
+        changes |= {"epochs": None, "keep": "last", "eval_every": "100%"}  # its last weights are judged
         return replace(self.config.base, **changes)
 
     def judge(self, network: nn.Module, task: Task, layers: list[Adaptivity] | None = None) -> float:

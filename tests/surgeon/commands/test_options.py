@@ -156,3 +156,18 @@ def test_every_command_that_loads_a_folder_can_trust_its_factory() -> None:
     loads = {name for name, one in commands.items() if {a.dest for a in one._actions} & {"model", "run"}}
     trusts = {name for name, one in commands.items() if any(a.dest == "trust_factory" for a in one._actions)}
     assert loads - trusts == {"push"}  # which builds nothing
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["finetune", "net", "--learning-rate", "3e-4"], "--learning-rate. Did you mean '--lr'?"),
+        (["finetune", "net", "--optimizer=sgd"], "--optimizer=sgd. Did you mean '--opt'?"),
+        (["search", "net", "--opt", "sgd"], "--opt. Did you mean '--optimizer'?"),
+        (["convert", "net", "--output_dir", "x"], "--output_dir. Did you mean '--output'?"),
+        (["visualize", "run", "--images", "photos", "-o", "x"], "--images. IMAGE is given without an option"),
+    ],
+)
+def test_names_of_other_programs_are_known(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert f"there is no option {hint}" in capsys.readouterr().err

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import timm
-from timm.data import resolve_model_data_config
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 import surgeon
@@ -51,13 +53,27 @@ def test_a_line_says_what_is_the_models_and_what_was_given(folders: Path) -> Non
         "(mean, crop_pct: as given; the rest: the model's; mean=, std= for others)"
     )
     (task := task_of(folders, input_size=(3, 32, 32), **HALF)).bind(net())
-    assert task.images() == f"32x32, {WHOLE} (input_size, mean, std: as given)"  # small images are only resized
+    whole = "bicubic, crop 1, crop mode squash"  # small images are only resized
+    assert task.images() == f"32x32, {whole}, {WHOLE} (input_size, mean, std: as given; the rest: the task's default)"
     (task := task_of(folders)).bind(net())
     assert str(task.images()).endswith("std 0.229 0.224 0.225 (the task's default; mean=, std= for others)")
     segmentation = create_task("segmentation", data=folders, **HALF)
     assert segmentation.images() == f"{WHOLE} (mean, std: as given)"
     assert create_task("crowd-counting", data=folders, **HALF).images() == f"{WHOLE} (mean, std: as given)"
     assert create_task("denoising", data=folders).images() is None
+
+
+@pytest.mark.parametrize("side", [48, 72])
+def test_timms_transform_of_the_loaded_model_makes_what_the_task_judges(folders: Path, side: int) -> None:
+    task = task_of(folders, input_size=(3, side, side))
+    model = task.bind(timm.create_model("test_resnet", num_classes=3))
+    made = create_transform(**resolve_model_data_config(model))
+    item = task.labeled("val").items[0]
+    image = Image.open(item).convert("RGB").resize((90, 110))
+    image.save(item)
+    judged = task.dataset("val")[0]["input"]
+    with Image.open(item) as same:
+        torch.testing.assert_close(made(same.convert("RGB")), judged, rtol=0, atol=0)
 
 
 def test_the_commands_tell_and_what_they_write_knows(

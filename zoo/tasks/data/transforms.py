@@ -71,10 +71,18 @@ class ImageFormat:
             raise ConfigError(f"task {task}: std must be positive, got {self.std}")
         return self
 
+    @property
+    def small(self) -> bool:
+        return max(self.size[1:]) <= SMALL
+
+    def without_crop(self) -> Self:
+        """The format that makes the whole image small, in timm's terms."""
+        return replace(self, interpolation="bicubic", crop_pct=1.0, crop_mode="squash")
+
     def values(self) -> dict[str, Any]:
-        """By timm's names, what decides of this; small images are only resized."""
-        cut = () if max(self.size[1:]) <= SMALL else ("interpolation", "crop_pct", "crop_mode")
-        return {"input_size": self.size} | {name: getattr(self, name) for name in ("mean", "std", *cut)}
+        """By timm's names."""
+        names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        return {"input_size": self.size} | {name: getattr(self, name) for name in names}
 
     def shown(self, x: Tensor) -> Tensor:
         """A normalized image (C, H, W) as values in [0, 1]."""
@@ -92,8 +100,8 @@ def make_transform(
     erase: float,
 ) -> Callable[[Image.Image], Tensor]:
     """Image -> normalized tensor. Random transforms draw from the global state of `random`, numpy and torch."""
-    if max(form.size[1:]) <= SMALL:
-        return _small(form, train, color_jitter, auto_augment, erase)
+    if form.small and train:
+        return _small(form, color_jitter, auto_augment, erase)
     from timm.data import create_transform
 
     made: Callable[[Image.Image], Tensor] = create_transform(
@@ -113,20 +121,18 @@ def make_transform(
 
 
 def _small(
-    form: ImageFormat, train: bool, color_jitter: float, auto_augment: str | None, erase: float
+    form: ImageFormat, color_jitter: float, auto_augment: str | None, erase: float
 ) -> Callable[[Image.Image], Tensor]:
     """Pad by an eighth, crop, mirror (He et al. 2016, section 4.2), then timm's additional augmentation if requested."""
     from timm.data import transforms_factory
     from torchvision import transforms
 
     size = form.size[1:]
-    made: Callable[[Image.Image], Tensor]
-    steps: list[Any] = [_Resize(size)]
-    if not train:
-        steps += [transforms.ToTensor(), transforms.Normalize(form.mean, form.std)]
-        made = transforms.Compose(steps)
-        return made
-    steps += [transforms.RandomCrop(size, padding=(size[1] // 8, size[0] // 8)), transforms.RandomHorizontalFlip()]
+    steps = [
+        transforms.Resize(size, transforms_factory.str_to_interp_mode(form.interpolation)),
+        transforms.RandomCrop(size, padding=(size[1] // 8, size[0] // 8)),
+        transforms.RandomHorizontalFlip(),
+    ]
     _, further, final = transforms_factory.transforms_imagenet_train(
         size,
         color_jitter=color_jitter,
@@ -136,16 +142,5 @@ def _small(
         re_prob=erase,
         separate=True,
     )
-    made = transforms.Compose([*steps, further, final])
+    made: Callable[[Image.Image], Tensor] = transforms.Compose([*steps, further, final])
     return made
-
-
-class _Resize:
-    """Resize to the size with a bicubic filter, unless an image already has it."""
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        height, width = self.size
-        return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
