@@ -38,8 +38,11 @@ def _always(*args: Any, **kwargs: Any) -> list[str]:
 
 
 def exporting() -> bool:
-    """Whether `torch.export` is tracing, also for ONNX: its result must run where surgeon is not installed."""
-    return torch.compiler.is_exporting()
+    """Whether `torch.export` is tracing, also for ONNX: its result must run where surgeon is not installed.
+
+    By torch's flag itself: inside `torch.compile`, `torch.compiler.is_exporting()` is always true up to some version after 2.11.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 def tracing() -> bool:
