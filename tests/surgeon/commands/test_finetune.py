@@ -137,7 +137,10 @@ def test_max_steps_alone_are_the_length_of_a_run(capsys: pytest.CaptureFixture[s
         out, error = capsys.readouterr()
         assert json.loads(out)["steps"] == 33
         assert "the run has" not in error
-    for epochs, told in (("2", "the run has 6 steps: 2 epochs (--epochs) are fewer steps than --max-steps 33"), ("20", "")):
+    for epochs, told in (
+        ("2", "the run has 6 steps: 2 epochs (--epochs) are fewer steps than --max-steps 33"),
+        ("20", ""),
+    ):
         assert main([*command, "-o", "both", "--force", "--epochs", epochs]) == 0
         error = capsys.readouterr().err
         assert told in error.partition("step ")[0]
