@@ -75,7 +75,7 @@ def _cost(trial: "Trial", arm: str, rows: dict[int, dict[str, Any]]) -> ArmCost:
 
 
 def _notes(trial: "Trial", answer: Answer) -> list[str]:
-    notes = []
+    notes = [] if trial.twins.given is None else [trial.twins.given]
     if trial.plan.rates != trial.config.rates:
         notes.append(
             "the time is too short to sweep the learning rate: one for both, which may suit one of them better"

@@ -147,6 +147,8 @@ class Trial:
         self.tell("converting")
         self.twins = Twins(self.model, self.task, self.config)
         self.tell(f"converting {self.twins.told}")
+        if self.twins.given is not None:
+            self.tell(f"WARNING: {self.twins.given}")
         identity, data = self._identity(), fingerprint(self.task)
         if resume:
             old = self.folder.read()

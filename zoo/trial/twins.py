@@ -60,7 +60,8 @@ class Twins:
 
     def __init__(self, model: nn.Module, task: Task, config: TryConfig) -> None:
         self.model, self.task, self.config = model, task, config
-        bound = self.bound(0)
+        bound, given = self._fitted(0)
+        self.given = None if given is None else f"both networks were given {given}"
         self.size: tuple[int, ...] = tuple(task.dataset("train")[0]["input"].shape)
         self.order: dict[str, Any]
         self.asked, self.report = self._convert_first(bound)
@@ -106,9 +107,13 @@ class Twins:
 
     def bound(self, seed: int) -> nn.Module:
         """A copy of the model that fits the task; a new head depends on the seed."""
+        return self._fitted(seed)[0]
+
+    def _fitted(self, seed: int) -> tuple[nn.Module, str | None]:
         with torch.random.fork_rng():
             seed_torch(seed)
-            return self.task.bind(copy_model(self.model)).eval()
+            bound, given = self.task.fitted(copy_model(self.model))
+            return bound.eval(), given
 
     def network(self, arm: str, seed: int) -> nn.Module:
         """One of the two networks as initialized with a seed: both compute the same function."""

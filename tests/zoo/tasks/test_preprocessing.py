@@ -22,6 +22,8 @@ from surgeon.zoo.finetune import FinetuneConfig, dry_run, finetune
 from surgeon.zoo.tasks import create_task
 from surgeon.zoo.tasks.classification import Classification, ClassificationConfig
 from surgeon.zoo.trial.report import write_report
+from surgeon.zoo.trial.run import try_conversion
+from surgeon.zoo.trial.twins import TryConfig
 from tests.support.answers import make_answer
 from tests.support.training.task_data import class_folders
 
@@ -162,3 +164,17 @@ def test_timms_configuration_is_not_shared_and_keeps_its_channels() -> None:
     )
     tell_timm(plain := net(), {"mean": (0.5,)})
     assert not hasattr(plain, "pretrained_cfg")
+
+
+def test_a_trial_tells_of_a_head_that_it_threw_away(folders: Path, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    config = TryConfig(layers="0", type="sekg", steps=1, seeds=1, rates=(1e-3,), max_time=60.0)
+    told: list[str] = []
+    answer = try_conversion(
+        model, lambda seed: task_of(folders, input_size=(3, 32, 32)), tmp_path / "out", config, tell=told.append
+    )
+    given = (
+        "both networks were given new, untrained parameters to fit the task: 3.weight, 3.bias (3 outputs instead of 5)"
+    )
+    assert f"WARNING: {given}" in told
+    assert given in answer.notes
