@@ -81,7 +81,7 @@ def parameter_groups(
     model: nn.Module,
     *,
     lr: float = FinetuneConfig.lr,
-    weight_decay: float = FinetuneConfig.weight_decay,
+    weight_decay: float | None = None,
     new_lr_scale: float | None = None,
     fan_in_lr: bool = True,
 ) -> list[dict[str, Any]]:
@@ -90,17 +90,21 @@ def parameter_groups(
     Args:
         model: every parameter that requires a gradient is in exactly one group.
         lr: of the parameters of the original network.
-        weight_decay: 0 for biases and other vectors, norms, and names in a module's `no_weight_decay()`.
+        weight_decay: 0 for biases and other vectors, norms, and names in a module's `no_weight_decay()`. None: the optimizer's own
+            for the others (0.01 of torch's AdamW, as in `finetune`; 0 of its Adam and SGD).
         new_lr_scale: rate of new parameters as a multiple of `lr`; None: each layer type's own, 1 for ACDA, 0.1 for PAFU and SEKG.
         fan_in_lr: slow the weights with which generators end in proportion to their inputs; for Adam and its kin.
 
-    Returns groups with `params`, `lr`, `weight_decay` and `role` ("selector", "new" or "other"). Raises `ConfigError` for values
-    out of range, and if there is nothing to train.
+    Returns groups with `params`, `lr`, `role` ("selector", "new" or "other") and, if it is given or 0, `weight_decay`. Raises
+    `ConfigError` for values out of range, and if there is nothing to train.
     """
-    config = FinetuneConfig(lr=lr, weight_decay=weight_decay, new_lr_scale=new_lr_scale, fan_in_lr=fan_in_lr)
+    decay = FinetuneConfig.weight_decay if weight_decay is None else weight_decay
+    config = FinetuneConfig(lr=lr, weight_decay=decay, new_lr_scale=new_lr_scale, fan_in_lr=fan_in_lr)
     groups = optimizer_groups(group_parameters(model, config), config)
     for group in groups:
         group["lr"] = lr * group.pop("lr_scale")
+        if weight_decay is None and group["weight_decay"]:
+            del group["weight_decay"]
     return groups
 
 

@@ -163,7 +163,7 @@ def test_groups_tell_the_optimizer() -> None:
 def test_a_training_loop_of_ones_own_gets_the_groups_of_finetune(kind: str) -> None:
     model, config = converted(kind), FinetuneConfig()
     expected = optimizer_groups(group_parameters(model, config), config)
-    found = surgeon.parameter_groups(model)
+    found = surgeon.parameter_groups(model, weight_decay=config.weight_decay)
     assert [[id(one) for one in group["params"]] for group in found] == [
         [id(one) for one in group["params"]] for group in expected
     ]
@@ -171,6 +171,10 @@ def test_a_training_loop_of_ones_own_gets_the_groups_of_finetune(kind: str) -> N
         assert mine["lr"] == config.lr * theirs["lr_scale"]
         assert (mine["weight_decay"], mine["role"]) == (theirs["weight_decay"], theirs["role"])
     torch.optim.AdamW(found).step()
+    exempt = {id(one) for group in found if group["weight_decay"] == 0 for one in group["params"]}
+    for make, own in ((torch.optim.AdamW, config.weight_decay), (torch.optim.Adam, 0)):  # an optimizer's own decay
+        for group in make(surgeon.parameter_groups(model)).param_groups:
+            assert {group["weight_decay"]} == {0 if id(one) in exempt else own for one in group["params"]}
     with pytest.raises(ConfigError, match="lr"):
         surgeon.parameter_groups(model, lr=-1)
 
