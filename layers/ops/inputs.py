@@ -9,8 +9,6 @@ from torch import Tensor
 from surgeon.errors import GeometryError
 from surgeon.layers.geometry import Pair
 
-FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
-
 
 def check_window(
     name: str,
@@ -22,28 +20,30 @@ def check_window(
     groups: int = 1,
 ) -> Pair:
     """The output size (H', W') of a window sliding over x (N, C, H, W); N may be 0. Raises `GeometryError`."""
-    _check_pair(name, "kernel", kernel_size, 1)
-    _check_pair(name, "stride", stride, 1)
-    _check_pair(name, "dilation", dilation, 1)
-    _check_pair(name, "padding", padding, 0)
+    for what, pair, least in (
+        ("kernel", kernel_size, 1),
+        ("stride", stride, 1),
+        ("dilation", dilation, 1),
+        ("padding", padding, 0),
+    ):
+        if len(pair) != 2 or pair[0] < least or pair[1] < least:
+            raise GeometryError(
+                f"{name}: {what} must be two integers >= {least} (vertical, horizontal), got {tuple(pair)}"
+            )
     if groups < 1:
         raise GeometryError(f"{name}: groups must be at least 1, got {groups}")
-    _, channels, height, width = x.shape
-    if channels == 0 or height == 0 or width == 0:
+    if 0 in x.shape[1:]:
         raise GeometryError(f"{name}: an image must have channels and pixels, got x {tuple(x.shape)}")
-    height = (height + 2 * padding[0] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
-    width = (width + 2 * padding[1] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
+    height, width = (
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+    )
     if height < 1 or width < 1:
         raise GeometryError(
             f"{name}: a {kernel_size[0]}x{kernel_size[1]} kernel of dilation {tuple(dilation)} does not fit an input of "
             f"{x.shape[2]}x{x.shape[3]} with padding {tuple(padding)}"
         )
     return height, width
-
-
-def _check_pair(name: str, what: str, pair: Sequence[int], least: int) -> None:
-    if len(pair) != 2 or pair[0] < least or pair[1] < least:
-        raise GeometryError(f"{name}: {what} must be two integers >= {least} (vertical, horizontal), got {tuple(pair)}")
 
 
 def floating(*args: Any) -> list[str]:
@@ -54,8 +54,6 @@ def floating(*args: Any) -> list[str]:
 def one_dtype(*args: Any) -> list[str]:
     """Reasons against arguments whose tensors do not share one floating dtype."""
     dtypes = {a.dtype for a in args if isinstance(a, Tensor)}
-    if len(dtypes) == 1 and dtypes <= FLOATING:
-        return []
     mixed = [] if len(dtypes) == 1 else [f"its tensors are of different dtypes ({named(dtypes)})"]
     return _integers(dtypes) + mixed
 

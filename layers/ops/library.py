@@ -37,12 +37,6 @@ def define(name: str, *tags: torch.Tag) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-_profiler_enabled = (
-    torch._C._autograd._profiler_enabled
-)  # an operator may find everything that it reads evicted from the caches
-_forward_gradients = torch.autograd.forward_ad
-
-
 def _keys(t: Tensor) -> int:
     """The set of bits by which torch's dispatcher decides about a tensor."""
     return int(torch._C._dispatch_keys(t).raw_repr())
@@ -59,18 +53,19 @@ def nothing_to_record(*args: Any) -> bool:
     Observers are graphs being traced or compiled, dispatch and function modes (such as counters of FLOPs), forward gradients and
     the profiler.
     """
+    gradients = torch.is_grad_enabled()
+    tensors = [a for a in args if isinstance(a, Tensor)]
     if (
         torch.compiler.is_compiling()
+        or (gradients and any(t.requires_grad for t in tensors))
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state()
-        or _profiler_enabled()
-        or _forward_gradients._current_level >= 0
+        or torch._C._autograd._profiler_enabled()
+        or torch.autograd.forward_ad._current_level >= 0
     ):
         return False
-    gradients = torch.is_grad_enabled()
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    return not any((gradients and t.requires_grad) or _keys(t) not in _ORDINARY for t in tensors)
+    return all(_keys(t) in _ORDINARY for t in tensors)
 
 
 def shapes_of(name: str) -> Callable[[Function], Function]:
