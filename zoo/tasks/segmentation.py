@@ -314,11 +314,11 @@ def _enlarged(logits: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _has_trained_head(model: nn.Module, task: str) -> bool:
-    """Whether the model was trained on this task, or converted with weights of the user's own."""
+    """Whether the model was trained on this task, or has weights of the user's own."""
     recipe = get_recipe(model)
     if recipe is None:
         return False
-    own = recipe.base is not None and recipe.base.weights.kind == "file" and bool(recipe.rules)
+    own = recipe.base is not None and recipe.base.weights.kind == "file"
     return own or (recipe.task is not None and recipe.task.name == task)
 
 

@@ -129,15 +129,14 @@ class Answer:
 
     @property
     def verdict(self) -> str:
-        """won, lost or undecided."""
-        return "undecided" if self.coarse else verdict(self.gains)
+        """won, lost or undecided: that, too, if both networks end worse than they started."""
+        return "undecided" if self.coarse or self.ends_below_start() else verdict(self.gains)
 
     @property
     def outcome(self) -> str:
         """The verdict, with "no gain seen" where seeds and samples suffice for a bound, as in the sentence."""
-        if self.verdict != "undecided" or len(self.gains) < LEAST_SEEDS or tied(self.gains) or self.coarse:
-            return self.verdict
-        return "no gain seen"
+        few = len(self.gains) < LEAST_SEEDS or tied(self.gains) or self.coarse
+        return self.verdict if few or self.verdict != "undecided" or self.ends_below_start() else "no gain seen"
 
     @property
     def step(self) -> float:
@@ -171,6 +170,8 @@ class Answer:
             return f"gain {found} {self.unit} ({seeds})"
         if self.verdict == "lost":
             return f"loss {found} {self.unit} ({seeds})"
+        if self.ends_below_start():
+            return f"undecided: both end worse than untrained, {found} {self.unit} apart ({seeds})"
         if error is None or count_ < LEAST_SEEDS:
             return f"undecided: {found} {self.unit} with {seeds}, an answer takes {LEAST_SEEDS}"
         if tied(self.gains):
@@ -196,6 +197,8 @@ class Answer:
         if self.verdict != "undecided":
             better = "better" if self.verdict == "won" else "worse"
             return f"The converted network is {better}, beyond two standard errors of the paired differences."
+        if self.ends_below_start():
+            return "Training made both networks worse, which tells nothing about the conversion: longer, or at a smaller rate."
         if len(self.gains) < LEAST_SEEDS:
             return f"Too few seeds to tell: an answer takes {LEAST_SEEDS}."
         if self.perfect:

@@ -139,6 +139,16 @@ def test_what_ends_below_its_start_is_seen() -> None:
     assert not make_answer([0.5], [0.5]).ends_below_start()
 
 
+@pytest.mark.parametrize("gain", [0.1, -0.1])
+def test_nothing_is_decided_where_both_end_below_their_start(gain: float) -> None:
+    original, converted = [0.5, 0.51, 0.52], [0.5 + gain, 0.511 + gain, 0.522 + gain]
+    assert make_answer(original, converted).outcome == ("won" if gain > 0 else "lost")
+    answer = make_answer(original, converted, start=0.9)
+    assert answer.outcome == answer.to_dict()["verdict"] == "undecided"
+    assert answer.sentence().startswith("undecided: both end worse than untrained, ")
+    assert "made both networks worse" in answer.meaning()
+
+
 def test_a_gain_is_positive_where_lower_is_better() -> None:
     answer = make_answer([3.0, 3.1, 3.2], [2.0, 2.2, 2.1], primary="mae", higher_is_better=False)
     assert answer.gains == pytest.approx([1.0, 0.9, 1.1])

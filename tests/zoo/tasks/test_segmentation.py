@@ -212,7 +212,7 @@ def test_miou_is_that_of_the_whole_set_not_the_mean_over_pictures(options: dict[
     assert metrics["miou"].compute().item() == pytest.approx((1 / 3 + 1 / 3) / 2)
 
 
-@pytest.mark.parametrize("origin", ["tuned", "converted"])
+@pytest.mark.parametrize("origin", ["tuned", "converted", "own weights"])
 def test_a_trained_head_is_not_thrown_away(
     options: dict[str, Any], caplog: pytest.LogCaptureFixture, origin: str
 ) -> None:
@@ -221,9 +221,12 @@ def test_a_trained_head_is_not_thrown_away(
     def network(classes: int) -> nn.Module:
         net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, classes, 1))
         base = BaseModel(source="factory", name="tests:none", weights=Weights(kind="file", path="w.pth"))
-        tuned = Recipe(rules=(), task=Trained(name="segmentation"))
-        converted = Recipe(rules=(Rule(layers="0", type="acda"),), base=base)
-        set_recipe(net, tuned if origin == "tuned" else converted)
+        recipes = {
+            "tuned": Recipe(rules=(), task=Trained(name="segmentation")),
+            "converted": Recipe(rules=(Rule(layers="0", type="acda"),), base=base),
+            "own weights": Recipe(rules=(), base=base),
+        }
+        set_recipe(net, recipes[origin])
         return net
 
     two = r"trained head of 2 classes, and the masks also have label 2: ignore_index=2 leaves it out, .*; new_head=true starts"
