@@ -240,7 +240,9 @@ class _Parser(argparse.ArgumentParser):
 
     def _other_name(self, unknown: str, flags: list[str]) -> str:
         """The hint for a name that other programs use, for one of what is given without an option, or for the nearest name."""
-        name = unknown.removeprefix("--").replace("-", "_")
+        name = unknown.lstrip("-").replace("-", "_")
+        if name in ("o", "output") and "--json" in flags:
+            return f" {self.prog} writes no file: {self.prog} ... --json > FILE keeps what it prints"
         places = {action.dest: str(action.metavar) for action in self._actions if not action.option_strings}
         if name in places:
             return f" {places[name]} is given without an option"

@@ -145,7 +145,10 @@ def named_factory(name: str) -> Any:
         for part in attribute.split("."):
             if not hasattr(factory, part):
                 known = [key for key, value in vars(factory).items() if callable(value)]
-                raise ModelError(f"{module_name} has no {attribute!r}.{did_you_mean(part, known)}".removesuffix("."))
+                hint = did_you_mean(part, known)
+                if module_name in ("timm", "torchvision"):
+                    hint = f" Its models are named {module_name}/NAME, as {module_name}/resnet18"
+                raise ModelError(f"{module_name} has no {attribute!r}.{hint}".removesuffix("."))
             factory = getattr(factory, part)
     finally:
         sys.path.pop(0)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from surgeon.errors import ModelError
+from surgeon.errors import ModelError, called
 from surgeon.layers.base import DynamicConv2d
 from surgeon.models.heads import check_head
 from surgeon.surgery.raised import Raised
@@ -73,7 +73,8 @@ def _what_to_check(state: Mapping[str, Tensor], model: nn.Module) -> str:
             f"It has other layers in the place of {told_mismatches(sorted(place[:-1] for place in gone))}: a state dict of a "
             "converted model fits the same conversion; surgeon.save writes a folder that every command opens."
         )
-    return "Check the model's name and its options."
+    options = called("--model-args KEY=VALUE", "options={...}")
+    return f"Check the model's name and its options ({options})."
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

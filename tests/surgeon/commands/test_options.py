@@ -114,6 +114,15 @@ def test_an_option_of_the_task_is_told_as_such(
     assert capsys.readouterr().err.startswith(f"surgeon: error: there is no option {unknown}{'.' * bool(hint)}{hint}")
 
 
+@pytest.mark.parametrize(("command", "flag"), [("evaluate", "-o"), ("inspect", "--output"), ("cost", "-o")])
+def test_a_command_that_writes_no_file_says_how_to_keep_what_it_prints(
+    command: str, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "net", flag, "there"]) == 2
+    told = f"there is no option {flag}. surgeon {command} writes no file: surgeon {command} ... --json > FILE keeps"
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_a_shell_can_complete_commands_and_options(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("shtab", reason="shtab is declared, and not installed here")
