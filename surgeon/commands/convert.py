@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scales", "-S", type=whole, metavar="S", help="acda: scales of the basis, 3x3, 5x5, ...")
     group.add_argument("--basis-size", type=whole, metavar="M'", help="acda: basis elements per scale")
     group.add_argument("--group-size", "-n", type=whole, metavar="N", help="pafu: kernels in a group")
-    group.add_argument("--kernel-groups", type=whole, metavar="G", help="sekg: generated kernels per pixel; each is shared by a group of channels")
+    group.add_argument("--kernel-groups", type=whole, metavar="G", help="sekg: generated kernels per pixel")
     group.add_argument("--compress", action="store_true", help="acda: drop the static atoms; smaller, not exact")
     group.add_argument("--calibrate", metavar="DIR", help="images for an activation-aware --compress")
     add_pairs(group, "--option", "any layer option", dest="options")

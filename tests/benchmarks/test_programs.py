@@ -173,6 +173,7 @@ def test_programs_say_what_they_do(program: str, capsys: pytest.CaptureFixture[s
     assert f"python -m benchmarks.{program}" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_coverage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = _models.Case("torchvision", "classification", "squeezenet", "squeezenet1_1")
     monkeypatch.setattr(coverage, "cases", lambda every: [case])

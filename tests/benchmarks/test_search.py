@@ -160,6 +160,7 @@ def test_every_placement_is_trained_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert fine_tunes.main(command) == 0
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("tiny")
 def test_a_search_and_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_cifar, "QUICK", search_cifar.Size(steps=2, rung=0, images=6))

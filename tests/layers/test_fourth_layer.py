@@ -175,6 +175,7 @@ def test_cost_and_search_space() -> None:
     assert any(row.option == "gain(hidden=2)" and row.flops > 0 and not row.reasons for row in table.rows)
 
 
+@pytest.mark.long
 def test_finetune_collapse_and_export(tmp_path: Path) -> None:
     model, _ = converted()
     tuned = finetune(model, regression(), FinetuneConfig(epochs=1, batch_size=4, max_steps=3, recalibrate=0)).model

@@ -58,6 +58,7 @@ def test_an_interrupt_before_another_is_replaced_is_told_as_such(monkeypatch: py
     assert Path("out/try.json").read_text() == before
 
 
+@pytest.mark.long
 def test_an_interrupt_of_a_search_is_told_as_what_is_on_disk(capsys: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first trial nothing is written; in the finals, the trials are."""
     command = search_arguments("s", "--trials", "2", "--finals", "1", "--quiet")

@@ -108,6 +108,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 # --- one worker ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_search_is_the_same_in_a_database_and_in_a_file(storage: str, undisturbed: list[Any], tmp_path: Path) -> None:
     search = toy_search(tmp_path / "a" / "s", storage=storage, sampler="decoder", trials=TRIALS, seed=3)
     (tmp_path / "a").mkdir()
@@ -341,6 +342,7 @@ def test_a_server_that_comes_back_gets_the_result(tmp_path: Path) -> None:
         assert read(own.url)[claim.trial.number].values == (1.5,)
 
 
+@pytest.mark.long
 @needs_postgresql
 def test_a_server_that_goes_away_costs_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "_PATIENCE", 0.5)

@@ -264,6 +264,7 @@ class Small(TableEvaluator):
         return float((placement != 0).sum())
 
 
+@pytest.mark.long
 def test_the_gate_stands_before_every_evaluation_and_learns(tmp_path: Path) -> None:
     model = timm.create_model("test_resnet")
     config = SpaceConfig(types=("pafu", "sekg"), group_sizes=(4,))

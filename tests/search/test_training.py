@@ -290,6 +290,7 @@ def test_a_probe_is_a_difference_of_equal_trainings() -> None:
     assert np.abs(moving.gain[:, sekg]).max() > 1e-5
 
 
+@pytest.mark.long
 def test_halving_gives_the_better_half_more_steps() -> None:
     evaluator = evaluator_of(space=SEKG)
     count = len(entries(evaluator.space))

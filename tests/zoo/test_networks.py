@@ -334,6 +334,7 @@ def test_a_network_made_in_python_is_known_again(name: str, tmp_path: Path) -> N
         assert torch.equal(value, again.state_dict()[key])
 
 
+@pytest.mark.long
 def test_the_iterative_network_exports_with_everything_free(tmp_path: Path) -> None:
     """Its bound depends on the number of pixels, which must not become a constant."""
     model = zoo.create("pafu_iterative_demosaic", steps=1, depth=1, width=16).eval()

@@ -87,6 +87,7 @@ def check_torch_runs_because(said: str, capsys: pytest.CaptureFixture[str]) -> N
         ACDA_CONV(*arguments, backend="native")
 
 
+@pytest.mark.long
 @needs_compiler
 def test_it_is_compiled_once_with_one_line(fresh: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = example(ACDA_CONV, "cpu", torch.float32)

@@ -45,6 +45,7 @@ def interpreted(*arguments: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.long
 @needs_triton
 def test_interpreted_kernels_are_the_definition() -> None:
     interpreted(*OPERATORS)
@@ -68,6 +69,7 @@ SHARED = {"80": 166_912, "90": 232_448}
 BUILDS = [("80", "float32"), ("90", "bfloat16"), ("80", "bfloat16"), ("90", "float32"), ("90", "float16")]
 
 
+@pytest.mark.long
 @needs_triton
 @pytest.mark.parametrize(
     ("capability", "dtype"), BUILDS[:1]

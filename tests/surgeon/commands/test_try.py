@@ -281,6 +281,7 @@ def test_a_trial_from_the_command_line(attempt: Try, capsys: pytest.CaptureFixtu
     assert "continue it (--resume) or replace it (--force)" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_equal_seeds_give_equal_answers_and_more_seeds_are_added(
     attempt: Try, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,7 @@ Capture = pytest.CaptureFixture[str]
 pytestmark = pytest.mark.usefixtures("nothing_half_written")
 
 
+@pytest.mark.long
 def test_onnx_with_every_layer_type_and_free_sizes(tmp_path: Path) -> None:
     import onnx
 
@@ -56,6 +57,7 @@ def test_onnx_with_every_layer_type_and_free_sizes(tmp_path: Path) -> None:
         assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-4
 
 
+@pytest.mark.long
 def test_a_torch_archive_loads_where_surgeon_is_not_imported(tmp_path: Path) -> None:
     model, x = mixed(), torch.randn(3, 3, 20, 28)
     surgeon.export(model, tmp_path / "m.pt2", format="torch", input_size=(3, 20, 28), free="batch")
@@ -84,6 +86,7 @@ def test_the_size_of_the_conversion_is_that_of_the_export(tmp_path: Path) -> Non
     assert surgeon.export(model, tmp_path / "n.pt2", free="none", input_size=16).input_shape[1:] == (3, 16, 16)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("model", "said"), [(Untraceable(), "torch.export refuses Untraceable"), (Wrong(), "relative error 1.0e-02")]
 )
@@ -99,6 +102,7 @@ def test_a_model_of_other_inputs_is_refused(tmp_path: Path) -> None:
         surgeon.export(nn.Bilinear(2, 2, 2), tmp_path / "m.onnx", example_inputs=(torch.ones(1, 2), torch.ones(1, 2)))
 
 
+@pytest.mark.long
 def test_weights_that_one_onnx_file_cannot_hold_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exported, "LARGE", 1000)
     model, path = nn.Sequential(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval(), tmp_path / "m.onnx"

@@ -67,6 +67,7 @@ def test_control_flow_by_values_is_one_error_with_its_line(tmp_path: Path, capfd
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "groups"), [("acda", 1), ("pafu", 1), ("pafu", 8), ("sekg", 1)])
 def test_layers_keep_the_memory_format_of_what_they_are_concatenated_with(
     kind: str, groups: int, tmp_path: Path
@@ -76,6 +77,7 @@ def test_layers_keep_the_memory_format_of_what_they_are_concatenated_with(
     assert set(found.free) == {"batch", "height", "width"}
 
 
+@pytest.mark.long
 def test_onnxscripts_search_for_pairs_of_slices_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its time grows with the square of the operations. The rule is as it was afterwards, also after a failure."""
     from onnxscript.rewriter.rules.common import slice_split_rule
@@ -91,6 +93,7 @@ def test_onnxscripts_search_for_pairs_of_slices_is_left_out(tmp_path: Path, monk
     assert "try_rewrite" not in vars(slice_split_rule)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("attention", "free"), [(Attention, {"batch"}), (Windows, {"batch", "height", "width"})])
 def test_attention_as_onnx_does_not_have_it(attention: type[nn.Module], free: set[str], tmp_path: Path) -> None:
     model = attention().eval()
@@ -100,6 +103,7 @@ def test_attention_as_onnx_does_not_have_it(attention: type[nn.Module], free: se
     assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sekg", None])
 def test_conditions_that_torch_export_cannot_solve_leave_sizes_free(kind: str | None, tmp_path: Path) -> None:
     """Pooling with `ceil_mode`, as in GoogLeNet and SENet: named dimensions fail there with an error of torch.export's own."""
@@ -146,6 +150,7 @@ class Enlarged(nn.Module):
         return skip + nn.functional.pixel_shuffle(self.conv(x), 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
 def test_a_skip_that_is_interpolated_by_a_factor_leaves_sizes_free(suffix: str, tmp_path: Path) -> None:
     found = surgeon.export(model := Enlarged().eval(), tmp_path / f"m.{suffix}", input_size=(3, 48, 48))
@@ -164,6 +169,7 @@ def test_the_channels_of_a_converted_first_layer_are_known(tmp_path: Path) -> No
     assert found.input_shape[1] == 5
 
 
+@pytest.mark.long
 def test_sizes_at_which_the_file_does_not_run_are_fixed_and_said(tmp_path: Path) -> None:
     """ONNX has no adaptive pooling; what stands for it reaches over the edge of some maps (PSPNet's pyramid)."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(6))
@@ -183,6 +189,7 @@ def test_sizes_at_which_the_file_does_not_run_are_fixed_and_said(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
+@pytest.mark.long
 def test_what_only_the_format_does_not_allow_is_fixed_and_said(tmp_path: Path) -> None:
     found = surgeon.export(PerImage(), tmp_path / "m.onnx", input_size=(3, 16, 16))
     assert set(found.free) == {"height", "width"}
@@ -208,6 +215,7 @@ def test_less_may_be_asked_for(tmp_path: Path) -> None:
     assert [check.shape for check in found.checks] == [(1, 3, 9, 9)]
 
 
+@pytest.mark.long
 def test_a_fixed_batch_is_one_image_unless_it_is_the_callers_or_the_models_own(tmp_path: Path) -> None:
     class Counts(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -134,6 +134,7 @@ def why_no_small_disk() -> str | None:
 NO_SMALL_DISK = why_no_small_disk()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(NO_SMALL_DISK is not None, reason=NO_SMALL_DISK or "")
 def test_a_really_full_disk(tmp_path: Path) -> None:
     code = (

@@ -37,6 +37,7 @@ def changed(program: Path, to: Path, member: str, change: object) -> Path:
     return to
 
 
+@pytest.mark.long
 def test_the_command_converts_a_program_and_its_folder_verifies(
     program: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,6 +54,7 @@ def test_the_command_converts_a_program_and_its_folder_verifies(
     assert main(["verify", str(tmp_path / "less"), "--quiet"]) == 0
 
 
+@pytest.mark.long
 def test_the_original_of_a_trained_program_is_the_trained_one(program: Path, tmp_path: Path) -> None:
     """It was the program with its own weights, which are those before any training."""
     model, base = build_model(str(program))
@@ -78,6 +80,7 @@ def test_a_program_has_a_cost(program: Path, capsys: pytest.CaptureFixture[str])
     assert json.loads(capsys.readouterr().out)["params"] > 4e6
 
 
+@pytest.mark.long
 def test_a_folder_needs_its_program_whole_and_in_its_place(program: Path, tmp_path: Path) -> None:
     model, base = build_model(str(program))
     converted, _ = surgeon.convert(model, layers="stage4", type="pafu")

@@ -278,7 +278,9 @@ def test_what_is_not_only_another_head_is_another_model(tmp_path: Path, name: st
     state = timm.create_model(TINY, num_classes=10).state_dict()
     state[name] = torch.zeros(7, *state[name].shape[1:])
     file = weights_file(tmp_path, "w.pth", state)
-    with pytest.raises(ModelError, match=r"another model: .*Check the model's name and its options \(options=\{\.\.\.\}\)\.$"):
+    with pytest.raises(
+        ModelError, match=r"another model: .*Check the model's name and its options \(options=\{\.\.\.\}\)\.$"
+    ):
         build_model(TINY, weights=str(file))
 
 

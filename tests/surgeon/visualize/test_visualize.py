@@ -279,6 +279,7 @@ def saved(kind: str) -> None:
         Image.fromarray(values).save(name)
 
 
+@pytest.mark.long
 def test_pictures_numbers_and_tensorboard(capsys: pytest.CaptureFixture[str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -438,6 +439,7 @@ def test_wrong_usage_is_one_clear_error(capsys: pytest.CaptureFixture[str], argu
     assert not Path("out").exists()
 
 
+@pytest.mark.long
 def test_the_example_draws_the_pictures_of_the_documents(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(root / "examples" / "draw_layers.py"))["main"]("test_resnet", ".")
     drawn = {path.name for path in Path().glob("*.png")}

@@ -108,6 +108,7 @@ def test_the_time_is_for_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert enough.summary.stopped == "steps"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_taken_up_again(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = with_(ema=0.9, workers=int(number == signal.SIGINT))

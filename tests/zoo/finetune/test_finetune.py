@@ -62,6 +62,7 @@ def test_runs_repeat_bit_for_bit_and_seeds_matter() -> None:
     assert not equal(first, other)
 
 
+@pytest.mark.long
 def test_workers_and_evaluations_do_not_change_the_weights() -> None:
     plain = weights(finetune(converted("pafu"), regression(), with_(keep="last", recalibrate=0)).model)
     changed = with_(keep="last", recalibrate=0, workers=2, eval_every="1", log_every=3)

@@ -78,6 +78,7 @@ def test_timms_transform_of_the_loaded_model_makes_what_the_task_judges(folders:
         torch.testing.assert_close(made(same.convert("RGB")), judged, rtol=0, atol=0)
 
 
+@pytest.mark.long
 def test_the_commands_tell_and_what_they_write_knows(
     folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +113,7 @@ def test_the_commands_tell_and_what_they_write_knows(
     assert exported.size == Path("m.onnx").stat().st_size
 
 
+@pytest.mark.long
 def test_a_fine_tuned_model_is_trained_on_as_it_was(folders: Path, tmp_path: Path) -> None:
     """Its original, which has ImageNet's statistics, sees the same images."""
     model = surgeon.open_model("resnet10t", weights="random", num_classes=3)

@@ -416,6 +416,7 @@ def test_tensorboard_has_curves_and_hparams(capsys: Capture) -> None:
     )
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_optunas_own_plots_read_the_study(capsys: Capture) -> None:
     from optuna.visualization import matplotlib as plots

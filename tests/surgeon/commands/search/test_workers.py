@@ -33,6 +33,7 @@ def database(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'study.db'}"
 
 
+@pytest.mark.long
 def test_a_search_in_a_database_is_begun_joined_and_read(database: str, capsys: Capture, tmp_path: Path) -> None:
     shared = ["--storage", database, "--no-pruning", "--sampler", "random"]
     assert main(search_arguments("r50", "--trials", "2", *shared)) == 0
