@@ -19,6 +19,7 @@ from surgeon.commands.common.arguments import (
     positive,
     print_json,
 )
+from surgeon.commands.common.originals import named_original
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError, ModelError, SurgeonError
 from surgeon.records.training import original_folder, trainings, unequal_training
@@ -154,17 +155,17 @@ def _original(
     args: argparse.Namespace, recipe: "Recipe | None", notes: list[str]
 ) -> "tuple[nn.Module | None, str, Recipe | None]":
     """The model to compare with, None if there is none, its name and its recipe."""
-    from surgeon.models.names import build_model, restore
+    from surgeon.models.names import restore
     from surgeon.records.recipe import get_recipe
 
     if args.original == "none":
         return None, "", None
-    if args.original != "auto":
-        weights = args.original_weights or "auto"
-        given = {"seed": args.seed, "trust_factory": args.trust_factory}
-        named, _ = build_model(args.original, weights=weights, head="weights", **given)
-        return named, args.original, get_recipe(named)
     base = None if recipe is None else recipe.base
+    if args.original != "auto":
+        given = {"seed": args.seed, "trust_factory": args.trust_factory}
+        named, told = named_original(args.original, args.original_weights, base, flag="--original-weights", **given)
+        notes += [] if told is None else [told]
+        return named, args.original, get_recipe(named)
     if base is None:
         notes.append("no original: the run does not record its base model (name one with --original MODEL)")
         return None, "", None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import add_trust, print_json, size, tell
+from surgeon.commands.common.originals import named_original
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.util.picture_files import SUFFIXES, check_supported
 from surgeon.util.waiting import waiting
@@ -233,13 +234,15 @@ def _photo(picture: "Tensor", transform: Any) -> Any:
 def _original(args: argparse.Namespace, base: "BaseModel") -> "nn.Module | None":
     if args.against is None:
         return None
-    from surgeon.models.names import build_model, restore
+    from surgeon.models.names import restore
 
+    weights, flag, trusted = args.against_weights, "--against-weights", args.trust_factory
     if args.against == "auto":
-        named, trusted = args.against_weights, args.trust_factory
-        return restore(base, weights=named, trust_factory=trusted, head="weights", flag="--against-weights")
-    weights = args.against_weights or "auto"
-    return build_model(args.against, weights=weights, head="weights", trust_factory=args.trust_factory)[0]
+        return restore(base, weights=weights, trust_factory=trusted, head="weights", flag=flag)
+    named, told = named_original(args.against, weights, base, flag=flag, trust_factory=trusted)
+    if told is not None:
+        tell(args, told)
+    return named
 
 
 def _draw(

@@ -11,7 +11,8 @@ from torch import nn
 
 from surgeon.errors import ModelError
 from surgeon.layers.base import DynamicConv2d
-from surgeon.models.names import build_shapes, torchvision_size
+from surgeon.models.names import build_shapes
+from surgeon.models.sources import torchvision_size
 from surgeon.models.weights import state_sha256
 from surgeon.records.providers import providers
 from surgeon.records.recipe import BaseModel, Weights

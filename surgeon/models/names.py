@@ -24,7 +24,16 @@ from surgeon.models.heads import HeadError
 from surgeon.models.places import HUB, LIBRARIES, check_own, in_file, no_folder, untrusted
 from surgeon.models.places import WEIGHTS as WORDS
 from surgeon.models.programs import SUFFIX, is_program
-from surgeon.models.sources import STRUCTURES, as_published, construct, named_factory, pretrained, resolve_hub
+from surgeon.models.sources import (
+    STRUCTURES,
+    as_published,
+    construct,
+    named_factory,
+    pretrained,
+    resolve_hub,
+    torchvision_names,
+    torchvision_size,
+)
 from surgeon.models.weight_files import load_weights_file
 from surgeon.models.weights import mismatches, state_sha256
 from surgeon.records.providers import providers
@@ -122,6 +131,14 @@ def _told_option(name: str | None, error: HeadError) -> str:
         flag = "--model-args"
         told = called(f"{flag} {name}={error.outputs}", f"options={{{name!r}: {error.outputs}}}")
     return f": {told}" if name is not None and offered(flag) else ""
+
+
+def names(spec: str, base: BaseModel) -> bool:
+    """Whether `spec` is the name of this base model, whatever its weights."""
+    with contextlib.suppress(ModelError):
+        named = _parse(spec)
+        return (named.source, named.name) == (base.source, base.name)
+    return False
 
 
 def open_model(spec: str, **options: Any) -> nn.Module:
@@ -278,7 +295,7 @@ def model_names(pattern: str = "*") -> list[str]:
     provided = {prefix: provider.names() for prefix, provider in providers().items()}
     own = {name for names in provided.values() for name in names}  # timm may know them as well
     names = [name for name in timm.list_models() if name not in own]
-    names += [f"torchvision/{name}" for name in _torchvision_names()]
+    names += [f"torchvision/{name}" for name in torchvision_names()]
     names += [f"{prefix}/{name}" for prefix, listed in provided.items() for name in listed]
     if not any(c in pattern for c in "*?["):
         pattern = f"*{pattern}*"
@@ -317,7 +334,7 @@ def _parse(spec: str) -> BaseModel:
         cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
         size = tuple(cfg.input_size) if cfg is not None else ()
         return BaseModel(source="timm", name=name, input_size=size, weights=unset)
-    if prefix == "torchvision" and name in _torchvision_names():
+    if prefix == "torchvision" and name in torchvision_names():
         return BaseModel(source="torchvision", name=name, input_size=torchvision_size(name), weights=unset)
     if spec.endswith(SUFFIX):
         raise ModelError(f"there is no file {spec}")
@@ -354,25 +371,6 @@ def _has_fixed_size(name: str) -> bool:
 
     cfg = None if HUB.fullmatch(name) else timm.models.get_pretrained_cfg(name, allow_unregistered=True)
     return bool(cfg is not None and cfg.fixed_input_size)
-
-
-def _torchvision_names() -> list[str]:
-    from torchvision import models
-
-    # The quantized variants consist of packed integer modules: nothing in them can be replaced.
-    return [name for name in models.list_models() if not name.startswith("quantized_")]
-
-
-def torchvision_size(name: str) -> tuple[int, ...]:
-    """(C, H, W) for the model's default weights; () for video and optical flow, which take no single images."""
-    from torchvision import models
-
-    module = models.get_model_builder(name).__module__
-    if module.startswith(("torchvision.models.video", "torchvision.models.optical_flow")):
-        return ()
-    options = getattr(models.get_model_weights(name)["DEFAULT"].transforms, "keywords", {})
-    crop = int(options.get("crop_size", 224))
-    return (3, crop, crop)
 
 
 # --- building -----------------------------------------------------------------------------------------------------

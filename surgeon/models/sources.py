@@ -135,6 +135,26 @@ def _no_state_dicts() -> Iterator[None]:
         yield
 
 
+def torchvision_names() -> list[str]:
+    """The names of torchvision's models, without the quantized ones."""
+    from torchvision import models
+
+    # The quantized variants consist of packed integer modules: nothing in them can be replaced.
+    return [name for name in models.list_models() if not name.startswith("quantized_")]
+
+
+def torchvision_size(name: str) -> tuple[int, ...]:
+    """(C, H, W) for the model's default weights; () for video and optical flow, which take no single images."""
+    from torchvision import models
+
+    module = models.get_model_builder(name).__module__
+    if module.startswith(("torchvision.models.video", "torchvision.models.optical_flow")):
+        return ()
+    options = getattr(models.get_model_weights(name)["DEFAULT"].transforms, "keywords", {})
+    crop = int(options.get("crop_size", 224))
+    return (3, crop, crop)
+
+
 def named_factory(name: str) -> Any:
     """The class or function named `package.module:factory`; raises `ModelError` if the module has none of this name."""
     module_name, _, attribute = name.partition(":")

@@ -1,5 +1,6 @@
 """Surgery on the module tree: replace layers under all their names, and revert."""
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.errors import SelectionError, UnsupportedLayerError
+from surgeon.errors import SelectionError, UnsupportedLayerError, called
 from surgeon.layers.base import DynamicConv2d
 from surgeon.layers.geometry import ConvGeometry, Pair, pad_for_window
 from surgeon.layers.source import CONV_ATTRIBUTES, ConvSource
@@ -158,10 +159,27 @@ def revert(model: nn.Module, names: Selector | None = None) -> nn.Module:
     layers = dynamic_layers(model, names)
     if not layers:
         raise SelectionError("there is nothing to revert: the model has no dynamic layer")
-    rewrite = Rewrite(model, {name: plain_convolution(layer, name) for name, layer in layers.items()})
-    result = rewrite.apply()
+    convs: dict[str, nn.Module] = {}
+    refused: dict[str, UnsupportedLayerError] = {}
+    for name, layer in layers.items():
+        try:
+            convs[name] = plain_convolution(layer, name)
+        except UnsupportedLayerError as error:
+            refused[name] = error
+    if refused:
+        raise _none_reverted(refused, convs)
+    result = Rewrite(model, convs).apply()
     drop_rules(result, get_recipe(model), layers)
     return result
+
+
+def _none_reverted(refused: Mapping[str, UnsupportedLayerError], others: Iterable[str]) -> UnsupportedLayerError:
+    """One error for all layers that do not revert, with the selection of those that do."""
+    first, *more = refused.values()
+    also = f"; nor do {', '.join(list(refused)[1:])}" if more else ""
+    rest = ",".join(map(quoted, others))
+    hint = f"; {called(f'--layers {shlex.quote(rest)}', repr(rest))} reverts the others" if rest else ""
+    return UnsupportedLayerError(f"{first}{also}{hint}", first.reasons)
 
 
 def drop_rules(model: nn.Module, recipe: Recipe | None, names: Iterable[str]) -> None:
@@ -193,7 +211,9 @@ def plain_convolution(layer: DynamicConv2d, name: str = "") -> nn.Conv2d:
     Raises `UnsupportedLayerError` if no single convolution computes the same.
     """
     if not layer.static_is_exact():
-        raise _not_one_convolution(layer, name, "its static part differs from one convolution near the borders")
+        raise _not_one_convolution(
+            layer, name, "its static part is two convolutions, which differ from one near the borders"
+        )
     weight = _cropped(layer.static_weight().detach(), layer.geometry)
     conv = convolution_from(layer.geometry, weight, layer.static_bias())
     if weight.shape[2:] != layer.geometry.kernel_size or getattr(layer, ORIGIN, "Conv2d") not in _PLAIN:

@@ -1,6 +1,7 @@
 """surgeon.zoo.evaluate and `surgeon evaluate`: the right numbers, the same every time, beside the original's."""
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -189,12 +190,48 @@ def test_which_original(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*given, "--original", "test_efficientnet", "--original-weights", "random"]) == 0
     found = document(capsys)
     assert found["original"]["model"] == "test_efficientnet"
-    assert "test_efficientnet was given new, untrained parameters" in found["notes"][0]
+    assert found["notes"][0] == "test_efficientnet has random weights (seed 0)"
+    assert "test_efficientnet was given new, untrained parameters" in found["notes"][1]
     torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), "shapes.pth")
     assert main([*given, "--original", "test_resnet", "--original-weights", "shapes.pth"]) == 0, (
         "with the head of the file"
     )
     assert document(capsys)["original"]["model"] == "test_resnet"
+
+
+MODULE = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+"""
+
+
+def test_the_runs_own_base_by_its_name_has_the_weights_that_were_converted(capsys: pytest.CaptureFixture[str]) -> None:
+    """It was a fresh one: a gain over an untrained network under the name of the original."""
+    Path("mine.py").write_text(MODULE)
+    make = runpy.run_path("mine.py")["make"]
+    for file in ("own.pth", "other.pth"):
+        torch.save(make().state_dict(), file)
+    given = ["--layers", "0", "--type", "acda", "--input-size", "16", "-o", "run", "--quiet"]
+    assert main(["convert", "mine:make", "--weights", "own.pth", *given]) == 0
+    capsys.readouterr()
+    command = ["evaluate", "run", "--trust-factory", "--task", "brightness", "--json", "--quiet"]
+    found = {}
+    for original in ([], ["--original", "mine:make"], ["--original", "mine:make", "--original-weights", "other.pth"]):
+        assert main([*command, *original]) == 0
+        found[original[-1] if original else "auto"] = document(capsys)
+    by_name, other = found["mine:make"], found["other.pth"]
+    assert by_name["original"] == found["auto"]["original"]
+    assert by_name["original"]["metrics"]["loss"] == pytest.approx(by_name["metrics"]["loss"], rel=1e-5)
+    assert "mine:make has the weights that were converted" in by_name["notes"]
+    assert abs(other["original"]["metrics"]["loss"] - other["metrics"]["loss"]) > 1e-4
+    assert f"mine:make has the weights of {Path('other.pth').resolve()}" in other["notes"]
+    Path("theirs.py").write_text(MODULE)
+    assert main([*command, "--original", "theirs:make"]) == 0
+    told = "theirs:make has the weights that it makes itself; --original-weights FILE loads others"
+    assert told in document(capsys)["notes"]
 
 
 def test_an_original_that_cannot_be_had_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ def test_a_layer_that_cannot_vary_folds_exactly(
     assert (evidence.kind, evidence.variation) == ("parameters", 0)
     if not layer.static_is_exact():
         assert kind == "sekg"
-        with pytest.raises(surgeon.SurgeonError, match="near the borders"):
+        with pytest.raises(surgeon.SurgeonError, match="differ from one near the borders"):
             plain_convolution(settled(layer, evidence))
         return
     conv = plain_convolution(settled(layer, evidence))

@@ -114,3 +114,18 @@ def test_what_is_not_one_convolution_does_not_revert(monkeypatch: pytest.MonkeyP
     with pytest.raises(UnsupportedLayerError, match=r"0 \(fake\) does not revert to one convolution"):
         surgeon.revert(converted)
     assert list(dynamic_layers(converted)) == ["0", "2"]
+
+
+def test_all_layers_that_do_not_revert_are_named_and_how_the_others_do() -> None:
+    """As of a trained denoiser: static kernels of a dense SEKG that left their center see zeros between its convolutions."""
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)))
+    converted, _ = surgeon.convert(model, layers="0,2", type="sekg", input_size=(4, 8, 8))
+    converted, _ = surgeon.convert(converted, layers="1", type="acda", input_size=(4, 8, 8))
+    with torch.no_grad():
+        for layer in (converted[0], converted[2]):
+            layer.dconv.static.add_(0.01)
+    told = r"^0 \(sekg\) does not revert to one convolution: .* two convolutions, .*; nor do 2; '1' reverts the others$"
+    with pytest.raises(UnsupportedLayerError, match=told):
+        surgeon.revert(converted)
+    assert list(dynamic_layers(converted)) == ["0", "1", "2"]
+    assert list(dynamic_layers(surgeon.revert(converted, "1"))) == ["0", "2"]
