@@ -65,7 +65,16 @@ def rank_correlation(found: Finished) -> float | None:
 def notes(found: Finished) -> list[str]:
     """The limits of what the trials say, for the text and the page alike."""
     judged = (worse_than_start(found), few_samples(found), tied(found)) if found.ranked() else ()
-    return [told for told in (found.ended, *judged) if told is not None]
+    return [told for told in (found.ended, interrupted(found), *judged) if told is not None]
+
+
+def interrupted(found: Finished) -> str | None:
+    """A sentence if trials were interrupted and nobody runs them."""
+    number = sum(one.state == "interrupted" for one in found.records)
+    if not number:
+        return None
+    was, it = ("was", "it") if number == 1 else ("were", "them")
+    return f"{counted(number, 'trial')} {was} interrupted: the same command with --resume continues {it}"
 
 
 def tied(found: Finished) -> str | None:

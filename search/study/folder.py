@@ -12,7 +12,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,12 @@ def study_of(folder: SearchFolder, known: Mapping[str, str] | None, url: str | N
     return StudyDatabase(url or known["url"], known["name"])
 
 
+def _settled(one: Record, alive: frozenset[str]) -> Record:
+    """The trial, interrupted if no worker that is alive runs it."""
+    dead = one.state == "running" and one.worker not in alive
+    return replace(one, state="interrupted") if dead else one
+
+
 def read_search(path: str | Path, storage: str | None = None) -> Finished:
     """Read a search, finished or running. `storage`: the database's URL with its password. Raises `StudyError`."""
     folder = SearchFolder(path)
@@ -175,7 +181,7 @@ def read_search(path: str | Path, storage: str | None = None) -> Finished:
         folder=folder,
         about=about,
         space=_space(about["space"], str(folder.about)),
-        records=records,
+        records=[_settled(one, alive) for one in records],
         alive=alive,
         front=front,
         ended=ended,

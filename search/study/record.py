@@ -17,7 +17,10 @@ from surgeon.util.files import check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One trial. `state`: complete, pruned, refused (over budget, never trained), failed, running, waiting, unused (none left)."""
+    """One trial. `state`: complete, pruned, refused (over budget, never trained), failed, running, waiting, unused (none left).
+
+    As read by `read_search`, one that is open and that no worker runs is interrupted.
+    """
 
     number: int
     state: str

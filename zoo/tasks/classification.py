@@ -20,7 +20,7 @@ from surgeon.zoo.tasks.data.datasets import ItemDataset
 from surgeon.zoo.tasks.data.draws import global_seed
 from surgeon.zoo.tasks.data.files import FolderConfig, check_images, chosen, divide, open_image
 from surgeon.zoo.tasks.data.images import as_mode
-from surgeon.zoo.tasks.data.labeled import Labeled, find_dataset, read_split
+from surgeon.zoo.tasks.data.labeled import Labeled, find_dataset, has_train, read_split
 from surgeon.zoo.tasks.data.transforms import ImageFormat, make_transform
 from surgeon.zoo.tasks.registry import register
 from surgeon.zoo.tasks.support.class_weights import checked_weights
@@ -134,12 +134,8 @@ class Classification(Task):
 
     def check(self) -> None:
         val = self.labeled("val")
-        try:
-            train: Labeled | None = self.labeled("train")
-        except DataError:
-            if self.config.train is not None or self.config.data is not None:
-                raise
-            train = None
+        both = has_train(self.name, self.config, self.config.dataset)
+        train = self.labeled("train") if both else None
         if train is not None and train.classes != val.classes:
             missing, extra = (
                 sorted(set(train.classes) - set(val.classes)),

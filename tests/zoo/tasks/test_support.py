@@ -65,7 +65,16 @@ def test_the_folders_of_the_splits(tmp_path: Path) -> None:
     assert (roots.train, roots.val, roots.divided) == (both / "train", both / "val", False)
     assert find_roots("t", FolderConfig(data=one)).divided
     assert find_roots("t", FolderConfig(train=one)).divided
-    assert find_roots("t", FolderConfig(val=one)).train is None
+    for options, why in (
+        ({"val": one}, "only val=.*one was given"),
+        ({"data": tmp_path / "wrong"}, "wrong has val/ but no train/"),
+    ):
+        roots = find_roots("t", FolderConfig(**options))
+        assert roots.of("val").is_dir()
+        with pytest.raises(
+            DataError, match=rf"task t has no training images: .*{why}; name a folder with train=FOLDER"
+        ):
+            roots.of("train")
     roots = find_roots("t", FolderConfig(data=both, val=one))
     assert (roots.train, roots.val) == (both / "train", one)
     assert find_roots("t", FolderConfig(data=str(one), val=both)).train == one
@@ -73,7 +82,6 @@ def test_the_folders_of_the_splits(tmp_path: Path) -> None:
         ({}, "needs a folder"),
         ({"data": tmp_path / "none"}, "no folder .*none"),
         ({"data": tmp_path / "half"}, "has train/ but no val/"),
-        ({"data": tmp_path / "wrong"}, "has val/ but no train/"),
         ({"data": one, "train": both}, "has no val/"),
     ]:
         with pytest.raises(DataError, match=message):

@@ -66,17 +66,28 @@ class FolderConfig(TaskConfig):
 
 @dataclass(frozen=True)
 class Roots:
-    """Folders of the splits. The same folder for both means that it is divided by `val_fraction`; None: not given."""
+    """Folders of the splits of a task. The same folder for both means that it is divided by `val_fraction`; None: not given.
 
+    `whole` is the folder in which the one for training is missing.
+    """
+
+    task: str
     train: Path | None
     val: Path | None
+    whole: Path | None = None
 
     @property
     def divided(self) -> bool:
         return self.train is not None and self.train == self.val
 
-    def of(self, split: Split) -> Path | None:
-        return self.train if split == "train" else self.val
+    def of(self, split: Split) -> Path:
+        """Raises `DataError` if that folder is not given: `val` alone is enough to evaluate."""
+        folder = self.train if split == "train" else self.val
+        if folder is None:
+            why = f"only val={self.val} was given" if self.whole is None else f"{self.whole} has val/ but no train/"
+            named = called("--task-option train=FOLDER", "train=FOLDER")
+            raise DataError(f"task {self.task} has no training images: {why}; name a folder with {named}")
+        return folder
 
 
 def find_roots(task: str, config: FolderConfig) -> Roots:
@@ -93,11 +104,6 @@ def find_roots(task: str, config: FolderConfig) -> Roots:
                 raise DataError(f"task {task}: {config.data} has no val/; give train alone, or train and val")
             train = train or config.data
         train, val = train or inside.get("train"), val or inside.get("val")
-        if train is None and val is not None and config.val is None:
-            raise DataError(
-                f"task {task}: {config.data} has val/ but no train/; name a folder "
-                f"with {called('--task-option train=FOLDER', 'train=FOLDER')}"
-            )
         if val is None and train == inside.get("train"):
             option = called("--task-option ", "")
             raise DataError(
@@ -108,7 +114,7 @@ def find_roots(task: str, config: FolderConfig) -> Roots:
         raise DataError(
             f"task {task} needs a folder: {called('--data DIR', 'data=DIR')} with train/ and val/, or the options train and val"
         )
-    return Roots(train, val if val is not None else train)
+    return Roots(task, train, val if val is not None else train, config.data)
 
 
 def _splits_of(data: Path) -> dict[str, Path]:

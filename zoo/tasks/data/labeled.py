@@ -45,9 +45,12 @@ def read_split(task: str, config: FolderConfig, split: Split, wanted: str, downl
         return _cifar(task, config, kind, split, download)
     roots = find_roots(task, config)
     root = roots.of(split)
-    if root is None:
-        raise DataError(f"task {task} has no {split} images: only val={roots.val} was given")
     return _folder(task, root, roots.divided)
+
+
+def has_train(task: str, config: FolderConfig, wanted: str) -> bool:
+    """Whether there are training images, too; raises `DataError`."""
+    return find_dataset(task, config, wanted) in _CIFAR or find_roots(task, config).train is not None
 
 
 def _cifar(task: str, config: FolderConfig, kind: str, split: Split, download: bool) -> Labeled:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from surgeon.errors import ConfigError, DataError, InputError
+from surgeon.errors import ConfigError, InputError
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskDataset
 from surgeon.zoo.tasks.data.datasets import ItemDataset
 from surgeon.zoo.tasks.data.draws import integer
@@ -133,8 +133,6 @@ class RestorationTask(Task):
         """(number, source of a sample) of a split."""
         roots = find_roots(self.name, self.config)
         folder = roots.of(split)
-        if folder is None:
-            raise DataError(f"task {self.name} has no training images: only val={roots.val} was given")
         return chosen(self.list_items(folder), split, self.config, roots.divided)
 
     def list_items(self, folder: Path) -> Sequence[Any]:

@@ -257,6 +257,18 @@ def test_ctrl_c_says_how_to_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPat
     assert document(capsys)["trials"]["complete"] == 3
 
 
+def test_an_interrupted_trial_is_told_as_such(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was told as running, for good."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train", failing(Interrupted(2), 1))
+        assert main(search_arguments("s", "--trials", "2", "--no-pruning")) == 130
+    capsys.readouterr()
+    assert main(["study", "status", "s"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "trials: 1 complete, 1 interrupted" in told
+    assert "note: 1 trial was interrupted: the same command with --resume continues it" in told
+
+
 def test_interrupted_finals_go_on(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(search_arguments("s", "--trials", "2", "--no-pruning", "--quiet")) == 0
     finals = ["--trials", "2", "--no-pruning", "--finals", "1", "--seeds", "1", "--final-rung", "0", "--resume"]
