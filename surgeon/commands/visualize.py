@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -28,7 +29,8 @@ EXAMPLES = """  surgeon visualize runs/resnet50-acda photo.jpg -o pictures
   surgeon visualize runs/resnet50-pafu photos/*.jpg --layers layer4 -o pictures --input-size 480x640
   surgeon visualize runs/dncnn-sekg photo.png -o pictures --against auto --tensorboard runs/board
 
-Writes OUT/IMAGE/LAYER-WHAT.png, the bases of acda layers, and OUT/numbers.json.
+Writes OUT/IMAGE/LAYER-WHAT.png, the bases of acda layers, and OUT/numbers.json. IMAGE is the
+picture's name, after that of its folder if several pictures have the same.
 """
 
 
@@ -117,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
         _Writer(fresh, args.tensorboard) as writer,
     ):
         found = _draw(model, layers, images, original, writer, progress, args.bayer)
+        for entry, file in zip(found, args.images, strict=True):
+            entry["file"] = file
         document = jsonable({"run": args.run, "output": str(output), "images": found, "bases": writer.bases})
         writer.numbers(document)
     _clear(output, before - _named(document))
@@ -190,17 +194,27 @@ def _read(args: argparse.Namespace, model: "nn.Module", base: "BaseModel") -> "d
     if transform is cropped:
         done, hint = "center-cropped", "; --input-size sets a size that they are resized to"
     found: dict[str, tuple[Tensor, Any]] = {}
-    for file in map(Path, args.images):
-        name = stem = file.stem
-        for number in range(2, len(args.images) + 2):
-            if name not in found:
-                break
-            name = f"{stem}-{number}"
+    files = [Path(file) for file in args.images]
+    for name, file in zip(_names(files), files, strict=True):
         picture = read_image(file, transform, base, option="IMAGE")
         found[name] = (picture, _photo(picture, transform))
     sizes = sorted({"x".join(map(str, picture.shape[-2:])) for picture, _ in found.values()})
     tell(args, f"pictures are {done} to {', '.join(sizes)} (HxW){hint}")
     return found
+
+
+def _names(files: "list[Path]") -> list[str]:
+    """A name for each picture: its own, after that of its folder if several have the same, and a number if that does not do."""
+    stems = Counter(file.stem for file in files)
+    names: list[str] = []
+    for file in files:
+        name = plain = file.stem if stems[file.stem] == 1 else f"{file.absolute().parent.name}-{file.stem}".lstrip("-")
+        for number in range(2, len(files) + 2):
+            if name not in names:
+                break
+            name = f"{plain}-{number}"
+        names.append(name)
+    return names
 
 
 def _sensed(

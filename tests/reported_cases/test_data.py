@@ -268,7 +268,8 @@ def test_gaps_between_labels_are_warned_of(tmp_path: Path, caplog: pytest.LogCap
     task = segmentation(tmp_path, {"train": [0, 128], "val": [0, 128]})
     with caplog.at_level(logging.WARNING):
         task.check()
-    assert "127 of 129 classes occur in no mask; labels are 0, 128" in caplog.text
+    told = "no mask has labels 1 to 127: 127 of 129 classes do not occur; the largest label, 128, is in "
+    assert f"{told}{tmp_path / 'train/masks/0.png'} (ignore_index=128 leaves it out;" in caplog.text
 
 
 def test_validation_masks_without_a_class_are_refused(tmp_path: Path) -> None:

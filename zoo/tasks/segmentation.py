@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -135,7 +136,7 @@ class Segmentation(Task):
     def _look_at_masks(self) -> int:
         """The number of classes; raises `DataError` for unusable masks."""
         config = self.config
-        labels: dict[str, set[int]] = {split: set() for split in self._splits()}
+        labels: dict[str, dict[int, Path]] = {split: {} for split in self._splits()}
         for split in self._splits():
             pairs = [pair for _, pair in self.items(split)]
             what = f"task {self.name}: masks that cannot be used"

@@ -396,12 +396,16 @@ def test_a_gray_model_gets_gray_pictures(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_pictures_of_one_name_are_kept_apart(capsys: pytest.CaptureFixture[str]) -> None:
     saved("pafu")
-    Path("other").mkdir()
-    Image.new("L", (64, 64), 128).save("other/a.png")
-    assert main(["visualize", "run", "a.png", "other/a.png", "-o", "out"]) == 0
+    files = ["cat/001.png", "ship/001.png", "deep/ship/001.png", "a.png"]
+    for file in files[:3]:
+        Path(file).parent.mkdir(parents=True)
+        Image.new("L", (64, 64), 128).save(file)
+    assert main(["visualize", "run", *files, "-o", "out"]) == 0
     error = capsys.readouterr().err
     assert "pictures are resized and center-cropped to 64x64 (HxW), the model's own size; --input-size" in error
-    assert sorted(path.name for path in Path("out").iterdir()) == ["a", "a-2", "numbers.json"]
+    found = {one["image"]: one["file"] for one in json.loads(Path("out/numbers.json").read_text())["images"]}
+    assert found == dict(zip(["cat-001", "ship-001", "ship-001-2", "a"], files, strict=True))
+    assert {path.name for path in Path("out").iterdir()} == {*found, "numbers.json"}
 
 
 def test_file_names_are_safe() -> None:

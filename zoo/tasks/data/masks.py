@@ -1,7 +1,7 @@
 """Images with class masks: paired, read, checked."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +57,10 @@ def read_mask(path: Path) -> Tensor:
     return torch.from_numpy(np.asarray(image).astype(np.int64))
 
 
-def bad_pair(pair: Pair, classes: int | None, ignore: int, labels: set[int]) -> str | None:
+def bad_pair(pair: Pair, classes: int | None, ignore: int, labels: dict[int, Path]) -> str | None:
     """The problem with a mask: unreadable, a different size than its image, or labels that are not classes.
 
-    The labels of a valid mask are added to `labels`.
+    The labels of a valid mask are added to `labels`, with the mask if they are new.
     """
     try:
         size, mask = image_size(pair[0]), read_mask(pair[1])
@@ -74,12 +74,13 @@ def bad_pair(pair: Pair, classes: int | None, ignore: int, labels: set[int]) -> 
     if wrong:
         shown = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
         return f"{pair[1]} has label {shown}, outside 0 to {classes - 1 if classes else 0} (ignore_index={ignore})"
-    labels |= held
+    for value in held:
+        labels.setdefault(value, pair[1])
     return None
 
 
-def check_labels(task: str, labels: Mapping[str, set[int]], classes: int | None, ignore: int) -> int:
-    """The number of classes, from the labels of every split and the options.
+def check_labels(task: str, labels: Mapping[str, Mapping[int, Path]], classes: int | None, ignore: int) -> int:
+    """The number of classes, from the labels of every split, each with one of its masks, and the options.
 
     Raises `DataError` if the masks cannot be used for training or evaluation; warns about labels that do not occur.
     """
@@ -88,15 +89,35 @@ def check_labels(task: str, labels: Mapping[str, set[int]], classes: int | None,
         raise DataError(
             f"task {task}: the masks of {' and '.join(void)} contain only ignore_index={ignore}; at least two classes are needed"
         )
-    held = set().union(*labels.values())
+    held: dict[int, Path] = {}
+    for one in labels.values():
+        held = {**one, **held}
     if len(held) < 2:
         raise DataError(
             f"task {task}: the masks contain only {sorted(held)} besides ignore_index={ignore}; at least two classes are needed. "
             f"If {ignore} is a class, give another ignore_index, and masks with the numbers 0, 1, ..."
         )
     count = classes or max(held) + 1
-    lacking = count - len(held)
-    if lacking:
-        shown = ", ".join(map(str, sorted(held)[:8])) + (", ..." if len(held) > 8 else "")
-        logger.warning("task %s: %d of %d classes occur in no mask; labels are %s", task, lacking, count, shown)
+    absent = sorted(set(range(count)) - set(held))
+    if absent:
+        last = max(held)
+        told = f"no mask has label{'s' * (len(absent) > 1)} {_ranges(absent)}: {len(absent)} of {count} classes do not occur"
+        if classes is None:
+            told += (
+                f"; the largest label, {last}, is in {held[last]} (ignore_index={last} leaves it out; with classes=N labels from N "
+                "on are an error)"
+            )
+        logger.warning("task %s: %s", task, told)
     return count
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers with runs as `3 to 7`; the first few."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    shown = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs[:5]]
+    return ", ".join(shown) + (", ..." if len(runs) > 5 else "")
