@@ -64,7 +64,7 @@ def rank_correlation(found: Finished) -> float | None:
 
 def notes(found: Finished) -> list[str]:
     """The limits of what the trials say, for the text and the page alike."""
-    judged = (worse_than_start(found), few_samples(found), tied(found)) if found.ranked() else ()
+    judged = (worse_than_start(found), few_samples(found), tied(found) or none_better(found)) if found.ranked() else ()
     return [told for told in (found.ended, interrupted(found), *judged) if told is not None]
 
 
@@ -83,6 +83,19 @@ def tied(found: Finished) -> str | None:
     if len(values) < 2 or len(set(values)) > 1:
         return None
     return f"all {len(values)} trials have the same value: trainings are too short, or the metric too coarse, to tell them apart"
+
+
+def none_better(found: Finished) -> str | None:
+    """A sentence if no placement with replacements, in the finals if there are any, is better than the unmodified model."""
+    arms = [] if found.finals is None else [(arm["placement"], arm["values"]) for arm in found.finals["arms"]]
+    ends = [(layers, statistics.fmean(values)) for layers, values in arms if values]
+    ends = ends or [(one.placement, one.values[0]) for one in found.ranked() if one.values]
+    sign = 1 if found.higher_is_better else -1
+    plain = [sign * value for layers, value in ends if not layers]
+    others = [sign * value for layers, value in ends if layers]
+    if not plain or not others or max(others) > max(plain):
+        return None
+    return "no placement is better than the unmodified model trained equally"
 
 
 def worse_than_start(found: Finished) -> str | None:

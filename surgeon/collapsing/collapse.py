@@ -301,7 +301,7 @@ def _nothing(report: CollapseReport) -> str:
     least = min((x.variation for x in report.kept if x.variation and x.reason == varying), default=None)
     hint = ""
     if least is not None and float(enough := rounded_up(least)) < 1:
-        hint = f". The least variation is {enough}: a tolerance{called(' (--tolerance)', '')} of that folds one layer"
+        hint = f". {called(f'--tolerance {enough}', f'tolerance={enough}')} folds the layer that varies least"
     if UNSEEN in groups:
         hint = f". Images show whether there is variation: {called('--images DIR', 'calibration=')}"
     which = "the dynamic layer cannot" if len(tried) == 1 else f"none of the {len(tried)} dynamic layers can"

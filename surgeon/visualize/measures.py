@@ -106,7 +106,7 @@ def kernel_energy(layer: SEKGConv2d, code: Tensor) -> tuple[Tensor, Tensor]:
 def told(values: dict[str, Any]) -> str:
     """The most important number, for a table."""
     if values.get("cosine_distance") is not None:
-        return f"cosine distance {values['cosine_distance']:.3f}"
+        return f"cosine distance {values['cosine_distance']:.2g}"
     if "effective_kernels" in values:
         return f"{values['effective_kernels']:.2f} of {len(values['shares'])} kernels"
     if "energy_about_mean" in values:

@@ -114,7 +114,7 @@ def coefficient_maps(seen: Captured, photo: NDArray[Any]) -> Figure:
     distance = numbers(seen)["cosine_distance"]
     note = "norm of the coefficients over all atoms, lighter is higher"
     if distance is not None:
-        note += f"; average pairwise cosine distance (A.5): {distance:.3f}"
+        note += f"; average pairwise cosine distance (A.5): {distance:.2g}"
     varies = any(panel is not None and panel.values.max() > 1e-6 for panel in lower)
     return sheet(f"{seen.name}: basis coefficients by scale", [upper, lower] if varies else [upper], note=note)
 

@@ -114,7 +114,7 @@ def test_nothing_to_fold_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["collapse", "run", "-o", "out", "--images", "photos", "--quiet"]) == 1
     captured = capsys.readouterr()
     assert "0 of 3 dynamic layers folded" in captured.out
-    assert "The least variation is" in captured.err
+    assert "folds the layer that varies least" in captured.err
     first = next(iter(dynamic_layers(surgeon.load("run"))))
     assert main(["collapse", "run", "-o", "out", "--layers", first, "--quiet"]) == 1
     assert capsys.readouterr().err == f"surgeon: error: the dynamic layer cannot {told}\n"

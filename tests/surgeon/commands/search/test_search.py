@@ -19,7 +19,7 @@ from surgeon.commands.search.gains import lines
 from surgeon.costs.table import Option
 from surgeon.search.gains.gain import GainTable
 from surgeon.search.results.report import sentences
-from surgeon.search.results.summary import status_lines, worse_than_start
+from surgeon.search.results.summary import none_better, status_lines, worse_than_start
 from surgeon.search.space import Space
 from surgeon.search.study.folder import Finished, read_search
 from surgeon.search.study.identity import differences
@@ -81,7 +81,7 @@ def _check_start(found: Finished, start: float) -> None:
     assert f"note: {note}" in " ".join("\n".join(status_lines(found)).split())
     assert f"{note.capitalize()}." in sentences(found)
     many = replace(found, about={**found.about, "task": found.about["task"] | {"val_samples": 20}})
-    assert "note:" not in "\n".join(status_lines(many))
+    assert "judge" not in "\n".join(status_lines(many))
 
     def started_at(start: dict[str, float]) -> Finished:
         rest = [{key: value for key, value in one.attributes.items() if key != "start"} for one in found.records]
@@ -97,6 +97,10 @@ def _check_start(found: Finished, start: float) -> None:
     ended = replace(found, finals=None)
     assert sentences(ended)[0].startswith("The best placement (")
     assert sentences(replace(ended, alive=frozenset({"worker"})))[0].startswith("The best placement so far (")
+    for plain, other in ((0.1, 0.2), (0.2, 0.1)):
+        values = [replace(one, values=one.values and (other if one.placement else plain,)) for one in found.records]
+        told = none_better(replace(ended, records=values))
+        assert told == ("no placement is better than the unmodified model trained equally" if plain < other else None)
     tie = replace(
         found, records=[replace(one, values=one.values and (0.5,) * len(one.values)) for one in found.records]
     )
