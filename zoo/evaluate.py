@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from surgeon.errors import ConfigError, DataError, InputError, SurgeonError, called
 from surgeon.util.copying import check_module, evaluating, seeded
+from surgeon.util.machine import tell_slow_bfloat16
 from surgeon.util.progress import OnProgress
 from surgeon.visualize.adaptivity import Adaptivity, observed
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task
@@ -55,6 +56,8 @@ def evaluate(
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     where = _device(model, device)
+    if amp == "bfloat16":
+        tell_slow_bfloat16(where.type)
     model.to(where)
     samples = task.dataset(split)
     if not len(samples):

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import socket
 from functools import cache
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from surgeon.errors import ConfigError
 from surgeon.util.parse import parse_quantity
+
+logger = logging.getLogger(__name__)
 
 MEMORY = "SURGEON_MEMORY"  # environment: bytes allowed for a model or an input, instead of the machine's memory
 
@@ -79,3 +82,13 @@ def take_gpu(device: str) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(f"device {device}: with several processes each takes its own GPU; leave it at auto")
     torch.cuda.set_device(index)
+
+
+@cache
+def tell_slow_bfloat16(device: str) -> None:
+    """Warn, once in a process, of a CPU without instructions for bfloat16: torch's convolutions are plain loops there."""
+    import torch
+
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    if device == "cpu" and supported is not None and not supported():
+        logger.warning("this CPU has no instructions for bfloat16: convolutions take many times as long as in float32")

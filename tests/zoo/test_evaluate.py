@@ -15,6 +15,7 @@ from surgeon.cli import main
 from surgeon.commands.evaluate import _layers
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.surgery.rewrite import dynamic_layers
+from surgeon.util.machine import tell_slow_bfloat16
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune import FinetuneConfig, Source
 from surgeon.zoo.finetune.networks import original_of
@@ -97,6 +98,20 @@ def test_amp_and_progress() -> None:
     exact = evaluate(model, task, batch_size=2)
     assert low["loss"] != exact["loss"]
     assert low["loss"] == pytest.approx(exact["loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_cpu_that_emulates_bfloat16_is_told_once(
+    supported: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with AVX2 an ordinary convolution took 20 times as long as in float32."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    tell_slow_bfloat16.cache_clear()
+    for _ in range(2):
+        evaluate(Reader(), create_task("brightness", samples=4), amp="bfloat16", device="cpu")
+    tell_slow_bfloat16.cache_clear()
+    told = [message for message in caplog.messages if "this CPU has no instructions for bfloat16" in message]
+    assert len(told) == (not supported)
 
 
 def test_what_cannot_be_evaluated_is_one_clear_error() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from surgeon.errors import ConfigError
-from surgeon.util.machine import take_gpu
+from surgeon.util.machine import take_gpu, tell_slow_bfloat16
 from surgeon.zoo.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def make_accelerator(config: FinetuneConfig) -> "Accelerator":
     )
     if config.amp == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("amp fp16 needs a GPU; on the CPU use bf16 (--amp bf16)")
+    if config.amp == "bf16":
+        tell_slow_bfloat16(accelerator.device.type)
     if config.batch_size % accelerator.num_processes:
         raise ConfigError(
             f"batch_size is over all processes: {config.batch_size} samples cannot be split over {accelerator.num_processes}"
