@@ -115,7 +115,7 @@ WRONG = {
     "visualize plain there.onnx -o x": "plain has no dynamic layer: there is nothing to draw",
     "revert plain -o x": "plain has no dynamic layer: there is nothing to revert",
     "collapse plain -o x": "plain has no dynamic layer: there is nothing to collapse",
-    "try converted --task sad": "a trial starts from a plain model, and converted has dynamic layers: surgeon revert",
+    "try converted --task sad": "a trial starts .* dynamic layers; it was made of resnet18 --weights own.pth --num-classes 3",
     "place converted --max-flops +5%": "a placement starts from a plain model, and converted has dynamic layers",
     "search converted --task sad": "a search starts from a plain model, and converted has dynamic layers",
     "finetune plain --task sad -o r --resume": "a run must be .* but --lr was 0.5 and is 0.0003. To train its result on, ",
@@ -130,7 +130,8 @@ WRONG = {
 def test_what_is_wrong_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
     """Each within half a second of processor time (it takes 0.1 s); importing torch alone takes more than one."""
     (tmp_path / "there.onnx").touch()
-    base = {"source": "timm", "name": "resnet18"}
+    weights = {"kind": "file", "path": "own.pth"}
+    base = {"source": "timm", "name": "resnet18", "kwargs": {"num_classes": 3}, "weights": weights}
     rules = [{"layers": "conv1", "type": "conv"}, {"layers": "layer1.0.conv1", "type": "acda"}]
     config = training_defaults() | {"lr": 0.5}
     record = {"model": "plain", "task": "sad", "options": {"share": 0.1}, "config": config}

@@ -4,6 +4,7 @@ Every command module may have a `check(args)`, which `main` calls first and whic
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,9 +27,10 @@ from surgeon.models.places import (
 )
 from surgeon.util import declared
 from surgeon.util.bounds import FLAGS, parse_bound
-from surgeon.util.files import read_json
+from surgeon.util.files import read_json, read_object
 from surgeon.util.kinds import fits
 from surgeon.util.outputs import RECIPE, is_surgeon_folder
+from surgeon.util.outputs import WEIGHTS as FOLDER_WEIGHTS
 from surgeon.util.parse import parse_input_size
 
 
@@ -64,9 +66,29 @@ def converted(name: str, what: str) -> None:
 def plain(name: str, what: str) -> None:
     """Check that a folder's model has no dynamic layers, as far as its recipe tells; `what` starts from it."""
     if has_dynamic_layers(name):
-        raise ConfigError(
-            f"{what} starts from a plain model, and {name} has dynamic layers: surgeon revert makes it one"
-        )
+        raise ConfigError(f"{what} starts from a plain model, and {name} has dynamic layers{_made_of(name)}")
+
+
+def _made_of(name: str) -> str:
+    """As the end of a message: how the plain model that a folder was made of is named, as far as its recipe tells."""
+    base = read_object(Path(name, RECIPE), RecipeError).get("base")
+    origin = base.get("weights") if isinstance(base, dict) else None
+    if (
+        not isinstance(base, dict)
+        or not isinstance(origin, dict)
+        or origin.get("kind") not in ("file", "random", "pretrained")
+    ):
+        return ": surgeon revert makes it one"
+    kind, file = origin["kind"], Path(str(origin.get("path")))
+    if kind == "file" and file.name == FOLDER_WEIGHTS:
+        return f"; it was made of {file.parent}"
+    words = [
+        str(base.get("name")),
+        *{"file": ["--weights", str(file)], "random": ["--weights", "random"]}.get(kind, []),
+    ]
+    for key, value in (base.get("kwargs") or {}).items():
+        words += ["--num-classes", str(value)] if key == "num_classes" else ["--model-args", f"{key}={value}"]
+    return f"; it was made of {shlex.join(words)}"
 
 
 def trust(args: argparse.Namespace) -> None:
