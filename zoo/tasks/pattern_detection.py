@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from surgeon.errors import ConfigError
+from surgeon.errors import ConfigError, called
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
 from surgeon.zoo.tasks.data.datasets import ItemDataset
 from surgeon.zoo.tasks.data.draws import integer
@@ -43,7 +43,7 @@ class PatternConfig(TaskConfig):
         check_types(self)
         super().__post_init__()
         if self.data is not None:
-            raise ConfigError(f"task pattern-detection generates its images; remove data={self.data}")
+            raise ConfigError(f"the images are generated; leave out {called('--data', 'data')}, got {self.data}")
 
 
 def pattern(side: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from surgeon.errors import ConfigError
+from surgeon.errors import ConfigError, called
 from surgeon.zoo.tasks.base import Batch, Sample, Split, Task, TaskConfig, TaskDataset
 from surgeon.zoo.tasks.data.datasets import ItemDataset
 from surgeon.zoo.tasks.data.files import VAL_STREAM, limited
@@ -46,7 +46,7 @@ class SadConfig(TaskConfig):
         if not math.isfinite(self.beta):
             raise ConfigError(f"beta must be a finite number, got {self.beta!r}")
         if self.data is not None:
-            raise ConfigError(f"task sad generates its images; remove data={self.data}")
+            raise ConfigError(f"the images are generated; leave out {called('--data', 'data')}, got {self.data}")
 
 
 def sad_image(share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
