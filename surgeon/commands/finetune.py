@@ -245,9 +245,11 @@ def run(args: argparse.Namespace) -> int:
     from surgeon.zoo.finetune import finetune
     from surgeon.zoo.finetune.folder import RunFolder
     from surgeon.zoo.finetune.loop import Interrupted
+    from surgeon.zoo.finetune.optimizer import check_optimizer
 
     recipe = read_recipe(args)
     config = read_config(args, recipe)
+    check_optimizer(config.opt)
     task = make_task(args, config.seed, recipe)
     if args.model is None and recipe is not None:
         args.model = f"zoo/{recipe.networks[0]}"

@@ -27,12 +27,10 @@ COLORS = {
 
 
 def draw(cost: Cost, path: str | Path, *, title: str = "") -> None:
-    """Write a PNG. Raises `ConfigError` for another suffix, a missing folder, or a cost without a timeline (an estimated one)."""
+    """Write a PNG. Raises `ConfigError` for another suffix, or a cost without a timeline (an estimated one)."""
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ConfigError(f"a plot must be a .png file, got {path.name!r}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}")
     if cost.timeline is None or cost.estimated:
         raise ConfigError("an estimated cost has no timeline to draw")
     layers = _largest(cost)

@@ -100,8 +100,9 @@ def check_file_output(path: str | Path, *, force: bool = False) -> None:
         raise ConfigError(f"{path} is a folder; name a file")
     if path.exists() and not force:
         raise ConfigError(f"{path} exists; choose another{called(' with -o', '')}, or replace it with {called(*FORCE)}")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"there is no folder {path.absolute().parent} to write {path.name} to")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ConfigError(f"cannot write {path}: {above} is not a folder")
 
 
 def export_format(given: str | None, path: str | Path) -> Literal["onnx", "torch"]:

@@ -20,17 +20,21 @@ _NUMBERS = count()
 def unfinished(path: Path) -> Iterator[Path]:
     """A new folder next to `path`, removed with its remaining content at the end of the block.
 
-    Removes leftovers of killed processes first.
+    Makes the folder that `path` is in, and removes it again if nothing came into it. Removes leftovers of killed processes first.
     """
     stem = f".{_short(path.name)}.partial-"
     _remove_stale(path.parent, stem)
     folder = path.with_name(f"{stem}{machine()}-{os.getpid()}-{next(_NUMBERS)}")
+    missing = [parent for parent in path.parents if not parent.exists()]
     try:
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier process with this number
         folder.mkdir(parents=True)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # not empty
+            for parent in missing:
+                parent.rmdir()
 
 
 def _short(name: str) -> str:

@@ -189,7 +189,8 @@ def test_unequal_training_is_told_of_a_named_original(finetune: Finetune, capsys
     assert note.startswith("trained unequally, tuned for 6 steps of 4 from 12 samples, longer for 9 steps of 4 from 12")
     (note,) = notes("tuned", "others")
     assert "others for 4 steps of 4 from 9 samples" in note
-    (note,) = notes("tuned", FACTORY)
+    weights, note = notes("tuned", FACTORY)
+    assert weights == f"{FACTORY} has the weights that were converted"
     assert note.startswith(f"tuned was trained longer than {FACTORY}: only --original with a plain run")
     (note,) = notes("start", "equal")
     assert note == "equal was trained longer than start"

@@ -165,9 +165,11 @@ def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert image.size[0] == 1000
         assert len(image.convert("RGB").getcolors(2**24) or []) > 20
     found = cost(timm.create_model("resnet18"))
-    for wrong in (tmp_path / "memory.txt", tmp_path / "nowhere" / "memory.png"):
+    for wrong in (tmp_path / "memory.txt", tmp_path / "memory.png" / "memory.png"):
         with pytest.raises(ConfigError):
             draw(found, wrong)
+    draw(found, tmp_path / "new" / "memory.png")
+    assert (tmp_path / "new" / "memory.png").is_file()
 
 
 def test_bench_compares_interleaved(capsys: pytest.CaptureFixture[str]) -> None:

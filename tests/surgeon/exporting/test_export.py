@@ -206,6 +206,14 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> Non
     assert [file.name for file in tmp_path.iterdir()] == ["m.pt2"]
 
 
+def test_a_missing_folder_is_made_and_a_refusal_leaves_none(tmp_path: Path) -> None:
+    surgeon.export(Fixed(), tmp_path / "a/b/m.pt2", input_size=(3, 8, 8), free="none")
+    assert (tmp_path / "a/b/m.pt2").is_file()
+    with pytest.raises(ExportError):
+        surgeon.export(Wrong(), tmp_path / "c/d/m.pt2", input_size=(3, 8, 8), free="none")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = exported.importlib.util.find_spec
     monkeypatch.setattr(
@@ -221,7 +229,7 @@ def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path, monkeyp
 
 def test_where_it_cannot_be_written_is_said_before_work_starts(tmp_path: Path) -> None:
     (tmp_path / "there.onnx").write_text("mine")
-    for path, said in (("there.onnx", "exists"), (".", "is a folder"), ("no/such/m.onnx", "there is no folder")):
+    for path, said in (("there.onnx", "exists"), (".", "is a folder"), ("there.onnx/m.onnx", "is not a folder")):
         with pytest.raises(ConfigError, match=said):
             surgeon.export(Fixed(), tmp_path / path, format="onnx")
     with pytest.raises(ConfigError, match="free must be one of"):
