@@ -21,9 +21,33 @@ typedef struct {
     float *gx, *gkernels; /* null: not wanted */
 } DconvTensors;
 
-/* DCONV_BAND_BYTES: it stays in the first-level cache, as does a kernel of DCONV_SMALL floats and the next. DCONV_AHEAD: pixels by which
- * others are asked for before, each tap's for itself: the hardware foresees nothing beyond a page, nor a jump from tap to tap. */
-enum { DCONV_BAND_BYTES = 1 << 14, DCONV_AHEAD = 64, DCONV_SMALL = 1 << 12 };
+#if defined(__AVX512F__) || defined(__aarch64__)
+enum { DCONV_VECTORS = 24 };
+#else
+enum { DCONV_VECTORS = 12 };
+#endif
+/* DCONV_VECTORS: of a whole output channel, that registers hold. DCONV_BAND_BYTES: it stays in the first-level cache. DCONV_AHEAD: pixels
+ * by which those of a tap are asked for before, each tap's for itself: the hardware foresees nothing beyond a page, nor a jump from tap to
+ * tap. They come into the second-level cache only (`far`): few requests of the first can wait at a time. A kernel of DCONV_SMALL
+ * floats, which the first-level cache holds with the next, is asked for in the order of memory while the one before is read. */
+enum { DCONV_BAND_BYTES = 1 << 14, DCONV_AHEAD = 400, DCONV_SMALL = 1 << 11 };
+
+INLINE void far(const float *p) { __builtin_prefetch(p, 0, 2); }
+
+/* A whole output channel, all of it in registers: its kernel is read from end to end, as the hardware foresees. */
+INLINE void dconv_whole(const int vectors, int64_t taps, int64_t last, const int64_t *place, const float *x, const float *k,
+                        int64_t size, float *y) {
+    vec sum[DCONV_VECTORS];
+    UNROLLED for (int v = 0; v < vectors; v++) sum[v] = (vec){0};
+    for (int64_t t = 0; t < taps; t++, k += size) {
+        const float *in = x + place[t];
+        UNROLLED for (int v = 0; v < vectors; v++) {
+            const int64_t at = v < vectors - 1 ? v * LANES : last;
+            sum[v] = plus(sum[v], load(k + at), load(in + at));
+        }
+    }
+    UNROLLED for (int v = 0; v < vectors; v++) store(y + (v < vectors - 1 ? v * LANES : last), sum[v]);
+}
 
 /* Some vectors of a row of one output channel, the last of them at `last`: k the kernels of the first tap there, `size` apart, x the
  * padded pixel under the window's first tap; `ahead` of k, memory is asked for. `known`: the number of taps, or 0. */
@@ -35,7 +59,10 @@ INLINE void dconv_vectors(const int vectors, const int known, const int small, i
     UNROLLED for (int v = 0; v < vectors; v++) sum[v] = (vec){0};
     UNROLLED for (int64_t t = 0; t < many; t++, k += size) {
         const float *in = x + place[t];
-        __builtin_prefetch(small ? next + t * LINE : k + ahead);
+        if (small)
+            __builtin_prefetch(next + t * LINE);
+        else
+            far(k + ahead);
         UNROLLED for (int v = 0; v < vectors; v++) {
             const int64_t at = v < vectors - 1 ? v * LANES : last;
             sum[v] = plus(sum[v], load(k + at), load(in + at));
@@ -75,6 +102,16 @@ static void dconv_row(int64_t width, int64_t taps, const int64_t *place, const f
         for (int64_t t = 0; t < taps; t++) sum = plus(sum, load_first(k + t * size, width), load(x + place[t]));
         store_first(y, sum, width);
         return;
+    }
+    if (width == size && size <= DCONV_VECTORS * LANES) {
+        switch (ceil_div(size, LANES)) {
+#define CASE(V) case V: dconv_whole(V, taps, size - LANES, place, x, k, size, y); return;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#if defined(__AVX512F__) || defined(__aarch64__)
+            CASE(13) CASE(14) CASE(15) CASE(16) CASE(17) CASE(18) CASE(19) CASE(20) CASE(21) CASE(22) CASE(23) CASE(24)
+#endif
+#undef CASE
+        }
     }
     switch ((taps == 9) * 2 + (taps * size <= DCONV_SMALL)) {
 #define CASE(NINE, SMALL) case NINE * 2 + SMALL: dconv_row_of(9 * NINE, SMALL, width, taps, place, x, k, size, q, y); break;
@@ -182,7 +219,7 @@ static void dconv_unit(const Dconv *d, const DconvTensors *t, float *scratch, in
                 fresh = 0;
             }
             if (!backward && !whole) flat_copy(s, p, f, x, apart);
-            for (int64_t q = 0; q < s->h * s->w && q < 1024; q += LINE) __builtin_prefetch(t->x + plane + s->h * s->w + q);
+            for (int64_t q = 0; q < s->h * s->w && q < 1024; q += LINE) far(t->x + plane + s->h * s->w + q);
             if (backward && t->gx) memset(gx, 0, (size_t)padded_floats(p, 1) * 4);
             for (int64_t r = 0; r < d->kernels; r++) {
                 int64_t o = (unit * many + c * d->kernels + r) * pixels + i0 * s->ow, own = r * taps * pixels + i0 * s->ow;

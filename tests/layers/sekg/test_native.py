@@ -72,6 +72,17 @@ def test_native_is_the_reference(shared: Pair, **options: Any) -> None:
     check(*problem(channels=shared[0], kernels=shared[1], **options))
 
 
+@pytest.mark.parametrize("width", [3, 7, 14])
+def test_small_maps_of_any_number_of_vectors(width: int) -> None:
+    for height in range(1, 30):  # to more than registers hold
+        for window in ((3, 3), (2, 3)):
+            size: dict[str, Pair] = {"spare": (height - 1, width - 1), "window": window, "padding": (0, 0)}
+            (x, kernels), options = problem(channels=2, kernels=2, images=1, **size)
+            assert kernels.shape[-2:] == (height, width)
+            found = dconv(x, kernels, **options, backend="native")
+            check_close([found], [dconv(*doubled((x, kernels)), **options, backend="reference")])
+
+
 def test_a_channel_that_is_cut_into_bands() -> None:
     check(*problem(spare=(300, 260), window=(5, 3), dilation=(2, 1), channels=1, kernels=2, images=1))
 
