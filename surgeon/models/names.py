@@ -134,7 +134,7 @@ def _told_option(name: str | None, error: HeadError) -> str:
 
 
 def names(spec: str, base: BaseModel) -> bool:
-    """Whether `spec` is the name of this base model, whatever its weights."""
+    """Whether `spec` is the name of this base model, regardless of its weights."""
     with contextlib.suppress(ModelError):
         named = _parse(spec)
         return (named.source, named.name) == (base.source, base.name)

@@ -173,9 +173,13 @@ def geometry_text(geometry: dict[str, Any] | None) -> str:
 
 def options_text(kind: str, options: dict[str, Any]) -> str:
     """A layer's options in compact form: `acda m6 S3`."""
+    return " ".join([kind, *(f"{letter}{options[key]}" for key, letter in _symbols(kind, options).items())])
+
+
+def _symbols(kind: str, options: dict[str, Any]) -> dict[str, str]:
+    """The options that are shown, each with its letter."""
     symbols = layer_class(kind).Config.symbols_of(options) if kind in layer_types() else {}
-    told = [f"{letter}{options[key]}" for key, letter in symbols.items() if options.get(key) is not None]
-    return " ".join([kind, *told])
+    return {key: letter for key, letter in symbols.items() if options.get(key) is not None}
 
 
 def flops(macs: int | None) -> str:
@@ -199,7 +203,11 @@ def _replaced_table(replaced: list[Replaced], width: int) -> str:
     text = table(REPLACED, lines, width=width, left=4)
     if narrow:
         kinds = sorted({options_text(r.type, r.options) for r in replaced})
-        text += "\n" + paragraph(f"became: {'; '.join(kinds)}", width=width, hang="  ")
+        letters = dict.fromkeys(
+            f"{letter}: {key}" for r in replaced for key, letter in _symbols(r.type, r.options).items()
+        )
+        told = "; ".join(kinds) + (f" ({', '.join(letters)})" if letters else "")
+        text += "\n" + paragraph(f"became: {told}", width=width, hang="  ")
     return text
 
 

@@ -32,8 +32,6 @@ enum { DCONV_VECTORS = 12 };
  * floats, which the first-level cache holds with the next, is asked for in the order of memory while the one before is read. */
 enum { DCONV_BAND_BYTES = 1 << 14, DCONV_AHEAD = 400, DCONV_SMALL = 1 << 11 };
 
-INLINE void far(const float *p) { __builtin_prefetch(p, 0, 2); }
-
 /* A whole output channel, all of it in registers: its kernel is read from end to end, as the hardware foresees. */
 INLINE void dconv_whole(const int vectors, int64_t taps, int64_t last, const int64_t *place, const float *x, const float *k,
                         int64_t size, float *y) {

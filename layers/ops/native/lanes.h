@@ -123,6 +123,9 @@ INLINE void copy_floats(float *to, const float *from, int64_t n) {
 
 enum { LINE = 16, ROWS_AHEAD = 3 }; /* floats of a cache line; how many short rows before its turn one is asked for */
 
+/* Has memory bring a cache line into the second-level cache: more of them can be on their way than into the first. */
+INLINE void far(const float *p) { __builtin_prefetch(p, 0, 2); }
+
 /* Has memory bring n floats. */
 INLINE void ask_for(const float *p, int64_t n) {
     for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(p + i);

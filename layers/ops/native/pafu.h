@@ -235,7 +235,7 @@ INLINE void multiply_block(const int pixels, const int vectors, const Patches *b
         for (int64_t c0 = 0; c0 < b->channels; c0 += 16) {
             const int64_t c1 = least(c0 + 16, b->channels);
             UNROLLED for (int r = 0; r < pixels; r++) __builtin_prefetch(next[r] + c0); /* unforeseen: the pixels are sorted */
-            UNROLLED for (int i = 0; i < KERNEL_AHEAD; i += LINE) __builtin_prefetch(ahead.at + i, 0, 2);
+            UNROLLED for (int i = 0; i < KERNEL_AHEAD; i += LINE) far(ahead.at + i);
             ahead.at = ahead.at + KERNEL_AHEAD < ahead.end ? ahead.at + KERNEL_AHEAD : ahead.end;
             for (int64_t c = c0; c < c1; c++, packed += vectors * LANES) {
                 vec k[PAFU_VECTORS];

@@ -1,4 +1,4 @@
-"""A network to compare a run with, named on the command line: which weights it gets, and what is told of them."""
+"""A network to compare a run with, named on the command line: which weights it gets, and the note on them."""
 
 from typing import TYPE_CHECKING
 
