@@ -170,14 +170,31 @@ def near_folders(path: Path) -> str:
     return found or (f" There are {', '.join(names[:5])}{', ...' if names[5:] else ''}" if names else "")
 
 
+def _recorded(file: Path) -> dict[str, Any]:
+    try:
+        return read_object(file, CheckpointError)
+    except CheckpointError:
+        return {}
+
+
+def _resumed(path: Path, command: str, recorded: Mapping[str, Any]) -> str:
+    """How to continue what was started by a command that recorded its model."""
+    model = recorded.get("model")
+    return (
+        f"resume it with the command that started it and --resume "
+        f"(surgeon {command} {model if isinstance(model, str) else 'MODEL'} ... -o {path} --resume)"
+    )
+
+
 def _what_instead(path: Path) -> str:
     """The kind of a folder without a recipe: another one of surgeon, or one that surgeon did not write."""
     if is_surgeon_folder(path / "model"):
         return f"its model is in {path / 'model'}"
     if (path / RUN).is_file():
-        return "its fine-tuning is incomplete: resume it (surgeon finetune ... --resume)"
+        return f"its fine-tuning is incomplete: {_resumed(path, 'finetune', _recorded(path / RUN))}"
     if (path / TRIAL).is_file():
-        return "it is an incomplete trial: resume it (surgeon try ... --resume)"
+        recorded = _recorded(path / TRIAL).get("identity")
+        return f"it is an incomplete trial: {_resumed(path, 'try', recorded if isinstance(recorded, dict) else {})}"
     if (path / SEARCH).is_file():
         return f"it is a search: surgeon study export {path} -o FOLDER extracts the best model"
     return f"surgeon did not write this folder: it has no {RECIPE}"

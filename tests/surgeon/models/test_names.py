@@ -1,6 +1,7 @@
 """Models by name: what is built, with which weights, and what is said when something cannot be had."""
 
 import json
+import re
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -125,6 +126,15 @@ def test_a_folder_that_surgeon_wrote_without_a_model_is_not_called_foreign(
             opened(str(tmp_path))
         assert "did not write" not in str(caught.value)
         assert "recipe.json" not in str(caught.value)
+
+
+def test_how_to_resume_names_the_model_and_the_folder(tmp_path: Path) -> None:
+    for file, command, text in ((RUN, "finetune", '{"model": "a"}'), (TRIAL, "try", '{"identity": {"model": "a"}}')):
+        folder = tmp_path / command
+        Path(folder, file).parent.mkdir(parents=True)
+        Path(folder, file).write_text(text)
+        with pytest.raises(ModelError, match=f"surgeon {command} a ... -o {re.escape(str(folder))} --resume"):
+            build_model(str(folder))
 
 
 def test_names_are_listed_by_glob_and_by_part() -> None:
