@@ -49,6 +49,11 @@ def files_below(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[Path
     return [path for path in everything if path.suffix.lower() in suffixes]
 
 
+def holds_pictures(folder: Path) -> bool:
+    """Whether there is an image file below a folder."""
+    return any(Path(name).suffix.lower() in SUFFIXES for _, _, names in os.walk(folder) for name in names)
+
+
 def check_supported(path: Path) -> None:
     """Raise `DataError` unless the file's suffix is one of the supported ones: the rest is skipped below a folder."""
     if path.suffix.lower() not in SUFFIXES:

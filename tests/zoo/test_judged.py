@@ -115,6 +115,9 @@ def test_a_run_and_what_it_was_converted_from_are_judged_by_what_training_left(
     images(tmp_path / "photos")
     images(tmp_path / "others", 4)
     assert main(["finetune", *NET, "--task", "denoising", "--data", "photos", *TRAIN, "-o", "plain"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "epochs of 9 samples" in told
+    assert "note: photos has no train/ and val/: images drawn at random from it judge" in told
     assert main(["convert", "plain", "--type", "acda", "--layers", "body.0", "--quiet", "-o", "run"]) == 0
     capsys.readouterr()
 

@@ -33,6 +33,7 @@ from surgeon.zoo.finetune.schedule import describe
 from surgeon.zoo.finetune.state import Store, TrainingProgress
 from surgeon.zoo.finetune.summary import MeasuredNetwork, Summary, measured
 from surgeon.zoo.tasks import Task, improved
+from surgeon.zoo.tasks.data.judged import told_division
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -282,6 +283,9 @@ class _Session:
             notes=self.notes,
             input_size=list(self._input_size()),
             images=self.task.images(),
+            train_samples=len(self.data.train),
+            val_samples=len(self.data.val),
+            keep=self.config.keep,
         )
         self.journal.hparams(self.config.to_dict() | {"task": self.task.name}, final.metrics)
         return summary
@@ -356,7 +360,7 @@ def _shared_place(stack: contextlib.ExitStack) -> Path:
 
 def told_data(model: nn.Module, task: Task, data: Data) -> list[str]:
     """Notes on what the task took from the model's recipe, and on limits of its sets."""
-    notes = []
+    notes = told_division(task)
     size, given = tuple(data.train[0]["input"].shape), task.config.input_size
     told = "x".join(map(str, size))
     if given is None and task.at_models_size and chosen_size(model) == size:

@@ -8,7 +8,7 @@ from torch import nn
 
 from surgeon.costs import cost
 from surgeon.errors import SurgeonError
-from surgeon.util.tables import count, paragraph, table
+from surgeon.util.tables import count, counted, paragraph, table
 from surgeon.zoo.finetune.state import finite
 
 
@@ -43,6 +43,9 @@ class Summary:
     notes: list[str] = field(default_factory=list)
     input_size: list[int] = field(default_factory=list)  # (C, H, W), of which the FLOPs are
     images: str | None = None  # how the inputs were made of them
+    train_samples: int | None = None
+    val_samples: int | None = None
+    keep: str = "last"  # "best": the kept step was chosen on the samples that judge
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; NaN and infinity become null."""
@@ -65,9 +68,13 @@ class Summary:
         arrow = "higher" if self.higher_is_better else "lower"
         why = {"steps": "all steps done", "time": "out of time", "patience": "no better for too long"}[self.stopped]
         steps = f"{self.steps} step{'s' * (self.steps != 1)}"
+        of = "" if self.train_samples is None else f" of {counted(self.train_samples, 'sample')}"
+        chosen = ", which also choose the step" if self.keep == "best" else ""
+        on = "" if self.val_samples is None else f", on {counted(self.val_samples, 'sample')}{chosen}"
+        kept = f"kept: the weights of {self._kept()} ({self.primary}: {arrow} is better{on})"
         lines = [
-            f"{self.task}: {steps}, {self.epochs:.2f} epochs, {self.seconds:.1f} s of training ({why})",
-            f"kept: the weights of {self._kept()} ({self.primary}: {arrow} is better)",
+            f"{self.task}: {steps}, {self.epochs:.2f} epochs{of}, {self.seconds:.1f} s of training ({why})",
+            paragraph(kept, width=width, hang="  "),
         ]
         if self.images is not None:
             lines.append(paragraph(f"images: {self.images}", width=width, hang="  "))

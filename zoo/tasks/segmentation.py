@@ -21,7 +21,7 @@ from surgeon.zoo.tasks.data.datasets import ItemDataset
 from surgeon.zoo.tasks.data.draws import integer, uniform
 from surgeon.zoo.tasks.data.files import FolderConfig, check_images, chosen, find_roots, look_through
 from surgeon.zoo.tasks.data.images import Reader, by_size, collate_padded, on_multiple, to_tensor, unpadded
-from surgeon.zoo.tasks.data.masks import Pair, bad_pair, check_labels, mask_pairs, read_mask
+from surgeon.zoo.tasks.data.masks import Pair, bad_pair, check_labels, mask_folders, mask_pairs, read_mask
 from surgeon.zoo.tasks.data.transforms import ImageFormat
 from surgeon.zoo.tasks.registry import register
 from surgeon.zoo.tasks.support.class_weights import checked_weights
@@ -128,6 +128,11 @@ class Segmentation(Task):
     def check(self) -> None:
         for split in self._splits():
             check_images(self.name, [picture for _, (picture, _) in self.items(split)])
+        roots = find_roots(self.name, self.config)
+        for folder in dict.fromkeys(roots.of(split) for split in self._splits()):
+            used, *others = map(str, mask_folders(folder))
+            if others:
+                logger.warning("task %s: the masks are those of %s, not of %s", self.name, used, ", ".join(others))
         self._classes = self._look_at_masks()
 
     def _splits(self) -> tuple[Split, ...]:

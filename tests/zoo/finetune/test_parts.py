@@ -385,6 +385,10 @@ def test_a_training_that_makes_it_worse_is_told(higher: bool, start: float, end:
         **facts,
     )
     assert (f"worse than at the start (m {end:g}, was {start:g})" in summary.to_text()) is worse
+    assert "1.00 epochs, 1.0 s" in summary.to_text()
+    summary.train_samples, summary.val_samples, summary.keep = 65, 7, "best"
+    assert "1.00 epochs of 65 samples, 1.0 s" in summary.to_text()
+    assert "is better, on 7 samples, which also choose the step)" in summary.to_text(120)
 
 
 def test_a_tie_goes_to_the_lower_loss() -> None:

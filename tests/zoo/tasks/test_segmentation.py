@@ -1,5 +1,6 @@
 """Segmentation: pairs, pieces, heads of torchvision's models, metrics, and what is refused."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,23 @@ def test_problems_are_named(options: dict[str, Any], tmp_path: Path) -> None:
         task_of(**options).check()
     with pytest.raises(DataError, match="must contain images/"):
         task_of(data=tmp_path / "train/images").check()
+
+
+def test_splits_below_images_and_masks_and_which_of_two_folders(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As YOLO and mmsegmentation lay them out. They were one set, divided at random, with the validation images in training."""
+    for split, count in (("train", 3), ("val", 2)):
+        for index in range(count):
+            photo(tmp_path / "images" / split / f"{split}{index}.png", 8, 8)
+            save_mask(tmp_path / "masks" / split / f"{split}{index}.png", np.eye(8))
+            save_mask(tmp_path / "annotations" / split / f"{split}{index}.png", np.eye(8))
+    task = create_task("segmentation", data=tmp_path)
+    task.check()
+    assert [len(task.dataset(split)) for split in ("train", "val")] == [3, 2]
+    assert f"the masks are those of {tmp_path}/masks/val, not of {tmp_path}/annotations/val" in caplog.text
+    shutil.rmtree(tmp_path / "masks")
+    assert len(create_task("segmentation", val=tmp_path / "images/val").dataset("val")) == 2
 
 
 def test_masks_with_one_class_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,23 @@ def test_the_folders_of_the_splits(tmp_path: Path) -> None:
     ]:
         with pytest.raises(DataError, match=message):
             find_roots("t", FolderConfig(**options))
+
+
+def test_splits_in_images_and_splits_that_would_be_mixed(tmp_path: Path) -> None:
+    for name in ("a/images/train", "a/images/val", "b/data/images/Train", "b/data/images/Valid", "c/train", "c/valid"):
+        (tmp_path / name).mkdir(parents=True)
+    roots = find_roots("t", FolderConfig(data=tmp_path / "a"))
+    assert (roots.train, roots.val) == (tmp_path / "a/images/train", tmp_path / "a/images/val")
+    folder = tmp_path / "b/data/images"
+    told = f"would be mixed and divided at random; name them with train={folder}/Train val={folder}/Valid"
+    with pytest.raises(DataError, match=re.escape(told)):
+        find_roots("t", FolderConfig(data=tmp_path / "b"))
+    named = FolderConfig(data=tmp_path / "b", train=folder / "Train", val=folder / "Valid")
+    assert find_roots("t", named).val == folder / "Valid"
+    with pytest.raises(
+        DataError, match=f"has train/ but no val/; name one with val={re.escape(str(tmp_path))}/c/valid"
+    ):
+        find_roots("t", FolderConfig(data=tmp_path / "c"))
 
 
 @pytest.mark.parametrize("options", [{"val_fraction": 0}, {"val_fraction": 1.5}, {"train_limit": 0}])

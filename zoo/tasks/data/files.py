@@ -1,6 +1,8 @@
 """Folders of images: found, split into train and val, and checked before any training."""
 
+import itertools
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +24,11 @@ MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"})  # 8 bi
 DECODED = 20_000  # files that a check decodes; in a larger set it only opens the rest
 VAL_STREAM = 0x5EED
 _DIV2K = {"train": "DIV2K_train_HR", "val": "DIV2K_valid_HR"}
+_OTHERS = {  # names of splits
+    "train": ("train", "training", "train_data"),
+    "val": ("val", "valid", "validation", "val_data", "test", "testing", "test_data"),
+}
+_DEEPEST, _MOST = 3, 100  # levels and entries of a folder among which its splits are looked for
 _REDUCED = re.compile(r"(^|_)LR(_|$)")
 NAMED = 5  # maximum number of files named in a message
 
@@ -32,8 +39,8 @@ T = TypeVar("T")
 class FolderConfig(TaskConfig):
     """Options of tasks that read folders.
 
-    `data` contains `train/` and `val/`, or is one folder of which `val_fraction` becomes the validation set. `train` and `val`
-    name other folders for a split; `val` alone is enough to evaluate. `val_seed` determines that fraction and the noise of
+    `data` or `data/images` contains `train/` and `val/`, or `data` is one folder of which `val_fraction` becomes the validation
+    set. `train` and `val` name other folders for a split; `val` alone is enough to evaluate. `val_seed` determines that fraction and the noise of
     validation images: it is not the seed of a run, so runs with different seeds are evaluated on the same samples.
     """
 
@@ -104,11 +111,17 @@ def find_roots(task: str, config: FolderConfig) -> Roots:
                 raise DataError(f"task {task}: {config.data} has no val/; give train alone, or train and val")
             train = train or config.data
         train, val = train or inside.get("train"), val or inside.get("val")
+        option = called("--task-option ", "")
         if val is None and train == inside.get("train"):
-            option = called("--task-option ", "")
+            other = _split_like(config.data).get("val", "FOLDER")
             raise DataError(
-                f"task {task}: {config.data} has train/ but no val/; name one with {option}val=FOLDER, or divide the training set "
+                f"task {task}: {config.data} has train/ but no val/; name one with {option}val={other}, or divide the training set "
                 f"with {option}train={train} instead of {called('--data', 'data')}"
+            )
+        if train == config.data and val is None and (found := _divided_below(config.data)):
+            raise DataError(
+                f"task {task}: {config.data} has no train/ and val/, but {found['train']} and {found['val']}, which would be "
+                f"mixed and divided at random; name them with {option}train={found['train']} val={found['val']}"
             )
     if train is None and val is None:
         raise DataError(
@@ -118,11 +131,44 @@ def find_roots(task: str, config: FolderConfig) -> Roots:
 
 
 def _splits_of(data: Path) -> dict[str, Path]:
-    """The folders of the splits in a set, by split: `train` and `val`, or DIV2K's."""
-    inside = {name: data / name for name in ("train", "val") if (data / name).is_dir()}
-    if inside:
-        return inside
+    """The folders of the splits in a set, by split: `train` and `val`, also in `images/`, or DIV2K's."""
+    for folder in (data, data / "images"):
+        if inside := {name: folder / name for name in ("train", "val") if (folder / name).is_dir()}:
+            return inside
     return {split: data / name for split, name in _DIV2K.items() if (data / name).is_dir()}
+
+
+def _split_like(folder: Path) -> dict[str, Path]:
+    """The first subfolders that are named like splits, by split."""
+    return _by_name(_subfolders(folder))
+
+
+def _by_name(folders: Iterable[Path]) -> dict[str, Path]:
+    named = {folder.name.lower(): folder for folder in folders}
+    return {
+        split: next(named[name] for name in names if name in named)
+        for split, names in _OTHERS.items()
+        if not named.keys().isdisjoint(names)
+    }
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Its folders; none if it has many entries, as folders of images and of classes have."""
+    with os.scandir(folder) as entries:
+        first = list(itertools.islice(entries, _MOST + 1))
+    return sorted(Path(entry) for entry in first if entry.is_dir()) if len(first) <= _MOST else []
+
+
+def _divided_below(data: Path) -> dict[str, Path]:
+    """Folders that are named like both splits, side by side somewhere in a folder; empty if there are none."""
+    level = [data]
+    for _ in range(_DEEPEST):
+        inside = [_subfolders(folder) for folder in level]
+        for folders in inside:
+            if len(found := _by_name(folders)) == len(_OTHERS):
+                return found
+        level = [folder for folders in inside for folder in folders][:_MOST]
+    return {}
 
 
 def refuse_reduced(task: str, folder: Path) -> None:

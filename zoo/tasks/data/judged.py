@@ -57,6 +57,18 @@ def judged(
     return task, [*notes, *(f"{name} was trained on images of {folder} that are judged" for name in names)]
 
 
+def told_division(task: Task) -> list[str]:
+    """A note on a folder that is divided at random for training; none if it has splits of its own."""
+    config = task.config
+    if not isinstance(config, FolderConfig) or not _is_folder(task):
+        return []
+    roots = find_roots(task.name, config)
+    if not roots.divided:
+        return []
+    option = f"{called('--task-option ', '')}val_fraction={config.val_fraction:g}"
+    return [f"{roots.train} has no train/ and val/: images drawn at random from it judge ({option})"]
+
+
 def _is_folder(task: Task) -> bool:
     """Whether the task's data are images in folders, rather than a set with splits of its own (CIFAR)."""
     config = task.config

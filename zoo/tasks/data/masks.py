@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from surgeon.errors import DataError
-from surgeon.util.picture_files import opened
+from surgeon.util.picture_files import holds_pictures, opened
 from surgeon.zoo.tasks.data.files import image_size, list_images, named, open_image
 
 MASKS = ("masks", "labels", "annotations")
@@ -20,17 +20,29 @@ logger = logging.getLogger(__name__)
 
 
 def mask_pairs(task: str, folder: Path) -> list[Pair]:
-    """(image, mask) from `images/` and `masks/` (or `labels/`, `annotations/`); raises `DataError` for unpaired ones."""
-    images = folder / "images"
-    masks = next((folder / name for name in MASKS if (folder / name).is_dir()), None)
-    if not images.is_dir() or masks is None:
+    """(image, mask) from `images/` and the first of `mask_folders`; raises `DataError` for unpaired ones."""
+    images, masks = _images(folder), mask_folders(folder)
+    if not images.is_dir() or not masks:
         raise DataError(f"task {task}: {folder} must contain images/ and {' or '.join(f'{name}/' for name in MASKS)}")
-    pictures, found = _keyed(task, images), _keyed(task, masks)
+    pictures, found = _keyed(task, images), _keyed(task, masks[0])
     alone = [f"{pictures[key]} has no mask" for key in sorted(pictures.keys() - found.keys())]
     alone += [f"{found[key]} has no image" for key in sorted(found.keys() - pictures.keys())]
     if alone:
         raise DataError(named(f"task {task}: images and masks that do not match", alone))
     return [(pictures[key], found[key]) for key in sorted(pictures)]
+
+
+def mask_folders(folder: Path) -> list[Path]:
+    """`masks/`, `labels/`, `annotations/` in a folder, or `masks/NAME` next to `images/NAME`: those with pictures, if any."""
+    inside, name = (folder.parents[1], folder.name) if _images(folder) == folder else (folder, "")
+    found = [path for path in (inside / one / name for one in MASKS) if path.is_dir()]
+    return [path for path in found if holds_pictures(path)] or found
+
+
+def _images(folder: Path) -> Path:
+    """`images/` in a folder, or the folder itself if it is `images/NAME`."""
+    inside = folder / "images"
+    return folder if folder.parent.name == "images" and not inside.is_dir() else inside
 
 
 def _keyed(task: str, folder: Path) -> dict[str, Path]:
