@@ -209,20 +209,19 @@ class PAFUConv2d(CodedConv2d):
     def _select(self, logits_NnPQ: Tensor) -> tuple[Tensor, Tensor | None]:
         """The selected kernel (N, P, Q) and, in training, the soft selection (N, n, P, Q) that carries the gradient."""
         if not self.training:
-            return logits_NnPQ.argmax(1), None
+            return _largest(logits_NnPQ), None
         logits_NnPQ = logits_NnPQ.to(torch.promote_types(logits_NnPQ.dtype, torch.float32))
         if self.config.selection == "argmax":
-            return logits_NnPQ.detach().argmax(1), (logits_NnPQ / self.temperature).softmax(1)
+            return _largest(logits_NnPQ.detach()), (logits_NnPQ / self.temperature).softmax(1)
         gumbel_NnPQ = -torch.empty_like(logits_NnPQ).exponential_().log()
         soft_NnPQ = ((logits_NnPQ + gumbel_NnPQ) / self.temperature).softmax(1)
-        return soft_NnPQ.detach().argmax(1), soft_NnPQ
+        return _largest(soft_NnPQ.detach()), soft_NnPQ
 
     @torch.no_grad()
     def selection(self, x: Tensor) -> Tensor:
         """The kernel that each output pixel selects in eval mode, (N, P, Q) int64, for pictures."""
         self.check_input(x)
-        index: Tensor = self.selector(x).argmax(1)
-        return index
+        return _largest(self.selector(x))
 
     def code(self, x: Tensor) -> Tensor:
         """The selection, one channel per kernel, 1 where it is selected and 0 elsewhere, (N, n, P, Q)."""
@@ -311,6 +310,11 @@ class PAFUConv2d(CodedConv2d):
             across = others @ first.t()
             rows = [[first @ first.t(), across.t()], [across, others @ others.t()]]
             return torch.cat([torch.cat(row, 1) for row in rows])
+
+
+def _largest(x: Tensor) -> Tensor:
+    """`x.argmax(1)`, which takes eight times as long on a CPU."""
+    return x.max(1).indices
 
 
 def _margins(size: Pair, window: Pair) -> tuple[int, int, int, int]:

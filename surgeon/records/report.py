@@ -115,11 +115,16 @@ class Report:
         return f"{title}{len(self.replaced)} of {n} convolutions replaced"
 
 
-_GROWTH = 3  # growth of parameters or FLOPs from which a report hints at smaller options
+_GROWTH = 3  # growth of parameters or FLOPs of a model from which a report hints at smaller options
+_LAYER_GROWTH = 5  # of a layer's FLOPs
 
 
 def growth_notes(report: Report) -> list[str]:
-    """A hint for each layer type if a conversion multiplies the parameters of the model, or the FLOPs of its convolutions."""
+    """Hints for each layer type if a conversion multiplies the parameters of the model, or the FLOPs of its convolutions or of one."""
+    return [*_model_growth(report), *_layer_growth(report)]
+
+
+def _model_growth(report: Report) -> list[str]:
     pairs = (
         ("parameters", report.params_before, report.params_after),
         ("FLOPs", report.macs_before, report.macs_after),
@@ -133,6 +138,19 @@ def growth_notes(report: Report) -> list[str]:
         grown[r.type] = grown.get(r.type, 0) + r.params_after - r.params_before
     hints = ((kind, more, layer_class(kind).fewer_parameters) for kind, more in grown.items() if more > 0)
     return [f"{total} in all: {kind} layers add {count(more)} parameters; {hint}" for kind, more, hint in hints if hint]
+
+
+def _layer_growth(report: Report) -> list[str]:
+    grown: dict[str, list[str]] = {}
+    for r in report.replaced:
+        if r.macs_before and r.macs_after and r.macs_after >= _LAYER_GROWTH * r.macs_before:
+            grown.setdefault(r.type, []).append(f"{r.name} (x{r.macs_after / r.macs_before:.2g})")
+    hints = {kind: layer_class(kind).fewer_parameters for kind in grown}
+    return [
+        f"{kind} layers with {_LAYER_GROWTH} times the FLOPs of their convolutions or more: {name_list(names)}"
+        + (f"; {hints[kind]}" if hints[kind] else "")
+        for kind, names in grown.items()
+    ]
 
 
 Entry = TypeVar("Entry", bound="DataclassInstance")
@@ -279,4 +297,4 @@ def change(name: str, before: int | None, after: int | None) -> str:
 
 def took(seconds: float | None) -> str:
     """A line of totals: the time taken."""
-    return f"time        {'unknown' if seconds is None else f'{seconds:.1f} s'}"
+    return f"took        {'unknown' if seconds is None else f'{seconds:.1f} s'}"

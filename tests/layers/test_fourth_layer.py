@@ -152,6 +152,10 @@ def test_convert_report_save_and_load(tmp_path: Path) -> None:
     assert "gain h3" in report.to_text(120)
     growth = replace(report, params_after=10 * report.params_before)
     assert any("a smaller hidden" in note for note in growth_notes(growth))
+    first, *others = report.replaced
+    costly = replace(report, replaced=[replace(first, macs_after=6 * first.macs_before), *others])
+    told = f"gain layers with 5 times the FLOPs of their convolutions or more: {first.name} (x6); a smaller hidden"
+    assert any(note.startswith(told) for note in growth_notes(costly))
     with torch.no_grad():
         next(iter(layers.values())).expand.bias.fill_(0.5)
     surgeon.save(model, tmp_path / "run", report=report)

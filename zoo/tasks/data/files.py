@@ -40,8 +40,9 @@ class FolderConfig(TaskConfig):
     """Options of tasks that read folders.
 
     `data` or `data/images` contains `train/` and `val/`, or `data` is one folder of which `val_fraction` becomes the validation
-    set. `train` and `val` name other folders for a split; `val` alone is enough to evaluate. `val_seed` determines that fraction and the noise of
-    validation images: it is not the seed of a run, so runs with different seeds are evaluated on the same samples.
+    set. `train` and `val` name other folders for a split; `val` alone is enough to evaluate. `val_seed` determines that
+    fraction and the noise of validation images: it is not the seed of a run, so runs with different seeds are evaluated on the
+    same samples.
     """
 
     above: ClassVar[Mapping[str, float]] = {"val_fraction": 0}
