@@ -10,7 +10,7 @@ from torch import Tensor
 from surgeon.layers.acda.lean import lean_gradients
 from surgeon.layers.ops.native.compiler import library
 from surgeon.layers.ops.native.half import by_images, gradients_by_images
-from surgeon.layers.ops.native.support import in_parallel, partial_sums, pointer
+from surgeon.layers.ops.native.support import in_parallel, partial_sums, pointer, threads_for
 
 # Per group: the gradients of more are summed up faster by torch, over several images at once.
 MOST_COEFFICIENTS = 1 << 20
@@ -58,6 +58,13 @@ class NativeProblem:
         self.plan = _Plan(*sizes, *counts)
         self.library.acda_plan(ctypes.byref(self.plan))
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the forward pass: filtering with the atoms, and the coefficients."""
+        plan = self.plan
+        pixel = plan.m_all * (plan.c * plan.lh * plan.lw + plan.c_out * plan.c_group)
+        return plan.n * plan.oh * plan.ow * pixel
+
     def packed(self, *, back: bool) -> tuple[Tensor, Tensor]:
         """The basis and the coefficients in the order of multiplication."""
         psi, coeff = torch.empty_like(self.psi), torch.empty_like(self.coeff)
@@ -81,7 +88,7 @@ class NativeProblem:
         def work(task: int, scratch: Tensor) -> None:
             self.library.acda_forward(ctypes.byref(plan), ctypes.byref(given), pointer(scratch), ctypes.c_int64(task))
 
-        in_parallel(work, plan.n * plan.bands, plan.forward)
+        in_parallel(work, plan.n * plan.bands, plan.forward, threads_for(self.macs))
         return y
 
     def backward(self, grad: Tensor, needs: Sequence[bool]) -> list[Tensor]:
@@ -116,7 +123,7 @@ class NativeProblem:
                 )
 
             if odd < plan.bands:
-                in_parallel(work, parts, plan.backward)
+                in_parallel(work, parts, plan.backward, threads_for(2 * self.macs))
         return self._results(gx, galpha, sums, needs)
 
     def _results(

@@ -12,7 +12,7 @@ from torch import Tensor
 from surgeon.layers.ops.library import memory_format_of
 from surgeon.layers.ops.native.compiler import library
 from surgeon.layers.ops.native.half import all_float32, image_blocks
-from surgeon.layers.ops.native.support import borrowed, in_parallel, pointer
+from surgeon.layers.ops.native.support import MOVED_MACS, borrowed, in_parallel, pointer, threads_for
 from surgeon.layers.pafu.frames import FrameChunk, FrameProblem, Grads
 
 FEWEST = 4  # channels per group: with fewer, vectors are mostly empty and torch is faster
@@ -122,20 +122,32 @@ class _Call:
                 self.buffers()
             tensors.x, tensors.index = _at(self.x, images.start), _at(self.index, images.start, rows.start)
             self.runs = self.library.pafu_sort(*self.operands)
-            self.run("pafu_frame", plan.images)
+            self.moves("pafu_frame")
             yield chunk
 
-    def run(self, name: str, tasks: int) -> None:
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the forward pass of the chunk."""
+        plan = self.plan
+        return plan.images * plan.rows * plan.columns * plan.outputs * (plan.c // plan.groups) * plan.lh * plan.lw
+
+    def moves(self, name: str) -> None:
+        """Call a C function that moves the numbers of an image, for every image of the chunk."""
+        plan = self.plan
+        numbers = plan.images * max(plan.height * plan.width * plan.c, plan.rows * plan.columns * plan.outputs)
+        self.run(name, plan.images, MOVED_MACS * numbers)
+
+    def run(self, name: str, tasks: int, macs: int) -> None:
         """Call a C function for every task, several in one call from Python; the tasks write to disjoint memory."""
         run, function = self.library.pafu_tasks, ctypes.cast(getattr(self.library, name), ctypes.c_void_p)
-        threads = torch.get_num_threads()
+        threads = threads_for(macs)
         calls = min(tasks, CALLS * threads) if threads > 1 else 1
 
         def work(part: int, scratch: Tensor) -> None:
             first, end = (ctypes.c_int64(tasks * p // calls) for p in (part, part + 1))
             run(*self.operands, pointer(scratch), function, first, end)
 
-        in_parallel(work, calls, self.scratch)
+        in_parallel(work, calls, self.scratch, threads)
 
 
 def in_range(index: Tensor, n: int) -> bool:
@@ -174,9 +186,9 @@ def _forward(problem: FrameProblem, out: Tensor) -> None:
             call.tensors.out = _at(out, chunk.images.start, chunk.rows.start, 2)
             if call.last:
                 call.tensors.y = call.tensors.out
-            call.run("pafu_forward", call.runs * blocks)
+            call.run("pafu_forward", call.runs * blocks, call.macs)
             if not call.last:
-                call.run("pafu_output", call.plan.images)
+                call.moves("pafu_output")
 
 
 def backward(problem: FrameProblem, grad: Tensor, grads: Grads) -> None:
@@ -204,15 +216,16 @@ def _backward(problem: FrameProblem, grad: Tensor, grads: Grads) -> None:
             if call.last:
                 tensors.g = tensors.grad
             else:
-                call.run("pafu_gradient", plan.images)
+                call.moves("pafu_gradient")
             if grads.kernels is not None:
-                call.run("pafu_kernel_gradient", plan.n * plan.lh * plan.lw)
+                call.run("pafu_kernel_gradient", plan.n * plan.lh * plan.lw, call.macs)
             if grads.scores is not None:
                 tensors.gscores = _at(grads.scores, image, row)
-                call.run("pafu_score_gradient", plan.n * call.library.pafu_score_pieces(call.operands[0]))
+                pieces = call.library.pafu_score_pieces(call.operands[0])
+                call.run("pafu_score_gradient", plan.n * pieces, plan.n * call.macs)
             if grads.x is not None:
                 frame = call.frame() if frame is None else frame
                 frame.zero_()
                 tensors.gframe, tensors.gx = frame.data_ptr(), _at(grads.x, image)
-                call.run("pafu_input_gradient", plan.parts * blocks)
-                call.run("pafu_input_add", plan.images)
+                call.run("pafu_input_gradient", plan.parts * blocks, call.macs)
+                call.moves("pafu_input_add")

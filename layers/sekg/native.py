@@ -9,9 +9,9 @@ from torch import Tensor
 
 from surgeon.layers.ops.native.compiler import library
 from surgeon.layers.ops.native.half import by_images, gradients_by_images
-from surgeon.layers.ops.native.support import in_parallel, partial_sums, pointer
+from surgeon.layers.ops.native.support import MOVED_MACS, in_parallel, partial_sums, pointer, threads_for
 
-PARTS = 64  # maximum number of parts per call, for several threads
+CALLS = 4  # into C for each thread, so that none waits long for the last one
 
 _SIZES = ("h", "w", "oh", "ow", "lh", "lw", "sh", "sw", "ph", "pw", "dh", "dw")
 _COUNTS = ("n", "units", "channels", "kernels", "band", "scratch")
@@ -65,13 +65,15 @@ def _run(plan: _Plan, *given: Tensor | None) -> None:
     """Run on the tensors of `_Tensors`, in order; those at the end may be missing. Given a gradient, the backward pass."""
     tensors = _Tensors(*(None if t is None else t.data_ptr() for t in given))
     units = plan.n * plan.units
-    parts, run, back = min(PARTS if torch.get_num_threads() > 1 else 1, units), library().dconv_run, len(given) > 3
+    run, back = library().dconv_run, len(given) > 3
+    threads = threads_for(MOVED_MACS * plan.n * plan.units * plan.kernels * plan.lh * plan.lw * plan.oh * plan.ow)
+    parts = min(CALLS * threads, units) if threads > 1 else 1
 
     def work(part: int, scratch: Tensor) -> None:
         first, end = ctypes.c_int64(units * part // parts), ctypes.c_int64(units * (part + 1) // parts)
         run(ctypes.byref(plan), ctypes.byref(tensors), pointer(scratch), first, end, ctypes.c_int64(back))
 
-    in_parallel(work, parts, plan.scratch)
+    in_parallel(work, parts, plan.scratch, threads)
 
 
 def _by_unit(x: Tensor, kernels: Tensor, *grad: Tensor) -> list[Tensor]:
@@ -134,6 +136,12 @@ class Layer:
         self.library = library()
         self.library.dconv_layer_plan(ctypes.byref(self.plan))
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the forward pass."""
+        plan = self.plan
+        return plan.n * plan.oh * plan.ow * self.weight.shape[0] * self.weight.shape[1]
+
     def packed(self, *, back: bool) -> Tensor:
         """The weight in the order of multiplication."""
         own, others = torch.empty_like(self.weight), None
@@ -155,7 +163,7 @@ class Layer:
         def work(task: int, scratch: Tensor) -> None:
             run(ctypes.byref(plan), ctypes.byref(given), pointer(scratch), ctypes.c_int64(task))
 
-        in_parallel(work, plan.n * plan.bands, plan.forward)
+        in_parallel(work, plan.n * plan.bands, plan.forward, threads_for(self.macs))
         return y
 
     def backward(self, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -179,7 +187,7 @@ class Layer:
                 ends = [ctypes.c_int64(tasks * p // parts) for p in (part, part + 1)]
                 run(ctypes.byref(plan), ctypes.byref(given), pointer(scratch), *ends, ctypes.c_int64(odd))
 
-            in_parallel(work, parts, plan.backward)
+            in_parallel(work, parts, plan.backward, threads_for(2 * self.macs))
         gweight, gstatic = (None if s is None else s.sum(0) for s in sums)
         found = (
             gx,

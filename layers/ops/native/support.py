@@ -14,6 +14,8 @@ from surgeon.layers.ops.native.compiler import forget_lock, why_no_library
 
 MOST_PARTIAL_BYTES = 32 << 20  # for partial sums of gradients
 PARTS = 8  # parts of a batch for these sums, for any number of threads
+LEAST_MACS = 1 << 24  # for each thread: about 0.3 ms; starting one takes 0.1 ms
+MOVED_MACS = 4  # multiply-accumulates that count as much as a number moved: threads share the memory
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -70,13 +72,18 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def in_parallel(work: Work, parts: int, floats: int) -> None:
-    """Call `work(part, scratch)` for every part on as many threads as torch uses; scratch has `floats` floats.
+def threads_for(macs: int) -> int:
+    """How many threads are worth starting for this many multiply-accumulates; at most as many as torch uses."""
+    return max(1, min(torch.get_num_threads(), macs // LEAST_MACS))
+
+
+def in_parallel(work: Work, parts: int, floats: int, threads: int) -> None:
+    """Call `work(part, scratch)` for every part on so many threads; scratch has `floats` floats.
 
     Parts must not write to the same memory. Threads start and end with the call, so a fork cannot lose any.
     The calls release the GIL (ctypes).
     """
-    threads = min(torch.get_num_threads(), parts)
+    threads = min(threads, parts)
     if threads == 1:
         alone = _scratch.take(floats)
         try:
