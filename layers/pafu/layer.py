@@ -313,7 +313,7 @@ class PAFUConv2d(CodedConv2d):
 
 
 def _largest(x: Tensor) -> Tensor:
-    """`x.argmax(1)`, which takes eight times as long on a CPU."""
+    """`x.argmax(1)`, which is several times as slow on a CPU."""
     return x.max(1).indices
 
 
