@@ -121,7 +121,7 @@ _LAYER_GROWTH = 5  # of a layer's FLOPs
 
 def growth_notes(report: Report) -> list[str]:
     """Hints for each layer type if a conversion multiplies the parameters, or the FLOPs of the convolutions or of one of them."""
-    return [*_model_growth(report), *_layer_growth(report)]
+    return _model_growth(report) or _layer_growth(report)
 
 
 def _model_growth(report: Report) -> list[str]:
