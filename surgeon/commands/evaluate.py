@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     task = _task(args)
     notes: list[str] = []
     with waiting(building(args), quiet=args.quiet):
-        model, recipe = _model(args)
+        model, recipe, base = _model(args)
         original, name, beside = _original(args, recipe, notes)
     if original is not None and (told := unequal_training(args.model, recipe, name, beside)) is not None:
         notes.append(told)
@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     device = _default_device() if args.device in (None, "auto") else args.device
     with Progress(enabled=not args.quiet) as progress:
         found = _measure(model, args.model, task, args, device, progress, notes)
+        notes += [] if (unknown := task.unknown_images(model, base)) is None else [unknown]
         compared = None
         if original is not None:
             measured = _measure(original, name, task, args, device, progress, notes, original=True)
@@ -141,14 +142,14 @@ def _task(args: argparse.Namespace) -> "Task":
         raise ConfigError(f"task {args.task} cannot be created with these options: {error}") from error
 
 
-def _model(args: argparse.Namespace) -> "tuple[nn.Module, Recipe | None]":
+def _model(args: argparse.Namespace) -> "tuple[nn.Module, Recipe | None, BaseModel | None]":
     from surgeon.records.recipe import get_recipe
 
-    model, _ = build(args, head="weights")
+    model, base = build(args, head="weights")
     recipe = get_recipe(model)
     if recipe is None and args.original == "auto":
         args.original = "none"  # a model given by name is an original
-    return model, recipe
+    return model, recipe, base
 
 
 def _original(

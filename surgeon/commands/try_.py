@@ -20,6 +20,7 @@ from surgeon.commands.common.arguments import (
     build,
     building,
     model_name,
+    model_options,
     positive,
     print_json,
     tell,
@@ -27,6 +28,7 @@ from surgeon.commands.common.arguments import (
 from surgeon.commands.common.tasks import add_task, make_task, settle
 from surgeon.errors import ConfigError
 from surgeon.models.places import factory_of
+from surgeon.records.training import check_resumed_trial
 from surgeon.util.files import here
 from surgeon.util.outputs import check_trial_output
 from surgeon.util.parse import parse_time
@@ -93,6 +95,21 @@ def check(args: argparse.Namespace) -> None:
     checks.plain(args.model, "a trial")
     settle(args)
     check_trial_output(_output(args), resume=args.resume, force=args.force)
+    if args.resume:
+        check_resumed_trial(_output(args), _settings(args), dict(args.task_options))
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the trial that are known before torch is loaded, by their names in its record."""
+    return {
+        "model": args.model,
+        "model options": model_options(args),
+        "task": args.task,
+        "layer options": checks.layer_options(args.type, args.options),
+        **({} if args.lr is None else {"rates": args.lr}),
+        "steps": args.steps,
+        "training": {name: value for name in ("amp", "batch_size") if (value := getattr(args, name)) is not None},
+    }
 
 
 def _output(args: argparse.Namespace) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 from surgeon.errors import ConfigError, called, offered
 from surgeon.records.recipe import BaseModel, Recipe
 from surgeon.util.files import check_fields, read_object
-from surgeon.util.outputs import RUN, SUMMARY, WEIGHTS, is_surgeon_folder
+from surgeon.util.outputs import FORCE, RUN, SUMMARY, TRIAL, WEIGHTS, is_surgeon_folder
 from surgeon.util.tables import counted
 
 _RUN_FIELDS = {"config": {"batch_size": int, "accumulate": int}, "data": {"train": {"samples": int}}}
@@ -73,10 +73,39 @@ def check_resumed(
     recorded, settings = old.get("options"), old.get("config")
     if not (isinstance(recorded, dict) and isinstance(settings, dict) and {"model", "task"} <= set(old)):
         return  # what reads all of it says more
-    given = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
-    given = {key: value for key, value in given.items() if not isinstance(value, str | Path)}
     now = {"model": model or old["model"], "task": task or old["task"]}
-    check_same_options(old, now | {"options": recorded | given, "config": settings | dict(config)})
+    check_same_options(old, now | {"options": recorded | _comparable(options), "config": settings | dict(config)})
+
+
+def check_same_trial(old: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `ConfigError`, naming the differences, if the settings of a trial are not those recorded of the trial to resume."""
+    changed = [told for _, told in differing(old, now)]
+    if changed:
+        another = called("another -o", "another output")
+        raise ConfigError(
+            f"a trial must be resumed with the options it started with, but {'; '.join(changed)}. "
+            f"{called(*FORCE)} replaces it, and with {another} both are kept"
+        )
+
+
+def check_resumed_trial(output: Path, settings: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if these settings contradict those of the trial in a folder; what is not among them counts as the same.
+
+    That holds inside their groups, too. The task's `options` are compared as those of a run.
+    """
+    old = read_object(output / TRIAL).get("identity")
+    if not isinstance(old, dict):
+        return  # what reads all of it says more
+    now = {**settings, "task options": _comparable(options)}
+    groups = {key: value for key, value in now.items() if isinstance(value, Mapping)}
+    if all(isinstance(old.get(key, {}), dict) for key in groups):
+        check_same_trial(old, {**old, **now, **{key: {**old.get(key, {}), **value} for key, value in groups.items()}})
+
+
+def _comparable(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's options as they are recorded, without texts: the task may read them as something else."""
+    given = {key: value for key, value in options.items() if not isinstance(value, str | Path)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,8 @@ def dry_run(
         evaluate(trainer.result, task, data.val, config, accelerator, most=1)  # a run begins with an evaluation
         loss = run.once()
         groups = describe(trainer.optimizer, trainer.groups)
+        told = task.told_images(work, None if source is None else source.base)
         release(accelerator, trainer.wrapped, trainer.own_forward)
-    images = task.images()
-    told = [] if images is None else [f"images: {images}"]
     return DryRun(
         steps=trainer.plan.total,
         epochs=trainer.plan.epoch(trainer.plan.total),

@@ -372,7 +372,8 @@ class Run:
         self.journal.evaluation(row | {"best": progress.best_step == progress.step}, found)
         told = ", ".join(f"{name} {number:.4g}" for name, number in found.metrics.items())
         if any(map(math.isfinite, found.metrics.values())):  # otherwise not measured, or reported as an error
-            self.journal.tell(f"step {progress.step}/{self.plan.total}: {told}")
+            which = task.purpose and f" (on {counted(len(self.trainer.data.val), 'sample')} {task.purpose})"
+            self.journal.tell(f"step {progress.step}/{self.plan.total}: {told}{which}")
         if self.watch is not None and progress.step:
             self.watch(progress.step, found.metrics)
 

@@ -104,6 +104,7 @@ def finetune(
         session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet)
         try:
             notes += [*more, *told_data(work, task, session.data)]
+            notes += [] if (unknown := task.unknown_images(work, source.base)) is None else [unknown]
             trainer = session.trainer(work, original)  # refuses options before a folder is made, or replaced
             if config.max_steps is not None and config.epochs is not None and trainer.plan.total < config.max_steps:
                 notes.append(f"{config.epochs:g} epochs (--epochs) are fewer steps than --max-steps {config.max_steps}")
@@ -202,7 +203,7 @@ class _Session:
             store.create()
         self.accelerator.wait_for_everyone()
         run = self.ongoing = Run(trainer, store, self.journal, TrainingProgress(), watch, began)
-        self._begin(run, original, known)
+        self._begin(run, work, original, known)
         if self.folder is not None and self.accelerator.is_main_process:
             self.folder.settle()
         if run.progress.stopped is None:
@@ -219,7 +220,7 @@ class _Session:
 
     # --- before and after -----------------------------------------------------------------------------------------
 
-    def _begin(self, run: Run, original: nn.Module | None, known: Mapping[str, float] | None) -> None:
+    def _begin(self, run: Run, work: nn.Module, original: nn.Module | None, known: Mapping[str, float] | None) -> None:
         """Load the newest checkpoint, or evaluate the start and write the first one."""
         checkpoint = run.store.newest()
         if checkpoint is not None:
@@ -243,8 +244,8 @@ class _Session:
             self.journal.tell(f"resuming after step {run.progress.step}/{run.plan.total}")
             return
         self.journal.start(0, run.plan.total)
-        if known is None and (images := self.task.images()) is not None:
-            self.journal.tell(f"images: {images}")
+        for line in self.task.told_images(work, self.source.base) if known is None else ():
+            self.journal.tell(line)
         size = self._input_size()
         if original is not None:
             placed = original.to(self.accelerator.device).eval()

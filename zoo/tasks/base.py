@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from surgeon.errors import called
+from surgeon.records.preprocessing import recorded_inputs
+from surgeon.records.recipe import BaseModel, get_recipe
+from surgeon.util.files import here
 from surgeon.util.limits import check_choice, check_limits, check_range, choices_of, limits_of, ranges_of
 
 if TYPE_CHECKING:
@@ -69,6 +72,8 @@ _FORMS: dict[str, Callable[[Any], str]] = {  # of the values of `Task.preprocess
     "std": lambda values: f"std {_numbers(values)}",
 }
 
+_TRAINED = {"mean": "mean", "std": "std", "input_size": "size"}  # options that weights are trained with, in words
+
 
 class TaskDataset(Dataset[Sample]):
     """Samples, indexed by draw.
@@ -105,6 +110,7 @@ class Task(ABC):
     at_models_size: ClassVar[bool] = False
     other_outputs: ClassVar[str] = ""
     models_own = False  # whether the bound model knows how its inputs are made
+    purpose = ""  # what the validation samples are for, in words, if they are part of a set
 
     def __init__(self, config: TaskConfig, *, seed: int = 0) -> None:
         self.config, self.seed = config, seed
@@ -158,6 +164,31 @@ class Task(ABC):
         if not {"mean", "std"} <= set(given):
             origin.append(f"{called('--task-option mean=... std=...', 'mean=, std=')} for others")
         return f"{', '.join(told)} ({'; '.join(origin)})"
+
+    def unknown_images(self, model: nn.Module, base: BaseModel | None = None) -> str | None:
+        """A note on weights of a file, which does not record how their images were made, unless `mean` and `std` are given.
+
+        None for other weights. `base` says where they are from (None: the model's recipe does). The task must be bound.
+        """
+        recipe = get_recipe(model)
+        base = base or (None if recipe is None else recipe.base)
+        values = self.preprocessing()
+        lacking = {key: name for key, name in _TRAINED.items() if key in values and getattr(self.config, key) is None}
+        if base is None or base.weights.kind != "file" or not base.weights.path or recorded_inputs(recipe):
+            return None
+        if not {"mean", "std"} & set(lacking):
+            return None
+        *names, last = lacking.values()
+        options = called(f"--task-option {' '.join(f'{key}=...' for key in lacking)}", f"{'=, '.join(lacking)}=")
+        told = (
+            f"if they were trained with another {', '.join(names)}{' or ' * bool(names)}{last}, give it with {options}"
+        )
+        return f"the weights are from {here(base.weights.path)}: {told}"
+
+    def told_images(self, model: nn.Module, base: BaseModel | None = None) -> list[str]:
+        """The lines about the images of a bound task that are told before any work: `images` and `unknown_images`."""
+        images, unknown = self.images(), self.unknown_images(model, base)
+        return [*([] if images is None else [f"images: {images}"]), *([] if unknown is None else [unknown])]
 
     def options(self) -> dict[str, Any]:
         """The non-default options, except those that locate or limit the data.

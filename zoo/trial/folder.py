@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from surgeon.errors import CheckpointError, ConfigError, DataError
+from surgeon.errors import CheckpointError, DataError
 from surgeon.models.folder import fresh_folder
-from surgeon.records.training import differing
+from surgeon.records.training import check_same_trial
 from surgeon.util.files import check_fields, read_object, write_text
 from surgeon.util.outputs import RUN, SUMMARY, TRIAL, check_trial_output
 from surgeon.zoo.finetune.folder import held
@@ -91,9 +91,7 @@ class TryFolder:
     def compare(self, old: dict[str, Any], identity: dict[str, Any], data: dict[str, Any]) -> None:
         """Raise `ConfigError` or `DataError`, naming the differences, if the trial here is another one."""
         before = {key: identity[key] for key in _LATER} | old["identity"]
-        changed = [told for _, told in differing(before, identity)]
-        if changed:
-            raise ConfigError(f"a trial must be resumed with the options it started with, but {'; '.join(changed)}")
+        check_same_trial(before, identity)
         other = changes(old["data"], data)
         if other:
             raise DataError(

@@ -34,10 +34,13 @@ class Chosen(TaskDataset):
         return self.whole[self.numbers[draw % len(self.numbers)]]
 
 
-def part_of(task: Task, first: int, stride: int, count: int | None = None) -> Task:
-    """A task with the same options and the validation samples `first`, `first + stride`, ..., at most `count`, evenly spread."""
+def part_of(task: Task, first: int, stride: int, count: int | None = None, purpose: str = "") -> Task:
+    """A task with the same options and the validation samples `first`, `first + stride`, ..., at most `count`, evenly spread.
+
+    `purpose`: what these are for, in words.
+    """
     kind = type(task)
-    values = {"kind": kind, "first": first, "stride": stride, "count": count}
+    values = {"kind": kind, "first": first, "stride": stride, "count": count, "purpose": purpose}
     part: Task = type(f"Part{kind.__name__}", (_Part, kind), values)(task.config, seed=task.seed)
     return part
 

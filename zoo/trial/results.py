@@ -53,7 +53,7 @@ def sum_up(trial: "Trial", stopped: str) -> Answer:
         stopped=stopped,
         seconds=trial.spent,
         layers=converted.get("layers", []),
-        start=_start(trial) if seeds else None,
+        start=trial.start(trial.left + trial.config.max_time * END / 2) if seeds else None,
         size=list(trial.twins.size),
         images=trial.task.images(),
         more_time=time_for_seeds(trial, len(seeds)) if stopped == "time" else None,
@@ -75,16 +75,13 @@ def _cost(trial: "Trial", arm: str, rows: dict[int, dict[str, Any]]) -> ArmCost:
 
 
 def _notes(trial: "Trial", answer: Answer) -> list[str]:
-    notes = [] if trial.twins.given is None else [trial.twins.given]
+    told = (trial.twins.given, trial.task.unknown_images(trial.model, trial.base))
+    notes = [note for note in told if note is not None]
     if trial.plan.rates != trial.config.rates:
         notes.append(
             "the time is too short to sweep the learning rate: one for both, which may suit one of them better"
         )
-    for arm, rate in answer.rates.items():
-        tried = {row["rate"] for row in trial.scores.values() if row["arm"] == arm}
-        beyond = {*tried, *untried(trial)}  # of those that had no time, another note tells
-        if len(tried) > 1 and rate in (min(beyond), max(beyond)):
-            notes.append(f"the best rate of {arm}, {rate:g}, is at the edge of those tried: --lr takes others")
+    notes += _edges(trial, answer)
     if len(trial.plan.rates) > 1 and not trial.plan.choose:
         notes.append("there are too few validation samples to split: those that chose the rates judge, too")
     one = f"each is {answer.step:.2g} {answer.unit}, and " if answer.step else ""
@@ -115,6 +112,20 @@ def _notes(trial: "Trial", answer: Answer) -> list[str]:
     return notes
 
 
+def _edges(trial: "Trial", answer: Answer) -> list[str]:
+    """A note on the networks whose best rate is at the edge of those tried."""
+    edges = []
+    for arm, rate in answer.rates.items():
+        tried = {row["rate"] for row in trial.scores.values() if row["arm"] == arm}
+        beyond = {*tried, *untried(trial)}  # of those that had no time, another note tells
+        if len(tried) > 1 and rate in (min(beyond), max(beyond)):
+            edges.append(f"{arm}, {rate:g},")
+    if not edges:
+        return []
+    which = "best rate of {} is" if len(edges) == 1 else "best rates of {} are"
+    return [f"the {which.format(' and '.join(edges))} at the edge of those tried: --lr takes others"]
+
+
 def _cut(trial: "Trial", answer: Answer) -> dict[str, Any]:
     """Arguments of `few_judge` if the time limited the judging samples: of how many, and the time that takes more."""
     if not answer.cut:
@@ -137,16 +148,3 @@ def _time_is_up(trial: "Trial", longer: float) -> str:
     )
     told = rates if lacking and trial.scores else ""
     return f"the time is up ({why}): --resume --max-time {minutes(longer)} {told}trains more seeds"
-
-
-def _start(trial: "Trial") -> float | None:
-    """The metric of the network before any training on the judging samples, if it was measured or there is time for that."""
-    if (known := trial.folder.read_start()) is not None:
-        return known
-    if trial.left + trial.config.max_time * END / 2 < trial.speed.sample / 2 * trial.plan.judge:
-        return None
-    found = trial.judge(trial.twins.network("original", 0), trial.parts(trial.task)[1])
-    if not math.isfinite(found):
-        return None
-    trial.folder.write(trial.folder.start, {"judged": found})
-    return found

@@ -20,7 +20,7 @@ from surgeon.records.recipe import BaseModel
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.util.copying import copy_model
 from surgeon.util.outputs import RUN
-from surgeon.util.tables import duration
+from surgeon.util.tables import counted, duration
 from surgeon.visualize.adaptivity import Adaptivity
 from surgeon.zoo.evaluate import evaluate
 from surgeon.zoo.finetune import FinetuneConfig, Source, finetune
@@ -149,6 +149,8 @@ class Trial:
         self.tell(f"converting {self.twins.told}")
         if self.twins.given is not None:
             self.tell(f"WARNING: {self.twins.given}")
+        for line in self.task.told_images(self.model, self.base):
+            self.tell(line)
         identity, data = self._identity(), fingerprint(self.task)
         if resume:
             old = self.folder.read()
@@ -274,11 +276,26 @@ class Trial:
         )
         return float(found[task.primary])
 
+    def start(self, seconds: float) -> float | None:
+        """The metric of the network before any training on the judging samples, if it is known or can be measured in `seconds`."""
+        if (known := self.folder.read_start()) is not None:
+            return known
+        if seconds < self.speed.sample / 2 * self.plan.judge:
+            return None
+        found = self.judge(self.twins.network("original", 0), self.parts(self.task)[1])
+        if not math.isfinite(found):
+            return None
+        self.folder.write(self.folder.start, {"judged": found})
+        return found
+
     # --- pairs of runs --------------------------------------------------------------------------------------------
 
     def run(self) -> Answer:
         """Train what the time allows, and summarize."""
         stopped, self.setup = "seeds", self.spent - self.before
+        if (start := self.start(END * self.left)) is not None:
+            judge = counted(self.plan.judge, "sample")
+            self.tell(f"untrained: {self.task.primary} {start:.4g} (on {judge} for judging)")
         for number, pair in enumerate(self._pairs()):
             lacking = [one for one in pair if _key(*one) not in self.scores]
             if not lacking:
@@ -361,8 +378,9 @@ class Trial:
     def parts(self, task: Task) -> tuple[Task, Task]:
         """The selecting and the judging task: every second validation sample each, or both all of them."""
         plan, parts = self.plan, []
-        for first, stride, count in ((0, 2, plan.choose), (1, 2, plan.judge)) if plan.choose else ((0, 1, plan.judge),):
-            part = part_of(task, first, stride, count)
+        choose, judge = (0, 2, plan.choose, "for choosing rates"), (1, 2, plan.judge, "for judging")
+        for one in (choose, judge) if plan.choose else ((0, 1, plan.judge, "for judging"),):
+            part = part_of(task, *one)
             part.bind(copy_model(self.model))
             parts.append(part)
         return parts[0], parts[-1]

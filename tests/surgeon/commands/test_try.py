@@ -310,11 +310,21 @@ def test_an_interrupted_trial_goes_on_to_the_same_answer(
     assert attempt("--force", *more) == 130
     assert "resume with the same command and --resume" in capsys.readouterr().err
     monkeypatch.setattr(Trainer, "backward", backward)
-    assert attempt("--resume", "--batch-size", "2", *more) == 2
     told = "surgeon: error: a trial must be resumed with the options it started with, but "
-    assert capsys.readouterr().err == f"{told}batch_size was 4 and is 2\n"
-    assert attempt("--resume", "--model-args", "width=6", *more) == 2
-    assert capsys.readouterr().err == f"{told}width was not given and is 6\n"
+    way_out = ". --force replaces it, and with another -o both are kept\n"
+    with monkeypatch.context() as unbuilt:
+        unbuilt.setattr("surgeon.commands.try_.build", lambda *args, **options: pytest.fail("a model was built"))
+        for given, changed in (
+            (["--batch-size", "2"], "batch_size was 4 and is 2"),
+            (["--model-args", "width=6"], "width was not given and is 6"),
+            (["--task-option", "samples=8"], "samples was 12 and is 8"),
+            (["--steps", "5"], "steps was 4 and is 5"),
+            (["--lr", "0.1"], "rates was [0.01] and is [0.1]"),
+        ):
+            assert attempt("--resume", *more, *given) == 2
+            assert capsys.readouterr().err == f"{told}{changed}{way_out}"
+    assert attempt("--resume", *more, "--layers", "1") == 2  # what is converted is known with the model
+    assert re.fullmatch(rf"{told}conversion was .* and is .*{way_out}", capsys.readouterr().err)
     assert attempt("--resume", *more) == 0
     assert answered(capsys)["scores"] == straight["scores"]
 

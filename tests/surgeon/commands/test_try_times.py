@@ -82,7 +82,9 @@ def test_rates_without_time_are_told_and_what_tries_them(attempt: Try, monkeypat
     (note,) = [note for note in found["notes"] if "the time is up" in note]
     assert re.search(r"--resume --max-time \S+ tries rate 0.001, which had no time, and trains more seeds$", note)
     edges = [note for note in found["notes"] if "at the edge" in note]
-    assert len(edges) == sum(rate == 1e-4 for rate in found["rates"].values())  # one beyond 3e-4 was planned
+    at_edge = [arm for arm, rate in found["rates"].items() if rate == 1e-4]  # one beyond 3e-4 was planned
+    assert len(edges) == bool(at_edge)
+    assert all(f"{arm}, 0.0001," in edges[0] for arm in at_edge)
     monkeypatch.setattr(Trial, "expected", expected)
     found, _ = attempt("--lr", "1e-4", "3e-4", "1e-3", "--resume", "--seeds", "1")
     assert list(found["swept"]["original"]) == ["0.0001", "0.0003", "0.001"]
@@ -104,6 +106,27 @@ def test_what_the_time_gives_is_said_before_the_first_run(
     _, error = attempt("--lr", "0.01", "--seeds", "3", *more)
     (plan,) = [line for line in error.splitlines() if "plan: " in line]
     assert re.search(told, plan), plan
+
+
+def test_scores_are_told_with_the_samples_that_they_are_of(attempt: Try) -> None:
+    """The network as it was is judged before the first run if that is cheap."""
+    found, told = attempt("--lr", "0.01", "0.1", "--seeds", "1")
+    choose, judge = found["samples"]["choose"], found["samples"]["judge"]
+    start = f"surgeon: untrained: mse {found['start']:.4g} (on {judge} samples for judging)\n"
+    assert told.index(start) < told.index("surgeon: run 1: ")
+    scores = re.findall(r"step 4/4: .*", told)
+    assert len(scores) == 4
+    assert all(line.endswith(f" (on {choose} samples for choosing rates)") for line in scores)
+    (note,) = [note for note in found["notes"] if "at the edge" in note]
+    assert note.startswith("the best rates of original, ")
+    assert " and converted, " in note
+
+
+def test_a_network_whose_judging_is_not_cheap_is_judged_last(attempt: Try, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trial, "_measure", lambda trial: Speed(step=0.01, sample=16.0, run=0.1))
+    found, told = attempt("--lr", "0.01", "--seeds", "1", "--max-time", "2m")
+    assert found["start"] > 0
+    assert "untrained: " not in told
 
 
 def test_how_many_samples_judge_is_said_before_the_first_run(attempt: Try, monkeypatch: pytest.MonkeyPatch) -> None:

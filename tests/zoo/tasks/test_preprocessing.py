@@ -16,8 +16,9 @@ import surgeon
 from surgeon.cli import main
 from surgeon.errors import RecipeError
 from surgeon.models.identify import identify
+from surgeon.models.names import build_model
 from surgeon.records.preprocessing import recorded_inputs, tell_timm
-from surgeon.records.recipe import Recipe, trained
+from surgeon.records.recipe import Recipe, Weights, trained
 from surgeon.zoo.finetune import FinetuneConfig, dry_run, finetune
 from surgeon.zoo.tasks import create_task
 from surgeon.zoo.tasks.classification import Classification, ClassificationConfig
@@ -63,6 +64,47 @@ def test_a_line_says_what_is_the_models_and_what_was_given(folders: Path) -> Non
     assert segmentation.images() == f"{WHOLE} (mean, std: as given)"
     assert create_task("crowd-counting", data=folders, **HALF).images() == f"{WHOLE} (mean, std: as given)"
     assert create_task("denoising", data=folders).images() is None
+
+
+def test_a_files_weights_whose_images_nobody_knows_are_told(folders: Path, tmp_path: Path) -> None:
+    """By finetune, its dry run and a trial, on stderr and in what they return; by no other weights, and not once options say it."""
+    model = timm.create_model("test_resnet", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "mine.pth")
+    model, base = build_model("test_resnet", weights=str(tmp_path / "mine.pth"), num_classes=3)
+    assert base is not None
+    (task := task_of(folders)).bind(model)
+    start = f"the weights are from {tmp_path / 'mine.pth'}: if they were trained with another "
+    note = f"{start}mean, std or size, give it with mean=, std=, input_size="
+    assert task.unknown_images(model, base) == note
+    assert task.unknown_images(model) is None
+    assert task.unknown_images(model, replace(base, weights=Weights(kind="pretrained"))) is None
+    (task := task_of(folders, input_size=(3, 32, 32), mean=HALF["mean"])).bind(model)
+    assert task.unknown_images(model, base) == f"{start}std, give it with std="
+    (task := task_of(folders, **HALF)).bind(model)
+    assert task.unknown_images(model, base) is None
+    assert create_task("denoising", data=folders).unknown_images(model, base) is None
+
+
+def test_commands_tell_of_weights_whose_images_nobody_knows(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folders.parent)
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), "mine.pth")
+    common = ["test_resnet", "--weights", "mine.pth", "--num-classes", "3", "--task", "classification"]
+    common += ["--data", str(folders), "--task-option", "input_size=32", "--batch-size", "2", "--device", "cpu"]
+    note = "the weights are from mine.pth: if they were trained with another mean or std, give it with --task-option "
+    note += "mean=... std=..."
+    assert main(["evaluate", *common, "--json"]) == 0
+    assert note in json.loads(capsys.readouterr().out)["notes"]
+    assert main(["finetune", *common, "--max-steps", "1", "-o", "run", "--json"]) == 0
+    out, told = capsys.readouterr()
+    assert note in json.loads(out)["notes"]
+    assert f"surgeon: {note}\n" in told
+    assert main(["try", *common, "--steps", "1", "--seeds", "1", "--lr", "0.001", "-o", "out", "--json"]) == 0
+    out, told = capsys.readouterr()
+    assert note in json.loads(out)["notes"]
+    assert told.count(note) == told.count("surgeon: images: 32x32, ") == 1
+    assert told.index("surgeon: images: ") < told.index(note) < told.index("surgeon: plan: ")
 
 
 @pytest.mark.parametrize("side", [48, 72])
