@@ -225,24 +225,28 @@ def make():
 
 def test_the_runs_own_base_by_its_name_has_the_weights_that_were_converted(capsys: pytest.CaptureFixture[str]) -> None:
     """It was a fresh one: a gain over an untrained network under the name of the original."""
-    Path("mine.py").write_text(MODULE)
-    make = runpy.run_path("mine.py")["make"]
+    Path("own_base.py").write_text(MODULE)
+    make = runpy.run_path("own_base.py")["make"]
     for file in ("own.pth", "other.pth"):
         torch.save(make().state_dict(), file)
     given = ["--layers", "0", "--type", "acda", "--input-size", "16", "-o", "run", "--quiet"]
-    assert main(["convert", "mine:make", "--weights", "own.pth", *given]) == 0
+    assert main(["convert", "own_base:make", "--weights", "own.pth", *given]) == 0
     capsys.readouterr()
     command = ["evaluate", "run", "--trust-factory", "--task", "brightness", "--json", "--quiet"]
     found = {}
-    for original in ([], ["--original", "mine:make"], ["--original", "mine:make", "--original-weights", "other.pth"]):
+    for original in (
+        [],
+        ["--original", "own_base:make"],
+        ["--original", "own_base:make", "--original-weights", "other.pth"],
+    ):
         assert main([*command, *original]) == 0
         found[original[-1] if original else "auto"] = document(capsys)
-    by_name, other = found["mine:make"], found["other.pth"]
+    by_name, other = found["own_base:make"], found["other.pth"]
     assert by_name["original"] == found["auto"]["original"]
     assert by_name["original"]["metrics"]["loss"] == pytest.approx(by_name["metrics"]["loss"], rel=1e-5)
-    assert "mine:make has the weights that were converted" in by_name["notes"]
+    assert "own_base:make has the weights that were converted" in by_name["notes"]
     assert abs(other["original"]["metrics"]["loss"] - other["metrics"]["loss"]) > 1e-4
-    assert f"mine:make has the weights of {Path('other.pth').resolve()}" in other["notes"]
+    assert f"own_base:make has the weights of {Path('other.pth').resolve()}" in other["notes"]
     Path("theirs.py").write_text(MODULE)
     assert main([*command, "--original", "theirs:make"]) == 0
     told = "theirs:make has the weights that it makes itself; --original-weights FILE loads others"
