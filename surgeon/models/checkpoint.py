@@ -28,7 +28,7 @@ from surgeon.layers.registry import layer_class
 from surgeon.layers.source import ConvSource
 from surgeon.models.folder import check_file, file_sha256, fresh_folder, write
 from surgeon.models.identify import agree, identify
-from surgeon.models.names import build_structure
+from surgeon.models.names import build_structure, factory_base
 from surgeon.models.places import check_folder
 from surgeon.models.programs import FILE as PROGRAM
 from surgeon.models.weights import mismatches, told_mismatches
@@ -67,19 +67,25 @@ def save(
     *,
     report: Report | CollapseReport | None = None,
     base: BaseModel | None = None,
+    factory: str | None = None,
+    options: Mapping[str, Any] | None = None,
     force: bool = False,
     scores: Mapping[str, float] | None = None,
 ) -> None:
     """Write a model, converted or not, to the folder `path`.
 
     `base` describes how to build the base model; by default the model's recipe or else the model itself knows. If it is
-    unknown (a custom class), a warning is logged, and `load` will need `base=`. An existing folder is an error unless `force`,
-    which replaces it only if surgeon wrote it, and only once the new one is complete. `scores`, metrics on the task that the model
-    was fine-tuned on, go into its card. Raises `CheckpointError`.
+    unknown (a custom class), a warning is logged, and `load` will need `base=`, unless `factory` names the function or class
+    `module:NAME` that builds it, with the arguments `options`; it is called to check that. An existing folder is an error
+    unless `force`, which replaces it only if surgeon wrote it, and only once the new one is complete. `scores`, metrics on
+    the task that the model was fine-tuned on, go into its card. Raises `CheckpointError`, and `ModelError` for a factory that
+    cannot be called.
     """
     check_module(model)
     path = Path(path).absolute()
     check_output(path, force=force)
+    if factory is not None:
+        base = _made_by(factory, options, model, base)
     recipe = describe(model, base, path)
     tensors, aliases = _tensors(model)
     with fresh_folder(path, force) as folder:
@@ -162,17 +168,38 @@ def read_report(path: str | Path) -> Report | CollapseReport | None:
     return read(read_object(file))
 
 
-def describe(model: nn.Module, base: BaseModel | None, path: Path) -> Recipe:
-    """The current recipe of a model: a rule for each dynamic layer, and for each convolution folded to another window.
-
-    A warning, naming the folder `path`, says what it does not describe.
-    """
+def _made_by(factory: str, options: Mapping[str, Any] | None, model: nn.Module, base: BaseModel | None) -> BaseModel:
+    """The base model that a factory builds. Raises `CheckpointError` unless it has the layers and weights of `model`."""
+    if base is not None:
+        raise CheckpointError("base and factory both say how the base model is built: give one of them")
     carried = get_recipe(model)
-    rules = tuple(
+    made = factory_base(factory, options)
+    if carried is not None and carried.input_size:
+        made = replace(made, input_size=carried.input_size)
+    rebuilt = apply_rules(build_structure(made, trust_factory=True), _rules(model), factory)
+    if problems := mismatches(_own_tensors(model), rebuilt):
+        raise CheckpointError(
+            f"{factory} builds another network than this {type(model).__name__}: {told_mismatches(problems)}"
+        )
+    return made
+
+
+def _rules(model: nn.Module) -> tuple[Rule, ...]:
+    """A rule for each dynamic layer, and for each convolution folded to another window."""
+    dynamic = (
         Rule(layers=quoted(name), type=layer.type_name, options=layer.config.to_dict())
         for name, layer in dynamic_layers(model).items()
     )
-    rules += tuple(convolution_rule(name, window) for name, window in folded_windows(model).items())
+    return (*dynamic, *(convolution_rule(name, window) for name, window in folded_windows(model).items()))
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def describe(model: nn.Module, base: BaseModel | None, path: Path) -> Recipe:
+    """The current recipe of a model. A warning, naming the folder `path`, says what it does not describe."""
+    carried, rules = get_recipe(model), _rules(model)
     known = base or (carried.base if carried is not None else None)
     found = known if known is not None and _fits(model, known, rules) else identify(model)
     if found is not None and known is not None:
@@ -182,7 +209,7 @@ def describe(model: nn.Module, base: BaseModel | None, path: Path) -> Recipe:
     if found is None or not _fits(model, found, rules):
         logger.warning(
             "%s: no way to rebuild this %s is known: the folder loads only %swith base=MODEL, a model of the original "
-            "architecture. %s",
+            "architecture, and no command can use it. %s",
             here(path),
             type(model).__name__,
             called("in Python, ", ""),
@@ -203,7 +230,7 @@ def _how_to_rebuild(model: nn.Module) -> str:
     inner = dict(model.named_children())
     if inner.keys() == {"module"}:  # as torch's AveragedModel and DistributedDataParallel
         return f"It wraps a {type(inner['module']).__name__}: save its .module instead"
-    return "Models that surgeon.open_model(NAME, ...) makes carry how they were built"
+    return "surgeon.save(..., factory='module:NAME') records the function or class that builds it"
 
 
 def apply_rules(model: nn.Module, rules: tuple[Rule, ...], where: str) -> nn.Module:
@@ -270,9 +297,8 @@ def _fits(model: nn.Module, base: BaseModel, rules: tuple[Rule, ...]) -> bool:
         rebuilt = apply_rules(build_structure(base), rules, base.name)
     except SurgeonError:
         return False
-    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     same = agree(model, rebuilt) if base.source != "program" else _kinds(rebuilt) == _kinds(model)
-    return same and not mismatches(own, rebuilt)
+    return same and not mismatches(_own_tensors(model), rebuilt)
 
 
 def _with_hooks(model: nn.Module) -> list[str]:
@@ -340,8 +366,11 @@ def _structure(recipe: Recipe, base: nn.Module | None, path: Path, trust_factory
     if base is not None:
         return copy_model(base)
     if recipe.base is None:
+        again = "surgeon.save(model, NEW, factory='module:NAME')"
         raise CheckpointError(
-            f"{path} does not record how to build its base model: load it {called('in Python ', '')}with base=MODEL"
+            f"{path} does not record how to build its base model: load it with "
+            f"{called(f'model = surgeon.load({str(path)!r}, base=MODEL) in Python, and for the commands ', 'base=MODEL; ')}"
+            f"{again} records the function or class that builds MODEL"
         )
     return build_structure(recipe.base, trust_factory=trust_factory)
 

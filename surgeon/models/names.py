@@ -10,7 +10,7 @@ import fnmatch
 import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -151,6 +151,13 @@ def open_model(spec: str, **options: Any) -> nn.Module:
     if base is not None and get_recipe(model) is None:
         set_recipe(model, Recipe(rules=(), base=base))
     return model
+
+
+def factory_base(spec: str, options: Mapping[str, Any] | None = None) -> BaseModel:
+    """The base model that the function or class `module:NAME` builds with these arguments. Raises `ModelError` for another name."""
+    if not _FACTORY.fullmatch(spec):
+        raise ModelError(f"factory must be module:NAME, a function or class that returns the network, got {spec!r}")
+    return replace(_parse(spec), kwargs=dict(options or {}), weights=Weights(kind="given"))
 
 
 def _example_size(own: tuple[int, ...], wanted: tuple[int, ...] | None, in_chans: int | None) -> tuple[int, ...]:

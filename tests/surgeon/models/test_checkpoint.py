@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -242,6 +243,26 @@ def test_a_model_of_ones_own_needs_its_class(tmp_path: Path, caplog: pytest.LogC
     assert all(torch.equal(before[name], value) for name, value in base.state_dict().items()), "base is not touched"
     with pytest.raises(RecipeError, match="no layer 'second'"):
         load(tmp_path / "run", base=nn.Sequential())
+
+
+def test_save_records_the_factory_that_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "factory_of_save.py").write_text(
+        "from torch import nn\n\ndef make(width=4):\n    return nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, 3, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 3, 3)).eval()
+    model, report = convert(network, layers="1", type="acda", input_size=16)
+    save(model, "lost")
+    with pytest.raises(CheckpointError, match=re.escape("surgeon.save(model, NEW, factory='module:NAME') records")):
+        load("lost")
+    with pytest.raises(CheckpointError, match=r"factory_of_save:make builds another network than this .*: .*has shape"):
+        save(model, "run", factory="factory_of_save:make")
+    assert not Path("run").exists()
+    save(model, "run", report=report, factory="factory_of_save:make", options={"width": 6})
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(load("run", trust_factory=True)(x), model.eval()(x))
+    with pytest.raises(ModelError, match="factory must be module:NAME"):
+        save(model, "other", factory="make")
 
 
 def test_a_wrapper_of_a_model_is_told_to_save_what_it_wraps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
