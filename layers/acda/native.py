@@ -63,7 +63,7 @@ class NativeProblem:
         """Multiply-accumulates of the forward pass: filtering with the atoms, and the coefficients."""
         plan = self.plan
         pixel = plan.m_all * (plan.c * plan.lh * plan.lw + plan.c_out * plan.c_group)
-        return plan.n * plan.oh * plan.ow * pixel
+        return int(plan.n * plan.oh * plan.ow * pixel)
 
     def packed(self, *, back: bool) -> tuple[Tensor, Tensor]:
         """The basis and the coefficients in the order of multiplication."""

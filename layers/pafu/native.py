@@ -129,7 +129,7 @@ class _Call:
     def macs(self) -> int:
         """Multiply-accumulates of the forward pass of the chunk."""
         plan = self.plan
-        return plan.images * plan.rows * plan.columns * plan.outputs * (plan.c // plan.groups) * plan.lh * plan.lw
+        return int(plan.images * plan.rows * plan.columns * plan.outputs * (plan.c // plan.groups) * plan.lh * plan.lw)
 
     def moves(self, name: str) -> None:
         """Call a C function that moves the numbers of an image, for every image of the chunk."""

@@ -140,7 +140,7 @@ class Layer:
     def macs(self) -> int:
         """Multiply-accumulates of the forward pass."""
         plan = self.plan
-        return plan.n * plan.oh * plan.ow * self.weight.shape[0] * self.weight.shape[1]
+        return int(plan.n * plan.oh * plan.ow * self.weight.numel())
 
     def packed(self, *, back: bool) -> Tensor:
         """The weight in the order of multiplication."""

@@ -186,7 +186,7 @@ class Task(ABC):
         return f"the weights are from {here(base.weights.path)}: {told}"
 
     def told_images(self, model: nn.Module, base: BaseModel | None = None) -> list[str]:
-        """The lines about the images of a bound task that are told before any work: `images` and `unknown_images`."""
+        """The lines about the images of a bound task that are reported before any work: `images` and `unknown_images`."""
         images, unknown = self.images(), self.unknown_images(model, base)
         return [*([] if images is None else [f"images: {images}"]), *([] if unknown is None else [unknown])]
 

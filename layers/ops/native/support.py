@@ -78,7 +78,7 @@ def threads_for(macs: int) -> int:
 
 
 def in_parallel(work: Work, parts: int, floats: int, threads: int) -> None:
-    """Call `work(part, scratch)` for every part on so many threads; scratch has `floats` floats.
+    """Call `work(part, scratch)` for every part on this number of threads; scratch has `floats` floats.
 
     Parts must not write to the same memory. Threads start and end with the call, so a fork cannot lose any.
     The calls release the GIL (ctypes).
