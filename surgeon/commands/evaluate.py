@@ -299,8 +299,8 @@ def text(document: dict[str, Any], width: int) -> str:
 
 ADAPTIVITY = (
     "content: part of the generator's last map that varies over an image. saturated: part of it at the ends of tanh. distance: "
-    "1 - cos of the codes of two pixels (0: one filter everywhere; filters may hardly differ where codes do: `surgeon visualize`). "
-    "All on the first batch."
+    "1 - cos of the codes of two pixels (0: one filter everywhere, as right after conversion; filters may hardly differ where "
+    "codes do: `surgeon visualize`). All on the first batch."
 )
 
 

@@ -175,6 +175,11 @@ def _as_is(task: str, bayer: str | None) -> str | None:
         return (
             "the model is for demosaicking, and sees the pictures as they are: --bayer RGGB shows it a sensor's mosaic"
         )
+    if task == "super-resolution":
+        return (
+            "the model is for super-resolution, and sees the pictures as they are: give low-resolution ones (enlarged ones if "
+            "it was trained with input=bicubic) to see what varies in use"
+        )
     return None
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from surgeon.errors import SelectionError
 from surgeon.records.recipe import unquoted
+from surgeon.records.report import name_list
 from surgeon.sites.sites import ConvSite
 
 Selector = str | Sequence[str]
@@ -84,21 +85,24 @@ def select(sites: Iterable[ConvSite], layers: Selector) -> list[ConvSite]:
             history.append(f"{text!r} removes {before - len(chosen)}")
     chosen, dropped = _without_pointwise(chosen, items)
     if dropped:
-        history.append(f"the rule on 1×1 convolutions (take them with k=1 or by full name) removes {dropped}")
+        names = name_list([site.name for site in dropped], 6)
+        history.append(
+            f"the rule on 1×1 convolutions (take them with k=1 or by full name) removes {len(dropped)}: {names}"
+        )
     if not chosen:
         raise SelectionError(f"the selection {_text(layers)!r} matches nothing: {', '.join(history)}")
     return chosen
 
 
-def _without_pointwise(chosen: list[ConvSite], items: Sequence[Item]) -> tuple[list[ConvSite], int]:
+def _without_pointwise(chosen: list[ConvSite], items: Sequence[Item]) -> tuple[list[ConvSite], list[ConvSite]]:
+    """The convolutions that the rule on 1×1 ones keeps, and those that it removes."""
     named = {item.text for item in items if item.kind == "source" and not item.negated}
 
     def wanted(site: ConvSite) -> bool:
         by_filter = any(item.on_k and not item.negated and item.test(site) for item in items)
         return not site.is_pointwise or by_filter or not named.isdisjoint(site.names)
 
-    kept = [site for site in chosen if wanted(site)]
-    return kept, len(chosen) - len(kept)
+    return [site for site in chosen if wanted(site)], [site for site in chosen if not wanted(site)]
 
 
 # --- parsing ------------------------------------------------------------------------------------------------------

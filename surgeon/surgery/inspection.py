@@ -2,7 +2,7 @@
 
 import math
 
-from surgeon.layers.registry import layer_types
+from surgeon.layers.registry import layer_class, layer_types
 from surgeon.records.report import flops, geometry_text, name_list
 from surgeon.sites.sites import ConvSite
 from surgeon.surgery.plan import can_become
@@ -25,7 +25,7 @@ class Inspection(list[ConvSite]):
         parts = [f"{head}{summary(self)}", table(INSPECTED, rows, width=width, left=3)]
         if against:
             parts.append(f"why not:\n{why_not_text(against, width)}")
-        parts.append(paragraph(f"{UNITS} Types: {', '.join(layer_types())}.", width=width))
+        parts.append(paragraph(f"{UNITS} {_types()}", width=width))
         return "\n\n".join(parts) + "\n"
 
     def _repr_html_(self) -> str:
@@ -36,6 +36,12 @@ class Inspection(list[ConvSite]):
 
 
 UNITS = "FLOPs (1 MAC = 2 FLOPs) and memory (of the output, float32) are for one image."
+
+
+def _types() -> str:
+    tasks = {kind: ", ".join(layer_class(kind).tasks) for kind in layer_types()}
+    told = ", ".join(f"{kind} ({of})" if of else kind for kind, of in tasks.items())
+    return f"Types, with the tasks for which `surgeon try` takes them: {told}."
 
 
 def activation_bytes(site: ConvSite) -> int | None:

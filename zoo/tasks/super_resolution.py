@@ -86,6 +86,7 @@ class SuperResolution(RestorationTask):
             text = "; this network does not upscale: input=bicubic"
         elif factor is not None and factor > 1 and factor.is_integer():
             text = f"; this network enlarges by {factor:g}: scale={factor:g} input=lr"
+            text += f", or for a zoo network --model-args scale={self.config.scale}"
         return f"{text}; this task has scale={self.config.scale}"
 
     # --- samples --------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_a_module_called_like_a_keyword_is_found_by_its_name() -> None:
         ("all,!layr2", "'layr2' matches no convolution"),
         ("stage1,k=5", r"'stage1' matches 2 convolutions, 'k=5' removes 2"),
         ("stage1,!layer1", r"'stage1' matches 2 convolutions, '!layer1' removes 2"),
-        ("layer2.1", r"the rule on 1×1 convolutions .* removes 1"),
+        ("layer2.1", r"the rule on 1×1 convolutions .* removes 1: layer2\.1\.\w+"),
         ("", "empty item"),
         ("stem,,stage1", "empty item"),
         ("!", "`!` must be followed"),

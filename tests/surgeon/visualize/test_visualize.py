@@ -350,6 +350,7 @@ def test_pictures_of_an_earlier_call_are_replaced(capsys: pytest.CaptureFixture[
     ("task", "bayer", "told"),
     [
         ("denoising", None, "no noise is added to the pictures: give noisy ones"),
+        ("super-resolution", None, "sees the pictures as they are: give low-resolution ones"),
         ("demosaicking", None, "--bayer RGGB shows it a sensor's mosaic"),
         ("demosaicking", "RGGB", None),
         ("classification", None, None),
