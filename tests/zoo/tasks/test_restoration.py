@@ -344,7 +344,7 @@ def test_a_model_that_takes_the_scale_is_given_it(folders: Path) -> None:
         create_task("super-resolution", data=folders, scale=4, patch=32).bind(_Twice())
     thrice = nn.Sequential(nn.Conv2d(3, 27, 3, padding=1), nn.PixelShuffle(3))
     with pytest.raises(
-        InputError, match="enlarges by 3: scale=3 input=lr, or .* --model-args scale=2; this task has scale=2"
+        InputError, match=r"enlarges by 3: scale=3 input=lr, or .* --model-args scale=2; this task has scale=2"
     ):
         create_task("super-resolution", data=folders, scale=2, patch=16).bind(thrice)
 
