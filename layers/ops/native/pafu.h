@@ -17,8 +17,9 @@ enum { PAFU_PIXELS = 6, PAFU_VECTORS = 2 };
 #endif
 /* PAFU_DEPTH: numbers of a patch at a time, whose part of a packed kernel takes 16 KiB of the first-level cache. PAFU_RUN: pixels that
  * it multiplies there, whose sums take another 12 KiB at most. AHEAD: floats by which rows that are turned are asked for before; the
- * hardware does not foresee so many. KERNEL_AHEAD: floats of the next kernel that are asked for with every 16 numbers of a patch. */
-enum { PAFU_DEPTH = 4096 / (PAFU_VECTORS * LANES), PAFU_RUN = 8 * PAFU_PIXELS, AHEAD = 64, KERNEL_AHEAD = 2 * LINE };
+ * hardware does not foresee so many. KERNEL_AHEAD: floats of the next kernel that are asked for with every 16 numbers of a patch.
+ * GAP: floats between the taps of a packed kernel, which would otherwise be whole pages apart and share a set of the cache. */
+enum { PAFU_DEPTH = 4096 / (PAFU_VECTORS * LANES), PAFU_RUN = 8 * PAFU_PIXELS, AHEAD = 64, KERNEL_AHEAD = 2 * LINE, GAP = LINE };
 
 typedef struct {
     int64_t h, w, c, outputs, groups, lh, lw, sh, sw, dh, dw;
@@ -50,61 +51,76 @@ typedef struct {
     int64_t columns, row, step; /* pixels of a row, distances of rows and of pixels */
 } Places;
 
+enum { PLACES = 256 }; /* pixels at a time, whose places are found once for all channels */
+
 INLINE void places_of(Places s, int64_t p, int64_t count, int64_t *place) {
-    int64_t line = p / s.columns, at = p % s.columns;
+    int64_t at = p % s.columns, next = p / s.columns * s.row + at * s.step;
     for (int64_t i = 0; i < count; i++) {
-        place[i] = line * s.row + at * s.step;
-        if (++at == s.columns) at = 0, line++;
+        const int64_t ends = ++at == s.columns;
+        place[i] = next;
+        next += ends ? s.row - (s.columns - 1) * s.step : s.step;
+        at = ends ? 0 : at;
     }
 }
 
 /* to[place(p) + f] = from[f][p]. */
 static void to_last(const float *from, int64_t from_row, int64_t rows, int64_t pixels, float *to, Places s) {
-    for (int64_t f = 0; f < rows; f += LANES) {
-        if (rows >= LANES) f = least(f, rows - LANES); /* the last block overlaps the one before */
-        int64_t high = least(LANES, rows - f), place[LANES];
-        for (int64_t p = 0; p < pixels; p += LANES) {
-            if (pixels >= LANES) p = least(p, pixels - LANES);
-            int64_t wide = least(LANES, pixels - p);
-            places_of(s, p, wide, place);
-            if (wide == LANES && high == LANES) {
-                vec v[LANES];
-                UNROLLED for (int i = 0; i < LANES; i++) {
-                    v[i] = load(from + (f + i) * from_row + p);
-                    __builtin_prefetch(from + (f + i) * from_row + p + AHEAD);
-                }
-                turn(v);
-                UNROLLED for (int i = 0; i < LANES; i++) store(to + place[i] + f, v[i]);
-            } else
-                for (int64_t i = 0; i < wide; i++)
-                    for (int64_t r = 0; r < high; r++) to[place[i] + f + r] = from[(f + r) * from_row + p + i];
+    int64_t places[PLACES];
+    for (int64_t first = 0; first < pixels; first += PLACES) {
+        if (pixels >= LANES) first = least(first, pixels - LANES); /* the last block overlaps the one before */
+        const int64_t end = least(first + PLACES, pixels);
+        places_of(s, first, end - first, places);
+        for (int64_t f = 0; f < rows; f += LANES) {
+            if (rows >= LANES) f = least(f, rows - LANES);
+            int64_t high = least(LANES, rows - f);
+            for (int64_t p = first; p < end; p += LANES) {
+                if (pixels >= LANES) p = least(p, end - LANES);
+                const int64_t wide = least(LANES, end - p), *place = places + p - first;
+                if (wide == LANES && high == LANES) {
+                    vec v[LANES];
+                    UNROLLED for (int i = 0; i < LANES; i++) {
+                        v[i] = load(from + (f + i) * from_row + p);
+                        __builtin_prefetch(from + (f + i) * from_row + p + AHEAD);
+                    }
+                    if (p + 2 * LANES <= end) UNROLLED for (int i = 0; i < LANES; i++) __builtin_prefetch(to + place[LANES + i] + f, 1);
+                    turn(v);
+                    UNROLLED for (int i = 0; i < LANES; i++) store(to + place[i] + f, v[i]);
+                } else
+                    for (int64_t i = 0; i < wide; i++)
+                        for (int64_t r = 0; r < high; r++) to[place[i] + f + r] = from[(f + r) * from_row + p + i];
+            }
         }
     }
 }
 
 /* to[f][p] (+)= from[place(p) + f]. */
 static void from_last(const float *from, Places s, int64_t rows, int64_t pixels, float *to, int64_t to_row, const int add) {
-    for (int64_t f = 0; f < rows; f += LANES) {
-        if (!add && rows >= LANES) f = least(f, rows - LANES);
-        int64_t high = least(LANES, rows - f), place[LANES];
-        for (int64_t p = 0; p < pixels; p += LANES) {
-            if (!add && pixels >= LANES) p = least(p, pixels - LANES);
-            int64_t wide = least(LANES, pixels - p);
-            places_of(s, p, wide, place);
-            if (wide == LANES && high == LANES) {
-                vec v[LANES];
-                UNROLLED for (int i = 0; i < LANES; i++) v[i] = load(from + place[i] + f);
-                turn(v);
-                UNROLLED for (int i = 0; i < LANES; i++) {
-                    float *at = to + (f + i) * to_row + p;
-                    store(at, add ? load(at) + v[i] : v[i]);
-                }
-            } else
-                for (int64_t i = 0; i < wide; i++)
-                    for (int64_t r = 0; r < high; r++) {
-                        float *at = to + (f + r) * to_row + p + i, value = from[place[i] + f + r];
-                        *at = add ? *at + value : value;
+    int64_t places[PLACES];
+    for (int64_t first = 0; first < pixels; first += PLACES) {
+        if (!add && pixels >= LANES) first = least(first, pixels - LANES);
+        const int64_t end = least(first + PLACES, pixels);
+        places_of(s, first, end - first, places);
+        for (int64_t f = 0; f < rows; f += LANES) {
+            if (!add && rows >= LANES) f = least(f, rows - LANES);
+            int64_t high = least(LANES, rows - f);
+            for (int64_t p = first; p < end; p += LANES) {
+                if (!add && pixels >= LANES) p = least(p, end - LANES);
+                const int64_t wide = least(LANES, end - p), *place = places + p - first;
+                if (wide == LANES && high == LANES) {
+                    vec v[LANES];
+                    UNROLLED for (int i = 0; i < LANES; i++) v[i] = load(from + place[i] + f);
+                    turn(v);
+                    UNROLLED for (int i = 0; i < LANES; i++) {
+                        float *at = to + (f + i) * to_row + p;
+                        store(at, add ? load(at) + v[i] : v[i]);
                     }
+                } else
+                    for (int64_t i = 0; i < wide; i++)
+                        for (int64_t r = 0; r < high; r++) {
+                            float *at = to + (f + r) * to_row + p + i, value = from[place[i] + f + r];
+                            *at = add ? *at + value : value;
+                        }
+            }
         }
     }
 }
@@ -202,8 +218,8 @@ static const float *kernel_of(const Pafu *a, const PafuTensors *t, int64_t i) {
  * at once: rows of the kernel are read from end to end, as the hardware foresees. */
 static void pack_kernel(const Pafu *a, const PafuTensors *t, int64_t i, int64_t o, int64_t count, int64_t row, float *to) {
     int64_t taps = a->lh * a->lw, channels = a->c / a->groups, size = taps * channels;
-    Places last = {size, 0, row}, first = {taps, row, channels * row};
-    if (count < row) memset(to, 0, (size_t)(size * row) * 4);
+    Places last = {channels, channels * row + GAP, row}, first = {taps, row, channels * row + GAP};
+    if (count < row) memset(to, 0, (size_t)(size * row + taps * GAP) * 4);
     to_last(kernel_of(a, t, i) + o * size, size, count, size, to, (i ? a->last_others : a->last_0) ? last : first);
 }
 
@@ -246,6 +262,7 @@ INLINE void multiply_block(const int pixels, const int vectors, const Patches *b
                 }
             }
         }
+        packed += GAP;
     }
     UNROLLED for (int r = 0; r < pixels; r++) UNROLLED for (int v = 0; v < vectors; v++)
         store(sums + (r * vectors + v) * LANES, sum[r][v]);
@@ -307,14 +324,14 @@ static Patches patches_of(const Pafu *a, const PafuTensors *t, Outputs o, Piece 
                           const int64_t *start) {
     int64_t inputs = a->c / a->groups;
     const float *frame = t->frame + o.group * inputs + p.channel;
-    return (Patches){frame, start, place + p.tap, p.taps, p.channels, packed + (p.tap * inputs + p.channel) * o.vectors * LANES,
-                     {NULL, NULL}, frame, NULL};
+    const float *piece = packed + (p.tap * inputs + p.channel) * o.vectors * LANES + p.tap * GAP;
+    return (Patches){frame, start, place + p.tap, p.taps, p.channels, piece, {NULL, NULL}, frame, NULL};
 }
 
 /* Floats of scratch, for what multiplies and for the gradients. */
 int64_t pafu_scratch(const Pafu *a) {
     int64_t taps = a->lh * a->lw, most_rows = most(a->c / a->groups * taps, a->outputs / a->groups);
-    return round_up(2 * taps) + a->segment + most_rows * PAFU_VECTORS * LANES + 64;
+    return round_up(2 * taps) + a->segment + most_rows * PAFU_VECTORS * LANES + taps * GAP + 64;
 }
 
 /* The whole sums of sorted pixels, `count` of them from `first` on and in blocks of `part`, for one block of output channels. The rows
