@@ -8,7 +8,7 @@ from surgeon.errors import RecipeError
 from surgeon.records.providers import Provider
 from surgeon.records.recipe import Rule
 from surgeon.zoo.foreign import adapt
-from surgeon.zoo.registry import create, entry, names
+from surgeon.zoo.registry import create, entry, names, options_of
 
 
 class ZooProvider(Provider):
@@ -35,3 +35,6 @@ class ZooProvider(Provider):
 
     def made_in(self, module: str) -> list[str]:
         return [name for name in names() if entry(name).factory.__module__ == module]
+
+    def options(self, name: str, model: nn.Module) -> dict[str, Any]:
+        return options_of(model, name)

@@ -1,7 +1,9 @@
 """Registry of the zoo's networks. A network is one file in `networks/` with one `@register` line per name."""
 
 import difflib
+import functools
 import inspect
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -59,6 +61,7 @@ class Entry:
 
 
 _ENTRIES: dict[str, Entry] = {}
+_OPTIONS = "_zoo_options"  # attribute of a network: the arguments of its factory
 
 
 def zero_based(template: str) -> Callable[[re.Match[str]], str]:
@@ -76,19 +79,41 @@ def register(name: str, *, input_size: Size, source: str | None = None, **about:
     def decorate(factory: Factory) -> Factory:
         if name in _ENTRIES:
             raise ValueError(f"the zoo already has a network {name!r}")
+        parameters = inspect.signature(factory)
+
+        @functools.wraps(factory)
+        def build(*args: Any, **options: Any) -> nn.Module:
+            model = factory(*args, **options)
+            vars(model)[_OPTIONS] = dict(parameters.bind(*args, **options).arguments)
+            return model
+
         text = inspect.cleandoc(factory.__doc__ or "")
         module = inspect.cleandoc(source or getattr(inspect.getmodule(factory), "__doc__", None) or "")
         _ENTRIES[name] = Entry(
             name=name,
-            factory=factory,
+            factory=build,
             input_size=input_size,
             summary=text.partition("\n")[0],
             description=f"{text}\n\n{module}",
             **about,
         )
-        return factory
+        return build
 
     return decorate
+
+
+def options_of(model: nn.Module, name: str) -> dict[str, Any]:
+    """The options with which the zoo built a model, those that the network `name` takes, too; only values that JSON has."""
+    taken = inspect.signature(entry(name).factory).parameters
+    given: dict[str, Any] = vars(model).get(_OPTIONS, {})
+    return {key: value for key, value in given.items() if key in taken and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError):
+        return False
 
 
 def names() -> list[str]:

@@ -28,7 +28,7 @@ from surgeon.layers.registry import layer_class
 from surgeon.layers.source import ConvSource
 from surgeon.models.folder import check_file, file_sha256, fresh_folder, write
 from surgeon.models.identify import agree, identify
-from surgeon.models.names import build_structure, factory_base
+from surgeon.models.names import as_made, build_structure, factory_base
 from surgeon.models.places import check_folder
 from surgeon.models.programs import FILE as PROGRAM
 from surgeon.models.weights import mismatches, told_mismatches
@@ -169,19 +169,28 @@ def read_report(path: str | Path) -> Report | CollapseReport | None:
 
 
 def _made_by(factory: str, options: Mapping[str, Any] | None, model: nn.Module, base: BaseModel | None) -> BaseModel:
-    """The base model that a factory builds. Raises `CheckpointError` unless it has the layers and weights of `model`."""
+    """The base model that a factory builds, with the SHA-256 of its weights if those are what `model` was converted with.
+
+    Raises `CheckpointError` unless it has the layers of `model`, and weights of the same names and shapes.
+    """
     if base is not None:
         raise CheckpointError("base and factory both say how the base model is built: give one of them")
     carried = get_recipe(model)
     made = factory_base(factory, options)
     if carried is not None and carried.input_size:
         made = replace(made, input_size=carried.input_size)
-    rebuilt = apply_rules(build_structure(made, trust_factory=True), _rules(model), factory)
-    if problems := mismatches(_own_tensors(model), rebuilt):
+    network, own = as_made(made)
+    rules, tensors = _rules(model), _own_tensors(model)
+    rebuilt = apply_rules(network, rules, factory)
+    if problems := mismatches(tensors, rebuilt):
         raise CheckpointError(
             f"{factory} builds another network than this {type(model).__name__}: {told_mismatches(problems)}"
         )
-    return made
+    replaced = tuple(f"{unquoted(rule.layers)}." for rule in rules)
+    kept = {name: value for name, value in tensors.items() if not name.startswith(replaced)}
+    found = _own_tensors(rebuilt)
+    known = any(value.dim() > 1 for value in kept.values())  # biases and statistics may be zero in any network
+    return own if known and all(torch.equal(value.cpu(), found[name].cpu()) for name, value in kept.items()) else made
 
 
 def _rules(model: nn.Module) -> tuple[Rule, ...]:

@@ -66,7 +66,10 @@ def _candidates(model: nn.Module) -> Iterator[BaseModel]:
         yield from _torchvision_candidates(model, unset)
     for prefix, provider in providers().items():
         for name in provider.made_in(home):
-            yield BaseModel(source=prefix, name=name, input_size=provider.input_size(name), weights=unset)
+            options = provider.options(name, model)
+            for kwargs in (options, {}) if options else ({},):
+                size = provider.input_size(name)
+                yield BaseModel(source=prefix, name=name, kwargs=kwargs, input_size=size, weights=unset)
 
 
 def _features_only(model: nn.Module) -> dict[str, Any]:

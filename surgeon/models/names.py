@@ -160,6 +160,11 @@ def factory_base(spec: str, options: Mapping[str, Any] | None = None) -> BaseMod
     return replace(_parse(spec), kwargs=dict(options or {}), weights=Weights(kind="given"))
 
 
+def as_made(base: BaseModel) -> tuple[nn.Module, BaseModel]:
+    """The network with the weights that its factory gives it, from seed 0, and the record of both. Raises `ModelError`."""
+    return _with_weights(base, "auto", 0)
+
+
 def _example_size(own: tuple[int, ...], wanted: tuple[int, ...] | None, in_chans: int | None) -> tuple[int, ...]:
     """(C, H, W) to run the model at: the requested size, completed by the model's own; () if neither is known."""
     if wanted is not None and len(wanted) == 3:
@@ -241,7 +246,7 @@ def restore(
     recorded = base.weights
     _check_base(base, trust_factory=trust_factory)
     hint = "" if flag is None else f"; pass their file with {flag}"
-    if weights is None and recorded.kind == "given" and base.source != "factory":
+    if weights is None and recorded.kind == "given" and (base.source != "factory" or recorded.sha256 is None):
         raise ModelError(f"the weights of {base.name} came from a model object and are not recorded{hint}")
     if (
         weights is None

@@ -46,6 +46,10 @@ class Provider(ABC):
     def made_in(self, module: str) -> list[str]:
         """Names of the networks whose factories are in this Python module."""
 
+    def options(self, name: str, model: "nn.Module") -> dict[str, Any]:
+        """The options with which `model`, or the network that it was converted from, may have been built as `name`."""
+        return {}
+
 
 def register(prefix: str, provider: Provider) -> None:
     """Register a provider under the prefix of its names."""

@@ -59,7 +59,11 @@ def test_the_page_is_true(folder: Path, capsys: pytest.CaptureFixture[str], capl
         exec(compile(code, "docs/own_network.md", "exec"), {})
     (warning,) = [record.getMessage() for record in caplog.records if "no way to rebuild" in record.getMessage()]
     assert "surgeon.save(..., factory='module:NAME') records" in warning
-    assert main(["verify", "runs/repaired", "--trust-factory", "--quiet"]) in (0, 1)
+    capsys.readouterr()
+    assert main(["verify", "runs/repaired", "--trust-factory", "--quiet"]) == 2
+    assert "the weights of mynet:make came from a model object and are not recorded" in capsys.readouterr().err
+    assert main(["verify", "runs/repaired", "--trust-factory", "--quiet", "--weights", "mynet.pth"]) == 0
+    assert main(["verify", "runs/named", "--trust-factory", "--quiet"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from surgeon.layers.pafu import PAFUConv2d
 from surgeon.models.names import build_model
 from surgeon.records.recipe import Recipe
 from surgeon.surgery.rewrite import dynamic_layers
+from surgeon.zoo.networks import superres
 from surgeon.zoo.networks.demosaicnet import grbg_mosaic
 from surgeon.zoo.networks.restorer import KPN
 from surgeon.zoo.networks.superres import LinearSR, SelfEnsemble
@@ -340,3 +341,22 @@ def test_the_iterative_network_exports_with_everything_free(tmp_path: Path) -> N
     model = zoo.create("pafu_iterative_demosaic", steps=1, depth=1, width=16).eval()
     found = surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 24, 24))
     assert set(found.free) == {"batch", "height", "width"}
+
+
+@pytest.mark.parametrize("name", ["espcnn", "pafu_espcnn"])
+@pytest.mark.parametrize("made", ["create", "factory"])
+def test_a_network_with_options_is_rebuilt_after_surgery(
+    name: str, made: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = zoo.create(name, scale=2) if made == "create" else getattr(superres, name)(2)
+    surgeon.save(network.eval(), tmp_path / "network")
+    loaded = surgeon.load(tmp_path / "network")
+    plain = surgeon.revert(loaded) if name == "pafu_espcnn" else loaded
+    surgeon.save(plain, tmp_path / "plain")
+    x = torch.rand(1, 3, 12, 12)
+    assert "no way to rebuild" not in caplog.text
+    again = surgeon.load(tmp_path / "plain")
+    assert torch.equal(again(x), plain(x))
+    base = Recipe.read(tmp_path / "plain").base
+    assert base is not None
+    assert base.kwargs == {"scale": 2}

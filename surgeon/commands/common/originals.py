@@ -18,7 +18,8 @@ def named_original(
     """
     from surgeon.models.names import build_model, names, restore
 
-    if weights is None and base is not None and names(spec, base):
+    known = base is not None and (base.source != "factory" or base.weights.sha256 is not None)
+    if weights is None and base is not None and known and names(spec, base):
         return restore(
             base, trust_factory=True, head="weights", flag=flag
         ), f"{spec} has the weights that were converted"

@@ -1,6 +1,7 @@
 """Folders of converted models: they come back whole, and nothing half-written or foreign ever counts as one."""
 
 import copy
+import importlib
 import json
 import re
 import sys
@@ -17,7 +18,7 @@ from surgeon.cli import main
 from surgeon.errors import CheckpointError, ModelError, RecipeError, SurgeonError
 from surgeon.layers.base import DynamicConv2d
 from surgeon.models.checkpoint import load, read_report, save
-from surgeon.models.names import build_model, chosen_size, open_model
+from surgeon.models.names import build_model, chosen_size, open_model, restore
 from surgeon.records.recipe import BaseModel, Recipe, Weights, get_recipe, set_recipe
 from surgeon.records.report import Report
 from surgeon.surgery.convert import convert
@@ -263,6 +264,35 @@ def test_save_records_the_factory_that_it_is_given(tmp_path: Path, monkeypatch: 
     assert torch.equal(load("run", trust_factory=True)(x), model.eval()(x))
     with pytest.raises(ModelError, match="factory must be module:NAME"):
         save(model, "other", factory="make")
+
+
+def test_a_factory_stands_for_the_original_only_if_it_makes_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "seeded_factory.py").write_text(
+        "import torch\nfrom torch import nn\n\ndef make(seed=0):\n    torch.manual_seed(seed)\n"
+        "    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 3, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    make = importlib.import_module("seeded_factory").make
+    x = torch.rand(1, 3, 16, 16)
+    for seed in (0, 1):
+        network = make(seed).eval()
+        model = convert(network, layers="1", type="acda", input_size=16)[0]
+        save(model, f"run{seed}", factory="seeded_factory:make")
+        recipe = get_recipe(load(f"run{seed}", trust_factory=True))
+        assert recipe is not None
+        assert recipe.base is not None
+        if seed == 0:
+            assert torch.equal(restore(recipe.base, trust_factory=True)(x), network(x))
+        else:
+            with pytest.raises(
+                ModelError, match=r"seeded_factory:make came from a model object and are not recorded; .* -w"
+            ):
+                restore(recipe.base, trust_factory=True, flag="-w")
+            torch.save(network.state_dict(), "own.pth")
+            assert torch.equal(restore(recipe.base, weights="own.pth", trust_factory=True)(x), network(x))
 
 
 def test_a_wrapper_of_a_model_is_told_to_save_what_it_wraps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
