@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         if original is not None:
             measured = _measure(original, name, task, args, device, progress, notes, original=True)
             compared = {"model": name, **measured}
+    notes += [] if (same := _one_filter(found["layers"])) is None else [same]
     samples = len(task.dataset(args.split))
     if (few := few_judge(samples, "the metrics say little of other images")) is not None:
         notes.append(few)
@@ -297,10 +298,24 @@ def text(document: dict[str, Any], width: int) -> str:
     return "\n".join(lines)
 
 
+_SAME = 1e-6  # distance of codes that differ by rounding
+
+
+def _one_filter(layers: list[dict[str, Any]]) -> str | None:
+    """A note on the layers that have the same code at every pixel; None if there are none."""
+    from surgeon.records.report import name_list
+
+    same = [layer["name"] for layer in layers if layer["distance"] is not None and layer["distance"] < _SAME]
+    if not same:
+        return None
+    told = "nothing adapts there; if training has ended, `surgeon collapse` can fold it"
+    return f"one filter at every pixel in {name_list(same, 6)}: {told}"
+
+
 ADAPTIVITY = (
     "content: part of the generator's last map that varies over an image. saturated: part of it at the ends of tanh. distance: "
-    "1 - cos of the codes of two pixels (0: one filter everywhere, as right after conversion; filters may hardly differ where "
-    "codes do: `surgeon visualize`). All on the first batch."
+    "1 - cos of the codes of two pixels (0: one filter everywhere; filters may hardly differ where codes do: `surgeon visualize`). "
+    "All on the first batch."
 )
 
 

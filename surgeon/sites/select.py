@@ -204,7 +204,7 @@ def _no_match(text: str, sites: Sequence[ConvSite]) -> str:
     known = dict.fromkeys(part for site in sites for name in site.names for part in prefixes(name))
     words = [*stages, *_FLAGS, "all"]
     near = difflib.get_close_matches(text, [*words, *known], n=4, cutoff=0.6)
-    near = near or [part for part in known if text.lower() in part.lower()][:4]
+    near = near or [part for part in (*words, *known) if text.lower() in part.lower()][:4]
     told = [f"the closest names are {', '.join(map(repr, near))}"] if near else []
     if stages and (not near or _NUMBERED.fullmatch(text)):
         told.append(f"the model's stages are {', '.join(stages)}")

@@ -49,7 +49,7 @@ def test_the_page_is_true(folder: Path, capsys: pytest.CaptureFixture[str], capl
         if words[1] == "convert":
             said = capsys.readouterr().out.splitlines()
             assert said[-2:] == [
-                "written to  runs/mynet-acda",
+                "written to  runs/mynet-sekg",
                 "built by    mynet:make: other commands run it with --trust-factory",
             ]
     assert (folder / "mynet.pt2").is_file()

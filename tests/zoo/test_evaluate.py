@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.cli import main
-from surgeon.commands.evaluate import _layers
+from surgeon.commands.evaluate import _layers, _one_filter
 from surgeon.errors import ConfigError, DataError, InputError
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.util.machine import tell_slow_bfloat16
@@ -162,7 +162,9 @@ def test_the_original_stands_beside_the_run(capsys: pytest.CaptureFixture[str]) 
     assert same["params"] > same["original"]["params"]
     assert same["flops"] > same["original"]["flops"]
     assert same["input_size"] == [3, 64, 64]
-    assert (same["samples"], same["primary"], same["notes"]) == (20, "accuracy", [])
+    assert (same["samples"], same["primary"]) == (20, "accuracy")
+    (note,) = same["notes"]
+    assert note.startswith("one filter at every pixel in layer4.0.conv1, layer4.0.conv2: ")
     converted_again = surgeon.load("run")
     assert same["metrics"] == evaluate(converted_again, create_task("brightness"))
     assert same["flops"] == surgeon.cost(converted_again, mode="infer", input_size=64).flops
@@ -186,6 +188,14 @@ def test_the_table_is_80_columns_wide(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_small_distance_is_not_shown_as_zero() -> None:
     layer = {"name": "conv", "type": "acda", "content": 0.5, "saturated": 0.0, "distance": 8e-6}
     assert _layers([layer], 80).splitlines()[-1].split() == ["conv", "acda", "0.500", "0.000", "8e-06"]
+
+
+def test_layers_with_one_filter_everywhere_are_told() -> None:
+    layers = [{"name": name, "distance": value} for name, value in (("a", 0.0), ("b", 8e-6), ("c", None), ("d", 1e-8))]
+    told = _one_filter(layers)
+    assert told is not None
+    assert told.startswith("one filter at every pixel in a, d: nothing adapts there")
+    assert _one_filter(layers[1:3]) is None
 
 
 def test_a_difference_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

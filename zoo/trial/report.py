@@ -8,7 +8,7 @@ from surgeon.errors import CheckpointError
 from surgeon.util import pages
 from surgeon.util.files import filling
 from surgeon.util.tables import count, duration
-from surgeon.zoo.trial.answer import ARMS, Answer, how, with_error
+from surgeon.zoo.trial.answer import ARMS, LEAST_SEEDS, Answer, how, with_error
 
 
 def write_report(answer: Answer, folder: Path, go_on: str, resume: str) -> Path:
@@ -89,7 +89,8 @@ def _differences(answer: Answer) -> str:
         names=names,
     )
     sentence = (
-        "Every point is converted minus original for one seed. A bar that does not touch the dashed line is an answer."
+        "Every point is converted minus original for one seed. A bar that does not touch the dashed line is an answer, "
+        f"if it is the mean of {LEAST_SEEDS} seeds or more."
     )
     return pages.section("Converted against original, seed by seed", sentence, drawn)
 

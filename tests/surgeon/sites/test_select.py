@@ -88,6 +88,7 @@ def test_a_module_called_like_a_keyword_is_found_by_its_name() -> None:
         ),
         ("nothing-like-it", r"'nothing-like-it' matches no convolution; the model's stages are stage1, stage2, stem\."),
         ("stage2,layr2", "'layr2' matches no convolution"),
+        ("last", "'last' matches no convolution; the closest names are 'last-spatial'"),
         ("all,!layr2", "'layr2' matches no convolution"),
         ("stage1,k=5", r"'stage1' matches 2 convolutions, 'k=5' removes 2"),
         ("stage1,!layer1", r"'stage1' matches 2 convolutions, '!layer1' removes 2"),
