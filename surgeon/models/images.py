@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from surgeon.errors import DataError, InputError
 from surgeon.records.recipe import BaseModel
 from surgeon.util.copying import evaluating
+from surgeon.util.near import no_folder
 from surgeon.util.picture_files import SUFFIXES, files_below, opened
 
 IMAGES = 32
@@ -30,7 +31,7 @@ def read_images(
 
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{option}: there is no folder {folder}")
+        raise InputError(f"{option}: {no_folder(folder)}")
     try:
         files = files_below(folder)
     except DataError as error:

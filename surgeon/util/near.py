@@ -5,7 +5,9 @@ import inspect
 import re
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
@@ -13,6 +15,15 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     folded = {name.casefold(): name for name in reversed(list(known))}
     near = difflib.get_close_matches(str(word).casefold(), list(folded), n=1)
     return f" Did you mean {folded[near[0]]!r}?" if near else ""
+
+
+def no_folder(path: str | Path) -> str:
+    """`there is no folder photo`, with the most similar name beside it."""
+    path, beside = Path(path), []
+    with suppress(OSError):
+        beside = [str(path.parent / one.name) for one in path.parent.iterdir() if one.is_dir()]
+    near = did_you_mean(path, beside)
+    return f"there is no folder {path}{'.' if near else ''}{near}"
 
 
 def refused_argument(error: BaseException) -> str | None:

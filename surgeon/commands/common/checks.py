@@ -29,6 +29,7 @@ from surgeon.util import declared
 from surgeon.util.bounds import FLAGS, parse_bound
 from surgeon.util.files import read_json, read_object
 from surgeon.util.kinds import fits
+from surgeon.util.near import no_folder
 from surgeon.util.outputs import RECIPE, is_surgeon_folder
 from surgeon.util.outputs import WEIGHTS as FOLDER_WEIGHTS
 from surgeon.util.parse import parse_input_size
@@ -116,9 +117,7 @@ def folder(path: str | Path | None, option: str, error: type[DataError] | type[I
     """Check that a folder of data or images exists, if given."""
     if path is not None and not Path(path).is_dir():
         raise error(
-            f"{option}: {path} is a file, not a folder"
-            if Path(path).exists()
-            else f"{option}: there is no folder {path}"
+            f"{option}: {path} is a file, not a folder" if Path(path).exists() else f"{option}: {no_folder(path)}"
         )
 
 

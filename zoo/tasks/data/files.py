@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 import torch
 
 from surgeon.errors import ConfigError, DataError, called
+from surgeon.util.near import no_folder
 from surgeon.util.picture_files import SUFFIXES, files_below, opened
 from surgeon.zoo.tasks.base import Split, TaskConfig
 from surgeon.zoo.tasks.data.options import check_types
@@ -103,7 +104,7 @@ def find_roots(task: str, config: FolderConfig) -> Roots:
     for option in ("data", "train", "val"):
         folder = getattr(config, option)
         if folder is not None and not folder.is_dir():
-            raise DataError(f"task {task}: there is no folder {folder} ({option})")
+            raise DataError(f"task {task}: {option}: {no_folder(folder)}")
     train, val = config.train, config.val
     if config.data is not None:
         inside = _splits_of(config.data)
