@@ -18,7 +18,7 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 
 
 def no_folder(path: str | Path) -> str:
-    """`there is no folder photo`, with the most similar name beside it."""
+    """`there is no folder photo`, and the most similar name of a folder that exists."""
     path, beside = Path(path), []
     with suppress(OSError):
         beside = [str(path.parent / one.name) for one in path.parent.iterdir() if one.is_dir()]
