@@ -28,7 +28,7 @@ EXAMPLES = """  surgeon export runs/resnet50-acda -o model.onnx
   surgeon export runs/resnet50-acda --format torch -o model.pt2
   surgeon export zoo/adfnet --weights random --free size -o adfnet.onnx --json
 
-The file is run at two batch sizes and two image sizes, if these are dynamic, and compared
+The file is run at two batch sizes and three image sizes, if these are dynamic, and compared
 with the model before it gets its name. ONNX models of more than 1.5 GiB have their weights in a
 second file, FILE.data, which must stay next to it. Exit code 1: torch.export or ONNX refuses the
 model, or the file is not equivalent; then nothing is written.

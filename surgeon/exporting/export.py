@@ -2,7 +2,7 @@
 
 The model is traced in eval mode; its dynamic layers become ordinary operations (`surgeon.layers.ops.portable`). Batch and
 image size stay dynamic as far as the model and the format allow; fixed ones are reported with the reason. The file is written to a
-temporary folder, read back, run at two batch sizes and two image sizes, compared with the model, and only then renamed. If any of
+temporary folder, read back, run at two batch sizes and three image sizes, compared with the model, and only then renamed. If any of
 that fails, it is tried again with fewer dynamic dimensions.
 """
 
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from surgeon.errors import ConfigError, ExportError, SurgeonError
 from surgeon.exporting.exported import Runner, data_of, foreign_operators, missing_packages, quiet, read, write
 from surgeon.exporting.outputs import input_name, output_names, prepared
-from surgeon.exporting.trace import NAMES, Shapes, first_line, random_images, traced
+from surgeon.exporting.trace import BY_TRIAL, NAMES, Shapes, first_line, random_images, traced
 from surgeon.records.preprocessing import metadata
 from surgeon.records.recipe import get_recipe
 from surgeon.sites.inputs import Inputs
@@ -111,8 +111,8 @@ class Exported:
             "",
             line("input", f"{self.input or ''} ({', '.join(shape)}), {self.dtype}".strip()),
             *([line("output", ", ".join(self.outputs))] if self.outputs else []),
-            *(line("free", f"{name}: {told}") for name, told in self.free.items()),
-            *(line("fixed", f"{name}: {why}") for name, why in self.fixed.items()),
+            *(line("free", f"{same}: {told}") for same, told in _grouped(self.free)),
+            *(line("fixed", f"{same}: {why}") for same, why in _grouped(self.fixed)),
         ]
         for check in self.checks:
             excuse = "" if check.own is None else f" (float32 moves the model itself by {error(check.own)})"
@@ -128,6 +128,11 @@ class Exported:
 
     def __str__(self) -> str:
         return self.to_text()
+
+
+def _grouped(told: dict[str, str]) -> list[tuple[str, str]]:
+    """Texts with the names that share each."""
+    return [(", ".join(name for name in told if told[name] == text), text) for text in dict.fromkeys(told.values())]
 
 
 def export(
@@ -233,9 +238,17 @@ def _attempt(
         try:
             result.checks.append(_check(model, runner, shape))
         except ExportError as error:
+            if shape[2:] == shapes.odd_in(tuple(bounds)):
+                shapes.on_grid = _reason(error)
+                return _attempt(model, partial, format, opset, shapes, names, outputs, about, tell)
             if shape[2:] != shapes.example.shape[2:]:
                 shapes.fixed |= dict.fromkeys(NAMES[1:], _reason(error))
             raise
+    if BY_TRIAL in bounds.values():
+        tell("find the smallest image", 0, 1)
+        least = _least(model, runner, shapes.example)
+        found = f"{f'at least {least}' if least > 1 else 'any'}, by trial"
+        result.free = {name: found if told == BY_TRIAL else told for name, told in bounds.items()}
     return result
 
 
@@ -308,6 +321,20 @@ def _check(model: nn.Module, runner: Runner, shape: tuple[int, ...]) -> Check:
         f"the exported file is not equivalent to the model: relative error {check.max_rel:.1e} at "
         f"{'x'.join(map(str, shape))} ({allowed}); nothing was written"
     )
+
+
+def _least(model: nn.Module, runner: Runner, example: Tensor) -> int:
+    """Side of the smallest square images at which the file does what the model does, by bisection."""
+    below, least = 0, min(example.shape[2:])
+    while least - below > 1:
+        side = (below + least) // 2
+        try:
+            _check(model, runner, (*example.shape[:2], side, side))
+        except SurgeonError:
+            below = side
+        else:
+            least = side
+    return least
 
 
 def _compared(model: nn.Module, runner: Runner, shape: tuple[int, ...], draw: int) -> Check:

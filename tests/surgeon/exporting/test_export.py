@@ -37,9 +37,9 @@ def test_onnx_with_every_layer_type_and_free_sizes(tmp_path: Path) -> None:
     assert set(found.free) == {"batch", "height", "width"}
     assert found.fixed == {}
     assert found.foreign == []
-    assert len(found.checks) == 4
+    assert len(found.checks) == 5
     assert {c.shape[0] for c in found.checks} == {2, 3}
-    assert {c.shape[2:] for c in found.checks} == {(32, 48), (64, 112)}
+    assert {c.shape[2:] for c in found.checks} == {(32, 48), (64, 112), (33, 51)}
     file = onnx.load(tmp_path / "m.onnx")
     assert {node.domain for node in file.graph.node} == {""}
     assert not file.functions
@@ -269,7 +269,7 @@ def test_the_command_writes_and_tells(capsys: Capture) -> None:
         "torch, ",
         "(1, 3, 64, 64)",
         "batch: asked for; for 1 image at a time",
-        "height: asked for",
+        "height, width: asked for",
         "written to",
     ):
         assert part in told

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import ExportError
+from surgeon.exporting.trace import _bounds, _sizes
 from tests.support.export_models import Attention, Dense, Eights, Fixed, Patches, PerImage, Windows, onnx_run
 from tests.support.layers.contract import awaken, relative_error
 
@@ -31,7 +32,7 @@ def test_what_the_model_does_not_allow_is_fixed_and_said(tmp_path: Path) -> None
 
 def test_bounds_that_the_code_sets_are_kept_and_told(tmp_path: Path) -> None:
     found = surgeon.export(Eights(), tmp_path / "m.onnx", input_size=(3, 16, 16))
-    assert found.free["height"].startswith("multiples of 8")
+    assert found.free["height"] == "multiples of 8; the model takes no 20x28: ValueError: sides must be multiples of 8"
     x = torch.randn(1, 3, 24, 40)
     half, mean = onnx_run(tmp_path / "m.onnx", x)
     assert torch.equal(half, x[:, :, ::2, ::2])
@@ -40,10 +41,50 @@ def test_bounds_that_the_code_sets_are_kept_and_told(tmp_path: Path) -> None:
 
 def test_sizes_of_other_patches_than_32_are_free(tmp_path: Path) -> None:
     found = surgeon.export(model := Patches(), tmp_path / "m.onnx", input_size=(3, 28, 42))
-    assert {found.free["height"], found.free["width"]} == {"multiples of 14"}
+    assert {found.free["height"].split(";")[0], found.free["width"].split(";")[0]} == {"multiples of 14"}
     assert (3, 3, 56, 98) in {check.shape for check in found.checks}
     x = torch.randn(1, 3, 42, 70)
     assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("side", [32, 24])
+def test_sizes_are_no_multiples_where_only_torch_exports_solver_needs_them(side: int, tmp_path: Path) -> None:
+    """ResNet-D: from `ceil_mode` it derives the divisor and the remainder of the example."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        Sum(nn.Conv2d(4, 4, 3, stride=2, padding=1), nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)),
+        nn.AdaptiveAvgPool2d(1),
+    )
+    found = surgeon.export(model, tmp_path / "m.onnx", input_size=side)
+    assert found.free == {"batch": "any", "height": "any, by trial", "width": "any, by trial"}
+    assert (2, 3, side + 1, side + 3) in {check.shape for check in found.checks}
+    for shape in ((1, 3, 17, 40), (2, 3, 100, 35)):
+        x = torch.randn(shape)
+        assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
+    archive = surgeon.export(model, tmp_path / "m.pt2", input_size=side)
+    least = int(archive.free["width"].removeprefix("at least ").removesuffix(", by trial"))
+    assert archive.free["height"] == archive.free["width"]
+    x = torch.randn(2, 3, least, least)
+    run = torch.export.load(tmp_path / "m.pt2").module()
+    assert relative_error(run(x), model(x)) <= 1e-5
+
+
+def test_padding_that_depends_on_the_size_keeps_the_examples_remainder(tmp_path: Path) -> None:
+    """The model takes every size, a file that was traced without padding only those: both are told."""
+    found = surgeon.export(Padded(), tmp_path / "m.onnx", input_size=(3, 16, 32))
+    assert found.free["height"].startswith("multiples of 4; the exported file does not run at 2x3x17x35: ")
+    assert "free      height, width: multiples of 4" in str(found)
+    found = surgeon.export(model := Padded(), tmp_path / "n.onnx", input_size=(3, 18, 34))
+    assert found.free["height"] == "any, by trial"
+    for shape in ((1, 3, 8, 12), (2, 3, 21, 7)):
+        x = torch.randn(shape)
+        assert relative_error(onnx_run(tmp_path / "n.onnx", x)[0], model(x)) <= 1e-5
+
+
+def test_a_grid_that_does_not_begin_at_its_step_is_spelled_out() -> None:
+    side = 4 * torch.export.Dim("side") + 2
+    program = torch.export.export(nn.ReLU(), (torch.randn(1, 3, 18, 8),), dynamic_shapes=({2: side},))
+    assert _bounds(_sizes(program)[2], program, "reason") == "6, 10, 14, … (in steps of 4); reason"
 
 
 def test_sizes_that_strides_reduce_to_a_pixel_stay_free_from_a_bound_on(tmp_path: Path) -> None:
@@ -120,7 +161,7 @@ def test_conditions_that_torch_export_cannot_solve_leave_sizes_free(kind: str | 
     found = surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 64, 64))
     assert found.free["batch"] == "any"
     assert set(found.free) == {"batch", "height", "width"}
-    assert "could not solve" in found.free["height"]
+    assert found.free["height"].endswith("by trial")
     x = torch.randn(1, 3, 101, 77)
     assert relative_error(onnx_run(tmp_path / "m.onnx", x)[0], model(x)) <= 1e-5
 
@@ -136,6 +177,31 @@ def test_a_size_that_the_code_fixes_is_an_error_where_it_was_asked_to_be_free(tm
         surgeon.export(Fixing(), tmp_path / "m.pt2", input_size=(3, 16, 16), free="size")
     assert not list(tmp_path.iterdir())
     assert set(surgeon.export(Fixing(), tmp_path / "m.pt2", input_size=(3, 16, 16)).free) == {"batch"}
+
+
+class Sum(nn.Module):
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (branch(x) for branch in self.branches)
+        return first + second
+
+
+class Padded(nn.Module):
+    """Pads to multiples of 4 if it must, as restorers do before they reduce an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 8, 4, stride=4)
+        self.up = nn.ConvTranspose2d(8, 3, 4, stride=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        if height % 4 or width % 4:
+            x = nn.functional.pad(x, (0, -width % 4, 0, -height % 4))
+        return x[..., :height, :width] + self.up(self.down(x))[..., :height, :width]
 
 
 class Enlarged(nn.Module):
