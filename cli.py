@@ -308,3 +308,7 @@ def _command(commands: Any, name: str, module: Any) -> argparse.ArgumentParser:
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

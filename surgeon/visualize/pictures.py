@@ -108,9 +108,10 @@ def coefficient_maps(seen: Captured, photo: NDArray[Any]) -> Figure:
     lower: list[Panel | None] = [None]
     for name, alpha in alpha_by_scale(seen.layer, seen.code).items():
         title = "extra elements" if name == FROM_WEIGHTS else f"{name} bases"
-        upper.append(Panel(title=title, values=_array(alpha.square().sum((0, 1)).sqrt())))
+        norm = alpha.square().sum((0, 1)).sqrt()
+        upper.append(Panel(title=title, values=_array(norm), limits=(0.0, float(norm.max()) or 1.0)))
         away = (alpha - alpha.mean((2, 3), keepdim=True)).square().sum((0, 1)).sqrt()
-        lower.append(Panel(title=f"{title}, from their mean", values=_array(away)))
+        lower.append(Panel(title=f"from their mean, {_share(away, norm)}", values=_array(away)))
     distance = numbers(seen)["cosine_distance"]
     note = "norm of the coefficients over all atoms, lighter is higher"
     if distance is not None:
@@ -221,7 +222,7 @@ def feature_maps(seen: Captured, photo: NDArray[Any]) -> Figure:
         [
             None,
             Panel(title="output, dynamic part off", values=static, limits=shared),
-            Panel(title="change by the dynamic part", values=_array(channel_rms(seen.output - seen.static))),
+            _change("by the dynamic part", seen.output, seen.static),
         ],
     ]
     if seen.original is not None:
@@ -229,10 +230,22 @@ def feature_maps(seen: Captured, photo: NDArray[Any]) -> Figure:
             [
                 None,
                 Panel(title="output of the original", values=others[-1], limits=shared),
-                Panel(title="change from the original", values=_array(channel_rms(seen.output - seen.original))),
+                _change("from the original", seen.output, seen.original),
             ]
         )
     return sheet(f"{seen.name}: features before and after", rows, note="root mean square over channels")
+
+
+def _change(what: str, output: Tensor, before: Tensor) -> Panel:
+    """The difference with a color scale of its own, and its size in the title: the scale alone makes any difference look large."""
+    change = output - before
+    return Panel(title=f"change {what}, {_share(change, before)}", values=_array(channel_rms(change)))
+
+
+def _share(part: Tensor, whole: Tensor) -> str:
+    """Root mean square of one tensor as a percentage of the other's."""
+    rms = [float(values.float().square().mean().sqrt()) for values in (part, whole)]
+    return f"{100 * rms[0] / rms[1]:.2g} %" if rms[1] else "from 0"
 
 
 def _photo(photo: NDArray[Any]) -> Panel:

@@ -273,6 +273,8 @@ def test_an_original_that_cannot_be_had_is_a_note(capsys: pytest.CaptureFixture[
     found = document(capsys)
     assert found["original"] is None
     assert "came from a model object and are not recorded" in found["notes"][0]
+    assert main([*arguments[:-2], "--quiet"]) == 0
+    assert " of val; no original to compare with, see the note\n" in capsys.readouterr().out.replace("\n  ", " ")
     weights = timm.create_model("test_resnet", num_classes=5).state_dict()
     torch.save(weights, "base.pth")
     assert main([*arguments, "--original-weights", "base.pth"]) == 0

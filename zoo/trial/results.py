@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from surgeon.costs import cost
 from surgeon.errors import SurgeonError
 from surgeon.util.few import few_judge
-from surgeon.util.tables import duration
+from surgeon.util.tables import counted, duration
 from surgeon.zoo.trial.answer import ARMS, Answer, ArmCost
 from surgeon.zoo.trial.forecast import enough, time_for_judging, time_for_seeds, untried
 from surgeon.zoo.trial.plan import END, LEAST_STEPS
@@ -98,8 +98,9 @@ def _notes(trial: "Trial", answer: Answer) -> list[str]:
         notes.append(
             f"only {trial.plan.steps} steps fit into the time, which say little: a longer --max-time trains more"
         )
-    if answer.verdict == "undecided" and answer.stopped == "time":
-        notes.append(_time_is_up(trial, answer.more_time or 0.0))
+    if answer.stopped == "time":
+        done = f"{len(answer.seeds)} of {counted(trial.config.seeds, 'seed')}"
+        notes.append(f"{done}: {_time_is_up(trial, answer.more_time or 0.0)}")
     if answer.start is not None and answer.ends_below_start():
         way = "below" if answer.higher_is_better else "above"
         notes.append(

@@ -285,6 +285,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"surgeon {surgeon.__version__}\n"
 
 
+def test_the_file_in_a_checkout_is_the_command(root: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, root / "cli.py", "--version"], capture_output=True, text=True, env=environment()
+    )
+    assert (done.returncode, done.stdout) == (0, f"surgeon {surgeon.__version__}\n")
+
+
 def without_a_reader(arguments: Sequence[str]) -> int:
     """`surgeon models | head`, whose head has gone."""
     reader, writer = os.pipe()

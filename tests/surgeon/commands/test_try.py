@@ -386,6 +386,7 @@ def test_the_time_is_honored(attempt: Try, monkeypatch: pytest.MonkeyPatch, caps
     found = answered(capsys)
     assert (found["stopped"], found["seeds"]) == ("time", [0])
     (note,) = [note for note in found["notes"] if "the time is up" in note]
+    assert note.startswith("1 of 3 seeds: the time is up (")
     assert re.search(
         r"\(another pair takes about 1,000,000 s, and .* were left\): --resume --max-time 1170h trains more", note
     )

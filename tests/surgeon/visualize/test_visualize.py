@@ -231,6 +231,18 @@ def test_every_picture_can_be_drawn(kind: str, names: list[str], size: tuple[int
             assert values.std() > 5  # not an empty sheet
 
 
+def test_a_difference_has_its_size_in_the_title() -> None:
+    """Its color scale alone makes any difference look large."""
+    seen, _ = see(alive("acda"))
+    found = pictures(seen, np.zeros((16, 20, 3)))
+    (title,) = (one for axes in found["features"].axes if (one := axes.get_title()).startswith("change"))
+    share = 100 * float((seen.output - seen.static).square().mean().sqrt() / seen.static.square().mean().sqrt())
+    assert title == f"change by the dynamic part, {share:.2g} %"
+    norms = [axes.images[0] for axes in found["scales"].axes if axes.get_title().endswith(("bases", "elements"))]
+    assert norms
+    assert all(shown.norm.vmin == 0 for shown in norms)
+
+
 def test_a_selection_mask_has_the_colors_of_the_selection() -> None:
     from matplotlib.colors import to_rgb
 
