@@ -8,7 +8,7 @@ that fails, it is tried again with fewer dynamic dimensions.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -70,7 +70,8 @@ class Exported:
     `operators` counts operations, `opset` is that of an ONNX file, `input` and `outputs` are names. `size` is in bytes,
     `foreign` names operators beyond torch's own or standard ONNX. `data` is the second file of an ONNX model whose weights do not
     fit in one file: it must stay next to the first under its name. `metadata` is that of an ONNX file: the names of the classes and
-    how inputs are made of images, as far as the model's recipe knows them.
+    how inputs are made of images, as far as the model's recipe knows them. `unseen` names weights that are all zero: the checks
+    see nothing of what they multiply, such as dynamic parts that were never trained.
     """
 
     path: str
@@ -88,6 +89,7 @@ class Exported:
     size: int = 0
     data: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -119,6 +121,12 @@ class Exported:
             if check.draws > 1:
                 excuse += f" (draw {check.draws} of images: those before differ, as where PAFU's kernels are tied)"
             lines.append(line("check", f"{'x'.join(map(str, check.shape))}: {error(check.max_rel)} relative{excuse}"))
+        if self.unseen:
+            some = ", ".join(self.unseen[:2]) + (", ..." if len(self.unseen) > 2 else "")
+            what = "they multiply" if len(self.unseen) > 1 else "it multiplies"
+            lines.append(
+                line("unseen", f"{counted(len(self.unseen), 'weight')} all zero ({some}): no check sees what {what}")
+            )
         if self.metadata:
             lines.append(line("metadata", ", ".join(self.metadata)))
         if self.foreign:
@@ -191,6 +199,7 @@ def export(
         if "batch" in result.fixed:
             result.fixed["batch"] += f"; for {counted(result.input_shape[0], 'image')} at a time"
         result.size = sum(file.stat().st_size for file in partial.parent.iterdir())
+        result.unseen = _all_zero(model)
         data = _put(partial, path, kind)
         result.path, result.data = str(path), None if data is None else str(data)
     return result
@@ -213,6 +222,8 @@ def _attempt(
     """
     tell(f"trace with free {', '.join(names)}" if names else "trace at one size", 0, 1)
     program, bounds = traced(model, shapes, names)
+    if shapes.turned and set(bounds) != set(names):
+        raise ExportError("the odd size fixes dimensions that are free at the example's; nothing was written")
     tell(f"write {format}", 0, 1)
     given = input_name(model, outputs or ())
     with quiet():
@@ -238,7 +249,12 @@ def _attempt(
         try:
             result.checks.append(_check(model, runner, shape))
         except ExportError as error:
-            if shape[2:] == shapes.odd_in(tuple(bounds)):
+            if shape[2:] == shapes.odd_in(tuple(bounds)) and not shapes.turned:
+                # A network that pads where it must is traced with its padding at that size, and then fits the others, too.
+                # Not in an archive, whose guards keep to the sizes that pad.
+                if format == "onnx":
+                    with suppress(ExportError):
+                        return _attempt(model, partial, format, opset, shapes.turn(), names, outputs, about, tell)
                 shapes.on_grid = _reason(error)
                 return _attempt(model, partial, format, opset, shapes, names, outputs, about, tell)
             if shape[2:] != shapes.example.shape[2:]:
@@ -250,6 +266,15 @@ def _attempt(
         found = f"{f'at least {least}' if least > 1 else 'any'}, by trial"
         result.free = {name: found if told == BY_TRIAL else told for name, told in bounds.items()}
     return result
+
+
+def _all_zero(model: nn.Module) -> list[str]:
+    """Names of weights, not biases, that are all zero."""
+    return [
+        name
+        for name, weight in model.named_parameters()
+        if (weight.dim() > 1 or name.endswith("weight")) and not weight.count_nonzero()
+    ]
 
 
 def _settled_output(model: nn.Module, example: Tensor) -> Any:

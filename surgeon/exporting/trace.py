@@ -1,6 +1,7 @@
 """Tracing for `surgeon.export`: the example images, the dynamic dimensions, and why the others are fixed."""
 
 import os
+import re
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ _OFF_STEPS = (1, 2, 4, 8, 16)
 _REPAIRS = 4  # how often torch.export may request other bounds of a dimension
 # where the code that traces is
 _TRACING = tuple(str(Path(torch.__path__[0]).with_name(name)) + os.sep for name in ("torch", "sympy"))
+_NODE = re.compile(r"while running (\w+) node\. Name:'([^']+)'")  # in onnxruntime's message of a node that failed
 _VIOLATED = "Constraints violated"  # its message for a dimension that cannot be as dynamic as requested
 
 
@@ -38,6 +40,7 @@ class Shapes:
     `one` is a batch of one image, the example where the batch is not dynamic; None if the batch is the caller's or the model's own.
     `odd` is a size that shares as small a divisor with the example's as the model accepts, `refused` why it accepts none smaller,
     and `on_grid` why the file keeps to sizes that torch.export derived ("multiples of 32") though the model accepts others.
+    `turned`: the example is of that odd size, and `odd` the size that was the example's.
     """
 
     example: Tensor
@@ -47,6 +50,7 @@ class Shapes:
     odd: tuple[int, int] | None = None
     refused: str = ""
     on_grid: str = ""
+    turned: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, input_size: Any, example_inputs: Any, free: str) -> "Shapes":
@@ -81,6 +85,13 @@ class Shapes:
     def for_dims(self, names: Sequence[str]) -> "Shapes":
         """These with the example to trace with where the dimensions of these names are dynamic; `fixed` is shared."""
         return self if "batch" in names or self.one is None else replace(self, example=self.one)
+
+    def turn(self) -> "Shapes":
+        """These with the example at the odd size."""
+        assert self.odd is not None
+        example = random_images(self.example, self.example.shape[0], self.odd)
+        height, width = self.example.shape[2:]
+        return replace(self, example=example, odd=(height, width), fixed=dict(self.fixed), turned=True)
 
     def to_check(self, dims: Sequence[str]) -> list[tuple[int, ...]]:
         """Two batch sizes and three image sizes, as far as they are dynamic."""
@@ -326,6 +337,8 @@ def first_line(error: BaseException | None) -> str:
     """An error as one line: those of torch.export span pages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = lines[0] if lines else ""
+    if failed := _NODE.search(told):
+        return f"onnxruntime fails at {failed[2]} ({failed[1]})"
     if told.startswith(_VIOLATED) and len(lines) > 1:  # this line only says where to look
         told = lines[1].removeprefix("- ")
     return f"{type(error).__name__}: {told[:300]}" if told else type(error).__name__

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,21 @@ def test_nothing_is_written_of_a_model_that_is_refused_or_differs(model: nn.Modu
     with pytest.raises(ExportError, match=said):
         surgeon.export(model, tmp_path / "m.onnx", input_size=(3, 8, 8), force=True)
     assert (tmp_path / "m.onnx").read_text() == "old"
+
+
+def test_weights_that_are_zero_are_named_because_the_checks_do_not_see_them(tmp_path: Path) -> None:
+    model, _ = surgeon.convert(nn.Conv2d(3, 4, 3, padding=1), layers="all", type="acda", input_size=(3, 16, 16))
+    found = surgeon.export(model, tmp_path / "m.pt2", input_size=(3, 16, 16))
+    assert found.unseen
+    assert all(not model.get_parameter(name).count_nonzero() for name in found.unseen)
+    assert not any(name.endswith("bias") for name in found.unseen)
+    assert re.search(r"unseen    \d+ weights? all zero \(", str(found))
+    with torch.no_grad():
+        for name in found.unseen:
+            model.get_parameter(name).fill_(0.01)
+    trained = surgeon.export(model, tmp_path / "n.pt2", input_size=(3, 16, 16))
+    assert trained.unseen == []
+    assert "unseen" not in str(trained)
 
 
 def test_a_model_of_other_inputs_is_refused(tmp_path: Path) -> None:
