@@ -232,7 +232,15 @@ def _make(
     with waiting("counting the costs of every replacement", quiet=args.quiet):
         gate = Gate(setup.model, space_config(args), budgets, **setup.cost_settings(args))
     gate.check_feasible()
-    evaluator = TrainingEvaluator(setup.model, setup.task, gate.space, short, base=setup.base, keep=folder.best)
+    evaluator = TrainingEvaluator(
+        setup.model,
+        setup.task,
+        gate.space,
+        short,
+        base=setup.base,
+        keep=folder.best,
+        costs=lambda placement: gate.check(placement).traced,
+    )
     gains = _gains(args, folder, file, gate, evaluator)
     config = SearchConfig(
         trials=args.trials,
