@@ -144,7 +144,7 @@ def status_lines(found: Finished, count: int = 5) -> list[str]:
     rank, workers = values["rank_correlation"], values["workers"]
     running = f"; {counted(workers, 'worker')} running" if workers else ""
     lines = [
-        f"{values['model']} on {values['task']['name']}: {values['budgets']}",
+        paragraph(f"{values['model']} on {values['task']['name']}: {values['budgets']}", hang="  "),
         f"trials: {states or 'none yet'}{running}",
     ]
     if rank is not None:

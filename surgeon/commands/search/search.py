@@ -320,7 +320,7 @@ def _begin(args: argparse.Namespace, folder: "SearchFolder", search: "Search", s
                 "higher_is_better": task.higher_is_better,
                 "val_samples": len(task.dataset("val")),
             },
-            "budgets": gate.budgets.text,
+            "budgets": gate.budgets_text,
             "limits": limits,
             "original": {"flops": original.flops, "params": original.params, "memory": needed},
             "space": space_values(gate.space),

@@ -150,7 +150,7 @@ def _check_report(capsys: Capture) -> None:
 
 
 def _check_export(finals: Any, capsys: Capture) -> None:
-    assert main(["study", "export", "s", "--best", "-o", "out", "--json"]) == 0
+    assert main(["study", "export", "s", "-o", "out", "--json"]) == 0
     told = document(capsys)
     assert told["stage"] == "finals"
     arm = next(arm for arm in finals["arms"] if arm["hash"] == told["hash"])
