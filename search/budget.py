@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from surgeon.costs.memory import MARGIN
 from surgeon.errors import ConfigError
 from surgeon.search.placement.place import nearest, optimum, smallest
 from surgeon.search.placement.problem import InfeasibleError, Problem
@@ -33,7 +34,7 @@ class Calibration:
     `memory` is the device's actual memory in bytes: a limit even if no budget was given.
     """
 
-    margin: float = 1.05
+    margin: float = MARGIN
     reserve: int = 0
     memory: int | None = None
     events: tuple[Mapping[str, float | None], ...] = ()
@@ -143,10 +144,14 @@ class Budgets:
         """As plain JSON values."""
         return asdict(self)
 
-    @property
-    def text(self) -> str:
-        """Readable form: `FLOPs <= +10%, memory <= 8GiB (train)`."""
-        names = {"flops": "FLOPs", "params": "parameters", "memory": f"memory ({self.mode})", "latency": "latency"}
+    def text(self, step: str | None = None) -> str:
+        """Readable form: `FLOPs <= +10%, memory (train) <= 8GiB`; `step` names the step whose memory counts."""
+        names = {
+            "flops": "FLOPs",
+            "params": "parameters",
+            "memory": f"memory ({step or self.mode})",
+            "latency": "latency",
+        }
         parts = [f"{label} <= {bound.text}" for name, label in names.items() if (bound := getattr(self, name))]
         if self.max_layers is not None:
             parts.append(f"layers <= {self.max_layers}")

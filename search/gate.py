@@ -98,6 +98,11 @@ class Gate:
         limited = self._unlimited.limited(self.budgets.limits(self.original, self.calibration))
         return replace(limited, max_layers=self.budgets.max_layers)
 
+    @property
+    def budgets_text(self) -> str:
+        """The budgets in words; that of the memory with the step it is of."""
+        return self.budgets.text(self.original.step)
+
     def identity(self) -> dict[str, Any]:
         """JSON values that identify this model, step and budgets; weights are not included."""
         shapes = {name: list(value.shape) for name, value in self._meta.state_dict().items()}

@@ -291,6 +291,8 @@ class Search:
         told = {"seconds": time.perf_counter() - started}
         if self.evaluator.start is not None:
             told["start"] = self.evaluator.start
+        if values is not None and self.evaluator.loss is not None:
+            told["loss"] = self.evaluator.loss
         return self._tell(claim, values, state, told)
 
     def _report(self, claim: _Claim, stop: Stop) -> Callable[[int, float], None]:

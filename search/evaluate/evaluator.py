@@ -39,6 +39,11 @@ class Evaluator(ABC):
         """The first value of the unmodified network before any training; None if there is none or it is not known yet."""
         return None
 
+    @property
+    def loss(self) -> float | None:
+        """The loss of the last evaluation, which decides between equal values; None if it measures none."""
+        return None
+
     @abstractmethod
     def identity(self) -> Mapping[str, Any]:
         """JSON values that identify this evaluator: task, data, training settings. A study is bound to them."""

@@ -6,8 +6,9 @@ seed alone, so a placement resumed after a kill gets the value it would have had
 
 import gc
 import logging
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,14 @@ from surgeon.search.placement.problem import Ints
 from surgeon.search.space import Space
 from surgeon.search.study.folder import NOTE, read_kept, write_json
 from surgeon.search.study.journal import file_lock
+from surgeon.search.study.record import rank
 from surgeon.surgery.convert import convert
 from surgeon.surgery.rewrite import dynamic_layers
 from surgeon.util.copying import copy_model, seed_torch
 from surgeon.util.outputs import RUN
 from surgeon.zoo.finetune import FinetuneConfig, FinetuneResult, Source, finetune
 from surgeon.zoo.finetune.loop import Interrupted
-from surgeon.zoo.tasks import Task, better
+from surgeon.zoo.tasks import Task
 from surgeon.zoo.tasks.data.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -80,7 +82,8 @@ class TrainingEvaluator(Evaluator):
     """Fine-tunes placements of one model on one task.
 
     `model` must already fit the task (`bound`). `keep` is a folder for the best placement trained so far, as a surgeon
-    folder; `base` describes how to build its original.
+    folder, by its value, loss and `costs` (`search.study.record.rank`; "flops", "memory" of a placement); `base` describes how to
+    build its original.
     """
 
     def __init__(
@@ -92,19 +95,25 @@ class TrainingEvaluator(Evaluator):
         *,
         base: BaseModel | None = None,
         keep: Path | None = None,
+        costs: Callable[[Ints], Mapping[str, float]] | None = None,
     ) -> None:
         self.model, self.task, self.space, self.config = model, task, space, config
-        self.keep = keep
+        self.keep, self._costs = keep, costs
         self.directions = ("maximize" if task.higher_is_better else "minimize",)
         self._weights = state_sha256(model)
         self._data = fingerprint(task)
         self._size = sample_size(task)
         self.base = base if base is None else replace(base, input_size=self._size)  # at which it is trained
+        self._loss: float | None = None  # of the last evaluation
         self._start: dict[str, float] | None = None  # metrics before training, which conversion preserves
 
     @property
     def start(self) -> float | None:
         return None if self._start is None else float(self._start[self.task.primary])
+
+    @property
+    def loss(self) -> float | None:
+        return self._loss
 
     def identity(self) -> Mapping[str, Any]:
         options = {key: _plain(value) for key, value in asdict(self.task.config).items()}
@@ -135,7 +144,8 @@ class TrainingEvaluator(Evaluator):
                 report(step, metrics[primary])
 
         result = self.train(placement, rung=rung, watch=watch)
-        value = float(result.metrics[primary])
+        value, loss = float(result.metrics[primary]), float(result.metrics.get("loss", math.nan))
+        self._loss = loss if math.isfinite(loss) else None
         if self.keep is not None and any(placement):
             self._keep_best(result.model, placement, value)
         return value
@@ -187,12 +197,16 @@ class TrainingEvaluator(Evaluator):
         assert self.keep is not None
         self.keep.mkdir(parents=True, exist_ok=True)
         with file_lock(self.keep / ".lock"):
-            known = read_kept(self.keep)
-            if known is not None and not better(self.task, value, known["value"]):
+            known, higher = read_kept(self.keep), self.task.higher_is_better
+            costs: Mapping[str, float] = {} if self._costs is None else self._costs(placement)
+            mine = rank(value, higher=higher, loss=self._loss, costs=costs)
+            if known and mine >= rank(known["value"], higher=higher, loss=known.get("loss"), costs=known):
                 return
             key = self.space.hash_of(placement)
             save(model, self.keep / key, base=self.base, force=True)
-            write_json(self.keep / NOTE, {"hash": key, "value": value, "placement": self.space.names(placement)})
+            ties = {"loss": self._loss, "flops": costs.get("flops"), "memory": costs.get("memory")}
+            values = {"hash": key, "value": value, **ties, "placement": self.space.names(placement)}
+            write_json(self.keep / NOTE, values)
             for other in self.keep.iterdir():
                 if other.is_dir() and other.name != key:
                     shutil.rmtree(other)

@@ -157,11 +157,11 @@ def convergence(found: Finished, other: Finished | None = None) -> Figure:
     """Best so far by evaluation; for random placements, those of this search or of another one."""
     figure, axes = new_figure(6, 4, "best so far")
     best = best_so_far(found)
-    axes.step(range(1, len(best) + 1), best, where="post", color=COLOURS[0], label=str(found.about["sampler"]))
+    label = searched(found, alone=other is None)
+    axes.step(range(1, len(best) + 1), best, where="post", color=COLOURS[0], label=label)
     if other is not None:
         curve = best_so_far(other)
-        label = f"{other.about['sampler']} ({other.folder.path.name})"
-        axes.step(range(1, len(curve) + 1), curve, where="post", color=COLOURS[1], label=label)
+        axes.step(range(1, len(curve) + 1), curve, where="post", color=COLOURS[1], label=searched(other))
     drawn = [_value(found, one) for one in found.ranked() if one.source == "random"]
     if drawn:
         top = max(drawn) if found.higher_is_better else min(drawn)
@@ -173,6 +173,11 @@ def convergence(found: Finished, other: Finished | None = None) -> Figure:
         )
     _label(axes, "evaluations", found.about["task"]["primary"], legend=True)
     return figure
+
+
+def searched(found: Finished, *, alone: bool = False) -> str:
+    """A search in a legend: its folder, or if it is `alone` there "this search", and its sampler."""
+    return f"{'this search' if alone else found.folder.path.name} (--sampler {found.about['sampler']})"
 
 
 def best_so_far(found: Finished) -> list[float]:

@@ -15,7 +15,7 @@ from surgeon.search.study.folder import Finished
 from surgeon.search.study.record import Record
 from surgeon.util import pages
 from surgeon.util.files import filling
-from surgeon.util.tables import apart
+from surgeon.util.tables import apart, counted
 from surgeon.zoo.trial import standard_error, verdict, with_error
 
 Other = Finished | None
@@ -60,7 +60,9 @@ def _page(found: Finished, gains: GainTable | None, other: Other) -> str:
     ]
     body += [pages.grid(drawn), report_figures.placements(found)]
     if found.finals is not None:
-        how = "The best of the search in full, with several seeds, against the unmodified model and a random placement."
+        random = " and a random placement" * any(arm["role"] == "random" for arm in found.finals["arms"])
+        seeds = counted(found.finals["seeds"], "seed")
+        how = f"The best of the search again, with {seeds} each, against the unmodified model{random}."
         body.append(pages.section("Finals", how, _finals(found)))
     body.append(pages.section("Best trials", "Costs are relative to the unmodified model's.", _best(found)))
     body.append(pages.section("What was asked", "", pages.rows([], _facts(found, values))))

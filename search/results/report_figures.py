@@ -93,7 +93,7 @@ def convergence(found: Finished, other: Finished | None) -> str:
     marks, lines, groups = [], [], []
     for group, search in enumerate([found] if other is None else [found, other]):
         curve = figures.best_so_far(search)
-        groups.append(str(search.about["sampler"]) + (f" ({search.folder.path.name})" if group else ""))
+        groups.append(figures.searched(search, alone=other is None))
         lines.append(([(float(n), value) for n, value in enumerate(curve, start=1)], group))
         marks += [
             pages.Mark(x=n, y=value, told=f"{groups[group]}: {value:.5g} after {n} evaluations", group=group)

@@ -10,7 +10,7 @@ from scipy.stats import rankdata
 
 from surgeon.search.study.folder import Finished
 from surgeon.search.study.record import Record
-from surgeon.util.few import few_judge
+from surgeon.util.few import COUNTS, enough, few_judge
 from surgeon.util.tables import counted, paragraph, table
 
 
@@ -42,6 +42,7 @@ def record_values(found: Finished, one: Record) -> dict[str, Any]:
         "hash": one.hash,
         "source": one.source,
         "value": found.value(one),
+        "loss": one.attributes.get("loss"),
         "values": None if one.values is None else list(one.values),
         "placement": dict(one.placement),
         "gain": one.attributes.get("gain"),
@@ -64,7 +65,9 @@ def rank_correlation(found: Finished) -> float | None:
 
 def notes(found: Finished) -> list[str]:
     """The limits of what the trials say, for the text and the page alike."""
-    judged = (worse_than_start(found), few_samples(found), tied(found) or none_better(found)) if found.ranked() else ()
+    judged: Sequence[str | None] = ()
+    if found.ranked():
+        judged = (worse_than_start(found), few_samples(found), as_good(found), tied(found) or none_better(found))
     return [told for told in (found.ended, interrupted(found), *judged) if told is not None]
 
 
@@ -83,6 +86,19 @@ def tied(found: Finished) -> str | None:
     if len(values) < 2 or len(set(values)) > 1:
         return None
     return f"all {len(values)} trials have the same value: trainings are too short, or the metric too coarse, to tell them apart"
+
+
+def as_good(found: Finished) -> str | None:
+    """A sentence if other trials have the best one's value: which of them is the best."""
+    first, *others = found.ranked()
+    same = [one for one in others if one.value == first.value]
+    if not same or tied(found):
+        return None
+    numbers = [str(one.number) for one in same]
+    also = " and ".join(filter(None, (", ".join(numbers[:-1]), numbers[-1])))
+    by = ["lower loss"] * ("loss" in first.attributes) + ["fewer FLOPs", "less memory"]
+    what = f"{found.about['task']['primary']} {first.value:.5g}"
+    return f"{'trial' if len(same) == 1 else 'trials'} {also} reached {what}, too: {', then '.join(by)} decides"
 
 
 def none_better(found: Finished) -> str | None:
@@ -114,10 +130,11 @@ def worse_than_start(found: Finished) -> str | None:
 
 def few_samples(found: Finished) -> str | None:
     """A sentence if few samples judge the trials; None, too, for a search that does not record their number."""
-    samples = found.about["task"].get("val_samples")
-    return (
-        None if not isinstance(samples, int) else few_judge(samples, "the order of trials says little of other images")
-    )
+    samples, primary = found.about["task"].get("val_samples"), found.about["task"]["primary"]
+    if not isinstance(samples, int) or samples < 1:
+        return None
+    one = f"each is {100 / samples:.2g} points of {primary}, and " if primary in COUNTS else ""
+    return few_judge(samples, f"{one}the order of trials says little of other images", least=enough(primary))
 
 
 def status_lines(found: Finished, count: int = 5) -> list[str]:
@@ -127,7 +144,7 @@ def status_lines(found: Finished, count: int = 5) -> list[str]:
     rank, workers = values["rank_correlation"], values["workers"]
     running = f"; {counted(workers, 'worker')} running" if workers else ""
     lines = [
-        f"{values['model']} on {values['task']['name']}: {values['budgets']}",
+        paragraph(f"{values['model']} on {values['task']['name']}: {values['budgets']}", hang="  "),
         f"trials: {states or 'none yet'}{running}",
     ]
     if rank is not None:
@@ -167,10 +184,9 @@ def _row(found: Finished, one: Record) -> list[str]:
 
 def relative(found: Finished, one: Record, name: str) -> str:
     """A trial's cost relative to the original's, in percent."""
-    traced = one.attributes.get("traced") or one.attributes.get("predicted") or {}
-    if name not in traced:
+    if name not in one.costs:
         return "-"
-    return f"{traced[name] / found.about['original'][name] - 1:+.1%}"
+    return f"{one.costs[name] / found.about['original'][name] - 1:+.1%}"
 
 
 def finals_lines(finals: Mapping[str, Any], primary: str) -> list[str]:

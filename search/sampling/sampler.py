@@ -15,6 +15,7 @@ import hashlib
 import math
 import threading
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -117,7 +118,8 @@ class BudgetedSampler(BaseSampler):
         self.space, self.seed = space, seed
         self.gains = (uniform_gains(space) if gains is None else gains).for_space(space)
         self.parameters = Parameters(space)
-        self._costs, self._optima, self._random = costs, optima, random
+        self._costs = costs
+        self._begin_with = {"original": 1, "optimum": optima, "paper": len(space.papers), "random": random}
         top = np.abs(self.gains.gain).max() or 1.0
         self._scaled: Floats = self.gains.gain / top
         self._begun: dict[bytes, list[Proposal]] = {}
@@ -223,12 +225,15 @@ class BudgetedSampler(BaseSampler):
         problem = self.problem
         known = self.known(study, trial)
         seen = {one.placement.tobytes(): one.placement for one in known}
+        sources = {one.trial.number: one.trial.user_attrs.get("source") for one in known}
         for (name, number), one in self._proposals.items():  # from other threads, whose trials have no parameters yet
             if name == study.study_name and number != trial.number and one.source != "enqueued":
                 seen[one.placement.tobytes()] = one.placement
-        if trial.number < 1 + len(self.space.papers) + self._optima + self._random:
+                sources[number] = one.source
+        if trial.number < sum(self._begin_with.values()):
+            begun = Counter(sources.values())  # also under other limits: those of the memory move with every refusal
             for one in self.prelude(problem):
-                if one.placement.tobytes() not in seen:
+                if one.placement.tobytes() not in seen and begun[one.source] < self._begin_with[one.source]:
                     return one
         proposal = self.propose(study, trial, problem, known)
         if proposal.placement.tobytes() not in seen:
@@ -268,11 +273,11 @@ class BudgetedSampler(BaseSampler):
         if problem.feasible(original)[0]:
             found.append(Proposal(original, "original"))
         distance = max(1, problem.shape[0] // 10)
-        for placement in diverse(problem, self.gains.gain, self._optima, distance=distance, gap=1e-4):
+        for placement in diverse(problem, self.gains.gain, self._begin_with["optimum"], distance=distance, gap=1e-4):
             found.append(Proposal(placement, "optimum"))
         found += [Proposal(one, "paper") for one in published(self.space, problem)]
         rng = np.random.default_rng(derived_seed(self.seed, "prelude"))
-        for _ in range(self._random):
+        for _ in range(self._begin_with["random"]):
             drawn = random_placement(problem, rng)
             if drawn is not None:
                 found.append(Proposal(drawn, "random"))

@@ -21,7 +21,7 @@ import numpy as np
 from surgeon.costs.table import Option
 from surgeon.search.space import Space
 from surgeon.search.study.journal import StudyError, file_lock
-from surgeon.search.study.record import Record
+from surgeon.search.study.record import Record, ranked
 from surgeon.search.study.study import Study
 from surgeon.search.study.study_file import StudyFile
 from surgeon.util.files import check_fields, inside, read_object, write_text
@@ -98,7 +98,9 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_kept(keep: Path) -> dict[str, Any] | None:
-    """Record of the model in `best`: hash (the name of its folder), value, placement; None before there is one."""
+    """Record of the model in `best`: hash (the name of its folder), value, placement, and where it
+    was recorded loss, flops and memory (bytes, peak); None before there is one.
+    """
     note = keep / NOTE
     return _read(note, _KEPT) if note.is_file() else None
 
@@ -123,13 +125,11 @@ class Finished:
 
     def value(self, one: Record) -> float | None:
         """The measured value of a completed trial."""
-        return one.values[0] if one.state == "complete" and one.values else None
+        return one.value
 
     def ranked(self) -> list[Record]:
         """Completed evaluations, best first, without repetitions."""
-        done = [one for one in self.records if self.value(one) is not None and one.duplicate_of is None]
-        sign = -1.0 if self.higher_is_better else 1.0
-        return sorted(done, key=lambda one: (sign * (self.value(one) or 0.0), one.number))
+        return ranked(self.records, higher=self.higher_is_better)
 
     def original(self) -> Record | None:
         """The unmodified model, trained equally."""
@@ -209,7 +209,9 @@ _ABOUT = {
     "steps": int,
     "gains": str,
 }
-_KEPT = {"hash": str, "value": _NUMBER, "placement": {"*": str}}
+_KEPT = {"hash": str, "value": _NUMBER, "placement": {"*": str}} | dict.fromkeys(
+    ("loss", "flops", "memory"), (int, float, type(None))
+)
 _FINALS = {
     "steps": int,
     "seeds": int,

@@ -21,7 +21,7 @@ from surgeon.errors import called
 from surgeon.search.budget import Calibration
 from surgeon.search.study.identity import VERSION, as_stored, differences
 from surgeon.search.study.journal import StudyError
-from surgeon.search.study.record import Record, checked, record
+from surgeon.search.study.record import Record, checked, ranked, record
 from surgeon.util.machine import machine
 
 _IDENTITY = "surgeon:identity"
@@ -196,12 +196,9 @@ class Study(ABC):
         return [record(trial) for trial in self.trials()]
 
     def best(self) -> Record | None:
-        """The completed trial with the best (first) value, the earliest if tied."""
-        done = [one for one in self.records() if one.state == "complete" and one.values]
-        if not done:
-            return None
-        sign = -1.0 if self.study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1.0
-        return min(done, key=lambda one: (sign * (one.values or (0.0,))[0], one.number))
+        """The best completed trial by its first value (`ranked`)."""
+        higher = self.study.directions[0] == optuna.study.StudyDirection.MAXIMIZE
+        return next(iter(ranked(self.records(), higher=higher)), None)
 
     def front(self) -> tuple[int, ...]:
         """Numbers of the trials on the Pareto front within the budgets (`study.best_trials`); empty for a single objective."""

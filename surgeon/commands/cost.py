@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weight-decay", type=not_negative, default=1e-4, metavar="X", help="default: 1e-4")
     parser.add_argument("--strict", action="store_true", help="fail on an operator without a FLOP formula")
     parser.add_argument("--max-flops", metavar="N", help="exit 1 if an image costs more (4.5G; 1 MAC = 2 FLOPs)")
-    parser.add_argument("--max-memory", metavar="N", help="exit 1 if a step needs more, including the reserve (8GiB)")
+    parser.add_argument(
+        "--max-memory", metavar="N", help="exit 1 if a step needs more, including margin and reserve (8GiB)"
+    )
     parser.add_argument(
         "--compare",
         nargs="?",
@@ -61,11 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measure", action="store_true", help="run the step on the CUDA device and compare")
 
 
-def add_step_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of a step; shared with `surgeon bench`."""
-    add_batch_size(parser, "images per step (default: 1)", 1)
+def add_step_arguments(parser: argparse.ArgumentParser, *, batch_size: int = 1, optimizer: str = "sgd") -> None:
+    """Options of a step, with these defaults; shared with `surgeon bench` and `surgeon place`."""
+    add_batch_size(parser, f"images per step (default: {batch_size})", batch_size)
     parser.add_argument("--input-size", type=size, metavar="SIZE", help="224, 320x240 (HxW) or 3x224x224 (CxHxW)")
-    parser.add_argument("--optimizer", default="sgd", metavar="NAME", help="sgd (momentum), sgd-plain, adam, adamw")
+    names = f"sgd (momentum), sgd-plain, adam, adamw (default: {optimizer})"
+    parser.add_argument("--optimizer", default=optimizer, metavar="NAME", help=names)
     add_amp(parser)
     parser.add_argument("--channels-last", action="store_true", help="channels-last memory format")
     add_trust(parser)
@@ -118,7 +121,7 @@ def _budgets(args: argparse.Namespace) -> dict[str, int]:
     """The limits given, by the names of their costs."""
     given = {
         "flops": (parse_count, args.max_flops, "--max-flops"),
-        "total_bytes": (parse_bytes, args.max_memory, "--max-memory"),
+        "needed_bytes": (parse_bytes, args.max_memory, "--max-memory"),
     }
     return {name: parse(text, flag) for name, (parse, text, flag) in given.items() if text}
 
@@ -240,7 +243,7 @@ def _print(document: dict[str, Any], found: "Cost", other: "Cost | None", args: 
         if name == "flops":
             print(f"over budget: {needed:,} FLOPs per image, above {limit:,} FLOPs")
         else:
-            print(f"over budget: {mebibytes(needed)} of memory, above {mebibytes(limit)}")
+            print(f"over budget: {mebibytes(needed)} of memory with margin, above {mebibytes(limit)}")
     if args.plot:
         print(f"drawn to    {args.plot}", file=sys.stderr)
 

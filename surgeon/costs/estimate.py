@@ -16,6 +16,7 @@ from surgeon.costs.flops import FlopCounter, UnknownOperatorError
 from surgeon.costs.memory import (
     BLAS_WORKSPACE,
     CONTEXT,
+    MARGIN,
     Timeline,
     kind_of,
     phase_ends,
@@ -65,6 +66,7 @@ class Cost:
     CUDA's allocator rounds. `breakdown` splits it by kind. `reserve` is what the device needs on top of it
     (fragmentation, workspaces, CUDA context, itemized). `total_bytes` is the sum of both. `reserved_bytes` is what the allocator
     would hold after the step if the device had room for it (`torch.cuda.memory_reserved`; part of it is released when short).
+    `needed_bytes` is what memory budgets are compared with: the peak times `MARGIN`, and the reserve.
     """
 
     flops: int
@@ -104,11 +106,22 @@ class Cost:
         """Device memory that the step needs, bytes: tensors at their peak and the reserve."""
         return self.peak_bytes + self.breakdown["reserve"]
 
+    @property
+    def needed_bytes(self) -> int:
+        """Device memory that a memory budget must allow, bytes: the peak with the margin, and the reserve."""
+        return round(self.peak_bytes * MARGIN + self.breakdown["reserve"])
+
+    @property
+    def step(self) -> str:
+        """The step in words: `training step, adamw, float32, batch 32`."""
+        kind = "inference" if self.mode == "infer" else f"training step, {self.optimizer}"
+        return f"{kind}, {self.amp or 'float32'}, batch {self.batch_size}"
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, without the timeline."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("timeline", "layers")}
         values["input_size"], values["notes"] = list(self.input_size), list(self.notes)
-        values["total_bytes"] = self.total_bytes
+        values["total_bytes"], values["needed_bytes"] = self.total_bytes, self.needed_bytes
         values["layers"] = [{name: getattr(x, name) for name in x.__dataclass_fields__} for x in self.layers]
         return values
 
@@ -421,23 +434,21 @@ def _told(
     name: str, found: Cost, other: Cost | None, other_name: str | None
 ) -> tuple[str, list[str], list[list[str]], list[str]]:
     """Heading, header and rows of a table, and notes."""
-    step = "inference" if found.mode == "infer" else f"training step, {found.optimizer}"
-    precision = found.amp or "float32"
-    size = "x".join(map(str, found.input_size))
-    head = f"{name}: {step}, {precision}, batch {found.batch_size} of {size}"
+    head = f"{name}: {found.step} of {'x'.join(map(str, found.input_size))}"
 
     def column(c: Cost) -> list[str]:
         values = [*map(count, (c.flops, c.macs, c.backward_flops, c.params)), mebibytes(c.peak_bytes)]
         parts = [mebibytes(value) for value in c.breakdown.values()]
-        return [*values, *parts, mebibytes(c.total_bytes)]
+        return [*values, *parts, mebibytes(c.total_bytes), mebibytes(c.needed_bytes)]
 
     names = ["FLOPs per image, forward", "MACs per image, forward", "FLOPs per image, backward", "parameters"]
-    names += ["peak of tensors", *(f"  {kind}" for kind in found.breakdown), "needed in total"]
+    names += ["peak of tensors", *(f"  {kind}" for kind in found.breakdown), "needed in total", "with margin"]
     names[names.index("  reserve")] = "reserve"
     columns = [column(found)] + ([column(other)] if other is not None else [])
     header = ["", "this model"] + ([other_name or "original"] if other is not None else [])
     lines = [[n, *values] for n, *values in zip(names, *columns, strict=True)]
     notes = [f"note: {note}" for note in found.notes]
     parts = ", ".join(f"{key} {value / 2**20:,.0f}" for key, value in found.reserve.items())
+    margin = f"margin: {MARGIN - 1:.0%} of the peak, as --max-memory counts it"
     peak = "the indented rows are what is held at the moment of the peak; at other moments each may be more"
-    return head, header, lines, [peak, f"reserve, MiB: {parts} (stated, not measured)", *notes]
+    return head, header, lines, [peak, f"reserve, MiB: {parts} (stated, not measured)", margin, *notes]

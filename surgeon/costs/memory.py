@@ -14,6 +14,8 @@ KINDS = ("weights", "gradients", "optimizer", "inputs", "saved activations", "tr
 CONTEXT = 512 * 2**20  # context, loaded kernels (cuDNN, cuBLAS)
 BLAS_WORKSPACE = 32 * 2**20  # cuBLAS and cuBLASLt, Hopper's default
 
+MARGIN = 1.05  # of the predicted peak, in what memory budgets are compared with; a search that runs out of memory raises its own
+
 
 @dataclass(frozen=True)
 class Timeline:

@@ -4,6 +4,12 @@ from surgeon.util.tables import counted
 
 FEW = 20  # judging samples
 FEW_COUNTED = 100  # of a metric that counts them: each is a point
+COUNTS = ("top1",)  # metrics that are shares of the judging samples
+
+
+def enough(primary: str) -> int:
+    """Judging samples of a metric that need no note."""
+    return FEW_COUNTED if primary in COUNTS else FEW
 
 
 def few_judge(

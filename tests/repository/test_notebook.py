@@ -54,7 +54,7 @@ def test_a_cost_is_a_table() -> None:
     found = surgeon.cost(tiny(), input_size=64)
     shown = found._repr_html_()
     assert "training step, sgd" in shown
-    assert len(re.findall("<tr>", shown)) == 14
+    assert len(re.findall("<tr>", shown)) == 15
     assert repr(found) == str(found), "where there is no HTML"
     assert_small_and_whole(shown)
 

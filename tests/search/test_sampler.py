@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import optuna
@@ -17,7 +17,7 @@ from surgeon.errors import ConfigError
 from surgeon.search import PlacementSampler
 from surgeon.search.evaluate.evaluator import TableEvaluator
 from surgeon.search.placement.place import gain_of
-from surgeon.search.placement.problem import InfeasibleError
+from surgeon.search.placement.problem import InfeasibleError, Problem
 from surgeon.search.run import Search
 from surgeon.search.sampling.parameters import DEFAULT, Parameters, constraints
 from surgeon.search.sampling.sampler import BudgetedSampler, published
@@ -25,6 +25,9 @@ from surgeon.search.sampling.tuners import NAMES, RepairedSampler, make_sampler
 from surgeon.search.space import Space
 from surgeon.search.study.study import OtherStudyError
 from tests.support.search.toys import toy_gains, toy_problem, toy_search, toy_space, toy_table
+
+if TYPE_CHECKING:
+    from surgeon.search.gate import Gate
 
 OTHERS = ("optuna.samplers:TPESampler", "tests.support.search.tasks:unseeded")
 SPACE = Space(
@@ -56,6 +59,28 @@ def test_the_papers_placements_come_first_with_the_first_option_that_is_within_t
     narrow = toy_problem(space, share=2.0, max_layers=3)
     assert [space.names(one) for one in published(space, narrow)] == names[1:]
     assert published(toy_space(), wide) == []
+
+
+class MovingGate:
+    """A gate whose memory limit sinks whenever it is read, as after refusals by the whole trace."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem, self._limit = problem, problem.limit("memory") or 0
+
+    @property
+    def problem(self) -> Problem:
+        self._limit -= 10**4
+        return self._problem.limited({"memory": self._limit})
+
+
+def test_a_study_starts_as_documented_also_if_the_limits_move() -> None:
+    space = replace(toy_space(), papers={"pafu": frozenset({"layer1", "layer4"})})
+    sampler = PlacementSampler(space, cast("Gate", MovingGate(toy_problem(space, share=1.0))))
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.optimize(lambda trial: float(sampler.suggest(trial).sum()), n_trials=11)
+    sources = [trial.user_attrs["source"] for trial in study.trials]
+    assert sources[:9] == ["original", *4 * ["optimum"], "paper", *3 * ["random"]]
+    assert not {"optimum", "paper", "random"} & set(sources[9:])
 
 
 # --- parameters ---------------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ from surgeon.search.gains.gain import GainTable, uniform_gains
 from surgeon.search.gains.method import METHODS, gains_of, make_gains
 from surgeon.search.gains.probe import ProbeConfig, entries, single
 from surgeon.search.gate import Gate
+from surgeon.search.placement.problem import Ints
 from surgeon.search.run import MAX_ATTEMPTS, Search, SearchConfig
 from surgeon.search.space import Space, SpaceConfig, make_space
 from surgeon.search.study.folder import read_kept
-from surgeon.search.study.record import Record
+from surgeon.search.study.record import Record, ranked
 from surgeon.search.study.study_file import StudyFile
 from surgeon.zoo.evaluate import evaluate as measure
 from surgeon.zoo.finetune import FinetuneConfig
@@ -129,6 +130,36 @@ def test_the_best_with_replacements_is_kept(tmp_path: Path) -> None:
     assert model.state_dict().keys() == expected.state_dict().keys()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("losses", [True, False])
+def test_equal_values_are_told_apart_by_loss_then_cost_everywhere(
+    losses: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, lost = TrainingEvaluator.train, iter([0.9, 0.5, 0.8, 0.2, 0.7])
+
+    def same(self: TrainingEvaluator, placement: Ints, **options: Any) -> Any:
+        result = train(self, placement, **options)
+        result.summary.result.metrics.update({"mse": 1.0} | ({"loss": next(lost)} if losses else {}))
+        return result
+
+    monkeypatch.setattr(TrainingEvaluator, "train", same)
+    gate = Gate(make_plain(), CONFIG, input_size=(3, SIZE, SIZE), batch_size=4, optimizer="adamw")
+    costs = {"costs": lambda placement: gate.check(placement).traced}
+    search = search_of(tmp_path, evaluator_of(steps=1, keep=tmp_path / "best", **costs), trials=5)
+    search.open()
+    search.run()
+    done = search.file.records()
+    order = [one.number for one in ranked(done, higher=False)]
+    flops = [one.attributes["traced"]["flops"] for one in done]
+    assert len(set(flops)) > 2
+    assert order == ([3, 1, 4, 2, 0] if losses else sorted(range(5), key=lambda n: (flops[n], done[n].costs["memory"])))
+    best = search.file.best()
+    assert best is not None
+    assert best.number == order[0]
+    kept = read_kept(tmp_path / "best")
+    assert kept is not None
+    assert kept["hash"] == next(done[number].hash for number in order if done[number].placement)
 
 
 def test_a_converted_model_is_no_start() -> None:

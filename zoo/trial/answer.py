@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from surgeon.util.few import COUNTS
 from surgeon.util.tables import count, counted, duration, paragraph, table
 from surgeon.zoo.finetune.state import finite
 
 ARMS = ("original", "converted")
 LEAST_SEEDS = 3  # for a verdict
 SHARES = ("top1", "miou")  # at most 1
-COUNTS = ("top1",)  # shares of the judging samples
 UNITS = {"top1": ("points of top-1", 100.0), "miou": ("points of mIoU", 100.0), "psnr": ("dB", 1.0)}
 
 

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from surgeon.util.few import FEW, FEW_COUNTED
+from surgeon.util.few import enough
 from surgeon.util.tables import counted, duration
-from surgeon.zoo.trial.answer import ARMS, COUNTS, LEAST_SEEDS
+from surgeon.zoo.trial.answer import ARMS, LEAST_SEEDS
 from surgeon.zoo.trial.plan import END, time_to_judge
 from surgeon.zoo.trial.speed import RESUMED, SLACK, minutes
 
@@ -57,15 +57,10 @@ def time_for_seeds(trial: "Trial", seeds: int) -> float:
     return (trial.spent + RESUMED * (trial.setup + pairs * takes)) / (1 - END)
 
 
-def enough(trial: "Trial") -> int:
-    """Judging samples that need no note."""
-    return FEW_COUNTED if trial.task.primary in COUNTS else FEW
-
-
 def time_for_judging(trial: "Trial") -> tuple[int, str] | None:
     """A number of judging samples that is enough, or all, and the time for it; None if time is not what limits them."""
     whole, rates = len(trial.task.dataset("val")), len(trial.config.rates)
-    most = min(whole - whole // 2 if rates > 1 else whole, enough(trial))
+    most = min(whole - whole // 2 if rates > 1 else whole, enough(trial.task.primary))
     if trial.plan.choose + trial.plan.judge >= whole or most <= trial.plan.judge:
         return None
     needed = time_to_judge(most, trial.speed, rates, trial.config.seeds, trial.config.steps)

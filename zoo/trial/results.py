@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.costs import cost
 from surgeon.errors import SurgeonError
-from surgeon.util.few import few_judge
+from surgeon.util.few import enough, few_judge
 from surgeon.util.tables import counted, duration
 from surgeon.zoo.trial.answer import ARMS, Answer, ArmCost
-from surgeon.zoo.trial.forecast import enough, time_for_judging, time_for_seeds, untried
+from surgeon.zoo.trial.forecast import time_for_judging, time_for_seeds, untried
 from surgeon.zoo.trial.plan import END, LEAST_STEPS
 from surgeon.zoo.trial.speed import minutes, told_left, told_times
 
@@ -88,7 +88,7 @@ def _notes(trial: "Trial", answer: Answer) -> list[str]:
     few = few_judge(
         trial.plan.judge,
         f"{one}the error is that over seeds, and says nothing of other images",
-        least=enough(trial),
+        least=enough(trial.task.primary),
         **_cut(trial, answer),
     )
     notes += [] if few is None or not answer.seeds else [few]

@@ -16,6 +16,7 @@ from surgeon.commands.common.arguments import (
     whole,
 )
 from surgeon.commands.cost import add_step_arguments
+from surgeon.commands.search.setup import BATCH_SIZE, OPTIMIZER
 from surgeon.errors import ConfigError
 from surgeon.util.bounds import FLAGS
 from surgeon.util.files import told, write_text
@@ -39,7 +40,7 @@ EXAMPLES = """  surgeon place resnet50 --max-flops +10% --max-memory 8GiB --batc
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `surgeon place`; --json, --quiet and --debug are common to all commands."""
     parser.add_argument("model", metavar="MODEL", help="a model's name, or a folder written by surgeon; not converted")
-    add_step_arguments(parser)
+    add_step_arguments(parser, batch_size=BATCH_SIZE, optimizer=OPTIMIZER)
     add_weights(parser, "random; a folder has its own")
     add_seed(parser, "for the recipe")
     add_space_arguments(parser)
@@ -81,7 +82,9 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-flops", metavar="N|+P%", help="per image (4.5G, +10%%; 1 MAC = 2 FLOPs)")
     group.add_argument("--max-params", metavar="N|+P%", help="parameters (30M, +20%%)")
     group.add_argument(
-        "--max-memory", metavar="N|+P%", help="device memory of a step, including margin and reserve (8GiB)"
+        "--max-memory",
+        metavar="N|+P%",
+        help="device memory of a step with --batch-size, --optimizer and --amp, including margin and reserve (8GiB)",
     )
     group.add_argument("--memory-mode", choices=("train", "infer"), default="train", help="which step (default: train)")
     group.add_argument("--max-latency", metavar="T|+P%", help="per inference, measured on this machine (20ms, +30%%)")
@@ -222,7 +225,7 @@ def _nothing(gate: "Gate", gains: "GainTable", args: argparse.Namespace) -> Exce
         numbers["memory"] = gate.calibration.needed(numbers["memory"], sum(gate.original.reserve.values()))
     needed = ", ".join(f"{FLAGS[name]} {as_budget(name, value)}" for name, value in numbers.items())
     return InfeasibleError(
-        f"nothing was placed in {args.model}: within {gate.budgets.text} there is no replacement that gains anything"
+        f"nothing was placed in {args.model}: within {gate.budgets_text} there is no replacement that gains anything"
         + (f"; the cheapest one needs {needed}" if needed else "")
     )
 
@@ -243,10 +246,11 @@ def _document(
     reserve = sum(original.reserve.values())
     return {
         "model": args.model,
-        "budgets": gate.budgets.text,
+        "budgets": gate.budgets_text,
         "estimator": gains.estimator,
         "space": {"hash": gate.space.hash, "layers": len(gate.space.layers), "options": list(gate.space.labels)},
         "input_size": list(original.input_size),
+        "step": original.step,
         "original": {
             "flops": original.flops,
             "params": original.params,
@@ -273,11 +277,11 @@ def _lines(document: dict[str, Any]) -> list[str]:
     from surgeon.util.tables import counted, paragraph, table
 
     space, before = document["space"], document["original"]
-    lines = [
+    head = (
         f"{document['model']}: {counted(space['layers'], 'layer')}, {counted(len(space['options']) - 1, 'option')}, "
-        f"{document['budgets']}",
-        f"gains: {document['estimator']}",
-    ]
+        f"{document['budgets']}"
+    )
+    lines = [paragraph(head, width=width(), hang="  "), f"gains: {document['estimator']}"]
     rows = []
     for number, one in enumerate([{"traced": before, "replaced": {}, "gain": 0.0}, *document["placements"]]):
         found = one["traced"]
@@ -302,5 +306,6 @@ def _lines(document: dict[str, Any]) -> list[str]:
         )
         lines += ["", paragraph(told, width=width(), hang="  ")]
     size = "x".join(map(str, document["input_size"]))
-    lines += ["", f"FLOPs (1 MAC = 2 FLOPs) at {size}; memory of a step with margin and reserve"]
+    of = f"FLOPs (1 MAC = 2 FLOPs) at {size}; memory of one {document['step']}, with margin and reserve"
+    lines += ["", paragraph(of, width=width(), hang="  ")]
     return lines

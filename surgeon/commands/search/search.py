@@ -232,7 +232,15 @@ def _make(
     with waiting("counting the costs of every replacement", quiet=args.quiet):
         gate = Gate(setup.model, space_config(args), budgets, **setup.cost_settings(args))
     gate.check_feasible()
-    evaluator = TrainingEvaluator(setup.model, setup.task, gate.space, short, base=setup.base, keep=folder.best)
+    evaluator = TrainingEvaluator(
+        setup.model,
+        setup.task,
+        gate.space,
+        short,
+        base=setup.base,
+        keep=folder.best,
+        costs=lambda placement: gate.check(placement).traced,
+    )
     gains = _gains(args, folder, file, gate, evaluator)
     config = SearchConfig(
         trials=args.trials,
@@ -312,7 +320,7 @@ def _begin(args: argparse.Namespace, folder: "SearchFolder", search: "Search", s
                 "higher_is_better": task.higher_is_better,
                 "val_samples": len(task.dataset("val")),
             },
-            "budgets": gate.budgets.text,
+            "budgets": gate.budgets_text,
             "limits": limits,
             "original": {"flops": original.flops, "params": original.params, "memory": needed},
             "space": space_values(gate.space),

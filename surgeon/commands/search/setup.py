@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from surgeon.zoo.tasks import Task
 
 GAINS = "nqm"  # the default estimator: benchmarks/gain_methods.py
+BATCH_SIZE, OPTIMIZER = 32, "adamw"  # of a trial's training, and so of the step whose memory is limited
 
 # Optimizers known to the cost of a step under these names, as timm's optimizers with their momentum.
 OPTIMIZERS = {"sgd": ("sgd", 0.9), "sgd-plain": ("momentum", 0.0), "adam": ("adam", 0.9), "adamw": ("adamw", 0.9)}
@@ -51,9 +52,9 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of a trial's training; --max-memory limits the memory of such a step."""
     group = parser.add_argument_group("training")
-    add_batch_size(group, "samples per step (default: 32)", 32)
+    add_batch_size(group, f"samples per step (default: {BATCH_SIZE})", BATCH_SIZE)
     add_lr(group, with_default("--lr", "peak learning rate"))
-    group.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="default: adamw")
+    group.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default=OPTIMIZER, help=f"default: {OPTIMIZER}")
     decay = with_default("--weight-decay", "weight decay, except on norms and biases")
     group.add_argument("--weight-decay", type=not_negative, metavar="X", help=decay)
     group.add_argument(

@@ -33,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--count", type=whole, default=5, metavar="K", help="status, best: number of trials (default: 5)"
     )
     parser.add_argument("--against", metavar="FOLDER", help="report: another search (--sampler random) to compare with")
-    parser.add_argument("--best", action="store_true", help="export: the best placement with replacements (always so)")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="report, export: folder to write")
     parser.add_argument("--force", action="store_true", help="export: replace OUT if surgeon wrote it")
 

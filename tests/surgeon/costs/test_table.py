@@ -22,6 +22,7 @@ from surgeon.costs.build import option_layer
 from surgeon.costs.plot import draw
 from surgeon.errors import ConfigError, SurgeonError
 from surgeon.layers.registry import layer_types
+from surgeon.search.budget import Calibration
 from surgeon.sites.sites import find_sites
 
 OPTIONS = [Option(name, {}) for name in layer_types()] + [Option("pafu", {"group_size": 3})]
@@ -138,7 +139,15 @@ def test_budgets_decide_the_exit_code(capsys: pytest.CaptureFixture[str]) -> Non
     code, out = run(capsys, "resnet18", "--max-flops", "1G")
     assert code == 1
     assert "over budget: 3,628,146,688 FLOPs per image, above 1,000,000,000 FLOPs" in out
-    assert "MiB of memory, above 9.0 MiB" in run(capsys, "test_resnet", "--input-size", "32", "--max-memory", "9MiB")[1]
+    assert (
+        "MiB of memory with margin, above 9.0 MiB"
+        in run(capsys, "test_resnet", "--input-size", "32", "--max-memory", "9MiB")[1]
+    )
+    found = json.loads(run(capsys, "test_resnet", "--input-size", "32", "--json")[1])
+    assert found["needed_bytes"] == round(found["peak_bytes"] * Calibration().margin + sum(found["reserve"].values()))
+    between = (found["total_bytes"] + found["needed_bytes"]) // 2
+    assert run(capsys, "test_resnet", "--input-size", "32", "--max-memory", f"{between}B")[0] == 1
+    assert run(capsys, "test_resnet", "--input-size", "32", "--max-memory", f"{found['needed_bytes']}B")[0] == 0
     with pytest.raises(ConfigError, match="--max-flops: '1GiB' is a number of bytes"):
         run(capsys, "resnet18", "--max-flops", "1GiB")
     with pytest.raises(ConfigError, match=r"--max-memory.*4\.5G"):

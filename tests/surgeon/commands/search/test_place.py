@@ -8,9 +8,10 @@ import pytest
 import timm
 
 import surgeon
-from surgeon.cli import main
+from surgeon.cli import _parser, main
 from surgeon.commands.search import place
 from surgeon.search.gains.gain import GainTable
+from surgeon.zoo.finetune import FinetuneConfig
 
 PLACE = ["place", "test_resnet", "--input-size", "64", "--batch-size", "4"]
 PAFU = [*PLACE, "--types", "pafu", "--group-sizes", "2,4"]
@@ -81,16 +82,25 @@ def test_a_table_that_gains_nothing_or_is_of_another_network_is_named(
     assert "no replacement has a gain above 0 in g.json (mine)" in capsys.readouterr().err
 
 
+def test_place_and_search_judge_memory_by_the_same_step() -> None:
+    """Their defaults, and finetune's: one budget is kept or exceeded in all three."""
+    words = {"place": ["resnet18"], "search": ["resnet18", "--task", "classification", "--data", "."]}
+    found = [_parser().parse_args([name, *rest]) for name, rest in words.items()]
+    steps = [(one.batch_size, one.optimizer, one.amp or None, one.memory_mode) for one in found]
+    assert steps[0] == steps[1] == (FinetuneConfig().batch_size, FinetuneConfig().opt, None, "train")
+
+
 def test_what_people_see(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[str] = []
     monkeypatch.setattr(place, "waiting", lambda what, *, quiet: (waited.append(what), nullcontext())[1])
     assert main([*PAFU, "--max-memory", "+50%", "--layers", "stage4"]) == 0
     captured = capsys.readouterr()
     assert waited == ["building test_resnet", "counting the costs of every replacement", "placing"]
-    assert "memory (train) <= +50%" in captured.out
     assert "placement 1" in captured.out
     assert "pafu(group_size=" in captured.out
     told = " ".join(captured.out.split())
+    assert "memory (training step, adamw, float32, batch 4) <= +50%" in told
+    assert "memory of one training step, adamw, float32, batch 4, with margin and reserve" in told
     assert "note: uniform gains mean as many replacements as the budgets allow" in told
     assert "surgeon gains test_resnet --task TASK --data DIR -o gains.json" in told
     assert max(map(len, captured.out.splitlines())) <= 80

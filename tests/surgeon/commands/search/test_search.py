@@ -19,7 +19,7 @@ from surgeon.commands.search.gains import lines
 from surgeon.costs.table import Option
 from surgeon.search.gains.gain import GainTable
 from surgeon.search.results.report import sentences
-from surgeon.search.results.summary import none_better, status_lines, worse_than_start
+from surgeon.search.results.summary import as_good, few_samples, none_better, status_lines, worse_than_start
 from surgeon.search.space import Space
 from surgeon.search.study.folder import Finished, read_search
 from surgeon.search.study.identity import differences
@@ -108,6 +108,17 @@ def _check_start(found: Finished, start: float) -> None:
     assert f"note: all {alike}" in " ".join("\n".join(status_lines(tie)).split())
     assert f"All {alike}." in sentences(tie)
     assert "the same value" not in "\n".join([*status_lines(found), *sentences(found)])
+    by_best = replace(found, records=[replace(one, values=one.values and (0.5,)) for one in found.records[:2]])
+    other = replace(found.records[1], number=7, hash="other", values=(0.7,))
+    first, second = (one.number for one in by_best.ranked())
+    same = f"trial {second} reached mse 0.5, too: fewer FLOPs, then less memory decides"
+    assert (as_good(replace(by_best, records=[*by_best.records, other])), first) == (same, 0)
+    assert as_good(by_best) is None, "all are tied, which another note tells"
+    counts = {"primary": "top1", "val_samples": 48}
+    assert few_samples(replace(found, about={**found.about, "task": found.about["task"] | counts})) == (
+        "only 48 samples judge: each is 2.1 points of top1, and the order of trials says little of other images; a larger "
+        "val/ tells more"
+    )
     older = started_at({})
     assert older.start() is None
     assert "untrained" not in "\n".join(status_lines(older))
@@ -117,6 +128,9 @@ def _check_report(capsys: Capture) -> None:
     assert main(["study", "report", "s", "--json"]) == 0
     page = Path(document(capsys)["report"])
     text = page.read_text()
+    random = any(arm["role"] == "random" for arm in read_search("s").finals["arms"])
+    assert (f"against the unmodified model{' and a random placement' * random}." in text) is True
+    assert "this search (--sampler posterior)" in text
     names = {"pareto", "placements", "expected", "budgets", "convergence", "finals", "gains"}
     assert {path.stem for path in page.parent.glob("*.png")} == names
     assert text.count("<figure") == len(names)
@@ -136,7 +150,7 @@ def _check_report(capsys: Capture) -> None:
 
 
 def _check_export(finals: Any, capsys: Capture) -> None:
-    assert main(["study", "export", "s", "--best", "-o", "out", "--json"]) == 0
+    assert main(["study", "export", "s", "-o", "out", "--json"]) == 0
     told = document(capsys)
     assert told["stage"] == "finals"
     arm = next(arm for arm in finals["arms"] if arm["hash"] == told["hash"])
