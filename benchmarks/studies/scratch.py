@@ -96,7 +96,7 @@ def mdcb() -> Study:
         "rdn_mdcb",
         ("RDN", "RDN with MDCB"),
         {"channels": 1, "blocks": 3, "width": 16, "layers": 4},
-        wide=22,
+        wide=31,
         rates=(5e-4, 1e-3, 2e-3),
         steps=500,
         batch=4,

@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmarks import learning, report
 from benchmarks._paired import differences, outcome
+from benchmarks.studies import STUDIES
 from benchmarks.studies.study import Study
 from surgeon.zoo.tasks import Task, create_task
 
@@ -43,6 +44,15 @@ def toy(steps: int = 2) -> Study:
         batch=2,
         unit="nothing",
     )
+
+
+@pytest.mark.parametrize("name", ["acda-sr", "dconv-denoising", "mdcb-denoising"])
+def test_the_larger_plain_network_has_about_as_many_parameters_as_ours(name: str) -> None:
+    study = STUDIES[name]()
+    assert study.wide is not None
+    ours = next(make for arm, make in study.arms.items() if arm.endswith("as published"))
+    wide, dynamic = (sum(p.numel() for p in make(Path()).parameters()) for make in (study.arms[study.wide], ours))
+    assert abs(wide / dynamic - 1) < 0.1
 
 
 @pytest.fixture
