@@ -6,7 +6,9 @@ B batches), per parameter: mean m, variance v over batches, n·v an estimate of 
 m² − v/B an unbiased square of the gradient.
 
     gradient   ‖m‖, the baseline: not comparable between layers of different scale
-    fisher     ½ Σ max(m² − v/B, 0) / (n·v + damping), the decrease predicted for a diagonal natural-gradient step
+    fisher     ½ Σ max(m² − v/B, 0) / (n·v + damping), the form of a decrease by a diagonal natural-gradient step, but no such
+               decrease: of pure noise, too, a positive part remains for every parameter, and directions that parameters share
+               count once for each. It grows with their number
     snr        Σ (m² − v/B) / Σ v/B, the signal-to-noise ratio of the gradient
     nqm        the decrease predicted for the training's own steps by the noisy quadratic model: `surgeon.search.gains.quadratic`
 
@@ -69,10 +71,11 @@ def gradient_gains(
         raise ConfigError(f"the variance of gradients needs at least {LEAST_BATCHES} batches, got {len(batches)}")
     samples = _samples(batches[0])
     started = time.perf_counter()
+    losses: list[float] = []
     gain = {name: np.zeros(space.allowed.shape) for name in estimators}
     error = {name: np.zeros(space.allowed.shape) for name in estimators}
     for j in range(1, len(space.labels)):
-        found = _gradients(model, space, j, loss, batches, walk, seed, input_size, progress)
+        found = _gradients(model, space, j, loss, batches, walk, seed, input_size, progress, losses)
         for layer, (gradients, scales) in found.items():
             i = space.layers.index(layer)
             for name in estimators:
@@ -80,6 +83,7 @@ def gradient_gains(
                     _statistic(name, gradients, scales, samples, damping, walk), len(batches)
                 )
     facts = {"seconds": time.perf_counter() - started, "batches": len(batches), "samples": samples, "seed": seed}
+    facts |= {"loss": float(np.mean(losses))} if losses and np.isfinite(losses).all() else {}
     return {
         name: GainTable(
             layers=space.layers,
@@ -114,9 +118,10 @@ def _gradients(
     seed: int,
     input_size: Any,
     progress: OnProgress | None,
+    losses: list[float],
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """For every layer that may have this option, the gradients of its new parameters, (B, P), float32 on the CPU, and the multiples
-    of the walk's rates at which they learn, (P,).
+    of the walk's rates at which they learn, (P,). Appends the loss of every batch to `losses`.
     """
     placement = np.where(space.allowed[:, option], option, 0)
     if not placement.any():
@@ -138,9 +143,11 @@ def _gradients(
         seed_torch(seed)
         for number, batch in enumerate(batches):
             if progress is not None:
-                progress("gains", (option - 1) * len(batches) + number, (len(space.labels) - 1) * len(batches))
+                progress("gains: batches", (option - 1) * len(batches) + number, (len(space.labels) - 1) * len(batches))
             work.zero_grad(set_to_none=True)
-            loss(work, batch).backward()
+            found = loss(work, batch)
+            found.backward()
+            losses.append(float(found.detach()))
             for layer, parameters in layers.items():
                 kept[layer][number] = torch.cat([_gradient(parameter).flatten() for parameter in parameters])
     scales = walk.scales(work) if walk else {}

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from surgeon.errors import ConfigError
+from surgeon.search.gains.names import DECREASE
 from surgeon.search.placement.problem import Floats
 from surgeon.search.space import Space
 from surgeon.util.files import cache_folder, read_json, write_text
+from surgeon.util.tables import counted
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,17 @@ class GainTable:
             raise ConfigError(
                 f"{where or 'the gain table'} is of another network: it has {', '.join(self.layers[:3])}, and none of these is here"
             )
+
+    def doubt(self) -> str | None:
+        """A sentence if decreases of the loss are predicted that are larger than the loss itself."""
+        loss = self.facts.get("loss")
+        if self.facts.get("unit") != DECREASE or not isinstance(loss, int | float) or loss <= 0:
+            return None
+        beyond = int((self.gain > loss).sum())
+        if not beyond:
+            return None
+        exceed = f"{counted(beyond, 'gain')} of {np.count_nonzero(self.gain)} exceed{'s' * (beyond == 1)}"
+        return f"{exceed} the loss itself, {loss:.3g}: the prediction does not hold so far, take it as an order only"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values: `gains` is layer → option → [gain, standard error]."""

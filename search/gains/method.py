@@ -7,7 +7,7 @@ from surgeon.errors import DataError
 from surgeon.search.evaluate.training import TrainingEvaluator, sample_size
 from surgeon.search.gains.estimate import gradient_gains
 from surgeon.search.gains.gain import GainTable, cache_key, cached, uniform_gains
-from surgeon.search.gains.names import METHODS, check_gains, check_method
+from surgeon.search.gains.names import ESTIMATORS, METHODS, check_gains, check_method
 from surgeon.search.gains.probe import ProbeConfig, ablation_gains, halving_gains, probe_gains, training_batches
 from surgeon.search.gains.quadratic import walk_of
 from surgeon.util.progress import OnProgress
@@ -45,6 +45,7 @@ def make_gains(
     if fresh:
         return make()
     facts: dict[str, Any] = dict(evaluator.identity()) | {"probe": vars(config), "batches": batches}
+    facts["unit"] = ESTIMATORS.get(method)
     return cached(cache_key(evaluator.space, method, **facts), make)
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 from surgeon.errors import ConfigError
 from surgeon.util.near import did_you_mean
 
+DECREASE = "predicted decrease of the loss"
 # The methods that use gradients only, and what their gains are
 ESTIMATORS = {
     "gradient": "norm of the gradient",
-    "fisher": "predicted decrease of the loss",
+    "fisher": "squared gradient / Fisher information, summed over parameters",
     "snr": "signal-to-noise ratio of the gradient",
-    "nqm": "predicted decrease of the loss",
+    "nqm": DECREASE,
 }
 TRAINED = ("probe", "halving", "ablation")  # methods that train
 LEAST_BATCHES = 4  # for a standard error over batches

@@ -113,7 +113,7 @@ def probe_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: OnP
     plain: dict[int, list[float]] = {}
     for number, (layer, option) in enumerate(todo):
         if progress is not None:
-            progress("probe", number, len(todo))
+            progress("gains: layers and options", number, len(todo))
         if layer not in plain:
             plain[layer] = [_probe(evaluator, single(space, layer, 0), layer, own) for own in batches]
             values.trainings += config.seeds
@@ -194,7 +194,7 @@ def halving_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: O
         values.trainings += config.seeds
         for number, (layer, option) in enumerate(left):
             if progress is not None:
-                progress(f"round {rung + 1}", number, len(left))
+                progress(f"gains, round {rung + 1}: layers and options", number, len(left))
             placement = single(evaluator.space, layer, option)
             found = [_value(short, placement, rung, seed) - before for seed, before in zip(seeds, plain, strict=True)]
             values.trainings += config.seeds
@@ -232,7 +232,7 @@ def ablation_gains(evaluator: TrainingEvaluator, config: ProbeConfig, progress: 
         lost: dict[int, list[float]] = {int(layer): [] for layer in layers}
         for number, seed in enumerate(_seeds(evaluator, config) if len(layers) else ()):
             if progress is not None:
-                progress("ablation", (option - 1) * config.seeds + number, total)
+                progress("gains: trainings", (option - 1) * config.seeds + number, total)
             model = short.train(placement, seed=seed).model
             values.trainings += 1
             whole = _metric(model, evaluator)

@@ -161,6 +161,8 @@ def gains(table: GainTable) -> str:
     unit = str(table.facts.get("unit", "gain"))
     drawn = pages.chart(marks, across="layer, from input to output", up=unit, groups=list(table.options)[1:], level=0.0)
     sentence = f"Estimated by {table.estimator}, ± two standard errors: bars across the dashed line say nothing."
+    doubt = table.doubt()
+    sentence += "" if doubt is None else f" {doubt[0].upper()}{doubt[1:]}."
     return pages.section("What each layer was expected to gain", sentence, drawn)
 
 

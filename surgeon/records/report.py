@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -194,6 +195,12 @@ def options_text(kind: str, options: dict[str, Any]) -> str:
     return " ".join([kind, *(f"{letter}{options[key]}" for key, letter in _symbols(kind, options).items())])
 
 
+def letters_text(options: Iterable[tuple[str, dict[str, Any]]]) -> str:
+    """A legend of the letters in `options_text`, for these layer types with their options: `m: atoms, S: scales`."""
+    letters = dict.fromkeys(f"{letter}: {key}" for kind, own in options for key, letter in _symbols(kind, own).items())
+    return ", ".join(letters)
+
+
 def _symbols(kind: str, options: dict[str, Any]) -> dict[str, str]:
     """The options that are shown, each with its letter."""
     symbols = layer_class(kind).Config.symbols_of(options) if kind in layer_types() else {}
@@ -221,10 +228,8 @@ def _replaced_table(replaced: list[Replaced], width: int) -> str:
     text = table(REPLACED, lines, width=width, left=4)
     if narrow:
         kinds = sorted({options_text(r.type, r.options) for r in replaced})
-        letters = dict.fromkeys(
-            f"{letter}: {key}" for r in replaced for key, letter in _symbols(r.type, r.options).items()
-        )
-        told = "; ".join(kinds) + (f" ({', '.join(letters)})" if letters else "")
+        letters = letters_text((r.type, r.options) for r in replaced)
+        told = "; ".join(kinds) + (f" ({letters})" if letters else "")
         text += "\n" + paragraph(f"became: {told}", width=width, hang="  ")
     return text
 

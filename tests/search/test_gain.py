@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import ConfigError
-from surgeon.search.gains.estimate import ESTIMATORS, gradient_gains
+from surgeon.search.gains.estimate import ESTIMATORS, _of_moments, gradient_gains
 from surgeon.search.gains.gain import GainTable, cache_key, cached, uniform_gains
+from surgeon.search.gains.names import DECREASE
 from surgeon.search.gains.posterior import Posterior
 from surgeon.search.gains.quadratic import Walk, decrease, walk_of
 from surgeon.search.placement.place import gain_of, optimum
@@ -222,6 +223,20 @@ def test_the_walk_slows_the_last_weight_of_a_generator() -> None:
     for label, before, after in zip(space.labels[1:], plain[1:], slowed[1:], strict=True):
         assert before > 0
         assert (0 < after < before) if label.startswith("acda") else (after == before), label
+
+
+def test_the_loss_is_recorded_and_fisher_is_no_decrease_of_it() -> None:
+    torch.manual_seed(0)
+    model = Two()
+    space = make_space_of(model, SpaceConfig(types=("sekg",)))
+    batches = data(4)
+    tables = gradient_gains(model, space, loss, batches, walk=FEW_STEPS, input_size=10)
+    mean = float(np.mean([float(loss(model.eval(), batch).detach()) for batch in batches]))
+    assert tables["nqm"].facts["loss"] == pytest.approx(mean, rel=1e-4)
+    assert [name for name, table in tables.items() if table.facts["unit"] == DECREASE] == ["nqm"]
+    few, many = (_of_moments("fisher", torch.randn(16, n).double(), 32, 0.1) for n in (10**4, 10**5))
+    assert few > 1  # of pure noise
+    assert many == pytest.approx(10 * few, rel=0.1)
 
 
 def test_what_estimators_refuse() -> None:

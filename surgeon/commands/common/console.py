@@ -34,7 +34,8 @@ class Progress:
         self._bar: Any = None  # of the stage on a terminal
         self._drawing = threading.Lock()
         self._last, self._pause = time.monotonic(), _FIRST  # of the lines, if stderr is not a terminal
-        self._stage = ""  # last one reported there
+        self._stage = ""  # last one reported there, with what is done of it
+        self._name, self._done, self._began = "", 0, self._last  # of the stage; when it was first reported
         self._ended = threading.Event()
         self._beat: threading.Thread | None = None
 
@@ -63,26 +64,32 @@ class Progress:
 
     def _tell_of_waits(self) -> None:
         """A line for a stage that reports nothing for long."""
-        stage, began = "", time.monotonic()
+        stage, since = "", time.monotonic()
         while not self._ended.wait(0.25):
             now = time.monotonic()
             if self._stage != stage:
-                stage, began = self._stage, now
-            elif stage and now - began >= _FIRST:
-                self._tell(f"{stage}, {now - began:.0f} s")
+                stage, since = self._stage, now
+            elif stage and now - since >= _FIRST:
+                self._tell(stage)
 
     def _tell(self, text: str) -> None:
-        """Print a line after two seconds, another ten later, and then after twice as long each time, up to a minute."""
+        """Print a line after two seconds, another ten later, and then after twice as long each time, up to a minute.
+
+        The seconds are those of the whole stage.
+        """
         with self._drawing:
             now = time.monotonic()
             if self.enabled and now - self._last >= self._pause:
                 self._last, self._pause = now, longer(self._pause)
-                print(f"surgeon: {text}", file=sys.stderr, flush=True)
+                print(f"surgeon: {text}, {now - self._began:.0f} s so far", file=sys.stderr, flush=True)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self._terminal:
             self._show(stage, done, total)
             return
+        if stage != self._name or done < self._done:
+            self._name, self._began = stage, time.monotonic()
+        self._done = done
         self._stage = f"{stage} {done}/{total}" if total > 1 else stage
         self._tell(self._stage)
 

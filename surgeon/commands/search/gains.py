@@ -3,7 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgeon.commands.common import checks
 from surgeon.commands.common.arguments import print_json, whole
@@ -108,26 +108,33 @@ def run(args: argparse.Namespace) -> int:
 
 
 def lines(gains: "GainTable", space: "Space") -> list[str]:
-    """The table as text: a row per layer, a column per option, `gain ± standard error`; what it leaves to say below it."""
+    """The table as text: a row per layer, a column per option, `gain ± standard error`; what it leaves to say below it.
+
+    Columns that do not fit beside each other are in further tables below.
+    """
     from surgeon.commands.common.console import width
-    from surgeon.util.tables import paragraph, table
+    from surgeon.records.report import letters_text
+    from surgeon.util.tables import paragraph
 
     facts = gains.facts
     about = [f"{facts['seconds']:.1f} s"] if "seconds" in facts else []
     about += [f"{facts[name]} {name}" for name in ("batches", "trainings", "steps", "seeds") if name in facts]
     if "unit" in facts:
         about.append(f"gain = {facts['unit']}, higher is better")
-    rows = [
+    if "loss" in facts:
+        about.append(f"the loss is {facts['loss']:.3g}")
+    options = [(one.type, dict(one.options)) for one in space.options]
+    columns = [
         [
-            layer,
+            name,
             *(
                 f"{gains.gain[i, j]:.3g} ± {gains.error[i, j]:.1g}" if space.allowed[i, j] else "-"
-                for j in range(1, len(gains.options))
+                for i in range(len(gains.layers))
             ),
         ]
-        for i, layer in enumerate(gains.layers)
+        for j, name in enumerate(_names(gains, options), start=1)
     ]
-    notes = []
+    notes = [letters] if (letters := letters_text(options)) else []
     if not space.allowed.all():
         notes.append("-: the layer cannot become this")
     if not gains.gain.any():
@@ -135,8 +142,35 @@ def lines(gains: "GainTable", space: "Space") -> list[str]:
             "note: no replacement changed the metric. It is too coarse for so short a training: more --steps, more validation "
             "samples, or --method nqm, which reads gradients of the loss"
         )
+    if (doubt := gains.doubt()) is not None:
+        notes.append(f"note: {doubt}")
     if gains.cached:
         notes.append("note: estimated earlier for the same model, data and options; --fresh estimates anew")
-    text = table(["layer", *gains.options[1:]], rows, width=width())
     told = [paragraph(note, width=width(), hang="  ") for note in notes]
-    return [f"{gains.estimator}: {', '.join(about)}", text, *told]
+    head = paragraph(f"{gains.estimator}: {', '.join(about)}", width=width(), hang="  ")
+    return [head, _tables(["layer", *gains.layers], columns, width()), *told]
+
+
+def _names(gains: "GainTable", options: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """The options in compact form, `acda m6 S3`; in full where several would have the same one."""
+    from surgeon.records.report import options_text
+
+    short = [options_text(*one) for one in options]
+    return [name if short.count(name) == 1 else label for name, label in zip(short, gains.options[1:], strict=True)]
+
+
+def _tables(first: list[str], columns: list[list[str]], width: int) -> str:
+    """Tables of these columns, each with its heading on top, as many in one as fit beside the first column in `width`."""
+    from surgeon.util.tables import GAPS, table
+
+    parts: list[list[list[str]]] = [[]]
+    for column in columns:
+        wide = [max(map(len, one)) + len(GAPS[0]) for one in (*parts[-1], column)]
+        if parts[-1] and max(map(len, first)) + sum(wide) > width:
+            parts.append([])
+        parts[-1].append(column)
+    texts = []
+    for part in parts:
+        header, *rows = zip(first, *part, strict=True)
+        texts.append(table(header, rows, width=width))
+    return "\n\n".join(texts)

@@ -10,7 +10,7 @@ from surgeon.commands.common.arguments import model_name, model_options, print_j
 from surgeon.commands.search.place import add_budget_arguments, add_space_arguments, read_budgets, space_config
 from surgeon.commands.search.setup import GAINS, add_task_arguments, add_training_arguments, check_task
 from surgeon.errors import ConfigError
-from surgeon.search.gains.names import METHODS, check_gains
+from surgeon.search.gains.names import ESTIMATORS, METHODS, check_gains
 from surgeon.util.bounds import FLAGS
 from surgeon.util.outputs import check_no_search
 from surgeon.util.parse import parse_time
@@ -290,9 +290,23 @@ def _gains(
         if kept.estimator == args.gains:
             return kept.for_space(gate.space)
     if args.gains in METHODS:
-        tell(args, f"before the first trial: what each replacement gains, by {args.gains} (--gains uniform skips this)")
+        tell(args, f"before the first trial: what each replacement gains, by {args.gains}{_length(args, gate)}")
     with Progress(enabled=not args.quiet) as progress:
-        return gains_of(args.gains, evaluator, progress=progress)
+        gains = gains_of(args.gains, evaluator, progress=progress)
+    if gains.cached:
+        tell(args, "these gains were estimated earlier for the same model, data and options")
+    if (doubt := gains.doubt()) is not None:
+        tell(args, f"note: {doubt}")
+    return gains
+
+
+def _length(args: argparse.Namespace, gate: "Gate") -> str:
+    """How much a gain method takes relative to a trial, where that is known beforehand, and how to do without it."""
+    from surgeon.search.gains.method import GRADIENT_BATCHES
+
+    batches = (len(gate.space.labels) - 1) * GRADIENT_BATCHES if args.gains in ESTIMATORS else 0
+    takes = f"{batches} batches forward and backward, a trial takes {args.steps << args.rung}; " if batches else ""
+    return f" ({takes}--gains uniform skips this)"
 
 
 def _begin(args: argparse.Namespace, folder: "SearchFolder", search: "Search", setup: "Setup") -> None:

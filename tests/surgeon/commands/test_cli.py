@@ -264,7 +264,7 @@ def test_progress_goes_to_stderr_and_quiet_stops_it(capsys: pytest.CaptureFixtur
     with Progress() as progress:
         progress._last = float("-inf")
         progress("verify", 1, 3)
-    assert capsys.readouterr() == ("", "surgeon: verify 1/3\n")
+    assert capsys.readouterr() == ("", "surgeon: verify 1/3, 0 s so far\n")
     with Progress(enabled=False) as progress:
         progress._last = float("-inf")
         progress("verify", 1, 3)

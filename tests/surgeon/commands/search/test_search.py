@@ -18,6 +18,8 @@ from surgeon.cli import main
 from surgeon.commands.search.gains import lines
 from surgeon.costs.table import Option
 from surgeon.search.gains.gain import GainTable
+from surgeon.search.gains.names import DECREASE
+from surgeon.search.results import report_figures
 from surgeon.search.results.report import sentences
 from surgeon.search.results.summary import as_good, few_samples, none_better, status_lines, worse_than_start
 from surgeon.search.space import Space
@@ -414,6 +416,35 @@ def test_a_table_says_what_is_impossible_and_what_gains_nothing() -> None:
     assert "a 0 ± 0 - b 0 ± 0 0 ± 0" in told
     assert "-: the layer cannot become this" in told
     assert "note: no replacement changed the metric" in told
+
+
+def test_a_table_has_short_names_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    layers = tuple(f"layer{n}.0.conv1" for n in range(1, 5))
+    options = tuple(
+        [Option("acda", {"atoms": m, "scales": s}) for m, s in ((6, 3), (4, 1), (6, 1))]
+        + [Option("pafu", {"group_size": 4, "supports": [n]}) for n in (3, 5)]
+    )
+    space = Space(layers=layers, stages=(None,) * 4, options=options, allowed=np.ones((4, 6), dtype=np.bool_))
+    gain = np.full((4, 6), 0.00251)
+    gain[:, 0] = 0
+    facts = {"unit": DECREASE, "loss": 0.002, "batches": 16}
+    table = GainTable(layers=layers, options=space.labels, gain=gain, error=gain / 7, estimator="nqm", facts=facts)
+    shown = "\n".join(lines(table, space))
+    assert max(map(len, shown.splitlines())) <= 80
+    headings = [line.split("  ") for line in shown.splitlines() if line.startswith("layer ")]
+    names = [cell.strip() for line in headings for cell in line if cell.strip() not in ("", "layer")]
+    assert names == ["acda m6 S3", "acda m4 S1", "acda m6 S1", *space.labels[4:]], "in full where short ones are alike"
+    told = " ".join(shown.split())
+    assert "m: atoms, S: scales, n: group_size" in told
+    assert "the loss is 0.002" in told
+    beyond = (
+        "20 gains of 20 exceed the loss itself, 0.002: the prediction does not hold so far, take it as an order only"
+    )
+    assert f"note: {beyond}" in told
+    assert f"{beyond.capitalize()}." in report_figures.gains(table)
+    assert replace(table, facts=facts | {"unit": "norm of the gradient"}).doubt() is None
+    assert replace(table, facts=facts | {"loss": 0.003}).doubt() is None
 
 
 # --- TensorBoard, plots -------------------------------------------------------------------------------------------
