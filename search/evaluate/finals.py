@@ -1,7 +1,7 @@
 """The final stage: the best few trained in full, with several seeds, along with the unmodified model and a random placement."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A placement in the final stage. `role`: original, found or random; `values` by seed, empty if it was not trained."""
+    """A placement in the final stage. `role`: original, found or random; `values` by seed.
+
+    There are no values if it was not trained, and why not is in `why_not`, or is not done yet.
+    """
 
     role: str
     hash: str
@@ -64,20 +67,32 @@ def run_finals(
 ) -> list[Arm]:
     """Train the arms, or resume them; completed runs are read. Every run is a surgeon folder in `finals`.
 
-    There are only arms whose trials were evaluated; an arm over budget, or out of memory, is skipped with the reason.
+    There are only arms whose trials were evaluated; an arm over budget, or out of memory, is skipped with the reason. All arms
+    are in the folder's table from the beginning, so that readers know how many are still to come.
     """
     chosen = choose_arms(found.ranked(), found.records, count)
-    arms: list[Arm] = []
+    head = {"steps": evaluator.config.steps << rung, "seeds": seeds}
     with folder.alone():
-        for number, (role, one) in enumerate(chosen, start=1):
-            arms.append(_arm(folder, evaluator, gate, role, one, seeds, rung))
-            last = arms[-1]
+        arms = [_completed(folder, evaluator, role, one, seeds, rung) for role, one in chosen]
+        for number, (role, one) in enumerate(chosen):
+            write_json(folder.table, {**head, "arms": [asdict(arm) for arm in arms]})
+            arms[number] = last = _arm(folder, evaluator, gate, role, one, seeds, rung)
             told = last.why_not or f"{last.mean:.5g} ± {last.spread:.2g}"
-            tell(f"finals {number}/{len(chosen)}: {role}, {evaluator.task.primary} {told}")
-            steps = evaluator.config.steps << rung
-            values = {"steps": steps, "seeds": seeds, "arms": [asdict(arm) for arm in arms]}
-            write_json(folder.table, values)
+            tell(f"finals {number + 1}/{len(chosen)}: {role}, {evaluator.task.primary} {told}")
+        if arms:
+            write_json(folder.table, {**head, "arms": [asdict(arm) for arm in arms]})
     return arms
+
+
+def _completed(
+    folder: SearchFolder, evaluator: TrainingEvaluator, role: str, one: Record, seeds: int, rung: int
+) -> Arm:
+    """The arm as it is on disk: with the values of all its seeds, or without any."""
+    key = evaluator.space.hash_of(evaluator.space.placement(one.placement))
+    known = [_recorded(evaluator, final_folder(folder, key, seed, rung)) for seed in range(seeds)]
+    values = [value for value in known if value is not None]
+    values = values if len(values) == seeds else []
+    return Arm(role=role, hash=key, placement=dict(one.placement), values=values, trial=one.number)
 
 
 def _arm(
@@ -106,15 +121,23 @@ def final_folder(folder: SearchFolder, key: str, seed: int, rung: int) -> Path:
 
 
 def _value(evaluator: TrainingEvaluator, placement: Any, output: Path, rung: int, seed: int) -> float:
-    summary = output / SUMMARY
-    if is_surgeon_folder(output) and summary.is_file():
-        found = parse_json(read_text(summary), str(summary))
-        return float(found["result"]["metrics"][evaluator.task.primary])
+    known = _recorded(evaluator, output)
+    if known is not None:
+        return known
     result = evaluator.train(placement, rung=rung, seed=seed, output=output)
     return float(result.metrics[evaluator.task.primary])
 
 
-def best_arm(arms: Sequence[dict[str, Any]], *, higher: bool) -> dict[str, Any] | None:
+def _recorded(evaluator: TrainingEvaluator, output: Path) -> float | None:
+    """The value of a completed run; None if there is none."""
+    summary = output / SUMMARY
+    if not (is_surgeon_folder(output) and summary.is_file()):
+        return None
+    found = parse_json(read_text(summary), str(summary))
+    return float(found["result"]["metrics"][evaluator.task.primary])
+
+
+def best_arm(arms: Sequence[Mapping[str, Any]], *, higher: bool) -> Mapping[str, Any] | None:
     """The found or random arm with the best mean."""
     trained = [arm for arm in arms if arm["values"] and arm["placement"]]
     sign = -1.0 if higher else 1.0

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from surgeon.errors import ConfigError, TrainingError
 from surgeon.models.checkpoint import save
 from surgeon.models.weights import state_sha256
 from surgeon.records.recipe import BaseModel
+from surgeon.records.report import Report as ConversionReport
 from surgeon.search.evaluate.evaluator import Evaluator, OutOfMemoryError, Report, StoppedError
 from surgeon.search.placement.problem import Ints
 from surgeon.search.space import Space
@@ -35,9 +36,6 @@ from surgeon.zoo.finetune import FinetuneConfig, FinetuneResult, Source, finetun
 from surgeon.zoo.finetune.loop import Interrupted
 from surgeon.zoo.tasks import Task
 from surgeon.zoo.tasks.data.fingerprint import fingerprint
-
-if TYPE_CHECKING:
-    from surgeon.zoo.finetune.networks import Source
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +145,7 @@ class TrainingEvaluator(Evaluator):
         value, loss = float(result.metrics[primary]), float(result.metrics.get("loss", math.nan))
         self._loss = loss if math.isfinite(loss) else None
         if self.keep is not None and any(placement):
-            self._keep_best(result.model, placement, value)
+            self._keep_best(result, placement, value)
         return value
 
     def train(
@@ -155,10 +153,9 @@ class TrainingEvaluator(Evaluator):
     ) -> FinetuneResult:
         """Convert and fine-tune; `output` becomes the folder of a run (`surgeon.zoo.finetune`), or is resumed."""
         config = self.config.at(rung, seed)
-        source = Source(name=self.space.hash_of(placement), base=self.base)
         memory: int | None = None
         try:
-            return self._train(placement, config, source, output, watch)
+            return self._train(placement, config, output, watch)
         except Interrupted as error:
             raise StoppedError(str(error)) from error
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -173,10 +170,9 @@ class TrainingEvaluator(Evaluator):
             torch.cuda.empty_cache()
         raise OutOfMemoryError(memory)
 
-    def _train(
-        self, placement: Ints, config: FinetuneConfig, source: "Source", output: Path | None, watch: Any
-    ) -> FinetuneResult:
-        model = self.converted(placement, seed=config.seed)
+    def _train(self, placement: Ints, config: FinetuneConfig, output: Path | None, watch: Any) -> FinetuneResult:
+        model, report = self.converted(placement, seed=config.seed)
+        source = Source(name=self.space.hash_of(placement), base=self.base, report=report)
         resume = output is not None and (output / RUN).is_file()
         known = self._start if output is None else None
         result = finetune(
@@ -185,14 +181,14 @@ class TrainingEvaluator(Evaluator):
         self._start = result.summary.start.metrics
         return result
 
-    def converted(self, placement: Ints, seed: int = 0) -> nn.Module:
-        """A copy of the model with this placement, computing the same function."""
+    def converted(self, placement: Ints, seed: int = 0) -> tuple[nn.Module, ConversionReport | None]:
+        """A copy of the model with this placement, computing the same function, and the report (None: nothing is replaced)."""
         if not any(placement):
-            return copy_model(self.model)
+            return copy_model(self.model), None
         recipe = self.space.recipe(placement, seed=seed)
-        return convert(self.model, recipe=recipe, seed=seed, check=False, input_size=self._size)[0]
+        return convert(self.model, recipe=recipe, seed=seed, check=False, input_size=self._size)
 
-    def _keep_best(self, model: nn.Module, placement: Ints, value: float) -> None:
+    def _keep_best(self, result: FinetuneResult, placement: Ints, value: float) -> None:
         """The record is updated once the new model is complete, and only then the old one is removed: a kill leaves one of them."""
         assert self.keep is not None
         self.keep.mkdir(parents=True, exist_ok=True)
@@ -203,7 +199,8 @@ class TrainingEvaluator(Evaluator):
             if known and mine >= rank(known["value"], higher=higher, loss=known.get("loss"), costs=known):
                 return
             key = self.space.hash_of(placement)
-            save(model, self.keep / key, base=self.base, force=True)
+            _, report = self.converted(placement, seed=self.config.base.seed)
+            save(result.model, self.keep / key, base=self.base, report=report, scores=result.metrics, force=True)
             ties = {"loss": self._loss, "flops": costs.get("flops"), "memory": costs.get("memory")}
             values = {"hash": key, "value": value, **ties, "placement": self.space.names(placement)}
             write_json(self.keep / NOTE, values)

@@ -149,7 +149,7 @@ def _probe(evaluator: TrainingEvaluator, placement: Ints, layer: int, batches: _
     """The loss on held-out samples after a few steps of one layer alone."""
     base, task = evaluator.config.base, evaluator.task
     device = torch.device("cuda" if torch.cuda.is_available() and base.device != "cpu" else "cpu")
-    model = evaluator.converted(placement, seed=batches.seed).to(device).eval().requires_grad_(False)
+    model = evaluator.converted(placement, seed=batches.seed)[0].to(device).eval().requires_grad_(False)
     module = model.get_submodule(evaluator.space.layers[layer])
     module.requires_grad_(True).train()  # a selector (PAFU's) learns only in training mode
     optimizer = make_optimizer(optimizer_groups(group_parameters(model, base), base), base)

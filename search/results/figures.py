@@ -120,7 +120,7 @@ def placement_map(found: Finished) -> Figure:
 def expected_against_measured(found: Finished) -> Figure:
     """The gain expected by the table against the measured value."""
     rank = rank_correlation(found)
-    told = "" if rank is None else f"; rank correlation {rank:.2f}"
+    told = "" if rank is None else f"\nrank correlation {rank}"
     figure, axes = new_figure(6, 4, f"expected gain ({found.about['gains']}) and measured value{told}")
     done = [one for one in found.ranked() if "gain" in one.attributes]
     points = [(float(one.attributes["gain"]), _value(found, one)) for one in done]
@@ -131,14 +131,13 @@ def expected_against_measured(found: Finished) -> Figure:
 
 def budget_figure(found: Finished) -> Figure:
     """The share of each limit used by every trial, and by the original."""
-    figure, axes = new_figure(6, 4, "cost of the trials as a fraction of the limit; red: over budget, not trained")
+    figure, axes = new_figure(6, 4, "cost of the trials as a fraction of the limit; red: over this budget, not trained")
     limits = {name: limit for name, limit in found.about["limits"].items() if limit}
     for row, (name, limit) in enumerate(limits.items()):
         axes.plot([found.about["original"][name] / limit] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=1)
-        for refused, color in ((False, COLOURS[0]), (True, COLOURS[3])):
-            own = [one for one in found.records if (one.state == "refused") is refused]
-            used = [cost / limit for one in own if (cost := _cost(one, name)) is not None]
-            axes.scatter(used, np.full(len(used), row), s=18, color=color, alpha=0.6)
+        used = [known / limit for one in found.records if (known := cost(one, name)) is not None]
+        colors = [COLOURS[3] if share > 1 else COLOURS[0] for share in used]
+        axes.scatter(used, np.full(len(used), row), s=18, color=colors, alpha=0.6)
     axes.axvline(1, color=COLOURS[3], linewidth=0.8)
     axes.set_yticks(range(len(limits)), list(limits), fontsize=8)
     axes.set_ylim(-0.6, max(len(limits), 1) - 0.4)
@@ -147,7 +146,7 @@ def budget_figure(found: Finished) -> Figure:
     return figure
 
 
-def _cost(one: Record, name: str) -> int | None:
+def cost(one: Record, name: str) -> int | None:
     """A trial's cost from a whole trace; for memory, the device's total need."""
     traced = one.attributes.get("traced") or {}
     return traced.get("needed" if name == "memory" else name)
@@ -158,10 +157,10 @@ def convergence(found: Finished, other: Finished | None = None) -> Figure:
     figure, axes = new_figure(6, 4, "best so far")
     best = best_so_far(found)
     label = searched(found, alone=other is None)
-    axes.step(range(1, len(best) + 1), best, where="post", color=COLOURS[0], label=label)
+    axes.step(*_steps(best), where="post", color=COLOURS[0], label=label)
     if other is not None:
         curve = best_so_far(other)
-        axes.step(range(1, len(curve) + 1), curve, where="post", color=COLOURS[1], label=searched(other))
+        axes.step(*_steps(curve), where="post", color=COLOURS[1], label=searched(other))
     drawn = [_value(found, one) for one in found.ranked() if one.source == "random"]
     if drawn:
         top = max(drawn) if found.higher_is_better else min(drawn)
@@ -178,6 +177,12 @@ def convergence(found: Finished, other: Finished | None = None) -> Figure:
 def searched(found: Finished, *, alone: bool = False) -> str:
     """A search in a legend: its folder, or if it is `alone` there "this search", and its sampler."""
     return f"{'this search' if alone else found.folder.path.name} (--sampler {found.about['sampler']})"
+
+
+def _steps(curve: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The points of a step plot, continued behind the last evaluation, so that a jump there is inside the picture."""
+    places = [float(n) for n in range(1, len(curve) + 1)]
+    return [*places, *(n + 0.5 for n in places[-1:])], [*curve, *curve[-1:]]
 
 
 def best_so_far(found: Finished) -> list[float]:

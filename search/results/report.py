@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import ConfigError
-from surgeon.search.evaluate.finals import best_arm
 from surgeon.search.gains.gain import GainTable
 from surgeon.search.results import figures, report_figures
-from surgeon.search.results.summary import mean_and_spread, notes, relative, status_values
+from surgeon.search.results.comparison import comparison
+from surgeon.search.results.summary import UNDONE, mean_and_spread, notes, rank_correlation, relative, status_values
 from surgeon.search.study.folder import Finished
 from surgeon.search.study.record import Record
 from surgeon.util import pages
 from surgeon.util.files import filling
 from surgeon.util.tables import apart, counted
-from surgeon.zoo.trial import standard_error, verdict, with_error
 
 Other = Finished | None
 
@@ -70,7 +69,7 @@ def _page(found: Finished, gains: GainTable | None, other: Other) -> str:
 
 
 def _facts(found: Finished, values: Mapping[str, Any]) -> list[list[str]]:
-    task, rank, start = values["task"], values["rank_correlation"], values["start"]
+    task, rank, start = values["task"], rank_correlation(found), values["start"]
     arrow = "higher" if task["higher_is_better"] else "lower"
     return [
         ["budgets", str(values["budgets"])],
@@ -79,7 +78,7 @@ def _facts(found: Finished, values: Mapping[str, Any]) -> list[list[str]]:
         [f"{task['primary']} before any step", "not recorded" if start is None else f"{start:.5g}"],
         ["sampler, seed", f"{found.about['sampler']}, {found.about['seed']}"],
         ["gains", str(found.about["gains"])],
-        ["rank correlation of the gains with the values", "-" if rank is None else f"{rank:.2f}"],
+        ["rank correlation of the gains with the values", "-" if rank is None else str(rank)],
         ["decided by", f"{task['primary']} ({arrow} is better)"],
     ]
 
@@ -94,22 +93,16 @@ def sentences(found: Finished) -> list[str]:
 
 
 def _of_finals(found: Finished) -> list[str]:
-    arms = found.finals["arms"] if found.finals is not None else []
-    best = best_arm(arms, higher=found.higher_is_better)
-    original = next((arm for arm in arms if arm["role"] == "original" and arm["values"]), None)
-    if best is None or original is None:
+    end = comparison(found)
+    if end is None:
         return []
-    sign, primary = (1.0 if found.higher_is_better else -1.0), found.about["task"]["primary"]
-    gains = [sign * (a - b) for a, b in zip(best["values"], original["values"], strict=False)]
-    error = standard_error(gains)
-    word = {"won": "better", "lost": "worse", "undecided": "not settled to be better or worse"}[verdict(gains)]
-    seeds = f"{len(gains)} seed{'s' if len(gains) != 1 else ''}"
-    means = f"{primary} {' against '.join(apart(*(statistics.fmean(arm['values']) for arm in (best, original))))}"
+    word = {"won": "better", "lost": "worse", "undecided": "not settled to be better or worse"}[end.verdict]
+    both = apart(*(statistics.fmean(arm["values"]) for arm in (end.best, end.original)))
     lines = [
-        f"The best placement ({_layers(best['placement'])}) is {word} than the unmodified model trained equally: "
-        f"gain {with_error(statistics.fmean(gains), error)} ({seeds}), {means}{_cost(found, best['trial'])}."
+        f"The best placement ({_layers(end.best['placement'])}) is {word} than the unmodified model trained equally: "
+        f"gain {end.gain}, {found.about['task']['primary']} {' against '.join(both)}{_cost(found, end.best['trial'])}."
     ]
-    if verdict(gains) == "undecided":
+    if end.verdict == "undecided":
         lines.append("Settled means beyond two standard errors of the paired differences of at least three seeds.")
     return lines
 
@@ -124,9 +117,10 @@ def _of_trials(found: Finished) -> list[str]:
     line = f"The best placement{running} ({_layers(best.placement)}) reached {primary} {value:.5g}"
     if original is not None:
         line += f"; the unmodified model, trained equally, {found.value(original) or 0.0:.5g}"
+    hint = " --finals trains the best with seeds." if found.finals is None else ""
     return [
         f"{line}{_cost(found, best.number)}.",
-        "These are single short trainings, the best of many: chance makes some look good. --finals trains the best with seeds.",
+        f"These are single short trainings, the best of many: chance makes some look good.{hint}",
     ]
 
 
@@ -165,7 +159,8 @@ def _finals(found: Finished) -> str:
     rows = []
     for arm in found.finals["arms"]:
         mean, spread = mean_and_spread(arm["values"])
-        rows.append([arm["role"], str(arm["trial"]), str(len(arm["placement"])), mean, spread, arm["why_not"] or ""])
+        why_not = "" if arm["values"] else arm["why_not"] or UNDONE
+        rows.append([arm["role"], str(arm["trial"]), str(len(arm["placement"])), mean, spread, why_not])
     several = any(len(arm["values"]) > 1 for arm in found.finals["arms"])
     header = [
         "arm",

@@ -118,7 +118,7 @@ def expected(found: Finished) -> str:
     ]
     rank = rank_correlation(found)
     drawn = pages.chart(marks, across=f"expected gain ({found.about['gains']})", up=_primary(found))
-    known = "too few or equal values for a rank correlation" if rank is None else f"rank correlation {rank:.2f}"
+    known = "too few or equal values for a rank correlation" if rank is None else f"rank correlation {rank}"
     sentence = (
         f"Where the table of gains is a good guide, points rise from left to right if higher is better; here: {known}."
     )
@@ -131,18 +131,18 @@ def budgets(found: Finished) -> str:
     marks = []
     for place, (name, limit) in enumerate(limits.items()):
         for one in found.records:
-            traced = one.attributes.get("traced") or {}
-            cost = traced.get("needed" if name == "memory" else name)
+            cost = figures.cost(one, name)
             if cost is None:
                 continue
-            refused = one.state == "refused"
-            shown = f"trial {one.number}: {100 * cost / limit:.1f} % of {name}{', not trained' if refused else ''}"
-            marks.append(pages.Mark(x=place, y=100 * cost / limit, told=shown, group=3 if refused else 0))
+            trained = ", not trained" if one.state == "refused" else ""
+            shown = f"trial {one.number}: {100 * cost / limit:.1f} % of {name}{trained}"
+            marks.append(pages.Mark(x=place, y=100 * cost / limit, told=shown, group=3 if cost > limit else 0))
         own = 100 * found.about["original"][name] / limit
         marks.append(pages.Mark(x=place - 0.15, y=own, told=f"the original: {own:.1f} % of {name}", group=7))
     drawn = pages.chart(marks, across="budget", up="used, %", level=100.0, names=list(limits))
     sentence = (
-        "Gray is the original, blue are trials, red ones were over budget (above the dashed line) and not trained."
+        "Gray is the original, blue are trials within this budget, red ones over it (above the dashed line). A trial over any "
+        "of the budgets was not trained."
     )
     return pages.section("How much of the budgets was used", sentence, drawn)
 

@@ -3,6 +3,7 @@
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ def status_values(found: Finished, count: int = 5) -> dict[str, Any]:
         "task": found.about["task"],
         "budgets": found.about["budgets"],
         "trials": dict(Counter("repeated" if one.duplicate_of is not None else one.state for one in used)),
+        "begun": found.begun,
         "ended": found.ended,
         "workers": len(found.alive),
-        "rank_correlation": rank_correlation(found),
+        "rank_correlation": None if (rank := rank_correlation(found)) is None else asdict(rank),
         "start": found.start(),
         "original": None if original is None else record_values(found, original),
         "best": [record_values(found, one) for one in found.ranked()[:count]],
@@ -51,8 +53,26 @@ def record_values(found: Finished, one: Record) -> dict[str, Any]:
     }
 
 
-def rank_correlation(found: Finished) -> float | None:
-    """Spearman's, between the gain expected by the table and the measured value; None with fewer than 4 or equal values."""
+@dataclass(frozen=True, kw_only=True)
+class RankCorrelation:
+    """Spearman's, of `trials` trials, `tied` of which share their measured value with another one.
+
+    `error` is its standard error if the two have nothing to do with each other.
+    """
+
+    value: float
+    error: float
+    trials: int
+    tied: int
+
+    def __str__(self) -> str:
+        ties = f", {self.tied} with tied values" if self.tied else ""
+        undecided = ": undecided" if abs(self.value) <= 2 * self.error else ""
+        return f"{self.value:.2f} ± {self.error:.2f} ({counted(self.trials, 'trial')}{ties}){undecided}"
+
+
+def rank_correlation(found: Finished) -> RankCorrelation | None:
+    """How the expected gains rank the measured values; None with fewer than 4 trials, or if one of the two is constant."""
     pairs = [(float(one.attributes.get("gain", 0.0)), found.value(one) or 0.0) for one in found.ranked()]
     if len(pairs) < 4:
         return None
@@ -60,7 +80,13 @@ def rank_correlation(found: Finished) -> float | None:
     if np.ptp(expected) == 0 or np.ptp(measured) == 0:
         return None
     value = float(np.corrcoef(expected, measured)[0, 1])
-    return value if found.higher_is_better else -value
+    counts = Counter(measured.tolist())
+    return RankCorrelation(
+        value=value if found.higher_is_better else -value,
+        error=(len(pairs) - 1) ** -0.5,  # by permutation, with ties, too
+        trials=len(pairs),
+        tied=sum(n for n in counts.values() if n > 1),
+    )
 
 
 def notes(found: Finished) -> list[str]:
@@ -68,7 +94,7 @@ def notes(found: Finished) -> list[str]:
     judged: Sequence[str | None] = ()
     if found.ranked():
         judged = (worse_than_start(found), few_samples(found), as_good(found), tied(found) or none_better(found))
-    return [told for told in (found.ended, interrupted(found), *judged) if told is not None]
+    return [told for told in (found.ended, interrupted(found), unfinished(found), *judged) if told is not None]
 
 
 def interrupted(found: Finished) -> str | None:
@@ -78,6 +104,14 @@ def interrupted(found: Finished) -> str | None:
         return None
     was, it = ("was", "it") if number == 1 else ("were", "them")
     return f"{counted(number, 'trial')} {was} interrupted: the same command with --resume continues {it}"
+
+
+def unfinished(found: Finished) -> str | None:
+    """A sentence if arms of the finals are still to be trained."""
+    done, of = found.finals_done()
+    if done == of:
+        return None
+    return f"{done} of {counted(of, 'final')} done: they compare once all are; if they were interrupted, --resume continues them"
 
 
 def tied(found: Finished) -> str | None:
@@ -102,9 +136,8 @@ def as_good(found: Finished) -> str | None:
 
 
 def none_better(found: Finished) -> str | None:
-    """A sentence if no placement with replacements, in the finals if there are any, is better than the unmodified model."""
-    arms = [] if found.finals is None else [(arm["placement"], arm["values"]) for arm in found.finals["arms"]]
-    ends = [(layers, statistics.fmean(values)) for layers, values in arms if values]
+    """A sentence if no placement with replacements, in the finals once they are done, is better than the unmodified model."""
+    ends = [(arm["placement"], statistics.fmean(arm["values"])) for arm in found.compared()]
     ends = ends or [(one.placement, one.values[0]) for one in found.ranked() if one.values]
     sign = 1 if found.higher_is_better else -1
     plain = [sign * value for layers, value in ends if not layers]
@@ -115,10 +148,10 @@ def none_better(found: Finished) -> str | None:
 
 
 def worse_than_start(found: Finished) -> str | None:
-    """A sentence if even the best training, of the finals if there are any, ends worse than the network was before it."""
+    """A sentence if even the best training, of the finals once they are done, ends worse than the network was before it."""
     start = found.start()
-    arms = [] if found.finals is None else [arm["values"] for arm in found.finals["arms"] if arm["values"]]
-    ends = [statistics.fmean(arm) for arm in arms] or [one.values[0] for one in found.ranked() if one.values]
+    arms = found.compared()
+    ends = [statistics.fmean(arm["values"]) for arm in arms] or [one.values[0] for one in found.ranked() if one.values]
     sign, way = (1, "below") if found.higher_is_better else (-1, "above")
     if start is None or not ends or any(sign * (value - start) >= 0 for value in ends):
         return None
@@ -139,16 +172,19 @@ def few_samples(found: Finished) -> str | None:
 
 def status_lines(found: Finished, count: int = 5) -> list[str]:
     """The summary as lines of text."""
-    values = status_values(found, count)
+    values, rank = status_values(found, count), rank_correlation(found)
     states = ", ".join(f"{number} {state}" for state, number in sorted(values["trials"].items()))
-    rank, workers = values["rank_correlation"], values["workers"]
+    workers = values["workers"]
     running = f"; {counted(workers, 'worker')} running" if workers else ""
     lines = [
         paragraph(f"{values['model']} on {values['task']['name']}: {values['budgets']}", hang="  "),
         f"trials: {states or 'none yet'}{running}",
     ]
+    if not found.begun:
+        told = "what each replacement gains is estimated before the first trial; if that was killed, start the search again"
+        lines.append(paragraph(f"note: {told}", hang="  "))
     if rank is not None:
-        lines.append(f"rank correlation of the expected gain ({found.about['gains']}) with the values: {rank:.2f}")
+        lines.append(f"rank correlation of the expected gain ({found.about['gains']}) with the values: {rank}")
     rows = [_row(found, one) for one in found.ranked()[:count]]
     original = found.original()
     if original is not None and original not in found.ranked()[:count]:
@@ -194,10 +230,13 @@ def finals_lines(finals: Mapping[str, Any], primary: str) -> list[str]:
     rows = []
     for arm in finals["arms"]:
         mean, spread = mean_and_spread(arm["values"])
-        told = [mean, spread] if arm["values"] else [arm["why_not"] or "-", "-"]
+        told = [mean, spread] if arm["values"] else [arm["why_not"] or UNDONE, "-"]
         rows.append([arm["role"], str(arm["trial"]), str(len(arm["placement"])), *told])
     head = f"finals: {counted(finals['steps'], 'step')}, {counted(finals['seeds'], 'seed')}"
     return [head, table(["arm", "trial", "replaced", primary, "sd"], rows)]
+
+
+UNDONE = "not done yet"  # of an arm of the finals
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[str, str]:

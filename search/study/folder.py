@@ -1,7 +1,8 @@
 """A search on disk: `study.jsonl` (Optuna's journal), `search.json` (the request), gains, models and finals.
 
 study.jsonl      the trials; readable by optuna-dashboard. With --storage they are in a database instead
-search.json      model, task, budgets, space: enough for status, report and export without building anything
+search.json      model, task, budgets, space: enough for status, report and export without building anything; before the trials,
+                 while the gains are estimated, its `begun` is false
 gains.json       the gain table used by the search
 tensorboard/     curves of the search and hparams of the trials, one folder per worker
 best/            the best placement with replacements trained so far, a surgeon folder
@@ -85,6 +86,20 @@ class SearchFolder:
         return inside(self.finals, runs[max(runs)], StudyError) if runs else None
 
     @contextlib.contextmanager
+    def preparing(self, about: Mapping[str, Any]) -> Iterator[None]:
+        """Context before the study begins: the search can be looked at; after an error its record is removed."""
+        fresh = not self.path.exists()
+        write_json(self.about, {**about, "begun": False})
+        try:
+            yield
+        except BaseException:
+            self.about.unlink(missing_ok=True)
+            if fresh:
+                with contextlib.suppress(OSError):  # something else is in it
+                    self.path.rmdir()
+            raise
+
+    @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Context that keeps other workers of this search out of the final stage."""
         self.finals.mkdir(parents=True, exist_ok=True)
@@ -117,6 +132,7 @@ class Finished:
     front: tuple[int, ...]  # with several objectives: the non-dominated trials according to Optuna
     finals: Mapping[str, Any] | None
     ended: str | None = None  # why there is no further placement
+    begun: bool = True  # False while the gains are estimated: there is no study yet
 
     @property
     def higher_is_better(self) -> bool:
@@ -134,6 +150,16 @@ class Finished:
     def original(self) -> Record | None:
         """The unmodified model, trained equally."""
         return next((one for one in self.ranked() if not one.placement), None)
+
+    def finals_done(self) -> tuple[int, int]:
+        """How many arms of the finals are done, trained or refused, and how many there are."""
+        arms = [] if self.finals is None else self.finals["arms"]
+        return sum(bool(arm["values"] or arm["why_not"]) for arm in arms), len(arms)
+
+    def compared(self) -> list[Mapping[str, Any]]:
+        """The trained arms of the finals once all arms are done; empty before, because a part of them compares nothing."""
+        done, of = self.finals_done()
+        return [arm for arm in self.finals["arms"] if arm["values"]] if self.finals is not None and done == of else []
 
     def start(self) -> float | None:
         """The value of the unmodified model before any training; None in searches of older versions."""
@@ -165,13 +191,19 @@ def read_search(path: str | Path, storage: str | None = None) -> Finished:
     if not folder.about.is_file():
         raise StudyError(f"there is no search in {folder.path}: it has no {folder.about.name}")
     about = read_object(folder.about, StudyError)
-    if about.get("storage") is None and not folder.study.is_file():
+    begun = about.get("begun") is not False
+    if begun and about.get("storage") is None and not folder.study.is_file():
         raise StudyError(f"there is no search in {folder.path}: it has no {folder.study.name}")
     if about.get("format") != FORMAT or about.get("version") != VERSION:
         raise StudyError(f"{folder.about} is not the record of a search that this version of surgeon can read")
     about.setdefault("sampler", about.get("mode"))  # its name when trials had no parameters
     about.setdefault("objectives", ["metric"])
     check_fields(about, _ABOUT, str(folder.about), StudyError)
+    space = _space(about["space"], str(folder.about))
+    if not begun:
+        return Finished(
+            folder=folder, about=about, space=space, records=[], alive=frozenset(), front=(), finals=None, begun=False
+        )
     file = study_of(folder, _storage(folder.about), storage)
     try:
         records, alive, front, ended = file.view(), file.running(), file.front(), file.ended
@@ -180,7 +212,7 @@ def read_search(path: str | Path, storage: str | None = None) -> Finished:
     return Finished(
         folder=folder,
         about=about,
-        space=_space(about["space"], str(folder.about)),
+        space=space,
         records=[_settled(one, alive) for one in records],
         alive=alive,
         front=front,

@@ -50,6 +50,17 @@ def license_of(base: BaseModel | None) -> str | None:
     return None if found is None or not found.license else str(found.license)
 
 
+def found_by_search(told: str, weights: str | None) -> str:
+    """A section for a card that is already written: how a search found the placement.
+
+    `told` is the value that it was chosen by; `weights` the training whose weights these are, if that is one of several.
+    """
+    lines = [f"- the best placement of a search: {_plain(told)}"]
+    if weights is not None:
+        lines.append(f"- its weights are those of {_plain(weights)}; the scores above are of that seed alone")
+    return "\n".join(["\n## How it was found", "", *lines]) + "\n"
+
+
 def _metadata(recipe: Recipe) -> str:
     from huggingface_hub import ModelCardData
 

@@ -102,7 +102,7 @@ def rounded_up(value: float) -> str:
 
 
 def error(value: float | None) -> str:
-    """An error in two digits, 3.1e-07; "-" for None."""
-    if value is None:
+    """An error in two digits, 3.1e-07; "-" for None and NaN."""
+    if value is None or math.isnan(value):
         return "-"
     return "0" if value == 0 else f"{value:.1e}"

@@ -84,7 +84,7 @@ def test_conversion_keeps_what_the_model_computes() -> None:
     evaluator = evaluator_of()
     x = torch.randn(2, 3, SIZE, SIZE)
     for layer, option in entries(evaluator.space):
-        model = evaluator.converted(single(evaluator.space, layer, option))
+        model = evaluator.converted(single(evaluator.space, layer, option))[0]
         assert type(model.get_submodule(evaluator.space.layers[layer])) is not torch.nn.Conv2d
         torch.testing.assert_close(model(x), evaluator.model(x), rtol=1e-4, atol=1e-5)
 

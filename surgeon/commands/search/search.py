@@ -1,6 +1,7 @@
 """`surgeon search`: find the placement that trains best within the budgets. Imports torch when it runs."""
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,7 +242,6 @@ def _make(
         keep=folder.best,
         costs=lambda placement: gate.check(placement).traced,
     )
-    gains = _gains(args, folder, file, gate, evaluator)
     config = SearchConfig(
         trials=args.trials,
         sampler=args.sampler,
@@ -258,17 +258,20 @@ def _make(
         identity["model options"] = options
     if file.shared:  # data paths differ between machines: the numbers of samples must agree
         identity["samples"] = {"train": len(setup.task.dataset("train")), "val": len(setup.task.dataset("val"))}
-    search = Search(
-        file,
-        gate.space,
-        gains,
-        evaluator,
-        gate,
-        config,
-        identity=identity,
-        pruner=pruner,
-        progress=_Progress(args, gate, setup.task, Board(folder.tensorboard, gate, setup.task.primary)),
-    )
+    about = contextlib.nullcontext() if _going_on(args) else folder.preparing(_about(args, gate, setup.task, file))
+    with about:
+        gains = _gains(args, folder, file, gate, evaluator)
+        search = Search(
+            file,
+            gate.space,
+            gains,
+            evaluator,
+            gate,
+            config,
+            identity=identity,
+            pruner=pruner,
+            progress=_Progress(args, gate, setup.task, Board(folder.tensorboard, gate, setup.task.primary)),
+        )
     return search, evaluator
 
 
@@ -315,38 +318,14 @@ def _begin(args: argparse.Namespace, folder: "SearchFolder", search: "Search", s
     Workers that join a database's study copy the record from there once they are admitted.
     """
     from surgeon.search.study.database import StudyDatabase
-    from surgeon.search.study.folder import FORMAT, VERSION, space_values, write_json
+    from surgeon.search.study.folder import write_json
 
     gate, task, file = search.gate, setup.task, search.file
     assert gate is not None
     going_on, gains = _going_on(args), search.sampler.gains
     if not going_on:
-        original, limits = gate.original, {name: gate.problem.limit(name) for name in dict.fromkeys(gate.problem.names)}
-        limits["memory"] = gate.budgets.memory_limit(original, gate.calibration)
-        needed = gate.calibration.needed(original.peak_bytes, sum(original.reserve.values()))
-        values = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": {"name": args.model},
-            "task": {
-                "name": task.name,
-                "primary": task.primary,
-                "higher_is_better": task.higher_is_better,
-                "val_samples": len(task.dataset("val")),
-            },
-            "budgets": gate.budgets_text,
-            "limits": limits,
-            "original": {"flops": original.flops, "params": original.params, "memory": needed},
-            "space": space_values(gate.space),
-            "sampler": args.sampler,
-            "objectives": args.objective.split(","),
-            "seed": args.seed,
-            "steps": args.steps << args.rung,
-            "trials": args.trials,
-            "gains": args.gains,
-        }
+        values = _about(args, gate, task, file)
         if isinstance(file, StudyDatabase):
-            values["storage"] = file.address
             file.notes = {"about": values, "gains": gains.to_dict()}
         write_json(folder.about, values)
         gains.write(folder.gains)
@@ -354,6 +333,38 @@ def _begin(args: argparse.Namespace, folder: "SearchFolder", search: "Search", s
     if going_on and isinstance(file, StudyDatabase) and not folder.about.is_file():
         write_json(folder.about, {**file.notes["about"], "storage": file.address})
         gains.write(folder.gains)
+
+
+def _about(args: argparse.Namespace, gate: "Gate", task: "Task", file: "Study") -> dict[str, Any]:
+    """The record of the search: what its folder says without building anything."""
+    from surgeon.search.study.database import StudyDatabase
+    from surgeon.search.study.folder import FORMAT, VERSION, space_values
+
+    original, limits = gate.original, {name: gate.problem.limit(name) for name in dict.fromkeys(gate.problem.names)}
+    limits["memory"] = gate.budgets.memory_limit(original, gate.calibration)
+    needed = gate.calibration.needed(original.peak_bytes, sum(original.reserve.values()))
+    values = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": {"name": args.model},
+        "task": {
+            "name": task.name,
+            "primary": task.primary,
+            "higher_is_better": task.higher_is_better,
+            "val_samples": len(task.dataset("val")),
+        },
+        "budgets": gate.budgets_text,
+        "limits": limits,
+        "original": {"flops": original.flops, "params": original.params, "memory": needed},
+        "space": space_values(gate.space),
+        "sampler": args.sampler,
+        "objectives": args.objective.split(","),
+        "seed": args.seed,
+        "steps": args.steps << args.rung,
+        "trials": args.trials,
+        "gains": args.gains,
+    }
+    return values | ({"storage": file.address} if isinstance(file, StudyDatabase) else {})
 
 
 def _finals(args: argparse.Namespace, folder: "SearchFolder", search: "Search", evaluator: "TrainingEvaluator") -> None:

@@ -33,7 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--count", type=whole, default=5, metavar="K", help="status, best: number of trials (default: 5)"
     )
     parser.add_argument("--against", metavar="FOLDER", help="report: another search (--sampler random) to compare with")
-    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="report, export: folder to write")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="OUT",
+        help="report, export: folder to write (default: report or export in FOLDER)",
+    )
     parser.add_argument("--force", action="store_true", help="export: replace OUT if surgeon wrote it")
 
 
@@ -102,7 +108,7 @@ def _export(args: argparse.Namespace, found: "Finished") -> int:
 
     from surgeon.models.folder import fresh_folder
     from surgeon.util.files import check_plain
-    from surgeon.util.tables import apart, counted
+    from surgeon.util.tables import counted
 
     source, about = _source(found)
     output = args.output or found.folder.path / "export"
@@ -110,26 +116,68 @@ def _export(args: argparse.Namespace, found: "Finished") -> int:
     check_plain(source)
     with fresh_folder(output, args.force) as fresh:
         shutil.copytree(source, fresh, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns("training"))
-    original = _original_value(found, about["stage"])
-    sign = 1.0 if found.higher_is_better else -1.0
-    if original is not None and sign * (about["value"] - original) <= 0 and not args.quiet:
-        told = "as good" if about["value"] == original else "better"
-        both = " against ".join(apart(original, about["value"]))
-        print(f"surgeon: WARNING: the unmodified model, trained equally, is {told}: {both}", file=sys.stderr)
-    values: dict[str, Any] = {"output": str(output), "original": original, **about}
+        _tell_card(fresh, found, about)
+    warnings = _export_warnings(found, about)
+    for told in () if args.quiet else warnings:
+        print(f"surgeon: WARNING: {told}", file=sys.stderr)
     if args.json:
-        print_json(values)
+        print_json({"output": str(output), **about, "warnings": warnings})
     else:
-        primary = found.about["task"]["primary"]
-        value, *plain = apart(about["value"], *([] if original is None else [original]))
-        beside = f", the unmodified model {plain[0]}" if plain else ""
-        print(f"{counted(len(about['placement']), 'layer')}, {primary} {value} ({about['stage']}){beside}")
-        print(f"written to  {output}\nrecipe      {output / 'recipe.json'}")
+        told, weights = _told(found, about)
+        print(f"{counted(len(about['placement']), 'layer')}, {told}\nwritten to  {output}")
+        if weights:
+            print(f"weights     those of {weights}")
+        print(f"recipe      {output / 'recipe.json'}")
     return 0
 
 
+def _told(found: "Finished", about: dict[str, Any]) -> tuple[str, str | None]:
+    """The value and the unmodified model's, and, of finals with several seeds, the one whose weights are exported."""
+    from surgeon.util.tables import apart, counted
+
+    primary, seeds = found.about["task"]["primary"], about["values"]
+    known = [about[name] for name in ("value", "original") if about[name] is not None]
+    value, *rest = apart(*known, *seeds[:1])
+    many = len(seeds) > 1
+    how = f"{about['stage']}, mean of {counted(len(seeds), 'seed')}" if many else about["stage"]
+    beside = f", the unmodified model {rest[0]}" if about["original"] is not None else ""
+    weights = f"one seed of {len(seeds)}: {primary} {rest[-1]}" if many else None
+    return f"{primary} {value} ({how}){beside}", weights
+
+
+def _tell_card(folder: Path, found: "Finished", about: dict[str, Any]) -> None:
+    """Add to the model card how the placement was found: its own score is that of one training."""
+    from surgeon.models.folder import write
+    from surgeon.records.card import FILE, found_by_search
+
+    card = folder / FILE
+    if card.is_file():
+        write(card, card.read_text(encoding="utf-8") + found_by_search(*_told(found, about)))
+
+
+def _export_warnings(found: "Finished", about: dict[str, Any]) -> list[str]:
+    """Limits of the claim that the exported placement is better than the unmodified model."""
+    from surgeon.search.results.comparison import comparison
+    from surgeon.search.results.summary import unfinished, worse_than_start
+    from surgeon.util.tables import apart
+
+    value, original, told = about["value"], about["original"], []
+    end = comparison(found)
+    sign = 1.0 if found.higher_is_better else -1.0
+    if original is not None and sign * (value - original) <= 0:
+        both = " against ".join(apart(original, value))
+        told.append(f"the unmodified model, trained equally, is {'as good' if value == original else 'better'}: {both}")
+    elif about["stage"] == "trials":
+        told.append(
+            "one short training, the best of many: chance makes some look good; --finals of the search trains the best with seeds"
+        )
+    elif end is not None and end.verdict == "undecided":
+        told.append(f"not settled to be better than the unmodified model, trained equally: gain {end.gain}")
+    return told + [note for note in (unfinished(found), worse_than_start(found)) if note is not None]
+
+
 def _source(found: "Finished") -> tuple[Path, dict[str, Any]]:
-    """The folder to copy, and a description of its model."""
+    """The folder to copy, and a description of its model: the value it was chosen by, and the values of its seeds."""
     import statistics
 
     from surgeon.search.evaluate.finals import best_arm
@@ -140,12 +188,19 @@ def _source(found: "Finished") -> tuple[Path, dict[str, Any]]:
         arm = best_arm(found.finals["arms"], higher=found.higher_is_better)
         folder = None if arm is None else found.folder.final_of(arm["hash"])
         if arm is not None and folder is not None:
-            value = statistics.fmean(arm["values"])
-            return folder, {"stage": "finals", "hash": arm["hash"], "value": value, "placement": arm["placement"]}
+            return folder, {
+                "stage": "finals",
+                "hash": arm["hash"],
+                "value": statistics.fmean(arm["values"]),
+                "values": arm["values"],
+                "original": _original_value(found, "finals"),
+                "placement": arm["placement"],
+            }
     kept = read_kept(found.folder.best)
     if kept is None:
         raise ConfigError(f"no placement with replacements was trained to its end in {found.folder.path} yet")
-    return inside(found.folder.best, kept["hash"]), {"stage": "trials", **kept}
+    about = {"stage": "trials", **kept, "values": [kept["value"]], "original": _original_value(found, "trials")}
+    return inside(found.folder.best, kept["hash"]), about
 
 
 def _original_value(found: "Finished", stage: str) -> float | None:
