@@ -112,7 +112,7 @@ def test_attention_with_grouped_queries_under_amp() -> None:
 def test_batch_norm_on_one_value_a_channel(capsys: Capture) -> None:
     """T16: on the cost side: a step of one image whose last features are of one pixel is one error with a hint."""
     argv = ["place", "test_resnet", "--weights", "random", "--gains", "uniform", "--max-flops", "+10%", "--quiet"]
-    assert main([*argv, "--input-size", "32"]) == 2
+    assert main([*argv, "--input-size", "32", "--batch-size", "1"]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert "its BatchNorm sees one value per channel: use a larger batch (--batch-size 2)" in error
