@@ -87,7 +87,7 @@ def collapse(
     folding.tolerance, folding.seed, folding.tell = float(tolerance), seed, tell
     folding.decide()
     report = _report(folding, every, seen.calls, seen.inputs.batch)
-    report.model = type(model).__name__
+    report.model, report.input_size = type(model).__name__, seen.inputs.image_size
     report.params_before = report.params_after = count_parameters(work)
     if not folding.convs:
         raise NothingFoldedError(_nothing(report), report)

@@ -267,7 +267,8 @@ def restore(
     if recorded.sha256 not in (None, found.weights.sha256):
         raise ModelError(
             f"the weights of {base.name} ({found.weights.kind}{f' {found.weights.path}' if found.weights.path else ''}) are "
-            f"not those that were converted: SHA-256 {str(found.weights.sha256)[:16]}.., expected {recorded.sha256[:16]}.."
+            f"not those that were converted: SHA-256 of the state dict {str(found.weights.sha256)[:16]}.., expected "
+            f"{recorded.sha256[:16]}.."
         )
     if option is not None:
         if head == "own":

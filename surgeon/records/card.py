@@ -1,13 +1,16 @@
 """The model card of a surgeon folder: README.md for the Hugging Face Hub, metadata first, then usage and facts."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from surgeon.records.collapse_report import CollapseReport
+from surgeon.records.preprocessing import recorded_inputs
 from surgeon.records.recipe import CONVOLUTION, BaseModel, Recipe, unquoted
 from surgeon.records.report import Replaced, Report, flops, geometry_text, options_text
 from surgeon.util.outputs import WEIGHTS
-from surgeon.util.tables import count, error
+from surgeon.util.tables import count, counted, error
 
 FILE = "README.md"
 _CLASSES = 20  # named in a card
@@ -88,7 +91,7 @@ def _hub_id(base: BaseModel | None) -> str | None:
 
 
 def _title(recipe: Recipe, report: Report | CollapseReport | None) -> str:
-    name = recipe.base.name if recipe.base is not None else (report.model if report is not None else None)
+    name = _architecture(recipe.base) if recipe.base is not None else (report.model if report is not None else None)
     of = (
         f" of {recipe.base.source}" if recipe.base is not None and recipe.base.source in ("timm", "torchvision") else ""
     )
@@ -101,7 +104,7 @@ def _title(recipe: Recipe, report: Report | CollapseReport | None) -> str:
 
 
 def _use(recipe: Recipe) -> str:
-    """Loading instructions, in four lines."""
+    """Loading instructions, in a few lines; with the preparation of an image if the recipe records it."""
     base = recipe.base
     more, first = "", ""
     if base is None:
@@ -110,7 +113,14 @@ def _use(recipe: Recipe) -> str:
         more = ", trust_factory=True"
         first = f"The base model is built by {_code(base.name)}, code that you must have and trust.\n\n"
     lines = ["import surgeon", "import torch", "", f'model = surgeon.from_pretrained("{PLACE}"{more})  # in eval mode']
-    if base is not None and base.input_size:
+    inputs = recorded_inputs(recipe)
+    if inputs.get("input_size"):
+        lines[1:2] = ["from PIL import Image", "from timm.data import create_transform"]
+        given = ", ".join(f"{key}={_literal(value)}" for key, value in inputs.items())
+        mode = "L" if inputs["input_size"][0] == 1 else "RGB"
+        lines.append(f"transform = create_transform({given})")
+        lines.append(f'outputs = model(transform(Image.open("photo.jpg").convert("{mode}")).unsqueeze(0))')
+    elif base is not None and base.input_size:
         lines.append(f"outputs = model(torch.randn(1, {', '.join(map(str, base.input_size))}))")
     code = "\n".join(lines)
     return (
@@ -118,12 +128,18 @@ def _use(recipe: Recipe) -> str:
     )
 
 
+def _literal(value: Any) -> str:
+    """A value of a recipe as Python: lists as tuples."""
+    return repr(tuple(value) if isinstance(value, list) else value)
+
+
 def _trained(recipe: Recipe, scores: Mapping[str, float]) -> str:
     """The task, the scores on it, and the classes."""
     lines, task = [], recipe.task
     if task is not None:
         options = ", ".join(f"{key}={value}" for key, value in task.options.items())
-        lines.append(f"- fine-tuned on {_code(task.name)}{f' with {_code(options)}' if options else ''}")
+        length = f", {counted(task.steps, 'step')} of training in all" if task.steps else ""
+        lines.append(f"- fine-tuned on {_code(task.name)}{f' with {_code(options)}' if options else ''}{length}")
     if scores:
         lines.append(f"- on its validation samples: {', '.join(f'{_plain(k)} {v:.5g}' for k, v in scores.items())}")
     if recipe.classes is not None:
@@ -138,6 +154,7 @@ def _replacements(recipe: Recipe, report: Report | CollapseReport | None) -> str
     if not recipe.rules:
         return ""
     known = {entry.name: entry for entry in report.replaced} if isinstance(report, Report) else {}
+    measured = any(not math.isnan(entry.max_rel_error) for entry in known.values())  # a search does not
     header = ["layer", "became"]
     rows = []
     for rule in recipe.rules:
@@ -145,11 +162,12 @@ def _replacements(recipe: Recipe, report: Report | CollapseReport | None) -> str
         became = "{}x{} convolution".format(*rule.options["window"]) if rule.type == CONVOLUTION else ""
         rows.append([_code(name), became or options_text(rule.type, rule.options), *_numbers(known.get(name))])
     if known:
-        header += ["stage", "geometry", "parameters", "after", "FLOPs", "after", "error"]
+        header += ["stage", "geometry", "parameters", "after", "FLOPs", "after", *(["error"] if measured else [])]
     told = "All options are in `recipe.json`."
     if known:
-        told += " FLOPs are for one image of the conversion's size (1 MAC = 2 FLOPs); the error is the layer's, relative, right"
-        told += " after it."
+        size = report.input_size if isinstance(report, Report) else None
+        told += f" FLOPs are for one image of {_sized(size) or 'unknown size'} (1 MAC = 2 FLOPs)"
+        told += "; the error is the layer's, relative, right after it." if measured else "."
     rows = [row[: len(header)] for row in rows]
     return f"## What the layers became\n\n{_table(header, rows, left=4)}\n\n{told}"
 
@@ -166,16 +184,29 @@ def _cost(report: Report | CollapseReport | None) -> str:
     if report is None:
         return ""
     if isinstance(report, Report):
-        heading, names = "Cost", ("original", "converted")
+        heading, names, where = "Cost", ("original", "converted"), "in convolutions"
         work = [None if macs is None else 2 * macs for macs in (report.macs_before, report.macs_after)]
     else:
-        heading, names = "Cost before and after collapsing", ("before", "after")
+        heading, names, where = "Cost before and after collapsing", ("before", "after"), ""
         work = [report.flops_before, report.flops_after]
     rows = []
-    for what, (before, after) in (("parameters", (report.params_before, report.params_after)), ("FLOPs", work)):
+    at = f"for one image of {_sized(report.input_size)}" if report.input_size else ""
+    flops_of = " ".join(part for part in ("FLOPs", where, at) if part)
+    for what, (before, after) in (("parameters", (report.params_before, report.params_after)), (flops_of, work)):
         factor = f"x{after / before:.2f}" if before and after is not None else "-"
         rows.append([what, count(before), count(after), factor])
     return f"## {heading}\n\n{_table(['', *names, 'factor'], rows, left=1)}"
+
+
+def _sized(size: Sequence[int] | None) -> str:
+    return "x".join(map(str, size or ()))
+
+
+def _architecture(base: BaseModel) -> str:
+    """Its name; without timm's tag, which names published weights, if it has others."""
+    if base.source != "timm" or base.weights.kind == "pretrained" or ":" in base.name:
+        return base.name
+    return base.name.partition(".")[0]
 
 
 def _origin(recipe: Recipe) -> str:
@@ -192,7 +223,7 @@ def _origin(recipe: Recipe) -> str:
             else "those of the model object that was saved",
         }[base.weights.kind]
         stated = license_of(base)
-        lines = [f"- base model: {_code(base.name)} ({base.source})", f"- its weights: {weights}", *lines]
+        lines = [f"- base model: {_code(_architecture(base))} ({base.source})", f"- its weights: {weights}", *lines]
         if base.weights.kind != "random":
             lines.append(
                 f"- license of its weights: {_plain(stated) if stated else 'not stated; ask where they are from'}"

@@ -55,6 +55,7 @@ class CollapseReport:
     params_after: int = 0
     flops_before: int | None = None
     flops_after: int | None = None
+    input_size: tuple[int, ...] | None = None  # (C, H, W) of the image of which they are
     model: str | None = None
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -189,7 +190,8 @@ def _kept(report: CollapseReport, width: int) -> str:
 def _totals(report: CollapseReport, width: int) -> str:
     lines = [change("parameters", report.params_before, report.params_after)]
     if report.flops_before is not None and report.flops_after is not None:
-        lines.append(change("FLOPs", report.flops_before, report.flops_after) + " (1 MAC = 2 FLOPs)")
+        at = f" at {'x'.join(map(str, report.input_size[-2:]))}" if report.input_size else ""
+        lines.append(change("FLOPs", report.flops_before, report.flops_after) + f"{at} (1 MAC = 2 FLOPs)")
     if report.max_rel_error is not None:
         kind = "" if report.exact else ", not exact by choice"
         lines.append(

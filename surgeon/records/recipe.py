@@ -101,11 +101,13 @@ class Trained:
     """The task that a network was fine-tuned on, by its name, and the options that were not its defaults, without the data's.
 
     `inputs`: how its inputs were made of images, by timm's names (`INPUTS`); empty if that is unknown.
+    `steps`: optimizer steps of all its trainings by surgeon, on any task; None in recipes of earlier versions.
     """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict, compare=False)
+    steps: int | None = field(default=None, compare=False)
 
 
 def as_published(rule: Rule) -> Rule:
@@ -146,7 +148,7 @@ class Recipe:
             "versions": dict(self.versions),
             "rules": [asdict(rule) for rule in self.rules],
             **({} if self.classes is None else {"classes": list(self.classes)}),
-            **({} if self.task is None else {"task": _without_empty(asdict(self.task), "inputs")}),
+            **({} if self.task is None else {"task": _without_empty(asdict(self.task), "inputs", "steps")}),
         }
 
     def to_json(self) -> str:
@@ -345,10 +347,12 @@ def trained(values: Any, where: str) -> Trained | None:
     if values is None:
         return None
     values = _mapping(values, where)
-    _check_keys(values, ("name", "options", "inputs"), where)
+    _check_keys(values, ("name", "options", "inputs", "steps"), where)
     options = _mapping(values.get("options", {}), f"{where}: options")
     name = _typed(values, "name", str, where)
-    return Trained(name=name, options=_with_tuples(options), inputs=_inputs(values.get("inputs", {}), where, options))
+    inputs = _inputs(values.get("inputs", {}), where, options)
+    steps = _typed(values, "steps", int, where) if "steps" in values else None
+    return Trained(name=name, options=_with_tuples(options), inputs=inputs, steps=steps)
 
 
 def _inputs(values: Any, where: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -366,8 +370,8 @@ def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _without_empty(values: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name != key or value}
+def _without_empty(values: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in keys or value}
 
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:

@@ -110,15 +110,17 @@ def _comparable(options: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Training:
-    """One training: optimizer steps, samples per step, and the fingerprint of the training data."""
+    """One training: optimizer steps, samples per step, the fingerprint of the training data, and the steps before it."""
 
     steps: int
     batch: int
     data: dict[str, Any]
+    earlier: int = 0
 
     def told(self) -> str:
-        """In words: "300 steps of 32 from 800 samples"."""
-        return f"{counted(self.steps, 'step')} of {self.batch} from {counted(self.data['samples'], 'sample')}"
+        """In words: "300 steps of 32 from 800 samples (after 100 steps before)"."""
+        before = f" (after {counted(self.earlier, 'step')} before)" if self.earlier else ""
+        return f"{counted(self.steps, 'step')} of {self.batch} from {counted(self.data['samples'], 'sample')}{before}"
 
 
 def unequal_training(name: str, recipe: Recipe | None, other: str, beside: Recipe | None) -> str | None:
@@ -202,6 +204,8 @@ def _read(folder: Path) -> Training | None:
         return None
     run, end = read_object(record), read_object(summary)
     check_fields(run, _RUN_FIELDS, str(record))
-    check_fields(end, {"steps": int}, str(summary))
+    end = {"earlier_steps": 0, **end}  # earlier versions did not record them
+    check_fields(end, {"steps": int, "earlier_steps": int}, str(summary))
     config = run["config"]
-    return Training(end["steps"], config["batch_size"] * config["accumulate"], run["data"]["train"])
+    batch = config["batch_size"] * config["accumulate"]
+    return Training(end["steps"], batch, run["data"]["train"], end["earlier_steps"])

@@ -142,7 +142,8 @@ def inspect(
     _is_python(model)
     functional = Raised(model)
     try:
-        return Inspection(functional.described(find_sites(model, example_inputs, input_size)).convs)
+        sites = functional.described(find_sites(model, example_inputs, input_size))
+        return Inspection(sites.convs, sites.seen.inputs.image_size)
     finally:
         functional.undo()
 

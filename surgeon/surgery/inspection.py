@@ -1,6 +1,7 @@
 """The result of `surgeon.inspect`: every convolution, and its possible replacements."""
 
 import math
+from collections.abc import Iterable
 
 from surgeon.layers.registry import layer_class, layer_types
 from surgeon.records.report import flops, geometry_text, name_list
@@ -13,7 +14,14 @@ INSPECTED = ("layer", "stage", "geometry", "output", "FLOPs", "params", "memory"
 
 
 class Inspection(list[ConvSite]):
-    """The result of `surgeon.inspect`: a list that prints as a table, and notebooks show as one."""
+    """The result of `surgeon.inspect`: a list that prints as a table, and notebooks show as one.
+
+    `input_size` is the (C, H, W) of the image that FLOPs and memory are of; None if the model takes something else.
+    """
+
+    def __init__(self, sites: Iterable[ConvSite] = (), input_size: tuple[int, ...] | None = None) -> None:
+        super().__init__(sites)
+        self.input_size = input_size
 
     def __str__(self) -> str:
         return self.to_text()
@@ -25,17 +33,18 @@ class Inspection(list[ConvSite]):
         parts = [f"{head}{summary(self)}", table(INSPECTED, rows, width=width, left=3)]
         if against:
             parts.append(f"why not:\n{why_not_text(against, width)}")
-        parts.append(paragraph(f"{UNITS} {_types()}", width=width))
+        parts.append(paragraph(f"{self._units()} {_types()}", width=width))
         return "\n\n".join(parts) + "\n"
 
     def _repr_html_(self) -> str:
         rows, against = inspected(self)
         table_ = pages.rows(INSPECTED, rows) if rows else ""
         more = [("why not", why_not_text(against, 100))] if against else []
-        return pages.snippet(summary(self), table_, UNITS, more)
+        return pages.snippet(summary(self), table_, self._units(), more)
 
-
-UNITS = "FLOPs (1 MAC = 2 FLOPs) and memory (of the output, float32) are for one image."
+    def _units(self) -> str:
+        size = f" of {'x'.join(map(str, self.input_size))}" if self.input_size else ""
+        return f"FLOPs (1 MAC = 2 FLOPs) and memory (of the output, float32) are for one image{size}."
 
 
 def _types() -> str:

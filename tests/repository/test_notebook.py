@@ -39,6 +39,8 @@ def test_an_inspection_is_a_list_and_a_table() -> None:
     assert "layer3.0.conv2" in shown
     assert "why not" in shown, "of the two that are dynamic already"
     assert str(sites).startswith("15 convolutions, ")
+    for text in (shown, " ".join(str(sites).split())):
+        assert "are for one image of 3x64x64." in text
     assert_small_and_whole(shown)
 
 

@@ -92,10 +92,17 @@ def with_recipe(model: nn.Module, carrier: nn.Module) -> nn.Module:
     return model
 
 
-def with_task(model: nn.Module, task: Task, size: tuple[int, ...]) -> nn.Module:
-    """The model, with its task, training size and output names in its recipe."""
+def earlier_steps(model: nn.Module) -> int:
+    """Optimizer steps of a model's trainings by surgeon so far, as far as its recipe records them."""
+    recipe = get_recipe(model)
+    return 0 if recipe is None or recipe.task is None else recipe.task.steps or 0
+
+
+def with_task(model: nn.Module, task: Task, size: tuple[int, ...], steps: int) -> nn.Module:
+    """The model, with its task, training size and output names in its recipe, and `steps` more optimizer steps."""
     recipe = get_recipe(model) or Recipe(rules=())
-    trained = Trained(name=task.name, options=task.options(), inputs=task.preprocessing())
+    total = earlier_steps(model) + steps
+    trained = Trained(name=task.name, options=task.options(), inputs=task.preprocessing(), steps=total)
     classes = task.outputs() or recipe.classes
     sized = size if len(size) == 3 else recipe.input_size
     tell_timm(model, trained.inputs)

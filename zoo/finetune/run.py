@@ -27,7 +27,7 @@ from surgeon.zoo.finetune.evaluation import Evaluation, evaluate, measures_stati
 from surgeon.zoo.finetune.folder import RunFolder, record
 from surgeon.zoo.finetune.journal import TrainingJournal
 from surgeon.zoo.finetune.loop import Data, Interrupted, Run, Trainer, Watch
-from surgeon.zoo.finetune.networks import Source, at_size, bound_to, original_of, with_recipe, with_task
+from surgeon.zoo.finetune.networks import Source, at_size, bound_to, earlier_steps, original_of, with_recipe, with_task
 from surgeon.zoo.finetune.optimizer import check_optimizer
 from surgeon.zoo.finetune.schedule import describe
 from surgeon.zoo.finetune.state import Store, TrainingProgress
@@ -104,6 +104,9 @@ def finetune(
         session = _Session(task, config, source, folder, accelerator, notes, quiet=quiet)
         try:
             notes += [*more, *told_data(work, task, session.data)]
+            if earlier := earlier_steps(work):
+                before = f"{source.name} had {counted(earlier, 'step')} of training before this run"
+                notes.append(f"{before}: compare it with a network that had them, too")
             notes += [] if (unknown := task.unknown_images(work, source.base)) is None else [unknown]
             trainer = session.trainer(work, original)  # refuses options before a folder is made, or replaced
             if config.max_steps is not None and config.epochs is not None and trainer.plan.total < config.max_steps:
@@ -209,8 +212,10 @@ class _Session:
         if run.progress.stopped is None:
             run.train()
         summary = self._end(run)
+        summary.earlier_steps = earlier_steps(work)
         release(self.accelerator, trainer.wrapped, trainer.own_forward)
-        model = with_task(with_recipe(trainer.result, work), self.task, self._input_size()).eval()
+        trained = with_recipe(trainer.result, work)
+        model = with_task(trained, self.task, self._input_size(), summary.kept_step).eval()
         if self.folder is not None and self.accelerator.is_main_process:
             base = at_size(self.source.base, self._input_size())
             self.folder.finish(model, base, self.source.report, summary)

@@ -45,6 +45,7 @@ class Summary:
     images: str | None = None  # how the inputs were made of them
     train_samples: int | None = None
     val_samples: int | None = None
+    earlier_steps: int = 0  # of the weights that it started from
     keep: str = "last"  # "best": the kept step was chosen on the samples that judge
 
     def to_dict(self) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def test_units_that_select_one_kernel_each_become_plain_convolutions() -> None:
     assert report.flops_after == plain.flops == surgeon.cost(folded, mode="infer", input_size=64).flops
     assert report.params_after == plain.params
     assert report.flops_before == surgeon.cost(model, mode="infer", input_size=64).flops
+    assert f") at {report.input_size[1]}x{report.input_size[2]} (1 MAC = 2 FLOPs)" in report.to_text()
     macs = sum(layer.macs_after or 0 for layer in report.layers)
     assert report.flops_after - 2 * macs < 0.2 * report.flops_after  # the rest: stem, 1x1 shortcuts, the head
 

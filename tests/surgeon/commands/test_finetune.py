@@ -76,6 +76,14 @@ def test_a_run_from_the_command_line(finetune: Finetune, capsys: pytest.CaptureF
     out, error = capsys.readouterr()
     assert "written to  runs/tuned-tiny-regression" in out
     assert error == ""
+    note = f"note: tuned had {document['steps']} steps of training before this run: compare it with a network that had them, too"
+    assert note in " ".join(out.split())
+    again = Recipe.read("runs/tuned-tiny-regression")
+    summary = json.loads(Path("runs/tuned-tiny-regression/training/summary.json").read_text())
+    assert again.task is not None
+    assert again.task.steps == document["kept_step"] + summary["kept_step"]
+    told = f"`, {again.task.steps} steps of training in all\n"
+    assert told in Path("runs/tuned-tiny-regression/README.md").read_text()
     assert main(["evaluate", "tuned", "--trust-factory", "--task-option", "samples=5", "--original", "none"]) == 0
     out, error = capsys.readouterr()
     assert "tuned: tiny-regression" in out
@@ -189,6 +197,12 @@ def test_unequal_training_is_told_of_a_named_original(finetune: Finetune, capsys
     assert note.startswith("trained unequally, tuned for 6 steps of 4 from 12 samples, longer for 9 steps of 4 from 12")
     (note,) = notes("tuned", "others")
     assert "others for 4 steps of 4 from 9 samples" in note
+    again = ["finetune", "tuned", "--task", "tiny-regression", *SHORT, "-o", "twice", "--trust-factory", "--quiet"]
+    assert main(again) == 0
+    (note,) = notes("twice", "equal")
+    assert note.startswith(
+        "trained unequally, twice for 6 steps of 4 from 12 samples (after 6 steps before), equal for 6 steps"
+    )
     weights, note = notes("tuned", FACTORY)
     assert weights == f"{FACTORY} has the weights that were converted"
     assert note.startswith(f"tuned was trained longer than {FACTORY}: only --original with a plain run")

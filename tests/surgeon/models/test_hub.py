@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard, errors
+from PIL import Image
 from torch import nn
 
 import surgeon
@@ -22,7 +23,7 @@ from surgeon.errors import CheckpointError, ConfigError, HubError
 from surgeon.models.checkpoint import save
 from surgeon.models.hub import FILES, fetch
 from surgeon.records.card import PLACE, license_of, model_card
-from surgeon.records.recipe import BaseModel, Recipe, Rule, Weights, get_recipe, set_recipe
+from surgeon.records.recipe import BaseModel, Recipe, Rule, Trained, Weights, get_recipe, set_recipe
 from surgeon.records.report import Report
 from surgeon.util.files import inside
 from tests.support.tiny_runs import X, contents, tiny
@@ -141,12 +142,53 @@ def test_the_card_of_a_conversion_has_layers_and_costs(tmp_path: Path) -> None:
     assert "acda m4 S3" in row
     assert f"{entry.geometry['in_channels']}\\>{entry.geometry['out_channels']} 1x1" in row
     assert f"x{report.params_after / report.params_before:.2f}" in text
+    assert "\n| FLOPs in convolutions for one image of 3x64x64 | " in text
+    assert "FLOPs are for one image of 3x64x64 (1 MAC = 2 FLOPs)" in text
     assert "| `layer4.0.conv1` | pafu n3 | - |" in text, "layers of an earlier conversion, without numbers"
     code = text.partition("```python\n")[2].partition("```")[0].replace(PLACE, str(tmp_path / "run"))
     scope: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), scope)
     assert scope["outputs"].shape == (1, 1000)
     assert len([line for line in code.splitlines() if line]) == 4
+
+
+def test_a_card_says_how_its_inputs_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its example ran on noise, and neither mean nor crop was in it."""
+    model = surgeon.open_model("test_resnet", weights="random", num_classes=3)
+    recipe = get_recipe(model)
+    assert recipe is not None
+    inputs = {"input_size": [3, 32, 32], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "crop_mode": "squash"}
+    set_recipe(model, replace(recipe, task=Trained(name="classification", inputs=inputs)))
+    save(model, tmp_path / "run")
+    code = (tmp_path / "run" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    made = "create_transform(input_size=(3, 32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1), crop_mode='squash')"
+    assert made in code
+    assert "randn" not in code
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (50, 40), (255, 0, 128)).save("photo.jpg")
+    scope: dict[str, Any] = {}
+    exec(compile(code.replace(PLACE, "run"), "README.md", "exec"), scope)
+    assert scope["outputs"].shape == (1, 3)
+
+
+def test_a_card_names_published_weights_only_where_they_are() -> None:
+    def card(kind: str) -> str:
+        base = BaseModel(source="timm", name="resnet18.a1_in1k", weights=Weights(kind=kind, path="mine.pth", seed=1))
+        return model_card(Recipe(rules=(), base=base))
+
+    for kind in ("given", "file", "random"):
+        assert "a1_in1k" not in card(kind)
+        assert "- base model: `resnet18` (timm)" in card(kind)
+    assert "- base model: `resnet18.a1_in1k` (timm)" in card("pretrained")
+
+
+def test_a_card_without_measured_errors_has_no_column_for_them(tmp_path: Path) -> None:
+    model, report = surgeon.convert(tiny(), layers="layer3.0.conv1", type="acda", atoms=4, input_size=64, check=False)
+    save(model, tmp_path / "run", report=report)
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "nan" not in text
+    assert "| error |" not in text
+    assert "nan" not in (tmp_path / "run" / "report.txt").read_text()
 
 
 def test_names_of_strangers_are_no_markup() -> None:

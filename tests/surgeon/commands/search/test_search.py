@@ -19,6 +19,7 @@ from surgeon.cli import main
 from surgeon.commands.search.gains import lines
 from surgeon.costs.table import Option
 from surgeon.errors import ConfigError
+from surgeon.records.recipe import get_recipe
 from surgeon.search.gains import method
 from surgeon.search.gains.gain import GainTable
 from surgeon.search.gains.names import DECREASE
@@ -283,6 +284,10 @@ def _check_export(finals: Any, capsys: Capture) -> None:
     arm = next(arm for arm in finals["arms"] if arm["hash"] == told["hash"])
     model = surgeon.load("out", trust_factory=True)
     assert list(dynamic_layers(model)) == list(arm["placement"])
+    recipe = get_recipe(model)
+    assert recipe is not None
+    assert recipe.task is not None
+    assert recipe.task.steps == finals["steps"], "finetune tells of these"
     again = ["evaluate", "out", "--task", "tiny-regression", "--trust-factory", "--json"]
     assert main(again) == 0
     assert document(capsys)["metrics"]["mse"] == pytest.approx(arm["values"][0], rel=1e-4)
