@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks import _search_tables
 from benchmarks._results import RESULTS, ROOT, markdown
+from surgeon.util.tables import count
 
 DOCUMENTS = tuple(sorted((ROOT / "docs").glob("*.md")))
 Table = Callable[[dict[str, Any]], str]
@@ -287,19 +288,20 @@ def learning(content: dict[str, Any]) -> str:
             [
                 line["arm"],
                 f"{line['parameters']:,}",
-                f"{line['FLOPs'] / 1e6:.3g} M",
+                count(line["FLOPs"]),
                 "" if line["distance"] is None else f"{line['distance']:.2f}",
                 f"{line['rate']:g} ({', '.join(f'{rate:g}' for rate in line['swept'])}{'; at its edge' * line['at edge']})",
                 line["seeds"],
                 line["scores"],
-                line["against"],
+                line["against"] if line["difference"] else "",
                 "; ".join(
                     _bold_if(word != "undecided", f"{gap}: {word}")
                     for gap, word in zip(line["difference"].split("; "), line["verdicts"].values(), strict=False)
                 ),
             ]
-            for line in entry["lines"]
-        ]
+            for number, line in enumerate(entry["lines"])
+            if line["difference"] or line["arm"] not in [other["arm"] for other in entry["lines"][:number]]
+        ]  # an arm beside a network that was not trained has one line, and no comparison
         parts.append(f"**{entry['title']}**\n\n{markdown(headers, lines)}")
     return "\n".join(parts)
 
