@@ -138,7 +138,7 @@ def _trained(recipe: Recipe, scores: Mapping[str, float]) -> str:
     lines, task = [], recipe.task
     if task is not None:
         options = ", ".join(f"{key}={value}" for key, value in task.options.items())
-        length = f", {counted(task.steps, 'step')} of training in all" if task.steps else ""
+        length = f", {counted(task.steps, 'step')} of training by surgeon" if task.steps else ""
         lines.append(f"- fine-tuned on {_code(task.name)}{f' with {_code(options)}' if options else ''}{length}")
     if scores:
         lines.append(f"- on its validation samples: {', '.join(f'{_plain(k)} {v:.5g}' for k, v in scores.items())}")

@@ -105,7 +105,7 @@ def finetune(
         try:
             notes += [*more, *told_data(work, task, session.data)]
             if earlier := earlier_steps(work):
-                before = f"{source.name} had {counted(earlier, 'step')} of training before this run"
+                before = f"{source.name} had {counted(earlier, 'step')} of training by surgeon before this run"
                 notes.append(f"{before}: compare it with a network that had them, too")
             notes += [] if (unknown := task.unknown_images(work, source.base)) is None else [unknown]
             trainer = session.trainer(work, original)  # refuses options before a folder is made, or replaced

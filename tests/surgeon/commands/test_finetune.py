@@ -76,13 +76,13 @@ def test_a_run_from_the_command_line(finetune: Finetune, capsys: pytest.CaptureF
     out, error = capsys.readouterr()
     assert "written to  runs/tuned-tiny-regression" in out
     assert error == ""
-    note = f"note: tuned had {document['steps']} steps of training before this run: compare it with a network that had them, too"
-    assert note in " ".join(out.split())
+    had = f"note: tuned had {document['steps']} steps of training by surgeon before this run: "
+    assert f"{had}compare it with a network that had them, too" in " ".join(out.split())
     again = Recipe.read("runs/tuned-tiny-regression")
     summary = json.loads(Path("runs/tuned-tiny-regression/training/summary.json").read_text())
     assert again.task is not None
     assert again.task.steps == document["kept_step"] + summary["kept_step"]
-    told = f"`, {again.task.steps} steps of training in all\n"
+    told = f"`, {again.task.steps} steps of training by surgeon\n"
     assert told in Path("runs/tuned-tiny-regression/README.md").read_text()
     assert main(["evaluate", "tuned", "--trust-factory", "--task-option", "samples=5", "--original", "none"]) == 0
     out, error = capsys.readouterr()
