@@ -199,8 +199,8 @@ class TrainingEvaluator(Evaluator):
             if known and mine >= rank(known["value"], higher=higher, loss=known.get("loss"), costs=known):
                 return
             key = self.space.hash_of(placement)
-            _, report = self.converted(placement, seed=self.config.base.seed)
-            save(result.model, self.keep / key, base=self.base, report=report, scores=result.metrics, force=True)
+            folder = self.keep / key
+            save(result.model, folder, base=self.base, report=result.report, scores=result.metrics, force=True)
             ties = {"loss": self._loss, "flops": costs.get("flops"), "memory": costs.get("memory")}
             values = {"hash": key, "value": value, **ties, "placement": self.space.names(placement)}
             write_json(self.keep / NOTE, values)

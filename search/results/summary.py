@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
 from surgeon.search.study.folder import Finished
 from surgeon.search.study.record import Record
@@ -76,16 +75,15 @@ def rank_correlation(found: Finished) -> RankCorrelation | None:
     pairs = [(float(one.attributes.get("gain", 0.0)), found.value(one) or 0.0) for one in found.ranked()]
     if len(pairs) < 4:
         return None
-    expected, measured = (rankdata(column) for column in zip(*pairs, strict=True))
-    if np.ptp(expected) == 0 or np.ptp(measured) == 0:
+    expected, measured = zip(*pairs, strict=True)
+    if len(set(expected)) == 1 or len(set(measured)) == 1:
         return None
-    value = float(np.corrcoef(expected, measured)[0, 1])
-    counts = Counter(measured.tolist())
+    value = float(spearmanr(expected, measured).statistic)
     return RankCorrelation(
         value=value if found.higher_is_better else -value,
         error=(len(pairs) - 1) ** -0.5,  # by permutation, with ties, too
         trials=len(pairs),
-        tied=sum(n for n in counts.values() if n > 1),
+        tied=sum(n for n in Counter(measured).values() if n > 1),
     )
 
 

@@ -126,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
         "higher_is_better": task.higher_is_better,
         **found,
         "original": compared,
+        "original_missing": original is None and args.original == "auto",
         "notes": notes,
     }
     if args.json:
@@ -169,14 +170,14 @@ def _original(
         notes += [] if told is None else [told]
         return named, args.original, get_recipe(named)
     if base is None:
-        notes.append(f"{_NO_ORIGINAL}: the run does not record its base model (name one with --original MODEL)")
+        notes.append("no original: the run does not record its base model (name one with --original MODEL)")
         return None, "", None
     try:
         original = restore(base, weights=args.original_weights, head="weights", trust_factory=args.trust_factory)
     except ModelError as error:
         if args.original_weights:
             raise
-        notes.append(f"{_NO_ORIGINAL}: {error} (--original MODEL names another, --original-weights FILE its weights)")
+        notes.append(f"no original: {error} (--original MODEL names another, --original-weights FILE its weights)")
         return None, "", None
     return original, _named(base), None
 
@@ -269,8 +270,8 @@ def text(document: dict[str, Any], width: int) -> str:
     beside = document["original"]
     samples = f"{document['samples']} sample{'s' * (document['samples'] != 1)}"
     head = f"{document['model']}: {document['task']}, {samples} of {document['split']}"
-    if any(note.startswith(_NO_ORIGINAL) for note in document["notes"]):
-        head += f"; {_NO_ORIGINAL} to compare with, see the note"
+    if document["original_missing"]:
+        head += "; no original to compare with, see the note"
     columns = [document] + ([beside] if beside else [])
     rows = []
     for name, value in document["metrics"].items():
@@ -300,7 +301,6 @@ def text(document: dict[str, Any], width: int) -> str:
     return "\n".join(lines)
 
 
-_NO_ORIGINAL = "no original"
 _SAME = 1e-6  # distance of codes that differ by rounding
 
 

@@ -254,7 +254,9 @@ def _attempt(
                 # Not in an archive, whose guards keep to the sizes that pad.
                 if format == "onnx":
                     with suppress(ExportError):
-                        return _attempt(model, partial, format, opset, shapes.turn(), names, outputs, about, tell)
+                        turned = shapes.turn()
+                        found = _attempt(model, partial, format, opset, turned, names, outputs, about, tell)
+                        return replace(found, input_shape=tuple(shapes.example.shape))
                 shapes.on_grid = _reason(error)
                 return _attempt(model, partial, format, opset, shapes, names, outputs, about, tell)
             if shape[2:] != shapes.example.shape[2:]:
@@ -263,8 +265,8 @@ def _attempt(
     if BY_TRIAL in bounds.values():
         tell("find the smallest image", 0, 1)
         least = _least(model, runner, shapes.example)
-        found = f"{f'at least {least}' if least > 1 else 'any'}, by trial"
-        result.free = {name: found if told == BY_TRIAL else told for name, told in bounds.items()}
+        limits = f"{f'at least {least}' if least > 1 else 'any'}, by trial"
+        result.free = {name: limits if told == BY_TRIAL else told for name, told in bounds.items()}
     return result
 
 

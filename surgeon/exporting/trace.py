@@ -24,7 +24,7 @@ BY_TRIAL = "by trial"  # in place of the values of a size whose bounds torch.exp
 # The second image size is larger by one of these in height and by twice that in width: the usual divisors, and patches
 # of 14. Twice the size would suit more networks, but HaloNet's windows kept torch.export busy for ten minutes.
 _STEPS = (32, 28)
-# A third size is larger by one of these in height and by three times that in width, so a multiple of nothing larger.
+# A third size is larger by one of these in height and by three times that in width: off every grid of a larger power of two.
 _OFF_STEPS = (1, 2, 4, 8, 16)
 _REPAIRS = 4  # how often torch.export may request other bounds of a dimension
 # where the code that traces is

@@ -38,17 +38,21 @@ from surgeon.zoo.tasks.data.judged import told_division
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from surgeon.records.collapse_report import CollapseReport
+    from surgeon.records.report import Report
+
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class FinetuneResult:
-    """The fine-tuned model, in eval mode on the device it was trained on, and the summary of the run."""
+    """The fine-tuned model, in eval mode on the device it was trained on, the summary of the run, and the conversion's report."""
 
     model: nn.Module
     summary: Summary
     output: Path | None
+    report: "Report | CollapseReport | None" = field(default=None, repr=False)
     main: bool = field(default=True, repr=False)  # False in all processes but the first, which write nothing
 
     @property
@@ -221,7 +225,13 @@ class _Session:
             self.folder.finish(model, base, self.source.report, summary)
         self.accelerator.wait_for_everyone()
         output = None if self.folder is None else self.folder.output
-        return FinetuneResult(model=model, summary=summary, output=output, main=self.accelerator.is_main_process)
+        return FinetuneResult(
+            model=model,
+            summary=summary,
+            output=output,
+            report=self.source.report,
+            main=self.accelerator.is_main_process,
+        )
 
     # --- before and after -----------------------------------------------------------------------------------------
 

@@ -151,7 +151,7 @@ def test_a_search_can_be_looked_at_while_gains_are_estimated(
     kept, estimate = Path("kept.json"), method.gains_of
     monkeypatch.setattr(method, "gains_of", gains)
     arguments = search_arguments("s", "--trials", "1", "--max-flops", "+300%", "--quiet", *storage)
-    assert main(arguments) in (130, 2)
+    assert main(arguments) == 130
     assert not Path("s").exists(), "nothing remains of a search that did not begin"
     assert main(arguments) == 2
     assert not Path("s").exists()
@@ -229,7 +229,7 @@ def _check_report(capsys: Capture) -> None:
     page = Path(document(capsys)["report"])
     text = page.read_text()
     random = any(arm["role"] == "random" for arm in read_search("s").finals["arms"])
-    assert (f"against the unmodified model{' and a random placement' * random}." in text) is True
+    assert f"against the unmodified model{' and a random placement' * random}." in text
     assert "this search (--sampler posterior)" in text
     names = {"pareto", "placements", "expected", "budgets", "convergence", "finals", "gains"}
     assert {path.stem for path in page.parent.glob("*.png")} == names
