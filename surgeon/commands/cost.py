@@ -225,7 +225,7 @@ def _print(document: dict[str, Any], found: "Cost", other: "Cost | None", args: 
     if args.json:
         print_json(document)
         return
-    from surgeon.costs.estimate import cost_lines
+    from surgeon.costs.text import cost_lines
     from surgeon.util.parse import mebibytes
 
     print("\n".join(cost_lines(args.model, found, other, args.compare)))

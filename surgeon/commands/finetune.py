@@ -390,7 +390,7 @@ def _role(group: dict[str, Any]) -> str:
 
 def _dry_run_lines(model: str, task: str, found: "DryRun") -> list[str]:
     from surgeon.commands.common.console import width
-    from surgeon.costs.estimate import cost_lines
+    from surgeon.costs.text import cost_lines
     from surgeon.util.tables import count, paragraph, table
 
     rows = [

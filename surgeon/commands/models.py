@@ -28,7 +28,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from surgeon.models.names import model_names, nearest
+    from surgeon.models.specs import model_names, nearest
 
     if args.type is not None:
         from surgeon.layers.registry import layer_class

@@ -35,6 +35,7 @@ from surgeon.costs.settings import (
     make_settings,
     optimizer_name,
 )
+from surgeon.costs.text import cost_lines, told
 from surgeon.costs.trace import Trace, Tracker
 from surgeon.errors import InputError, SurgeonError, called, offered
 from surgeon.layers.base import DynamicConv2d
@@ -42,8 +43,6 @@ from surgeon.sites.inputs import Inputs, call_arguments
 from surgeon.util.copying import check_module, checkpoint_gradients
 from surgeon.util.held import walk
 from surgeon.util.pages import rows, snippet
-from surgeon.util.parse import mebibytes
-from surgeon.util.tables import count, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +96,7 @@ class Cost:
 
     def _repr_html_(self) -> str:
         """The same as HTML for notebooks."""
-        head, header, lines, notes = _told("cost", self, None, None)
+        head, header, lines, notes = told("cost", self)
         inner = [[name.replace("  ", "\N{EM SPACE}"), *values] for name, *values in lines]
         return snippet(head, rows(header, inner), "\n".join(notes))
 
@@ -422,33 +421,3 @@ def _on_cpu(model: nn.Module, settings: Settings, strict: bool) -> Cost:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {shorten(lines[0], 120)}" if lines else type(error).__name__
-
-
-def cost_lines(name: str, found: Cost, other: Cost | None = None, other_name: str | None = None) -> list[str]:
-    """The cost as text, in one or two columns."""
-    head, header, lines, notes = _told(name, found, other, other_name)
-    return [head, "", table(header, lines), "", *notes]
-
-
-def _told(
-    name: str, found: Cost, other: Cost | None, other_name: str | None
-) -> tuple[str, list[str], list[list[str]], list[str]]:
-    """Heading, header and rows of a table, and notes."""
-    head = f"{name}: {found.step} of {'x'.join(map(str, found.input_size))}"
-
-    def column(c: Cost) -> list[str]:
-        values = [*map(count, (c.flops, c.macs, c.backward_flops, c.params)), mebibytes(c.peak_bytes)]
-        parts = [mebibytes(value) for value in c.breakdown.values()]
-        return [*values, *parts, mebibytes(c.total_bytes), mebibytes(c.needed_bytes)]
-
-    names = ["FLOPs per image, forward", "MACs per image, forward", "FLOPs per image, backward", "parameters"]
-    names += ["peak of tensors", *(f"  {kind}" for kind in found.breakdown), "needed in total", "with margin"]
-    names[names.index("  reserve")] = "reserve"
-    columns = [column(found)] + ([column(other)] if other is not None else [])
-    header = ["", "this model"] + ([other_name or "original"] if other is not None else [])
-    lines = [[n, *values] for n, *values in zip(names, *columns, strict=True)]
-    notes = [f"note: {note}" for note in found.notes]
-    parts = ", ".join(f"{key} {value / 2**20:,.0f}" for key, value in found.reserve.items())
-    margin = f"margin: {MARGIN - 1:.0%} of the peak, as --max-memory counts it"
-    peak = "the indented rows are what is held at the moment of the peak; at other moments each may be more"
-    return head, header, lines, [peak, f"reserve, MiB: {parts} (stated, not measured)", margin, *notes]

@@ -5,8 +5,6 @@ rebuilds the bare architecture (no downloads, no third-party code) and `restore`
 """
 
 import contextlib
-import difflib
-import fnmatch
 import inspect
 import logging
 import re
@@ -21,7 +19,7 @@ from torch import nn
 
 from surgeon.errors import ModelError, SurgeonError, called, offered
 from surgeon.models.heads import HeadError
-from surgeon.models.places import HUB, LIBRARIES, check_own, in_file, no_folder, untrusted
+from surgeon.models.places import HUB, check_own, in_file, untrusted
 from surgeon.models.places import WEIGHTS as WORDS
 from surgeon.models.programs import SUFFIX, is_program
 from surgeon.models.sources import (
@@ -31,9 +29,8 @@ from surgeon.models.sources import (
     named_factory,
     pretrained,
     resolve_hub,
-    torchvision_names,
-    torchvision_size,
 )
+from surgeon.models.specs import FACTORY, has_fixed_size, parse
 from surgeon.models.weight_files import load_weights_file
 from surgeon.models.weights import mismatches, state_sha256
 from surgeon.records.providers import providers
@@ -42,7 +39,6 @@ from surgeon.util.outputs import WEIGHTS, is_surgeon_folder
 
 logger = logging.getLogger(__name__)
 
-_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _NAME = re.compile(r"[\w.\-]+")
 _FORBIDDEN = re.compile(r"pretrained|checkpoint|cache_dir|weights|_file|file$|url")
 
@@ -79,7 +75,7 @@ def build_model(
         if recorded is not None and input_size is not None:
             recorded = replace(recorded, input_size=_example_size(recorded.input_size, input_size, None))
         return model, recorded
-    base = _parse(spec)
+    base = parse(spec)
     size = _example_size(base.input_size, input_size, in_chans)
     kwargs = _kwargs(base, options, num_classes)
     if base.source == "timm" and size and size[0] != (*base.input_size, 3)[0]:
@@ -88,7 +84,7 @@ def build_model(
             logger.warning("%s is built with in_chans=%d, the channels of the given size", base.name, size[0])
     elif in_chans is not None:
         kwargs["in_chans"] = in_chans
-    if input_size is not None and base.source == "timm" and _has_fixed_size(base.name):
+    if input_size is not None and base.source == "timm" and has_fixed_size(base.name):
         kwargs.setdefault("img_size", list(input_size[-2:]))
     base = replace(base, kwargs=kwargs, input_size=size)
     try:
@@ -136,7 +132,7 @@ def _told_option(name: str | None, error: HeadError) -> str:
 def names(spec: str, base: BaseModel) -> bool:
     """Whether `spec` is the name of this base model, regardless of its weights."""
     with contextlib.suppress(ModelError):
-        named = _parse(spec)
+        named = parse(spec)
         return (named.source, named.name) == (base.source, base.name)
     return False
 
@@ -155,9 +151,9 @@ def open_model(spec: str, **options: Any) -> nn.Module:
 
 def factory_base(spec: str, options: Mapping[str, Any] | None = None) -> BaseModel:
     """The base model that the function or class `module:NAME` builds with these arguments. Raises `ModelError` for another name."""
-    if not _FACTORY.fullmatch(spec):
+    if not FACTORY.fullmatch(spec):
         raise ModelError(f"factory must be module:NAME, a function or class that returns the network, got {spec!r}")
-    return replace(_parse(spec), kwargs=dict(options or {}), weights=Weights(kind="given"))
+    return replace(parse(spec), kwargs=dict(options or {}), weights=Weights(kind="given"))
 
 
 def as_made(base: BaseModel) -> tuple[nn.Module, BaseModel]:
@@ -199,7 +195,7 @@ def shapes_of(spec: str, *, num_classes: int | None = None, options: dict[str, A
     """
     if is_program(spec):
         return build_model(spec, num_classes=num_classes, options=options)[0]
-    base = _parse(spec)
+    base = parse(spec)
     if base.source == "factory" or HUB.fullmatch(base.name):
         return build_model(spec, weights="random", num_classes=num_classes, options=options)[0]
     return build_shapes(as_published(replace(base, kwargs=_kwargs(base, options, num_classes)))).eval()
@@ -213,7 +209,7 @@ def size_of(spec: str) -> tuple[int, ...] | None:
     if is_surgeon_folder(folder):
         base = Recipe.read(folder).base
         return (base.input_size or None) if base is not None else None
-    return None if is_program(spec) else _parse(spec).input_size or None
+    return None if is_program(spec) else parse(spec).input_size or None
 
 
 def chosen_size(model: nn.Module) -> tuple[int, int, int] | None:
@@ -225,7 +221,7 @@ def chosen_size(model: nn.Module) -> tuple[int, int, int] | None:
         return channels, height, width
     if base is None or len(base.input_size) != 3:
         return None
-    own = () if base.source in ("factory", "program") else _parse(f"{base.source}/{base.name}").input_size
+    own = () if base.source in ("factory", "program") else parse(f"{base.source}/{base.name}").input_size
     channels, height, width = base.input_size
     return (channels, height, width) if base.input_size != own else None
 
@@ -301,20 +297,6 @@ def _as_converted(base: BaseModel, kind: str) -> tuple[nn.Module, BaseModel, str
     return model, found, None
 
 
-def model_names(pattern: str = "*") -> list[str]:
-    """Every name known to `build_model` that matches the glob, with or without its prefix (torchvision/, zoo/)."""
-    import timm
-
-    provided = {prefix: provider.names() for prefix, provider in providers().items()}
-    own = {name for names in provided.values() for name in names}  # timm may know them as well
-    names = [name for name in timm.list_models() if name not in own]
-    names += [f"torchvision/{name}" for name in torchvision_names()]
-    names += [f"{prefix}/{name}" for prefix, listed in provided.items() for name in listed]
-    if not any(c in pattern for c in "*?["):
-        pattern = f"*{pattern}*"
-    return [name for name in names if any(fnmatch.fnmatchcase(x, pattern) for x in (name, name.rpartition("/")[2]))]
-
-
 def _check_base(base: BaseModel, *, trust_factory: bool) -> None:
     """Raise `ModelError` for what an untrusted recipe must not do: third-party code, downloads, pickles."""
     if base.source == "factory" and not trust_factory:
@@ -324,66 +306,6 @@ def _check_base(base: BaseModel, *, trust_factory: bool) -> None:
     )
     if bad or not (base.source in ("factory", "program") or _NAME.fullmatch(base.name)):
         raise ModelError(f"the recipe's base model {base.name!r} may not have {', '.join(bad) or 'such a name'}")
-
-
-# --- names --------------------------------------------------------------------------------------------------------
-
-
-def _parse(spec: str) -> BaseModel:
-    """The model named by a spec, with the options and input size determined by the name alone."""
-    import timm
-
-    unset = Weights(kind="random")
-    if HUB.fullmatch(spec):
-        return BaseModel(source="timm", name=spec, input_size=(), weights=unset)
-    if _FACTORY.fullmatch(spec):
-        return BaseModel(source="factory", name=spec, input_size=(), weights=unset)
-    prefix, _, name = spec.rpartition("/")
-    for source, provider in providers().items():
-        if prefix in ("", source) and name in provider.names():
-            return BaseModel(source=source, name=name, input_size=provider.input_size(name), weights=unset)
-    if prefix in ("", "timm") and timm.is_model(name.split(".")[0]):
-        _check_tag(name)
-        cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
-        size = tuple(cfg.input_size) if cfg is not None else ()
-        return BaseModel(source="timm", name=name, input_size=size, weights=unset)
-    if prefix == "torchvision" and name in torchvision_names():
-        return BaseModel(source="torchvision", name=name, input_size=torchvision_size(name), weights=unset)
-    if spec.endswith(SUFFIX):
-        raise ModelError(f"there is no file {spec}")
-    if Path(spec).is_dir() or ("/" in spec and prefix not in LIBRARIES):
-        raise no_folder(spec)
-    if Path(f"{spec}.py").is_file():
-        raise ModelError(
-            f"there is no model {spec!r}: for a network in {spec}.py, name its class or function, {spec}:NAME"
-        )
-    raise ModelError(f"there is no model {spec!r}{nearest(spec)} (`surgeon models PATTERN` lists the names)")
-
-
-def nearest(spec: str) -> str:
-    """The nearest known names, formatted as the end of an error message."""
-    by_tail: dict[str, list[str]] = {}
-    for name in model_names():
-        by_tail.setdefault(name.rpartition("/")[2], []).append(name)
-    tails = difflib.get_close_matches(spec.rpartition("/")[2].lower(), by_tail, n=3, cutoff=0.6)
-    near = [name for tail in tails for name in by_tail[tail]]
-    return f". Did you mean {', '.join(near[:4])}?" if near else ""
-
-
-def _check_tag(name: str) -> None:
-    import timm
-
-    stem, _, tag = name.partition(".")
-    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{stem}.*")]
-    if tag and tag not in tags:
-        raise ModelError(f"timm's {stem} has no weights {tag!r}; it has {', '.join(tags) or 'none'}")
-
-
-def _has_fixed_size(name: str) -> bool:
-    import timm
-
-    cfg = None if HUB.fullmatch(name) else timm.models.get_pretrained_cfg(name, allow_unregistered=True)
-    return bool(cfg is not None and cfg.fixed_input_size)
 
 
 # --- building -----------------------------------------------------------------------------------------------------

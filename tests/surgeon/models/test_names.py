@@ -18,8 +18,9 @@ from torchvision.models import WeightsEnum
 import surgeon
 from surgeon.errors import CheckpointError, ModelError
 from surgeon.models.identify import identify
-from surgeon.models.names import build_model, build_structure, model_names, restore
+from surgeon.models.names import build_model, build_structure, restore
 from surgeon.models.places import check_module_of, check_trust
+from surgeon.models.specs import model_names
 from surgeon.models.weights import state_sha256
 from surgeon.records.recipe import BaseModel, Weights, get_recipe
 from surgeon.util.outputs import RUN, SEARCH, TRIAL

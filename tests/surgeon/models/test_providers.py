@@ -10,7 +10,8 @@ from torch import nn
 import surgeon
 from surgeon.errors import ModelError, RecipeError
 from surgeon.models.identify import identify
-from surgeon.models.names import build_model, model_names
+from surgeon.models.names import build_model
+from surgeon.models.specs import model_names
 from surgeon.records import providers
 from surgeon.records.recipe import Recipe, Rule
 
